@@ -1,0 +1,1 @@
+"""Restoration building blocks: torch, diffusers, transformers, OpenCV; never Ray, MLflow or pipelines."""

@@ -1,0 +1,1 @@
+"""Captioners: each meets `components.types.Captioner`."""

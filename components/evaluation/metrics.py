@@ -1,0 +1,197 @@
+"""Picture quality by name, one picture at a time, through pyiqa.
+
+The only module that imports pyiqa, and only when a metric is first used: the import costs seconds and hundreds of MB.
+The default set computes without any file from the network; other pyiqa names are accepted when asked for by name, and
+may download weights.
+
+    psnr, psnry    dB over RGB, or over Y alone; pyiqa's Y is full range (0.299 R + 0.587 G + 0.114 B), which reads
+                   1.3 dB below the studio-range Y of many papers. pyiqa adds 1e-8 to the squared error, so equal
+                   pictures score 80 dB and not infinity; nothing real comes near 80, and means stay numbers.
+    ssim, ms_ssim  1 for equal pictures, on Y; ms_ssim halves the picture four times and needs 161 px a side.
+    gmsd           deviation of gradient similarity, 0 for equal pictures.
+    vif            share of the target's information that survives, 1 for equal pictures; sharpening can exceed 1.
+    piqe           no target: 0 (clean) to 100 (blocky, noisy or blurred), from local statistics only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from components.types import Image, SampleError
+
+NO_DOWNLOAD: tuple[str, ...] = ("psnr", "ssim", "ms_ssim", "gmsd", "vif", "piqe")
+"""The default set: no network, each below 0.3 s at 256 px on one CPU thread."""
+
+IDENTITY_PSNR_DB = 80.0
+"""What pyiqa's psnr and psnry give for equal pictures (10 log10(1 / 1e-8))."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricInfo:
+    """What a score of this name means.
+
+    Attributes:
+        higher_is_better: direction.
+        full_reference: compares with a target; without one the metric is missing.
+        unit: "dB" or "".
+        min_side_px: below this the metric is undefined and recorded as missing.
+        needs_detail: undefined on a target of one colour (a ratio of zeros) and recorded as missing there.
+        downloads: weights may be fetched from the network on first use.
+    """
+
+    higher_is_better: bool
+    full_reference: bool = True
+    unit: str = ""
+    min_side_px: int = 1
+    needs_detail: bool = False
+    downloads: bool = False
+
+
+METRIC_INFO: dict[str, MetricInfo] = {
+    "psnr": MetricInfo(higher_is_better=True, unit="dB"),
+    "psnry": MetricInfo(higher_is_better=True, unit="dB"),
+    "ssim": MetricInfo(higher_is_better=True, min_side_px=11),
+    "ssimc": MetricInfo(higher_is_better=True, min_side_px=11),
+    "ms_ssim": MetricInfo(higher_is_better=True, min_side_px=161),  # an 11 px window after four halvings: 10 * 16 + 1
+    "cw_ssim": MetricInfo(higher_is_better=True, min_side_px=64, needs_detail=True),
+    "fsim": MetricInfo(higher_is_better=True, min_side_px=32),
+    "gmsd": MetricInfo(higher_is_better=False, min_side_px=8),
+    "nlpd": MetricInfo(higher_is_better=False, min_side_px=64),
+    "vif": MetricInfo(higher_is_better=True, min_side_px=64, needs_detail=True),
+    "vsi": MetricInfo(higher_is_better=True, min_side_px=32),
+    "mad": MetricInfo(higher_is_better=False, min_side_px=64),
+    "piqe": MetricInfo(higher_is_better=False, full_reference=False, min_side_px=32),
+    "entropy": MetricInfo(higher_is_better=True, full_reference=False),
+}
+"""The metrics that need no download; others are looked up in pyiqa by `metric_info`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """One picture's numbers: `values` by metric, and for every other asked metric why there is none."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def metric_info(name: str) -> MetricInfo:
+    """Look a metric up; only names outside METRIC_INFO make pyiqa load.
+
+    Raises:
+        ValueError: no such metric; names the nearest.
+    """
+    if name in METRIC_INFO:
+        return METRIC_INFO[name]
+    configs = _load_pyiqa()[1]
+    if name not in configs:
+        known = sorted({*METRIC_INFO, *configs})
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"the default set is {', '.join(NO_DOWNLOAD)}"
+        raise ValueError(f"unknown metric {name!r}: {hint}")
+    config = configs[name]
+    return MetricInfo(
+        higher_is_better=not config.get("lower_better", False),
+        full_reference=config.get("metric_mode") == "FR",
+        downloads=True,
+    )
+
+
+def _load_pyiqa() -> tuple[Any, dict[str, Any]]:
+    import pyiqa
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+    from pyiqa.utils.logger import get_root_logger
+
+    get_root_logger()  # its first call installs handlers and the level INFO: call it, then quieten it
+    logging.getLogger("pyiqa").setLevel(logging.WARNING)
+    return pyiqa, dict(DEFAULT_CONFIGS)
+
+
+def _check(picture: Image, role: str, key: str) -> None:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        raise SampleError("shape", f"the {role} must be uint8 [H, W, 3], got {picture.dtype} {picture.shape}", key)
+
+
+class Metrics:
+    """Scores pictures by the metrics in `names`; the networks behind them are built on first use and kept.
+
+    Args:
+        names: metric names, in the order of the results; duplicates are dropped.
+        device: "cpu" or a torch device.
+
+    Raises:
+        ValueError: an unknown name (with the near one), or no name at all.
+    """
+
+    def __init__(self, names: Sequence[str] = NO_DOWNLOAD, device: str = "cpu") -> None:
+        self.names = tuple(dict.fromkeys(names))
+        if not self.names:
+            raise ValueError(f"no metric was named; the default set is {', '.join(NO_DOWNLOAD)}")
+        self.info = {name: metric_info(name) for name in self.names}
+        self.device = device
+        self._built: dict[str, Any] = {}
+
+    def score(self, restored: Image, hq: Image | None = None, key: str = "") -> dict[str, float]:
+        """The numbers alone; `measure` also tells why one is missing."""
+        return self.measure(restored, hq, key).values
+
+    def measure(self, restored: Image, hq: Image | None = None, key: str = "") -> Scores:
+        """Score one picture.
+
+        Args:
+            restored: uint8 [H, W, 3].
+            hq: the target, same shape; None leaves the full-reference metrics missing.
+            key: the sample's name, for errors.
+
+        Returns:
+            Finite numbers by metric, and a reason for each metric without one ("no target", "needs 161 px a side, ...",
+            "not a number", or the metric's own error).
+
+        Raises:
+            SampleError: code "shape" where a picture is not uint8 RGB or the two differ in size.
+        """
+        _check(restored, "restored picture", key)
+        if hq is not None:
+            _check(hq, "target", key)
+            if hq.shape != restored.shape:
+                sizes = f"{restored.shape[0]} x {restored.shape[1]} and {hq.shape[0]} x {hq.shape[1]}"
+                raise SampleError("shape", f"restored picture and target differ in size: {sizes}", key)
+        scores = Scores()
+        for name in self.names:
+            value, reason = self._one(name, restored, hq)
+            if value is None:
+                scores.missing[name] = reason
+            else:
+                scores.values[name] = value
+        return scores
+
+    def _one(self, name: str, restored: Image, hq: Image | None) -> tuple[float | None, str]:
+        info = self.info[name]
+        if info.full_reference and hq is None:
+            return None, "no target"
+        side = min(restored.shape[:2])
+        if side < info.min_side_px:
+            return None, f"needs {info.min_side_px} px a side, the picture has {side}"
+        if info.needs_detail and hq is not None and not np.ptp(hq, axis=(0, 1)).any():
+            return None, "the target is one flat colour"
+        import torch
+
+        def tensor(picture: Image) -> torch.Tensor:
+            copy = np.ascontiguousarray(picture.transpose(2, 0, 1))
+            return torch.from_numpy(copy).to(self.device).float().div(255.0).unsqueeze(0)
+
+        if name not in self._built:
+            self._built[name] = _load_pyiqa()[0].create_metric(name, device=self.device)
+        inputs = [tensor(restored)] + ([tensor(hq)] if info.full_reference and hq is not None else [])
+        try:
+            with torch.inference_mode():
+                value = float(self._built[name](*inputs))
+        except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:  # undefined on this picture
+            return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        return (value, "") if math.isfinite(value) else (None, f"not a number ({value})")

@@ -1,0 +1,401 @@
+"""Pictures as arrays: careful decoding of untrusted bytes, resizing, cropping, and PNGs that carry text.
+
+Torch-free. Pictures are RGB arrays [H, W, 3], uint8 or float32 in [0, 1], in the sRGB colour space. Every way in which
+a file can be bad ends in a `SampleError` with one of these codes:
+
+    empty               no bytes
+    not_image           the bytes are of no picture format that we know (an HTML error page, text, noise)
+    unsupported_format  a picture, but not of a format on the allow-list (HEIC, PSD, SVG, ...)
+    unsupported_mode    pixel values without a declared range (32-bit integers or floats)
+    too_large           more bytes, pixels or metadata than allowed; found from the header, before decoding
+    too_small, aspect   a side too short, or too long a strip
+    animated            several frames or pages
+    truncated           the file ends early; never filled up with gray
+    corrupt             broken in another way
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from PIL import Image as Pillow
+from PIL import ImageCms, PngImagePlugin
+
+from components.types import Image, SampleError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "GIF")
+"""What may reach a decoder; GIF only with one frame."""
+
+BACKGROUND = 255
+"""Transparent pictures are shown on white."""
+
+ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+AVIF_BRANDS = (b"avif", b"avis")
+BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)  # two letters are a weak signature, so this field counts too
+HARMLESS_PIXELS = 1 << 22  # ours: up to 12 MiB of RGB no compression ratio is an attack
+TEXT_LIMIT_BYTES = 1 << 20  # ours: longest value that encode_png writes
+OTHER_PICTURES = (  # (offset, signature, name): recognised, so that the report can say what the file is
+    (0, b"8BPS", "PSD"),
+    (0, b"%!PS", "EPS"),
+    (0, b"%PDF", "PDF"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"\x00\x00\x01\x00", "ICO"),
+    (0, b"\x00\x00\x01\xba", "MPEG"),
+    (0, b"\x00\x00\x01\xb3", "MPEG"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL ", "JPEG XL"),
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"II+\x00", "BigTIFF"),
+    (0, b"MM\x00+", "BigTIFF"),
+    (0, b"v/1\x01", "OpenEXR"),
+    (0, b"#?RADIANCE", "Radiance HDR"),
+    (0, b"<svg", "SVG"),
+    (4, b"ftyp", "HEIC or video"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a picture file may ask for. All numbers are ours; Pillow's own hard limit is 178 million pixels.
+
+    Attributes:
+        max_pixels: width times height, from the header.
+        max_bytes: size of the file.
+        min_side_px: shortest side allowed.
+        max_aspect: longest side over shortest side.
+        max_expansion: decoded RGB bytes per file byte, for pictures above 4 million pixels (compression bombs).
+    """
+
+    max_pixels: int = 50_000_000
+    max_bytes: int = 64 << 20
+    min_side_px: int = 8
+    max_aspect: float = 20.0
+    max_expansion: float = 2000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """What a header says: format as in FORMATS, and width and height in pixels once the picture stands upright."""
+
+    format: str
+    width: int
+    height: int
+
+
+def sniff(data: bytes) -> str:
+    """Format of the bytes by their signature, whatever the file is called.
+
+    Raises:
+        SampleError: empty, not_image, or unsupported_format.
+    """
+    if not data:
+        raise SampleError("empty", "the file holds no bytes")
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:8] == PNG_SIGNATURE:
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    if data[:4] in (b"II*\x00", b"MM\x00*"):
+        return "TIFF"
+    if data[4:8] == b"ftyp":
+        size = min(int.from_bytes(data[:4], "big"), 256, len(data))
+        brands = [data[at : at + 4] for at in (8, *range(16, size - 3, 4))]
+        if any(brand in AVIF_BRANDS for brand in brands):
+            return "AVIF"
+    if data[:2] == b"BM" and len(data) >= 26 and int.from_bytes(data[14:18], "little") in BMP_HEADER_SIZES:
+        return "BMP"
+    for offset, signature, name in OTHER_PICTURES:
+        if data[offset : offset + len(signature)] == signature:
+            raise SampleError("unsupported_format", f"{name} is not among {', '.join(FORMATS)}")
+    raise SampleError("not_image", f"the first bytes ({data[:8]!r}) are of no known picture format")
+
+
+def probe(data: bytes, limits: Limits = Limits(), key: str = "") -> Info:
+    """Read the header only, and check it against the limits.
+
+    Raises:
+        SampleError: as `decode`, less what only the pixels can show.
+    """
+    with _as_sample_errors(key), _open(data, limits) as (picture, kind):
+        turned = _orientation(picture) >= 5
+        width, height = picture.size
+        return Info(format=kind, width=height if turned else width, height=width if turned else height)
+
+
+def decode(data: bytes, limits: Limits = Limits(), key: str = "") -> Image:
+    """Decode untrusted bytes into an upright sRGB picture.
+
+    The content decides the format, not the name. EXIF orientation is applied; embedded profiles are converted to sRGB
+    (a broken one is ignored); 16-bit values are scaled; transparency is shown on white; of an MPO the first picture
+    counts, which is what every other reader shows.
+
+    Args:
+        data: the file.
+        limits: what is refused; sizes are checked before the pixels are decoded.
+        key: the sample's name, for the error.
+
+    Returns:
+        uint8 [H, W, 3], contiguous and writable.
+
+    Raises:
+        SampleError: with a code from the top of this file; never anything else.
+    """
+    with _as_sample_errors(key), _open(data, limits) as (picture, _):
+        picture.load()
+        orientation = _orientation(picture)  # after load: for TIFF, Pillow turns the picture itself and drops the tag
+        return np.ascontiguousarray(_upright(_srgb_on_background(picture), orientation))
+
+
+def resize_short_side(image: Image, px: int) -> Image:
+    """Resize so that the short side has `px` pixels: area average when shrinking, bicubic when enlarging."""
+    if px < 1:
+        raise ValueError(f"the short side must be at least 1 pixel, got {px}")
+    height, width = image.shape[:2]
+    factor = px / min(height, width)
+    size = (max(px, round(width * factor)), max(px, round(height * factor)))
+    if size == (width, height):
+        return image
+    resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    return resized if image.dtype == np.uint8 else resized.clip(0.0, 1.0)  # cubic overshoots; uint8 saturates by itself
+
+
+def crop(image: Image, top: int, left: int, height: int, width: int) -> Image:
+    """The part of `image` at (top, left), [height, width, 3], as a contiguous copy.
+
+    Raises:
+        ValueError: the box reaches outside the picture.
+    """
+    if top < 0 or left < 0 or height < 1 or width < 1 or top + height > image.shape[0] or left + width > image.shape[1]:
+        raise ValueError(f"crop {(top, left, height, width)} reaches outside a picture of {image.shape[:2]}")
+    return image[top : top + height, left : left + width].copy()
+
+
+def center_crop(image: Image, height: int, width: int) -> Image:
+    """The middle [height, width, 3] of `image`; ValueError where it is smaller than that."""
+    return crop(image, (image.shape[0] - height) // 2, (image.shape[1] - width) // 2, height, width)
+
+
+def to_float(image: Image) -> Image:
+    """uint8 0..255 to float32 0..1; float32 passes through."""
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) * np.float32(1 / 255)
+    if image.dtype != np.float32:
+        raise ValueError(f"expected uint8 or float32, got {image.dtype}")
+    return image
+
+
+def to_uint8(image: Image) -> Image:
+    """float32 0..1 to uint8, clipped, rounded half to even; uint8 passes through."""
+    if image.dtype == np.uint8:
+        return image
+    return np.rint(image * np.float32(255)).clip(0, 255).astype(np.uint8)
+
+
+def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
+    """Lossless PNG of a uint8 picture; equal input gives equal bytes.
+
+    Args:
+        image: uint8 [H, W, 3].
+        text: text chunks by keyword (1 to 79 Latin-1 characters); written in the order of their keywords.
+
+    Raises:
+        ValueError: not a uint8 RGB picture, or a keyword or value that PNG cannot hold.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}")
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in sorted((text or {}).items()):
+        if not 1 <= len(keyword) <= 79 or not keyword.isprintable() or any(ord(letter) > 255 for letter in keyword):
+            raise ValueError(f"PNG keyword must be 1 to 79 printable Latin-1 characters, got {keyword!r}")
+        if "\x00" in value or len(value) > TEXT_LIMIT_BYTES:
+            raise ValueError(f"text of {keyword!r} holds a zero byte or exceeds {TEXT_LIMIT_BYTES} characters")
+        chunks.add_text(keyword, value)
+    target = io.BytesIO()
+    Pillow.fromarray(image).save(target, "PNG", pnginfo=chunks, compress_level=6)
+    return target.getvalue()
+
+
+def read_png_text(data: bytes) -> dict[str, str]:
+    """Text chunks of a PNG by keyword, as `encode_png` wrote them; SampleError where it is no readable PNG."""
+    with _as_sample_errors(""):
+        if sniff(data) != "PNG":
+            raise SampleError("unsupported_format", "only PNG files carry text chunks")
+        _check_png_chunks(data)
+        with Pillow.open(io.BytesIO(data), formats=("PNG",)) as picture:
+            assert isinstance(picture, PngImagePlugin.PngImageFile)
+            return {str(keyword): str(value) for keyword, value in picture.text.items()}
+
+
+@contextmanager
+def _as_sample_errors(key: str) -> Iterator[None]:
+    """Turn whatever a decoder raises on hostile bytes into a SampleError that names the sample."""
+    try:
+        yield
+    except SampleError as error:
+        raise SampleError(error.code, error.detail, error.key or key) from error.__cause__
+    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
+        raise SampleError("too_large", str(error), key) from error
+    except Pillow.UnidentifiedImageError as error:
+        raise SampleError("corrupt", "the signature is of a picture, but its header cannot be read", key) from error
+    except MemoryError as error:
+        raise SampleError("too_large", "not enough memory to decode the picture", key) from error
+    except Exception as error:  # decoders raise nearly any kind on bad bytes: struct.error, KeyError, ...
+        detail = f"{type(error).__name__}: {error}"
+        lowered = detail.lower()
+        if "truncated" in lowered or "unexpected end" in lowered or isinstance(error, EOFError):
+            raise SampleError("truncated", detail, key) from error
+        if "too large" in lowered or "too much memory" in lowered:  # Pillow's guard of inflated text chunks
+            raise SampleError("too_large", detail, key) from error
+        raise SampleError("corrupt", detail, key) from error
+
+
+@contextmanager
+def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image, str]]:
+    """Open lazily (header only) with the one decoder that the signature names, and check the limits."""
+    kind = sniff(data)
+    if len(data) > limits.max_bytes:
+        raise SampleError("too_large", f"{len(data)} bytes exceed the limit of {limits.max_bytes}")
+    if kind == "PNG":
+        _check_png_size(data, limits)
+        _check_png_chunks(data)
+    if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
+        raise SampleError("truncated", f"the WebP header promises more than the {len(data)} bytes present")
+    with Pillow.open(io.BytesIO(data), formats=(kind,)) as picture:
+        _check_size(*picture.size, len(data), limits)
+        if picture.format != "MPO" and getattr(picture, "is_animated", False):
+            raise SampleError("animated", f"the {kind} holds several frames or pages")
+        yield picture, kind
+
+
+def _check_size(width: int, height: int, n_bytes: int, limits: Limits) -> None:
+    """Refuse by the header's width and height."""
+    if width * height > limits.max_pixels:
+        raise SampleError("too_large", f"{width} x {height} pixels exceed the limit of {limits.max_pixels}")
+    if min(width, height) < limits.min_side_px:
+        raise SampleError("too_small", f"{width} x {height}: the short side is below {limits.min_side_px} pixels")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise SampleError("aspect", f"{width} x {height} is longer than {limits.max_aspect:g} to 1")
+    if width * height > HARMLESS_PIXELS and 3 * width * height > limits.max_expansion * n_bytes:
+        raise SampleError("too_large", f"{n_bytes} bytes would expand more than {limits.max_expansion:g} times")
+
+
+def _check_png_size(data: bytes, limits: Limits) -> None:
+    """Size limits straight from IHDR, so that a giant is refused before its megabytes are checksummed."""
+    if len(data) < 24:
+        raise SampleError("truncated", "the PNG ends inside its header")
+    width, height = struct.unpack(">II", data[16:24])
+    _check_size(width, height, len(data), limits)
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Refuse a PNG without IEND, or with a wrong checksum in a critical chunk (Pillow lets those of pixels pass)."""
+    view, at = memoryview(data), len(PNG_SIGNATURE)
+    while True:
+        if at + 12 > len(data):
+            raise SampleError("truncated", "the PNG ends before its end chunk")
+        length, name = int.from_bytes(view[at : at + 4], "big"), bytes(view[at + 4 : at + 8])
+        end = at + 12 + length
+        if end > len(data):
+            raise SampleError("truncated", f"the PNG ends inside its {name!r} chunk")
+        critical = not name[0] & 0x20  # PNG specification 5.4: bit 5 of the first letter
+        if critical and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            raise SampleError("corrupt", f"wrong checksum in the PNG's {name!r} chunk")
+        if name == b"IEND":
+            return
+        at = end
+
+
+def _orientation(picture: Pillow.Image) -> int:
+    """EXIF orientation 1..8; 1 where it is absent, invalid or unreadable."""
+    try:
+        value = picture.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001 - metadata is hostile too (loops, wrong types); a picture does not fail for it
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(image: Image, orientation: int) -> Image:
+    """Undo the EXIF orientation of [H, W, 3]."""
+    if orientation >= 5:  # 5..8 are stored with rows and columns swapped
+        image = image.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return image
+
+
+def _srgb_on_background(picture: Pillow.Image) -> Image:
+    """Loaded Pillow picture of any supported mode to uint8 sRGB [H, W, 3], transparency shown on BACKGROUND."""
+    alpha: np.ndarray | None = None
+    profile = picture.info.get("icc_profile")
+    if picture.mode.startswith("I;16"):
+        wide = np.asarray(picture).astype(np.uint32)
+        transparent = picture.info.get("transparency")
+        if isinstance(transparent, int):
+            alpha = np.where(wide == transparent, 0, 255).astype(np.uint8)
+        picture = Pillow.fromarray(((wide + 128) // 257).astype(np.uint8))  # 65535 -> 255, 32768 -> 128
+    elif picture.mode in ("I", "F"):
+        raise SampleError("unsupported_mode", f"32-bit values (mode {picture.mode}) have no declared range")
+    elif picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        rgba = _with_alpha(picture)
+        alpha = np.asarray(rgba.getchannel("A"))
+        picture = rgba.convert("RGB")
+    elif picture.mode in ("1", "P"):
+        picture = picture.convert("RGB")
+    elif picture.mode not in ("L", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
+        raise SampleError("unsupported_mode", f"pixels of mode {picture.mode}")
+    converted = _to_srgb(picture, profile) if profile else None
+    rgb = np.array(converted if converted is not None else picture.convert("RGB"))
+    if alpha is not None and alpha.min() < 255:
+        weight = alpha[..., None].astype(np.uint32)
+        rgb = ((rgb * weight + BACKGROUND * (255 - weight) + 127) // 255).astype(np.uint8)
+    return rgb
+
+
+def _with_alpha(picture: Pillow.Image) -> Pillow.Image:
+    """Any transparent mode as RGBA."""
+    transparent = picture.info.get("transparency")
+    if picture.mode in ("RGB", "L") and transparent is not None:
+        # PNG names one transparent colour at the file's own depth, while Pillow has already cut 16 bits to 8
+        colour = np.atleast_1d(np.asarray(transparent))
+        colour = colour >> 8 if colour.max() > 255 else colour
+        rgb = np.asarray(picture.convert("RGB"))
+        alpha = np.where((rgb == colour).all(axis=-1), 0, 255).astype(np.uint8)
+        return Pillow.fromarray(np.dstack([rgb, alpha]))
+    if picture.mode in ("RGBa", "La"):
+        picture = picture.convert("RGBA" if picture.mode == "RGBa" else "LA")
+    return picture.convert("RGBA")
+
+
+def _to_srgb(picture: Pillow.Image, profile: bytes) -> Pillow.Image | None:
+    """Convert through an embedded profile; None where there is nothing to do or the profile is unusable."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        if {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}.get(picture.mode) != space:
+            return None  # a profile of another kind of picture says nothing about this one
+        if space == "RGB" and "sRGB" in (source.profile.profile_description or ""):
+            return None
+        return ImageCms.profileToProfile(
+            picture,
+            source,
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None

@@ -1,0 +1,186 @@
+"""Model folders: model.json and parts/*.safetensors, written by train, import and shipped models alike.
+
+    model.json      format, name, system, recipe, prior {id, digest}, config, parts {name: {file, sha256}}, parents,
+                    data_manifest_digest, licence, permitted_use, metrics
+    parts/          one safetensors file a part
+    files/          small text files that a part needs (a tokenizer)
+
+A folder is written under a temporary name and renamed, so a killed writer leaves no half model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "priors" / "weights"
+
+
+class ModelError(ValueError):
+    """A model folder cannot be used; the message names the folder and what is wrong with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A verified model folder. `info` is model.json; parts are loaded when asked for."""
+
+    path: Path
+    info: Mapping[str, Any]
+    digest: str
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one part, after its sha256 was checked.
+
+        Raises:
+            ModelError: no such part, or its bytes are not the ones that model.json names.
+        """
+        parts = self.info["parts"]
+        if name not in parts:
+            raise ModelError(f"{self.path}: no part {name!r}; it has {sorted(parts)}")
+        file = self.path / parts[name]["file"]
+        if not file.is_file():
+            raise ModelError(f"{self.path}: part {name!r} is missing ({parts[name]['file']})")
+        if file_sha256(file) != parts[name]["sha256"]:
+            raise ModelError(f"{self.path}: part {name!r} does not have the sha256 that model.json names")
+        return load_file(file)
+
+    def file(self, name: str) -> Path:
+        """Path of a small text file that came with the model."""
+        path = self.path / "files" / name
+        if not path.is_file():
+            raise ModelError(f"{self.path}: no file {name!r}")
+        return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What model.json says beside the parts."""
+
+    name: str
+    system: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    prior: Mapping[str, str] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    parents: Mapping[str, str] = field(default_factory=dict)
+    data_manifest_digest: str = ""
+    licence: str = "unstated"
+    permitted_use: str = "unstated"
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def save_model(
+    path: Path,
+    card: ModelCard,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    files: Mapping[str, str] | None = None,
+    half: bool = False,
+) -> Model:
+    """Write a model folder; replaces one of the same name.
+
+    Args:
+        path: the folder to make.
+        card: everything but the parts.
+        parts: tensors by key, by part.
+        files: text files by name.
+        half: store floating point tensors as float16.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "parts").mkdir(parents=True)
+    listed: dict[str, dict[str, str]] = {}
+    for name, tensors in sorted(parts.items()):
+        file = temporary / "parts" / f"{name}.safetensors"
+        # sorted and cloned: equal tensors give equal bytes, and views of one storage are allowed
+        stored = {key: _stored(tensors[key], half) for key in sorted(tensors)}
+        save_file(stored, file)
+        listed[name] = {"file": f"parts/{name}.safetensors", "sha256": file_sha256(file)}
+    for name, text in (files or {}).items():
+        (temporary / "files").mkdir(exist_ok=True)
+        (temporary / "files" / name).write_text(text, encoding="utf-8")
+    info = {"format": FORMAT, **{k: getattr(card, k) for k in ModelCard.__dataclass_fields__}, "parts": listed}
+    (temporary / "model.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if path.exists():
+        retired = path.with_name(f".{path.name}.retired")
+        shutil.rmtree(retired, ignore_errors=True)
+        os.replace(path, retired)
+        os.replace(temporary, path)
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.replace(temporary, path)
+    return load_model(path)
+
+
+def _stored(tensor: Tensor, half: bool) -> Tensor:
+    tensor = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensor.half() if half and tensor.is_floating_point() else tensor
+
+
+def resolve_model(name: str | Path) -> Path:
+    """A model folder's path from a path or a shipped name. Raises ModelError that lists the shipped names."""
+    path = Path(name)
+    if (path / "model.json").is_file():
+        return path
+    shipped = SHIPPED / str(name)
+    if (shipped / "model.json").is_file():
+        return shipped
+    names = sorted(p.parent.name for p in SHIPPED.glob("*/model.json"))
+    raise ModelError(f"{name}: neither a model folder (it would hold model.json) nor a shipped model; shipped: {names}")
+
+
+def load_model(name: str | Path) -> Model:
+    """Open a model folder or a shipped model and check its model.json."""
+    path = resolve_model(name)
+    text = (path / "model.json").read_bytes()
+    try:
+        info = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: model.json is not JSON ({error})") from error
+    missing = {"format", "name", "system", "parts", "config"} - set(info)
+    if missing:
+        raise ModelError(f"{path}: model.json lacks {sorted(missing)}")
+    if info["format"] != FORMAT:
+        raise ModelError(f"{path}: format {info['format']} is not {FORMAT}")
+    return Model(path=path, info=info, digest=model_digest(info))
+
+
+def model_digest(info: Mapping[str, Any]) -> str:
+    """Digest of what decides the outputs: system, config, prior and the parts' own digests."""
+    decisive = {
+        "system": info["system"],
+        "config": info["config"],
+        "prior": info.get("prior"),
+        "parts": {name: part["sha256"] for name, part in info["parts"].items()},
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Load a state dict as the module's dtype; every missing, unexpected or misshapen key is named in a ModelError."""
+    expected = module.state_dict()
+    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    misshapen = [
+        f"{k}: {tuple(tensors[k].shape)} instead of {tuple(expected[k].shape)}"
+        for k in sorted(set(expected) & set(tensors))
+        if tensors[k].shape != expected[k].shape
+    ]
+    if missing or unexpected or misshapen:
+        raise ModelError(f"{what}: missing {missing}, unexpected {unexpected}, wrong shapes {misshapen}")
+    with torch.no_grad():
+        for key, value in expected.items():
+            value.copy_(tensors[key])

@@ -1,0 +1,1 @@
+"""Losses and the arithmetic of training targets, shared by the systems."""

@@ -1,0 +1,54 @@
+"""The diffusion loss and the dropout of conditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DroppedConditions:
+    """Which samples of a batch lose which condition, bool [B] each."""
+
+    image: Tensor
+    text: Tensor
+
+
+def epsilon_loss(prediction: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error of predicted noise per sample (InstantIR Eq. 1): [B, ...] -> float32 [B]."""
+    return (prediction.float() - noise.float()).square().flatten(1).mean(dim=1)
+
+
+def drop_conditions(uniform: Tensor, image: float, text: float, both: float) -> DroppedConditions:
+    """Split one uniform draw a sample into "image only", "text only", "both" and "neither".
+
+    Args:
+        uniform: [B] in [0, 1).
+        image, text, both: probabilities; text-only and both may fill the whole range (stage 2: 0 / 0.85 / 0.15).
+
+    Raises:
+        ValueError: a negative probability, or a sum above 1.
+    """
+    check_dropout(image, text, both)
+    none_above = image + text + both
+    drop_both = (uniform >= image + text) & (uniform < none_above)
+    # 0.85 + 0.15 is a hair below 1 in floats: whoever asked for everything gets everything
+    if none_above > 1 - 1e-6:
+        drop_both = uniform >= image + text
+    return DroppedConditions(
+        image=(uniform < image) | drop_both,
+        text=((uniform >= image) & (uniform < image + text)) | drop_both,
+    )
+
+
+def check_dropout(image: float, text: float, both: float) -> None:
+    """Raise ValueError where the three probabilities cannot be one distribution."""
+    if min(image, text, both) < 0 or image + text + both > 1 + 1e-6:
+        raise ValueError(f"dropout must be at least 0 and sum to at most 1, got {image}, {text} and {both}")
+
+
+def replace_rows(rows: Tensor, replacement: Tensor, where: Tensor) -> Tensor:
+    """rows [B, ...] with those marked by bool [B] taken from `replacement` (same shape, or one row)."""
+    return torch.where(where.view(-1, *[1] * (rows.ndim - 1)), replacement, rows)

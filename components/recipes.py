@@ -1,0 +1,201 @@
+"""Recipes: dataclass (names, types, units, defaults), then YAML (a paper's numbers), then key=value (today's change).
+
+A recipe is resolved once, on the driver. A wrong key, type or name dies there with the near one named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+RECIPES = Path(__file__).resolve().parent.parent / "pipelines" / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe, or a name in it, is wrong; the message says which and what was probably meant."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """" Did you mean 'x'?" for the near name, else the list of known ones."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}"
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    """AdamW and its learning rate over steps."""
+
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 1e-2
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    max_bad_steps: int = 10  # this many steps in a row without a finite gradient end the run
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.clip_norm <= 0 or self.max_bad_steps < 1:
+            raise RecipeError("optimizer.lr and optimizer.clip_norm must be positive, max_bad_steps at least 1")
+        if len(self.betas) != 2:
+            raise RecipeError(f"optimizer.betas needs two numbers, got {self.betas}")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of a step (0-based) of `steps`: linear warm-up, then constant or half a cosine to zero."""
+        import math
+
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.schedule == "constant":
+            return self.lr * warm
+        done = max(0, step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(kw_only=True)
+class DegradationChoice:
+    """Which degradation makes the LQ side: a preset's name and options that replace its numbers."""
+
+    preset: str = "realesrgan"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Placement:
+    """Where a stage runs. Not part of a stage's identity: the same recipe gives the same data anywhere."""
+
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    threads: int = 0  # torch threads of a worker; 0: the machine's cores divided by the workers
+    max_failures: int = 2  # restarts from the last checkpoint
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What every training stage has in common."""
+
+    name: str = MISSING
+    system: str = MISSING
+    stage: str = MISSING
+    seed: int = 0
+    steps: int = MISSING
+    batch_size: int = MISSING  # pictures a step, over all workers and micro-batches
+    accumulation: int = 1  # micro-batches a step
+    resolution: int = 1024  # pixels, square crops
+    short_side: int = 1024  # pixels; pictures are resized to this short side before the crop
+    flip: bool = False  # mirror half of the crops
+    sources: dict[str, float] = field(default_factory=lambda: {"corpus": 1.0})  # input name (or dead_leaves): weight
+    captioner: Literal["", "manifest", "tags"] = "manifest"
+    degradation: DegradationChoice = field(default_factory=DegradationChoice)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    ema_decay: float = 0.0  # 0: off
+    checkpoint_every: int = 1000  # steps
+    evaluate_every: int = 1000  # steps; held-out loss, and pictures where the system has them
+    heldout_triples: int = 64  # fixed (sample, timestep, noise) triples of the held-out loss
+    prior: str = "stabilityai/stable-diffusion-xl-base-1.0"  # shipped name, model folder, diffusers folder or hub id
+    placement: Placement = field(default_factory=Placement)
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "accumulation", "resolution", "short_side", "checkpoint_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.short_side < self.resolution:
+            raise RecipeError(f"short_side ({self.short_side}) must not be below resolution ({self.resolution})")
+        if self.batch_size % (self.accumulation * self.placement.workers):
+            raise RecipeError(
+                f"batch_size {self.batch_size} is no multiple of accumulation x workers "
+                f"({self.accumulation} x {self.placement.workers})"
+            )
+        if not self.sources or min(self.sources.values()) <= 0:
+            raise RecipeError("sources needs at least one name, every weight above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise RecipeError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+def recipe_names(folder: Path = RECIPES) -> list[str]:
+    """Names of the recipes in a folder."""
+    return sorted(p.stem for p in folder.glob("*.yaml"))
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = (), folder: Path = RECIPES) -> Recipe:
+    """Resolve a recipe.
+
+    Args:
+        name: a recipe's name in `folder`, or a path to a YAML file.
+        overrides: "key=value" changes, dots for nested keys.
+
+    Raises:
+        RecipeError: no such recipe or system, an unknown key, a wrong type, a value out of range, a missing value.
+    """
+    from components.systems import SYSTEMS
+
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = folder / f"{name}.yaml"
+        if not path.is_file():
+            raise RecipeError(f"no recipe {str(name)!r}. {did_you_mean(str(name), recipe_names(folder))}")
+    if not path.is_file():
+        raise RecipeError(f"no recipe file {str(name)!r}")
+    document = OmegaConf.load(path)
+    document.setdefault("name", path.stem)
+    system = document.get("system")
+    if system not in SYSTEMS:
+        raise RecipeError(f"{path.name}: unknown system {system!r}. {did_you_mean(str(system), SYSTEMS)}")
+    schema = SYSTEMS[system].recipe
+    recipe: Recipe = resolve(schema, document, overrides, path.name)
+    if recipe.stage not in SYSTEMS[system].stages:
+        raise RecipeError(f"{path.name}: unknown stage {recipe.stage!r}. {did_you_mean(recipe.stage, SYSTEMS[system].stages)}")
+    return recipe
+
+
+def resolve(schema: type[Any], document: Any, overrides: Sequence[str], what: str) -> Any:
+    """Merge dataclass, document and overrides into a real dataclass; RecipeError with the near key otherwise."""
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise RecipeError(f"override {override!r} is not key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), document, OmegaConf.from_dotlist(list(overrides)))
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise RecipeError(f"{what}: no value for {', '.join(sorted(missing))}")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "")
+        first = str(error).splitlines()[0]
+        hint = "" if "ean" in first else _near_key(key, schema)
+        raise RecipeError(f"{what}: {first}{f' ({key})' if key and key not in first else ''}{hint}") from error
+
+
+def _near_key(key: str, schema: type[Any]) -> str:
+    known = list(_keys(schema))
+    if not key or key in known:
+        return ""
+    return f". {did_you_mean(key, known)}" if difflib.get_close_matches(key, known, n=1, cutoff=0.5) else ""
+
+
+def _keys(schema: type[Any], prefix: str = "") -> Iterable[str]:
+    for item in dataclasses.fields(schema):
+        yield prefix + item.name
+        factory = item.default_factory
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            yield from _keys(factory, f"{prefix}{item.name}.")
+
+
+def as_dict(recipe: Any) -> dict[str, Any]:
+    """The resolved recipe as plain data."""
+    return dataclasses.asdict(recipe)
+
+
+def identity(recipe: Recipe) -> Mapping[str, Any]:
+    """The resolved recipe without what may change between machines (placement)."""
+    return {k: v for k, v in as_dict(recipe).items() if k != "placement"}

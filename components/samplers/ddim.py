@@ -1,0 +1,82 @@
+"""DDIM and its stochastic sibling DDPM, as functions over a Denoiser in variance-exploding form.
+
+In that form the two are one line each. DDIM (Song et al. 2020, Eq. 12 with eta = 0) keeps the direction from the clean
+estimate to the current latents and shortens it: z' = x0 + (s'/s)(z - x0). DDPM (Ho et al. 2020, Eqs. 6-7, variance of
+the posterior, "fixed small") shortens it to (s'/s)^2 and refills with fresh noise of variance s'^2 (1 - (s'/s)^2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from components.types import Cancellation, Cancelled, Denoiser, OnStep, StepEvent
+
+
+def sample_ddim(
+    denoise: Denoiser,
+    latents: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None = None,
+    cancelled: Cancelled | None = None,
+) -> Tensor:
+    """Deterministic DDIM.
+
+    Args:
+        denoise: called once a step with the latents and sigma [B].
+        latents: [B, C, h, w] at noise level sigmas[0], variance-exploding.
+        sigmas: float [n + 1], falling; the last may be 0.
+        on_step: told after each step; the preview is the clean estimate.
+        cancelled: asked before each step.
+
+    Returns:
+        Latents at sigmas[-1].
+
+    Raises:
+        Cancellation: `cancelled()` became true.
+        ValueError: fewer than two levels, or levels that do not fall.
+    """
+    return _sample(denoise, latents, sigmas, None, on_step, cancelled)
+
+
+def sample_ddpm(
+    denoise: Denoiser,
+    latents: Tensor,
+    sigmas: Tensor,
+    step_noise: Callable[[int], Tensor],
+    on_step: OnStep | None = None,
+    cancelled: Cancelled | None = None,
+) -> Tensor:
+    """Ancestral sampling with the posterior's variance; `step_noise(i)` gives standard normal [B, C, h, w] for step i.
+
+    Otherwise as sample_ddim.
+    """
+    return _sample(denoise, latents, sigmas, step_noise, on_step, cancelled)
+
+
+def _sample(
+    denoise: Denoiser,
+    latents: Tensor,
+    sigmas: Tensor,
+    step_noise: Callable[[int], Tensor] | None,
+    on_step: OnStep | None,
+    cancelled: Cancelled | None,
+) -> Tensor:
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()) or float(sigmas[-1]) < 0:
+        raise ValueError(f"sigmas must fall strictly and hold at least two levels, got {sigmas.tolist()}")
+    steps = len(sigmas) - 1
+    for step in range(steps):
+        if cancelled is not None and cancelled():
+            raise Cancellation(f"cancelled before step {step + 1} of {steps}")
+        sigma, following = sigmas[step].to(latents.device), sigmas[step + 1].to(latents.device)
+        denoised = denoise(latents, sigma.expand(len(latents)))
+        ratio = following / sigma
+        if step_noise is None:
+            latents = denoised + ratio * (latents - denoised)
+        else:
+            refill = following * (1 - ratio.square()).sqrt()
+            latents = denoised + ratio.square() * (latents - denoised) + refill * step_noise(step).to(latents)
+        if on_step is not None:
+            on_step(StepEvent(step=step + 1, of=steps, preview=denoised))
+    return latents

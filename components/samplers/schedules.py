@@ -1,0 +1,121 @@
+"""The discrete noise schedule of SDXL-type priors, and the two forms in which its noisy latents are written.
+
+    variance-preserving (VP), what the network was trained on:  x = sqrt(a) clean + sqrt(1 - a) noise
+    variance-exploding (VE), what samplers see (types.Denoiser): z = clean + sigma noise,   z = x / sqrt(a)
+
+with a = alphas_cumprod[t] and sigma = sqrt((1 - a) / a). The network predicts the noise in both forms alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels of `num_train_timesteps` discrete steps.
+
+    Attributes:
+        num_train_timesteps: T; time steps are 0 .. T - 1, noisier upwards.
+        beta_start, beta_end: first and last beta.
+        beta_schedule: "scaled_linear" (linear in sqrt(beta), SDXL's) or "linear".
+
+    Raises:
+        ValueError: unknown beta_schedule, T < 1 or betas outside 0 < beta_start <= beta_end < 1.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+
+    def __post_init__(self) -> None:
+        if self.beta_schedule not in ("scaled_linear", "linear"):
+            raise ValueError(f"beta_schedule must be scaled_linear or linear, got {self.beta_schedule!r}")
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, got {self.num_train_timesteps}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"betas must satisfy 0 < start <= end < 1, got {self.beta_start} and {self.beta_end}")
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """Share of the clean signal's variance, float32 [T], falling."""
+        steps = self.num_train_timesteps
+        if self.beta_schedule == "linear":
+            betas = torch.linspace(self.beta_start, self.beta_end, steps, dtype=torch.float32)
+        else:
+            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, steps, dtype=torch.float32).square()
+        return torch.cumprod(1.0 - betas, dim=0)
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """Noise levels in VE form, float32 [T], rising."""
+        return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+
+    def alpha(self, timesteps: Tensor, ndim: int = 1) -> Tensor:
+        """alphas_cumprod at int64 timesteps [B], on their device, shaped [B, 1, ...] with `ndim` dimensions."""
+        values = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        return values.view(-1, *[1] * (ndim - 1))
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """VE noise level at int64 timesteps [B] or [] -> float32 of the same shape."""
+        return self.sigmas.to(timesteps.device)[timesteps]
+
+    def timestep_of(self, sigma: Tensor) -> Tensor:
+        """The nearest discrete time step of each VE noise level: float [B] -> int64 [B]."""
+        return (self.sigmas.to(sigma.device)[None] - sigma[:, None]).abs().argmin(dim=1)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents in VP form; clean and noise [B, ...], timesteps int64 [B]."""
+        alpha = self.alpha(timesteps, clean.ndim).to(clean.dtype)
+        return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+
+    def x0_from_eps(self, noisy: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents that a noise prediction implies, from VP latents [B, ...] and int64 timesteps [B]."""
+        alpha = self.alpha(timesteps, noisy.ndim).to(noisy.dtype)
+        return (noisy - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+
+    def timesteps(self, n: int, spacing: Literal["leading", "trailing"] = "leading", offset: int = 1) -> Tensor:
+        """Time steps of an n-step sampler, int64 [n], falling.
+
+        Args:
+            n: number of steps, 1 .. T.
+            spacing: "leading" is SDXL's: multiples of T // n plus `offset`; "trailing" starts at T - 1.
+            offset: added under "leading" (SDXL: 1).
+
+        Raises:
+            ValueError: n outside 1 .. T, or unknown spacing.
+        """
+        steps = self.num_train_timesteps
+        if not 1 <= n <= steps:
+            raise ValueError(f"steps must be between 1 and {steps}, got {n}")
+        if spacing == "leading":
+            # with n = T the offset would leave the table
+            return (torch.arange(n - 1, -1, -1) * (steps // n) + offset).clamp_max(steps - 1)
+        if spacing == "trailing":
+            return (steps - torch.arange(n, dtype=torch.float64) * (steps / n)).round().long() - 1
+        raise ValueError(f"spacing must be leading or trailing, got {spacing!r}")
+
+    def sampling_sigmas(self, timesteps: Tensor) -> Tensor:
+        """VE noise levels of a sampler's int64 timesteps [n], and a last 0 -> float32 [n + 1].
+
+        After a step of a "leading" grid the next level is the next grid point's: T // n below. Behind the last it is 0
+        (diffusers' set_alpha_to_one, with which the official loops were recorded).
+        """
+        levels = self.sigma(timesteps)
+        return torch.cat([levels, levels.new_zeros(1)])
+
+    @staticmethod
+    def preserving(latents: Tensor, sigma: Tensor) -> Tensor:
+        """VE latents [B, ...] at sigma [B] -> VP latents: divided by sqrt(1 + sigma^2) = 1 / sqrt(a)."""
+        return latents / (1 + sigma.square()).sqrt().view(-1, *[1] * (latents.ndim - 1))
+
+    @staticmethod
+    def exploding(latents: Tensor, sigma: Tensor) -> Tensor:
+        """VP latents [B, ...] at sigma [B] -> VE latents."""
+        return latents * (1 + sigma.square()).sqrt().view(-1, *[1] * (latents.ndim - 1))

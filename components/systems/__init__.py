@@ -1,0 +1,84 @@
+"""The systems, in one dictionary. Adding one: its module or folder here, a line below, a recipe, a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.recipes import Recipe
+from components.systems.instantir.recipe import InstantIRRecipe
+from components.systems.prior_recipe import PriorRecipe
+
+if TYPE_CHECKING:
+    from components.types import Objective, Restorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One restoration (or prior) system.
+
+    Attributes:
+        recipe: dataclass of its recipes.
+        stages: training stages and the integer version of each: raise it when a code change alters what a stage makes.
+        build_objective: (recipe, parent model folders by stage, example pictures [N, 3, H, W] or None) -> objective.
+        build_restorer: (model folder, keyword options) -> restorer; None where the system restores nothing by itself.
+    """
+
+    recipe: type[Recipe]
+    stages: Mapping[str, int]
+    build_objective: Callable[..., Objective]
+    build_restorer: Callable[..., Restorer] | None = None
+
+
+# torch is imported by the builders, not here: listing recipes must stay fast
+def _prior_objective(*args: Any, **kwargs: Any) -> Objective:
+    from components.systems.prior import build_objective
+
+    return build_objective(*args, **kwargs)
+
+
+def _instantir_objective(*args: Any, **kwargs: Any) -> Objective:
+    from components.systems.instantir.build import build_objective
+
+    return build_objective(*args, **kwargs)
+
+
+def _instantir_restorer(*args: Any, **kwargs: Any) -> Restorer:
+    from components.systems.instantir.build import build_restorer
+
+    return build_restorer(*args, **kwargs)
+
+
+SYSTEMS: dict[str, System] = {
+    "prior": System(
+        recipe=PriorRecipe,
+        stages={"autoencoder": 1, "encoder": 1, "denoiser": 1},
+        build_objective=_prior_objective,
+    ),
+    "instantir": System(
+        recipe=InstantIRRecipe,
+        stages={"dcp": 1, "previewer": 1, "aggregator": 1},
+        build_objective=_instantir_objective,
+        build_restorer=_instantir_restorer,
+    ),
+}
+
+
+def build_restorer(model: str | Path, **options: Any) -> Restorer:
+    """The restorer of a trained model folder or shipped model.
+
+    Raises:
+        ModelError: no usable model, an unknown system, or a system that does not restore.
+    """
+    from components.models import ModelError, load_model
+    from components.recipes import did_you_mean
+
+    folder = load_model(model)
+    system = SYSTEMS.get(folder.info["system"])
+    if system is None:
+        raise ModelError(f"{folder.path}: unknown system. {did_you_mean(str(folder.info['system']), SYSTEMS)}")
+    if system.build_restorer is None:
+        raise ModelError(f"{folder.path}: a {folder.info['system']!r} model does not restore pictures by itself")
+    return system.build_restorer(folder, **options)

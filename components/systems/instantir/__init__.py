@@ -1,0 +1,1 @@
+"""InstantIR (arXiv 2410.06551): perceptor, previewer and aggregator around a frozen SDXL-shaped prior."""

@@ -1,0 +1,189 @@
+"""InstantIR's Latent Aggregator: a copy of the UNet's compression path that fuses the LQ latents with a preview.
+
+Both go in side by side (LQ first) as one double-sized latent, so that self-attention fuses them; at each of the UNet's
+skip levels the two halves are cut apart again and joined by a spatial feature transform (InstantIR Eq. 6), with the LQ
+half modulating the preview's. There is no text cross-attention; pooled text and sizes still enter by the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+from components.systems.instantir.perceptor import (
+    base_parameters,
+    base_state,
+    copy_strictly,
+    seeded_initialisation,
+)
+
+SFT_WIDTH = 128  # the released model's, at every level (instantir.md section 4)
+
+
+class Residuals(NamedTuple):
+    """What is added to the UNet: a tensor for each skip connection [B, W, h, w], and one for the middle block."""
+
+    down: tuple[Tensor, ...]
+    mid: Tensor
+
+    def scaled(self, scale: float | Tensor) -> Residuals:
+        """All times `scale`, a number or [B]."""
+        if isinstance(scale, Tensor):
+            scale = scale.view(-1, 1, 1, 1)
+        return Residuals(tuple(r * scale for r in self.down), self.mid * scale)
+
+
+class SpatialFeatureTransform(nn.Module):
+    """preview (1 + mul(lq)) + add(lq), Eq. 6 (Wang et al. 2018)."""
+
+    def __init__(self, channels: int, width: int = SFT_WIDTH) -> None:
+        super().__init__()
+        self.mlp_shared = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.SiLU())
+        self.mul = nn.Conv2d(width, channels, 3, padding=1)
+        self.add = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, preview: Tensor, lq: Tensor) -> Tensor:
+        """[B, channels, h, w] twice -> the same shape."""
+        shared = self.mlp_shared(lq)
+        return preview * (1 + self.mul(shared)) + self.add(shared)
+
+
+class Aggregator(nn.Module):
+    """See the module's docstring. Make one with `Aggregator.from_unet`.
+
+    Args:
+        config: the UNet's configuration.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        # a perceptor in the UNet is none of ours, and a fresh UNet would refuse its entry
+        bare = {**config, "encoder_hid_dim_type": None, "encoder_hid_dim": None}
+        with torch.device("meta"):
+            # only half of it is used: the other half must cost nothing
+            skeleton = UNet2DConditionModel.from_config(bare)  # type: ignore[arg-type]
+        self.config = bare
+        self.conv_in = skeleton.conv_in
+        with torch.device("meta"):
+            conv = self.conv_in
+            self.ref_conv_in = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)  # type: ignore[arg-type]
+        self.time_proj, self.time_embedding = skeleton.time_proj, skeleton.time_embedding
+        self.add_time_proj, self.add_embedding = skeleton.add_time_proj, skeleton.add_embedding
+        self.down_blocks, self.mid_block = skeleton.down_blocks, skeleton.mid_block
+        for module in self.modules():
+            if hasattr(module, "attn2"):
+                module.attn2, module.norm2 = None, None
+        self.to_empty(device="cpu")
+        widths = _skip_widths(self)
+        self.controlnet_down_blocks = nn.ModuleList(_join(width) for width in widths)
+        self.controlnet_mid_block = _join(widths[-1])
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel, seed: int = 0) -> Aggregator:
+        """A new Aggregator that starts as the UNet's compression path, adding nothing (its last layers are zero).
+
+        Args:
+            unet: the prior's; a perceptor or previewer in it is left out.
+            seed: fixes the random start of the joins.
+        """
+        with seeded_initialisation(seed, "aggregator"):
+            aggregator = cls(dict(unet.config))
+        like = next(unet.parameters())
+        aggregator.to(device=like.device, dtype=like.dtype)
+        own = aggregator.state_dict()
+        source = {name: value for name, value in base_state(unet).items() if name in own}
+        source |= {f"ref_{name}": value for name, value in source.items() if name.startswith("conv_in.")}
+        copy_strictly({n: p for n, p in own.items() if not n.startswith("controlnet_")}, source, "aggregator's copy")
+        return aggregator
+
+    def forward(
+        self,
+        lq: Tensor,
+        timesteps: Tensor,
+        preview: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        conditioning_scale: float | Tensor = 1.0,
+        cat_dim: int = -2,
+    ) -> Residuals:
+        """Residuals for the UNet.
+
+        Args:
+            lq: latents of the LQ picture [B, C, h, w]; sides divisible by 2 ** (levels - 1).
+            timesteps: [B] or [1].
+            preview: latents of the preview, same shape.
+            text_embeds: pooled text [B, P].
+            time_ids: size ids [B, 6].
+            conditioning_scale: multiplies everything; a number or [B].
+            cat_dim: -2 joins along the height (released), -1 along the width.
+
+        Raises:
+            ValueError: shapes differ, sides do not halve evenly, or another cat_dim.
+        """
+        self._check(lq, preview, cat_dim)
+        temb = self.embedding(timesteps.expand(len(lq)), text_embeds, time_ids, lq.dtype)
+        sample = torch.cat([self.conv_in(lq), self.ref_conv_in(preview)], dim=cat_dim)
+        features = [sample]
+        for block in self.down_blocks:
+            sample, skips = block(hidden_states=sample, temb=temb)
+            features.extend(skips)
+        sample = self.mid_block(sample, temb)  # type: ignore[misc]
+        down = tuple(
+            _joined(join, feature, cat_dim) for join, feature in zip(self.controlnet_down_blocks, features, strict=True)
+        )
+        return Residuals(down, _joined(self.controlnet_mid_block, sample, cat_dim)).scaled(conditioning_scale)
+
+    def embedding(self, timesteps: Tensor, text_embeds: Tensor, time_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The whole embedding [B, E] from timesteps [B], pooled text [B, P] and size ids [B, 6]."""
+        sizes = self.add_time_proj(time_ids.flatten()).view(len(text_embeds), -1)
+        extra = torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1).to(dtype)
+        return self.time_embedding(self.time_proj(timesteps).to(dtype)) + self.add_embedding(extra)
+
+    def _check(self, lq: Tensor, preview: Tensor, cat_dim: int) -> None:
+        if cat_dim not in (-2, -1):
+            raise ValueError(f"cat_dim must be -2 (height) or -1 (width), got {cat_dim}")
+        if lq.shape != preview.shape:
+            raise ValueError(f"LQ latents {tuple(lq.shape)} and preview {tuple(preview.shape)} differ in shape")
+        multiple = 2 ** (len(self.down_blocks) - 1)
+        if lq.shape[-2] % multiple or lq.shape[-1] % multiple:
+            raise ValueError(f"latent sides must be multiples of {multiple}, got {tuple(lq.shape[-2:])}")
+
+
+def load_aggregator(aggregator: Aggregator, state: Mapping[str, Tensor]) -> None:
+    """Copy weights under aggregator.pt's names. Raises ValueError that lists every fault."""
+    copy_strictly(base_parameters(aggregator), state, "aggregator")
+
+
+def aggregator_state(aggregator: Aggregator) -> dict[str, Tensor]:
+    """The weights under aggregator.pt's names."""
+    return base_state(aggregator)
+
+
+def _join(channels: int) -> nn.ModuleList:
+    """Spatial feature transform, then a 1x1 convolution that starts at zero."""
+    zero = nn.Conv2d(channels, channels, 1)
+    nn.init.zeros_(zero.weight)
+    nn.init.zeros_(zero.bias)  # type: ignore[arg-type]
+    return nn.ModuleList([SpatialFeatureTransform(channels), zero])
+
+
+def _joined(join: nn.Module, feature: Tensor, cat_dim: int) -> Tensor:
+    transform, zero = join  # type: ignore[misc]
+    half = feature.shape[cat_dim] // 2
+    lq = feature.narrow(cat_dim, 0, half)
+    preview = feature.narrow(cat_dim, feature.shape[cat_dim] - half, half)
+    return zero(transform(preview, lq))
+
+
+def _skip_widths(aggregator: Aggregator) -> list[int]:
+    """Channels of each skip feature: the input convolution's, then each block's layers and downsampler."""
+    widths = [aggregator.conv_in.out_channels]
+    for block in aggregator.down_blocks:
+        widths += [resnet.out_channels for resnet in block.resnets]  # type: ignore[union-attr, misc]
+        if block.downsamplers is not None:
+            widths.append(widths[-1])
+    return widths

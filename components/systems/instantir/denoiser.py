@@ -1,0 +1,163 @@
+"""InstantIR's sampling loop (instantir.md section 5), as a Denoiser that any sampler can drive.
+
+Each call is one step: preview, aggregate, predict, guide. What lasts from step to step (the step's number, the last
+preview, the last residuals, the adaptive factor) is held here, so one object serves one run over its time steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from components.samplers.guidance import guide
+from components.samplers.schedules import Schedule
+from components.systems.instantir.aggregator import Residuals
+from components.systems.instantir.network import Conditions, InstantIR
+
+SKIP_AT_MOST = 0.1
+"""At this applied scale and below, Previewer and Aggregator are left out (instantir.md section 5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How the loop is steered; the defaults are the released pipeline's.
+
+    Attributes:
+        cfg_scale: guidance; 1 or less runs the positive half only.
+        guidance_rescale: see samplers.guidance.guide.
+        aggregator_scale: multiplies the residuals; one number or one for each step.
+        aggregator_stop: share of the steps after which Previewer and Aggregator stop ("creative" restoration).
+        preview_start, preview_stop: shares of the steps between which previews are made; outside, the LQ latents
+            stand in for the preview.
+        adaptive: scale the residuals by the adaptive factor of the step before (AdaRes, as released).
+
+    Raises:
+        ValueError: a share outside 0 .. 1, or a negative scale.
+    """
+
+    cfg_scale: float = 7.0
+    guidance_rescale: float = 0.0
+    aggregator_scale: float | Sequence[float] = 1.0
+    aggregator_stop: float = 1.0
+    preview_start: float = 0.0
+    preview_stop: float = 1.0
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_rescale", "aggregator_stop", "preview_start", "preview_stop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.cfg_scale < 0:
+            raise ValueError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
+
+    @property
+    def guided(self) -> bool:
+        return self.cfg_scale > 1
+
+    def scale_at(self, step: int, of: int) -> float:
+        """The residuals' scale at a 0-based step, without the adaptive factor."""
+        if (step + 1) / of > self.aggregator_stop:
+            return 0.0
+        if isinstance(self.aggregator_scale, Sequence):
+            return float(self.aggregator_scale[step])
+        return float(self.aggregator_scale)
+
+    def previews_at(self, step: int, of: int) -> bool:
+        """Whether the Previewer runs at a 0-based step."""
+        return not (step / of < self.preview_start or (step + 1) / of > self.preview_stop)
+
+
+class InstantIRDenoiser:
+    """A types.Denoiser for B pictures.
+
+    Args:
+        network: with previewer and aggregator.
+        lq: LQ latents [B, C, h, w].
+        positive, negative: conditions of B rows each; `negative` may be None without guidance.
+        steps: number of calls to come.
+        settings: how the loop is steered.
+
+    Attributes:
+        preview: the last step's preview [H, C, h, w] with H = 2B rows (negative, positive), or B without guidance; stale
+            where it was not renewed; None before the first.
+        eps: the last guided noise prediction [B, C, h, w].
+        applied: the scale applied to the residuals in the last step [H].
+        factor: the adaptive factor for the next step [B]; 1 unless settings.adaptive.
+
+    Raises:
+        ValueError: guidance without `negative`, or a list of scales of another length than `steps`.
+    """
+
+    def __init__(
+        self,
+        network: InstantIR,
+        lq: Tensor,
+        positive: Conditions,
+        negative: Conditions | None,
+        steps: int,
+        settings: LoopSettings,
+    ) -> None:
+        if settings.guided and negative is None:
+            raise ValueError("guidance needs negative conditions")
+        if isinstance(settings.aggregator_scale, Sequence) and len(settings.aggregator_scale) != steps:
+            raise ValueError(f"{len(settings.aggregator_scale)} aggregator scales for {steps} steps")
+        self.network, self.settings, self.steps, self.batch = network, settings, steps, len(lq)
+        self.halves = 2 if settings.guided else 1
+        self.given = negative.joined(positive) if settings.guided and negative is not None else positive
+        self.lq = lq.repeat(self.halves, 1, 1, 1)
+        self.step = 0
+        self.preview: Tensor | None = None
+        self.eps = torch.zeros_like(lq)
+        self.factor = torch.ones(self.batch, device=lq.device, dtype=lq.dtype)
+        self.applied = torch.ones(self.halves * self.batch, device=lq.device, dtype=lq.dtype)
+        self._residuals: Residuals | None = None
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """VE latents [B, C, h, w] and sigma [B] -> clean latents; advances by one step."""
+        if self.step >= self.steps:
+            raise ValueError(f"this denoiser was made for {self.steps} steps")
+        schedule = self.network.prior.schedule
+        noisy = Schedule.preserving(latents, sigma).repeat(self.halves, 1, 1, 1)
+        timesteps = schedule.timestep_of(sigma).repeat(self.halves)
+        before = self._positive_preview()
+        residuals = self._control(noisy, timesteps)
+        eps = self.network.denoise_eps(noisy, timesteps, self.given, residuals)
+        if self.settings.guided:
+            eps = guide(*eps.chunk(2), self.settings.cfg_scale, self.settings.guidance_rescale)
+        clean = latents - sigma.view(-1, 1, 1, 1) * eps
+        if self.settings.adaptive:
+            self.factor = _adaptive_factor(self._positive_preview(), before, clean)
+        self.eps, self.step = eps, self.step + 1
+        return clean
+
+    def _control(self, noisy: Tensor, timesteps: Tensor) -> Residuals | None:
+        """This step's residuals, already scaled."""
+        scale = self.settings.scale_at(self.step, self.steps)
+        self.applied = self.factor.clamp(0.0, scale).repeat(self.halves)
+        if bool((self.applied > SKIP_AT_MOST).any()):
+            if self.settings.previews_at(self.step, self.steps):
+                self.preview = self.network.preview(noisy, timesteps, self.given)
+            else:
+                self.preview = self.lq
+            self._residuals = self.network.residuals(self.lq, timesteps, self.preview, self.given)
+        # as released: a step that skips the Aggregator scales the residuals of the step before once more
+        self._residuals = self._residuals.scaled(self.applied) if self._residuals is not None else None
+        return self._residuals
+
+    def _positive_preview(self) -> Tensor:
+        if self.preview is None:
+            return torch.zeros_like(self.lq[-self.batch :])
+        return self.preview[-self.batch :]
+
+
+def _adaptive_factor(preview: Tensor, before: Tensor, clean: Tensor) -> Tensor:
+    """Eq. 7 per sample [B]: distance of preview and denoised, over that of this preview and the one before.
+
+    +inf where the preview was not renewed; the clamp makes that the full scale, as released.
+    """
+    distance = (preview - clean).square().flatten(1).sum(dim=1)
+    change = (preview - before).square().flatten(1).sum(dim=1)
+    return distance / change

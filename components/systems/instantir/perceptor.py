@@ -1,0 +1,344 @@
+"""InstantIR's Degradation Content Perceptor (DCP): picture tokens -> extra keys and values in every cross-attention.
+
+Two parts (instantir.md section 2): a Resampler, which condenses the picture encoder's tokens to a few queries, and one
+processor for each cross-attention of the UNet, which attends to them with keys and values modulated by the UNet's whole
+embedding (time, pooled text, sizes). The Resampler sits in `unet.encoder_hid_proj` and the processors in
+`attn2.processor`, so that they take part in the UNet's call and LoRA can target both.
+
+Shapes: B batch, N picture tokens, Q queries, W attention width, E embedding width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+from components.randomness import stream_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResamplerConfig:
+    """Size of the Resampler; the defaults are the released model's.
+
+    Attributes:
+        dim: inner width.
+        depth: layers.
+        dim_head, heads: attention geometry.
+        num_queries: Q, tokens that come out.
+        embedding_dim: width of the picture encoder's tokens.
+        output_dim: width of the UNet's text tokens.
+        ff_mult: feed-forward widening.
+    """
+
+    dim: int = 1280
+    depth: int = 4
+    dim_head: int = 64
+    heads: int = 20
+    num_queries: int = 64
+    embedding_dim: int = 1024
+    output_dim: int = 2048
+    ff_mult: int = 4
+
+
+class PerceiverAttention(nn.Module):
+    """Queries attend to the picture's tokens and to themselves; no biases; pre-norm on both."""
+
+    def __init__(self, dim: int, dim_head: int, heads: int) -> None:
+        super().__init__()
+        inner = dim_head * heads
+        self.heads, self.dim_head = heads, dim_head
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, inner * 2, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, tokens: Tensor, queries: Tensor) -> Tensor:
+        """tokens [B, N, dim], queries [B, Q, dim] -> [B, Q, dim]."""
+        tokens, queries = self.norm1(tokens), self.norm2(queries)
+        query = self._split(self.to_q(queries))
+        key, value = (self._split(part) for part in self.to_kv(torch.cat([tokens, queries], dim=1)).chunk(2, dim=-1))
+        # the scale is split over both factors so that half-precision products stay in range; softmax in float32
+        scale = self.dim_head**-0.25
+        weights = ((query * scale) @ (key * scale).transpose(-2, -1)).float().softmax(dim=-1).to(value.dtype)
+        return self.to_out((weights @ value).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)
+
+
+class Resampler(nn.Module):
+    """Picture tokens [B, N, embedding_dim] -> [B, num_queries, output_dim]. Takes no time step."""
+
+    def __init__(self, config: ResamplerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, hidden = config.dim, config.dim * config.ff_mult
+        self.latents = nn.Parameter(torch.randn(1, config.num_queries, dim) / dim**0.5)
+        self.proj_in = nn.Linear(config.embedding_dim, dim)
+        self.proj_out = nn.Linear(dim, config.output_dim)
+        self.norm_out = nn.LayerNorm(config.output_dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(dim, config.dim_head, config.heads),
+                    nn.Sequential(
+                        nn.LayerNorm(dim),
+                        nn.Linear(dim, hidden, bias=False),
+                        nn.GELU(),
+                        nn.Linear(hidden, dim, bias=False),
+                    ),
+                ]
+            )
+            for _ in range(config.depth)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        queries = self.latents.expand(len(tokens), -1, -1)
+        tokens = self.proj_in(tokens)
+        for layer in self.layers:
+            attention, feed_forward = layer  # type: ignore[misc]
+            queries = queries + attention(tokens, queries)
+            queries = queries + feed_forward(queries)
+        return self.norm_out(self.proj_out(queries))
+
+
+class AdaLayerNorm(nn.Module):
+    """LayerNorm without weights, then (1 + scale) and shift, both linear in SiLU(embedding); shift comes first."""
+
+    def __init__(self, width: int, embedding_width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(embedding_width, 2 * width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, Q, W], embedding [B, E] -> [B, Q, W]."""
+        shift, scale = self.linear(F.silu(embedding)).unsqueeze(1).chunk(2, dim=-1)
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class PerceptorAttnProcessor(nn.Module):
+    """Attention to the text, plus `scale` times attention to the picture's tokens (InstantIR Eqs. 3-4, as released).
+
+    Both share the queries and the output projection. `encoder_hidden_states` is (text, [picture tokens]), as diffusers'
+    UNet hands it over, or both joined along the tokens, in which case the last `num_tokens` are the picture's.
+
+    Args:
+        width: W, the attention's inner width.
+        cross_attention_dim: width of text and picture tokens.
+        embedding_width: E, width of the UNet's embedding.
+        num_tokens: Q, needed for the joined form only.
+        scale: Eq. 3's w.
+    """
+
+    def __init__(
+        self, width: int, cross_attention_dim: int, embedding_width: int, num_tokens: int, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.num_tokens, self.scale = num_tokens, scale
+        self.to_k_ip = nn.Linear(cross_attention_dim, width, bias=False)
+        self.to_v_ip = nn.Linear(cross_attention_dim, width, bias=False)
+        self.ln_k_ip = AdaLayerNorm(width, embedding_width)
+        self.ln_v_ip = AdaLayerNorm(width, embedding_width)
+
+    def keys_and_values(self, tokens: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        """Modulated keys and values [B, Q, W] of picture tokens [B, Q, cross_attention_dim]."""
+        return self.ln_k_ip(self.to_k_ip(tokens), temb), self.ln_v_ip(self.to_v_ip(tokens), temb)
+
+    # __call__, not forward: diffusers reads the signature of __call__ to decide which arguments to pass on
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor]] | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, D]. Raises ValueError without `temb`, or with a mask (SDXL uses none)."""
+        if encoder_hidden_states is None or temb is None:
+            raise ValueError("the perceptor needs encoder_hidden_states and temb (pass it in cross_attention_kwargs)")
+        if attention_mask is not None:
+            raise ValueError("the perceptor's cross-attention takes no attention mask")
+        if isinstance(encoder_hidden_states, tuple):
+            text, (tokens,) = encoder_hidden_states
+        else:
+            text = encoder_hidden_states[:, : -self.num_tokens]
+            tokens = encoder_hidden_states[:, -self.num_tokens :]
+        tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # [B, pictures, Q, D]: tokens of all pictures
+        query = _heads(attn.to_q(hidden_states), attn.heads)
+        attended = _attend(query, attn.to_k(text), attn.to_v(text))
+        if self.scale != 0:
+            key, value = self.keys_and_values(tokens, temb)
+            attended = attended + self.scale * _attend(query, key, value)
+        for layer in attn.to_out:  # type: ignore[union-attr]
+            attended = layer(attended)
+        if attn.residual_connection:
+            attended = attended + hidden_states
+        return attended / attn.rescale_output_factor
+
+
+class Perceptor(nn.Module):
+    """The trainable parts inside a UNet, under the names of adapter.pt: image_proj.*, ip_adapter.<i>.*.
+
+    A view: the modules are the UNet's own.
+    """
+
+    def __init__(self, image_proj: Resampler, ip_adapter: Mapping[str, PerceptorAttnProcessor]) -> None:
+        super().__init__()
+        self.image_proj = image_proj
+        self.ip_adapter = nn.ModuleDict(dict(ip_adapter))
+
+
+def install_perceptor(
+    unet: UNet2DConditionModel, resampler: ResamplerConfig | Mapping[str, Any], seed: int = 0
+) -> Perceptor:
+    """Put a new Resampler and processors into a UNet (in place) and return them.
+
+    Keys and values start as copies of the text's, the modulation at zero, as released; the Resampler at random.
+
+    Args:
+        unet: SDXL-shaped, without a perceptor.
+        resampler: its size; output_dim must be the UNet's cross_attention_dim.
+        seed: fixes the random start.
+
+    Raises:
+        ValueError: widths do not fit, or there is a perceptor already.
+    """
+    config = resampler if isinstance(resampler, ResamplerConfig) else ResamplerConfig(**resampler)
+    if unet.encoder_hid_proj is not None:
+        raise ValueError("the UNet has an encoder_hid_proj already: a perceptor is installed once")
+    text_dim = unet.config["cross_attention_dim"]
+    if config.output_dim != text_dim:
+        raise ValueError(f"the Resampler's output_dim {config.output_dim} is not the UNet's text width {text_dim}")
+    embedding_width = unet.time_embedding.linear_2.out_features
+    like = next(unet.parameters())
+    with seeded_initialisation(seed, "perceptor"):
+        image_proj = Resampler(config)
+        for attention in cross_attentions(unet).values():
+            processor = PerceptorAttnProcessor(attention.inner_dim, text_dim, embedding_width, config.num_queries)
+            processor.to(device=like.device, dtype=like.dtype)
+            processor.to_k_ip.weight.data.copy_(_base(attention.to_k).weight.data)
+            processor.to_v_ip.weight.data.copy_(_base(attention.to_v).weight.data)
+            attention.set_processor(processor)  # type: ignore[arg-type]
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([image_proj.to(device=like.device, dtype=like.dtype)])
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    return perceptor_of(unet)
+
+
+def perceptor_of(unet: UNet2DConditionModel) -> Perceptor:
+    """The perceptor installed in a UNet. Raises ValueError where there is none."""
+    if not isinstance(unet.encoder_hid_proj, MultiIPAdapterImageProjection):
+        raise ValueError("the UNet has no perceptor: call install_perceptor first")
+    attentions = cross_attentions(unet)
+    return Perceptor(
+        unet.encoder_hid_proj.image_projection_layers[0],  # type: ignore[arg-type]
+        {index: attention.processor for index, attention in attentions.items()},  # type: ignore[misc]
+    )
+
+
+def perceptor_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The perceptor's weights under adapter.pt's names, its two dictionaries flattened; LoRA weights left out."""
+    return base_state(perceptor_of(unet))
+
+
+def load_perceptor(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> None:
+    """Copy weights named as by perceptor_state into the installed perceptor.
+
+    Raises:
+        ValueError: lists every missing and unexpected key and every wrong shape.
+    """
+    copy_strictly(base_parameters(perceptor_of(unet)), state, "perceptor")
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    """Cross-attention layers by their number among all attention layers, in the order down, up, mid blocks.
+
+    The numbers are those of adapter.pt, which come from the order in which the UNet's blocks are registered.
+    """
+    found: dict[str, Attention] = {}
+    blocks: list[tuple[str, nn.Module | None]] = [
+        ("down_blocks", unet.down_blocks),
+        ("up_blocks", unet.up_blocks),
+        ("mid_block", unet.mid_block),
+    ]
+    number = 0
+    for _, block in blocks:
+        for name, module in block.named_modules() if block is not None else ():
+            if isinstance(module, Attention):
+                if name.rpartition(".")[2] == "attn2":
+                    found[str(number)] = module
+                number += 1
+    return found
+
+
+def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names they had before peft wrapped some layers; LoRA weights left out."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in module.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+def base_state(module: nn.Module) -> dict[str, Tensor]:
+    """base_parameters as detached contiguous tensors."""
+    return {name: parameter.detach().contiguous() for name, parameter in base_parameters(module).items()}
+
+
+@torch.no_grad()
+def copy_strictly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Copy tensors by name; nothing is copied unless all of it fits.
+
+    Raises:
+        ValueError: lists every missing and unexpected key and every wrong shape.
+    """
+    faults = [f"missing {name}" for name in parameters if name not in state]
+    faults += [f"unexpected {name}" for name in state if name not in parameters]
+    faults += [
+        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in state and state[name].shape != parameter.shape
+    ]
+    if faults:
+        raise ValueError(f"the {what}'s weights do not fit ({len(faults)} faults): {'; '.join(faults)}")
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+
+
+@contextlib.contextmanager
+def seeded_initialisation(seed: int, name: str) -> Iterator[None]:
+    """torch's layers draw their start from the global generator: seed it from (seed, name), and put it back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_key(seed, "initialise", name) % 2**63)
+        yield
+
+
+def resampler_config(perceptor: Perceptor) -> dict[str, int]:
+    """The installed Resampler's size, for model.json."""
+    return asdict(perceptor.image_proj.config)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query [B, heads, L, d]; key and value [B, S, W] -> [B, L, W]."""
+    heads = query.shape[1]
+    attended = F.scaled_dot_product_attention(query, _heads(key, heads), _heads(value, heads))
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _base(layer: nn.Module) -> nn.Linear:
+    """The layer itself, or what peft wrapped."""
+    return getattr(layer, "base_layer", layer)  # type: ignore[return-value]

@@ -1,0 +1,51 @@
+"""Recipe of InstantIR's training stages. Torch-free, so that recipes list fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from components.recipes import Recipe, RecipeError
+
+
+@dataclass(kw_only=True)
+class InstantIRRecipe(Recipe):
+    """InstantIR's three stages: dcp (perceptor), previewer, aggregator. Defaults are the paper's (arXiv 2410.06551).
+
+    Attributes:
+        resampler_dim, resampler_depth, resampler_head_dim, resampler_heads, resampler_queries: size of the Resampler.
+        lora_rank, lora_alpha: the Previewer's LoRA.
+        image_dropout, text_dropout, both_dropout: probabilities of "no picture", "no prompt", neither; exclusive draws.
+        distance: of the Previewer's consistency loss: Eq. 5's squared L2, or the released Huber.
+        huber_c: constant of the Huber distance.
+        teacher_cfg_scale: range of the guided teacher step's scale; empty for no guidance.
+        teacher_timesteps: points of the teacher's DDIM grid.
+        steps_at_restore, cfg_scale: how held-out pictures are restored while training.
+    """
+
+    resampler_dim: int = 1280
+    resampler_depth: int = 4
+    resampler_head_dim: int = 64
+    resampler_heads: int = 20
+    resampler_queries: int = 64
+    lora_rank: int = 64
+    lora_alpha: float = 1.0
+    image_dropout: float = 0.15  # section 4.1: LQ dropout of 15 % in both stages
+    text_dropout: float = 0.0
+    both_dropout: float = 0.0
+    distance: Literal["l2", "huber"] = "l2"
+    huber_c: float = 0.001
+    teacher_cfg_scale: list[float] = field(default_factory=list)
+    teacher_timesteps: int = 50
+    steps_at_restore: int = 30  # section 4.1: 30 DDIM steps
+    cfg_scale: float = 7.0  # section 4.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_dropout", "text_dropout", "both_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.image_dropout + self.text_dropout + self.both_dropout > 1:
+            raise RecipeError("image_dropout + text_dropout + both_dropout must not exceed 1")
+        if self.teacher_cfg_scale and (len(self.teacher_cfg_scale) != 2 or self.teacher_cfg_scale[0] > self.teacher_cfg_scale[1]):
+            raise RecipeError(f"teacher_cfg_scale needs [low, high] or [], got {self.teacher_cfg_scale}")

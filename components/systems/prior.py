@@ -1,0 +1,157 @@
+"""Training of an SDXL-shaped prior: autoencoder, then picture encoder, then denoiser with its text encoders.
+
+Each stage's model folder is a whole prior (later parts still untrained), so any of them loads with `load_prior`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.captions.tags import VOCABULARY
+from components.models import Model, load_strictly, resolve_model, load_model
+from components.priors.autoencoder import SpaceToDepthAutoencoder
+from components.priors.nano import NANO, build_prior, build_tokenizer_json
+from components.priors.sdxl import Prior
+from components.randomness import Noise
+from components.systems.prior_recipe import PriorRecipe
+from components.training import seeded_init
+from components.types import Batch, Loss
+
+
+class PriorObjective:
+    """What the three stages share: the prior under training, its parts and its config."""
+
+    def __init__(self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, trainables: Mapping[str, nn.Module]) -> None:
+        self.prior, self.config, self.trainables = prior.freeze(), config, trainables
+        self.files = {"tokenizer.json": tokenizer_json}
+        for module in trainables.values():
+            module.requires_grad_(True)
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        return {name: dict(module.state_dict()) for name, module in self.prior.modules.items()}
+
+
+class AutoencoderObjective(PriorObjective):
+    """L1 plus mean square of the reconstruction, from latents with a little noise on them."""
+
+    def __init__(self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, latent_noise: float) -> None:
+        super().__init__(prior, config, tokenizer_json, {"autoencoder": prior.autoencoder})
+        self.latent_noise = latent_noise
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        latents = self.prior.encode(batch.hq)
+        jitter = noise.normal("latents", tuple(latents.shape[1:])) * self.latent_noise
+        error = self.prior.decode(latents + jitter) - batch.hq
+        mse = error.square().mean()
+        yield "autoencoder", Loss(value=error.abs().mean() + 4 * mse, metrics={"loss": mse, "psnr": -10 * torch.log10(mse / 4)})
+
+
+class ImageEncoderObjective(PriorObjective):
+    """An LQ picture's tokens must find their HQ among the batch, and say what stood where.
+
+    InfoNCE between the mean patch tokens of LQ and HQ, in both directions, and a linear read-out of each patch's HQ
+    colours from its LQ token: without it the tokens would forget everything but identity.
+    """
+
+    def __init__(self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, temperature: float, seed: int) -> None:
+        self.cells = 2  # each token reads out a 2 x 2 thumbnail of its patch
+        with seeded_init(seed, "readout"):
+            self.readout = nn.Linear(prior.image_token_dim, 3 * self.cells**2)
+        trainable = nn.ModuleDict({"image_encoder": prior.image_encoder, "readout": self.readout})
+        super().__init__(prior, config, tokenizer_json, {"encoder": trainable})
+        self.temperature = temperature
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        lq, hq = self.prior.embed_images(batch.lq), self.prior.embed_images(batch.hq)
+        similarity = picture_vectors(lq) @ picture_vectors(hq).T
+        target = torch.arange(len(batch), device=similarity.device)
+        logits = similarity / self.temperature
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        side = round((lq.shape[1] - 1) ** 0.5)
+        thumbnail = F.interpolate(batch.hq, (side * self.cells,) * 2, mode="area")
+        wanted = F.pixel_unshuffle(thumbnail, self.cells).flatten(2).transpose(1, 2)
+        colour = (self.readout(lq[:, 1:]) - wanted).square().mean()
+        found = (logits.argmax(1) == target).float().mean()
+        yield "encoder", Loss(value=contrast + 4 * colour, metrics={"loss": contrast, "found": found, "colour": colour})
+
+
+def picture_vectors(tokens: Tensor) -> Tensor:
+    """Tokens [B, N, D] -> one unit vector a picture [B, N' * D]: the patch tokens' layout, not only their mean."""
+    patches = tokens[:, 1:]
+    side = round(patches.shape[1] ** 0.5)
+    grid = patches.transpose(1, 2).unflatten(2, (side, side))
+    return F.normalize(F.adaptive_avg_pool2d(grid, 4).flatten(1), dim=-1)
+
+
+class DenoiserObjective(PriorObjective):
+    """The plain diffusion loss (InstantIR Eq. 1) on text and picture pairs; UNet and both text encoders learn."""
+
+    def __init__(self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, text_dropout: float) -> None:
+        trainable = nn.ModuleDict({k: prior.modules[k] for k in ("unet", "text_encoder", "text_encoder_2")})
+        super().__init__(prior, config, tokenizer_json, {"denoiser": trainable})
+        self.text_dropout = text_dropout
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        with torch.no_grad():
+            latents = self.prior.encode(batch.hq) if batch.latents is None else batch.latents
+        eps = noise.normal("noise", tuple(latents.shape[1:]))
+        t = noise.integers("timestep", 0, self.prior.schedule.num_train_timesteps)
+        dropped = noise.uniform("text_dropout") < self.text_dropout
+        prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
+        text, pooled = self.prior.embed_prompts(prompts)
+        noisy = self.prior.schedule.add_noise(latents, eps, t)
+        predicted = self.prior.unet(
+            noisy,
+            t,
+            encoder_hidden_states=text,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": self.prior.time_ids(batch.sizes)},
+        ).sample
+        loss = (predicted.float() - eps).square().mean()
+        yield "denoiser", Loss(value=loss, metrics={"loss": loss})
+
+
+def build_objective(recipe: PriorRecipe, parents: Mapping[str, Model], examples: Tensor | None = None) -> PriorObjective:
+    """The objective of a stage.
+
+    Args:
+        recipe: resolved recipe.
+        parents: model folder of the stage before ("autoencoder" for "encoder", "encoder" for "denoiser").
+        examples: pictures [N, 3, H, W] in [-1, 1] for the autoencoder's principal components.
+    """
+    config = _merged(NANO, recipe.size)
+    tokenizer_json = build_tokenizer_json(VOCABULARY, int(config["text_length"]))
+    start: Model | None = next(iter(parents.values()), None)
+    if start is None and recipe.warm_start:
+        start = load_model(resolve_model(recipe.warm_start))
+    if start is not None:
+        config, tokenizer_json = start.info["config"], start.file("tokenizer.json").read_text(encoding="utf-8")
+    with seeded_init(recipe.seed, "prior"):
+        prior = build_prior(config, tokenizer_json)
+    if start is not None:
+        for part, module in prior.modules.items():
+            load_strictly(module, start.part(part), f"{start.path}: part {part}")
+    if recipe.stage == "autoencoder":
+        if start is None:
+            if examples is None:
+                raise ValueError("the autoencoder stage needs example pictures for its principal components")
+            assert isinstance(prior.autoencoder, SpaceToDepthAutoencoder)
+            prior.autoencoder.set_principal_components(examples)
+        return AutoencoderObjective(prior, config, tokenizer_json, recipe.latent_noise)
+    if recipe.stage == "encoder":
+        return ImageEncoderObjective(prior, config, tokenizer_json, recipe.contrast_temperature, recipe.seed)
+    if recipe.stage == "denoiser":
+        return DenoiserObjective(prior, config, tokenizer_json, recipe.text_dropout)
+    raise ValueError(f"no stage {recipe.stage!r}")
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        merged[key] = _merged(merged[key], value) if isinstance(value, Mapping) and isinstance(merged.get(key), dict) else value
+    return merged

@@ -1,0 +1,33 @@
+"""Recipe of the prior's training stages. Torch-free, so that recipes list fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.recipes import Recipe, RecipeError
+
+
+@dataclass(kw_only=True)
+class PriorRecipe(Recipe):
+    """Trains an SDXL-shaped prior in three stages: autoencoder, picture encoder, denoiser with its text encoders.
+
+    Attributes:
+        size: replaces entries of priors.nano.NANO, e.g. `size.unet.block_out_channels`.
+        latent_noise: standard deviation of noise added to latents while the autoencoder learns, so that its decoder
+            forgives a sampler's small errors.
+        text_dropout: probability of an empty prompt, for guidance.
+        contrast_temperature: of the picture encoder's InfoNCE loss.
+        warm_start: a model folder (or shipped prior) to go on from instead of starting anew.
+    """
+
+    size: dict[str, Any] = field(default_factory=dict)
+    latent_noise: float = 0.05
+    text_dropout: float = 0.1
+    contrast_temperature: float = 0.1
+    warm_start: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.text_dropout <= 1:
+            raise RecipeError(f"text_dropout must be in [0, 1], got {self.text_dropout}")

@@ -1,0 +1,226 @@
+"""One optimiser step for any objective, and what a training loop needs around it.
+
+Gradients are averaged over workers explicitly, one flat all-reduce per trainable, rather than by a module wrapper:
+phases that run a network several times, toggled adapters and several optimisers then need no special case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from components.randomness import Noise, stream_key
+from components.recipes import Optimizer
+from components.types import Batch, Objective
+
+
+@contextlib.contextmanager
+def seeded_init(seed: int, name: str) -> Iterator[None]:
+    """Weights made inside depend on (seed, name) only; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_key(seed, "init", name) % 2**63)
+        yield
+
+
+def build_optimizers(objective: Objective, settings: Optimizer) -> dict[str, torch.optim.Optimizer]:
+    """One AdamW for each trainable, over its parameters that require gradients."""
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for name, module in objective.trainables.items():
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(f"trainable {name!r} has no parameter that requires a gradient")
+        optimizers[name] = torch.optim.AdamW(
+            parameters,
+            lr=settings.lr,
+            betas=(settings.betas[0], settings.betas[1]),
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
+        )
+    return optimizers
+
+
+def train_step(
+    objective: Objective,
+    batches: Sequence[tuple[Batch, Noise]],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    *,
+    lr: float,
+    clip_norm: float,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Run all phases of one step over the micro-batches, which advance in lockstep.
+
+    Args:
+        objective: what is minimised.
+        batches: (batch, noise) of each micro-batch.
+        optimizers: one for each trainable.
+        lr: learning rate of this step.
+        clip_norm: largest gradient norm of a trainable.
+        precision: "bf16" runs the forward passes under autocast.
+
+    Returns:
+        The losses' metrics, averaged over micro-batches and workers, `<trainable>/grad_norm`, and `bad_steps`: trainables
+        left as they were because their gradient was not finite (the same on every worker, since it was averaged).
+
+    Raises:
+        RuntimeError: micro-batches disagree about the phase, naming both.
+    """
+    metrics: dict[str, Tensor] = {}
+    report: dict[str, float] = {"bad_steps": 0.0}
+    phases = [objective.phases(batch, noise) for batch, noise in batches]
+    while True:
+        names: list[str] = []
+        for phase in phases:
+            with _autocast(precision, batches[0][0].hq.device.type):
+                item = next(phase, None)
+            if item is None:
+                names.append("")
+                continue
+            name, loss = item
+            names.append(name)
+            (loss.value / len(phases)).backward()  # type: ignore[no-untyped-call]
+            for key, value in loss.metrics.items():
+                metrics[key] = metrics.get(key, torch.zeros((), device=value.device)) + value.detach() / len(phases)
+        if len(set(names)) > 1:
+            raise RuntimeError(f"micro-batches are in different phases: {names}")
+        if not names[0]:
+            break
+        report |= _step(names[0], optimizers[names[0]], lr, clip_norm, report)
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    return {**{k: float(v) for k, v in average(metrics).items()}, **report}
+
+
+def _step(name: str, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, report: Mapping[str, float]) -> dict[str, float]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    average_gradients(parameters)
+    norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm))
+    bad = not math.isfinite(norm)
+    if not bad:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {f"{name}/grad_norm": norm, "bad_steps": report["bad_steps"] + bad}
+
+
+def _autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Average gradients over the workers; a parameter without one counts as zero."""
+    if not _distributed():
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.reshape(-1).to(torch.float32) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    offset = 0
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        count = gradient.numel()
+        parameter.grad = flat[offset : offset + count].view_as(gradient).to(gradient.dtype)
+        offset += count
+
+
+def average(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Average scalars over the workers."""
+    if not _distributed() or not metrics:
+        return dict(metrics)
+    names = sorted(metrics)
+    flat = torch.stack([metrics[n].to(torch.float32) for n in names])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    return dict(zip(names, flat, strict=True))
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@torch.no_grad()
+def evaluate_loss(objective: Objective, batches: Sequence[Batch], seed: int, device: str = "cpu") -> dict[str, float]:
+    """Mean of every phase's loss over fixed batches, noise keyed by their positions: comparable from step to step."""
+    totals: dict[str, float] = {}
+    count = sum(len(batch) for batch in batches)
+    for batch in batches:
+        for name, loss in objective.phases(batch, Noise(seed, batch.positions, device)):
+            totals[name] = totals.get(name, 0.0) + float(loss.value) * len(batch) / count
+    return totals
+
+
+class Ema:
+    """Exponential moving average of the trainables' parameters."""
+
+    def __init__(self, trainables: Mapping[str, nn.Module], decay: float) -> None:
+        self.trainables, self.decay = trainables, decay
+        self.shadow = {k: p.detach().clone() for k, p in self._parameters()}
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, module in self.trainables.items():
+            for key, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{name}.{key}", parameter
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step `step` (0-based); the decay warms up as (1 + step) / (10 + step)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, parameter in self._parameters():
+            self.shadow[key].lerp_(parameter.detach(), 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The averaged weights stand in the modules while inside."""
+        kept = {k: p.detach().clone() for k, p in self._parameters()}
+        with torch.no_grad():
+            for key, parameter in self._parameters():
+                parameter.copy_(self.shadow[key])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for key, parameter in self._parameters():
+                    parameter.copy_(kept[key])
+
+
+def training_state(
+    objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer], ema: Ema | None, step: int, position: int
+) -> dict[str, Any]:
+    """Everything that a resumed run needs: tensors and plain numbers only, so it loads with weights_only."""
+    return {
+        "step": step,
+        "position": position,
+        "trainables": {
+            name: {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
+            for name, module in objective.trainables.items()
+        },
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+        "ema": ema.shadow if ema else {},
+    }
+
+
+@torch.no_grad()
+def restore_state(
+    state: Mapping[str, Any], objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer], ema: Ema | None
+) -> int:
+    """Undo `training_state`; returns the step to go on with. Raises ValueError naming keys that do not fit."""
+    for name, module in objective.trainables.items():
+        own = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        saved = state["trainables"].get(name, {})
+        if set(own) != set(saved):
+            raise ValueError(f"checkpoint does not fit {name!r}: keys {sorted(set(own) ^ set(saved))[:8]} differ")
+        for key, parameter in own.items():
+            parameter.copy_(saved[key])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    if ema:
+        for key, value in state["ema"].items():
+            ema.shadow[key].copy_(value)
+    return int(state["step"])

@@ -1,0 +1,102 @@
+"""A Ray of our own on this machine: started for one command, bound to loopback, gone with the command.
+
+Ray's daemons watch the driver through a pipe and end themselves when it dies, so that kill -9 leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.home import data_folder
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(kw_only=True)
+class LocalCluster:
+    """clusters/local.yaml: how the cluster of one machine is sized."""
+
+    name: str = "local"
+    minimum_logical_cpus: int = 4
+    object_store_mib: int = 400
+
+
+def load_local() -> LocalCluster:
+    """Read clusters/local.yaml; an unknown key is refused by OmegaConf."""
+    from omegaconf import OmegaConf
+
+    document = OmegaConf.load(data_folder("clusters") / "local.yaml")
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LocalCluster), document))
+    assert isinstance(settings, LocalCluster)
+    return settings
+
+
+def logical_cpus(minimum: int) -> int:
+    """CPUs to announce to Ray: the cores we may use, at least `minimum` so that light actors fit beside a trainer."""
+    return max(minimum, len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) -> Iterator[None]:
+    """Start an isolated local Ray and stop it at the end; inside a program that already has one, use that.
+
+    Args:
+        num_cpus: logical CPUs; None takes clusters/local.yaml.
+        object_store_mib: shared memory for objects, MiB; None takes clusters/local.yaml.
+    """
+    quiet_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    settings = load_local()
+    # Unix socket paths hold at most 107 bytes, and Ray appends about 70 to this folder's name.
+    folder = Path(tempfile.mkdtemp(prefix="rr-", dir=short_temporary_folder()))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus or logical_cpus(settings.minimum_logical_cpus),
+            object_store_memory=(object_store_mib or settings.object_store_mib) * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(folder),
+        )
+        quiet_data()
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def quiet_environment() -> None:
+    """Settings that Ray reads from the environment, for this process and the workers it starts."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
+
+
+def quiet_data() -> None:
+    """No progress bars and no operator logs of Ray Data: the verbs report progress themselves."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def short_temporary_folder() -> str:
+    """The system's temporary folder, or /tmp where that one's name is too long for Unix sockets."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= 24 else "/tmp"

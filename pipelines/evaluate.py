@@ -1,0 +1,417 @@
+"""Evaluate restored pictures against their targets, beside two honest opponents, and say in words who won.
+
+Arms, each scored against the same target:
+    restored         the pictures under test.
+    lq               the degraded input; a bicubic resize brings a smaller one to its target's size.
+    bicubic_median   a 3 x 3 median filter on the input, then the same resize: what anyone has without a model.
+
+A folder's pictures are paired by key: the path below the folder without its suffix. A picture without its counterparts
+is reported by name and never silently left out. Rows go to scores.jsonl as they come; a rerun reuses every row whose
+pictures' sha256 and metric versions are unchanged, so a killed job loses at most one picture's work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from components.evaluation.metrics import NO_DOWNLOAD, MetricInfo, Metrics, metric_info
+from components.images import decode
+from components.randomness import generator
+from components.types import Image, SampleError
+from pipelines.console import Progress, no_progress
+from pipelines.errors import UsageError, unknown
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+RESTORED = "restored"
+BASELINES = ("lq", "bicubic_median")
+RESAMPLES = 10_000
+"""Bootstrap resamples: the interval's own sampling error is then about 1 % of its width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Restored against one opponent in one metric, over the pictures that both have a score for.
+
+    Attributes:
+        mean_difference: mean of restored minus opponent, in the metric's own unit; low, high: its bootstrap 95 %
+            interval, None with fewer than two pictures.
+        wins, losses, ties: pictures on which restored is better, worse, equal.
+        outcome: "beats" or "loses" where the interval excludes 0, "even" where it holds 0, "too few" without interval.
+    """
+
+    metric: str
+    opponent: str
+    pictures: int
+    mean_difference: float
+    low: float | None
+    high: float | None
+    wins: int
+    losses: int
+    ties: int
+    outcome: str
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What an evaluation found; `summary.json` is this as JSON.
+
+    Attributes:
+        pictures: keys scored in every arm.
+        means: arm -> metric -> {"mean", "pictures"}.
+        comparisons: restored against each baseline, per metric.
+        verdict: per metric one sentence against the input, and "overall".
+        missing: what could not be scored: {"key", "where" or "metric", "reason"}.
+        folders: role -> folder relative to the evaluation's own, for the report.
+        reused: rows taken from an earlier scores.jsonl.
+    """
+
+    pictures: list[str]
+    metrics: dict[str, dict[str, Any]]
+    means: dict[str, dict[str, dict[str, float]]]
+    comparisons: list[Comparison]
+    verdict: dict[str, str]
+    missing: list[dict[str, str]] = field(default_factory=list)
+    folders: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    reused: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain mappings and lists, ready for json.dumps."""
+        return asdict(self)
+
+
+def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Path]:
+    """Pictures below `folder` by key; two files of one key are reported in `missing` and neither is used.
+
+    Raises:
+        UsageError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"no folder {str(folder)!r}")
+    found: dict[str, Path] = {}
+    doubled: set[str] = set()
+    for path in sorted(folder.rglob("*")):
+        below = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in below.parts)
+        if hidden or path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
+            continue
+        key = below.with_suffix("").as_posix()
+        if key in found:
+            doubled.add(key)
+            reason = f"two files have this key: {found[key].name} and {path.name}"
+            missing.append({"key": key, "where": folder.name, "reason": reason})
+        found[key] = path
+    return {key: path for key, path in found.items() if key not in doubled}
+
+
+def fit(picture: Image, height: int, width: int) -> Image:
+    """Bicubic resize of uint8 [h, w, 3] to [height, width, 3]; the same size comes back untouched."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
+
+
+def median_baseline(lq: Image, height: int, width: int) -> Image:
+    """3 x 3 median at the input's own size, then bicubic: impulses go before a resize spreads them."""
+    return fit(np.asarray(cv2.medianBlur(np.ascontiguousarray(lq), 3), dtype=np.uint8), height, width)
+
+
+def bootstrap_interval(differences: np.ndarray, seed: int, *name: str) -> tuple[float, float] | None:
+    """95 % percentile interval of the mean of paired differences [n]; None with fewer than two.
+
+    Deterministic in (seed, name). It covers the choice of pictures only, not the sampler's noise, and is a little too
+    narrow below about ten pictures.
+    """
+    if len(differences) < 2:
+        return None
+    draws = generator(seed, "bootstrap", *name).integers(0, len(differences), size=(RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[draws].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def compare(
+    metric: str, info: MetricInfo, opponent: str, pairs: Sequence[tuple[float, float]], seed: int = 0
+) -> Comparison:
+    """Compare restored with one opponent.
+
+    Args:
+        pairs: (restored, opponent) scores of the same pictures; at least one.
+    """
+    differences = np.array([restored - other for restored, other in pairs], dtype=np.float64)
+    gains = differences if info.higher_is_better else -differences
+    wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
+    mean = float(differences.mean())
+    interval = bootstrap_interval(differences, seed, metric, opponent)
+    if interval is None:
+        outcome = "too few"
+    elif interval[0] > 0 or interval[1] < 0:
+        outcome = "beats" if float(gains.mean()) > 0 else "loses"
+    else:
+        outcome = "even"
+    name = "its input" if opponent == "lq" else f"the {opponent} baseline"
+    verb = {
+        "beats": f"beats {name}",
+        "loses": f"loses to {name}",
+        "even": f"shows no clear difference from {name}",
+        "too few": f"has too few pictures to compare with {name}",
+    }[outcome]
+    unit = f" {info.unit}" if info.unit else ""
+    digits = 2 if info.unit == "dB" or abs(mean) >= 10 else 4
+    spread = f" [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]" if interval else ""
+    direction = "" if info.higher_is_better else " (lower is better)"
+    sentence = (
+        f"In {metric} restored {verb}: better on {wins} of {len(pairs)} pictures, "
+        f"mean {mean:+.{digits}f}{unit}{spread}{direction}."
+    )
+    return Comparison(
+        metric=metric,
+        opponent=opponent,
+        pictures=len(pairs),
+        mean_difference=mean,
+        low=interval[0] if interval else None,
+        high=interval[1] if interval else None,
+        wins=wins,
+        losses=losses,
+        ties=len(pairs) - wins - losses,
+        outcome=outcome,
+        sentence=sentence,
+    )
+
+
+def overall_verdict(comparisons: Sequence[Comparison], opponent: str, metrics: Mapping[str, MetricInfo]) -> str:
+    """One sentence over all metrics against one opponent, leading with the first metric's numbers."""
+    mine = [c for c in comparisons if c.opponent == opponent]
+    if not mine:
+        return "Nothing could be compared with the input." if opponent == "lq" else ""
+    {outcome: [c.metric for c in mine if c.outcome == outcome] for outcome in ("beats", "loses", "even", "too few")}
+    clauses: list[str] = []
+    for outcome, words in (
+        ("beats", "beats {} in"),
+        ("loses", "loses to {} in"),
+        ("even", "shows no clear difference from {} in"),
+        ("too few", "has too few pictures to compare with {} in"),
+    ):
+        names = [c.metric for c in mine if c.outcome == outcome]
+        if names:
+            name = ("its input" if opponent == "lq" else f"the {opponent} baseline") if not clauses else "it"
+            clauses.append(f"{words.format(name)} {', '.join(names)}")
+    first = mine[0]
+    unit = f" {metrics[first.metric].unit}" if metrics[first.metric].unit else ""
+    digits = 2 if unit else 4
+    spread = "" if first.low is None else f" [{first.low:+.{digits}f}, {first.high:+.{digits}f}]"
+    numbers = (
+        f"{first.metric} better on {first.wins} of {first.pictures} pictures, "
+        f"mean {first.mean_difference:+.{digits}f}{unit}{spread}"
+    )
+    return f"Restored {'; '.join(clauses)} ({numbers})."
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; [] where there is none, and a line torn by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def _write_whole(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _arm_picture(arm: str, restored: Image, lq: Image | None, height: int, width: int) -> Image:
+    if arm == RESTORED:
+        return restored
+    assert lq is not None
+    return fit(lq, height, width) if arm == "lq" else median_baseline(lq, height, width)
+
+
+def evaluate(
+    restored_dir: Path,
+    lq_dir: Path,
+    hq_dir: Path | None,
+    out: Path,
+    metrics: Sequence[str] = NO_DOWNLOAD,
+    baselines: Sequence[str] = BASELINES,
+    progress: Progress = no_progress,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Summary:
+    """Score every restored picture and its baselines; write scores.jsonl and summary.json below `out`.
+
+    Args:
+        restored_dir, lq_dir: pictures by key.
+        hq_dir: targets by key; None where there are none, which leaves the metrics without a target.
+        out: made if absent; an existing scores.jsonl is continued.
+        metrics: names; see components.evaluation.metrics.
+        baselines: of "lq" and "bicubic_median".
+        progress: called as (done, total, key) after each picture.
+        seed: of the bootstrap.
+
+    Returns:
+        The summary; `missing` names every picture and metric that has no number, and why.
+
+    Raises:
+        UsageError: a folder is absent or holds no picture, or a metric or baseline is unknown.
+    """
+    for name in baselines:
+        if name not in BASELINES:
+            raise unknown("baseline", name, BASELINES)
+    try:
+        scorer = Metrics(metrics, device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    missing: list[dict[str, str]] = []
+    folders = {RESTORED: Path(restored_dir), "lq": Path(lq_dir), **({"hq": Path(hq_dir)} if hq_dir is not None else {})}
+    found = {role: pictures_by_key(folder, missing) for role, folder in folders.items()}
+    if not found[RESTORED]:
+        raise UsageError(f"no pictures in {str(restored_dir)!r}")
+    keys = []
+    for key in sorted(set().union(*found.values())):
+        absent = [role for role in folders if key not in found[role]]
+        missing += [{"key": key, "where": role, "reason": f"no counterpart in the {role} folder"} for role in absent]
+        if not absent:
+            keys.append(key)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    arms = (RESTORED, *baselines)
+    versions = {"pyiqa": version("pyiqa"), "rows": "1"}
+    scores_path = out / "scores.jsonl"
+    earlier = {row.get("key"): row for row in read_rows(scores_path)}
+    rows: dict[str, dict[str, Any]] = {}
+    reused = 0
+    with scores_path.open("a", encoding="utf-8") as stream:
+        if stream.tell() and not scores_path.read_bytes().endswith(b"\n"):
+            stream.write("\n")  # close a line that a kill tore, so that the next row stays whole
+        for done, key in enumerate(keys, start=1):
+            data = {role: found[role][key].read_bytes() for role in folders}
+            digests = {role: hashlib.sha256(bytes_).hexdigest() for role, bytes_ in data.items()}
+            row = earlier.get(key)
+            if row is not None and _reusable(row, digests, versions, arms, scorer.names):
+                reused += 1
+            else:
+                try:
+                    row = _score_row(key, data, digests, versions, arms, scorer)
+                except SampleError as error:
+                    missing.append({"key": key, "where": "score", "reason": f"[{error.code}] {error.detail}"})
+                    row = None
+                else:
+                    stream.write(json.dumps(row, sort_keys=True) + "\n")
+                    stream.flush()
+            if row is not None:
+                rows[key] = row
+            progress(done, len(keys), key)
+    # stale rows of earlier runs go; the order becomes that of the keys
+    _write_whole(scores_path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows.values()))
+    summary = summarise(list(rows.values()), scorer.names, arms, missing, seed)
+    place = {role: Path(os.path.relpath(folder, out)).as_posix() for role, folder in folders.items()}
+    summary = Summary(**{**vars(summary), "folders": place, "versions": versions, "reused": reused})
+    _write_whole(out / "summary.json", json.dumps(summary.to_json(), indent=1, sort_keys=True) + "\n")
+    return summary
+
+
+def _reusable(
+    row: Mapping[str, Any],
+    digests: Mapping[str, str],
+    versions: Mapping[str, str],
+    arms: Sequence[str],
+    names: Sequence[str],
+) -> bool:
+    if row.get("sha256") != dict(digests) or row.get("versions") != dict(versions):
+        return False
+    scored, lacking = row.get("scores", {}), row.get("missing", {})
+    return all({*scored.get(arm, {}), *lacking.get(arm, {})} >= set(names) for arm in arms)
+
+
+def _score_row(
+    key: str,
+    data: Mapping[str, bytes],
+    digests: Mapping[str, str],
+    versions: Mapping[str, str],
+    arms: Sequence[str],
+    scorer: Metrics,
+) -> dict[str, Any]:
+    pictures = {role: decode(bytes_, key=key) for role, bytes_ in data.items()}
+    restored, hq = pictures[RESTORED], pictures.get("hq")
+    height, width = (restored if hq is None else hq).shape[:2]
+    results = {a: scorer.measure(_arm_picture(a, restored, pictures["lq"], height, width), hq, key) for a in arms}
+    return {
+        "key": key,
+        "sha256": dict(digests),
+        "versions": dict(versions),
+        "size": [height, width],
+        "scores": {arm: {name: round(value, 6) for name, value in s.values.items()} for arm, s in results.items()},
+        "missing": {arm: s.missing for arm, s in results.items()},
+    }
+
+
+def summarise(
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    arms: Sequence[str],
+    missing: Sequence[Mapping[str, str]] = (),
+    seed: int = 0,
+) -> Summary:
+    """Means, paired comparisons and the verdict of scored rows (as in scores.jsonl)."""
+    infos = {name: metric_info(name) for name in names}
+    absent = [dict(entry) for entry in missing]
+    means: dict[str, dict[str, dict[str, float]]] = {}
+    for arm in arms:
+        means[arm] = {}
+        for name in names:
+            values = [row["scores"][arm][name] for row in rows if name in row["scores"][arm]]
+            if values:
+                means[arm][name] = {"mean": float(np.mean(values)), "pictures": len(values)}
+        for row in rows:
+            absent += [
+                {"key": row["key"], "where": arm, "metric": name, "reason": reason}
+                for name, reason in row["missing"].get(arm, {}).items()
+                if name in infos
+            ]
+    comparisons = []
+    for opponent in arms[1:]:
+        for name in names:
+            pairs = [
+                (row["scores"][RESTORED][name], row["scores"][opponent][name])
+                for row in rows
+                if name in row["scores"][RESTORED] and name in row["scores"][opponent]
+            ]
+            if pairs:
+                comparisons.append(compare(name, infos[name], opponent, pairs, seed))
+    opponents = arms[1:]
+    verdict = {c.metric: c.sentence for c in comparisons if opponents and c.opponent == opponents[0]}
+    sentences = [overall_verdict(comparisons, opponent, infos) for opponent in opponents]
+    overall = " ".join(sentence for sentence in sentences if sentence)
+    unscored = len({entry["key"] for entry in absent if "metric" not in entry})
+    if unscored:
+        overall += f" {unscored} {'picture has' if unscored == 1 else 'pictures have'} no score (see missing)."
+    verdict["overall"] = overall.strip() or "No picture could be compared."
+    return Summary(
+        pictures=[row["key"] for row in rows],
+        metrics={
+            n: {"higher_is_better": i.higher_is_better, "full_reference": i.full_reference, "unit": i.unit}
+            for n, i in infos.items()
+        },
+        means=means,
+        comparisons=comparisons,
+        verdict=verdict,
+        missing=absent,
+    )

@@ -1,0 +1,184 @@
+"""Held-out pictures of a corpus, degraded with a fixed seed: what a trained model is restored and scored on.
+
+<out>/hq/KEY.png, <out>/lq/KEY.png    target and input, the same size, sides multiples of 16
+<out>/heldout.jsonl                   a line per pair: key, position, settings (digest), hq_sha256, lq_sha256, plan
+<out>/quarantine.jsonl                a line per held-out picture that could not be prepared
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.degradations import build_degradation
+from components.images import center_crop, decode, encode_png, resize_short_side, to_float, to_uint8
+from components.restoring import safe_key
+from components.types import Degradation, SampleError
+from pipelines.console import Progress, no_progress
+from pipelines.errors import Failure, UsageError
+from pipelines.restore import read_lines, write_lines
+
+SIDE_MULTIPLE = 16  # two halvings of a latent that is itself an eighth fit 16; smaller priors need less
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heldout:
+    """A prepared set: folders of targets and inputs, and how many pairs were made now, kept, or quarantined."""
+
+    hq: Path
+    lq: Path
+    made: int
+    kept: int
+    quarantined: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """Where one held-out picture lies: `size` bytes at `offset` of `shard`."""
+
+    key: str
+    shard: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The picture file's bytes, as they came to the corpus."""
+        try:
+            with self.shard.open("rb") as stream:
+                stream.seek(self.offset)
+                data = stream.read(self.size)
+        except OSError as error:
+            raise SampleError("shard_missing", f"{self.shard.name}: {error.strerror or error}", self.key) from error
+        if len(data) != self.size:
+            raise SampleError("shard_cut", f"{self.shard.name} ends before the sample does", self.key)
+        return data
+
+
+def heldout_members(corpus: Path) -> tuple[list[Member], str]:
+    """Held-out pictures in the index's order, and the corpus digest.
+
+    Raises:
+        UsageError: no corpus there, or none of it is held out.
+    """
+    try:
+        index = json.loads((corpus / "index.json").read_bytes())
+        split = index["splits"]["held_out"]
+    except OSError as error:
+        raise UsageError(f"{corpus} is not a curated corpus: it has no index.json") from error
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UsageError(f"{corpus}: index.json is broken or lists no held_out split") from error
+    members = [
+        Member(key=row["key"], shard=corpus / "held_out" / shard["name"], offset=row["offset"], size=row["size"])
+        for shard in split["shards"]
+        for row in shard["samples"]
+    ]
+    if not members:
+        raise UsageError(f"{corpus} holds no held-out pictures")
+    return members, str(index["digest"])
+
+
+def prepare_heldout(
+    corpus_dir: Path,
+    out: Path,
+    preset: str,
+    preset_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    short_side: int = 256,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Heldout:
+    """Write degraded pairs of a corpus' held-out pictures; what is already there and right stays as it is.
+
+    Args:
+        preset, preset_options: for `build_degradation`.
+        seed: of the degradation; the picture's place in the split is its position.
+        short_side: pixels; each picture is resized to it and cropped in the middle to multiples of 16.
+        limit: first so many pictures only.
+
+    Raises:
+        UsageError: no corpus, no held-out pictures, unknown preset or option, a short side below 16.
+        Failure: `out` cannot be written.
+    """
+    if short_side < SIDE_MULTIPLE:
+        raise UsageError(f"short_side must be at least {SIDE_MULTIPLE} pixels, got {short_side}")
+    members, corpus_digest = heldout_members(corpus_dir)
+    try:
+        degradation = build_degradation(preset, **(preset_options or {}))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    wanted = {
+        "corpus": corpus_digest,
+        "preset": preset,
+        "options": dict(preset_options or {}),
+        "seed": seed,
+        "short_side": short_side,
+    }
+    settings = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    hq, lq, records = out / "hq", out / "lq", out / "heldout.jsonl"
+    members, tell = members[:limit], progress or no_progress
+    rows, bad, kept = [], [], 0
+    try:
+        hq.mkdir(parents=True, exist_ok=True)
+        lq.mkdir(exist_ok=True)
+        done = {row["key"]: row for row in read_lines(records) if row["settings"] == settings}
+        for position, member in enumerate(members):
+            key = safe_key(member.key)
+            row = done.get(key)
+            if row is not None and row["position"] == position and _intact(out, row):
+                rows.append(row)
+                kept += 1
+            else:
+                try:
+                    rows.append({**_make_pair(member, key, degradation, seed, position, short_side, out)})
+                    rows[-1]["settings"] = settings
+                except SampleError as error:
+                    source = f"held_out/{member.shard.name}"
+                    bad.append({"key": key, "source": source, "stage": "heldout", "code": error.code})
+                    bad[-1].update(detail=error.detail, bytes_sha256="")
+            tell(position + 1, len(members), key)
+        # Pairs of another limit, seed or corpus would be restored and scored as if they belonged to this set.
+        names = {f"{row['key']}.png" for row in rows}
+        for stale in (path for folder in (hq, lq) for path in folder.iterdir() if path.name not in names):
+            stale.unlink()
+        write_lines(records, rows)
+        write_lines(out / "quarantine.jsonl", bad)
+    except OSError as error:
+        raise Failure(f"cannot write to {out}: {error.strerror or error}") from error
+    if not rows:
+        raise Failure(f"none of the {len(members)} held-out pictures could be prepared: {bad[0]['detail']}")
+    return Heldout(hq=hq, lq=lq, made=len(rows) - kept, kept=kept, quarantined=len(bad))
+
+
+def _make_pair(
+    member: Member, key: str, degradation: Degradation, seed: int, position: int, short_side: int, out: Path
+) -> dict[str, Any]:
+    """Write one pair; returns its record."""
+    target = resize_short_side(decode(member.read(), key=key), short_side)
+    height, width = (side // SIDE_MULTIPLE * SIDE_MULTIPLE for side in target.shape[:2])
+    target = center_crop(target, height, width)
+    plan = degradation.draw(seed, key, position)
+    degraded = to_uint8(degradation.apply(to_float(target), plan))
+    digests = {}
+    for name, image in (("hq", target), ("lq", degraded)):
+        png = encode_png(image, {"software": "restoray", "key": key})
+        temporary = out / name / f".tmp-{os.getpid()}"
+        temporary.write_bytes(png)
+        os.replace(temporary, out / name / f"{key}.png")
+        digests[f"{name}_sha256"] = hashlib.sha256(png).hexdigest()
+    return {"key": key, "position": position, **digests, "plan": dict(plan)}
+
+
+def _intact(out: Path, row: Mapping[str, Any]) -> bool:
+    """Whether both files are the ones that the record names."""
+    try:
+        return all(
+            hashlib.sha256((out / name / f"{row['key']}.png").read_bytes()).hexdigest() == row[f"{name}_sha256"]
+            for name in ("hq", "lq")
+        )
+    except OSError:
+        return False

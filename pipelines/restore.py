@@ -1,0 +1,566 @@
+"""`restoray restore`: a folder of pictures through a pool of restoring workers, resumable and with a quarantine.
+
+    <out>/restored/KEY.png    results; text chunks say how each was made
+    <out>/records.jsonl       a line per result: key, source, source_sha256, output, output_sha256, width, height,
+                              seconds, seed, model_digest, options_digest
+    <out>/quarantine.jsonl    a line per picture that could not be restored: key, source, stage, code, detail, bytes_sha256
+
+Workers get paths and return records: pictures never pass through the driver. A result is renamed into place before its
+record is written, so a job killed anywhere resumes: a picture is skipped only if its record matches this job's model,
+options and seed, and both files have the recorded sha256. A picture that kills its worker twice is quarantined: each
+worker leaves a mark beside the results before it starts on a picture and wipes it away afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.images import Limits, probe
+from components.restoring import Ask, Identity, Picture, parse_ask, picture_seed, restore_batch, safe_key
+from components.types import Restorer, SampleError
+from pipelines.console import Progress, no_progress
+from pipelines.errors import Failure, RetryLater, UsageError
+
+Factory = Callable[[], Restorer]
+"""Makes the restorer inside a worker; picklable."""
+
+SIDECARS = frozenset({".csv", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".html"})
+"""Files that travel with pictures; counted, not quarantined."""
+
+THREADS = 1
+"""Torch threads of a worker, in batch jobs and in the service: their number can change the last bit of a sum."""
+
+MAX_BLOCKS = 2000  # of a Ray dataset: a block is the unit in which records come back, but each costs the scheduler
+MAX_DEATHS = 2  # of workers, by one picture or by loading the model
+HOPELESS = 3  # equal failures from the first picture on, none restored: the job is wrong, not the pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreResult:
+    """What a job did: counts of pictures, and where things are.
+
+    Attributes:
+        restored: made now. skipped: up to date from an earlier run. quarantined: could not be restored.
+        ignored: files that are no pictures by their suffix (lists, notes).
+        folder: where the PNGs lie.
+    """
+
+    restored: int
+    quarantined: int
+    skipped: int
+    ignored: int
+    folder: Path
+    records: Path
+    quarantine: Path
+
+
+def load_restorer(model: Path, options: Mapping[str, Any]) -> Restorer:
+    """The restorer of a model folder; imported here so that only workers pay for the system's imports."""
+    from components.systems import build_restorer
+
+    restorer: Restorer = build_restorer(model, **options)
+    return restorer
+
+
+def model_identity(model: str | Path) -> tuple[Path, Identity]:
+    """The folder of a model (a path or a shipped name) and what it says of itself.
+
+    Raises:
+        UsageError: there is no such model, or its model.json is broken.
+    """
+    from components.models import ModelError, load_model
+
+    try:
+        found = load_model(model)
+    except ModelError as error:
+        raise UsageError(str(error)) from error
+    info = found.info
+    recipe = info.get("recipe") or {}
+    identity = Identity(
+        name=str(info["name"]),
+        system=str(info["system"]),
+        recipe=str(recipe.get("name") or info["name"]),
+        digest=found.digest,
+        licence=str(info.get("licence", "unstated")),
+        permitted_use=str(info.get("permitted_use", "unstated")),
+    )
+    return found.path.resolve(), identity
+
+
+def restore_folder(
+    model: str | Path,
+    src: Path,
+    out: Path,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    factory: Factory | None = None,
+    batch_size: int = 1,
+    actors: int = 1,
+    progress: Progress | None = None,
+    on_ray: bool = True,
+    *,
+    build_options: Mapping[str, Any] | None = None,
+    limits: Limits = Limits(),
+    num_gpus: float = 0.0,
+    threads: int = THREADS,
+    seeds: Mapping[str, int] | None = None,
+) -> RestoreResult:
+    """Restore every picture below `src` (or the one picture that it is) into `out`.
+
+    Args:
+        model: model folder or shipped name.
+        options: prompt, negative_prompt, width, height, and the system's own options, for every picture.
+        seed: the job's; a picture's own seed is `picture_seed(seed, key)` unless `seeds` gives one by key.
+        factory: makes the restorer in each worker; the default builds the model's own system.
+        batch_size: pictures restored together.
+        actors: workers at most; they start as needed.
+        on_ray: False runs in this process, with the same results.
+        build_options: given to the system when the restorer is built (device, precision).
+        num_gpus: GPUs of one worker, a fraction allowed.
+        threads: torch threads of one worker.
+
+    Raises:
+        UsageError: no such model, no pictures, bad options.
+        RetryLater: another job works on `out`.
+        Failure: `out` cannot be written, the model cannot be loaded, or nothing could be restored for one and the
+            same reason.
+    """
+    if batch_size < 1 or actors < 1:
+        raise UsageError(f"batch_size and actors must be at least 1, got {batch_size} and {actors}")
+    try:
+        ask = parse_ask(options or {})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    folder, identity = model_identity(model)
+    sources, ignored = list_pictures(src, out)
+    with _own_folder(out):
+        job = Job(out.absolute(), identity, ask)
+        entries = [
+            {"key": key, "path": str(path), "seed": (seeds or {}).get(key, picture_seed(seed, key))}
+            for key, path in sources.items()
+        ]
+        done = job.open({str(entry["key"]) for entry in entries})
+        rows = [{"job": json.dumps({**entry, "record": done.get(str(entry["key"]))})} for entry in entries]
+        worker = {
+            "factory": factory or functools.partial(load_restorer, folder, dict(build_options or {})),
+            "identity": identity,
+            "ask": ask,
+            "limits": limits,
+            "out": str(job.out),
+            "threads": threads,
+        }
+        if on_ray:
+            answers = _through_ray(rows, worker, batch_size, actors, num_gpus)
+        else:
+            answers = _in_process(rows, worker, batch_size)
+        counts = job.collect(answers, len(rows), progress or no_progress)
+        return RestoreResult(
+            restored=counts["restored"],
+            quarantined=counts["quarantined"],
+            skipped=counts["skipped"],
+            ignored=ignored,
+            folder=job.pictures,
+            records=job.records,
+            quarantine=job.quarantine,
+        )
+
+
+def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], int]:
+    """Pictures by key, in order of their names, and how many other files were passed over.
+
+    The key is the name without its suffix, folders joined by two underscores; where two files would share a key (also
+    on file systems that ignore case) each keeps its suffix. Hidden files, sidecars and everything below `out` stay out.
+
+    Raises:
+        UsageError: `src` does not exist, holds no picture, or is `out` itself.
+    """
+    if not src.exists():
+        raise UsageError(f"{src} does not exist")
+    if src.is_file():
+        return {safe_key(src.stem): src.absolute()}, 0
+    if out is not None and out.resolve() == src.resolve():
+        raise UsageError(f"{src} is both input and output; choose another output folder")
+    excluded = out.resolve() if out is not None else None
+    found: list[Path] = []
+    ignored = 0
+    for here, folders, names in os.walk(src):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(here) / f).resolve() != excluded)
+        for name in sorted(names):
+            path = Path(here) / name
+            if name.startswith(".") or path.suffix.lower() in SIDECARS or not path.is_file():
+                ignored += 1
+            else:
+                found.append(path)
+    if not found:
+        raise UsageError(f"{src} holds no pictures")
+    names_of = {path: "__".join(path.relative_to(src).parts) for path in found}
+    short = {path: safe_key(name[: len(name) - len(path.suffix)]) for path, name in names_of.items()}
+    shared: dict[str, int] = {}
+    for key in short.values():
+        shared[key.casefold()] = shared.get(key.casefold(), 0) + 1
+    keys: dict[str, Path] = {}
+    for path, key in short.items():
+        if shared[key.casefold()] > 1:
+            key = safe_key(names_of[path])
+        if key in keys:  # a.jpg and A.JPG folded, or names that differ only in what safe_key replaces
+            key = safe_key(f"{key}-{hashlib.sha256(os.fsencode(path.relative_to(src))).hexdigest()[:8]}")
+        keys[key] = path.absolute()
+    return keys, ignored
+
+
+class Job:
+    """The driver's books of one output folder: which records still hold, and the files that they are written to."""
+
+    def __init__(self, out: Path, identity: Identity, ask: Ask) -> None:
+        self.out, self.identity, self.ask = out, identity, ask
+        self.pictures = out / "restored"
+        self.records, self.quarantine = out / "records.jsonl", out / "quarantine.jsonl"
+        self.keys: set[str] = set()
+
+    def open(self, keys: set[str]) -> dict[str, dict[str, Any]]:
+        """Tidy up after an earlier job; returns the records, by key, that this one may reuse if the files agree."""
+        self.keys = keys
+        try:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            marks = _marks(self.out)
+            marks.mkdir(exist_ok=True)
+            for stale in (*marks.iterdir(), *self.pictures.glob(".tmp-*")):
+                stale.unlink()
+            records = read_lines(self.records)
+            write_lines(self.records, [r for r in records if r["key"] not in keys or self._holds(r)])
+            write_lines(self.quarantine, [q for q in read_lines(self.quarantine) if q["key"] not in keys])
+        except OSError as error:
+            raise Failure(f"cannot write to {self.out}: {error.strerror or error}") from error
+        return {r["key"]: r for r in records if r["key"] in keys and self._holds(r)}
+
+    def collect(self, answers: Iterator[dict[str, Any]], of: int, progress: Progress) -> dict[str, int]:
+        """Write down what the workers say, as they say it; returns counts by status."""
+        counts = {"restored": 0, "quarantined": 0, "skipped": 0}
+        reasons: list[str] = []
+        progress(0, of)
+        try:
+            with (
+                self.records.open("a", encoding="utf-8") as records,
+                self.quarantine.open("a", encoding="utf-8") as quarantine,
+            ):
+                for number, answer in enumerate(answers, start=1):
+                    status, row = answer["status"], answer["row"]
+                    if status == "fatal":
+                        raise Failure(row["detail"])
+                    counts[status] += 1
+                    if status != "skipped":
+                        target = records if status == "restored" else quarantine
+                        target.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        target.flush()
+                    if status == "quarantined":
+                        reasons.append(f"{row['code']}: {row['detail']}")
+                        self._check_hope(counts, reasons, of, row)
+                    progress(number, of, row["key"])
+        except OSError as error:
+            raise Failure(f"cannot write to {self.out}: {error.strerror or error}") from error
+        told = counts["restored"] + counts["skipped"] + counts["quarantined"]
+        if told != of:
+            raise Failure(f"{of - told} of {of} pictures came back without an answer; the same command continues")
+        order = lambda row: row["key"]  # noqa: E731 - arrival depends on timing, the finished file should not
+        write_lines(self.records, sorted({r["key"]: r for r in read_lines(self.records)}.values(), key=order))
+        write_lines(self.quarantine, sorted(read_lines(self.quarantine), key=order))
+        return counts
+
+    def _holds(self, record: Mapping[str, Any]) -> bool:
+        """Whether the record was made with this job's model and options (its seed and files are the worker's to check)."""
+        wanted = (self.identity.digest, self.ask.digest())
+        return (record.get("model_digest"), record.get("options_digest")) == wanted
+
+    def _check_hope(self, counts: Mapping[str, int], reasons: Sequence[str], of: int, row: Mapping[str, Any]) -> None:
+        """End a job whose every picture fails in the restorer for one reason, such as a misspelt option."""
+        if row["code"] not in ("refused", "failed") or counts["restored"] + counts["skipped"] or len(set(reasons)) > 1:
+            return
+        if len(reasons) >= min(HOPELESS, of):
+            raise Failure(f"nothing can be restored: {row['detail']}")
+
+
+class RestoreWorker:
+    """Restores batches of jobs in a worker process. The model is loaded when the first picture needs it.
+
+    Every failure comes back as a row: an exception would end the whole job, or be retried without end.
+    """
+
+    def __init__(
+        self, factory: Factory, identity: Identity, ask: Ask, limits: Limits, out: str, threads: int = THREADS
+    ) -> None:
+        self.factory, self.identity, self.ask, self.limits = factory, identity, ask, limits
+        self.out, self.threads = Path(out), threads
+        self.restorer: Restorer | None = None
+        self.broken = ""
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Columns in: job (JSON text). Columns out: answer (JSON text), one for each job, in order."""
+        jobs = [json.loads(text) for text in batch["job"]]
+        answers = self.restore(jobs)
+        return {"answer": np.array([json.dumps(answer) for answer in answers], dtype=object)}
+
+    def restore(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers {status, row} in the order of the jobs."""
+        answers: dict[str, dict[str, Any]] = {}
+        waiting: list[tuple[dict[str, Any], Picture]] = []
+        for job in jobs:
+            data = b""
+            try:
+                data = self._read(Path(job["path"]))
+                if self._up_to_date(job, data):
+                    answers[job["key"]] = {"status": "skipped", "row": {"key": job["key"]}}
+                else:
+                    probe(data, self.limits, job["key"])  # so that broken pictures do not wait for a model
+                    waiting.append((job, Picture(key=job["key"], data=data, seed=job["seed"])))
+            except SampleError as error:
+                answers[job["key"]] = self._quarantined(job, error, data)
+        if waiting and not self._loaded():
+            answers.update({job["key"]: self._fatal(job, self.broken) for job, _ in waiting})
+            waiting = []
+        suspects = any(self._deaths(job["key"]) for job, _ in waiting)  # one of them killed a worker: one at a time
+        for group in [[pair] for pair in waiting] if suspects else [waiting] if waiting else []:
+            answers.update(self._restore_group(group))
+        return [answers[job["key"]] for job in jobs]
+
+    def _restore_group(self, group: Sequence[tuple[dict[str, Any], Picture]]) -> dict[str, dict[str, Any]]:
+        assert self.restorer is not None
+        keys = [picture.key for _, picture in group]
+        if len(group) == 1 and self._deaths(keys[0]) >= MAX_DEATHS:
+            job, picture = group[0]
+            error = SampleError("worker_died", f"{MAX_DEATHS} workers died over this picture", picture.key)
+            return {picture.key: self._quarantined(job, error, picture.data)}
+        for key in keys:
+            self._mark(key)
+        start = time.perf_counter()
+        pictures = [picture for _, picture in group]
+        results = restore_batch(self.restorer, self.identity, pictures, self.ask, self.limits)
+        seconds = (time.perf_counter() - start) / len(group)
+        answers = {}
+        for (job, picture), result in zip(group, results, strict=True):
+            if isinstance(result, SampleError):
+                answers[picture.key] = self._quarantined(job, result, picture.data)
+            else:
+                answers[picture.key] = self._written(job, picture, result, seconds)
+            self._mark_file(picture.key).unlink(missing_ok=True)
+        return answers
+
+    def _read(self, path: Path) -> bytes:
+        """The file's bytes, refused by size before they are read."""
+        try:
+            size = path.stat().st_size
+            if size > self.limits.max_bytes:
+                raise SampleError("too_large", f"{size} bytes exceed the limit of {self.limits.max_bytes}")
+            return path.read_bytes()
+        except OSError as error:
+            raise SampleError("unreadable", error.strerror or str(error)) from error
+
+    def _up_to_date(self, job: Mapping[str, Any], data: bytes) -> bool:
+        record = job["record"]
+        if not record or record["seed"] != job["seed"] or record["source_sha256"] != hashlib.sha256(data).hexdigest():
+            return False
+        try:
+            return hashlib.sha256((self.out / record["output"]).read_bytes()).hexdigest() == record["output_sha256"]
+        except OSError:
+            return False
+
+    def _loaded(self) -> bool:
+        if self.restorer is None and not self.broken:
+            mark = self._mark_file("loading the model")  # a key never has this hash: keys are hashed with a prefix
+            if self._count(mark) >= MAX_DEATHS:
+                self.broken = (
+                    f"{MAX_DEATHS} workers died while loading the model {self.identity.name}; is memory short?"
+                )
+                return False
+            self._add(mark)
+            try:
+                self.restorer = self.factory()
+                set_threads(self.threads)
+            except Exception as error:  # whatever a system's loading may raise ends the job with one sentence
+                self.broken = f"the model {self.identity.name} cannot be loaded: {type(error).__name__}: {error}"
+            mark.unlink(missing_ok=True)
+        return not self.broken
+
+    def _written(self, job: Mapping[str, Any], picture: Picture, png: bytes, seconds: float) -> dict[str, Any]:
+        output = f"restored/{picture.key}.png"
+        temporary = self.out / "restored" / f".tmp-{_hash(picture.key)}-{os.getpid()}"
+        try:
+            temporary.write_bytes(png)
+            os.replace(temporary, self.out / output)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            return self._fatal(job, f"cannot write {self.out / output}: {full}")
+        info = probe(
+            png, Limits(max_pixels=1 << 32, max_bytes=1 << 40, min_side_px=1, max_aspect=1e9, max_expansion=1e9)
+        )
+        row = {
+            "key": picture.key,
+            "source": _printable(job["path"]),
+            "source_sha256": hashlib.sha256(picture.data).hexdigest(),
+            "output": output,
+            "output_sha256": hashlib.sha256(png).hexdigest(),
+            "width": info.width,
+            "height": info.height,
+            "seconds": round(seconds, 3),
+            "seed": picture.seed,
+            "model_digest": self.identity.digest,
+            "options_digest": self.ask.digest(),
+        }
+        return {"status": "restored", "row": row}
+
+    def _quarantined(self, job: Mapping[str, Any], error: SampleError, data: bytes) -> dict[str, Any]:
+        (self.out / "restored" / f"{job['key']}.png").unlink(missing_ok=True)  # of an earlier state of the source
+        row = {
+            "key": job["key"],
+            "source": _printable(job["path"]),
+            "stage": "restore",
+            "code": error.code,
+            "detail": error.detail,
+            "bytes_sha256": hashlib.sha256(data).hexdigest() if data or error.code == "empty" else "",
+        }
+        return {"status": "quarantined", "row": row}
+
+    def _fatal(self, job: Mapping[str, Any], detail: str) -> dict[str, Any]:
+        return {"status": "fatal", "row": {"key": job["key"], "detail": detail}}
+
+    def _mark_file(self, key: str) -> Path:
+        return _marks(self.out) / _hash(key)
+
+    def _mark(self, key: str) -> None:
+        self._add(self._mark_file(key))
+
+    def _deaths(self, key: str) -> int:
+        return self._count(self._mark_file(key))
+
+    @staticmethod
+    def _add(mark: Path) -> None:
+        with mark.open("ab") as stream:
+            stream.write(b".")
+
+    @staticmethod
+    def _count(mark: Path) -> int:
+        return mark.stat().st_size if mark.exists() else 0
+
+
+def set_threads(threads: int) -> None:
+    """Fix torch's threads in this process, if a system brought torch in."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def ray_or_local(num_cpus: int | None = None) -> Iterator[None]:
+    """The running Ray, or else a local one for as long as the block lasts."""
+    import ray
+
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            from pipelines.cluster import local_ray
+
+            stack.enter_context(local_ray(num_cpus=num_cpus) if num_cpus else local_ray())
+        yield
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line that was cut off by a kill is dropped, a missing file has none."""
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")  # not splitlines: JSON text may hold other line separators
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a JSON-lines file at once."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _in_process(rows: Sequence[dict[str, str]], worker: dict[str, Any], batch_size: int) -> Iterator[dict[str, Any]]:
+    restorer = RestoreWorker(**worker)
+    for start in range(0, len(rows), batch_size):
+        yield from restorer.restore([json.loads(row["job"]) for row in rows[start : start + batch_size]])
+
+
+def _through_ray(
+    rows: Sequence[dict[str, str]], worker: dict[str, Any], batch_size: int, actors: int, num_gpus: float
+) -> Iterator[dict[str, Any]]:
+    """Answers in the order in which they come."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+    from ray.exceptions import RayError
+
+    batches = -(-len(rows) // batch_size)
+    with ray_or_local():
+        context = DataContext.get_current()
+        bars, context.enable_progress_bars = context.enable_progress_bars, False  # the console shows its own
+        try:
+            dataset = ray.data.from_items(list(rows), override_num_blocks=min(batches, MAX_BLOCKS)).map_batches(
+                RestoreWorker,  # type: ignore[arg-type]
+                fn_constructor_kwargs=worker,
+                batch_size=batch_size,
+                batch_format="numpy",
+                # Elastic: a fixed pool as large as the cluster hung when a node was lost.
+                compute=ActorPoolStrategy(min_size=1, max_size=min(actors, batches)),
+                num_cpus=1,
+                num_gpus=num_gpus or None,
+            )
+            for row in dataset.iter_rows():
+                yield json.loads(row["answer"])
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise Failure(
+                f"Ray ended the job ({type(error).__name__}: {reason}); the same command continues"
+            ) from error
+        finally:
+            context.enable_progress_bars = bars
+
+
+@contextmanager
+def _own_folder(out: Path) -> Iterator[None]:
+    """Hold `out` for this process; the kernel lets go when the process ends, however it ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".restore.lock").open("a")
+    except OSError as error:
+        raise Failure(f"cannot write to {out}: {error.strerror or error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RetryLater(f"another restore is working on {out}") from error
+        yield
+
+
+def _marks(out: Path) -> Path:
+    return out / ".attempts"
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(f"key:{key}".encode()).hexdigest()[:24]
+
+
+def _printable(path: str) -> str:
+    """A path for JSON that others read: bytes that are no UTF-8 become question marks."""
+    return path.encode("utf-8", "replace").decode("utf-8")

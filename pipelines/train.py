@@ -1,0 +1,398 @@
+"""`restoray train`: one training stage of any system under Ray Train.
+
+Every worker opens its own Ray Data pipeline at the position that the checkpoint names, so a resumed run, on any number of
+workers, sees the samples in the order that an undisturbed one would have seen. Rank 0 writes metrics.jsonl and sample
+pictures into the stage's folder; the driver tails the file into the progress bar and the tracker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.recipes import Recipe, as_dict, identity, resolve
+from pipelines.errors import Failure
+
+if TYPE_CHECKING:
+    from components.types import Batch, Objective
+
+MODEL, METRICS, SAMPLES, ORDER = "model", "metrics.jsonl", "samples", "order.jsonl"
+HELDOUT_SEED = 20260101  # of the fixed held-out triples: never the run's own seed
+EXAMPLES = 64  # pictures that an objective may look at while it is built (principal components)
+
+OnMetrics = Callable[[Sequence[tuple[int, str, float, float]]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainInputs:
+    """What a stage is trained on.
+
+    Attributes:
+        corpora: corpus folder by the name that recipe.sources uses.
+        parents: model folder by the stage that made it.
+        data_digests: manifest digest by corpus name.
+    """
+
+    corpora: Mapping[str, Path] = field(default_factory=dict)
+    parents: Mapping[str, Path] = field(default_factory=dict)
+    data_digests: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Model folder, held-out losses by step, seconds."""
+
+    model: Path
+    heldout: Mapping[str, Mapping[int, float]]
+    seconds: float
+
+
+def stream_config(recipe: Recipe, inputs: TrainInputs) -> Any:
+    """What the data workers need to know of a recipe."""
+    from pipelines.stream import DEAD_LEAVES, StreamConfig
+
+    unknown = sorted(set(recipe.sources) - set(inputs.corpora) - {DEAD_LEAVES})
+    if unknown:
+        raise Failure(f"{recipe.name}: sources names {unknown}, but the inputs are {sorted(inputs.corpora)}")
+    sources = [(name if name == DEAD_LEAVES else str(inputs.corpora[name]), weight) for name, weight in recipe.sources.items()]
+    return StreamConfig(
+        sources=tuple(sources),
+        seed=recipe.seed,
+        resolution=recipe.resolution,
+        short_side=recipe.short_side,
+        flip=recipe.flip,
+        captioner=recipe.captioner,
+        degradation=recipe.degradation.preset,
+        degradation_options=dict(recipe.degradation.options),
+    )
+
+
+def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics | None = None) -> TrainResult:
+    """Train one stage; goes on from the last checkpoint in `out`. Needs an initialised Ray.
+
+    Args:
+        recipe: resolved recipe.
+        inputs: corpora and parent models.
+        out: the stage's folder; receives model/, metrics.jsonl, samples/, order.jsonl, ray/.
+        on_metrics: called now and then with new (step, name, value, time) rows.
+
+    Raises:
+        Failure: the run ended without a model; the message says why and that a rerun resumes.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    started = time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    placement = recipe.placement
+    use_gpu = placement.gpus_per_worker > 0
+    resources = {"CPU": placement.cpus_per_worker} | ({"GPU": placement.gpus_per_worker} if use_gpu else {})
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={
+            "recipe": as_dict(recipe),
+            "corpora": {k: str(v) for k, v in inputs.corpora.items()},
+            "parents": {k: str(v) for k, v in inputs.parents.items()},
+            "data_digests": dict(inputs.data_digests),
+            "out": str(out),
+        },
+        scaling_config=ScalingConfig(num_workers=placement.workers, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name="run",
+            storage_path=str((out / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=placement.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
+    )
+    with tailing(out / METRICS, on_metrics):
+        try:
+            result = trainer.fit()
+        except Exception as error:  # Ray wraps a worker's error in its own types
+            raise Failure(f"{recipe.name}: training ended early ({_first_line(error)}); run it again to resume") from error
+    if result.error is not None or not (out / MODEL / "model.json").is_file():
+        raise Failure(f"{recipe.name}: training ended early ({_first_line(result.error)}); run it again to resume")
+    return TrainResult(model=out / MODEL, heldout=heldout_losses(out / METRICS), seconds=time.time() - started)
+
+
+def _first_line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
+def read_metrics(path: Path) -> dict[str, dict[int, float]]:
+    """metrics.jsonl as name -> step -> value; after a resume the later value of a step stands."""
+    series: dict[str, dict[int, float]] = {}
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            series.setdefault(row["name"], {})[int(row["step"])] = float(row["value"])
+    return series
+
+
+def heldout_losses(path: Path) -> dict[str, dict[int, float]]:
+    """Held-out loss by trainable, by step."""
+    return {name.removeprefix("heldout/"): values for name, values in read_metrics(path).items() if name.startswith("heldout/")}
+
+
+class tailing:
+    """Context manager: a thread that hands new lines of a metrics file to a callback, the last ones at exit."""
+
+    def __init__(self, path: Path, callback: OnMetrics | None, every_s: float = 0.5) -> None:
+        self.path, self.callback, self.every_s = path, callback, every_s
+        self.offset = path.stat().st_size if path.is_file() else 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> tailing:
+        if self.callback:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        if self.callback:
+            self.thread.join()
+            self._read()
+
+    def _run(self) -> None:
+        while not self.stop.wait(self.every_s):
+            self._read()
+
+    def _read(self) -> None:
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self.offset)
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]  # a half-written last line waits
+        self.offset += len(whole)
+        rows = [json.loads(line) for line in whole.splitlines()]
+        if rows and self.callback:
+            self.callback([(r["step"], r["name"], r["value"], r["time"]) for r in rows])
+
+
+# ---------------------------------------------------------------- on the workers
+
+
+def worker(config: dict[str, Any]) -> None:
+    """The training loop of one rank."""
+    import torch
+    from ray import train as ray_train
+    from ray.train.torch import get_device
+
+    from components.models import load_model
+    from components.randomness import Noise
+    from components.systems import SYSTEMS
+    from components.tensors import collate
+    from components.training import Ema, build_optimizers, evaluate_loss, restore_state, train_step
+    from pipelines.stream import heldout_rows, rank_dataset
+
+    context = ray_train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    recipe = resolve(SYSTEMS[config["recipe"]["system"]].recipe, config["recipe"], (), config["recipe"]["name"])
+    inputs = TrainInputs(
+        corpora={k: Path(v) for k, v in config["corpora"].items()},
+        parents={k: Path(v) for k, v in config["parents"].items()},
+        data_digests=config["data_digests"],
+    )
+    out = Path(config["out"])
+    threads = recipe.placement.threads or max(1, (os.cpu_count() or 1) // world)
+    torch.set_num_threads(threads)
+    device = str(get_device())
+    stream = stream_config(recipe, inputs)
+
+    heldout = _batches(heldout_rows(stream, recipe.heldout_triples), recipe.batch_size, device)
+    parents = {k: load_model(v) for k, v in inputs.parents.items()}
+    objective = SYSTEMS[recipe.system].build_objective(recipe, parents, _examples(stream), device=device)
+    optimizers = build_optimizers(objective, recipe.optimizer)
+    ema = Ema(objective.trainables, recipe.ema_decay) if recipe.ema_decay else None
+    start = 0
+    checkpoint = ray_train.get_checkpoint()
+    if checkpoint:
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location=device)
+        start = restore_state(state, objective, optimizers, ema)
+
+    log = Log(out, active=rank == 0)
+    local = recipe.batch_size // world
+    micro = local // recipe.accumulation
+    rows = rank_dataset(stream, start * recipe.batch_size, recipe.steps * recipe.batch_size, recipe.batch_size, rank, world)
+    batches = iter(rows.iter_batches(batch_size=micro, prefetch_batches=2, batch_format="numpy")) if start < recipe.steps else iter(())
+
+    def evaluate(step: int) -> None:
+        if rank == 0:
+            with ema.applied() if ema else _nothing():
+                log.write(step, {f"heldout/{k}": v for k, v in evaluate_loss(objective, heldout, HELDOUT_SEED, device).items()})
+                _write_samples(objective, heldout, out / SAMPLES / f"step-{step:06d}.png")
+
+    if start == 0:
+        evaluate(0)
+    bad_in_a_row = 0
+    for step in range(start, recipe.steps):
+        began = time.time()
+        step_batches: list[tuple[Batch, Noise]] = []
+        seen: list[tuple[int, str, str]] = []
+        for _ in range(recipe.accumulation):
+            columns = next(batches)
+            batch = collate(columns, device)
+            seen += zip(batch.positions.tolist(), batch.keys, [str(r) for r in columns["replaced"]], strict=True)
+            step_batches.append((batch, Noise(recipe.seed, batch.positions, device)))
+        waited = time.time() - began
+        lr = recipe.optimizer.lr_at(step, recipe.steps)
+        metrics = train_step(
+            objective, step_batches, optimizers, lr=lr, clip_norm=recipe.optimizer.clip_norm, precision=recipe.precision
+        )
+        if ema:
+            ema.update(step)
+        bad_in_a_row = bad_in_a_row + 1 if metrics["bad_steps"] else 0
+        if bad_in_a_row >= recipe.optimizer.max_bad_steps:
+            raise FloatingPointError(
+                f"{recipe.name}: no finite gradient in {bad_in_a_row} steps, the last at step {step + 1} "
+                f"with samples {[k for _, k, _ in seen]}"
+            )
+        done = step + 1
+        log.write(done, metrics | {"lr": lr, "seconds_per_step": time.time() - began, "seconds_waiting_for_data": waited})
+        log_order(out, rank, done, seen)
+        if done % recipe.evaluate_every == 0 or done == recipe.steps:
+            evaluate(done)
+        if done == recipe.steps and rank == 0:
+            _write_model(objective, recipe, inputs, parents, ema, out, heldout_losses(out / METRICS))
+        if done % recipe.checkpoint_every == 0 or done == recipe.steps:
+            _checkpoint(objective, optimizers, ema, done, recipe.batch_size, rank)
+
+
+class Log:
+    """Appends scalar rows to the stage's metrics.jsonl; whole lines, so a reader never sees half a row."""
+
+    def __init__(self, out: Path, active: bool) -> None:
+        self.path, self.active = out / METRICS, active
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self.active:
+            return
+        now = time.time()
+        lines = [json.dumps({"step": step, "name": k, "value": v, "time": now}) + "\n" for k, v in values.items()]
+        with self.path.open("a") as stream:
+            stream.write("".join(lines))
+
+
+def log_order(out: Path, rank: int, step: int, seen: Sequence[tuple[int, str, str]]) -> None:
+    """One line a step and rank: which samples were used, in order, and which of them replaced a broken one."""
+    row = {"step": step, "rank": rank, "positions": [p for p, _, _ in seen], "keys": [k for _, k, _ in seen]}
+    replaced = {k: r for _, k, r in seen if r}
+    with (out / ORDER).open("a") as stream:
+        stream.write(json.dumps(row | ({"replaced": replaced} if replaced else {})) + "\n")
+
+
+def read_order(out: Path) -> dict[int, str]:
+    """Global order of the samples of a finished stage: position -> key, over all ranks."""
+    order: dict[int, str] = {}
+    for line in (out / ORDER).read_text().splitlines():
+        row = json.loads(line)
+        order.update(zip(row["positions"], row["keys"], strict=True))
+    return dict(sorted(order.items()))
+
+
+def _batches(rows: Sequence[Mapping[str, Any]], size: int, device: str) -> list[Batch]:
+    from components.tensors import collate
+
+    return [collate(rows[i : i + size], device) for i in range(0, len(rows), size)]
+
+
+def _examples(stream: Any) -> Any:
+    from components.tensors import images_to_tensor
+    from pipelines.stream import load_row
+
+    # from far beyond the stream's own positions, so that building costs no sample of the order
+    return lambda: images_to_tensor([load_row(stream, 2**40 + i)["hq"] for i in range(EXAMPLES)])
+
+
+def _write_samples(objective: Objective, heldout: Sequence[Batch], path: Path) -> None:
+    """LQ | restored | HQ of the first held-out pictures, where the stage can restore."""
+    restore = getattr(objective, "restore", None)
+    if restore is None:
+        return
+    import numpy as np
+    import torch
+
+    from components.images import encode_png
+    from components.tensors import tensor_to_images
+
+    count = min(3, len(heldout[0]))
+    with torch.no_grad():
+        restored = restore(heldout[0].lq[:count], heldout[0].prompts[:count], HELDOUT_SEED)
+    columns = [tensor_to_images(t[:count]) for t in (heldout[0].lq, restored, heldout[0].hq)]
+    sheet = np.concatenate([np.concatenate(row, axis=1) for row in zip(*columns, strict=True)], axis=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(encode_png(sheet, {"columns": "lq, restored, hq"}))
+    os.replace(temporary, path)
+
+
+def _write_model(
+    objective: Objective,
+    recipe: Recipe,
+    inputs: TrainInputs,
+    parents: Mapping[str, Any],
+    ema: Any,
+    out: Path,
+    heldout: Mapping[str, Mapping[int, float]],
+) -> None:
+    from components.models import ModelCard, save_model
+
+    prior = getattr(objective, "prior", None)
+    metrics = dict(getattr(objective, "measure", dict)())
+    for name, values in heldout.items():
+        metrics |= {f"heldout/{name}/start": values[min(values)], f"heldout/{name}/end": values[max(values)]}
+    card = ModelCard(
+        name=recipe.name,
+        system=recipe.system,
+        recipe=identity(recipe),
+        prior={"id": prior.name, "digest": prior.digest} if prior is not None and recipe.system != "prior" else None,
+        config=objective.config,
+        parents={k: v.digest for k, v in parents.items()},
+        data_manifest_digest=",".join(f"{k}:{v}" for k, v in sorted(inputs.data_digests.items())),
+        licence="the weights follow the licences of the prior and of the corpus",
+        permitted_use="see the prior's and the corpus' licences",
+        metrics=metrics,
+    )
+    with ema.applied() if ema else _nothing():
+        save_model(out / MODEL, card, objective.parts(), getattr(objective, "files", None))
+
+
+def _checkpoint(objective: Objective, optimizers: Any, ema: Any, step: int, batch_size: int, rank: int) -> None:
+    """Report step and position to Ray Train; rank 0 adds the state. All ranks must come here."""
+    import torch
+    from ray import train as ray_train
+
+    from components.training import training_state
+
+    report = {"step": step, "position": step * batch_size}
+    if rank != 0:
+        ray_train.report(report)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(training_state(objective, optimizers, ema, step, step * batch_size), Path(folder) / "state.pt")
+        ray_train.report(report, checkpoint=ray_train.Checkpoint.from_directory(folder))
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def resumable_at(out: Path) -> Iterator[int]:
+    """Steps of the checkpoints that a rerun could go on from."""
+    for path in sorted((out / "ray").glob("**/state.pt")):
+        import torch
+
+        yield int(torch.load(path, weights_only=True, map_location="cpu")["step"])

@@ -1,0 +1,400 @@
+"""InstantIR against tensors recorded from the official code, each built from its json's configuration alone.
+
+Every instantir_*.json of the golden folder is found by name, so that another set with other sizes and seeds can be
+put in the same place; every output tensor must be consumed by a check.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from components.objectives.consistency import (
+    SolverGrid,
+    boundary_scalings,
+    consistency_output,
+    ddim_step,
+    pseudo_huber,
+)
+from components.samplers.ddim import sample_ddim, sample_ddpm
+from components.samplers.guidance import distillation_guide
+from components.samplers.schedules import Schedule
+from components.systems.instantir.aggregator import Aggregator, Residuals, load_aggregator
+from components.systems.instantir.denoiser import InstantIRDenoiser, LoopSettings
+from components.systems.instantir.network import Conditions, InstantIR, predict_noise, unet_embedding
+from components.systems.instantir.perceptor import (
+    PerceptorAttnProcessor,
+    Resampler,
+    ResamplerConfig,
+    copy_strictly,
+    install_perceptor,
+    load_perceptor,
+    perceptor_of,
+)
+from components.systems.instantir.previewer import (
+    install_previewer,
+    load_previewer,
+    previewer_deltas,
+    previewer_enabled,
+)
+
+LATER = {"preprocess"}
+"""Modules of a later issue (command-line preprocessing). Anything else unknown fails."""
+NO_TENSORS = {"pipeline_weights_unet_adapter", "pipeline_weights_aggregator", "pipeline_weights_lora"}
+"""Weights for the other files."""
+OTHER_TESTS = {"instantir_distribution"}
+"""Degradation statistics, checked with the degradations."""
+
+
+@dataclass
+class Golden:
+    """One golden file; `check` compares an output and ticks it off."""
+
+    folder: Path
+    description: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    checked: set[str] = field(default_factory=set)
+
+    def input(self, name: str) -> Tensor:
+        return self.tensors[f"input/{name}"]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {k.removeprefix("weights/"): v for k, v in self.tensors.items() if k.startswith("weights/")}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.description["config"]
+
+    def check(self, name: str, value: Tensor) -> None:
+        expected = self.tensors[f"output/{name}"]
+        tolerance = self.description["tolerance"]
+        assert value.shape == expected.shape, f"{name}: shape {tuple(value.shape)}, not {tuple(expected.shape)}"
+        torch.testing.assert_close(
+            value.detach().to(expected.dtype),
+            expected,
+            atol=tolerance["atol"],
+            rtol=tolerance["rtol"],
+            msg=lambda text: f"{self.description['module']}, output {name}: {text}",
+        )
+        self.checked.add(f"output/{name}")
+
+    def unchecked(self) -> set[str]:
+        return {name for name in self.tensors if name.startswith("output/")} - self.checked
+
+
+def check_resampler(golden: Golden) -> None:
+    resampler = Resampler(ResamplerConfig(**golden.config))
+    copy_strictly(dict(resampler.named_parameters()), golden.weights(), "resampler")
+    golden.check("tokens", resampler(golden.input("x")))
+
+
+def check_attn_processor(golden: Golden) -> None:
+    config, weights = golden.config, golden.weights()
+    attention = Attention(
+        query_dim=config["query_dim"],
+        heads=config["heads"],
+        dim_head=config["dim_head"],
+        cross_attention_dim=config["cross_attention_dim"],
+        bias=False,
+    )
+    width = config["heads"] * config["dim_head"]
+    processor = PerceptorAttnProcessor(width, config["cross_attention_dim"], config["time"], config["num_tokens"])
+    attention.set_processor(processor)
+    copy_strictly(dict(attention.named_parameters()), weights, "attention")
+    hidden, text, tokens, temb = (golden.input(n) for n in ("hidden_states", "text", "ip_tokens", "temb"))
+    for name in [n for n in golden.tensors if n.startswith("output/scale")]:
+        processor.scale = float(name.removeprefix("output/scale"))
+        golden.check(
+            name.removeprefix("output/"), attention(hidden, encoder_hidden_states=(text, [tokens]), temb=temb)
+        )
+    processor.scale = 1.0
+    joined = torch.cat([text, tokens], dim=1)
+    golden.check("concat_form", attention(hidden, encoder_hidden_states=joined, temb=temb))
+    key, value = processor.keys_and_values(tokens, temb)
+    golden.check("adaln_key", key)
+    golden.check("adaln_value", value)
+
+
+def check_aggregator(golden: Golden) -> None:
+    aggregator = Aggregator(golden.config)
+    load_aggregator(aggregator, golden.weights())
+    for prefix, cat_dim in (("", -2), ("cat_dim_-1/", -1)):
+        residuals = aggregator(
+            *(golden.input(n) for n in ("lq_latent", "timesteps", "preview_latent", "text_embeds", "time_ids")),
+            cat_dim=cat_dim,
+        )
+        check_residuals(golden, prefix, residuals)
+
+
+def check_residuals(golden: Golden, prefix: str, residuals: Residuals) -> None:
+    for number, residual in enumerate(residuals.down):
+        golden.check(f"{prefix}down.{number}", residual)
+    golden.check(f"{prefix}mid", residuals.mid)
+
+
+@cache
+def tiny_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(UNet and adapter, LoRA, aggregator) of the golden pipeline."""
+    names = ("unet_adapter", "lora", "aggregator")
+    files = (load_file(folder / f"instantir_pipeline_weights_{name}.safetensors") for name in names)
+    return tuple(files)  # type: ignore[return-value]
+
+
+def section(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"weights/{name}/"
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def tiny_network(golden: Golden, aggregator: bool = False) -> InstantIR:
+    """The golden pipeline through the released layouts: bare UNet, adapter, LoRA, aggregator."""
+    config = golden.config
+    base, lora, control = tiny_weights(golden.folder)
+    unet = UNet2DConditionModel(**config["unet"])
+    copy_strictly(dict(unet.named_parameters()), section(base, "unet"), "unet")
+    network = InstantIR.__new__(InstantIR)  # the bundle without text and picture encoders, which the files do not hold
+    network.prior = SimpleNamespace(unet=unet, schedule=schedule_of(config["scheduler"]))  # type: ignore[assignment]
+    install_perceptor(unet, config["resampler"])
+    install_previewer(unet, {k: config["lora"][k] for k in ("rank", "alpha", "targets")})
+    network.perceptor, network.aggregator = perceptor_of(unet), None
+    load_perceptor(unet, section(base, "adapter"))
+    load_previewer(unet, section(lora, "previewer_lora"))
+    if aggregator:
+        network.aggregator = Aggregator.from_unet(unet)
+        load_aggregator(network.aggregator, section(control, "aggregator"))
+    return network
+
+
+def schedule_of(config: Mapping[str, Any]) -> Schedule:
+    assert config["prediction_type"] == "epsilon" and not config["clip_sample"]
+    return Schedule(**{k: config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")})
+
+
+def conditions(golden: Golden) -> Conditions:
+    return Conditions(
+        text=golden.input("prompt_embeds"),
+        pooled=golden.input("text_embeds"),
+        time_ids=golden.input("time_ids"),
+        image_tokens=golden.input("image_embeds"),
+    )
+
+
+def check_lora_toggle(golden: Golden) -> None:
+    network, given = tiny_network(golden), conditions(golden)
+    latents, timestep = golden.input("sample"), golden.input("timestep")
+    golden.check("noise_pred_lora_off", network.denoise_eps(latents, timestep, given))
+    with previewer_enabled(network.unet):
+        golden.check("noise_pred_lora_on", predict_noise(network.unet, latents, timestep, given))
+    deltas = previewer_deltas(network.unet)
+    assert list(sorted(deltas)) == sorted(golden.description["lora_layers"])
+    for name in [n for n in golden.tensors if n.startswith("output/delta_weight/")]:
+        golden.check(name.removeprefix("output/"), deltas[name.removeprefix("output/delta_weight/")])
+    merged = copy.deepcopy(network.unet)
+    for name, delta in deltas.items():
+        merged.get_submodule(name).base_layer.weight += delta
+    golden.check("noise_pred_merged", predict_noise(merged, latents, timestep, given))
+
+
+def check_preview(golden: Golden) -> None:
+    network, given = tiny_network(golden), conditions(golden)
+    latents, timestep = golden.input("sample"), golden.input("timestep")
+    with previewer_enabled(network.unet):
+        golden.check("noise_pred", predict_noise(network.unet, latents, timestep, given))
+    golden.check("preview_latent", network.preview(latents, timestep, given))
+
+
+def check_unet_step(golden: Golden) -> None:
+    network, given = tiny_network(golden, aggregator=True), conditions(golden)
+    latents, timestep = golden.input("sample"), golden.input("timestep")
+    golden.check("temb", unet_embedding(network.unet, latents, timestep.expand(len(latents)), given))
+    golden.check("ip_tokens", network.perceptor.image_proj(given.image_tokens))
+    golden.check("noise_pred_no_aggregator", network.denoise_eps(latents, timestep, given))
+    residuals = network.residuals(golden.input("lq_latent"), timestep, golden.input("preview_latent"), given)
+    check_residuals(golden, "aggregator/", residuals)
+    golden.check("noise_pred", network.denoise_eps(latents, timestep, given, residuals))
+    for name in [n for n in golden.tensors if n.startswith("output/noise_pred_scale")]:
+        scaled = residuals.scaled(float(name.removeprefix("output/noise_pred_scale")))
+        golden.check(name.removeprefix("output/"), network.denoise_eps(latents, timestep, given, scaled))
+
+
+def check_schedulers(golden: Golden) -> None:
+    config, schedule = golden.config, schedule_of(golden.config)
+    output, sample, timesteps = (golden.input(n) for n in ("model_output", "sample", "timesteps"))
+    golden.check("alphas_cumprod", schedule.alphas_cumprod)
+    skip, out = boundary_scalings(timesteps)
+    golden.check("c_skip", skip)
+    golden.check("c_out", out)
+    golden.check("lcm_denoised", consistency_output(schedule, sample, output, timesteps))
+    for name in [n for n in golden.tensors if n.startswith("output/timesteps_")]:
+        count = int(name.removeprefix("output/timesteps_"))
+        grid = schedule.timesteps(count, config["timestep_spacing"], config["steps_offset"])
+        golden.check(name.removeprefix("output/"), grid)
+    for kind, count, step in sorted({_step_of(n) for n in golden.tensors if n.startswith(("output/dd",))}):
+        sigmas = schedule.sampling_sigmas(schedule.timesteps(count, config["timestep_spacing"], config["steps_offset"]))
+        prefix = f"{kind}{count}/{step}"
+        expected = golden.tensors[f"output/{prefix}/prev_sample"]
+        rows = len(expected)
+        start = Schedule.exploding(sample[:rows], sigmas[step].expand(rows))
+
+        def denoise(latents: Tensor, sigma: Tensor, eps: Tensor = output[:rows]) -> Tensor:
+            return latents - sigma.view(-1, 1, 1, 1) * eps
+
+        golden.check(f"{prefix}/pred_original_sample", denoise(start, sigmas[step].expand(rows)))
+        if kind == "ddim":
+            after = sample_ddim(denoise, start, sigmas[step : step + 2])
+        else:
+            noise = golden.input(f"{prefix}/noise")
+            after = sample_ddpm(denoise, start, sigmas[step : step + 2], lambda _, noise=noise: noise)
+        golden.check(f"{prefix}/prev_sample", Schedule.preserving(after, sigmas[step + 1].expand(rows)))
+
+
+def _step_of(name: str) -> tuple[str, int, int]:
+    """"output/ddim30/14/prev_sample" -> ("ddim", 30, 14)."""
+    _, kind, step, _ = name.split("/")
+    return kind[:4], int(kind[4:]), int(step)
+
+
+def check_distill_step(golden: Golden) -> None:
+    config = golden.config
+    assert config["timestep_scaling"] == 10.0 and config["sigma_data"] == 0.5
+    schedule = Schedule()
+    grid = SolverGrid(schedule, config["num_ddim_timesteps"])
+    start, end = grid.interval(golden.input("index"))
+    golden.check("start_timesteps", start)
+    golden.check("end_timesteps", end)
+    noisy = schedule.add_noise(golden.input("latents"), golden.input("noise"), start)
+    golden.check("noisy", noisy)
+    conditional, unconditional = golden.input("teacher_cond"), golden.input("teacher_uncond")
+    w = golden.input("w").flatten()
+    eps = distillation_guide(unconditional, conditional, w)
+    clean = distillation_guide(
+        schedule.x0_from_eps(noisy, unconditional, start), schedule.x0_from_eps(noisy, conditional, start), w
+    )
+    previous = ddim_step(schedule, clean, eps, end)
+    golden.check("x_prev", previous)
+    student = consistency_output(schedule, noisy, golden.input("student_pred"), start)
+    target = consistency_output(schedule, previous, golden.input("target_pred"), end)
+    golden.check("student_x0", student)
+    golden.check("target_x0", target)
+    golden.check("huber_loss", pseudo_huber(student, target, config["huber_c"]).mean()[None])
+
+
+def check_loop(golden: Golden) -> None:
+    options, config = dict(golden.description["options"]), golden.config
+    network = tiny_network(golden, aggregator=True)
+    schedule, steps = network.prior.schedule, golden.description["num_inference_steps"]
+    timesteps = schedule.timesteps(steps, config["scheduler"]["timestep_spacing"], config["scheduler"]["steps_offset"])
+    golden.check("timesteps", timesteps)
+    lq, noise = golden.input("lq_latent"), golden.input("initial_noise")
+    batch = len(lq)
+    assert batch == options.pop("batch", batch)
+    from_lq = options.pop("init_latents_with_lq")
+    settings = LoopSettings(
+        cfg_scale=options.pop("guidance_scale"),
+        guidance_rescale=options.pop("guidance_rescale", 0.0),
+        aggregator_scale=options.pop("controlnet_conditioning_scale", 1.0),
+        aggregator_stop=options.pop("control_guidance_end", 1.0),
+        preview_start=options.pop("preview_start", 0.0),
+        preview_stop=options.pop("preview_end", 1.0),
+        adaptive=options.pop("adastep_restore", False),
+    )
+    assert not options, f"options without a counterpart: {sorted(options)}"
+    side = [d * config["vae_scale_factor"] for d in lq.shape[-2:]]
+    time_ids = torch.tensor([[*side, 0, 0, *side]], dtype=torch.float32).expand(batch, -1)
+    tokens = golden.input("image_embeds")
+    positive = Conditions(
+        text=golden.input("prompt_embeds"),
+        pooled=golden.input("pooled"),
+        time_ids=time_ids,
+        image_tokens=tokens[-batch:],
+    )
+    negative = None
+    if settings.guided:
+        negative = Conditions(
+            text=golden.input("negative_prompt_embeds"),
+            pooled=golden.input("negative_pooled"),
+            time_ids=time_ids,
+            image_tokens=tokens[:batch],
+        )
+    denoiser = InstantIRDenoiser(network, lq, positive, negative, steps, settings)
+    sigmas = schedule.sampling_sigmas(timesteps)
+    start = lq + sigmas[0] * noise if from_lq else Schedule.exploding(noise, sigmas[0].expand(batch))
+    torch.testing.assert_close(
+        Schedule.preserving(start, sigmas[0].expand(batch)), golden.input("initial_latent"), atol=1e-5, rtol=0
+    )
+    record: dict[str, list[Tensor]] = {}
+
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        # what a step was given is what the step before arrived at
+        record.setdefault("latents", []).append(Schedule.preserving(latents, sigma))
+        clean = denoiser(latents, sigma)
+        values = {
+            "preview_latent": denoiser.preview,
+            "preview_factor": denoiser.factor.view(-1, 1, 1, 1),
+            "noise_pred": denoiser.eps,
+            "unet_pred_latent": clean,
+            "cond_scale": denoiser.applied.view(-1, 1, 1, 1),
+        }
+        for name, value in values.items():
+            record.setdefault(name, []).append(value)
+        return clean
+
+    if golden.description["scheduler"] == "ddim":
+        final = sample_ddim(denoise, start, sigmas)
+    else:
+        final = sample_ddpm(denoise, start, sigmas, lambda step: golden.input("step_noise")[step])
+    golden.check("final_latent", final)
+    record["latents"] = [*record["latents"][1:], final]
+    for name, values in record.items():
+        golden.check(f"steps/{name}", torch.stack(values))
+
+
+CHECKS: Mapping[str, Callable[[Golden], None]] = {
+    "resampler": check_resampler,
+    "attn_processor": check_attn_processor,
+    "aggregator": check_aggregator,
+    "lora_toggle": check_lora_toggle,
+    "preview": check_preview,
+    "unet_step": check_unet_step,
+    "schedulers": check_schedulers,
+    "distill_step": check_distill_step,
+    "loop": check_loop,
+}
+
+
+def descriptions(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    for path in sorted(folder.glob("instantir_*.json")):
+        yield path, json.loads(path.read_text(encoding="utf-8"))
+
+
+def kind_of(module: str) -> str:
+    return "loop" if module.startswith("loop_") else module
+
+
+def test_every_golden_file_is_known(golden_dir: Path) -> None:
+    kinds = {kind_of(description["module"]) for _, description in descriptions(golden_dir)}
+    assert kinds - set(CHECKS) - NO_TENSORS - OTHER_TESTS == LATER
+    assert set(CHECKS) - kinds == set(), "a check without a golden file"
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+@torch.no_grad()
+def test_golden(kind: str, golden_dir: Path) -> None:
+    found = [(p, d) for p, d in descriptions(golden_dir) if kind_of(d["module"]) == kind]
+    assert found
+    for path, description in found:
+        golden = Golden(golden_dir, description, load_file(path.with_suffix(".safetensors")))
+        CHECKS[kind](golden)
+        assert not golden.unchecked(), f"{path.name}: outputs nobody checked: {sorted(golden.unchecked())}"

@@ -129,7 +129,7 @@ def probe(data: bytes, limits: Limits = Limits(), key: str = "") -> Info:
         SampleError: as `decode`, less what only the pixels can show.
     """
     with _as_sample_errors(key), _open(data, limits) as (picture, kind):
-        turned = _orientation(picture) >= 5
+        turned = kind != "TIFF" and _orientation(picture) >= 5  # of a TIFF, Pillow gives the upright size already
         width, height = picture.size
         return Info(format=kind, width=height if turned else width, height=width if turned else height)
 

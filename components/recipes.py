@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 RECIPES = Path(__file__).resolve().parent.parent / "pipelines" / "recipes"
@@ -23,7 +23,7 @@ class RecipeError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """" Did you mean 'x'?" for the near name, else the list of known ones."""
+    """ " Did you mean 'x'?" for the near name, else the list of known ones."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}"
@@ -147,6 +147,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = (), folder: Path = 
     if not path.is_file():
         raise RecipeError(f"no recipe file {str(name)!r}")
     document = OmegaConf.load(path)
+    if not isinstance(document, DictConfig):
+        raise RecipeError(f"{path.name} is no recipe: it is not a mapping")
     document.setdefault("name", path.stem)
     system = document.get("system")
     if system not in SYSTEMS:
@@ -154,7 +156,9 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = (), folder: Path = 
     schema = SYSTEMS[system].recipe
     recipe: Recipe = resolve(schema, document, overrides, path.name)
     if recipe.stage not in SYSTEMS[system].stages:
-        raise RecipeError(f"{path.name}: unknown stage {recipe.stage!r}. {did_you_mean(recipe.stage, SYSTEMS[system].stages)}")
+        raise RecipeError(
+            f"{path.name}: unknown stage {recipe.stage!r}. {did_you_mean(recipe.stage, SYSTEMS[system].stages)}"
+        )
     return recipe
 
 

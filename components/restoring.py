@@ -1,7 +1,7 @@
 """One picture's way through a restorer: bytes in, PNG bytes out; shared by batch jobs and the service.
 
-Because both call `restore_batch`, a picture restored by the service has the bytes that the batch job wrote, provided the
-model, the key, the seed and the options are the same (and the batch size: float rounding may differ in company).
+Because both call `restore_batch`, a picture restored by the service has the bytes that the batch job wrote, provided
+the model, the key, the seed and the options are the same (and the batch size: float rounding may differ in company).
 Torch-free: the restorer is passed in.
 """
 
@@ -76,9 +76,10 @@ class Picture:
     seed: int
 
 
-def safe_key(name: str) -> str:
-    """A key from any file name: no path, no control characters, no leading dot, at most MAX_KEY_BYTES as UTF-8.
+def file_key(name: str) -> str:
+    """A key that stays recognisable, from any file name without its suffix: it names the result's file.
 
+    No path, no control characters, no leading dot, at most MAX_KEY_BYTES as UTF-8.
     What is cut off a long name is replaced by a hash of the whole, so that different names stay different.
     """
     text = name.encode("utf-8", "replace").decode("utf-8")  # lone surrogates stand for bytes that are no UTF-8
@@ -221,7 +222,7 @@ def _restore(
         return dict(zip(requests, answers, strict=True))
     except Cancellation:
         raise
-    except Exception as error:  # the boundary where any failure of a system becomes one picture's reason
+    except Exception as error:  # noqa: BLE001 - any failure of a system becomes one picture's reason here
         if len(requests) == 1:
             (index, request), *_ = requests.items()
             return {index: _as_sample_error(error, request.key)}

@@ -65,8 +65,8 @@ def train_step(
         precision: "bf16" runs the forward passes under autocast.
 
     Returns:
-        The losses' metrics, averaged over micro-batches and workers, `<trainable>/grad_norm`, and `bad_steps`: trainables
-        left as they were because their gradient was not finite (the same on every worker, since it was averaged).
+        The losses' metrics, averaged over micro-batches and workers, `<trainable>/grad_norm`, and `bad_steps`:
+        trainables left as they were because their gradient was not finite (averaged, so the same on every worker).
 
     Raises:
         RuntimeError: micro-batches disagree about the phase, naming both.
@@ -97,7 +97,9 @@ def train_step(
     return {**{k: float(v) for k, v in average(metrics).items()}, **report}
 
 
-def _step(name: str, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, report: Mapping[str, float]) -> dict[str, float]:
+def _step(
+    name: str, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, report: Mapping[str, float]
+) -> dict[str, float]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm))

@@ -3,7 +3,7 @@
 Nothing here imports torch at run time, so that data workers which only decode and degrade stay small.
 
 Conventions
-    images     RGB. As arrays: uint8 or float32 [H, W, 3]; float32 in [0, 1]. As tensors: float32 [B, 3, H, W] in [-1, 1].
+    images     RGB. As arrays: uint8, or float32 in [0, 1], [H, W, 3]. As tensors: float32 [B, 3, H, W] in [-1, 1].
     latents    float tensors [B, C, h, w], already multiplied by the prior's scaling factor.
     sigma      noise level in variance-exploding form, [B]: noisy = clean + sigma * noise.
     position   place of a sample in the endless training stream; (seed, position, name) fixes every random bit.
@@ -27,7 +27,7 @@ Image = np.ndarray
 """RGB [H, W, 3], uint8 or float32 in [0, 1]."""
 
 Plan = Mapping[str, Any]
-"""One drawn degradation: JSON-serialisable (numbers, strings, lists, nested mappings); small; replays to the same picture."""
+"""One drawn degradation: small, JSON-serialisable (numbers, strings, lists, mappings); replays to the same picture."""
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in latent pixels."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +62,8 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
     settings = load_local()
     # Unix socket paths hold at most 107 bytes, and Ray appends about 70 to this folder's name.
     folder = Path(tempfile.mkdtemp(prefix="rr-", dir=short_temporary_folder()))
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address="local",
@@ -72,6 +76,8 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
             _node_ip_address=LOOPBACK,
             _temp_dir=str(folder),
         )
+        if in_main_thread and terminate is not None:
+            signal.signal(signal.SIGTERM, terminate)  # Ray put its own there, which exits with 15
         quiet_data()
         yield
     finally:
@@ -93,7 +99,7 @@ def quiet_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def short_temporary_folder() -> str:

@@ -90,7 +90,9 @@ class Console:
         if self.silent:
             return
         cells = [[str(cell) for cell in row] for row in rows]
-        widths = [max(len(name), *(len(row[i]) for row in cells)) if cells else len(name) for i, name in enumerate(columns)]
+        widths = [
+            max(len(name), *(len(row[i]) for row in cells)) if cells else len(name) for i, name in enumerate(columns)
+        ]
         self.say(title)
         for row in [list(columns), *cells]:
             self.say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

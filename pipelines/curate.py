@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from components.corpora import CorpusSpec, FilterSpec, SplitSpec, load_corpus_sp
 from components.images import Limits, decode, sniff
 from components.types import SampleError
 from pipelines import shards
+from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, RetryLater, UsageError, near_miss, unknown
 from pipelines.home import shipped
 from pipelines.sources import Entry, for_folder, list_entries, read_entry
@@ -40,9 +42,6 @@ VERSION = 1
 SYNC_EVERY_S = 1.0
 SPARE_BYTES = 16 << 20  # room for manifest, index and logs
 RETRIED = frozenset({"unreadable", "crashed"})  # verdicts that another try may change
-
-Progress = Callable[[int, int, str], None]
-"""(done, total, what) -> None, called on the driver."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +84,12 @@ def load_spec(name: str | Path, overrides: Sequence[str] = ()) -> CorpusSpec:
 
 
 def curate(
-    spec: CorpusSpec, out: Path, progress: Progress | None = None, images: str | Path | None = None
+    spec: CorpusSpec | str | Path, out: Path, progress: Progress | None = None, images: str | Path | None = None
 ) -> CurateResult:
     """Make a corpus folder. Running it again repeats nothing that is done and gives the same bytes.
 
     Args:
-        spec: what to curate, see components.corpora.
+        spec: what to curate: see components.corpora; a name or path is loaded.
         out: the corpus folder; created.
         progress: told about both phases.
         images: a folder that replaces the spec's sources, with held-out pictures by fraction.
@@ -102,7 +101,8 @@ def curate(
     """
     started = time.monotonic()
     out = Path(out).absolute()
-    tell = progress or (lambda done, total, what: None)
+    tell = progress or no_progress
+    spec = spec if isinstance(spec, CorpusSpec) else load_spec(spec)
     if images is not None:
         spec = for_folder(spec, Path(images))
     entries, skipped = list_entries(spec)
@@ -174,14 +174,19 @@ def measure_all(
     left one by one, and gets the code "crashed".
     """
     import ray
+    from ray.util.annotations import RayDeprecationWarning
 
+    work: Callable[..., Any] = _measure_batch
     arguments = {"limits": limits, "flat_below": flat_below, "measure_one": measure_one}
     rows = [{"number": number, "entry": json.dumps(asdict(entry))} for number, entry in enumerate(entries)]
     blocks = min(max(1, -(-len(rows) // 8)), 4096)
-    # Ray Data repeats the task of a dead worker for ever by default, and so would a picture that kills each of them.
-    dataset = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-        _measure_batch, batch_size=8, fn_kwargs=arguments, max_retries=1
-    )
+    with warnings.catch_warnings():
+        # By default Ray Data repeats the task of a dead worker for ever: a picture that kills each of them would never
+        # end. 2.60 has no other way to say so than the argument whose removal in 2.64 it announces.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+            work, batch_size=8, fn_kwargs=arguments, max_retries=1
+        )
     dataset.context.enable_progress_bars = False
     left = set(range(len(entries)))
     try:
@@ -365,8 +370,6 @@ def _plan_shards(accepted: Sequence[dict[str, Any]], shard_mib: float) -> list[_
 
 def _write_shards(accepted: Sequence[dict[str, Any]], spec: CorpusSpec, out: Path, tell: Progress) -> dict[str, Any]:
     """Write what is missing and return the "splits" of index.json."""
-    import ray
-
     plans = _plan_shards(accepted, spec.shard_mib)
     done: dict[str, dict[str, Any]] = {}
     for row in _read_log(out / "shards.jsonl"):
@@ -379,9 +382,12 @@ def _write_shards(accepted: Sequence[dict[str, Any]], spec: CorpusSpec, out: Pat
         raise Failure(f"{out} needs {need / 2**20:.0f} MiB for its shards, but only {free / 2**20:.0f} MiB are free.")
     tell(len(plans) - len(missing), len(plans), "shards")
     if missing:
+        import ray
+
         rows = [{"work": json.dumps(_work(plan), default=asdict)} for plan in missing]
+        work: Callable[..., Any] = _write_batch
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _write_batch, batch_size=1, fn_kwargs={"out": str(out), "limit_bytes": spec.filters.limits().max_bytes}
+            work, batch_size=1, fn_kwargs={"out": str(out), "limit_bytes": spec.filters.limits().max_bytes}
         )
         dataset.context.enable_progress_bars = False
         with _appending(out / "shards.jsonl") as log:

@@ -70,7 +70,8 @@ class Summary:
         pictures: keys scored in every arm.
         means: arm -> metric -> {"mean", "pictures"}.
         comparisons: restored against each baseline, per metric.
-        verdict: per metric one sentence against the input, and "overall".
+        verdict: the outcome over all metrics in one or two sentences, whatever it is.
+        verdicts: one sentence per metric, against the input.
         missing: what could not be scored: {"key", "where" or "metric", "reason"}.
         folders: role -> folder relative to the evaluation's own, for the report.
         reused: rows taken from an earlier scores.jsonl.
@@ -80,7 +81,8 @@ class Summary:
     metrics: dict[str, dict[str, Any]]
     means: dict[str, dict[str, dict[str, float]]]
     comparisons: list[Comparison]
-    verdict: dict[str, str]
+    verdict: str
+    verdicts: dict[str, str]
     missing: list[dict[str, str]] = field(default_factory=list)
     folders: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -314,17 +316,17 @@ def evaluate(
                     missing.append({"key": key, "where": "score", "reason": f"[{error.code}] {error.detail}"})
                     row = None
                 else:
-                    stream.write(json.dumps(row, sort_keys=True) + "\n")
+                    stream.write(json.dumps(row) + "\n")
                     stream.flush()
             if row is not None:
                 rows[key] = row
             progress(done, len(keys), key)
     # stale rows of earlier runs go; the order becomes that of the keys
-    _write_whole(scores_path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows.values()))
+    _write_whole(scores_path, "".join(json.dumps(row) + "\n" for row in rows.values()))
     summary = summarise(list(rows.values()), scorer.names, arms, missing, seed)
     place = {role: Path(os.path.relpath(folder, out)).as_posix() for role, folder in folders.items()}
     summary = Summary(**{**vars(summary), "folders": place, "versions": versions, "reused": reused})
-    _write_whole(out / "summary.json", json.dumps(summary.to_json(), indent=1, sort_keys=True) + "\n")
+    _write_whole(out / "summary.json", json.dumps(summary.to_json(), indent=1) + "\n")
     return summary
 
 
@@ -397,13 +399,12 @@ def summarise(
             if pairs:
                 comparisons.append(compare(name, infos[name], opponent, pairs, seed))
     opponents = arms[1:]
-    verdict = {c.metric: c.sentence for c in comparisons if opponents and c.opponent == opponents[0]}
+    verdicts = {c.metric: c.sentence for c in comparisons if opponents and c.opponent == opponents[0]}
     sentences = [overall_verdict(comparisons, opponent, infos) for opponent in opponents]
     overall = " ".join(sentence for sentence in sentences if sentence)
     unscored = len({entry["key"] for entry in absent if "metric" not in entry})
     if unscored:
         overall += f" {unscored} {'picture has' if unscored == 1 else 'pictures have'} no score (see missing)."
-    verdict["overall"] = overall.strip() or "No picture could be compared."
     return Summary(
         pictures=[row["key"] for row in rows],
         metrics={
@@ -412,6 +413,7 @@ def summarise(
         },
         means=means,
         comparisons=comparisons,
-        verdict=verdict,
+        verdict=overall.strip() or "No picture could be compared.",
+        verdicts=verdicts,
         missing=absent,
     )

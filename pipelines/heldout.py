@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,14 @@ from typing import Any
 
 from components.degradations import build_degradation
 from components.images import center_crop, decode, encode_png, resize_short_side, to_float, to_uint8
-from components.restoring import safe_key
+from components.restoring import file_key
 from components.types import Degradation, SampleError
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, UsageError
-from pipelines.restore import read_lines, write_lines
+from pipelines.rows import read_lines, write_lines
+from pipelines.shards import open_corpus, read_sample, write_atomic
 
+SPLIT = "held_out"
 SIDE_MULTIPLE = 16  # two halvings of a latent that is itself an eighth fit 16; smaller priors need less
 
 
@@ -35,51 +36,6 @@ class Heldout:
     made: int
     kept: int
     quarantined: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """Where one held-out picture lies: `size` bytes at `offset` of `shard`."""
-
-    key: str
-    shard: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """The picture file's bytes, as they came to the corpus."""
-        try:
-            with self.shard.open("rb") as stream:
-                stream.seek(self.offset)
-                data = stream.read(self.size)
-        except OSError as error:
-            raise SampleError("shard_missing", f"{self.shard.name}: {error.strerror or error}", self.key) from error
-        if len(data) != self.size:
-            raise SampleError("shard_cut", f"{self.shard.name} ends before the sample does", self.key)
-        return data
-
-
-def heldout_members(corpus: Path) -> tuple[list[Member], str]:
-    """Held-out pictures in the index's order, and the corpus digest.
-
-    Raises:
-        UsageError: no corpus there, or none of it is held out.
-    """
-    try:
-        index = json.loads((corpus / "index.json").read_bytes())
-        split = index["splits"]["held_out"]
-    except OSError as error:
-        raise UsageError(f"{corpus} is not a curated corpus: it has no index.json") from error
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UsageError(f"{corpus}: index.json is broken or lists no held_out split") from error
-    members = [
-        Member(key=row["key"], shard=corpus / "held_out" / shard["name"], offset=row["offset"], size=row["size"])
-        for shard in split["shards"]
-        for row in shard["samples"]
-    ]
-    if not members:
-        raise UsageError(f"{corpus} holds no held-out pictures")
-    return members, str(index["digest"])
 
 
 def prepare_heldout(
@@ -106,13 +62,17 @@ def prepare_heldout(
     """
     if short_side < SIDE_MULTIPLE:
         raise UsageError(f"short_side must be at least {SIDE_MULTIPLE} pixels, got {short_side}")
-    members, corpus_digest = heldout_members(corpus_dir)
+    corpus = open_corpus(corpus_dir)
+    count = len(corpus.split(SPLIT))
+    if not count:
+        raise UsageError(f"{corpus_dir} holds no held-out pictures")
+    count = count if limit is None else min(count, limit)
     try:
         degradation = build_degradation(preset, **(preset_options or {}))
     except ValueError as error:
         raise UsageError(str(error)) from error
     wanted = {
-        "corpus": corpus_digest,
+        "corpus": corpus.digest,
         "preset": preset,
         "options": dict(preset_options or {}),
         "seed": seed,
@@ -120,27 +80,30 @@ def prepare_heldout(
     }
     settings = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     hq, lq, records = out / "hq", out / "lq", out / "heldout.jsonl"
-    members, tell = members[:limit], progress or no_progress
-    rows, bad, kept = [], [], 0
+    tell = progress or no_progress
+    rows: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
+    kept = 0
     try:
         hq.mkdir(parents=True, exist_ok=True)
         lq.mkdir(exist_ok=True)
         done = {row["key"]: row for row in read_lines(records) if row["settings"] == settings}
-        for position, member in enumerate(members):
-            key = safe_key(member.key)
+        for position in range(count):
+            shard, entry = corpus.split(SPLIT).locate(position)
+            key = file_key(entry["key"])
             row = done.get(key)
             if row is not None and row["position"] == position and _intact(out, row):
                 rows.append(row)
                 kept += 1
             else:
                 try:
-                    rows.append({**_make_pair(member, key, degradation, seed, position, short_side, out)})
-                    rows[-1]["settings"] = settings
+                    data = read_sample(corpus, SPLIT, position)
+                    pair = _make_pair(data, key, degradation, seed, position, short_side, out)
+                    rows.append({**pair, "settings": settings})
                 except SampleError as error:
-                    source = f"held_out/{member.shard.name}"
-                    bad.append({"key": key, "source": source, "stage": "heldout", "code": error.code})
-                    bad[-1].update(detail=error.detail, bytes_sha256="")
-            tell(position + 1, len(members), key)
+                    reason = {"stage": "heldout", "code": error.code, "detail": error.detail, "bytes_sha256": ""}
+                    bad.append({"key": key, "source": f"{SPLIT}/{shard.name}", **reason})
+            tell(position + 1, count, key)
         # Pairs of another limit, seed or corpus would be restored and scored as if they belonged to this set.
         names = {f"{row['key']}.png" for row in rows}
         for stale in (path for folder in (hq, lq) for path in folder.iterdir() if path.name not in names):
@@ -150,15 +113,15 @@ def prepare_heldout(
     except OSError as error:
         raise Failure(f"cannot write to {out}: {error.strerror or error}") from error
     if not rows:
-        raise Failure(f"none of the {len(members)} held-out pictures could be prepared: {bad[0]['detail']}")
+        raise Failure(f"none of the {count} held-out pictures could be prepared: {bad[0]['detail']}")
     return Heldout(hq=hq, lq=lq, made=len(rows) - kept, kept=kept, quarantined=len(bad))
 
 
 def _make_pair(
-    member: Member, key: str, degradation: Degradation, seed: int, position: int, short_side: int, out: Path
+    data: bytes, key: str, degradation: Degradation, seed: int, position: int, short_side: int, out: Path
 ) -> dict[str, Any]:
     """Write one pair; returns its record."""
-    target = resize_short_side(decode(member.read(), key=key), short_side)
+    target = resize_short_side(decode(data, key=key), short_side)
     height, width = (side // SIDE_MULTIPLE * SIDE_MULTIPLE for side in target.shape[:2])
     target = center_crop(target, height, width)
     plan = degradation.draw(seed, key, position)
@@ -166,9 +129,7 @@ def _make_pair(
     digests = {}
     for name, image in (("hq", target), ("lq", degraded)):
         png = encode_png(image, {"software": "restoray", "key": key})
-        temporary = out / name / f".tmp-{os.getpid()}"
-        temporary.write_bytes(png)
-        os.replace(temporary, out / name / f"{key}.png")
+        write_atomic(out / name / f"{key}.png", png)
         digests[f"{name}_sha256"] = hashlib.sha256(png).hexdigest()
     return {"key": key, "position": position, **digests, "plan": dict(plan)}
 

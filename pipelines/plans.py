@@ -243,8 +243,10 @@ def split_overrides(overrides: Sequence[str], stages: Sequence[str]) -> tuple[li
         elif key in known:
             own.append(override)
         elif dot or key in by_stage:
-            raise unknown("stage in the override", head, stages) if dot else UsageError(
-                f'"{override}": say which key of stage {key}, as in {key}.KEY=value.'
+            raise (
+                unknown("stage in the override", head, stages)
+                if dot
+                else UsageError(f'"{override}": say which key of stage {key}, as in {key}.KEY=value.')
             )
         else:
             raise unknown("plan key", key, [*known, *(f"{name}.KEY" for name in stages)])
@@ -280,8 +282,9 @@ def resolve_stage(
         placement = [f"placement.workers={workers}"] if workers else []
         recipe = load_checked_recipe(settings.recipe, [*settings.overrides, *placement, *overrides])
         resolved, identity = recipe_documents(recipe)
-    identity = {"verb": stage["verb"], "settings": identity, **verb.identity(settings, images)}
-    digest = stage_digest(identity, inputs, verb.version)
+    version = recipe_version(recipe) if trains else verb.version
+    own = {"verb": f"{stage['verb']} {verb.version}", "settings": identity}
+    digest = stage_digest({**own, **verb.identity(settings, recipe, images)}, inputs, version)
     return PlannedStage(
         name=name,
         verb=stage["verb"],
@@ -290,7 +293,7 @@ def resolve_stage(
         recipe=recipe,
         resolved=resolved,
         digest=digest,
-        version=verb.version,
+        version=version,
         folder=f"{name}-{digest[:8]}",
     )
 
@@ -310,6 +313,13 @@ def recipe_documents(recipe: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     from components.recipes import as_dict, identity
 
     return dict(as_dict(recipe)), dict(identity(recipe))
+
+
+def recipe_version(recipe: Any) -> int:
+    """The integer version that a system gives the training stage of a recipe."""
+    from components.systems import SYSTEMS
+
+    return SYSTEMS[recipe.system].stages[recipe.stage]
 
 
 # -- running ---------------------------------------------------------------------------------------------------------

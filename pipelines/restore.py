@@ -1,9 +1,10 @@
 """`restoray restore`: a folder of pictures through a pool of restoring workers, resumable and with a quarantine.
 
-    <out>/restored/KEY.png    results; text chunks say how each was made
+    <out>/KEY.png             results; text chunks say how each was made
     <out>/records.jsonl       a line per result: key, source, source_sha256, output, output_sha256, width, height,
                               seconds, seed, model_digest, options_digest
-    <out>/quarantine.jsonl    a line per picture that could not be restored: key, source, stage, code, detail, bytes_sha256
+    <out>/quarantine.jsonl    a line per picture that could not be restored: key, source, stage, code, detail,
+                              bytes_sha256
 
 Workers get paths and return records: pictures never pass through the driver. A result is renamed into place before its
 record is written, so a job killed anywhere resumes: a picture is skipped only if its record matches this job's model,
@@ -22,18 +23,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from components.images import Limits, probe
-from components.restoring import Ask, Identity, Picture, parse_ask, picture_seed, restore_batch, safe_key
+from components.restoring import Ask, Identity, Picture, file_key, parse_ask, picture_seed, restore_batch
 from components.types import Restorer, SampleError
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, RetryLater, UsageError
+from pipelines.heldout import prepare_heldout as prepare_heldout  # the step before this one in a plan
+from pipelines.rows import read_lines, write_lines
+from pipelines.shards import write_atomic
 
 Factory = Callable[[], Restorer]
 """Makes the restorer inside a worker; picklable."""
@@ -162,6 +167,7 @@ def restore_folder(
             "limits": limits,
             "out": str(job.out),
             "threads": threads,
+            "others": actors - 1,
         }
         if on_ray:
             answers = _through_ray(rows, worker, batch_size, actors, num_gpus)
@@ -173,7 +179,7 @@ def restore_folder(
             quarantined=counts["quarantined"],
             skipped=counts["skipped"],
             ignored=ignored,
-            folder=job.pictures,
+            folder=job.out,
             records=job.records,
             quarantine=job.quarantine,
         )
@@ -191,7 +197,7 @@ def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], 
     if not src.exists():
         raise UsageError(f"{src} does not exist")
     if src.is_file():
-        return {safe_key(src.stem): src.absolute()}, 0
+        return {file_key(src.stem): src.absolute()}, 0
     if out is not None and out.resolve() == src.resolve():
         raise UsageError(f"{src} is both input and output; choose another output folder")
     excluded = out.resolve() if out is not None else None
@@ -208,16 +214,16 @@ def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], 
     if not found:
         raise UsageError(f"{src} holds no pictures")
     names_of = {path: "__".join(path.relative_to(src).parts) for path in found}
-    short = {path: safe_key(name[: len(name) - len(path.suffix)]) for path, name in names_of.items()}
+    short = {path: file_key(name[: len(name) - len(path.suffix)]) for path, name in names_of.items()}
     shared: dict[str, int] = {}
     for key in short.values():
         shared[key.casefold()] = shared.get(key.casefold(), 0) + 1
     keys: dict[str, Path] = {}
     for path, key in short.items():
         if shared[key.casefold()] > 1:
-            key = safe_key(names_of[path])
-        if key in keys:  # a.jpg and A.JPG folded, or names that differ only in what safe_key replaces
-            key = safe_key(f"{key}-{hashlib.sha256(os.fsencode(path.relative_to(src))).hexdigest()[:8]}")
+            key = file_key(names_of[path])
+        if key in keys:  # a.jpg and A.JPG folded, or names that differ only in what file_key replaces
+            key = file_key(f"{key}-{hashlib.sha256(os.fsencode(path.relative_to(src))).hexdigest()[:8]}")
         keys[key] = path.absolute()
     return keys, ignored
 
@@ -227,7 +233,6 @@ class Job:
 
     def __init__(self, out: Path, identity: Identity, ask: Ask) -> None:
         self.out, self.identity, self.ask = out, identity, ask
-        self.pictures = out / "restored"
         self.records, self.quarantine = out / "records.jsonl", out / "quarantine.jsonl"
         self.keys: set[str] = set()
 
@@ -235,10 +240,9 @@ class Job:
         """Tidy up after an earlier job; returns the records, by key, that this one may reuse if the files agree."""
         self.keys = keys
         try:
-            self.pictures.mkdir(parents=True, exist_ok=True)
             marks = _marks(self.out)
             marks.mkdir(exist_ok=True)
-            for stale in (*marks.iterdir(), *self.pictures.glob(".tmp-*")):
+            for stale in (*marks.iterdir(), *self.out.glob(".*.tmp-*")):
                 stale.unlink()
             records = read_lines(self.records)
             write_lines(self.records, [r for r in records if r["key"] not in keys or self._holds(r)])
@@ -275,13 +279,19 @@ class Job:
         told = counts["restored"] + counts["skipped"] + counts["quarantined"]
         if told != of:
             raise Failure(f"{of - told} of {of} pictures came back without an answer; the same command continues")
-        order = lambda row: row["key"]  # noqa: E731 - arrival depends on timing, the finished file should not
-        write_lines(self.records, sorted({r["key"]: r for r in read_lines(self.records)}.values(), key=order))
-        write_lines(self.quarantine, sorted(read_lines(self.quarantine), key=order))
+        self._tidy()
         return counts
 
+    def _tidy(self) -> None:
+        """One line a key, in order: arrival depends on timing, the finished files should not."""
+        quarantine = sorted(read_lines(self.quarantine), key=itemgetter("key"))
+        bad = {row["key"] for row in quarantine}
+        records = {row["key"]: row for row in read_lines(self.records) if row["key"] not in bad}
+        write_lines(self.records, sorted(records.values(), key=itemgetter("key")))
+        write_lines(self.quarantine, quarantine)
+
     def _holds(self, record: Mapping[str, Any]) -> bool:
-        """Whether the record was made with this job's model and options (its seed and files are the worker's to check)."""
+        """Whether the record was made with this job's model and options; the worker checks seed and files."""
         wanted = (self.identity.digest, self.ask.digest())
         return (record.get("model_digest"), record.get("options_digest")) == wanted
 
@@ -290,7 +300,8 @@ class Job:
         if row["code"] not in ("refused", "failed") or counts["restored"] + counts["skipped"] or len(set(reasons)) > 1:
             return
         if len(reasons) >= min(HOPELESS, of):
-            raise Failure(f"nothing can be restored: {row['detail']}")
+            kind = UsageError if row["code"] == "refused" else Failure
+            raise kind(f"nothing can be restored: {row['detail']}")
 
 
 class RestoreWorker:
@@ -300,10 +311,17 @@ class RestoreWorker:
     """
 
     def __init__(
-        self, factory: Factory, identity: Identity, ask: Ask, limits: Limits, out: str, threads: int = THREADS
+        self,
+        factory: Factory,
+        identity: Identity,
+        ask: Ask,
+        limits: Limits,
+        out: str,
+        threads: int = THREADS,
+        others: int = 0,
     ) -> None:
         self.factory, self.identity, self.ask, self.limits = factory, identity, ask, limits
-        self.out, self.threads = Path(out), threads
+        self.out, self.threads, self.others = Path(out), threads, others
         self.restorer: Restorer | None = None
         self.broken = ""
 
@@ -379,42 +397,34 @@ class RestoreWorker:
 
     def _loaded(self) -> bool:
         if self.restorer is None and not self.broken:
-            mark = self._mark_file("loading the model")  # a key never has this hash: keys are hashed with a prefix
-            if self._count(mark) >= MAX_DEATHS:
-                self.broken = (
-                    f"{MAX_DEATHS} workers died while loading the model {self.identity.name}; is memory short?"
-                )
+            mark = _marks(self.out) / "loading"
+            if self._count(mark) >= MAX_DEATHS + self.others:  # the others may be loading right now
+                self.broken = f"workers died again and again while loading the model {self.identity.name}"
                 return False
             self._add(mark)
             try:
                 self.restorer = self.factory()
                 set_threads(self.threads)
-            except Exception as error:  # whatever a system's loading may raise ends the job with one sentence
+            except Exception as error:  # noqa: BLE001 - whatever loading may raise ends the job with one sentence
                 self.broken = f"the model {self.identity.name} cannot be loaded: {type(error).__name__}: {error}"
             mark.unlink(missing_ok=True)
         return not self.broken
 
     def _written(self, job: Mapping[str, Any], picture: Picture, png: bytes, seconds: float) -> dict[str, Any]:
-        output = f"restored/{picture.key}.png"
-        temporary = self.out / "restored" / f".tmp-{_hash(picture.key)}-{os.getpid()}"
+        output = f"{picture.key}.png"
         try:
-            temporary.write_bytes(png)
-            os.replace(temporary, self.out / output)
+            write_atomic(self.out / output, png)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             return self._fatal(job, f"cannot write {self.out / output}: {full}")
-        info = probe(
-            png, Limits(max_pixels=1 << 32, max_bytes=1 << 40, min_side_px=1, max_aspect=1e9, max_expansion=1e9)
-        )
         row = {
             "key": picture.key,
             "source": _printable(job["path"]),
             "source_sha256": hashlib.sha256(picture.data).hexdigest(),
             "output": output,
             "output_sha256": hashlib.sha256(png).hexdigest(),
-            "width": info.width,
-            "height": info.height,
+            "width": int.from_bytes(png[16:20], "big"),  # IHDR
+            "height": int.from_bytes(png[20:24], "big"),
             "seconds": round(seconds, 3),
             "seed": picture.seed,
             "model_digest": self.identity.digest,
@@ -423,7 +433,7 @@ class RestoreWorker:
         return {"status": "restored", "row": row}
 
     def _quarantined(self, job: Mapping[str, Any], error: SampleError, data: bytes) -> dict[str, Any]:
-        (self.out / "restored" / f"{job['key']}.png").unlink(missing_ok=True)  # of an earlier state of the source
+        (self.out / f"{job['key']}.png").unlink(missing_ok=True)  # of an earlier state of the source
         row = {
             "key": job["key"],
             "source": _printable(job["path"]),
@@ -463,40 +473,6 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def ray_or_local(num_cpus: int | None = None) -> Iterator[None]:
-    """The running Ray, or else a local one for as long as the block lasts."""
-    import ray
-
-    with ExitStack() as stack:
-        if not ray.is_initialized():
-            from pipelines.cluster import local_ray
-
-            stack.enter_context(local_ray(num_cpus=num_cpus) if num_cpus else local_ray())
-        yield
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line that was cut off by a kill is dropped, a missing file has none."""
-    if not path.exists():
-        return []
-    *lines, rest = path.read_bytes().split(b"\n")  # not splitlines: JSON text may hold other line separators
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace a JSON-lines file at once."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _in_process(rows: Sequence[dict[str, str]], worker: dict[str, Any], batch_size: int) -> Iterator[dict[str, Any]]:
     restorer = RestoreWorker(**worker)
     for start in range(0, len(rows), batch_size):
@@ -511,8 +487,10 @@ def _through_ray(
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError
 
+    from pipelines.cluster import local_ray
+
     batches = -(-len(rows) // batch_size)
-    with ray_or_local():
+    with local_ray():
         context = DataContext.get_current()
         bars, context.enable_progress_bars = context.enable_progress_bars, False  # the console shows its own
         try:

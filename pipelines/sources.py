@@ -64,7 +64,7 @@ def list_entries(spec: CorpusSpec) -> tuple[list[Entry], int]:
         else:
             if source.kind == "folder" and not source.path:
                 raise UsageError(f"{spec.name}: a folder source needs its path: give --images DIR.")
-            folder = package_folder() / "demo_corpus" if source.kind == "demo_corpus" else Path(source.path)
+            folder = package_folder() / "demo_corpus" if source.kind == "demo_corpus" else Path(source.path).absolute()
             found, ignored = _folder(folder, source)
             entries.extend(found)
             skipped += ignored

@@ -7,18 +7,21 @@ stages read), "quarantined" (number of rejected samples) and "verdict" (one sent
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.console import Console
-from pipelines.errors import Failure, UsageError
+from pipelines.console import Console, Progress
+from pipelines.errors import Failure
 from pipelines.home import package_folder
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
+    from pipelines.train import TrainInputs
 
 
 @dataclass(kw_only=True)
@@ -120,51 +123,49 @@ class Verb:
         settings: dataclass of what a plan may say beside name, verb and needs.
         version: raised by hand when equal settings would give another result; part of the digest.
         uses_ray: whether a local Ray must stand before it runs.
-        identity: what besides settings decides the result, e.g. a fingerprint of the source pictures.
+        identity: (settings, recipe, images) -> what besides settings and recipe decides the result, e.g. the source
+            pictures; small plain data.
     """
 
     run: Callable[[StageContext], Mapping[str, Any]]
     settings: type
     version: int = 1
     uses_ray: bool = True
-    identity: Callable[[Any, Path | None], Mapping[str, Any]] = lambda settings, images: {}
+    identity: Callable[[Any, Any, Path | None], Mapping[str, Any]] = lambda settings, recipe, images: {}
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """sha256 over the names, sizes and modification times of all files below `folder`, without reading them.
+def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
+    """The resolved spec and every candidate picture: with other pictures the stage is another one."""
+    from pipelines.curate import load_spec
+    from pipelines.sources import for_folder, list_entries
 
-    Raises:
-        UsageError: no such folder.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}.")
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        status = path.stat()
-        digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def content_fingerprint(folder: Path) -> str:
-    """sha256 over the names and contents of the files right in `folder`: for small folders that come with the code,
-    whose modification times are those of the check-out."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.glob("*") if p.is_file()):
-        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
+    spec = load_spec(settings.spec)
+    if images is not None:
+        spec = for_folder(spec, images)
+    entries, _ = list_entries(spec)
+    pictures = hashlib.sha256()
+    for entry in entries:
+        # What comes with the code has the modification times of its check-out, which mean nothing.
+        mtime_ns = entry.mtime_ns if entry.source.startswith("folder:") else 0
+        pictures.update(json.dumps([entry.key, entry.source, entry.size, mtime_ns, entry.refused]).encode())
+    document = dataclasses.asdict(spec)
+    for source in document["sources"]:
+        source["path"] = ""  # pictures are known by name, size and time: a moved folder is the same corpus
+    return {"spec": document, "pictures": pictures.hexdigest()}
 
 
-def curate_identity(settings: CurateSettings, images: Path | None) -> dict[str, Any]:
-    """The spec's text and the pictures it would read: with other pictures the stage is another one."""
-    from pipelines.errors import unknown
-    from pipelines.home import shipped
-
-    specs = shipped("datasets")
-    path = specs.get(settings.spec) or Path(settings.spec)
-    if not path.is_file():
-        raise unknown("corpus spec", settings.spec, specs)
-    pictures = folder_fingerprint(images) if images else content_fingerprint(package_folder() / "demo_corpus")
-    return {"spec": path.read_text(), "pictures": pictures}
+def train_identity(settings: TrainSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
+    """The weights that training starts from, where they lie on this machine; a hub id is known by its name alone."""
+    identity: dict[str, Any] = {}
+    for name in ("prior", "warm_start"):
+        start = str(getattr(recipe, name, "") or "")
+        if not start:
+            continue
+        for folder in (Path(start), package_folder().parent / "components" / "priors" / "weights" / start):
+            if (folder / "model.json").is_file():
+                identity[name] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
+                break
+    return identity
 
 
 def run_curate(context: StageContext) -> dict[str, Any]:
@@ -186,13 +187,55 @@ def run_train(context: StageContext) -> dict[str, Any]:
     from pipelines.train import train
 
     with context.console.bar(context.name) as progress:
-        results = train(context.recipe, context.inputs, context.stage_dir, progress=progress)
-    return {"outputs": ["model/model.json"], **(results or {})}
+        told = step_progress(progress, context.recipe.steps)
+        result = train(context.recipe, train_inputs(context.inputs), context.stage_dir, on_metrics=told)
+    heldout: dict[str, dict[str, float]] = {}
+    for name, losses in result.heldout.items():
+        if losses:
+            start, end = losses[min(losses)], losses[max(losses)]
+            heldout[name] = {"start": start, "end": end, "change": end / start - 1 if start else 0.0}
+    return {"heldout_loss": heldout, "outputs": ["model/model.json", "metrics.jsonl"]}
+
+
+def train_inputs(folders: Mapping[str, Path]) -> TrainInputs:
+    """Sort folders into corpora, by their given name, and models, by the training stage that made them.
+
+    Raises:
+        Failure: a folder is neither.
+    """
+    from pipelines.train import TrainInputs
+
+    corpora: dict[str, Path] = {}
+    parents: dict[str, Path] = {}
+    digests: dict[str, str] = {}
+    for name, folder in folders.items():
+        model = folder if (folder / "model.json").is_file() else folder / "model"
+        if (folder / "index.json").is_file():
+            corpora[name], digests[name] = folder, str(json.loads((folder / "index.json").read_text())["digest"])
+        elif (model / "model.json").is_file():
+            recipe = json.loads((model / "model.json").read_text()).get("recipe") or {}
+            parents[str(recipe.get("stage") or name)] = model
+        else:
+            raise Failure(f"input {name} is neither a corpus (index.json) nor a model (model.json): {folder}.")
+    return TrainInputs(corpora=corpora, parents=parents, data_digests=digests)
+
+
+def step_progress(progress: Progress, steps: int) -> Callable[[Sequence[tuple[int, str, float, float]]], None]:
+    """A callback for metric rows that moves a bar to the newest step and shows the newest loss beside it."""
+
+    def tell(rows: Sequence[tuple[int, str, float, float]]) -> None:
+        losses = [row for row in rows if "loss" in row[1]]
+        note = f"{losses[-1][1]} {losses[-1][2]:.4g}" if losses else ""
+        if rows:
+            progress(max(row[0] for row in rows), steps, note)
+
+    return tell
 
 
 def run_restore(context: StageContext) -> dict[str, Any]:
     """Held-out pictures, degraded with a fixed seed, through the trained model."""
-    from pipelines.restore import prepare_heldout, restore_folder
+    from pipelines.heldout import prepare_heldout
+    from pipelines.restore import restore_folder
 
     settings, corpus = context.settings, context.find("index.json").parent
     prepare_heldout(
@@ -226,29 +269,35 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         summary = evaluate(
             restored / "restored", restored / "lq", restored / "hq", context.stage_dir, progress=progress, **chosen
         )
-    return {"verdict": summary.verdict, "outputs": ["scores.jsonl", "summary.json"]}
+    return {
+        "verdict": summary.verdict,
+        "pictures": len(summary.pictures),
+        "outputs": ["scores.jsonl", "summary.json"],
+    }
 
 
 def run_serve_check(context: StageContext) -> dict[str, Any]:
     """One picture through the service: its bytes must equal the batch result's."""
     from pipelines.serve import check_served, start
 
-    restored = context.find("restored")
-    expected = min(restored.glob("*.png"))
+    restored, model = context.find("restored"), context.find("model")
+    pictures = sorted(restored.glob("*.png"))
+    if not pictures:
+        raise Failure(f"stage {context.name}: no restored picture to compare with.")
+    timeout_s = context.settings.timeout_s
     with context.console.bar(context.name) as progress:
-        progress(0, 1, "starting the service")
-        handle = start(context.find("model"))
-        try:
-            check_served(handle.url, restored.parent / "lq" / expected.name, expected)
-        finally:
-            handle.stop()
-        progress(1, 1)
-    return {"picture": expected.name, "equal": True}
+        progress(0, 2, "loading the model")
+        with start(model, timeout_s=timeout_s) as service:
+            progress(1, 2, f"sending {pictures[0].name}")
+            source = restored.parent / "lq" / pictures[0].name
+            answer = check_served(service.url, source, pictures[0], timeout_s=timeout_s)
+        progress(2, 2, "bytes equal")
+    return {"picture": pictures[0].name, "equal": True, **answer}
 
 
 VERBS: Mapping[str, Verb] = {
     "curate": Verb(run=run_curate, settings=CurateSettings, identity=curate_identity),
-    "train": Verb(run=run_train, settings=TrainSettings),
+    "train": Verb(run=run_train, settings=TrainSettings, identity=train_identity),
     "restore": Verb(run=run_restore, settings=RestoreSettings),
     "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False),
     "serve-check": Verb(run=run_serve_check, settings=ServeCheckSettings),

@@ -75,7 +75,9 @@ def tail_metrics(path: Path, offset: int = 0) -> tuple[list[MetricRow], int]:
     for line in whole.splitlines():
         try:
             entry = json.loads(line)
-            row = MetricRow(int(entry["step"]), str(entry["name"]), float(entry["value"]), float(entry.get("time", 0.0)))
+            row = MetricRow(
+                int(entry["step"]), str(entry["name"]), float(entry["value"]), float(entry.get("time", 0.0))
+            )
         except (ValueError, KeyError, TypeError):
             continue
         rows.append(row)
@@ -151,7 +153,7 @@ class Tracker:
         return self._start({"name": f"{stage}-{digest[:8]}", "tags": tags, "parent": parent, "identity": identity})
 
     def log_params(self, run: str, params: Mapping[str, Any]) -> None:
-        """Log a flat (or nested: it is flattened) mapping. A value that changed on a resume becomes a tag `changed.*`."""
+        """Log a mapping, nested or flat. A value that changed on a resume becomes a tag `changed.*`."""
         flat = {key: value if isinstance(value, str) else json.dumps(value) for key, value in flatten(params).items()}
         self._submit({"op": "params", "run": run, "params": flat})
 
@@ -188,12 +190,14 @@ class Tracker:
         """Register a model folder, with model.json's metrics tied to it and the alias `candidate` set.
 
         Returns:
-            The version; None while the store cannot be reached (it is registered on the next start). The same model.json
-            under the same name keeps its version.
+            The version; None while the store cannot be reached (it is registered on the next start). The same
+            model.json under the same name keeps its version.
 
         Raises:
-            Failure: no model.json there.
+            Failure: no model.json there, or a name that MLflow or an address could not hold.
         """
+        if not re.fullmatch(r"[\w\-. ]{1,200}", name):
+            raise Failure(f"{name!r} cannot name a model: use letters, digits, '-', '_', '.' and spaces")
         folder = Path(model_dir).absolute()
         if not (folder / "model.json").is_file():
             raise Failure(f"{folder.name} is no model folder: it has no model.json")
@@ -252,9 +256,9 @@ class Tracker:
                 except ValueError:  # torn by a kill
                     continue
                 try:
-                    self._apply(operation)
+                    self._apply({**operation, "replayed": True})
                     made += 1
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - sorted below into outage and refusal
                     trouble = self._probe()
                     if trouble:
                         self._outage(trouble)
@@ -290,7 +294,7 @@ class Tracker:
             if not trouble:
                 try:
                     return self._apply(operation)
-                except Exception as error:  # whatever MLflow or its database raises, the job goes on
+                except Exception as error:  # noqa: BLE001 - whatever MLflow or its database raises, the job goes on
                     trouble = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                     if self._probe():
                         self._outage(trouble)
@@ -304,7 +308,9 @@ class Tracker:
 
     def _outage(self, trouble: str) -> None:
         if self._down_since is None:
-            self._warn(f"the MLflow store cannot be reached ({trouble}); tracking goes to {BACKLOG} and is replayed later")
+            self._warn(
+                f"the MLflow store cannot be reached ({trouble}); tracking goes to {BACKLOG} and is replayed later"
+            )
         self._down_since = self._down_since if trouble == "still unreachable" else time.monotonic()
 
     def _append(self, path: Path, operation: Mapping[str, Any]) -> None:
@@ -352,7 +358,9 @@ class Tracker:
         if self._experiment_id is None:
             known = self._made.get_experiment_by_name(self.experiment)
             place = None if self.database is None else (self.out_dir / ARTIFACTS).as_uri()
-            made = known.experiment_id if known else self._made.create_experiment(self.experiment, artifact_location=place)
+            made = (
+                known.experiment_id if known else self._made.create_experiment(self.experiment, artifact_location=place)
+            )
             self._experiment_id = str(made)
         return self._made
 
@@ -380,7 +388,9 @@ class Tracker:
         client = self._client()
         parts = [self._run(part) if part.startswith(PENDING) else part for part in operation["identity"]]
         identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        tags = {**operation["tags"], "restoray.identity": identity, f"restoray.{operation['pending']}": "yes"}
+        tags = {**operation["tags"], "restoray.identity": identity}
+        if operation.get("replayed"):  # later statements, of later processes too, know the run by this name alone
+            tags[f"restoray.{operation['pending']}"] = "yes"
         if operation.get("parent"):
             tags["mlflow.parentRunId"] = self._run(operation["parent"])
         found = self._search(f"tags.`restoray.identity` = '{identity}'")
@@ -418,7 +428,9 @@ class Tracker:
         from mlflow.entities import Metric
 
         rows = operation["rows"]
-        metrics = [Metric(_NAME.sub("_", name)[:250], value, int(when * 1000), step) for step, name, value, when in rows]
+        metrics = [
+            Metric(_NAME.sub("_", name)[:250], value, int(when * 1000), step) for step, name, value, when in rows
+        ]
         self._client().log_batch(self._run(operation["run"]), metrics=metrics)
 
     def _apply_image(self, operation: Mapping[str, Any]) -> None:
@@ -465,9 +477,7 @@ class Tracker:
         folder, name = Path(operation["folder"]), operation["name"]
         document = (folder / "model.json").read_bytes()
         digest = hashlib.sha256(document).hexdigest()
-        try:
-            client.get_registered_model(name)
-        except Exception:
+        if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         for version in client.search_model_versions(f"name = '{name}'"):
             if version.tags.get("restoray.digest") == digest:
@@ -521,7 +531,9 @@ class Tracker:
             raise Failure(f"version {number} of {name!r} is registered, but its model folder is gone")
         expected = version.tags.get("restoray.digest")
         if expected and hashlib.sha256(document.read_bytes()).hexdigest() != expected:
-            raise Failure(f"version {number} of {name!r} was altered after it was registered: model.json has another sha256")
+            raise Failure(
+                f"version {number} of {name!r} was altered after it was registered: model.json has another sha256"
+            )
         return folder
 
     def _local_folder(self, source: str) -> Path:

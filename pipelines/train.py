@@ -1,12 +1,13 @@
 """`restoray train`: one training stage of any system under Ray Train.
 
-Every worker opens its own Ray Data pipeline at the position that the checkpoint names, so a resumed run, on any number of
-workers, sees the samples in the order that an undisturbed one would have seen. Rank 0 writes metrics.jsonl and sample
-pictures into the stage's folder; the driver tails the file into the progress bar and the tracker.
+Every worker opens its own Ray Data pipeline at the position that the checkpoint names, so a resumed run, on any number
+of workers, sees the samples in the order that an undisturbed one would have seen. Rank 0 writes metrics.jsonl and
+sample pictures into the stage's folder; the driver tails the file into the progress bar and the tracker.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -61,7 +62,9 @@ def stream_config(recipe: Recipe, inputs: TrainInputs) -> Any:
     unknown = sorted(set(recipe.sources) - set(inputs.corpora) - {DEAD_LEAVES})
     if unknown:
         raise Failure(f"{recipe.name}: sources names {unknown}, but the inputs are {sorted(inputs.corpora)}")
-    sources = [(name if name == DEAD_LEAVES else str(inputs.corpora[name]), weight) for name, weight in recipe.sources.items()]
+    sources = [
+        (name if name == DEAD_LEAVES else str(inputs.corpora[name]), weight) for name, weight in recipe.sources.items()
+    ]
     return StreamConfig(
         sources=tuple(sources),
         seed=recipe.seed,
@@ -112,19 +115,20 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
     )
-    with tailing(out / METRICS, on_metrics):
+    with Tail(out / METRICS, on_metrics):
         try:
             result = trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in its own types
-            raise Failure(f"{recipe.name}: training ended early ({_first_line(error)}); run it again to resume") from error
+            raise _ended_early(recipe, error) from error
     if result.error is not None or not (out / MODEL / "model.json").is_file():
-        raise Failure(f"{recipe.name}: training ended early ({_first_line(result.error)}); run it again to resume")
+        raise _ended_early(recipe, result.error)
     return TrainResult(model=out / MODEL, heldout=heldout_losses(out / METRICS), seconds=time.time() - started)
 
 
-def _first_line(error: object) -> str:
+def _ended_early(recipe: Recipe, error: object) -> Failure:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+    reason = lines[-1] if lines else "no reason given"  # the last line of a worker's traceback
+    return Failure(f"{recipe.name}: training ended early ({reason}); run it again to resume.")
 
 
 def read_metrics(path: Path) -> dict[str, dict[int, float]]:
@@ -139,10 +143,14 @@ def read_metrics(path: Path) -> dict[str, dict[int, float]]:
 
 def heldout_losses(path: Path) -> dict[str, dict[int, float]]:
     """Held-out loss by trainable, by step."""
-    return {name.removeprefix("heldout/"): values for name, values in read_metrics(path).items() if name.startswith("heldout/")}
+    return {
+        name.removeprefix("heldout/"): values
+        for name, values in read_metrics(path).items()
+        if name.startswith("heldout/")
+    }
 
 
-class tailing:
+class Tail:
     """Context manager: a thread that hands new lines of a metrics file to a callback, the last ones at exit."""
 
     def __init__(self, path: Path, callback: OnMetrics | None, every_s: float = 0.5) -> None:
@@ -151,7 +159,7 @@ class tailing:
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> tailing:
+    def __enter__(self) -> Tail:
         if self.callback:
             self.thread.start()
         return self
@@ -224,14 +232,18 @@ def worker(config: dict[str, Any]) -> None:
     log = Log(out, active=rank == 0)
     local = recipe.batch_size // world
     micro = local // recipe.accumulation
-    rows = rank_dataset(stream, start * recipe.batch_size, recipe.steps * recipe.batch_size, recipe.batch_size, rank, world)
-    batches = iter(rows.iter_batches(batch_size=micro, prefetch_batches=2, batch_format="numpy")) if start < recipe.steps else iter(())
+    batches: Iterator[Mapping[str, Any]] = iter(())
+    if start < recipe.steps:
+        first, last = start * recipe.batch_size, recipe.steps * recipe.batch_size
+        rows = rank_dataset(stream, first, last, recipe.batch_size, rank, world)
+        batches = iter(rows.iter_batches(batch_size=micro, prefetch_batches=2, batch_format="numpy"))
 
     def evaluate(step: int) -> None:
         if rank == 0:
-            with ema.applied() if ema else _nothing():
-                log.write(step, {f"heldout/{k}": v for k, v in evaluate_loss(objective, heldout, HELDOUT_SEED, device).items()})
-                _write_samples(objective, heldout, out / SAMPLES / f"step-{step:06d}.png")
+            with ema.applied() if ema else contextlib.nullcontext():
+                losses = evaluate_loss(objective, heldout, HELDOUT_SEED, device)
+                log.write(step, {f"heldout/{name}": loss for name, loss in losses.items()})
+                _write_samples(objective, recipe, heldout, out / SAMPLES / f"step-{step:06d}.png")
 
     if start == 0:
         evaluate(0)
@@ -259,12 +271,13 @@ def worker(config: dict[str, Any]) -> None:
                 f"with samples {[k for _, k, _ in seen]}"
             )
         done = step + 1
-        log.write(done, metrics | {"lr": lr, "seconds_per_step": time.time() - began, "seconds_waiting_for_data": waited})
+        speed = {"seconds_per_step": time.time() - began, "seconds_waiting_for_data": waited}
+        log.write(done, metrics | speed | {"lr": lr})
         log_order(out, rank, done, seen)
         if done % recipe.evaluate_every == 0 or done == recipe.steps:
             evaluate(done)
         if done == recipe.steps and rank == 0:
-            _write_model(objective, recipe, inputs, parents, ema, out, heldout_losses(out / METRICS))
+            _write_model(objective, recipe, inputs, parents, ema, out, heldout)
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
             _checkpoint(objective, optimizers, ema, done, recipe.batch_size, rank)
 
@@ -315,10 +328,12 @@ def _examples(stream: Any) -> Any:
     return lambda: images_to_tensor([load_row(stream, 2**40 + i)["hq"] for i in range(EXAMPLES)])
 
 
-def _write_samples(objective: Objective, heldout: Sequence[Batch], path: Path) -> None:
-    """LQ | restored | HQ of the first held-out pictures, where the stage can restore."""
-    restore = getattr(objective, "restore", None)
-    if restore is None:
+def _write_samples(objective: Objective, recipe: Recipe, heldout: Sequence[Batch], path: Path) -> None:
+    """LQ | restored | HQ of the first held-out pictures, where the system has something to show."""
+    from components.systems import SYSTEMS
+
+    look = SYSTEMS[recipe.system].look
+    if look is None:
         return
     import numpy as np
     import torch
@@ -328,7 +343,7 @@ def _write_samples(objective: Objective, heldout: Sequence[Batch], path: Path) -
 
     count = min(3, len(heldout[0]))
     with torch.no_grad():
-        restored = restore(heldout[0].lq[:count], heldout[0].prompts[:count], HELDOUT_SEED)
+        restored = look(objective, recipe, heldout[0].lq[:count], heldout[0].prompts[:count], HELDOUT_SEED)
     columns = [tensor_to_images(t[:count]) for t in (heldout[0].lq, restored, heldout[0].hq)]
     sheet = np.concatenate([np.concatenate(row, axis=1) for row in zip(*columns, strict=True)], axis=0)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,13 +359,18 @@ def _write_model(
     parents: Mapping[str, Any],
     ema: Any,
     out: Path,
-    heldout: Mapping[str, Mapping[int, float]],
+    heldout: Sequence[Batch],
 ) -> None:
     from components.models import ModelCard, save_model
+    from components.systems import SYSTEMS
 
     prior = getattr(objective, "prior", None)
-    metrics = dict(getattr(objective, "measure", dict)())
-    for name, values in heldout.items():
+    measure = SYSTEMS[recipe.system].measure
+    metrics: dict[str, Any] = {}
+    if measure is not None:
+        with ema.applied() if ema else contextlib.nullcontext():
+            metrics |= measure(objective, heldout)
+    for name, values in heldout_losses(out / METRICS).items():
         metrics |= {f"heldout/{name}/start": values[min(values)], f"heldout/{name}/end": values[max(values)]}
     card = ModelCard(
         name=recipe.name,
@@ -364,7 +384,7 @@ def _write_model(
         permitted_use="see the prior's and the corpus' licences",
         metrics=metrics,
     )
-    with ema.applied() if ema else _nothing():
+    with ema.applied() if ema else contextlib.nullcontext():
         save_model(out / MODEL, card, objective.parts(), getattr(objective, "files", None))
 
 
@@ -382,17 +402,3 @@ def _checkpoint(objective: Objective, optimizers: Any, ema: Any, step: int, batc
     with tempfile.TemporaryDirectory() as folder:
         torch.save(training_state(objective, optimizers, ema, step, step * batch_size), Path(folder) / "state.pt")
         ray_train.report(report, checkpoint=ray_train.Checkpoint.from_directory(folder))
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def resumable_at(out: Path) -> Iterator[int]:
-    """Steps of the checkpoints that a rerun could go on from."""
-    for path in sorted((out / "ray").glob("**/state.pt")):
-        import torch
-
-        yield int(torch.load(path, weights_only=True, map_location="cpu")["step"])

@@ -38,5 +38,7 @@ def jpeg(image: Image, quality: float, faithful: bool = False) -> Image:
 def round_trip(pixels: np.ndarray, quality: int) -> np.ndarray:
     """uint8 RGB [H, W, 3] through libjpeg at an integer quality and back."""
     encoded, data = cv2.imencode(".jpg", np.ascontiguousarray(pixels[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert encoded  # OpenCV refuses only arrays that are no pictures
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    assert encoded
+    assert decoded is not None
+    return decoded[..., ::-1]

@@ -27,6 +27,7 @@ from components.types import Image, Plan, SampleError
 
 MIN_SIDE_PX = 32  # ours: below this a quarter-size LQ picture says nothing
 WIDE_SINC_FROM_PX = 13  # kernels from this size on may have the lower cutoff pi / 5, smaller ones pi / 3
+PLAN_KIND, PLAN_VERSION = "real_esrgan", 1  # a plan that would replay to other bits gets another version
 SEED_BITS = 63  # noise seeds fit a signed 64-bit column
 
 Range = tuple[float, float]
@@ -135,7 +136,7 @@ class RealESRGAN:
     def draw(self, seed: int, key: str, position: int) -> Plan:
         """All numbers of one degradation, JSON-serialisable; the same arguments give the same plan anywhere."""
         draw = generator(seed, "degradation", key, position)
-        plan: dict[str, Any] = {"kind": "real_esrgan", "version": 1, "sharpen": self.sharpen}
+        plan: dict[str, Any] = {"kind": PLAN_KIND, "version": PLAN_VERSION, "sharpen": self.sharpen}
         if draw.random() < self.clean_prob:
             return plan | {"clean": True}
         plan |= {"clean": False, "factor": self.factor, "faithful": self.faithful, "round_small": self.round_small}
@@ -172,7 +173,9 @@ class RealESRGAN:
 
 
 def apply_plan(hq: Image, plan: Plan) -> Image:
-    """Execute a plan of RealESRGAN.draw; see RealESRGAN.apply."""
+    """Execute a plan of RealESRGAN.draw; see RealESRGAN.apply. ValueError where the plan is of another kind."""
+    if plan.get("kind") != PLAN_KIND or plan.get("version") != PLAN_VERSION:
+        raise ValueError(f"expected a {PLAN_KIND} plan of version {PLAN_VERSION}, got {plan.get('kind')!r}")
     check_picture(hq)
     image = kernels.sharpen(hq) if plan["sharpen"] else hq
     if plan["clean"]:

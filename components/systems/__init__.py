@@ -12,6 +12,8 @@ from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.prior_recipe import PriorRecipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from components.types import Objective, Restorer
 
 
@@ -22,13 +24,17 @@ class System:
     Attributes:
         recipe: dataclass of its recipes.
         stages: training stages and the integer version of each: raise it when a code change alters what a stage makes.
-        build_objective: (recipe, parent model folders by stage, example pictures [N, 3, H, W] or None) -> objective.
+        build_objective: (recipe, parent models by stage, callable for example pictures or None, device=) -> objective.
+        look: (objective, recipe, LQ pictures, prompts, seed) -> pictures to look at while it trains; None for none.
+        measure: (objective, held-out batches) -> numbers for the model card; None for none.
         build_restorer: (model folder, keyword options) -> restorer; None where the system restores nothing by itself.
     """
 
     recipe: type[Recipe]
     stages: Mapping[str, int]
     build_objective: Callable[..., Objective]
+    look: Callable[..., Tensor] | None = None
+    measure: Callable[..., dict[str, float]] | None = None
     build_restorer: Callable[..., Restorer] | None = None
 
 
@@ -45,6 +51,24 @@ def _instantir_objective(*args: Any, **kwargs: Any) -> Objective:
     return build_objective(*args, **kwargs)
 
 
+def _prior_look(*args: Any, **kwargs: Any) -> Tensor:
+    from components.systems.prior import look
+
+    return look(*args, **kwargs)
+
+
+def _prior_measure(*args: Any, **kwargs: Any) -> dict[str, float]:
+    from components.systems.prior import measure
+
+    return measure(*args, **kwargs)
+
+
+def _instantir_look(*args: Any, **kwargs: Any) -> Tensor:
+    from components.systems.instantir.looks import look
+
+    return look(*args, **kwargs)
+
+
 def _instantir_restorer(*args: Any, **kwargs: Any) -> Restorer:
     from components.systems.instantir.build import build_restorer
 
@@ -56,11 +80,14 @@ SYSTEMS: dict[str, System] = {
         recipe=PriorRecipe,
         stages={"autoencoder": 1, "encoder": 1, "denoiser": 1},
         build_objective=_prior_objective,
+        look=_prior_look,
+        measure=_prior_measure,
     ),
     "instantir": System(
         recipe=InstantIRRecipe,
         stages={"dcp": 1, "previewer": 1, "aggregator": 1},
         build_objective=_instantir_objective,
+        look=_instantir_look,
         build_restorer=_instantir_restorer,
     ),
 }

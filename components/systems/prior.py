@@ -6,19 +6,23 @@ Each stage's model folder is a whole prior (later parts still untrained), so any
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.captions.tags import VOCABULARY
-from components.models import Model, load_strictly, resolve_model, load_model
+from components.models import Model, load_model, load_strictly, resolve_model
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
 from components.randomness import Noise
+from components.samplers.ddim import sample_ddim
+from components.samplers.guidance import guide
+from components.samplers.schedules import Schedule
 from components.systems.prior_recipe import PriorRecipe
 from components.training import seeded_init
 from components.types import Batch, Loss
@@ -27,7 +31,9 @@ from components.types import Batch, Loss
 class PriorObjective:
     """What the three stages share: the prior under training, its parts and its config."""
 
-    def __init__(self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, trainables: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, trainables: Mapping[str, nn.Module]
+    ) -> None:
         self.prior, self.config, self.trainables = prior.freeze(), config, trainables
         self.files = {"tokenizer.json": tokenizer_json}
         for module in trainables.values():
@@ -35,6 +41,10 @@ class PriorObjective:
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         return {name: dict(module.state_dict()) for name, module in self.prior.modules.items()}
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        """One phase; each stage says which."""
+        raise AssertionError("each stage has its own")
 
 
 class AutoencoderObjective(PriorObjective):
@@ -49,7 +59,10 @@ class AutoencoderObjective(PriorObjective):
         jitter = noise.normal("latents", tuple(latents.shape[1:])) * self.latent_noise
         error = self.prior.decode(latents + jitter) - batch.hq
         mse = error.square().mean()
-        yield "autoencoder", Loss(value=error.abs().mean() + 4 * mse, metrics={"loss": mse, "psnr": -10 * torch.log10(mse / 4)})
+        yield (
+            "autoencoder",
+            Loss(value=error.abs().mean() + 4 * mse, metrics={"loss": mse, "psnr": -10 * torch.log10(mse / 4)}),
+        )
 
 
 class ImageEncoderObjective(PriorObjective):
@@ -59,7 +72,9 @@ class ImageEncoderObjective(PriorObjective):
     colours from its LQ token: without it the tokens would forget everything but identity.
     """
 
-    def __init__(self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, temperature: float, seed: int) -> None:
+    def __init__(
+        self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, temperature: float, seed: int
+    ) -> None:
         self.cells = 2  # each token reads out a 2 x 2 thumbnail of its patch
         with seeded_init(seed, "readout"):
             self.readout = nn.Linear(prior.image_token_dim, 3 * self.cells**2)
@@ -116,13 +131,19 @@ class DenoiserObjective(PriorObjective):
         yield "denoiser", Loss(value=loss, metrics={"loss": loss})
 
 
-def build_objective(recipe: PriorRecipe, parents: Mapping[str, Model], examples: Tensor | None = None) -> PriorObjective:
+def build_objective(
+    recipe: PriorRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> PriorObjective:
     """The objective of a stage.
 
     Args:
         recipe: resolved recipe.
-        parents: model folder of the stage before ("autoencoder" for "encoder", "encoder" for "denoiser").
-        examples: pictures [N, 3, H, W] in [-1, 1] for the autoencoder's principal components.
+        parents: model of the stage before ("autoencoder" for "encoder", "encoder" for "denoiser").
+        examples: gives pictures [N, 3, H, W] in [-1, 1] for the autoencoder's principal components.
+        device: where the networks go.
     """
     config = _merged(NANO, recipe.size)
     tokenizer_json = build_tokenizer_json(VOCABULARY, int(config["text_length"]))
@@ -136,12 +157,13 @@ def build_objective(recipe: PriorRecipe, parents: Mapping[str, Model], examples:
     if start is not None:
         for part, module in prior.modules.items():
             load_strictly(module, start.part(part), f"{start.path}: part {part}")
+    prior.to(device)
     if recipe.stage == "autoencoder":
         if start is None:
             if examples is None:
                 raise ValueError("the autoencoder stage needs example pictures for its principal components")
             assert isinstance(prior.autoencoder, SpaceToDepthAutoencoder)
-            prior.autoencoder.set_principal_components(examples)
+            prior.autoencoder.set_principal_components(examples().to(device))
         return AutoencoderObjective(prior, config, tokenizer_json, recipe.latent_noise)
     if recipe.stage == "encoder":
         return ImageEncoderObjective(prior, config, tokenizer_json, recipe.contrast_temperature, recipe.seed)
@@ -153,5 +175,66 @@ def build_objective(recipe: PriorRecipe, parents: Mapping[str, Model], examples:
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(dict(base))
     for key, value in changes.items():
-        merged[key] = _merged(merged[key], value) if isinstance(value, Mapping) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            _merged(merged[key], value) if isinstance(value, Mapping) and isinstance(merged.get(key), dict) else value
+        )
     return merged
+
+
+def look(objective: PriorObjective, recipe: PriorRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
+    """Pictures to look at while a stage trains, [B, 3, H, W] in [-1, 1].
+
+    Autoencoder: LQ pictures through it. Denoiser: pictures generated from the prompts alone, 20 steps, guidance 4. The
+    picture encoder makes none, so its LQ comes back.
+    """
+    prior = objective.prior
+    if recipe.stage == "autoencoder":
+        return prior.decode(prior.encode(lq))
+    if recipe.stage == "encoder":
+        return lq
+    latents_shape = (prior.latent_channels, lq.shape[-2] // prior.factor, lq.shape[-1] // prior.factor)
+    noise = Noise(seed, np.arange(len(lq)), str(lq.device)).normal("start", latents_shape)
+    return prior.decode(generate(prior, noise, prompts, (lq.shape[-2], lq.shape[-1])))
+
+
+def generate(
+    prior: Prior, noise: Tensor, prompts: Sequence[str], size: tuple[int, int], steps: int = 20, cfg_scale: float = 4.0
+) -> Tensor:
+    """Clean latents [B, C, h, w] that the prior makes of prompts alone, by DDIM from standard normal noise."""
+    text, pooled = prior.embed_prompts([""] * len(noise) + list(prompts))
+    ids = prior.time_ids(torch.tensor([[*size, 0, 0, *size]]).expand(2 * len(noise), -1))
+    sigmas = prior.schedule.sampling_sigmas(prior.schedule.timesteps(steps)).to(noise.device)
+
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        eps = prior.unet(
+            Schedule.preserving(latents, sigma).repeat(2, 1, 1, 1),
+            prior.schedule.timestep_of(sigma).repeat(2),
+            encoder_hidden_states=text,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": ids},
+        ).sample
+        negative, positive = eps.chunk(2)
+        return latents - sigma.view(-1, 1, 1, 1) * guide(negative, positive, cfg_scale)
+
+    return sample_ddim(denoise, Schedule.exploding(noise, sigmas[0].expand(len(noise))), sigmas)
+
+
+@torch.no_grad()
+def measure(objective: PriorObjective, heldout: Sequence[Batch]) -> dict[str, float]:
+    """What the card says of the parts, on held-out crops of the run's own size.
+
+    autoencoder_psnr_heldout: mean over pictures, dB; the ceiling of every restoration. encoder_found_among_64: share of
+    LQ pictures whose own HQ is the nearest of (up to) 64.
+    """
+    prior, errors = objective.prior, []
+    for batch in heldout:
+        restored = prior.decode(prior.encode(batch.hq)).clamp(-1, 1)
+        errors.append((restored - batch.hq).square().mean(dim=(1, 2, 3)))
+    psnr = -10 * torch.log10(torch.cat(errors).clamp_min(1e-10) / 4)
+    lq, hq = (torch.cat([getattr(b, side) for b in heldout])[:64] for side in ("lq", "hq"))
+    return {"autoencoder_psnr_heldout": float(psnr.mean()), "encoder_found_among_64": found_share(prior, lq, hq)}
+
+
+def found_share(prior: Prior, lq: Tensor, hq: Tensor) -> float:
+    """Share of LQ pictures [N, 3, H, W] whose own HQ is the nearest of all N by the picture encoder's tokens."""
+    similarity = picture_vectors(prior.embed_images(lq)) @ picture_vectors(prior.embed_images(hq)).T
+    return float((similarity.argmax(1) == torch.arange(len(lq), device=similarity.device)).float().mean())

@@ -129,3 +129,15 @@ def test_table_agrees_with_pyiqa():
     for name, info in METRIC_INFO.items():
         assert info.higher_is_better is not DEFAULT_CONFIGS[name].get("lower_better", False), name
         assert info.full_reference is (DEFAULT_CONFIGS[name]["metric_mode"] == "FR"), name
+
+
+def test_the_callers_threads_are_left_as_they_were():
+    import torch
+
+    before = torch.get_num_threads()
+    seen = []
+    scorer = Metrics(("psnr",))
+    scorer._built["psnr"] = lambda restored, hq: seen.append(torch.get_num_threads()) or restored.reshape(7)
+    scorer.measure(picture(32, 32), picture(32, 32))  # also where the metric fails
+    assert seen == [1]
+    assert torch.get_num_threads() == before

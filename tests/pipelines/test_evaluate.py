@@ -60,9 +60,9 @@ def test_means_differences_and_wins_match_a_second_derivation(folders, tmp_path)
     [against_input] = [c for c in summary.comparisons if (c.metric, c.opponent) == ("psnr", "lq")]
     assert against_input.mean_difference == pytest.approx((expected[:, 0] - expected[:, 1]).mean(), abs=1e-3)
     assert (against_input.wins, against_input.losses, against_input.ties) == (3, 1, 0)
-    assert "better on 3 of 4 pictures" in summary.verdict["psnr"]
-    assert summary.verdict["overall"].startswith("Restored ")
-    assert "bicubic_median" in summary.verdict["overall"]
+    assert "better on 3 of 4 pictures" in summary.verdicts["psnr"]
+    assert summary.verdict.startswith("Restored ")
+    assert "bicubic_median" in summary.verdict
     written = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert written == json.loads(json.dumps(summary.to_json()))
     assert written["folders"] == {role: f"../{role}" for role in ("restored", "lq", "hq")}
@@ -106,8 +106,8 @@ def test_missing_and_unusable_pictures_are_named(folders, tmp_path):
     assert "[not_image]" in told["p2", "score"] or "[unsupported_format]" in told["p2", "score"]
     assert "[shape]" in told["p3", "score"]
     assert "60 x 80 and 64 x 80" in told["p3", "score"]
-    assert summary.verdict["overall"].endswith("4 pictures have no score (see missing).")
-    assert "too few" in summary.verdict["psnr"]
+    assert summary.verdict.endswith("4 pictures have no score (see missing).")
+    assert "too few" in summary.verdicts["psnr"]
 
 
 def test_two_files_of_one_key_are_reported_and_unused(folders, tmp_path):

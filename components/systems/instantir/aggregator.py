@@ -57,9 +57,10 @@ class Aggregator(nn.Module):
 
     Args:
         config: the UNet's configuration.
+        device: "cpu", or "meta" to look at shapes only. The copied part's memory comes uninitialised: load weights.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], device: str = "cpu") -> None:
         super().__init__()
         # a perceptor in the UNet is none of ours, and a fresh UNet would refuse its entry
         bare = {**config, "encoder_hid_dim_type": None, "encoder_hid_dim": None}
@@ -76,8 +77,8 @@ class Aggregator(nn.Module):
         self.down_blocks, self.mid_block = skeleton.down_blocks, skeleton.mid_block
         for module in self.modules():
             if hasattr(module, "attn2"):
-                module.attn2, module.norm2 = None, None
-        self.to_empty(device="cpu")
+                module.attn2, module.norm2 = None, None  # type: ignore[assignment]
+        self.to_empty(device=device)
         widths = _skip_widths(self)
         self.controlnet_down_blocks = nn.ModuleList(_join(width) for width in widths)
         self.controlnet_mid_block = _join(widths[-1])
@@ -90,9 +91,10 @@ class Aggregator(nn.Module):
             unet: the prior's; a perceptor or previewer in it is left out.
             seed: fixes the random start of the joins.
         """
-        with seeded_initialisation(seed, "aggregator"):
-            aggregator = cls(dict(unet.config))
         like = next(unet.parameters())
+        # made on the CPU, so that the random start has the same bits on every device
+        with seeded_initialisation(seed, "aggregator"):
+            aggregator = cls(dict(unet.config), "meta" if like.is_meta else "cpu")
         aggregator.to(device=like.device, dtype=like.dtype)
         own = aggregator.state_dict()
         source = {name: value for name, value in base_state(unet).items() if name in own}
@@ -171,8 +173,8 @@ def _join(channels: int) -> nn.ModuleList:
     return nn.ModuleList([SpatialFeatureTransform(channels), zero])
 
 
-def _joined(join: nn.Module, feature: Tensor, cat_dim: int) -> Tensor:
-    transform, zero = join  # type: ignore[misc]
+def _joined(join: Any, feature: Tensor, cat_dim: int) -> Tensor:
+    transform, zero = join[0], join[1]
     half = feature.shape[cat_dim] // 2
     lq = feature.narrow(cat_dim, 0, half)
     preview = feature.narrow(cat_dim, feature.shape[cat_dim] - half, half)

@@ -81,8 +81,8 @@ class InstantIRDenoiser:
         settings: how the loop is steered.
 
     Attributes:
-        preview: the last step's preview [H, C, h, w] with H = 2B rows (negative, positive), or B without guidance; stale
-            where it was not renewed; None before the first.
+        preview: the last preview [H, C, h, w] with H = 2B rows (negative, positive), or B without guidance; stale where
+            it was not renewed; None before the first.
         eps: the last guided noise prediction [B, C, h, w].
         applied: the scale applied to the residuals in the last step [H].
         factor: the adaptive factor for the next step [B]; 1 unless settings.adaptive.
@@ -126,7 +126,8 @@ class InstantIRDenoiser:
         residuals = self._control(noisy, timesteps)
         eps = self.network.denoise_eps(noisy, timesteps, self.given, residuals)
         if self.settings.guided:
-            eps = guide(*eps.chunk(2), self.settings.cfg_scale, self.settings.guidance_rescale)
+            without, with_ = eps.chunk(2)
+            eps = guide(without, with_, self.settings.cfg_scale, self.settings.guidance_rescale)
         clean = latents - sigma.view(-1, 1, 1, 1) * eps
         if self.settings.adaptive:
             self.factor = _adaptive_factor(self._positive_preview(), before, clean)

@@ -82,9 +82,13 @@ class InstantIR:
         aggregator: bool = False,
         seed: int = 0,
     ) -> None:
-        widths = {"embedding_dim": prior.image_token_dim, "output_dim": prior.unet.config["cross_attention_dim"]}
+        size = dict(resampler)
+        if "embedding_dim" not in size:
+            size["embedding_dim"] = prior.image_token_dim
+        if "output_dim" not in size:
+            size["output_dim"] = prior.unet.config["cross_attention_dim"]
         self.prior = prior
-        self.perceptor = install_perceptor(prior.unet, {**widths, **resampler}, seed)
+        self.perceptor = install_perceptor(prior.unet, size, seed)
         self.aggregator: Aggregator | None = None
         if lora is not None:
             self.add_previewer(lora, seed)

@@ -106,9 +106,8 @@ class Resampler(nn.Module):
         queries = self.latents.expand(len(tokens), -1, -1)
         tokens = self.proj_in(tokens)
         for layer in self.layers:
-            attention, feed_forward = layer  # type: ignore[misc]
-            queries = queries + attention(tokens, queries)
-            queries = queries + feed_forward(queries)
+            queries = queries + layer[0](tokens, queries)  # type: ignore[index, operator]
+            queries = queries + layer[1](queries)  # type: ignore[index, operator]
         return self.norm_out(self.proj_out(queries))
 
 
@@ -247,7 +246,10 @@ def perceptor_of(unet: UNet2DConditionModel) -> Perceptor:
 
 
 def perceptor_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The perceptor's weights under adapter.pt's names, its two dictionaries flattened; LoRA weights left out."""
+    """The perceptor's weights under adapter.pt's names, its two dictionaries flattened; LoRA weights left out.
+
+    The tensors are the modules' own: clone them to keep them.
+    """
     return base_state(perceptor_of(unet))
 
 
@@ -291,8 +293,8 @@ def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """base_parameters as detached contiguous tensors."""
-    return {name: parameter.detach().contiguous() for name, parameter in base_parameters(module).items()}
+    """base_parameters, detached; they share the parameters' memory."""
+    return {name: parameter.detach() for name, parameter in base_parameters(module).items()}
 
 
 @torch.no_grad()
@@ -341,4 +343,4 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _base(layer: nn.Module) -> nn.Linear:
     """The layer itself, or what peft wrapped."""
-    return getattr(layer, "base_layer", layer)  # type: ignore[return-value]
+    return getattr(layer, "base_layer", layer)  # type: ignore[return-value, arg-type]

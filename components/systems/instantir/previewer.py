@@ -153,12 +153,12 @@ def previewer_enabled(unet: UNet2DConditionModel, enabled: bool = True) -> Itera
 
 
 def previewer_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The LoRA's weights under previewer_lora_weights.bin's names."""
+    """The LoRA's weights under previewer_lora_weights.bin's names; the tensors are the modules' own."""
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(unet).items():
         down, up = (".lora.down", ".lora.up") if name.endswith(_OLD_SPELLING) else (".lora_A", ".lora_B")
-        state[f"unet.{_file_name(name)}{down}.weight"] = layer.lora_A[ADAPTER].weight.detach().contiguous()
-        state[f"unet.{_file_name(name)}{up}.weight"] = layer.lora_B[ADAPTER].weight.detach().contiguous()
+        state[f"unet.{_file_name(name)}{down}.weight"] = _weight(layer.lora_A).detach()
+        state[f"unet.{_file_name(name)}{up}.weight"] = _weight(layer.lora_B).detach()
     return state
 
 
@@ -173,8 +173,8 @@ def load_previewer(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> N
     """
     parameters: dict[str, Tensor] = {}
     for name, layer in lora_layers(unet).items():
-        parameters[f"{_file_name(name)} A"] = layer.lora_A[ADAPTER].weight
-        parameters[f"{_file_name(name)} B"] = layer.lora_B[ADAPTER].weight
+        parameters[f"{_file_name(name)} A"] = _weight(layer.lora_A)
+        parameters[f"{_file_name(name)} B"] = _weight(layer.lora_B)
     given: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = _parameter_name(key)
@@ -203,7 +203,7 @@ def previewer_deltas(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """
     deltas: dict[str, Tensor] = {}
     for name, layer in lora_layers(unet).items():
-        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        down, up = _weight(layer.lora_A), _weight(layer.lora_B)
         delta = up.flatten(1) @ down.flatten(1)
         deltas[name] = (delta * layer.scaling[ADAPTER]).view(len(up), *down.shape[1:])
     return deltas
@@ -223,6 +223,10 @@ def _switch(layers: Any, enabled: bool) -> None:
         layer.enable_adapters(enabled)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _weight(layers: nn.ModuleDict) -> Tensor:
+    return layers[ADAPTER].weight  # type: ignore[return-value]
 
 
 def _file_name(name: str) -> str:

@@ -47,5 +47,7 @@ class InstantIRRecipe(Recipe):
                 raise RecipeError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.image_dropout + self.text_dropout + self.both_dropout > 1:
             raise RecipeError("image_dropout + text_dropout + both_dropout must not exceed 1")
-        if self.teacher_cfg_scale and (len(self.teacher_cfg_scale) != 2 or self.teacher_cfg_scale[0] > self.teacher_cfg_scale[1]):
+        if self.teacher_cfg_scale and (
+            len(self.teacher_cfg_scale) != 2 or self.teacher_cfg_scale[0] > self.teacher_cfg_scale[1]
+        ):
             raise RecipeError(f"teacher_cfg_scale needs [low, high] or [], got {self.teacher_cfg_scale}")

@@ -1,0 +1,137 @@
+"""Builders: from a recipe to a stage's objective, from a model folder to a restorer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from components.models import Model, ModelError
+from components.priors.sdxl import Prior, load_prior
+from components.systems.instantir.network import InstantIR
+from components.systems.instantir.objectives import (
+    AggregatorObjective,
+    PerceptorObjective,
+    PreviewerObjective,
+    StageObjective,
+)
+from components.systems.instantir.recipe import InstantIRRecipe
+from components.systems.instantir.restorer import InstantIRRestorer
+from components.training import seeded_init
+
+
+def open_prior(recipe_prior: str, recorded: Mapping[str, str] | None, device: str) -> Prior:
+    """The prior that a model or recipe names; refuses another one than the parents were trained on.
+
+    Raises:
+        ModelError: no such prior, or its digest is not the recorded one.
+    """
+    prior = load_prior(recipe_prior, device)
+    wanted = (recorded or {}).get("digest", "")
+    if wanted and prior.digest and wanted != prior.digest:
+        raise ModelError(
+            f"prior {recipe_prior!r} has digest {prior.digest[:12]}, but the model was trained on {wanted[:12]}: "
+            "bring that prior back, or train the model again"
+        )
+    return prior
+
+
+def build_objective(
+    recipe: InstantIRRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> StageObjective:
+    """The objective of a stage.
+
+    Args:
+        recipe: resolved recipe.
+        parents: the model folder of the stage before, under any name: none for dcp, dcp's for previewer, previewer's
+            for aggregator.
+        examples: unused; other systems look at pictures while they are built.
+        device: where the networks go.
+
+    Raises:
+        ModelError: the parent is missing or of another stage.
+    """
+    parent = next(iter(parents.values()), None)
+    prior = open_prior(recipe.prior, parent.info["prior"] if parent else None, device)
+    resampler = {
+        "dim": recipe.resampler_dim,
+        "depth": recipe.resampler_depth,
+        "dim_head": recipe.resampler_head_dim,
+        "heads": recipe.resampler_heads,
+        "num_queries": recipe.resampler_queries,
+    }
+    with seeded_init(recipe.seed, "instantir"):
+        if parent is None:
+            network = InstantIR(prior, resampler, seed=recipe.seed)
+        else:
+            network = network_of(parent, prior)
+        _check_parts(recipe.stage, network, parent)
+        if recipe.stage == "previewer" and not network.has_previewer:
+            network.add_previewer({"rank": recipe.lora_rank, "alpha": recipe.lora_alpha}, seed=recipe.seed)
+        if recipe.stage == "aggregator" and network.aggregator is None:
+            network.add_aggregator(seed=recipe.seed)
+    network.to(device)
+    dropout = {
+        "image_dropout": recipe.image_dropout,
+        "text_dropout": recipe.text_dropout,
+        "both_dropout": recipe.both_dropout,
+    }
+    objective: StageObjective
+    if recipe.stage == "dcp":
+        objective = PerceptorObjective(network, **dropout)
+    elif recipe.stage == "previewer":
+        low_high = recipe.teacher_cfg_scale
+        objective = PreviewerObjective(
+            network,
+            num_ddim_timesteps=recipe.teacher_timesteps,
+            huber_c=recipe.huber_c if recipe.distance == "huber" else None,
+            guidance_range=(low_high[0], low_high[1]) if low_high else None,
+            **dropout,
+        )
+    else:
+        objective = AggregatorObjective(network, **dropout)
+    return objective
+
+
+def _check_parts(stage: str, network: InstantIR, parent: Model | None) -> None:
+    needs = {"dcp": (False, "none"), "previewer": (True, "dcp"), "aggregator": (True, "previewer")}
+    if stage not in needs:
+        raise ValueError(f"no stage {stage!r}; there are {sorted(needs)}")
+    wants_parent, name = needs[stage]
+    if wants_parent != (parent is not None):
+        raise ModelError(
+            f"stage {stage} needs {f'the model folder of stage {name}' if wants_parent else 'no parent model'}"
+        )
+    if stage == "aggregator" and not network.has_previewer:
+        raise ModelError(f"{parent.path if parent else ''}: has no previewer; stage aggregator follows stage previewer")
+
+
+def network_of(model: Model, prior: Prior) -> InstantIR:
+    """The networks of a model folder on its prior."""
+    parts = {name: model.part(name) for name in model.info["parts"]}
+    return InstantIR.from_parts(prior, model.info["config"], parts)
+
+
+def build_restorer(model: Model, device: str = "cpu", batch_size: int = 1, **defaults: Any) -> InstantIRRestorer:
+    """The restorer of a model folder.
+
+    Args:
+        model: a folder with perceptor, previewer and aggregator.
+        device: where the networks go.
+        batch_size: see InstantIRRestorer.
+        defaults: options that replace the recipe's.
+    """
+    prior = open_prior(str(model.info["prior"]["id"]), model.info["prior"], device)
+    network = network_of(model, prior)
+    network.to(device)
+    return InstantIRRestorer(network, {**restore_defaults(model.info["recipe"]), **defaults}, batch_size)
+
+
+def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Restorer options that a resolved recipe settles; a model imported without a recipe takes the paper's."""
+    names = {"steps": "steps_at_restore", "cfg_scale": "cfg_scale"}
+    return {option: recipe[key] for option, key in names.items() if key in recipe}

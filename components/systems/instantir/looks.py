@@ -1,0 +1,77 @@
+"""Pictures to look at while a stage trains: what the parts that exist so far make of held-out LQ pictures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from components.randomness import Noise
+from components.samplers.ddim import sample_ddim
+from components.samplers.guidance import guide
+from components.samplers.schedules import Schedule
+from components.systems.instantir.network import Conditions, InstantIR
+from components.systems.instantir.objectives import StageObjective
+from components.systems.instantir.recipe import InstantIRRecipe
+from components.systems.instantir.restorer import InstantIRRestorer
+from components.tensors import images_to_tensor, tensor_to_images
+from components.types import Request
+
+
+def look(objective: StageObjective, recipe: InstantIRRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
+    """Restore LQ pictures [B, 3, H, W] in [-1, 1] with the network in training; same shape and range.
+
+    With the perceptor alone: a picture generated from noise under its guidance. With the previewer: one preview of LQ
+    latents noised half-way. With the aggregator: the whole restoration.
+    """
+    network = objective.network
+    with torch.no_grad(), kept_trainable(objective.trainables.values()):
+        if network.aggregator is not None:
+            options = {"steps": recipe.steps_at_restore, "cfg_scale": recipe.cfg_scale}
+            restorer = InstantIRRestorer(network, options)
+            requests = [
+                Request(key=f"sample {i}", image=image, seed=seed + i, prompt=prompt)
+                for i, (image, prompt) in enumerate(zip(tensor_to_images(lq), prompts, strict=True))
+            ]
+            return images_to_tensor([r.image for r in restorer.restore(requests)])
+        height, width = lq.shape[-2:]
+        sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(lq), -1)
+        text, pooled = network.prior.embed_prompts(list(prompts))
+        tokens = network.prior.embed_images(lq)
+        given = Conditions(text=text, pooled=pooled, time_ids=network.prior.time_ids(sizes), image_tokens=tokens)
+        latents = network.prior.encode(lq)
+        noise = Noise(seed, np.arange(len(lq)), str(lq.device)).normal("start", tuple(latents.shape[1:]))
+        if network.has_previewer:
+            half = torch.full((len(lq),), network.prior.schedule.num_train_timesteps // 2 - 1, device=lq.device)
+            noisy = network.prior.schedule.add_noise(latents, noise, half)
+            return network.prior.decode(network.preview(noisy, half, given))
+        return network.prior.decode(_generate(network, noise, given, recipe))
+
+
+def _generate(network: InstantIR, noise: Tensor, given: Conditions, recipe: InstantIRRecipe) -> Tensor:
+    schedule = network.prior.schedule
+    both = network.unconditional(given, [""] * len(noise)).joined(given)
+
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        noisy = Schedule.preserving(latents, sigma).repeat(2, 1, 1, 1)
+        eps = network.denoise_eps(noisy, schedule.timestep_of(sigma).repeat(2), both)
+        negative, positive = eps.chunk(2)
+        return latents - sigma.view(-1, 1, 1, 1) * guide(negative, positive, recipe.cfg_scale)
+
+    sigmas = schedule.sampling_sigmas(schedule.timesteps(recipe.steps_at_restore)).to(noise.device)
+    return sample_ddim(denoise, Schedule.exploding(noise, sigmas[0].expand(len(noise))), sigmas)
+
+
+@contextlib.contextmanager
+def kept_trainable(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restoring freezes the network it gets; afterwards the parameters in training require gradients again."""
+    parameters = [p for module in modules for p in module.parameters()]
+    flags = [p.requires_grad for p in parameters]
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)

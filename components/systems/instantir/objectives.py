@@ -1,0 +1,246 @@
+"""What InstantIR's three training stages minimise: perceptor, previewer, aggregator (instantir.md section 7).
+
+Each objective frees one part of the bundle and leaves the rest frozen. All randomness comes from the Noise handed to
+`phases`, by these names: "timestep" (or "index"), "noise", "conditions" (which are dropped) and "guidance".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from components.objectives.consistency import (
+    SolverGrid,
+    ddim_step,
+    pseudo_huber,
+    squared_distance,
+)
+from components.objectives.diffusion import check_dropout, drop_conditions, epsilon_loss, replace_rows
+from components.samplers.guidance import distillation_guide
+from components.systems.instantir.network import Conditions, InstantIR
+from components.systems.instantir.previewer import previewer_of
+from components.types import Batch, Loss
+
+if TYPE_CHECKING:
+    from components.priors.sdxl import Prior
+    from components.randomness import Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Probabilities with which a sample loses its picture tokens, its text, or both (one draw decides).
+
+    Raises:
+        ValueError: negative, or more than 1 together.
+    """
+
+    image: float = 0.0
+    text: float = 0.0
+    both: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_dropout(self.image, self.text, self.both)
+
+
+class StageObjective:
+    """What the three stages share: a bundle of which one part trains, and the conditions of a batch.
+
+    Attributes:
+        network: the bundle; everything but the trained part is frozen.
+        trainables: the trained part by name.
+        config: architecture for model.json.
+        dropout: of the conditions.
+    """
+
+    def __init__(self, network: InstantIR, name: str, trainable: nn.Module, dropout: Dropout) -> None:
+        network.freeze()
+        trainable.requires_grad_(True)
+        self.network, self.dropout = network, dropout
+        self.trainables: Mapping[str, nn.Module] = {name: trainable}
+        self.config: Mapping[str, Any] = network.config()
+
+    @property
+    def prior(self) -> Prior:
+        """The frozen prior, for its name and digest."""
+        return self.network.prior
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """All weights of the finished model folder, by part, under the released files' names."""
+        return self.network.parts()
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        """Yield (trainable, loss); each stage has one phase."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def clean_latents(self, batch: Batch) -> Tensor:
+        """Latents of the targets [B, C, h, w]."""
+        return batch.latents if batch.latents is not None else self.network.prior.encode(batch.hq)
+
+    @torch.no_grad()
+    def conditions(self, batch: Batch, noise: Noise) -> Conditions:
+        """Text, sizes and picture tokens of the LQ inputs, some dropped."""
+        prior = self.network.prior
+        dropped = drop_conditions(noise.uniform("conditions"), self.dropout.image, self.dropout.text, self.dropout.both)
+        prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.text.tolist(), strict=True)]
+        text, pooled = prior.embed_prompts(prompts)
+        tokens = prior.embed_images(batch.lq)
+        tokens = replace_rows(tokens, prior.null_image_tokens(len(batch)), dropped.image)
+        return Conditions(text=text, pooled=pooled, time_ids=prior.time_ids(batch.sizes), image_tokens=tokens)
+
+    @torch.no_grad()
+    def without_text(self, given: Conditions) -> Conditions:
+        """The same with the empty prompt."""
+        text, pooled = self.network.prior.embed_prompts([""] * len(given.text))
+        return Conditions(text=text, pooled=pooled, time_ids=given.time_ids, image_tokens=given.image_tokens)
+
+
+class PerceptorObjective(StageObjective):
+    """Stage 1: the perceptor learns to condition the frozen prior (InstantIR Eq. 1).
+
+    Args:
+        network: the bundle, without a previewer (its LoRA would sit inside the layers that train).
+        image_dropout, text_dropout, both_dropout: released 0.05 each; the paper drops the picture in 15 %.
+
+    Raises:
+        ValueError: there is a previewer, or impossible probabilities.
+    """
+
+    def __init__(
+        self,
+        network: InstantIR,
+        *,
+        image_dropout: float = 0.05,
+        text_dropout: float = 0.05,
+        both_dropout: float = 0.05,
+    ) -> None:
+        if network.has_previewer:
+            raise ValueError("the perceptor is trained before there is a previewer")
+        dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
+        super().__init__(network, "perceptor", network.perceptor, dropout)
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        """One phase: mean squared error of the predicted noise."""
+        clean, given = self.clean_latents(batch), self.conditions(batch, noise)
+        schedule = self.network.prior.schedule
+        timesteps = noise.integers("timestep", 0, schedule.num_train_timesteps)
+        target = noise.normal("noise", tuple(clean.shape[1:]))
+        eps = self.network.denoise_eps(schedule.add_noise(clean, target, timesteps), timesteps, given)
+        yield "perceptor", _loss(epsilon_loss(eps, target))
+
+
+class PreviewerObjective(StageObjective):
+    """The previewer's consistency distillation (InstantIR Eq. 5), as printed or as released.
+
+    The teacher is the same UNet with the LoRA off and takes one DDIM step from `start` to `end` with text and picture;
+    the student previews at `start`, its target at `end`, both with the empty prompt.
+
+    Args:
+        network: the bundle with a previewer.
+        num_ddim_timesteps: points of the teacher's time grid; released 50.
+        huber_c: pseudo-Huber constant, released 0.001; None for Eq. 5's squared distance.
+        guidance_range: the teacher's w is drawn uniformly from it, released (3, 15); None for no guidance (Eq. 5).
+        image_dropout, text_dropout, both_dropout: released 0; text dropout touches the teacher only.
+
+    Raises:
+        ValueError: no previewer, or settings outside their range.
+    """
+
+    def __init__(
+        self,
+        network: InstantIR,
+        *,
+        num_ddim_timesteps: int = 50,
+        huber_c: float | None = 0.001,
+        guidance_range: tuple[float, float] | None = (3.0, 15.0),
+        image_dropout: float = 0.0,
+        text_dropout: float = 0.0,
+        both_dropout: float = 0.0,
+    ) -> None:
+        if huber_c is not None and huber_c <= 0:
+            raise ValueError(f"huber_c must be positive or null, got {huber_c}")
+        if guidance_range is not None and not 0 <= guidance_range[0] <= guidance_range[1]:
+            raise ValueError(f"guidance_range must be 0 <= low <= high, got {tuple(guidance_range)}")
+        dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
+        super().__init__(network, "previewer", previewer_of(network.unet), dropout)
+        self.grid = SolverGrid(network.prior.schedule, num_ddim_timesteps)
+        self.huber_c, self.guidance_range = huber_c, guidance_range
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        """One phase: distance between the previews at both ends of a teacher step."""
+        clean, given = self.clean_latents(batch), self.conditions(batch, noise)
+        start, end = self.grid.interval(noise.integers("index", 0, self.grid.points))
+        noisy = self.network.prior.schedule.add_noise(clean, noise.normal("noise", tuple(clean.shape[1:])), start)
+        previous = self._teacher_step(noisy, start, end, given, noise)
+        given = self.without_text(given)
+        with torch.no_grad():
+            target = self.network.preview(previous, end, given)
+        student = self.network.preview(noisy, start, given)
+        distances = (
+            squared_distance(student, target) if self.huber_c is None else pseudo_huber(student, target, self.huber_c)
+        )
+        # how far previews are from the truth: what distillation is for, and what a collapse would show in
+        error = squared_distance(student.detach(), clean).mean()
+        yield "previewer", _loss(distances, preview_error=error)
+
+    @torch.no_grad()
+    def _teacher_step(self, noisy: Tensor, start: Tensor, end: Tensor, given: Conditions, noise: Noise) -> Tensor:
+        schedule = self.network.prior.schedule
+        eps = self.network.denoise_eps(noisy, start, given)
+        clean = schedule.x0_from_eps(noisy, eps, start)
+        if self.guidance_range is not None:
+            w = noise.uniform("guidance", *self.guidance_range).to(noisy.dtype)
+            nothing = self.network.unconditional(given, [""] * len(noisy))
+            eps_nothing = self.network.denoise_eps(noisy, start, nothing)
+            clean = distillation_guide(schedule.x0_from_eps(noisy, eps_nothing, start), clean, w)
+            eps = distillation_guide(eps_nothing, eps, w)
+        return ddim_step(schedule, clean, eps, end)
+
+
+class AggregatorObjective(StageObjective):
+    """Stage 2: the aggregator learns to steer the frozen prior with LQ latents and previews (Eqs. 1 and 6).
+
+    Args:
+        network: the bundle with a (trained) previewer and an aggregator.
+        image_dropout, text_dropout, both_dropout: released 0, 0.85 and 0.15: the text is always empty. The LQ latents
+            are never dropped.
+
+    Raises:
+        ValueError: previewer or aggregator is missing, or impossible probabilities.
+    """
+
+    def __init__(
+        self,
+        network: InstantIR,
+        *,
+        image_dropout: float = 0.0,
+        text_dropout: float = 0.85,
+        both_dropout: float = 0.15,
+    ) -> None:
+        if network.aggregator is None or not network.has_previewer:
+            raise ValueError("the aggregator's stage needs a network with a previewer and an aggregator")
+        dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
+        super().__init__(network, "aggregator", network.aggregator, dropout)
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        """One phase: mean squared error of the predicted noise, with residuals."""
+        network, schedule = self.network, self.network.prior.schedule
+        clean, given = self.clean_latents(batch), self.conditions(batch, noise)
+        timesteps = noise.integers("timestep", 0, schedule.num_train_timesteps)
+        target = noise.normal("noise", tuple(clean.shape[1:]))
+        noisy = schedule.add_noise(clean, target, timesteps)
+        with torch.no_grad():
+            lq = network.prior.encode(batch.lq)
+            preview = network.preview(noisy, timesteps, given)
+        residuals = network.residuals(lq, timesteps, preview, given)
+        eps = network.denoise_eps(noisy, timesteps, given, residuals)
+        yield "aggregator", _loss(epsilon_loss(eps, target))
+
+
+def _loss(per_sample: Tensor, **metrics: Tensor) -> Loss:
+    value = per_sample.mean()
+    return Loss(value=value, metrics={"loss": value.detach(), **{k: v.detach() for k, v in metrics.items()}})

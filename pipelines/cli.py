@@ -1,0 +1,419 @@
+"""`restoray`: parse, call, map errors to exit codes. Modules are imported by the verb that needs them.
+
+Exit codes: 0 ok, 1 failure, 2 usage, 3 finished with quarantined rows, 4 quality gate failed, 75 retry later,
+130 interrupted (Ctrl-C or SIGTERM).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from pipelines.console import Console
+from pipelines.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_QUARANTINED, RestorayError, UsageError, unknown
+
+if TYPE_CHECKING:
+    from pipelines.plans import PlanResult
+
+app = typer.Typer(
+    name="restoray",
+    help="Curate, train, restore, evaluate and serve generative image restoration on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Command(TyperCommand):
+    """A verb whose mistyped option dies with the near one named, as every other name does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words after the verb."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # the parser's own classes are private to typer
+            near = getattr(error, "possibilities", None)
+            if not near:
+                raise
+            raise UsageError(
+                f'no such option "{getattr(error, "option_name", "")}". Did you mean "{near[0]}"?'
+            ) from error
+
+
+# -- completion ------------------------------------------------------------------------------------------------------
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes that start so."""
+    return complete("recipes", incomplete)
+
+
+def complete_plan(incomplete: str) -> list[str]:
+    """Shipped plans that start so."""
+    return complete("plans", incomplete)
+
+
+def complete_spec(incomplete: str) -> list[str]:
+    """Shipped corpus specs that start so."""
+    return complete("datasets", incomplete)
+
+
+def complete(kind: str, incomplete: str) -> list[str]:
+    """Names of shipped YAML files that start with what was typed."""
+    from pipelines.home import shipped
+
+    return [name for name in shipped(kind) if name.startswith(incomplete)]
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes for this run only.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where the results go.")]
+RequiredOut = Annotated[Path, typer.Option("--out", "-o", help="Where the results go.")]
+Images = Annotated[Path | None, typer.Option("--images", help="Your own folder of photographs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, resolved, and do nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and no progress.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="A model folder, models:/name@alias or a shipped name.")
+]
+
+
+# -- verbs -----------------------------------------------------------------------------------------------------------
+
+
+def show_version(wanted: bool) -> None:
+    """--version."""
+    if wanted:
+        typer.echo(f"restoray {version('restoray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def restoray(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Curate, train, restore, evaluate and serve generative image restoration on Ray."""
+
+
+@app.command(cls=Command)
+def demo(
+    overrides: Overrides = None,
+    out: Out = None,
+    images: Images = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """The whole product on real photographs: the same as `restoray run demo`."""
+    run_named_plan("demo", overrides, out, images, dry_run, as_json)
+
+
+@app.command(cls=Command)
+def run(
+    plan: Annotated[str, typer.Argument(autocompletion=complete_plan, help="A plan's name or a YAML file.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    images: Images = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run a plan: its stages in order; what is done is skipped, what was interrupted goes on."""
+    run_named_plan(plan, overrides, out, images, dry_run, as_json)
+
+
+def run_named_plan(
+    plan: str, overrides: list[str] | None, out: Path | None, images: Path | None, dry_run: bool, as_json: bool
+) -> None:
+    """What demo and run share."""
+    from pipelines.plans import run_plan
+
+    console = Console(silent=as_json)
+    result = run_plan(plan, out, overrides or (), images, dry_run, console)
+    lines = plan_lines(result) if dry_run else result.lines()
+    console.result(result.to_json(), lines)
+    raise typer.Exit(0 if dry_run else result.exit_code)
+
+
+def plan_lines(result: PlanResult) -> list[str]:
+    """--dry-run for people: each stage with its digest, state and resolved settings."""
+    from omegaconf import OmegaConf
+
+    lines = [f"plan {result.plan} in {result.run_dir}"]
+    for number, record in enumerate(result.stages, 1):
+        stage = record.stage
+        state = {"done": "done, would be skipped"}.get(record.state, "would run")
+        if state == "would run" and (result.run_dir / stage.folder).is_dir():
+            state = "interrupted, would go on"
+        needs = f" after {', '.join(stage.needs)}" if stage.needs else ""
+        lines.append(f"\n{number}. {stage.name}: {stage.verb}{needs}; {stage.folder}; {state}")
+        lines += [f"     {line}" for line in OmegaConf.to_yaml(OmegaConf.create(dict(stage.resolved))).splitlines()]
+    return lines
+
+
+@app.command(cls=Command)
+def curate(
+    spec: Annotated[str, typer.Argument(autocompletion=complete_spec, help="A corpus spec's name or a YAML file.")],
+    out: RequiredOut,
+    images: Images = None,
+    as_json: Json = False,
+) -> None:
+    """Photographs to shards with an index, a manifest and a quarantine list."""
+    from pipelines.cluster import local_ray
+    from pipelines.curate import curate as curate_corpus
+
+    console = Console(silent=as_json)
+    with local_ray(), console.bar("curate") as progress:
+        result = curate_corpus(spec, out, progress=progress, images=images)
+    document = plain(result)
+    console.result(document, [f"{result.accepted} accepted, {result.rejected} quarantined; {out}"])
+    raise typer.Exit(EXIT_QUARANTINED if result.rejected else 0)
+
+
+@app.command(cls=Command)
+def train(
+    recipe: Annotated[str, typer.Argument(autocompletion=complete_recipe, help="A recipe's name or a YAML file.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", "-i", metavar="NAME=FOLDER", help="A corpus or an earlier stage's folder; repeat."),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train one stage by its recipe."""
+    from pipelines.plans import load_checked_recipe, recipe_documents
+
+    console = Console(silent=as_json)
+    resolved = load_checked_recipe(recipe, overrides or [])
+    if dry_run:
+        document, _ = recipe_documents(resolved)
+        console.result(document, [yaml_text(document)])
+        return
+    if out is None:
+        raise UsageError("train needs --out FOLDER (or --dry-run).")
+    from pipelines.cluster import local_ray
+    from pipelines.stages import step_progress, train_inputs
+    from pipelines.train import train as train_stage
+
+    folders = train_inputs(named_folders(inputs or []))
+    with local_ray(), console.bar(resolved.name) as progress:
+        result = train_stage(resolved, folders, out, on_metrics=step_progress(progress, resolved.steps))
+    console.result(plain(result), [f"model: {result.model}"])
+
+
+@app.command(cls=Command)
+def restore(
+    source: Annotated[Path, typer.Argument(help="A folder of pictures.")],
+    model: ModelOption,
+    out: RequiredOut,
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(help="With a picture's name it fixes every random bit.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Restore a folder of pictures; KEY=VALUE sets the restorer's options."""
+    from pipelines.cluster import local_ray
+    from pipelines.restore import restore_folder
+
+    console = Console(silent=as_json)
+    options, folder = parse_options(overrides or []), local_model(model)
+    with local_ray(), console.bar("restore") as progress:
+        result = restore_folder(folder, source, out, options=options, seed=seed, progress=progress)
+    line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
+    console.result(plain(result), [line])
+    raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
+
+
+@app.command(cls=Command)
+def evaluate(
+    restored: Annotated[Path, typer.Argument(help="Restored pictures.")],
+    hq: Annotated[Path, typer.Option("--hq", help="The originals, by the same names.")],
+    lq: Annotated[Path, typer.Option("--lq", help="The degraded inputs, by the same names.")],
+    out: RequiredOut,
+    metrics: Annotated[list[str] | None, typer.Option("--metric", help="A pyiqa metric; repeat.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score restored pictures against their originals, beside the input and a classical baseline."""
+    from pipelines.evaluate import evaluate as evaluate_pictures
+
+    console = Console(silent=as_json)
+    chosen: dict[str, Any] = {"metrics": metrics} if metrics else {}
+    with console.bar("evaluate") as progress:
+        summary = evaluate_pictures(restored, lq, hq, out, progress=progress, **chosen)
+    console.result(
+        plain(summary), [*(f"{name}: {text}" for name, text in summary.verdicts.items()), summary.verdict, str(out)]
+    )
+
+
+@app.command(cls=Command)
+def serve(
+    model: ModelOption,
+    host: Annotated[str, typer.Option(help="Address to bind; the default is reachable from this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+) -> None:
+    """Serve a model: POST /v1/restore, GET /health."""
+    folder = local_model(model)
+    from pipelines.cluster import local_ray
+    from pipelines.serve import serve as serve_model
+
+    with local_ray():
+        serve_model(folder, host=host, port=port, on_ready=lambda url: typer.echo(f"ready: {url}"))
+
+
+@app.command(cls=Command)
+def doctor(
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Look for what would keep a run from working, and say what to do about it."""
+    from pipelines.doctor import examine, finding_lines
+
+    findings = examine(out)
+    failed = any(finding.status == "fail" for finding in findings)
+    document = {"ok": not failed, "findings": [dataclasses.asdict(finding) for finding in findings]}
+    Console(silent=as_json).result(document, finding_lines(findings))
+    raise typer.Exit(EXIT_FAILURE if failed else 0)
+
+
+@app.command(cls=Command)
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(autocompletion=complete_recipe, help="Print this one, resolved.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes and plans, or print one recipe resolved."""
+    from pipelines.home import shipped
+
+    console = Console(silent=as_json)
+    if name is not None:
+        if not name.endswith((".yaml", ".yml")) and name not in shipped("recipes"):
+            raise unknown("recipe", name, shipped("recipes"))
+        from pipelines.plans import load_checked_recipe, recipe_documents
+
+        document, _ = recipe_documents(load_checked_recipe(name, []))
+        console.result(document, [yaml_text(document)])
+        return
+    listing = {kind: sorted(shipped(kind)) for kind in ("recipes", "plans", "datasets")}
+    console.result(listing, [f"{kind}: {', '.join(names) or 'none'}" for kind, names in listing.items()])
+
+
+@app.command(cls=Command)
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file; RUN/report.html by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained report.html about a run, finished or not."""
+    from pipelines.report import write_report
+
+    if not (run_dir / "plan.json").is_file():
+        raise UsageError(f"{run_dir} is no run: it has no plan.json.")
+    target = out or run_dir / "report.html"
+    write_report(run_dir, target)
+    Console(silent=as_json).result({"report": str(target)}, [str(target)])
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def local_model(name: str) -> Path | str:
+    """models:/name@alias becomes the folder it points at in the newest run that has it; all else stays as it is.
+
+    Raises:
+        UsageError: no run here or under RESTORAY_HOME has such a model.
+    """
+    if not name.startswith("models:/"):
+        return Path(name) if Path(name).exists() else name
+    from pipelines.home import runs_folder
+    from pipelines.tracking import resolve
+
+    stores = [store for root in (Path("runs"), runs_folder()) for store in root.glob("*/mlflow.db")]
+    reason = "no run with an mlflow.db is in ./runs or under RESTORAY_HOME"
+    for store in sorted(stores, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            return resolve(name, store.parent)
+        except RestorayError as error:
+            reason = str(error)
+    raise UsageError(f'no model "{name}": {reason}')
+
+
+def named_folders(inputs: Sequence[str]) -> dict[str, Path]:
+    """NAME=FOLDER pairs; every folder must exist."""
+    folders: dict[str, Path] = {}
+    for pair in inputs:
+        name, equals, folder = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f'--input "{pair}" is not NAME=FOLDER.')
+        if not Path(folder).is_dir():
+            raise UsageError(f"--input {name}: there is no folder {folder}.")
+        folders[name] = Path(folder)
+    return folders
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """key=value pairs with YAML values: numbers, booleans and lists come out as such."""
+    from omegaconf import OmegaConf
+
+    for pair in pairs:
+        if "=" not in pair or pair.startswith("="):
+            raise UsageError(f'"{pair}" is not key=value.')
+    return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs))).items()}  # type: ignore[union-attr]
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A result for --json: a dataclass or a mapping as plain data."""
+    if hasattr(value, "to_json"):
+        return dict(value.to_json())
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else dict(value)  # type: ignore[arg-type]
+
+
+def yaml_text(document: Mapping[str, Any]) -> str:
+    """A resolved document as YAML that can be saved and run again."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(document))).rstrip()
+
+
+def interrupt(signum: int, frame: object) -> None:
+    """SIGTERM ends a command the way Ctrl-C does: cleanly, resumable, exit 130."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The console command."""
+    signal.signal(signal.SIGTERM, interrupt)
+    as_json = "--json" in sys.argv
+    try:
+        app()
+    except RestorayError as error:
+        report_error(str(error), error.exit_code, as_json)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        report_error("interrupted; the same command goes on from here.", EXIT_INTERRUPTED, as_json)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output went away: nothing is left to be said to it
+        sys.stderr.close()
+        sys.exit(EXIT_FAILURE)
+
+
+def report_error(message: str, code: int, as_json: bool) -> None:
+    """One sentence on standard error; under --json also a document on standard output."""
+    if as_json:
+        sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
+    sys.stderr.write(f"restoray: {message}\n")
+
+
+if __name__ == "__main__":
+    main()

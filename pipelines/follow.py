@@ -1,0 +1,116 @@
+"""A plan's run in MLflow: one parent, a child for each stage, and what a stage writes to its folder followed into it.
+
+Workers only write files (metrics.jsonl, samples/step-*.png); a thread of the driver reads them. So no worker needs
+MLflow, and a store that is down costs nothing but its own pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.plans import PlannedStage, PlanResult
+
+POLL_S = 3.0
+SAMPLE = re.compile(r"step-0*(\d+)")
+
+
+class RunTracking:
+    """The parent run of one driver; use as a context manager."""
+
+    def __init__(self, run_dir: Path, plan: str) -> None:
+        self.run_dir, self.plan = run_dir, plan
+        self.location = f"sqlite:///{run_dir / 'mlflow.db'}"
+        self.children: dict[str, str] = {}
+
+    def __enter__(self) -> RunTracking:
+        from pipelines.tracking import Tracker
+
+        self.tracker = Tracker(self.run_dir, self.plan)
+        self.parent = self.tracker.start_parent(self.plan, {"plan": self.plan, "run_dir": str(self.run_dir)})
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.tracker.finish(self.parent, end_status(kind))
+
+    @contextmanager
+    def stage(self, stage: PlannedStage, folder: Path) -> Iterator[str]:
+        """A child run around one stage; gives its id."""
+        run = self.tracker.start_child(self.parent, stage.name, stage.digest)
+        self.children[stage.name] = run
+        self.tracker.log_params(run, {"verb": stage.verb, "digest": stage.digest, **stage.resolved})
+        follower = Follower(self.tracker, run, folder)
+        follower.start()
+        kind: type[BaseException] | None = None
+        try:
+            yield run
+        except BaseException as error:
+            kind = type(error)
+            raise
+        finally:
+            follower.stop()
+            self.tracker.finish(run, end_status(kind))
+
+    def publish(self, result: PlanResult) -> None:
+        """Register the run's last model and log the numbers of its results with the parent."""
+        newest: tuple[str, Path] | None = None
+        for record in result.stages:
+            folder = result.run_dir / record.stage.folder
+            if record.stage.name in self.children and (folder / "model" / "model.json").is_file():
+                newest = (self.children[record.stage.name], folder / "model")
+            if record.results.get("manifest_digest"):
+                self.tracker.log_dataset_digest(self.parent, record.stage.name, record.results["manifest_digest"])
+        if newest is not None:
+            name = json.loads((newest[1] / "model.json").read_text()).get("name") or self.plan
+            self.tracker.register_model(newest[0], newest[1], name)
+
+
+class Follower:
+    """Reads a stage's metrics.jsonl and samples/ every POLL_S seconds into its MLflow run."""
+
+    def __init__(self, tracker: Any, run: str, folder: Path) -> None:
+        self.tracker, self.run, self.folder = tracker, run, folder
+        self.offset, self.seen = 0, set[str]()
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self.follow, name="follow-metrics", daemon=True)
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Read what is left, then end."""
+        self.stopping.set()
+        self.thread.join()
+        self.read()
+
+    def follow(self) -> None:
+        """The thread's body."""
+        while not self.stopping.wait(POLL_S):
+            self.read()
+
+    def read(self) -> None:
+        """One look at the folder."""
+        from pipelines.tracking import tail_metrics
+
+        rows, self.offset = tail_metrics(self.folder / "metrics.jsonl", self.offset)
+        if rows:
+            self.tracker.log_metrics(self.run, rows)
+        for path in sorted((self.folder / "samples").glob("step-*.png")):
+            match = SAMPLE.match(path.stem)
+            if match and path.name not in self.seen:
+                self.seen.add(path.name)
+                self.tracker.log_image(self.run, path, "samples", int(match[1]))
+
+
+def end_status(kind: type[BaseException] | None) -> str:
+    """MLflow's word for how a block ended."""
+    if kind is None:
+        return "FINISHED"
+    return "FAILED" if issubclass(kind, Exception) else "KILLED"

@@ -1,0 +1,292 @@
+"""The HTTP face of `restoray serve`: reads a request, refuses bad ones early, and answers in PNG or in JSON.
+
+Knows nothing of Ray: `build_app` takes a backend with `health` and `restore`.
+
+    413 too_large          the body exceeds max_bytes, counted while it is read
+    415 unsupported_type   the content is no picture, or of a format that is not read
+    422                    a bad parameter, a broken picture, or more pixels than allowed
+    503 + Retry-After      starting, restarting, or all places taken
+    504 deadline           408 read_timeout: the body came too slowly
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from components.images import Limits, probe
+from components.recipes import did_you_mean
+from components.restoring import MAX_PROMPT_CHARS, MAX_SEED, Ask, Identity, file_key, parse_ask, picture_seed
+from components.types import SampleError
+
+PARAMETERS: Mapping[str, type] = {
+    "key": str,  # names the picture; default: the form file's name, else "picture"
+    "seed": int,  # default: from the key, as a batch job of seed 0 would
+    "prompt": str,
+    "negative_prompt": str,
+    "steps": int,
+    "cfg_scale": float,
+    "width": int,
+    "height": int,
+}
+
+STATUS: Mapping[str, int] = {
+    "not_image": 415,
+    "unsupported_format": 415,
+    "failed": 500,
+    "out_of_memory": 503,
+    "busy": 503,
+    "starting": 503,
+    "restarting": 503,
+    "setup_failed": 503,
+    "cancelled": 503,
+}
+"""Status of a reason code; every other code is the picture's or the parameters' own fault: 422."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeLimits:
+    """What one request may ask for. All numbers are ours.
+
+    Attributes:
+        max_bytes: of the body.
+        max_input_pixels, max_output_pixels: width times height.
+        max_queued: requests that wait while one is worked on; more get 503.
+        deadline_s: from the whole body's arrival to the answer.
+        read_timeout_s: for the body to arrive.
+        retry_after_s: what a 503 suggests.
+    """
+
+    max_bytes: int = 32 << 20
+    max_input_pixels: int = 25_000_000
+    max_output_pixels: int = 25_000_000
+    max_queued: int = 16
+    deadline_s: float = 600.0
+    read_timeout_s: float = 60.0
+    retry_after_s: int = 5
+
+
+class Answer(Protocol):
+    """A PNG, or a reason code with a sentence."""
+
+    @property
+    def png(self) -> bytes: ...
+
+    @property
+    def code(self) -> str: ...
+
+    @property
+    def detail(self) -> str: ...
+
+
+class Backend(Protocol):
+    """What stands behind the door."""
+
+    async def health(self) -> tuple[str, str]: ...
+
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask) -> Answer: ...
+
+
+class Refusal(Exception):
+    """A request ends here with this status, code and sentence."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status, self.code, self.detail = status, code, detail
+
+
+def build_app(backend: Backend, identity: Identity, limits: ServeLimits) -> FastAPI:
+    """The routes. No documentation pages: they would be a second description to keep true."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    def problem(status: int, code: str, detail: str) -> JSONResponse:
+        headers = {"Retry-After": str(limits.retry_after_s)} if status == 503 else {}
+        return JSONResponse({"code": code, "detail": detail}, status_code=status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "unknown_route", 405: "method_not_allowed"}
+        return problem(error.status_code, codes.get(error.status_code, "http"), str(error.detail))
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, error: Refusal) -> JSONResponse:
+        return problem(error.status, error.code, error.detail)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        state, detail = await backend.health()
+        return JSONResponse({"state": state, "detail": detail}, status_code=200 if state == "READY" else 503)
+
+    @app.get("/v1/model")
+    async def model() -> dict[str, Any]:
+        return {**asdict(identity), "limits": asdict(limits)}
+
+    @app.post("/v1/restore")
+    async def restore(request: Request) -> Response:
+        try:
+            async with asyncio.timeout(limits.read_timeout_s):
+                data, given = await read_request(request, limits.max_bytes)
+        except TimeoutError:
+            raise Refusal(408, "read_timeout", f"the body did not arrive in {limits.read_timeout_s:g} s") from None
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody hears it; the log does
+        key, seed, ask = read_parameters(given, limits)
+        check_picture(data, ask, limits)
+        try:
+            async with asyncio.timeout(limits.deadline_s):
+                answer = await backend.restore(data, key, seed, ask)
+        except TimeoutError:
+            raise Refusal(504, "deadline", f"not restored within {limits.deadline_s:g} s") from None
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.exception("restoring failed")
+            raise Refusal(500, "internal", "the service failed; its log says why") from error
+        if answer.code:
+            status = STATUS.get(answer.code, 422)
+            detail = answer.detail if status != 500 else "restoring this picture failed; the log says why"
+            if status == 500:
+                log.error("restoring failed: %s", answer.detail.replace("\n", " "))
+            raise Refusal(status, answer.code, detail)
+        headers = {
+            "X-Restoray-Seed": str(seed),
+            "X-Restoray-Model": identity.digest,
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-store",
+        }
+        return Response(answer.png, media_type="image/png", headers=headers)
+
+    return app
+
+
+async def read_request(request: Request, max_bytes: int) -> tuple[bytes, dict[str, str]]:
+    """(picture bytes, parameters as text) of a request with a raw or a form body.
+
+    Raises:
+        Refusal: too large, an unsupported body type, a broken form, or a parameter given twice.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes + FORM_OVERHEAD:
+        raise _too_large(max_bytes)
+    pairs = list(request.query_params.multi_items())
+    if kind == "multipart/form-data":
+        data, fields = await _read_form(request, max_bytes)
+        pairs += fields
+    elif kind == "" or kind == "application/octet-stream" or kind.startswith("image/"):
+        data = b"".join([chunk async for chunk in _limited(request, max_bytes)])
+    else:
+        raise Refusal(415, "unsupported_type", f"send image/* or multipart/form-data, not {kind[:80]!r}")
+    given: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in PARAMETERS:
+            raise Refusal(
+                422, "unknown_parameter", f"unknown parameter {name[:80]!r}. {did_you_mean(name[:80], PARAMETERS)}"
+            )
+        if given.setdefault(name, value) != value:
+            raise Refusal(422, "bad_parameter", f"{name} was given twice")
+    return data, given
+
+
+def read_parameters(given: Mapping[str, str], limits: ServeLimits) -> tuple[str, int, Ask]:
+    """(key, seed, ask) from parameters as text.
+
+    Raises:
+        Refusal: 422, with a sentence that names the parameter.
+    """
+    values: dict[str, Any] = {}
+    for name, text in given.items():
+        try:
+            values[name] = PARAMETERS[name](text)
+        except ValueError:
+            wanted = {int: "a whole number", float: "a number"}[PARAMETERS[name]]
+            raise Refusal(422, "bad_parameter", f"{name} must be {wanted}, got {text[:40]!r}") from None
+    key = file_key(values.pop("key", "picture"))
+    seed = values.pop("seed", None)
+    if seed is None:
+        seed = picture_seed(0, key)
+    if not 0 <= seed <= MAX_SEED:
+        raise Refusal(422, "bad_parameter", f"seed must be from 0 to {MAX_SEED}, got {seed}")
+    try:
+        return key, seed, parse_ask(values, limits.max_output_pixels)
+    except ValueError as error:
+        raise Refusal(422, "bad_parameter", str(error)) from error
+
+
+def check_picture(data: bytes, ask: Ask, limits: ServeLimits) -> None:
+    """Refuse by content and header, before the picture takes anybody's place.
+
+    Raises:
+        Refusal: 415 no picture that we read; 422 broken, or more pixels than a limit, which is named.
+    """
+    try:
+        info = probe(data, Limits(max_pixels=limits.max_input_pixels, max_bytes=limits.max_bytes))
+    except SampleError as error:
+        detail = error.detail
+        if error.code == "too_large" and "pixels" in detail:
+            detail = f"{detail} (max_input_pixels)"
+        code = "unsupported_type" if STATUS.get(error.code) == 415 else error.code
+        raise Refusal(STATUS.get(error.code, 422), code, detail) from error
+    if ask.size is None and info.width * info.height > limits.max_output_pixels:
+        size = f"{info.width} x {info.height} pixels exceed max_output_pixels, which is {limits.max_output_pixels}"
+        raise Refusal(422, "too_large", f"{size}; ask for a smaller width and height")
+
+
+FORM_OVERHEAD = 64 << 10  # ours: boundaries, part headers and a few short fields around the picture
+MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARS  # UTF-8
+
+
+async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, list[tuple[str, str]]]:
+    """(picture bytes, other fields) of a form with one file, called image."""
+    parser = MultiPartParser(
+        request.headers,
+        _limited(request, max_bytes + FORM_OVERHEAD),
+        max_files=1,
+        max_fields=2 * len(PARAMETERS),
+        max_part_size=MAX_FIELD_BYTES,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refusal(422, "bad_form", error.message) from error
+    try:
+        upload = form.get("image")
+        if not isinstance(upload, UploadFile):
+            raise Refusal(422, "no_image", 'the form has no file field "image"')
+        data = await upload.read()
+        if len(data) > max_bytes:
+            raise _too_large(max_bytes)
+        fields = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+        name = (upload.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
+        stem = name.rsplit(".", 1)[0] or name
+        if stem and "key" not in dict(fields) and "key" not in request.query_params:
+            fields.append(("key", stem))
+        return data, fields
+    finally:
+        await form.close()
+
+
+async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The body's chunks, counted: what the headers promise is not believed."""
+    seen = 0
+    async for chunk in request.stream():
+        seen += len(chunk)
+        if seen > max_bytes:
+            raise _too_large(max_bytes)
+        yield chunk
+
+
+def _too_large(max_bytes: int) -> Refusal:
+    return Refusal(413, "too_large", f"the body exceeds max_bytes, which is {max_bytes}")

@@ -1,0 +1,466 @@
+"""One self-contained report.html for a run's folder: pictures, scores, curves, corpus, timings, recipes, what next.
+
+Everything is read from the files that the stages left (decision 0001), so a report can be written without a server, of
+a run that is still going or was killed, and on another machine. Keys, captions and settings come from strangers: the
+template escapes everything, and a content policy in the page forbids it to load or send anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from components.images import decode, read_png_text
+from components.types import Image, SampleError
+from pipelines.charts import curve_chart, loss_pairs
+from pipelines.errors import UsageError
+from pipelines.evaluate import BASELINES, RESTORED, pictures_by_key, read_rows
+from pipelines.tracking import tail_metrics
+
+MAX_BYTES = 6_000_000
+SIZES: tuple[tuple[int, int], ...] = ((512, 90), (384, 85), (256, 80), (192, 70))
+"""(longest side in px, JPEG quality) of the report's pictures, tried in turn until the page is below MAX_BYTES."""
+MAX_GALLERY, MAX_CONTACT, MAX_QUARANTINE, MAX_TRIPLETS = 24, 60, 200, 4
+THUMBNAIL_PX, TRIPLET_PX = 96, 640
+ARM_LABELS = {RESTORED: "restored", "lq": "input", "bicubic_median": "median + bicubic"}
+STAGE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
+
+
+class Reader:
+    """Reads a run's files; what cannot be read is noted and never ends the report."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.notes: list[str] = []
+
+    def inside(self, path: Path) -> bool:
+        """Whether `path` really lies in the run's folder: plan.json and summary.json may come from elsewhere."""
+        return path.resolve().is_relative_to(self.run_dir.resolve())
+
+    def name(self, path: Path) -> str:
+        """The path below the run's folder, for people: the report must not tell where on a machine it was made."""
+        return path.relative_to(self.run_dir).as_posix() if path.is_relative_to(self.run_dir) else path.name
+
+    def json(self, path: Path) -> dict[str, Any]:
+        """A JSON object; {} where there is none."""
+        if not path.is_file() or not self.inside(path):
+            return {}
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            self.notes.append(f"{self.name(path)} could not be read: {error}")
+            return {}
+        return document if isinstance(document, dict) else {}
+
+    def rows(self, path: Path) -> list[dict[str, Any]]:
+        """The whole lines of a JSON-lines file."""
+        try:
+            return read_rows(path) if path.is_file() and self.inside(path) else []
+        except (OSError, UnicodeDecodeError) as error:
+            self.notes.append(f"{self.name(path)} could not be read: {error}")
+            return []
+
+    def picture(self, path: Path, data: bytes | None = None) -> Image | None:
+        """A decoded picture, or None with a note."""
+        try:
+            return decode(path.read_bytes() if data is None else data, key=self.name(path))
+        except (OSError, SampleError) as error:
+            self.notes.append(f"{self.name(path)} could not be shown: {error}")
+            return None
+
+
+def shrink(image: Image, side_px: int) -> Image:
+    """Area-resize so that the longer side is at most `side_px`."""
+    height, width = image.shape[:2]
+    if max(height, width) <= side_px:
+        return image
+    scale = side_px / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def data_uri(image: Image, quality: int) -> str:
+    """A JPEG data address without metadata; full-resolution colour, since small pictures are what is judged."""
+    from PIL import Image as Pillow
+
+    stream = io.BytesIO()
+    Pillow.fromarray(image).save(stream, "JPEG", quality=quality, subsampling=0, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def read_stages(reader: Reader) -> list[dict[str, Any]]:
+    """The run's stages in order: name, verb, digest, folder (Path), seconds, state, done.json, resolved settings."""
+    plan = reader.json(reader.run_dir / "plan.json")
+    entries = [entry for entry in plan.get("stages") or [] if isinstance(entry, dict) and entry.get("name")]
+    if not entries:  # a stage that was run by itself, or a run from before there was a plan.json
+        folders = sorted(path for path in reader.run_dir.iterdir() if path.is_dir())
+        matches = [(path, STAGE_FOLDER.fullmatch(path.name)) for path in folders]
+        entries = [{"name": match[1], "folder": path.name} for path, match in matches if match]
+    stages = []
+    for entry in entries:
+        folder = reader.run_dir / str(entry.get("folder") or "")
+        if folder == reader.run_dir or not reader.inside(folder):
+            reader.notes.append(f"stage {entry['name']} names a folder outside the run")
+            continue
+        done = reader.json(folder / "done.json")
+        seconds = entry.get("seconds") or done.get("seconds") or 0.0
+        state = str(entry.get("state") or ("finished" if done else "unfinished" if folder.is_dir() else "planned"))
+        stages.append(
+            {
+                "name": str(entry["name"]),
+                "verb": str(entry.get("verb") or done.get("verb") or ""),
+                "digest": str(entry.get("digest") or done.get("digest") or ""),
+                "folder": folder,
+                "place": folder.name,
+                "seconds": float(seconds) if isinstance(seconds, (int, float)) else 0.0,
+                "state": "done before" if state == "done" else state,
+                "skipped": bool(entry.get("skipped")),
+                "resolved": entry.get("resolved") or entry.get("recipe") or done.get("recipe"),
+                "results": done.get("results") or {},
+            }
+        )
+    return stages
+
+
+def picture_folders(reader: Reader, stages: Sequence[Mapping[str, Any]], evaluated: Path | None) -> dict[str, Path]:
+    """Where restored, lq and hq pictures lie: as summary.json says, else beside the last stage's restored/."""
+    found: dict[str, Path] = {}
+    if evaluated is not None:
+        named = reader.json(evaluated / "summary.json").get("folders") or {}
+        found = {role: (evaluated / str(place)).resolve() for role, place in named.items()}
+    for stage in stages:
+        if (stage["folder"] / RESTORED).is_dir() and RESTORED not in found:
+            found = {role: stage["folder"] / role for role in (RESTORED, "lq", "hq")}
+    return {role: path for role, path in found.items() if path.is_dir() and reader.inside(path)}
+
+
+def gallery(
+    reader: Reader, folders: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]], size: tuple[int, int]
+) -> tuple[list[dict[str, Any]], int]:
+    """Figures for the slider, and how many pictures there are in all.
+
+    With more than MAX_GALLERY pictures the shown ones are spread evenly over the keys, neither the best nor the worst.
+    """
+    side, quality = size
+    missing: list[dict[str, str]] = []
+    by_role = {role: pictures_by_key(folder, missing) for role, folder in folders.items()}
+    keys = sorted(by_role.get(RESTORED, {}))
+    chosen = keys
+    if len(keys) > MAX_GALLERY:
+        chosen = [keys[i] for i in np.linspace(0, len(keys) - 1, MAX_GALLERY).round().astype(int)]
+    figures = []
+    for key in chosen:
+        images: dict[str, str] = {}
+        shape = (1, 1)
+        for role in (RESTORED, "lq", "hq"):
+            path = by_role.get(role, {}).get(key)
+            picture = reader.picture(path) if path is not None else None
+            if picture is not None:
+                shape = picture.shape[:2] if role == RESTORED else shape
+                images[role] = data_uri(shrink(picture, side), quality)
+        if RESTORED not in images:
+            continue
+        scores = (rows.get(key) or {}).get("scores") or {}
+        names = [name for name in scores.get(RESTORED, {}) if name in scores.get("lq", {})]
+        changes = [{"metric": n, "lq": number(scores["lq"][n]), "restored": number(scores[RESTORED][n])} for n in names]
+        path = by_role[RESTORED][key]
+        info = text_chunks(path)
+        figures.append(
+            {"key": key, "images": images, "height": shape[0], "width": shape[1], "changes": changes, "info": info}
+        )
+    return figures, len(keys)
+
+
+def text_chunks(path: Path) -> dict[str, str]:
+    """What a restored PNG says about itself; {} for other files."""
+    try:
+        return {key: value[:200] for key, value in read_png_text(path.read_bytes()).items()}
+    except (OSError, ValueError):
+        return {}
+
+
+def number(value: float) -> str:
+    """Three or four significant digits."""
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+
+
+def score_table(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The per-picture table: three lines a picture (arms), a column a metric, the best arm marked; means on top."""
+    metrics = summary.get("metrics") or {}
+    means = summary.get("means") or {}
+    arms = [arm for arm in (RESTORED, *BASELINES) if arm in means]
+
+    def line(arm: str, by_arm: Mapping[str, Mapping[str, float]], lacking: Mapping[str, Any]) -> dict[str, Any]:
+        cells = []
+        for name, info in metrics.items():
+            value = by_arm.get(arm, {}).get(name)
+            values = [by_arm[other][name] for other in arms if name in by_arm.get(other, {})]
+            best = bool(values) and value == (max(values) if info.get("higher_is_better") else min(values))
+            why = (lacking.get(arm) or {}).get(name, "")
+            cells.append(
+                {"text": "–" if value is None else number(value), "best": best and len(values) > 1, "why": why}
+            )
+        return {"arm": ARM_LABELS.get(arm, arm), "cells": cells}
+
+    mean_values = {arm: {name: entry["mean"] for name, entry in means[arm].items()} for arm in arms}
+    blocks = [{"key": "Mean over all pictures", "mean": True, "lines": [line(arm, mean_values, {}) for arm in arms]}]
+    for row in rows:
+        lines = [line(arm, row.get("scores") or {}, row.get("missing") or {}) for arm in arms]
+        blocks.append({"key": row.get("key", ""), "mean": False, "lines": lines})
+    columns = [
+        {"name": name, "direction": "higher is better" if info.get("higher_is_better") else "lower is better"}
+        for name, info in metrics.items()
+    ]
+    return {"columns": columns, "blocks": blocks if rows else []}
+
+
+def training(reader: Reader, stages: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Curves and sample sheets of every stage that wrote metrics.jsonl or samples/."""
+    found = []
+    for stage in stages:
+        try:
+            metrics, _ = tail_metrics(stage["folder"] / "metrics.jsonl")
+        except OSError as error:
+            reader.notes.append(f"{stage['place']}/metrics.jsonl could not be read: {error}")
+            metrics = []
+        charts = [curve_chart(*pair) for pair in loss_pairs(metrics)]
+        sheets = (
+            sorted((stage["folder"] / "samples").glob("step-*.png")) if (stage["folder"] / "samples").is_dir() else []
+        )
+        if len(sheets) > MAX_TRIPLETS:
+            sheets = [sheets[i] for i in np.linspace(0, len(sheets) - 1, MAX_TRIPLETS).round().astype(int)]
+        samples = []
+        for path in sheets:
+            picture = reader.picture(path) if reader.inside(path) else None
+            if picture is not None:
+                step = re.sub(r"\D", "", path.stem).lstrip("0") or "0"
+                samples.append({"step": step, "uri": data_uri(shrink(picture, min(TRIPLET_PX, 2 * size[0])), size[1])})
+        if charts or samples:
+            found.append({"name": stage["name"], "charts": charts, "samples": samples})
+    return found
+
+
+def corpus(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Counts and a contact sheet of every curated corpus, its pictures read from the shards by offset."""
+    found = []
+    for stage in stages:
+        manifest, index = reader.rows(stage["folder"] / "manifest.jsonl"), reader.json(stage["folder"] / "index.json")
+        if not manifest or not index:
+            continue
+        places: dict[str, tuple[Path, int, int]] = {}
+        for split, content in (index.get("splits") or {}).items():
+            for shard in content.get("shards") or []:
+                path = stage["folder"] / str(split) / str(shard.get("name"))
+                for sample in shard.get("samples") or []:
+                    places[str(sample.get("key"))] = (path, int(sample.get("offset", 0)), int(sample.get("size", 0)))
+        chosen: Iterable[Mapping[str, Any]] = manifest
+        if len(manifest) > MAX_CONTACT:
+            chosen = [manifest[i] for i in np.linspace(0, len(manifest) - 1, MAX_CONTACT).round().astype(int)]
+        thumbnails = []
+        for row in chosen:
+            picture = shard_picture(reader, places.get(str(row.get("key"))))
+            if picture is not None:
+                uri = data_uri(shrink(picture, THUMBNAIL_PX), 75)
+                thumbnails.append(
+                    {"uri": uri, **{k: str(row.get(k) or "") for k in ("key", "split", "credit", "licence", "caption")}}
+                )
+        splits = Counter(str(row.get("split")) for row in manifest)
+        licences = Counter(str(row.get("licence") or "unstated") for row in manifest)
+        found.append(
+            {
+                "name": stage["name"],
+                "splits": splits,
+                "licences": licences,
+                "thumbnails": thumbnails,
+                "digest": index.get("digest"),
+            }
+        )
+    return found
+
+
+def shard_picture(reader: Reader, place: tuple[Path, int, int] | None) -> Image | None:
+    """One sample's picture by a ranged read of its tar."""
+    if place is None or not place[0].is_file() or not reader.inside(place[0]):
+        return None
+    path, offset, size = place
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        return reader.picture(path, stream.read(size))
+
+
+def quarantine(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rejected samples of all stages: count for each reason, and the rows."""
+    rows = []
+    for stage in stages:
+        for path in sorted(stage["folder"].glob("quarantine.jsonl")) + sorted(
+            stage["folder"].glob("*/quarantine.jsonl")
+        ):
+            for row in reader.rows(path):
+                rows.append(
+                    {"in": stage["name"], **{k: str(row.get(k) or "") for k in ("key", "source", "code", "detail")}}
+                )
+    counts = Counter(row["code"] for row in rows).most_common()
+    return {"counts": counts, "rows": rows[:MAX_QUARANTINE], "total": len(rows)}
+
+
+def model_card(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last model of the run, and what its prior's own card measured: the ceiling of every restoration."""
+    import components
+
+    model: dict[str, Any] = {}
+    for stage in stages:
+        info = reader.json(stage["folder"] / "model" / "model.json")
+        if info:
+            model = {"info": info, "place": f"{stage['place']}/model"}
+    if not model:
+        return {}
+    prior = model["info"].get("prior") or {}
+    identity = str(prior.get("id") or "")
+    card: dict[str, Any] = {}
+    if re.fullmatch(r"[\w.-]+", identity) and identity.strip("."):
+        shipped = Path(components.__file__).parent / "priors" / "weights" / identity / "model.json"
+        if shipped.is_file():
+            card = json.loads(shipped.read_text(encoding="utf-8"))
+    ceiling = card.get("metrics") or {}
+    if not prior:  # the run trained a prior: its own numbers are the ceiling
+        ceiling = model["info"].get("metrics") or {}
+    flat = {key: value for key, value in flat_numbers(ceiling).items() if "/start" not in key}
+    sure = {k: v for k, v in flat.items() if re.search(r"psnr|_db\b|reconstruction", k, re.IGNORECASE)}
+    keys = ("name", "system", "licence", "permitted_use", "data_manifest_digest")
+    facts = {key: model["info"].get(key) for key in keys if model["info"].get(key)}
+    return {"place": model["place"], "facts": facts, "prior": identity, "ceiling": sure or flat, "found": bool(flat)}
+
+
+def flat_numbers(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """The numbers of nested mappings under joined names."""
+    flat: dict[str, str] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flat_numbers(value, f"{name}/"))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat[name] = number(float(value))
+    return flat
+
+
+def timings(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bars of the stages' seconds."""
+    longest = max((stage["seconds"] for stage in stages), default=0.0) or 1.0
+    rows = [{**stage, "share": round(100 * stage["seconds"] / longest, 1)} for stage in stages]
+    return {"rows": rows, "total": sum(stage["seconds"] for stage in stages)}
+
+
+def commands(model: Mapping[str, Any], plan: str) -> list[dict[str, str]]:
+    """What to type next; run from the run's folder."""
+    steps = [
+        ("Write this report again", "restoray report ."),
+        ("Browse runs, curves and models", "mlflow ui --backend-store-uri sqlite:///mlflow.db"),
+    ]
+    if plan:
+        steps.append(("Go on, or see that everything is done", f"restoray run {shlex.quote(plan)} --out ."))
+    if model:
+        place = shlex.quote(str(model["place"]))
+        steps = [
+            ("Restore your own pictures", f"restoray restore PICTURES --model {place} --out restored"),
+            ("Serve the model on this machine", f"restoray serve --model {place}"),
+            *steps,
+        ]
+    return [{"what": what, "command": command} for what, command in steps]
+
+
+def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    reader = Reader(run_dir)
+    plan = reader.json(run_dir / "plan.json")
+    stages = read_stages(reader)
+    evaluated = next((s["folder"] for s in reversed(stages) if (s["folder"] / "summary.json").is_file()), None)
+    summary = reader.json(evaluated / "summary.json") if evaluated is not None else {}
+    rows = reader.rows(evaluated / "scores.jsonl") if evaluated is not None else []
+    figures, pictures = gallery(
+        reader, picture_folders(reader, stages, evaluated), {str(r.get("key")): r for r in rows}, size
+    )
+    model = model_card(reader, stages)
+    verdict = summary.get("verdict")
+    recipes = [
+        {"name": s["name"], "text": json.dumps(s["resolved"], indent=2, ensure_ascii=False)}
+        for s in stages
+        if s["resolved"]
+    ]
+    table = score_table(rows, summary)
+    return {
+        "title": str(plan.get("title") or plan.get("plan") or run_dir.name),
+        "run": run_dir.name,
+        "stages": stages,
+        "unfinished": [s["name"] for s in stages if s["state"] not in ("finished", "done before")],
+        "verdict": verdict if isinstance(verdict, str) else "",
+        "comparisons": [c for c in summary.get("comparisons") or [] if isinstance(c, dict)],
+        "missing": [m for m in summary.get("missing") or [] if isinstance(m, dict)],
+        "figures": figures,
+        "pictures": pictures,
+        "table": table,
+        "directions": {column["name"]: column["direction"] for column in table["columns"]},
+        "units": {name: info.get("unit") or "" for name, info in (summary.get("metrics") or {}).items()},
+        "training": training(reader, stages, size),
+        "corpora": corpus(reader, stages),
+        "quarantine": quarantine(reader, stages),
+        "model": model,
+        "timings": timings(stages),
+        "recipes": recipes,
+        "commands": commands(model, str(plan.get("plan") or "")),
+        "notes": reader.notes,
+        "number": number,
+        "labels": ARM_LABELS,
+    }
+
+
+def write_report(run_dir: Path, out_html: Path | None = None) -> Path:
+    """Write the report of a run, whole or partial.
+
+    Args:
+        run_dir: the run's folder.
+        out_html: where; <run_dir>/report.html by default. Replaced in one step.
+
+    Returns:
+        The file: HTML that needs nothing beside itself, below MAX_BYTES wherever smaller pictures can achieve it.
+
+    Raises:
+        UsageError: no such folder, or no stage in it.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UsageError(f"no run folder {str(run_dir)!r}")
+    template = load_template()
+    page = ""
+    for size in SIZES:
+        content = collect(run_dir.absolute(), size)
+        if not content["stages"]:
+            raise UsageError(f"{str(run_dir)!r} is no run: it has neither plan.json nor a stage's folder")
+        page = template(content)
+        if len(page.encode()) <= MAX_BYTES:
+            break
+    out = Path(out_html) if out_html is not None else run_dir / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.part")
+    scratch.write_text(page, encoding="utf-8")
+    scratch.replace(out)
+    return out
+
+
+def load_template() -> Callable[[Mapping[str, Any]], str]:
+    """The page as a function; everything in it is escaped, and an unknown name is an error instead of a gap."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.get_template("report.html.j2")
+    return lambda content: template.render(content)

@@ -1,0 +1,96 @@
+"""The shipped nano prior: it loads, it is small, and it does what its card says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from components.models import SHIPPED, ModelError, load_model
+from components.priors.autoencoder import SpaceToDepthAutoencoder
+from components.priors.sdxl import ImageView, load_prior
+
+
+def test_principal_components_alone_reconstruct_what_they_span() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # pictures whose 2 x 2 patches live in four dimensions: four channels are enough, three are not
+    basis = torch.randn(12, 4, generator=generator)
+    patches = basis @ torch.randn(4, 8 * 64, generator=generator)
+    images = torch.nn.functional.pixel_shuffle(patches.view(12, 8, 8, 8).transpose(0, 1), 2)
+    for channels, exact in ((4, True), (3, False)):
+        autoencoder = SpaceToDepthAutoencoder(factor=2, latent_channels=channels, width=8)
+        autoencoder.set_principal_components(images)
+        with torch.no_grad():
+            error = float((autoencoder.decode(autoencoder.encode(images)) - images).abs().max())
+        assert (error < 1e-3) == exact
+
+
+def test_a_side_that_is_no_multiple_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 4"):
+        SpaceToDepthAutoencoder().encode(torch.zeros(1, 3, 10, 12))
+
+
+@pytest.fixture(scope="module")
+def nano():  # type: ignore[no-untyped-def]
+    torch.set_num_threads(2)
+    return load_prior("nano")
+
+
+def test_the_shipped_prior_is_at_most_8_mb() -> None:
+    assert sum(p.stat().st_size for p in (SHIPPED / "nano").rglob("*") if p.is_file()) <= 8_000_000
+
+
+def test_shapes_meet_the_prior_contract(nano) -> None:  # type: ignore[no-untyped-def]
+    images = torch.zeros(2, 3, 64, 96)
+    with torch.no_grad():
+        latents = nano.encode(images)
+        text, pooled = nano.embed_prompts(["a red, dark thing", ""])
+        tokens = nano.embed_images(images)
+    assert latents.shape == (2, nano.latent_channels, 64 // nano.factor, 96 // nano.factor)
+    assert text.shape[-1] == nano.unet.config["cross_attention_dim"] and pooled.ndim == 2
+    assert tokens.shape[-1] == nano.image_token_dim and tokens.shape == nano.null_image_tokens(2).shape
+    assert not any(p.requires_grad for m in nano.modules.values() for p in m.parameters())
+
+
+def test_another_prompt_gives_another_embedding(nano) -> None:  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        _, pooled = nano.embed_prompts(["red", "blue"])
+    assert float((pooled[0] - pooled[1]).abs().max()) > 1e-3
+
+
+def test_the_centre_crop_hides_the_border_and_squash_does_not(nano) -> None:  # type: ignore[no-untyped-def]
+    images = torch.zeros(1, 3, 64, 256)
+    images[..., :32] = 1.0
+    kept, nano.view = nano.view, ImageView(shortest_edge_px=64, crop_px=64, fit="crop")
+    try:
+        assert float(nano.view_images(images).std(dim=(2, 3)).max()) < 1e-4
+        nano.view = ImageView(shortest_edge_px=64, crop_px=64, fit="squash")
+        assert float(nano.view_images(images).std(dim=(2, 3)).max()) > 0.1
+    finally:
+        nano.view = kept
+
+
+def test_a_prior_that_is_not_there_says_what_was_tried() -> None:
+    with pytest.raises(ModelError, match="no SDXL pipeline"):
+        load_prior("no-such-folder")
+
+
+def test_a_restoration_model_is_no_prior(tmp_path: Path) -> None:
+    from components.models import ModelCard, save_model
+
+    save_model(tmp_path / "m", ModelCard(name="x", system="instantir"), {"a": {"w": torch.zeros(1)}})
+    with pytest.raises(ModelError, match="not a prior"):
+        load_prior(str(tmp_path / "m"))
+
+
+def test_sizes_become_floats_in_order(nano) -> None:  # type: ignore[no-untyped-def]
+    sizes = torch.from_numpy(np.array([[1, 2, 3, 4, 5, 6]]))
+    assert nano.time_ids(sizes).tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
+
+
+def test_the_card_names_what_it_measures() -> None:
+    metrics = load_model("nano").info["metrics"]
+    assert metrics["autoencoder_psnr_heldout"] >= 32.0
+    assert metrics["encoder_found_among_64"] > 0.5

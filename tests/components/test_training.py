@@ -1,0 +1,141 @@
+"""The one train step: phases in turn, accumulation in lockstep, bad gradients, EMA, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from components.randomness import Noise
+from components.recipes import Optimizer
+from components.training import Ema, build_optimizers, restore_state, seeded_init, train_step, training_state
+from components.types import Batch, Loss
+
+SETTINGS = Optimizer(lr=0.1, weight_decay=0.0)
+
+
+class TwoPlayers:
+    """A generator pulled to hq's mean, then a critic pulled to the generator as it stands after its step."""
+
+    config: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        self.a, self.b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.a.weight)
+        nn.init.zeros_(self.b.weight)
+        self.trainables = {"generator": self.a, "critic": self.b}
+        self.seen: list[float] = []
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        target = batch.hq.mean()
+        loss = (self.a.weight - target).square().sum()
+        yield "generator", Loss(value=loss, metrics={"loss": loss})
+        self.seen.append(float(self.a.weight.detach()))
+        yield "critic", Loss(value=(self.b.weight - self.a.weight.detach()).square().sum())
+
+
+def batch(value: float, position: int = 0) -> tuple[Batch, Noise]:
+    image = torch.full((1, 3, 4, 4), value)
+    positions = np.array([position])
+    return (
+        Batch(keys=["k"], positions=positions, hq=image, lq=image, prompts=[""], sizes=torch.zeros(1, 6)),
+        Noise(0, positions),
+    )
+
+
+def test_the_second_phase_sees_the_first_ones_step() -> None:
+    objective = TwoPlayers()
+    train_step(objective, [batch(1.0)], build_optimizers(objective, SETTINGS), lr=0.1, clip_norm=10)
+    assert objective.seen[0] == pytest.approx(0.1, abs=1e-4)  # Adam's first step has the size of the learning rate
+    assert float(objective.b.weight.detach()) != 0
+
+
+def test_accumulation_equals_one_large_batch_and_advances_in_lockstep() -> None:
+    one, two = TwoPlayers(), TwoPlayers()
+    train_step(one, [batch(0.5)], build_optimizers(one, SETTINGS), lr=0.1, clip_norm=1e9)
+    train_step(two, [batch(0.0), batch(1.0, 1)], build_optimizers(two, SETTINGS), lr=0.1, clip_norm=1e9)
+    assert torch.equal(one.a.weight, two.a.weight)
+    assert two.seen == [pytest.approx(0.1, abs=1e-4)] * 2  # neither micro-batch ran ahead of the generator's step
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported() -> None:
+    objective = TwoPlayers()
+    metrics = train_step(objective, [batch(float("nan"))], build_optimizers(objective, SETTINGS), lr=0.1, clip_norm=1)
+    assert metrics["bad_steps"] == 1 and float(objective.a.weight.detach()) == 0
+
+
+def test_micro_batches_in_different_phases_are_an_error() -> None:
+    class Uneven(TwoPlayers):
+        def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+            yield from list(super().phases(batch, noise))[: 1 + int(batch.hq.mean() > 0)]
+
+    objective = Uneven()
+    with pytest.raises(RuntimeError, match="different phases"):
+        train_step(objective, [batch(0.0), batch(1.0)], build_optimizers(objective, SETTINGS), lr=0.1, clip_norm=1)
+
+
+def test_a_resumed_run_ends_on_the_same_bits() -> None:
+    def run(objective: TwoPlayers, optimizers: Any, ema: Ema, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            train_step(objective, [batch(1.0 + step)], optimizers, lr=SETTINGS.lr_at(step, 6), clip_norm=1)
+            ema.update(step)
+
+    straight = TwoPlayers()
+    optimizers, ema = build_optimizers(straight, SETTINGS), Ema(straight.trainables, 0.9)
+    run(straight, optimizers, ema, 0, 3)
+    state = training_state(straight, optimizers, ema, 3, 3)
+    state = {**state, "trainables": {k: {n: t.clone() for n, t in v.items()} for k, v in state["trainables"].items()}}
+    import copy
+
+    state = copy.deepcopy(state)
+    run(straight, optimizers, ema, 3, 6)
+
+    resumed = TwoPlayers()
+    optimizers2, ema2 = build_optimizers(resumed, SETTINGS), Ema(resumed.trainables, 0.9)
+    assert restore_state(state, resumed, optimizers2, ema2) == 3
+    run(resumed, optimizers2, ema2, 3, 6)
+    assert torch.equal(straight.a.weight, resumed.a.weight) and torch.equal(straight.b.weight, resumed.b.weight)
+    assert all(torch.equal(ema.shadow[k], ema2.shadow[k]) for k in ema.shadow)
+
+
+def test_a_checkpoint_of_something_else_is_refused() -> None:
+    objective = TwoPlayers()
+    with pytest.raises(ValueError, match="does not fit 'generator'"):
+        restore_state({"trainables": {"generator": {"other": torch.zeros(1)}}}, objective, {}, None)
+
+
+def test_ema_stands_in_only_while_applied() -> None:
+    objective = TwoPlayers()
+    ema = Ema(objective.trainables, 0.5)
+    with torch.no_grad():
+        objective.a.weight.fill_(8.0)
+    ema.update(1000)
+    with ema.applied():
+        assert float(objective.a.weight.detach()) == 4.0
+    assert float(objective.a.weight.detach()) == 8.0
+
+
+def test_seeded_init_is_repeatable_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    with seeded_init(1, "x"):
+        first = nn.Linear(4, 4).weight
+    assert torch.equal(torch.rand(1), expected)
+    with seeded_init(1, "x"):
+        assert torch.equal(nn.Linear(4, 4).weight, first)
+    with seeded_init(1, "y"):
+        assert not torch.equal(nn.Linear(4, 4).weight, first)
+
+
+@pytest.mark.parametrize(("step", "wanted"), [(0, 0.25), (3, 1.0), (52, 0.5), (99, 0.0)])
+def test_cosine_schedule_after_warm_up(step: int, wanted: float) -> None:
+    settings = Optimizer(lr=1.0, warmup_steps=4, schedule="cosine")
+    assert settings.lr_at(step, 100) == pytest.approx(wanted, abs=2e-3)

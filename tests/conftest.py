@@ -1,0 +1,64 @@
+"""Fixtures that several folders share: the shared data and one Ray for the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ABSENT: set[str] = set()
+"""Shared folders that were asked for and are not there; told in the last line."""
+
+
+def shared_folder(variable: str, name: str) -> Path:
+    """$variable, else ../shared/<name> beside the repository; skips, loudly, where there is no such folder."""
+    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
+    if not folder.is_dir():
+        ABSENT.add(f"{variable} ({folder})")
+        pytest.skip(f"shared data is absent: set {variable}; looked at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Tensors recorded from the official modules: NAME.json and NAME.safetensors."""
+    return shared_folder("RESTORAY_GOLDEN", "golden")
+
+
+@pytest.fixture(scope="session")
+def images_dir() -> Path:
+    """Real photographs and odd files."""
+    return shared_folder("RESTORAY_IMAGES", "images")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The top of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests: it takes seconds to start, and minutes when each test has its own."""
+    from pipelines.cluster import local_ray
+
+    with local_ray(num_cpus=4, object_store_mib=200):
+        yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What the Makefile sets, also for a bare `pytest`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the very end which shared data was missing: such a run has not tested everything."""
+    if ABSENT:
+        terminalreporter.write_line(
+            f"SHARED DATA ABSENT, tests skipped: {', '.join(sorted(ABSENT))}", red=True, bold=True
+        )

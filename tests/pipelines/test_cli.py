@@ -1,0 +1,233 @@
+"""The console command as people meet it: in a process of its own, by exit code and by what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.console import Console, LinePrinter
+
+VERBS = {"demo", "run", "curate", "train", "restore", "evaluate", "serve", "doctor", "recipes", "report"}
+LATER = {"caption", "degrade", "replay", "datasets", "analyze", "weights", "models", "trace"}
+
+
+def environment(repository: Path, tmp_path: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(repository),
+        "RESTORAY_HOME": str(tmp_path / "home"),
+        "COLUMNS": "200",
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
+
+
+def restoray(repository: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=tmp_path,
+        env=environment(repository, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_lists_exactly_the_verbs_built_and_loads_nothing_heavy(repository: Path, tmp_path: Path) -> None:
+    done = restoray(repository, tmp_path, "--help")
+    assert done.returncode == 0
+    shown = {line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line.strip()}
+    assert shown & (VERBS | LATER) == VERBS
+    heavy = ("torch", "ray", "mlflow", "omegaconf", "cv2", "numpy")
+    code = f"import sys, pipelines.cli; print([m for m in {heavy} if m in sys.modules])"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert loaded.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["dmeo"], "demo"),
+        (["run", "dmeo"], "demo"),
+        (["recipes", "instantir-dpc-nano"], "instantir-dcp-nano"),
+        (["train", "instantir-dpc-nano", "--dry-run"], "instantir-dcp-nano"),
+        (["train", "instantir-dcp-nano", "stepz=3", "--dry-run"], "steps"),
+        (["train", "instantir-dcp-nano", "optimizer.lrr=3", "--dry-run"], "lr"),
+        (["demo", "dpc.steps=3", "--dry-run"], "dcp"),
+        (["demo", "dcp.stepz=3", "--dry-run"], "steps"),
+        (["demo", "--dry-rum"], "--dry-run"),
+        (["demo", "--imagse", "x"], "--images"),
+    ],
+)
+def test_typos_die_with_the_near_name_and_exit_2(
+    repository: Path, tmp_path: Path, arguments: list[str], near: str
+) -> None:
+    done = restoray(repository, tmp_path, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert "did you mean" in done.stderr.lower()
+    assert near in done.stderr.lower().partition("did you mean")[2]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing(repository: Path, tmp_path: Path) -> None:
+    done = restoray(repository, tmp_path, "run", "demo", "dcp.steps=17", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for name in ("corpus", "dcp", "previewer", "aggregator", "restored", "scores", "service"):
+        assert f"{name}-" in done.stdout
+    assert "steps: 17" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_as_json_is_one_document_and_silent(repository: Path, tmp_path: Path) -> None:
+    done = restoray(repository, tmp_path, "demo", "--dry-run", "--json")
+    document = json.loads(done.stdout)
+    assert [s["name"] for s in document["stages"]][:2] == ["corpus", "dcp"]
+    assert done.stderr == ""
+
+
+def test_resolved_recipe_can_be_run_again(repository: Path, tmp_path: Path) -> None:
+    """What --dry-run prints, saved, resolves to itself."""
+    first = restoray(repository, tmp_path, "train", "instantir-dcp-nano", "steps=9", "--dry-run")
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "saved.yaml").write_text(first.stdout)
+    second = restoray(repository, tmp_path, "train", "saved.yaml", "--dry-run")
+    assert second.stdout == first.stdout
+    assert "steps: 9" in first.stdout
+
+
+def test_recipes_lists_what_ships(repository: Path, tmp_path: Path) -> None:
+    document = json.loads(restoray(repository, tmp_path, "recipes", "--json").stdout)
+    assert document["recipes"] == sorted(p.stem for p in (repository / "pipelines" / "recipes").glob("*.yaml"))
+    assert {"demo", "nano-prior"} <= set(document["plans"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "instantir-dcp-nano"], 2, "--out"),
+        (["train", "instantir-dcp-nano", "-o", "x", "-i", "corpus"], 2, "NAME=FOLDER"),
+        (["train", "instantir-dcp-nano", "-o", "x", "-i", "corpus=nowhere"], 2, "there is no folder nowhere"),
+        (["report", "nowhere"], 2, "nowhere is no run"),
+        (["serve", "--model", "models:/nothing@x"], 2, "no model"),
+        (["demo", "--images", "nowhere"], 2, "nowhere"),
+        (["demo", "--images", "empty"], 2, "no picture"),
+        (["demo", "--out", "file/run"], 1, "cannot write to"),
+        (["demo", "free_mib=999999999", "--out", "run"], 1, "MiB free"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    repository: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    done = restoray(repository, tmp_path, *arguments)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_errors_under_json_are_json_too(repository: Path, tmp_path: Path) -> None:
+    done = restoray(repository, tmp_path, "run", "dmeo", "--json")
+    assert json.loads(done.stdout)["exit_code"] == done.returncode == 2
+
+
+def test_completion_offers_recipes(repository: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from pipelines.cli import app; app(prog_name='restoray')"],
+        cwd=tmp_path,
+        env={
+            **environment(repository, tmp_path),
+            "_RESTORAY_COMPLETE": "complete_bash",
+            "COMP_WORDS": "restoray train instantir-dcp",
+            "COMP_CWORD": "2",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "instantir-dcp-nano" in done.stdout.split()
+
+
+def test_log_lines_are_few_and_say_the_end() -> None:
+    lines: list[str] = []
+    printer = LinePrinter("work", lines.append)
+    for done in range(1, 1001):
+        printer(done, 1000)
+    assert lines[0].startswith("work: 1/1000") and lines[-1].startswith("work: 1000/1000 (100 %)")
+    assert len(lines) == 2
+
+
+def test_silent_console_prints_results_only(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(silent=True)
+    console.say("words")
+    console.table("t", ["a"], [["b"]])
+    with console.bar("bar") as progress:
+        progress(1, 2)
+    console.result({"a": 1}, ["for people"])
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ('{"a": 1}\n', "")
+
+
+def processes_of(session: int) -> list[str]:
+    """Command lines of living processes that carry the marker of this test in their environment."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            marked = process.environ().get("RR_TEST_MARKER") == str(session)
+            if marked and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline())[:120])
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_interrupted_it_leaves_no_process_and_goes_on(
+    repository: Path, tmp_path: Path, ending: signal.Signals, code: int
+) -> None:
+    """Ctrl-C, SIGTERM and kill -9 while Ray works: no orphan afterwards, and the same command finishes the job."""
+    pictures, out = tmp_path / "pictures", tmp_path / "corpus"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(rng.integers(0, 256, (200, 200, 3), np.uint8)).save(pictures / f"{number}.png")
+    (pictures / "broken.jpg").write_bytes(b"not a picture")
+    command = [sys.executable, "-m", "pipelines.cli", "curate", "folder", "--images", str(pictures), "--out", str(out)]
+    marker = os.getpid() * 100 + int(ending)
+    marked = {**environment(repository, tmp_path), "RR_TEST_MARKER": str(marker)}
+    victim = subprocess.Popen(command, env=marked, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 180
+        while not any("raylet" in line for line in processes_of(marker)):
+            assert victim.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1.0)
+        victim.send_signal(ending)
+        assert victim.wait(120) == code
+    finally:
+        victim.kill()
+        victim.communicate()
+    deadline = time.monotonic() + 60
+    while processes_of(marker) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(marker) == []
+    done = subprocess.run(command, env=marked, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 3, done.stderr[-2000:]  # the broken picture is quarantined
+    assert "12 accepted, 1 quarantined" in done.stdout

@@ -1,0 +1,396 @@
+"""Folders of pictures through restoring workers: same bits everywhere, resume, quarantine, deaths."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+from PIL import PngImagePlugin
+from ray import cloudpickle
+
+from components.images import decode, encode_png, read_png_text
+from components.restoring import Identity, Picture, file_key, parse_ask, picture_seed, restore_batch, restore_bytes
+from components.synthetic import dead_leaves
+from components.types import SampleError
+from pipelines.errors import Failure, RetryLater, UsageError
+from pipelines.heldout import prepare_heldout
+from pipelines.restore import list_pictures, restore_folder
+from pipelines.rows import read_lines
+
+IDENTITY = Identity(name="tiny", system="tiny", recipe="tiny-filter", digest="0" * 64)
+
+
+def load_tiny() -> ModuleType:
+    """The helper beside this file, picklable by value so that Ray's workers need not import it."""
+    name = "restoray_tests_tiny"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("_tiny.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+        cloudpickle.register_pickle_by_value(sys.modules[name])
+    return sys.modules[name]
+
+
+tiny = load_tiny()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six good pictures of 48 px, one broken one, and a list that is no picture."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(6):
+        (folder / f"p{index}.png").write_bytes(encode_png(dead_leaves(48, 1, index)))
+    (folder / "torn.png").write_bytes(encode_png(dead_leaves(48, 1, 9))[:300])
+    (folder / "list.csv").write_text("name\n")
+    return folder
+
+
+def run(model: Path, src: Path, out: Path, **settings):
+    """restore_folder with the tiny system, in this process unless told otherwise."""
+    build = functools.partial(tiny.build_tiny, model, **settings.pop("build", {}))
+    return restore_folder(model, src, out, **{"factory": build, "on_ray": False, **settings})
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}
+
+
+def test_results_records_and_quarantine(model: Path, pictures: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    result = run(
+        model, pictures, tmp_path / "out", seed=5, progress=lambda done, of=0, note="": told.append((done, of))
+    )
+    assert (result.restored, result.quarantined, result.skipped, result.ignored) == (6, 1, 0, 1)
+    assert told[0] == (0, 7) and told[-1] == (7, 7)
+    rows = read_lines(result.records)
+    assert [row["key"] for row in rows] == [f"p{index}" for index in range(6)]
+    for row in rows:
+        png = (result.folder / row["output"]).read_bytes()
+        source = (pictures / f"{row['key']}.png").read_bytes()
+        assert hashlib.sha256(png).hexdigest() == row["output_sha256"]
+        assert hashlib.sha256(source).hexdigest() == row["source_sha256"]
+        assert row["seed"] == picture_seed(5, row["key"])
+        assert (row["width"], row["height"]) == (48, 48)
+        text = read_png_text(png)
+        assert text["recipe"] == "tiny-filter" and text["system"] == "tiny" and text["filter"] == "bilateral"
+        assert text["model_digest"] == row["model_digest"] and text["seed"] == str(row["seed"])
+        assert text["source_sha256"] == row["source_sha256"] and text["key"] == row["key"]
+    (bad,) = read_lines(result.quarantine)
+    assert (bad["key"], bad["stage"], bad["code"]) == ("torn", "restore", "truncated")
+    assert bad["bytes_sha256"] == hashlib.sha256((pictures / "torn.png").read_bytes()).hexdigest()
+    assert not list(result.folder.glob(".*tmp*"))
+
+
+def test_the_seed_decides_the_bits(model: Path, pictures: Path, tmp_path: Path) -> None:
+    first, again, other = (tmp_path / name for name in ("a", "b", "c"))
+    run(model, pictures, first, seed=5)
+    run(model, pictures, again, seed=5, batch_size=3)
+    run(model, pictures, other, seed=6)
+    assert outputs(first) == outputs(again)
+    assert all(outputs(first)[name] != outputs(other)[name] for name in outputs(first))
+
+
+def test_given_seeds_replace_the_derived_ones(model: Path, pictures: Path, tmp_path: Path) -> None:
+    result = run(model, pictures, tmp_path / "out", seed=5, seeds={"p1": 77})
+    seeds = {row["key"]: row["seed"] for row in read_lines(result.records)}
+    assert seeds["p1"] == 77 and seeds["p2"] == picture_seed(5, "p2")
+
+
+def test_a_second_run_makes_nothing_and_loads_no_model(model: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(model, pictures, out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    result = run(model, pictures, out, factory=functools.partial(tiny.build_never, model))
+    assert (result.restored, result.skipped, result.quarantined) == (0, 6, 1)
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")} == before
+    assert len(read_lines(result.records)) == 6
+
+
+def test_resume_makes_exactly_what_is_missing_or_wrong(model: Path, pictures: Path, tmp_path: Path) -> None:
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    run(model, pictures, undisturbed)
+    run(model, pictures, out)
+    (out / "p0.png").unlink()  # lost result
+    (out / "p1.png").write_bytes(b"half")  # torn result
+    lines = (out / "records.jsonl").read_bytes().splitlines(keepends=True)
+    kept = b"".join(line for line in lines if b'"key": "p2"' not in line)
+    (out / "records.jsonl").write_bytes(kept + b'{"key": "p2", "sou')  # killed between file and record, inside a line
+    (out / ".p3.png.tmp-1").write_bytes(b"left over")
+    result = run(model, pictures, out)
+    assert (result.restored, result.skipped) == (3, 3)
+    assert outputs(out) == outputs(undisturbed)
+    assert sorted(row["key"] for row in read_lines(result.records)) == [f"p{index}" for index in range(6)]
+    assert not (out / ".p3.png.tmp-1").exists()
+
+
+@pytest.mark.parametrize("change", ["source", "options", "model", "seed"])
+def test_what_decides_the_result_is_not_skipped(change: str, model: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(model, pictures, out)
+    before, settings = outputs(out), {}
+    if change == "source":
+        (pictures / "p0.png").write_bytes(encode_png(dead_leaves(48, 2, 0)))
+    elif change == "options":
+        settings = {"options": {"cfg_scale": 9.0}}
+    elif change == "model":
+        model = tiny.write_model(tmp_path / "other", strength=60.0)
+    else:
+        settings = {"seed": 1}
+    result = run(model, pictures, out, **settings)
+    expected = 1 if change == "source" else 6
+    assert result.restored == expected and result.skipped == 6 - expected
+    assert sum(before[name] != data for name, data in outputs(out).items()) == expected
+
+
+def test_a_source_that_breaks_loses_its_old_result(model: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(model, pictures, out)
+    (pictures / "p0.png").write_bytes(b"<html>gone</html>")
+    result = run(model, pictures, out)
+    assert not (out / "p0.png").exists()
+    assert {row["key"]: row["code"] for row in read_lines(result.quarantine)} == {
+        "p0": "not_image",
+        "torn": "truncated",
+    }
+    assert "p0" not in {row["key"] for row in read_lines(result.records)}
+
+
+def test_metadata_of_the_input_is_not_copied(model: Path, tmp_path: Path) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("comment", "secret place")
+    target = io.BytesIO()
+    Pillow.fromarray(dead_leaves(32, 0, 0)).save(
+        target, "PNG", pnginfo=chunks, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00"
+    )
+    (tmp_path / "a.png").write_bytes(target.getvalue())
+    result = run(model, tmp_path / "a.png", tmp_path / "out")
+    png = (result.folder / "a.png").read_bytes()
+    assert b"secret" not in png and b"eXIf" not in png
+
+
+def test_options_reach_the_restorer_and_typos_end_the_job(model: Path, pictures: Path, tmp_path: Path) -> None:
+    result = run(model, pictures, tmp_path / "out", options={"width": 32, "height": 64, "steps": 2})
+    png = (result.folder / "p0.png").read_bytes()
+    assert decode(png).shape == (64, 32, 3)
+    assert json.loads(read_png_text(png)["options"]) == {"height": 64, "steps": 2, "width": 32}
+    with pytest.raises(UsageError, match="stesp"):
+        run(model, pictures, tmp_path / "typo", options={"stesp": 2})
+    with pytest.raises(UsageError, match="width was given alone"):
+        run(model, pictures, tmp_path / "alone", options={"width": 32})
+
+
+def test_a_model_that_cannot_load_ends_the_job_with_one_sentence(model: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="model tiny cannot be loaded: RuntimeError: weights of tiny do not fit"):
+        run(model, pictures, tmp_path / "out", factory=functools.partial(tiny.build_never, model))
+    with pytest.raises(UsageError, match="neither a model folder"):
+        run(tmp_path / "no model", pictures, tmp_path / "out")
+
+
+def test_places_that_cannot_be_used(model: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no pictures"):
+        run(model, tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(UsageError, match="does not exist"):
+        run(model, tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(UsageError, match="both input and output"):
+        run(model, pictures, pictures)
+    with pytest.raises(Failure, match="cannot write"):
+        run(model, pictures, pictures / "p0.png" / "out")
+
+
+def test_two_jobs_on_one_output_are_refused(model: Path, pictures: Path, tmp_path: Path) -> None:
+    out, refused = tmp_path / "out", []
+
+    def during(done: int, of: int = 0, note: str = "") -> None:
+        if done == 1:
+            with pytest.raises(RetryLater, match="another restore"):
+                run(model, pictures, out)
+            refused.append(True)
+
+    assert run(model, pictures, out, progress=during).restored == 6
+    assert refused
+
+
+def test_keys_are_distinct_file_names(tmp_path: Path) -> None:
+    names = [
+        "a.png",
+        "a.jpg",
+        "B.png",
+        "sub/b.png",
+        "sub/A.png",
+        "IMG.01.final.jpg",
+        "-x.png",
+        "写真 é.png",
+        "x" * 240 + ".png",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.png").write_bytes(b"x")
+    keys, _ = list_pictures(tmp_path, tmp_path / "out")
+    assert {str(path.relative_to(tmp_path)) for path in keys.values()} == set(names)
+    assert {"a.png", "a.jpg", "B", "sub__b", "sub__A", "IMG.01.final", "-x", "写真 é"} <= set(keys)
+    assert all(len(f"{key}.png".encode()) < 255 and "/" not in key for key in keys)
+    assert file_key("../../etc/x\n") == "_._.._etc_x_"
+
+
+def test_one_bad_picture_in_a_batch_harms_no_other() -> None:
+    restorer, ask = tiny.TinyRestorer(strength=9.0), parse_ask({})
+    good = [Picture(key=f"p{i}", data=encode_png(dead_leaves(32, 0, i)), seed=i) for i in range(2)]
+    results = restore_batch(restorer, IDENTITY, [good[0], Picture(key="bad", data=b"", seed=0), good[1]], ask)
+    assert isinstance(results[1], SampleError) and (results[1].code, results[1].key) == ("empty", "bad")
+    assert results[0] == restore_bytes(restorer, IDENTITY, good[0], ask)
+    assert results[2] == restore_bytes(restorer, IDENTITY, good[1], ask)
+
+
+class Swapping:
+    """A restorer with a bug: answers in the wrong order."""
+
+    def restore(self, requests, on_step=None, cancelled=None):
+        return tiny.TinyRestorer(strength=1.0).restore(requests)[::-1]
+
+
+def test_answers_in_the_wrong_order_are_noticed() -> None:
+    pictures = [Picture(key=f"p{i}", data=encode_png(dead_leaves(32, 0, i)), seed=i) for i in range(2)]
+    right = [restore_bytes(tiny.TinyRestorer(strength=1.0), IDENTITY, picture, parse_ask({})) for picture in pictures]
+    assert restore_batch(Swapping(), IDENTITY, pictures, parse_ask({})) == right  # after trying them one by one
+
+
+def test_odd_files_never_end_the_job(model: Path, images_dir: Path, tmp_path: Path) -> None:
+    names = (
+        "truncated.jpg",
+        "zero_bytes.jpg",
+        "text_named.jpg",
+        "animated_apng.png",
+        "png_bomb_20000x20000_rgb.png",
+        "one_by_one.png",
+        "odd_size_333x217.jpg",
+        "name with spaces & (brackets) é 写真.jpg",
+        "rgba_soft_alpha.png",
+    )
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in names:
+        (folder / name).symlink_to((images_dir / "odd" / name).resolve())
+    result = run(model, folder, tmp_path / "out")
+    codes = {row["key"]: row["code"] for row in read_lines(result.quarantine)}
+    assert codes == {
+        "truncated": "truncated",
+        "zero_bytes": "empty",
+        "text_named": "not_image",
+        "animated_apng": "animated",
+        "png_bomb_20000x20000_rgb": "too_large",
+        "one_by_one": "too_small",
+    }
+    assert result.restored == 3
+    assert decode((result.folder / "odd_size_333x217.png").read_bytes()).shape == (217, 333, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_on_ray_the_bits_are_the_same(model: Path, pictures: Path, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    run(model, pictures, here, seed=3)
+    result = run(model, pictures, there, seed=3, on_ray=True, actors=2, batch_size=2)
+    assert (result.restored, result.quarantined) == (6, 1)
+    assert outputs(here) == outputs(there)
+    drop = {"seconds", "source"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in drop} for row in read_lines(out / "records.jsonl")]
+        for out in (here, there)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_picture_that_kills_workers_is_quarantined(model: Path, pictures: Path, tmp_path: Path) -> None:
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    run(model, pictures, undisturbed)
+    result = run(model, pictures, out, on_ray=True, batch_size=2, build={"lethal": "p2"})
+    assert (result.restored, result.quarantined) == (5, 2)
+    assert {row["key"]: row["code"] for row in read_lines(result.quarantine)} == {
+        "p2": "worker_died",
+        "torn": "truncated",
+    }
+    expected = outputs(undisturbed)
+    expected.pop("p2.png")
+    assert outputs(out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_model_whose_loading_kills_workers_ends_the_job(model: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="workers died again and again while loading the model tiny"):
+        run(model, pictures, tmp_path / "out", on_ray=True, factory=functools.partial(tiny.build_dying, model))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A corpus folder as decision record 0001 describes it, written by hand: three held-out pictures, one broken."""
+    folder = tmp_path / "corpus"
+    (folder / "held_out").mkdir(parents=True)
+    blobs = {
+        "wide": encode_png(dead_leaves(96, 3, 0)[:70]),
+        "broken": encode_png(dead_leaves(64, 3, 1))[:200],
+        "tall": encode_png(dead_leaves(96, 3, 2)[:, :65]),
+    }
+    samples, body = [], b""
+    for key, blob in blobs.items():
+        samples.append({"key": key, "offset": len(body), "size": len(blob), "ext": "png"})
+        body += blob
+    (folder / "held_out" / "held_out-00000-x.tar").write_bytes(body)
+    shard = {"name": "held_out-00000-x.tar", "bytes": len(body), "sha256": "", "samples": samples}
+    splits = {"train": {"samples": 0, "shards": []}, "held_out": {"samples": 3, "shards": [shard]}}
+    (folder / "index.json").write_text(json.dumps({"format": 1, "digest": "d", "splits": splits}))
+    return folder
+
+
+def test_heldout_pairs(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    made = prepare_heldout(corpus, out, "realesrgan-nano", seed=4, short_side=50)
+    assert (made.made, made.kept, made.quarantined) == (2, 0, 1)
+    shapes = {}
+    for key in ("wide", "tall"):
+        hq, lq = (decode((out / name / f"{key}.png").read_bytes()) for name in ("hq", "lq"))
+        assert hq.shape == lq.shape and not np.array_equal(hq, lq)
+        shapes[key] = hq.shape[:2]
+    assert shapes == {"wide": (48, 64), "tall": (64, 48)}  # 50 x 69 and 74 x 50, down to multiples of 16
+    rows = {row["key"]: row for row in read_lines(out / "heldout.jsonl")}
+    assert rows["tall"]["position"] == 2 and rows["tall"]["plan"]
+    assert read_lines(out / "quarantine.jsonl")[0]["key"] == "broken"
+
+
+def test_heldout_is_idempotent_and_follows_its_settings(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    prepare_heldout(corpus, out, "realesrgan-nano", seed=4, short_side=48)
+    first = outputs(out / "lq")
+    assert (
+        again := prepare_heldout(corpus, out, "realesrgan-nano", seed=4, short_side=48)
+    ).kept == 2 and not again.made
+    (out / "lq" / "wide.png").unlink()
+    assert prepare_heldout(corpus, out, "realesrgan-nano", seed=4, short_side=48).made == 1
+    assert outputs(out / "lq") == first
+    assert prepare_heldout(corpus, out, "realesrgan-nano", seed=5, short_side=48).made == 2
+    assert all(outputs(out / "lq")[name] != first[name] for name in first)
+    prepare_heldout(corpus, out, "realesrgan-nano", seed=5, short_side=48, limit=1)
+    assert set(outputs(out / "hq")) == set(outputs(out / "lq")) == {"wide.png"}
+    with pytest.raises(UsageError, match="realesrgan-nano"):
+        prepare_heldout(corpus, out, "realesrgan-nanu")

@@ -1,0 +1,298 @@
+"""Shards: what we write, stock readers read; what strangers wrote and broke, our reader survives."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+from components.types import SampleError
+from pipelines import shards
+from pipelines.errors import UsageError
+from pipelines.shards import Sample, TarSample
+
+LONG = "é" * 50 + "x" * 60  # 160 bytes: needs a PAX header twice over
+
+
+def jpeg(seed: int, side: int = 24) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    target = io.BytesIO()
+    Pillow.fromarray(pixels).save(target, "JPEG")
+    return target.getvalue()
+
+
+@pytest.fixture
+def pictures() -> dict[str, bytes]:
+    return {"plain": jpeg(0), "写真_é": jpeg(1), LONG: jpeg(2), "last": jpeg(3, side=40)}
+
+
+def write(folder: Path, pictures: dict[str, bytes]) -> dict:
+    samples = [Sample(key=key, ext="jpg", info={"key": key, "note": "ü"}) for key in pictures]
+    return shards.write_shard(folder, "train-00000", samples, lambda sample: pictures[sample.key])
+
+
+def tar(path: Path, members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> Path:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as target:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(data), kind
+            target.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read(path: Path, **options: int) -> tuple[dict[str, dict[str, bytes]], list[tuple[str, str]]]:
+    """(members by key, [(key, code)]) of a tar."""
+    good: dict[str, dict[str, bytes]] = {}
+    bad = []
+    for item in shards.iter_tar(path, **options):
+        if isinstance(item, TarSample):
+            assert item.key not in good
+            good[item.key] = dict(item.members)
+        else:
+            bad.append((item.key, item.code))
+    return good, bad
+
+
+def test_equal_input_gives_equal_files_named_by_content(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    first, second = write(tmp_path / "a", pictures), write(tmp_path / "b", pictures)
+    assert first == second
+    data = (tmp_path / "a" / first["name"]).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    assert (first["sha256"], first["bytes"]) == (digest, len(data))
+    assert first["name"] == f"train-00000-{digest[:8]}.tar"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [first["name"]]  # no temporary file stays
+    assert (tmp_path / "b" / first["name"]).read_bytes() == data
+
+
+def test_size_is_known_before_writing(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    entry = write(tmp_path, pictures)
+    planned = sum(
+        shards.sample_bytes(Sample(key=key, ext="jpg", info={"key": key, "note": "ü"}), len(data))
+        for key, data in pictures.items()
+    )
+    assert entry["bytes"] == planned + 2 * shards.BLOCK
+
+
+def test_index_offsets_are_ranged_reads(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    entry = write(tmp_path, pictures)
+    data = (tmp_path / entry["name"]).read_bytes()
+    found = {row["key"]: data[row["offset"] : row["offset"] + row["size"]] for row in entry["samples"]}
+    assert found == pictures
+
+
+def test_a_reader_that_fails_leaves_no_shard(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    def fail(sample: Sample) -> bytes:
+        if sample.key == "last":
+            raise OSError("gone")
+        return pictures[sample.key]
+
+    with pytest.raises(OSError, match="gone"):
+        shards.write_shard(tmp_path, "train-00000", [Sample(key=k, ext="jpg", info={}) for k in pictures], fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_python_tarfile_and_webdataset_read_member_for_member(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    import webdataset
+
+    path = tmp_path / write(tmp_path, pictures)["name"]
+    with tarfile.open(path) as source:
+        members = source.getmembers()
+        assert [m.name for m in members] == [f"{key}.{ext}" for key in pictures for ext in ("jpg", "json")]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
+    rows = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert [row["__key__"] for row in rows] == list(pictures)
+    assert [row["jpg"] for row in rows] == list(pictures.values())
+    assert [json.loads(row["json"]) for row in rows] == [{"key": key, "note": "ü"} for key in pictures]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_ray_read_webdataset_reads_member_for_member(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    import ray
+
+    path = tmp_path / write(tmp_path, pictures)["name"]
+    rows = ray.data.read_webdataset(str(path), decoder=None).take_all()
+    assert {row["__key__"]: row["jpg"] for row in rows} == pictures
+    assert {row["__key__"]: json.loads(row["json"])["key"] for row in rows} == {key: key for key in pictures}
+
+
+def test_own_reader_reads_own_shard(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    good, bad = read(tmp_path / write(tmp_path, pictures)["name"])
+    assert bad == []
+    assert {key: members["jpg"] for key, members in good.items()} == pictures
+
+
+def test_cut_anywhere_keeps_every_whole_sample_and_reports_the_tail(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    entry = write(tmp_path, pictures)
+    data = (tmp_path / entry["name"]).read_bytes()
+    ends = []  # first byte after each sample's JSON
+    with tarfile.open(tmp_path / entry["name"]) as source:
+        for member in source.getmembers():
+            if member.name.endswith(".json"):
+                ends.append(member.offset_data + member.size)
+    cut = tmp_path / "cut.tar"
+    for at in [*range(1, len(data) - 2 * shards.BLOCK, 257), *ends, *(end - 1 for end in ends)]:
+        cut.write_bytes(data[:at])
+        good, bad = read(cut)
+        whole = sum(end <= at for end in ends)
+        assert [members["jpg"] for members in good.values()] == list(pictures.values())[:whole], at
+        assert bad, at
+        assert {code for _, code in bad} == {"truncated"}, at
+
+
+def test_reading_goes_on_behind_a_damaged_header(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    entry = write(tmp_path, {"a": jpeg(0), "b": jpeg(1), "c": jpeg(2)})
+    data = bytearray((tmp_path / entry["name"]).read_bytes())
+    header = entry["samples"][1]["offset"] - shards.BLOCK
+    data[header : header + 200] = b"\xff" * 200
+    (tmp_path / "broken.tar").write_bytes(data)
+    good, bad = read(tmp_path / "broken.tar")
+    assert good["a"]["jpg"] == jpeg(0)
+    assert good["c"]["jpg"] == jpeg(2)
+    assert ("", "tar_header") in bad
+    assert "jpg" not in good.get("b", {})
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", "empty"),
+        (b"x", "truncated"),
+        (b"<html>" * 200, "not_tar"),
+        (gzip.compress(np.random.default_rng(0).bytes(3000)), "not_tar"),
+    ],
+    ids=["empty", "one byte", "html", "gz"],
+)
+def test_files_that_are_no_tar(tmp_path: Path, content: bytes, code: str) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    good, bad = read(path)
+    assert good == {}
+    assert {c for _, c in bad} == {code}
+
+
+def test_missing_tar_is_reported(tmp_path: Path) -> None:
+    assert read(tmp_path / "none.tar") == ({}, [("", "unreadable")])
+
+
+@pytest.mark.parametrize(
+    ("members", "kept", "problem"),
+    [
+        (["a.jpg", "b.jpg", "a.json", "b.json"], [], {("a", "tar_order"), ("b", "tar_order")}),
+        (["a.jpg", "a.jpg", "b.jpg"], ["b"], {("a", "duplicate_member")}),
+        (["../../x.jpg", "b.jpg"], ["b"], {("x_jpg", "unsafe_member")}),
+        (["/etc/x.jpg", "b.jpg"], ["b"], {("etc__x_jpg", "unsafe_member")}),
+        (["a.jpg", "a.pkl", "b.jpg"], ["a", "b"], {("a_pkl", "unsafe_member")}),
+        (["noext", "b.jpg"], ["b"], {("noext", "no_suffix")}),
+    ],
+)
+def test_strangers_tars(tmp_path: Path, members: list[str], kept: list[str], problem: set[tuple[str, str]]) -> None:
+    good, bad = read(tar(tmp_path / "x.tar", [(name, b"data") for name in members]))
+    assert problem <= set(bad)
+    assert set(kept) <= set(good)
+    assert all(".." not in key and not key.startswith("/") for key, _ in bad)
+    if problem == {("a", "tar_order"), ("b", "tar_order")}:
+        assert all("json" not in found for found in good.values())  # a half is never completed by a later member
+
+
+def test_links_are_refused(tmp_path: Path) -> None:
+    assert read(tar(tmp_path / "x.tar", [("a.jpg", b"")], kind=tarfile.SYMTYPE)) == ({}, [("a_jpg", "unsafe_member")])
+
+
+def test_large_members_are_skipped_not_read(tmp_path: Path) -> None:
+    path = tar(tmp_path / "x.tar", [("a.jpg", bytes(5000)), ("b.jpg", b"small")])
+    assert read(path, max_member_bytes=1000) == ({"b": {"jpg": b"small"}}, [("a", "too_large")])
+
+
+def test_several_dots_stay_one_sample(tmp_path: Path) -> None:
+    good, bad = read(tar(tmp_path / "x.tar", [("f.d/img.lq.jpg", b"1"), ("f.d/img.hq.jpg", b"2")]))
+    assert (good, bad) == ({"f.d/img": {"lq.jpg": b"1", "hq.jpg": b"2"}}, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("IMG.0001.v2.final", "IMG_0001_v2_final"),
+        ("../../etc/passwd", "etc__passwd"),
+        ("/abs/x", "abs__x"),
+        ("-rf", "_-rf"),
+        ("e\u0301", "é"),
+        ("a b & (c)", "a_b_c_"),
+        ("", "_"),
+        ("..", "_"),
+        ("a\\b\x00c", "a__b_c"),
+    ],
+)
+def test_safe_key(name: str, key: str) -> None:
+    assert shards.safe_key(name) == key
+
+
+def test_safe_key_of_long_names_is_capped_and_stays_distinct() -> None:
+    keys = {shards.safe_key("写" * 300 + tail) for tail in "abc"}
+    assert len(keys) == 3
+    assert all(len(key.encode()) <= shards.KEY_BYTES for key in keys)
+
+
+def corpus_of(folder: Path, pictures: dict[str, bytes]) -> shards.Corpus:
+    """A corpus of one split in two shards, with index and manifest."""
+    names, parts = list(pictures), []
+    for number, keys in enumerate((names[:1], names[1:])):
+        samples = [Sample(key=key, ext="jpg", info={}) for key in keys]
+        parts.append(shards.write_shard(folder / "train", f"train-{number:05d}", samples, lambda s: pictures[s.key]))
+    rows = [{"key": key, "sha256": hashlib.sha256(data).hexdigest()} for key, data in pictures.items()]
+    manifest = "".join(map(shards.json_line, rows)).encode()
+    (folder / "manifest.jsonl").write_bytes(manifest)
+    split = {"samples": len(names), "shards": parts}
+    index = {"format": 1, "digest": hashlib.sha256(manifest).hexdigest(), "splits": {"train": split}}
+    (folder / "index.json").write_text(json.dumps(index))
+    return shards.open_corpus(folder)
+
+
+def test_samples_by_number_across_shards(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    corpus = corpus_of(tmp_path, pictures)
+    assert len(corpus.split("train")) == 4
+    assert [shards.read_sample(corpus, "train", n) for n in range(4)] == list(pictures.values())
+    assert shards.verify(corpus) == []
+    with pytest.raises(IndexError):
+        shards.read_sample(corpus, "train", 4)
+    with pytest.raises(UsageError, match='Did you mean "train"'):
+        corpus.split("tran")
+
+
+def test_verify_names_what_changed(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    corpus = corpus_of(tmp_path, pictures)
+    shard = tmp_path / "train" / corpus.split("train").shards[1]["name"]
+    data = bytearray(shard.read_bytes())
+    data[corpus.split("train").shards[1]["samples"][0]["offset"]] ^= 1
+    shard.write_bytes(data)
+    assert [shard.name in problem for problem in shards.verify(corpus)] == [True]
+    shard.unlink()
+    assert "No such file" in shards.verify(corpus)[0]
+    with pytest.raises(SampleError, match="missing_shard"):
+        shards.read_sample(corpus, "train", 1)
+    (tmp_path / "manifest.jsonl").write_text("{}\n")
+    assert "changed after curation" in shards.verify(shards.open_corpus(tmp_path))[0]
+
+
+def test_cut_shard_is_a_sample_error_with_the_key(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    corpus = corpus_of(tmp_path, pictures)
+    shard = tmp_path / "train" / corpus.split("train").shards[0]["name"]
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(SampleError, match="plain") as error:
+        shards.read_sample(corpus, "train", 0)
+    assert error.value.code == "truncated"
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"format": 2}', "[]"])
+def test_what_is_no_corpus(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "index.json").write_text(content)
+    with pytest.raises(UsageError, match=r"index|corpus"):
+        shards.open_corpus(tmp_path)

@@ -1,0 +1,192 @@
+"""The rules of the house that a machine can check: addresses, paths, sizes, the environment, the wheel's contents."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pipelines import home
+from pipelines.errors import near_miss, unknown
+
+LIMIT_LINES = 600
+TEXT_LIMIT_BYTES = 5_000_000
+
+# Assembled, so that this file does not accuse itself.
+FORBIDDEN = {
+    "address of a package registry": re.compile(
+        r"(?:https?:)?//[\w.-]*(?:"
+        + "|".join(("py" + "pi", "files.python" + "hosted", "download.py" + "torch"))
+        + r")\b"
+        r"|--(?:extra-)?index-" + r"url[ =]+\S*:" + r"//|file:" + r"///opt/"
+    ),
+    "path of one machine": re.compile(
+        r"(?<![\w.{}$/-])/(?:" + "|".join(("wo" + "rk/", "ro" + "ot/", "ho" + "me/[a-z]+/", "Us" + "ers/[a-z]+/")) + ")"
+    ),
+}
+OWN_VARIABLES = {"RESTORAY_HOME", "RESTORAY_GOLDEN", "RESTORAY_IMAGES"}
+
+
+def project_files(root: Path) -> list[Path]:
+    """Files that git tracks or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=root, capture_output=True, check=True, text=True).stdout.split("\0")
+    return [root / name for name in names if name and not name.startswith(".venv/") and (root / name).is_file()]
+
+
+def texts(root: Path) -> list[tuple[Path, str]]:
+    """Project files that are text."""
+    found = []
+    for path in project_files(root):
+        data = path.read_bytes()
+        if len(data) <= TEXT_LIMIT_BYTES and b"\0" not in data:
+            found.append((path, data.decode("utf-8", "replace")))
+    return found
+
+
+@pytest.mark.parametrize("what", sorted(FORBIDDEN))
+def test_no_file_holds(repository: Path, what: str) -> None:
+    guilty = []
+    for path, text in texts(repository):
+        for number, line in enumerate(text.splitlines(), 1):
+            if FORBIDDEN[what].search(line):
+                guilty.append(f"{path.relative_to(repository)}:{number}: {line.strip()[:100]}")
+    assert guilty == []
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("address of a package registry", "https:" + "//py" + "pi.org/simple"),
+        ("address of a package registry", "--index-" + "url https:" + "//example.org/simple"),
+        ("path of one machine", "open('/wo" + "rk/main/x')"),
+        ("path of one machine", "/ho" + "me/anna/data"),
+    ],
+)
+def test_the_patterns_bite(what: str, line: str) -> None:
+    assert FORBIDDEN[what].search(line)
+
+
+def test_no_lock_with_addresses(repository: Path) -> None:
+    assert not (repository / "uv.lock").exists()
+
+
+def test_lock_is_hashed_and_pinned(repository: Path) -> None:
+    lock = (repository / "requirements.lock").read_text()
+    pins = re.findall(r"^([a-z0-9][a-z0-9._-]*)==(\S+)", lock, flags=re.MULTILINE)
+    assert len(pins) > 100
+    blocks = re.split(r"^(?=[a-z0-9])", lock, flags=re.MULTILINE)[1:]
+    assert [block.split()[0] for block in blocks if "--hash=sha256:" not in block] == []
+
+
+def test_lock_meets_every_requirement(repository: Path) -> None:
+    """pyproject.toml was not changed without `make lock`."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    lock = (repository / "requirements.lock").read_text()
+    pins: dict[str, set[str]] = {}
+    for name, version in re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", lock, flags=re.MULTILINE):
+        pins.setdefault(canonicalize_name(name), set()).add(version)
+    unmet = []
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        wanted = Requirement(text)
+        found = pins.get(canonicalize_name(wanted.name), set())
+        if not found or not all(wanted.specifier.contains(v, prereleases=True) for v in found):
+            unmet.append(f"{text}: {sorted(found)}")
+    assert unmet == []
+
+
+def test_python_files_stay_readable(repository: Path) -> None:
+    long = {
+        str(path.relative_to(repository)): text.count("\n")
+        for path, text in texts(repository)
+        if path.suffix == ".py" and text.count("\n") > LIMIT_LINES
+    }
+    assert long == {}
+
+
+def test_every_module_says_what_it_is(repository: Path) -> None:
+    silent = [
+        str(path.relative_to(repository))
+        for path, text in texts(repository)
+        if path.suffix == ".py" and text.strip() and not ast.get_docstring(ast.parse(text))
+    ]
+    assert silent == []
+
+
+def test_no_environment_variables_of_our_own_beside_three(repository: Path) -> None:
+    found = set()
+    for _, text in texts(repository):
+        found.update(re.findall(r"\bRESTORAY_[A-Z][A-Z_]*\b", text))
+    assert found - OWN_VARIABLES == set()
+
+
+def test_nothing_skips_but_for_absent_data(repository: Path) -> None:
+    pattern = re.compile(r"pytest\.(?:mark\.)?(?:skip|skipif|xfail|importorskip)\b|unittest\.skip")
+    users = {
+        str(path.relative_to(repository))
+        for path, text in texts(repository)
+        if path.suffix == ".py" and "tests" in path.parts and pattern.search(text)
+    }
+    assert users <= {"tests/conftest.py", "tests/test_house.py"}
+
+
+def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "here"))
+    assert home.home() == tmp_path / "here"
+    assert home.runs_folder() == tmp_path / "here" / "runs"
+    assert not (tmp_path / "here").exists()
+    monkeypatch.delenv("RESTORAY_HOME")
+    assert home.home() == Path.home() / ".restoray"
+
+
+def test_near_miss() -> None:
+    assert "instantir-dcp" in near_miss("instantr-dcp", ["instantir-dcp", "supir-adaptor"])
+    assert near_miss("zzz", ["instantir-dcp"]) == ""
+    error = unknown("recipe", "instantr-dcp", ["instantir-dcp"])
+    assert error.exit_code == 2
+    assert 'Did you mean "instantir-dcp"?' in str(error)
+
+
+@pytest.mark.slow
+def test_wheel_holds_what_it_must_and_finds_it(repository: Path, tmp_path: Path) -> None:
+    """Recipes, plans, datasets/, clusters/ and weights travel, and data_folder finds them outside a checkout."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=repository,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    for kind, inside in (("datasets", "pipelines/_data/datasets"), ("clusters", "pipelines/_data/clusters")):
+        expected = {f"{inside}/{p.name}" for p in (repository / kind).glob("*.yaml")}
+        assert expected and expected <= names
+    for kind in ("recipes", "plans"):
+        expected = {f"pipelines/{kind}/{p.name}" for p in (repository / "pipelines" / kind).glob("*.yaml")}
+        assert expected and expected <= names
+    weights = repository / "components" / "priors" / "weights"
+    assert {str(p.relative_to(repository)) for p in weights.rglob("*") if p.is_file()} <= names
+    top = {name.split("/")[0] for name in names}
+    assert top <= {"components", "pipelines", next(t for t in top if t.endswith(".dist-info"))}
+    code = "from pipelines.home import shipped; print(sorted(shipped('datasets')), sorted(shipped('clusters')))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path / "site",
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "'demo'" in done.stdout and "'local'" in done.stdout

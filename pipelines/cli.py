@@ -393,6 +393,9 @@ def interrupt(signum: int, frame: object) -> None:
 
 def main() -> None:
     """The console command."""
+    from pipelines.cluster import quiet_environment
+
+    quiet_environment()
     signal.signal(signal.SIGTERM, interrupt)
     as_json = "--json" in sys.argv
     try:

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.errors import RetryLater
 from pipelines.home import data_folder
 
-LOOPBACK = "127.0.0.1"
+START_ATTEMPTS = 3
 
 
 @dataclass(kw_only=True)
@@ -65,16 +66,10 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
     in_main_thread = threading.current_thread() is threading.main_thread()
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus or logical_cpus(settings.minimum_logical_cpus),
-            object_store_memory=(object_store_mib or settings.object_store_mib) * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-            _node_ip_address=LOOPBACK,
-            _temp_dir=str(folder),
+        start_ray(
+            folder,
+            num_cpus or logical_cpus(settings.minimum_logical_cpus),
+            object_store_mib or settings.object_store_mib,
         )
         if in_main_thread and terminate is not None:
             signal.signal(signal.SIGTERM, terminate)  # Ray put its own there, which exits with 15
@@ -85,11 +80,41 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def start_ray(folder: Path, num_cpus: int, object_store_mib: int) -> None:
+    """Start Ray's processes with their sockets and logs below `folder`.
+
+    Raises:
+        RetryLater: Ray gives its processes 30 s to start, and they did not make it in several attempts.
+    """
+    import ray
+
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=object_store_mib * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder / str(attempt)),
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            ray.shutdown()
+            if "timed out" not in str(error):
+                raise
+    raise RetryLater("Ray could not start in time: this machine is too busy. The same command goes on later.")
+
+
 def quiet_environment() -> None:
-    """Settings that Ray reads from the environment, for this process and the workers it starts."""
+    """Settings that Ray reads from the environment when it is imported, for this process and the workers it starts."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
+    # Despite its name this is what makes a local Ray listen on loopback only, on any system (seen in 2.60: with it all
+    # sockets are on 127.0.0.1; without it most are on every address, whatever _node_ip_address says).
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def quiet_data() -> None:

@@ -51,7 +51,9 @@ def ray_session() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """What the Makefile sets, also for a bare `pytest`."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from pipelines.cluster import quiet_environment
+
+    quiet_environment()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import http.client
 import importlib.util
@@ -12,10 +13,11 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import httpx
 import pytest
 from ray import cloudpickle
 
@@ -23,11 +25,11 @@ from components.images import decode, encode_png, read_png_text
 from components.restoring import picture_seed
 from components.synthetic import dead_leaves
 from pipelines.errors import Failure, UsageError
-from pipelines.front import ServeLimits
-from pipelines.restore import restore_folder
-from pipelines.serve import Served, check_served, start, wait_ready
+from pipelines.front import ServeLimits, build_app
+from pipelines.restore import model_identity, restore_folder
+from pipelines.serve import FrontDoor, RestorerReplica, Served, check_served, start, wait_ready
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 LIMITS = ServeLimits(
     max_bytes=200_000,
@@ -66,7 +68,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(model: Path, ray_session: object) -> Iterator[Served]:
     factory = functools.partial(tiny.build_tiny, model, step_s=STEP_S, lethal="lethal")
-    with start(model, factory=factory, limits=LIMITS, timeout_s=120) as running:
+    with start(model, factory=factory, limits=LIMITS, timeout_s=280) as running:
         yield running
 
 
@@ -116,11 +118,13 @@ def form(fields: dict[str, str], files: list[tuple[str, str, bytes]]) -> tuple[b
     return b"".join(parts) + f"--{mark}--\r\n".encode(), f"multipart/form-data; boundary={mark}"
 
 
+@pytest.mark.full
+@pytest.mark.timeout(600)
 def test_a_model_that_cannot_load_is_reported_once(model: Path, ray_session: object) -> None:
     """Comes first: one Ray carries one service, so the module's own must not stand yet."""
     never = functools.partial(tiny.build_never, model)
     with start(model, factory=never, wait=False) as broken:
-        end, state = time.monotonic() + 90, ""
+        end, state = time.monotonic() + 240, ""
         while state != "SETUP_FAILED" and time.monotonic() < end:
             time.sleep(0.3)
             try:
@@ -135,6 +139,35 @@ def test_a_model_that_cannot_load_is_reported_once(model: Path, ray_session: obj
             Failure, match=r"^the model tiny cannot be loaded: RuntimeError: weights of tiny do not fit$"
         ):
             wait_ready(broken.url, timeout_s=5)
+
+
+class Direct:
+    """A restorer replica in this process behind the two calls of a Serve handle that the front door makes."""
+
+    def __init__(self, replica: RestorerReplica) -> None:
+        self.broken_why, self.restore = Method(replica.broken_why), Method(replica.restore)
+
+
+class Method:
+    def __init__(self, call: Callable[..., Awaitable[object]]) -> None:
+        self.remote = call
+
+
+def test_a_model_that_cannot_load_is_told_in_one_sentence(model: Path) -> None:
+    """What the full test shows through Serve, without its half minute of start-up."""
+    _, identity = model_identity(model)
+
+    async def exchange() -> None:
+        replica = RestorerReplica(functools.partial(tiny.build_never, model), identity, LIMITS, threads=1)
+        app = build_app(FrontDoor(Direct(replica), identity, LIMITS), identity, LIMITS)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front") as client:
+            health = await client.get("/health")
+            sentence = "the model tiny cannot be loaded: RuntimeError: weights of tiny do not fit"
+            assert health.status_code == 503 and health.json() == {"state": "SETUP_FAILED", "detail": sentence}
+            answer = await client.post("/v1/restore", content=PICTURE)
+            assert answer.status_code == 503 and answer.json() == {"code": "setup_failed", "detail": sentence}
+
+    asyncio.run(exchange())
 
 
 def test_health_and_model(served: Served, model: Path) -> None:

@@ -1,0 +1,49 @@
+"""The local Ray: loopback only, the SIGTERM handler kept, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.cluster import load_local, logical_cpus
+
+PROGRAM = """
+import json, signal
+from pathlib import Path
+from pipelines.cluster import local_ray
+
+def mine(signum, frame): pass
+
+signal.signal(signal.SIGTERM, mine)
+with local_ray(num_cpus=3, object_store_mib=80):
+    import psutil, ray
+    outside = []
+    for process in psutil.Process().children(recursive=True):
+        for c in process.net_connections(kind="inet"):
+            if c.status == psutil.CONN_LISTEN and not c.laddr.ip.startswith(("127.", "::1", "::ffff:127.")):
+                outside.append([process.name(), list(c.laddr)])
+    with local_ray():  # inside one that runs: that one is used
+        cpus = ray.cluster_resources()["CPU"]
+    still = ray.is_initialized()
+    kept = signal.getsignal(signal.SIGTERM) is mine
+print(json.dumps([cpus, outside, still, kept, ray.is_initialized(), len(psutil.Process().children())]))
+"""
+
+
+@pytest.mark.slow
+def test_local_ray_is_ours_alone(repository: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=repository, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [3.0, [], True, True, False, 0]
+
+
+def test_sizes() -> None:
+    settings = load_local()
+    assert settings.minimum_logical_cpus >= 4
+    assert logical_cpus(64) == 64 and logical_cpus(1) >= 1

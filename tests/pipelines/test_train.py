@@ -1,0 +1,150 @@
+"""A training stage under Ray Train: it ends in a model, resumes, and sees one order on any number of workers."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.images import encode_png
+from components.models import load_model
+from components.recipes import Recipe, load_recipe
+from components.synthetic import dead_leaves
+from pipelines.curate import curate
+from pipelines.errors import Failure
+from pipelines.train import ORDER, Tail, TrainInputs, read_metrics, read_order, train
+
+TINY = [
+    "resolution=32",
+    "short_side=48",
+    "batch_size=4",
+    "steps=4",
+    "checkpoint_every=2",
+    "evaluate_every=4",
+    "heldout_triples=4",
+    "steps_at_restore=1",
+    "resampler_dim=16",
+    "resampler_depth=1",
+    "resampler_head_dim=8",
+    "resampler_heads=2",
+    "resampler_queries=4",
+]
+"""The real recipe at a size that takes seconds."""
+
+
+def recipe(name: str, *more: str) -> Recipe:
+    return load_recipe(name, [*TINY, *more])
+
+
+@pytest.fixture(scope="module")
+def corpus(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dozen synthetic pictures, curated."""
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(12):
+        (folder / f"leaves{index}.png").write_bytes(encode_png(dead_leaves(288, 5, index)))
+    out = tmp_path_factory.mktemp("corpus")
+    curate("folder", out, images=folder)
+    return out
+
+
+@pytest.fixture(scope="module")
+def dcp(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stage's folder after one run on one worker."""
+    out = tmp_path_factory.mktemp("dcp")
+    train(recipe("instantir-dcp-nano"), TrainInputs(corpora={"corpus": corpus}), out)
+    return out
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_stage_ends_in_a_model_metrics_and_pictures(dcp: Path) -> None:
+    model = load_model(dcp / "model")
+    assert model.info["system"] == "instantir" and set(model.info["parts"]) == {"perceptor"}
+    assert model.info["prior"]["id"] == "nano" and model.info["recipe"]["steps"] == 4
+    series = read_metrics(dcp / "metrics.jsonl")
+    assert sorted(series["loss"]) == [1, 2, 3, 4] and sorted(series["heldout/perceptor"]) == [0, 4]
+    assert np.isfinite(list(series["loss"].values())).all()
+    assert model.info["metrics"]["heldout/perceptor/end"] == series["heldout/perceptor"][4]
+    assert sorted(p.name for p in (dcp / "samples").iterdir()) == ["step-000000.png", "step-000004.png"]
+
+
+def test_two_workers_see_the_same_samples_in_the_same_order(dcp: Path, corpus: Path, tmp_path: Path) -> None:
+    two = recipe("instantir-dcp-nano", "placement.workers=2", "placement.cpus_per_worker=0.5", "evaluate_every=100")
+    train(two, TrainInputs(corpora={"corpus": corpus}), tmp_path)
+    ranks = {json.loads(line)["rank"] for line in (tmp_path / ORDER).read_text().splitlines()}
+    assert ranks == {0, 1}
+    assert read_order(tmp_path) == read_order(dcp)
+    assert list(read_order(dcp)) == list(range(16))
+    one, both = read_metrics(dcp / "metrics.jsonl")["loss"], read_metrics(tmp_path / "metrics.jsonl")["loss"]
+    # sums of four samples' gradients against two sums of two: float32 rounding, grown over four steps
+    assert both[1] == pytest.approx(one[1], rel=1e-5) and both[4] == pytest.approx(one[4], rel=1e-3)
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_bits(dcp: Path, corpus: Path, tmp_path: Path) -> None:
+    """Stopped by an injected fault after step 2's checkpoint; the rerun begins there and ends on the same weights."""
+    inputs = TrainInputs(corpora={"corpus": corpus})
+    bad = recipe("instantir-dcp-nano", "placement.max_failures=0")
+    (tmp_path / ".model.writing").write_text("in the way")  # the last step cannot write its model
+    with pytest.raises(Failure, match=r"ended early.*run it again to resume"):
+        train(bad, inputs, tmp_path)
+    (tmp_path / ".model.writing").unlink()
+    before = len((tmp_path / ORDER).read_text().splitlines())
+    train(recipe("instantir-dcp-nano"), inputs, tmp_path)
+    rows = [json.loads(line)["step"] for line in (tmp_path / ORDER).read_text().splitlines()[before:]]
+    assert rows == [3, 4]
+    first, resumed = load_model(dcp / "model"), load_model(tmp_path / "model")
+    assert first.info["parts"] == resumed.info["parts"]  # sha256 of each part
+
+
+def test_the_three_stages_follow_each_other(dcp: Path, corpus: Path, tmp_path: Path) -> None:
+    data = {"corpora": {"corpus": corpus}}
+    small = "lora_rank=4"
+    previewer = train(
+        recipe("instantir-previewer-nano", small, "steps=2"),
+        TrainInputs(**data, parents={"dcp": dcp / "model"}),
+        tmp_path / "previewer",
+    )
+    aggregator = train(
+        recipe("instantir-aggregator-nano", small, "steps=2", "accumulation=2"),
+        TrainInputs(**data, parents={"previewer": previewer.model}),
+        tmp_path / "aggregator",
+    )
+    final = load_model(aggregator.model)
+    assert set(final.info["parts"]) == {"perceptor", "previewer", "aggregator"}
+    assert final.info["parts"]["perceptor"] == load_model(dcp / "model").info["parts"]["perceptor"]
+    assert final.info["parents"] == {"previewer": load_model(previewer.model).digest}
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "encoder", "denoiser"])
+def test_the_priors_stages_train(stage: str, corpus: Path, tmp_path: Path) -> None:
+    tiny = [o for o in TINY if not o.startswith(("resampler", "steps_at"))]
+    warm = ["warm_start=nano"] if stage != "autoencoder" else []
+    result = train(
+        load_recipe(f"prior-{stage}-nano", [*tiny, *warm, "steps=2"]), TrainInputs(corpora={"corpus": corpus}), tmp_path
+    )
+    model = load_model(result.model)
+    assert model.info["system"] == "prior" and model.file("tokenizer.json").is_file()
+    assert model.info["metrics"]["autoencoder_psnr_heldout"] > 10
+
+
+def test_a_source_that_is_no_input_dies_at_once(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"sources names \['corpus'\]"):
+        train(recipe("instantir-dcp-nano"), TrainInputs(corpora={"other": corpus}), tmp_path)
+
+
+def test_the_tail_hands_over_whole_lines_only(tmp_path: Path) -> None:
+    path, got = tmp_path / "metrics.jsonl", []
+    with Tail(path, lambda rows: got.extend(rows), every_s=0.01):
+        with path.open("a") as stream:
+            stream.write('{"step": 1, "name": "a", "value": 2.0, "time": 0}\n{"step": 2, "na')
+            stream.flush()
+            deadline = time.time() + 5
+            while not got and time.time() < deadline:
+                time.sleep(0.01)
+            assert [row[0] for row in got] == [1]
+            stream.write('me": "a", "value": 3.0, "time": 0}\n')
+    assert got == [(1, "a", 2.0, 0), (2, "a", 3.0, 0)]

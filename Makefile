@@ -64,7 +64,7 @@ check: setup
 	@$(QUIET_ENV) $(PY) -m pytest -q -m "not slow and not full" $(ARGS)
 
 bench: setup
-	@$(QUIET_ENV) $(PY) -m pipelines.bench $(ARGS)
+	@$(QUIET_ENV) $(PY) tests/benchmarks/bench_nano.py $(ARGS)
 
 lock: setup
 	$(UV_ENV) $(PY) -m uv pip compile pyproject.toml --extra dev --universal --generate-hashes \

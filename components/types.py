@@ -106,6 +106,9 @@ class Degradation(Protocol):
     def apply(self, hq: Image, plan: Plan) -> Image:
         """Degrade float32 [H, W, 3] in [0, 1]; returns the same size and range. Equal plans give equal bits."""
 
+    def target(self, hq: Image) -> Image:
+        """What the restoration is trained towards: hq itself, or sharpened where the recipe's authors did so."""
+
 
 class Captioner(Protocol):
     """Writes one caption for each picture."""

@@ -100,6 +100,8 @@ def start_ray(folder: Path, num_cpus: int, object_store_mib: int) -> None:
                 _temp_dir=str(folder / str(attempt)),
             )
             return
+        except SystemExit as error:  # Ray's own SIGTERM handler, while it starts
+            raise KeyboardInterrupt if error.code == signal.SIGTERM else error from error
         except Exception as error:  # Ray raises a bare Exception here
             ray.shutdown()
             if "timed out" not in str(error):

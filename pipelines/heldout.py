@@ -20,8 +20,8 @@ from components.restoring import file_key
 from components.types import Degradation, SampleError
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, UsageError
-from pipelines.rows import read_lines, write_lines
-from pipelines.shards import open_corpus, read_sample, write_atomic
+from pipelines.rows import read_lines, replace_file, write_lines
+from pipelines.shards import open_corpus, read_sample
 
 SPLIT = "held_out"
 SIDE_MULTIPLE = 16  # two halvings of a latent that is itself an eighth fit 16; smaller priors need less
@@ -129,7 +129,7 @@ def _make_pair(
     digests = {}
     for name, image in (("hq", target), ("lq", degraded)):
         png = encode_png(image, {"software": "restoray", "key": key})
-        write_atomic(out / name / f"{key}.png", png)
+        replace_file(out / name / f"{key}.png", png)
         digests[f"{name}_sha256"] = hashlib.sha256(png).hexdigest()
     return {"key": key, "position": position, **digests, "plan": dict(plan)}
 

@@ -37,8 +37,7 @@ from components.types import Restorer, SampleError
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, RetryLater, UsageError
 from pipelines.heldout import prepare_heldout as prepare_heldout  # the step before this one in a plan
-from pipelines.rows import read_lines, write_lines
-from pipelines.shards import write_atomic
+from pipelines.rows import read_lines, replace_file, write_lines
 
 Factory = Callable[[], Restorer]
 """Makes the restorer inside a worker; picklable."""
@@ -413,7 +412,7 @@ class RestoreWorker:
     def _written(self, job: Mapping[str, Any], picture: Picture, png: bytes, seconds: float) -> dict[str, Any]:
         output = f"{picture.key}.png"
         try:
-            write_atomic(self.out / output, png)
+            replace_file(self.out / output, png)
         except OSError as error:
             full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             return self._fatal(job, f"cannot write {self.out / output}: {full}")

@@ -307,8 +307,11 @@ def _row(
     lq, plan = hq, {}
     if config.degradation:
         degradation = _degradation(config.degradation, json.dumps(dict(config.degradation_options), sort_keys=True))
-        plan = dict(degradation.draw(config.seed, key, position))
-        lq = to_uint8(degradation.apply(to_float(hq), plan))
+        plan, clean = dict(degradation.draw(config.seed, key, position)), to_float(hq)
+        try:
+            lq, hq = to_uint8(degradation.apply(clean, plan)), to_uint8(degradation.target(clean))
+        except SampleError as error:  # a degradation knows no names
+            raise SampleError(error.code, error.detail, key) from error
     if config.captioner == "tags":
         caption = Tags().caption([hq])[0]
     return {

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.samplers.schedules import Schedule
+
 
 @dataclass(frozen=True)
 class DroppedConditions:
@@ -52,3 +54,18 @@ def check_dropout(image: float, text: float, both: float) -> None:
 def replace_rows(rows: Tensor, replacement: Tensor, where: Tensor) -> Tensor:
     """rows [B, ...] with those marked by bool [B] taken from `replacement` (same shape, or one row)."""
     return torch.where(where.view(-1, *[1] * (rows.ndim - 1)), replacement, rows)
+
+
+def clean_weights(schedule: Schedule, maximum: float) -> Tensor:
+    """Weight of each time step's loss, float32 [T] with mean 1: min(1 / alphas_cumprod, maximum).
+
+    The error of the clean latents is the error of the noise times (1 - a) / a, so large weights stand for "clean latents
+    count". A maximum of 1 is the plain loss (InstantIR Eq. 1).
+
+    Raises:
+        ValueError: maximum below 1.
+    """
+    if maximum < 1:
+        raise ValueError(f"the largest weight must be at least 1, got {maximum}")
+    weights = (1 / schedule.alphas_cumprod).clamp_max(maximum)
+    return weights / weights.mean()

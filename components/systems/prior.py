@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from components.captions.tags import VOCABULARY
 from components.models import Model, load_model, load_strictly, resolve_model
+from components.objectives.diffusion import clean_weights
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
@@ -107,10 +108,18 @@ def picture_vectors(tokens: Tensor) -> Tensor:
 class DenoiserObjective(PriorObjective):
     """The plain diffusion loss (InstantIR Eq. 1) on text and picture pairs; UNet and both text encoders learn."""
 
-    def __init__(self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, text_dropout: float) -> None:
+    def __init__(
+        self,
+        prior: Prior,
+        config: Mapping[str, Any],
+        tokenizer_json: str,
+        text_dropout: float,
+        max_clean_weight: float = 1.0,
+    ) -> None:
         trainable = nn.ModuleDict({k: prior.modules[k] for k in ("unet", "text_encoder", "text_encoder_2")})
         super().__init__(prior, config, tokenizer_json, {"denoiser": trainable})
         self.text_dropout = text_dropout
+        self.weights = clean_weights(prior.schedule, max_clean_weight)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         with torch.no_grad():
@@ -127,8 +136,9 @@ class DenoiserObjective(PriorObjective):
             encoder_hidden_states=text,
             added_cond_kwargs={"text_embeds": pooled, "time_ids": self.prior.time_ids(batch.sizes)},
         ).sample
-        loss = (predicted.float() - eps).square().mean()
-        yield "denoiser", Loss(value=loss, metrics={"loss": loss})
+        losses = (predicted.float() - eps).square().mean(dim=(1, 2, 3))
+        weighted = (losses * self.weights.to(t.device)[t]).mean()
+        yield "denoiser", Loss(value=weighted, metrics={"loss": losses.mean(), "weighted_loss": weighted})
 
 
 def build_objective(
@@ -168,7 +178,7 @@ def build_objective(
     if recipe.stage == "encoder":
         return ImageEncoderObjective(prior, config, tokenizer_json, recipe.contrast_temperature, recipe.seed)
     if recipe.stage == "denoiser":
-        return DenoiserObjective(prior, config, tokenizer_json, recipe.text_dropout)
+        return DenoiserObjective(prior, config, tokenizer_json, recipe.text_dropout, recipe.max_clean_weight)
     raise ValueError(f"no stage {recipe.stage!r}")
 
 

@@ -18,6 +18,9 @@ class PriorRecipe(Recipe):
             forgives a sampler's small errors.
         text_dropout: probability of an empty prompt, for guidance.
         contrast_temperature: of the picture encoder's InfoNCE loss.
+        max_clean_weight: a sample's loss is weighted by min(1 / alphas_cumprod[t], this), over the mean weight. 1 is the
+            plain loss (InstantIR Eq. 1); above, errors of the clean latents count, so that a short training spends
+            itself on layout and colour, which high noise levels decide, rather than on grain.
         warm_start: a model folder (or shipped prior) to go on from instead of starting anew.
     """
 
@@ -26,8 +29,11 @@ class PriorRecipe(Recipe):
     text_dropout: float = 0.1
     contrast_temperature: float = 0.1
     warm_start: str = ""
+    max_clean_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.text_dropout <= 1:
             raise RecipeError(f"text_dropout must be in [0, 1], got {self.text_dropout}")
+        if self.max_clean_weight < 1:
+            raise RecipeError(f"max_clean_weight must be at least 1, got {self.max_clean_weight}")

@@ -82,7 +82,7 @@ def build_objective(
     }
     objective: StageObjective
     if recipe.stage == "dcp":
-        objective = PerceptorObjective(network, **dropout)
+        objective = PerceptorObjective(network, **dropout, max_clean_weight=recipe.max_clean_weight)
     elif recipe.stage == "previewer":
         low_high = recipe.teacher_cfg_scale
         objective = PreviewerObjective(
@@ -93,7 +93,7 @@ def build_objective(
             **dropout,
         )
     else:
-        objective = AggregatorObjective(network, **dropout)
+        objective = AggregatorObjective(network, **dropout, max_clean_weight=recipe.max_clean_weight)
     return objective
 
 

@@ -19,7 +19,7 @@ from components.objectives.consistency import (
     pseudo_huber,
     squared_distance,
 )
-from components.objectives.diffusion import check_dropout, drop_conditions, epsilon_loss, replace_rows
+from components.objectives.diffusion import check_dropout, clean_weights, drop_conditions, epsilon_loss, replace_rows
 from components.samplers.guidance import distillation_guide
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.previewer import previewer_of
@@ -105,6 +105,7 @@ class PerceptorObjective(StageObjective):
     Args:
         network: the bundle, without a previewer (its LoRA would sit inside the layers that train).
         image_dropout, text_dropout, both_dropout: released 0.05 each; the paper drops the picture in 15 %.
+        max_clean_weight: see objectives.diffusion.clean_weights; 1 is Eq. 1.
 
     Raises:
         ValueError: there is a previewer, or impossible probabilities.
@@ -117,11 +118,13 @@ class PerceptorObjective(StageObjective):
         image_dropout: float = 0.05,
         text_dropout: float = 0.05,
         both_dropout: float = 0.05,
+        max_clean_weight: float = 1.0,
     ) -> None:
         if network.has_previewer:
             raise ValueError("the perceptor is trained before there is a previewer")
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "perceptor", network.perceptor, dropout)
+        self.weights = clean_weights(network.prior.schedule, max_clean_weight)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise."""
@@ -130,7 +133,7 @@ class PerceptorObjective(StageObjective):
         timesteps = noise.integers("timestep", 0, schedule.num_train_timesteps)
         target = noise.normal("noise", tuple(clean.shape[1:]))
         eps = self.network.denoise_eps(schedule.add_noise(clean, target, timesteps), timesteps, given)
-        yield "perceptor", _loss(epsilon_loss(eps, target))
+        yield "perceptor", _loss(epsilon_loss(eps, target) * self.weights.to(timesteps.device)[timesteps])
 
 
 class PreviewerObjective(StageObjective):
@@ -208,6 +211,7 @@ class AggregatorObjective(StageObjective):
         network: the bundle with a (trained) previewer and an aggregator.
         image_dropout, text_dropout, both_dropout: released 0, 0.85 and 0.15: the text is always empty. The LQ latents
             are never dropped.
+        max_clean_weight: see objectives.diffusion.clean_weights; 1 is Eq. 1.
 
     Raises:
         ValueError: previewer or aggregator is missing, or impossible probabilities.
@@ -220,11 +224,13 @@ class AggregatorObjective(StageObjective):
         image_dropout: float = 0.0,
         text_dropout: float = 0.85,
         both_dropout: float = 0.15,
+        max_clean_weight: float = 1.0,
     ) -> None:
         if network.aggregator is None or not network.has_previewer:
             raise ValueError("the aggregator's stage needs a network with a previewer and an aggregator")
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "aggregator", network.aggregator, dropout)
+        self.weights = clean_weights(network.prior.schedule, max_clean_weight)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise, with residuals."""
@@ -238,7 +244,7 @@ class AggregatorObjective(StageObjective):
             preview = network.preview(noisy, timesteps, given)
         residuals = network.residuals(lq, timesteps, preview, given)
         eps = network.denoise_eps(noisy, timesteps, given, residuals)
-        yield "aggregator", _loss(epsilon_loss(eps, target))
+        yield "aggregator", _loss(epsilon_loss(eps, target) * self.weights.to(timesteps.device)[timesteps])
 
 
 def _loss(per_sample: Tensor, **metrics: Tensor) -> Loss:

@@ -16,6 +16,8 @@ class InstantIRRecipe(Recipe):
         resampler_dim, resampler_depth, resampler_head_dim, resampler_heads, resampler_queries: size of the Resampler.
         lora_rank, lora_alpha: the Previewer's LoRA.
         image_dropout, text_dropout, both_dropout: probabilities of "no picture", "no prompt", neither; exclusive draws.
+        max_clean_weight: dcp and aggregator: largest weight of a time step's loss, see objectives.diffusion.clean_weights;
+            1 is the paper's plain loss.
         distance: of the Previewer's consistency loss: Eq. 5's squared L2, or the released Huber.
         huber_c: constant of the Huber distance.
         teacher_cfg_scale: range of the guided teacher step's scale; empty for no guidance.
@@ -33,6 +35,7 @@ class InstantIRRecipe(Recipe):
     image_dropout: float = 0.15  # section 4.1: LQ dropout of 15 % in both stages
     text_dropout: float = 0.0
     both_dropout: float = 0.0
+    max_clean_weight: float = 1.0
     distance: Literal["l2", "huber"] = "l2"
     huber_c: float = 0.001
     teacher_cfg_scale: list[float] = field(default_factory=list)
@@ -45,6 +48,8 @@ class InstantIRRecipe(Recipe):
         for name in ("image_dropout", "text_dropout", "both_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.max_clean_weight < 1:
+            raise RecipeError(f"max_clean_weight must be at least 1, got {self.max_clean_weight}")
         if self.image_dropout + self.text_dropout + self.both_dropout > 1:
             raise RecipeError("image_dropout + text_dropout + both_dropout must not exceed 1")
         if self.teacher_cfg_scale and (

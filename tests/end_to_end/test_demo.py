@@ -1,0 +1,185 @@
+"""The main job at a tiny size, as a user runs it: the command itself, its folder, its exit codes, its second run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+STAGES = ("corpus", "dcp", "previewer", "aggregator", "restored", "scores", "service")
+TINY_TRAINING = (
+    "resolution=32",
+    "short_side=48",
+    "batch_size=4",
+    "steps=3",
+    "checkpoint_every=1",
+    "evaluate_every=3",
+    "heldout_triples=4",
+    "steps_at_restore=2",
+)
+TINY = [
+    *(f"{stage}.{change}" for stage in ("dcp", "previewer", "aggregator") for change in TINY_TRAINING),
+    "restored.short_side=64",
+    "restored.limit=3",
+    "scores.metrics=[psnr,ssim]",
+]
+
+
+def restoray(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", *arguments]
+
+
+def demo(out: Path, *more: str, timeout_s: float = 800) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        restoray("demo", "--out", str(out), *TINY, *more), capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def stage_folder(out: Path, name: str) -> Path:
+    (folder,) = out.glob(f"{name}-????????")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole run."""
+    out = tmp_path_factory.mktemp("demo")
+    finished = demo(out)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for word in ("Report", "Model", "MLflow", "Scores"):
+        assert word in finished.stdout
+    return out
+
+
+@pytest.mark.slow
+def test_every_stage_left_its_work(run: Path) -> None:
+    for name in STAGES:
+        assert json.loads((stage_folder(run, name) / "done.json").read_text())["digest"]
+    restored = sorted((stage_folder(run, "restored") / "restored").glob("*.png"))
+    assert len(restored) == 3
+    from components.images import read_png_text
+
+    text = read_png_text(restored[0].read_bytes())
+    assert {"seed", "system"} <= {key.split(":")[-1].lower() for key in text} or any("seed" in k for k in text)
+    summary = json.loads((stage_folder(run, "scores") / "summary.json").read_text())
+    assert summary["verdict"]
+    page = (run / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and len(page) > 50_000
+
+
+@pytest.mark.slow
+def test_mlflow_has_a_parent_with_a_child_for_each_stage_and_the_model(run: Path) -> None:
+    from pipelines.tracking import resolve
+
+    listing = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, json, mlflow\n"
+            "client = mlflow.MlflowClient(sys.argv[1], sys.argv[1])\n"
+            "ids = [e.experiment_id for e in client.search_experiments()]\n"
+            "runs = client.search_runs(ids, max_results=100)\n"
+            "print(json.dumps([[r.info.run_name, r.info.status, r.data.tags.get('mlflow.parentRunId'), "
+            "sorted(r.data.metrics)] for r in runs]))",
+            f"sqlite:///{run / 'mlflow.db'}",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=run,
+        check=True,
+    )
+    runs = json.loads(listing.stdout.splitlines()[-1])
+    parents = [r for r in runs if r[2] is None]
+    children = {r[0].split("-")[0]: r for r in runs if r[2] is not None}
+    assert len(parents) == 1 and set(STAGES) <= set(children)
+    assert {r[1] for r in runs} == {"FINISHED"}
+    assert "loss" in children["dcp"][3]
+    folder = resolve("models:/instantir-aggregator-nano@latest", run)
+    assert (folder / "model.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_what_is_done_and_says_so(run: Path) -> None:
+    again = demo(run)
+    assert again.returncode == 0
+    assert again.stderr.count("done before, skipped") == len(STAGES)
+
+
+@pytest.mark.slow
+def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "nothing"
+    shown = demo(out, "--dry-run")
+    assert shown.returncode == 0 and not out.exists()
+    for name in STAGES:
+        assert name in shown.stdout
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_killed_in_any_stage_resumes(stage: str, run: Path, tmp_path: Path) -> None:
+    """kill -9 of the driver while the stage works: no orphan stays, the same command ends well, done stages stand."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    for name in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(stage_folder(out, name))
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(restoray("demo", "--out", str(out), *TINY), stderr=stream, stdout=stream)
+    deadline = time.time() + 600
+    while f"{stage}: starts" not in log.read_text() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(2.0)
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, [p.cmdline() for p in alive]
+    finished = demo(out)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stderr.count("done before, skipped") >= STAGES.index(stage)
+    first, second = ((stage_folder(o, "restored") / "restored") for o in (run, out))
+    assert {p.name: p.read_bytes() for p in first.glob("*.png")} == {
+        p.name: p.read_bytes() for p in second.glob("*.png")
+    }
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_broken_pictures_end_in_quarantine_with_exit_3(images_dir: Path, tmp_path: Path) -> None:
+    finished = demo(tmp_path / "run", "--images", str(images_dir / "odd"))
+    assert finished.returncode == 3, finished.stderr[-3000:]
+    rows = [
+        json.loads(line)
+        for line in (stage_folder(tmp_path / "run", "corpus") / "quarantine.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) > 20 and all(row["code"] and row["key"] for row in rows)
+    assert "truncated" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["demo", "--images", "EMPTY"], 2, "no picture"),
+        (["demo", "dcp.stepz=3"], 2, "id you mean"),
+        (["run", "dem"], 2, "id you mean"),
+        (["demmo"], 2, "id you mean"),
+    ],
+)
+def test_wrong_input_gets_one_clear_sentence(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = [str(tmp_path / "empty") if a == "EMPTY" else a for a in arguments]
+    extra = ["--out", str(tmp_path / "out")] if arguments[0] in ("demo", "run") else []
+    finished = subprocess.run(restoray(*arguments, *extra), capture_output=True, text=True, timeout=300)
+    said = finished.stderr + finished.stdout
+    assert finished.returncode == code, said
+    assert words in said and "Traceback" not in said

@@ -62,7 +62,9 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
         return
     settings = load_local()
     # Unix socket paths hold at most 107 bytes, and Ray appends about 70 to this folder's name.
-    folder = Path(tempfile.mkdtemp(prefix="rr-", dir=short_temporary_folder()))
+    temporary = short_temporary_folder()
+    remove_leftovers(Path(temporary))
+    folder = Path(tempfile.mkdtemp(prefix=f"rr-{os.getpid()}-", dir=temporary))
     in_main_thread = threading.current_thread() is threading.main_thread()
     terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -132,4 +134,15 @@ def quiet_data() -> None:
 def short_temporary_folder() -> str:
     """The system's temporary folder, or /tmp where that one's name is too long for Unix sockets."""
     folder = tempfile.gettempdir()
-    return folder if len(folder) <= 24 else "/tmp"
+    return folder if len(folder) <= 16 else "/tmp"
+
+
+def remove_leftovers(temporary: Path) -> None:
+    """Remove the folders of our drivers that were killed; a folder's name holds its driver's process id."""
+    for folder in temporary.glob("rr-*-*"):
+        owner = folder.name.split("-")[1]
+        try:
+            if owner.isdigit() and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # another process was faster
+            continue

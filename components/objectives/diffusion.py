@@ -69,3 +69,13 @@ def clean_weights(schedule: Schedule, maximum: float) -> Tensor:
         raise ValueError(f"the largest weight must be at least 1, got {maximum}")
     weights = (1 / schedule.alphas_cumprod).clamp_max(maximum)
     return weights / weights.mean()
+
+
+def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
+    """Noise whose channel means vary: noise + strength * offset, for noise [B, C, h, w] and offset [B, C, 1, 1].
+
+    Even at SDXL's noisiest step a picture's mean colour shows through plain noise (sqrt(alpha) is 0.07 there, and a mean
+    over a thousand latents is sharp), so a network never learns to take it from the prompt or from an LQ picture. SDXL
+    was trained with a strength of 0.05; priors whose latents vary more in their means need more.
+    """
+    return noise + strength * offset if strength else noise

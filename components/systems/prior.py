@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from components.captions.tags import VOCABULARY
 from components.models import Model, load_model, load_strictly, resolve_model
-from components.objectives.diffusion import clean_weights
+from components.objectives.diffusion import clean_weights, offset_noise
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
@@ -115,16 +115,18 @@ class DenoiserObjective(PriorObjective):
         tokenizer_json: str,
         text_dropout: float,
         max_clean_weight: float = 1.0,
+        noise_offset: float = 0.0,
     ) -> None:
         trainable = nn.ModuleDict({k: prior.modules[k] for k in ("unet", "text_encoder", "text_encoder_2")})
         super().__init__(prior, config, tokenizer_json, {"denoiser": trainable})
         self.text_dropout = text_dropout
-        self.weights = clean_weights(prior.schedule, max_clean_weight)
+        self.weights, self.noise_offset = clean_weights(prior.schedule, max_clean_weight), noise_offset
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         with torch.no_grad():
             latents = self.prior.encode(batch.hq) if batch.latents is None else batch.latents
         eps = noise.normal("noise", tuple(latents.shape[1:]))
+        eps = offset_noise(eps, noise.normal("noise_offset", (latents.shape[1], 1, 1)), self.noise_offset)
         t = noise.integers("timestep", 0, self.prior.schedule.num_train_timesteps)
         dropped = noise.uniform("text_dropout") < self.text_dropout
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
@@ -178,7 +180,9 @@ def build_objective(
     if recipe.stage == "encoder":
         return ImageEncoderObjective(prior, config, tokenizer_json, recipe.contrast_temperature, recipe.seed)
     if recipe.stage == "denoiser":
-        return DenoiserObjective(prior, config, tokenizer_json, recipe.text_dropout, recipe.max_clean_weight)
+        return DenoiserObjective(
+            prior, config, tokenizer_json, recipe.text_dropout, recipe.max_clean_weight, recipe.noise_offset
+        )
     raise ValueError(f"no stage {recipe.stage!r}")
 
 

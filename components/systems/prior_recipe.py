@@ -21,6 +21,7 @@ class PriorRecipe(Recipe):
         max_clean_weight: a sample's loss is weighted by min(1 / alphas_cumprod[t], this), over the mean weight. 1 is the
             plain loss (InstantIR Eq. 1); above, errors of the clean latents count, so that a short training spends
             itself on layout and colour, which high noise levels decide, rather than on grain.
+        noise_offset: strength of the channel means added to the noise, see objectives.diffusion.offset_noise.
         warm_start: a model folder (or shipped prior) to go on from instead of starting anew.
     """
 
@@ -30,6 +31,7 @@ class PriorRecipe(Recipe):
     contrast_temperature: float = 0.1
     warm_start: str = ""
     max_clean_weight: float = 1.0
+    noise_offset: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipelines.cluster import load_local, logical_cpus
+from pipelines.cluster import load_local, logical_cpus, remove_leftovers
 
 PROGRAM = """
 import json, signal
@@ -47,3 +48,12 @@ def test_sizes() -> None:
     settings = load_local()
     assert settings.minimum_logical_cpus >= 4
     assert logical_cpus(64) == 64 and logical_cpus(1) >= 1
+
+
+def test_only_folders_of_dead_drivers_are_removed(tmp_path: Path) -> None:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    for name in (f"rr-{done.pid}-a", f"rr-{os.getpid()}-b", "rr-x-c", "other"):
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {f"rr-{os.getpid()}-b", "rr-x-c", "other"}

@@ -80,9 +80,10 @@ def build_objective(
         "text_dropout": recipe.text_dropout,
         "both_dropout": recipe.both_dropout,
     }
+    weighting = {"max_clean_weight": recipe.max_clean_weight, "noise_offset": recipe.noise_offset}
     objective: StageObjective
     if recipe.stage == "dcp":
-        objective = PerceptorObjective(network, **dropout, max_clean_weight=recipe.max_clean_weight)
+        objective = PerceptorObjective(network, **dropout, **weighting)
     elif recipe.stage == "previewer":
         low_high = recipe.teacher_cfg_scale
         objective = PreviewerObjective(
@@ -93,7 +94,7 @@ def build_objective(
             **dropout,
         )
     else:
-        objective = AggregatorObjective(network, **dropout, max_clean_weight=recipe.max_clean_weight)
+        objective = AggregatorObjective(network, **dropout, **weighting)
     return objective
 
 

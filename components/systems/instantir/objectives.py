@@ -19,7 +19,14 @@ from components.objectives.consistency import (
     pseudo_huber,
     squared_distance,
 )
-from components.objectives.diffusion import check_dropout, clean_weights, drop_conditions, epsilon_loss, replace_rows
+from components.objectives.diffusion import (
+    check_dropout,
+    clean_weights,
+    drop_conditions,
+    epsilon_loss,
+    offset_noise,
+    replace_rows,
+)
 from components.samplers.guidance import distillation_guide
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.previewer import previewer_of
@@ -105,7 +112,7 @@ class PerceptorObjective(StageObjective):
     Args:
         network: the bundle, without a previewer (its LoRA would sit inside the layers that train).
         image_dropout, text_dropout, both_dropout: released 0.05 each; the paper drops the picture in 15 %.
-        max_clean_weight: see objectives.diffusion.clean_weights; 1 is Eq. 1.
+        max_clean_weight, noise_offset: see objectives.diffusion; 1 and 0 are Eq. 1.
 
     Raises:
         ValueError: there is a previewer, or impossible probabilities.
@@ -119,19 +126,20 @@ class PerceptorObjective(StageObjective):
         text_dropout: float = 0.05,
         both_dropout: float = 0.05,
         max_clean_weight: float = 1.0,
+        noise_offset: float = 0.0,
     ) -> None:
         if network.has_previewer:
             raise ValueError("the perceptor is trained before there is a previewer")
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "perceptor", network.perceptor, dropout)
-        self.weights = clean_weights(network.prior.schedule, max_clean_weight)
+        self.weights, self.noise_offset = clean_weights(network.prior.schedule, max_clean_weight), noise_offset
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise."""
         clean, given = self.clean_latents(batch), self.conditions(batch, noise)
         schedule = self.network.prior.schedule
         timesteps = noise.integers("timestep", 0, schedule.num_train_timesteps)
-        target = noise.normal("noise", tuple(clean.shape[1:]))
+        target = _target(noise, clean, self.noise_offset)
         eps = self.network.denoise_eps(schedule.add_noise(clean, target, timesteps), timesteps, given)
         yield "perceptor", _loss(epsilon_loss(eps, target) * self.weights.to(timesteps.device)[timesteps])
 
@@ -211,7 +219,7 @@ class AggregatorObjective(StageObjective):
         network: the bundle with a (trained) previewer and an aggregator.
         image_dropout, text_dropout, both_dropout: released 0, 0.85 and 0.15: the text is always empty. The LQ latents
             are never dropped.
-        max_clean_weight: see objectives.diffusion.clean_weights; 1 is Eq. 1.
+        max_clean_weight, noise_offset: see objectives.diffusion; 1 and 0 are Eq. 1.
 
     Raises:
         ValueError: previewer or aggregator is missing, or impossible probabilities.
@@ -225,19 +233,20 @@ class AggregatorObjective(StageObjective):
         text_dropout: float = 0.85,
         both_dropout: float = 0.15,
         max_clean_weight: float = 1.0,
+        noise_offset: float = 0.0,
     ) -> None:
         if network.aggregator is None or not network.has_previewer:
             raise ValueError("the aggregator's stage needs a network with a previewer and an aggregator")
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "aggregator", network.aggregator, dropout)
-        self.weights = clean_weights(network.prior.schedule, max_clean_weight)
+        self.weights, self.noise_offset = clean_weights(network.prior.schedule, max_clean_weight), noise_offset
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise, with residuals."""
         network, schedule = self.network, self.network.prior.schedule
         clean, given = self.clean_latents(batch), self.conditions(batch, noise)
         timesteps = noise.integers("timestep", 0, schedule.num_train_timesteps)
-        target = noise.normal("noise", tuple(clean.shape[1:]))
+        target = _target(noise, clean, self.noise_offset)
         noisy = schedule.add_noise(clean, target, timesteps)
         with torch.no_grad():
             lq = network.prior.encode(batch.lq)
@@ -245,6 +254,12 @@ class AggregatorObjective(StageObjective):
         residuals = network.residuals(lq, timesteps, preview, given)
         eps = network.denoise_eps(noisy, timesteps, given, residuals)
         yield "aggregator", _loss(epsilon_loss(eps, target) * self.weights.to(timesteps.device)[timesteps])
+
+
+def _target(noise: Noise, clean: Tensor, strength: float) -> Tensor:
+    """The noise that a stage adds and predicts, like `clean` [B, C, h, w]."""
+    plain = noise.normal("noise", tuple(clean.shape[1:]))
+    return offset_noise(plain, noise.normal("noise_offset", (clean.shape[1], 1, 1)), strength)
 
 
 def _loss(per_sample: Tensor, **metrics: Tensor) -> Loss:

@@ -18,6 +18,7 @@ class InstantIRRecipe(Recipe):
         image_dropout, text_dropout, both_dropout: probabilities of "no picture", "no prompt", neither; exclusive draws.
         max_clean_weight: dcp and aggregator: largest weight of a time step's loss, see objectives.diffusion.clean_weights;
             1 is the paper's plain loss.
+        noise_offset: dcp and aggregator: see objectives.diffusion.offset_noise; the paper has none.
         distance: of the Previewer's consistency loss: Eq. 5's squared L2, or the released Huber.
         huber_c: constant of the Huber distance.
         teacher_cfg_scale: range of the guided teacher step's scale; empty for no guidance.
@@ -36,6 +37,7 @@ class InstantIRRecipe(Recipe):
     text_dropout: float = 0.0
     both_dropout: float = 0.0
     max_clean_weight: float = 1.0
+    noise_offset: float = 0.0
     distance: Literal["l2", "huber"] = "l2"
     huber_c: float = 0.001
     teacher_cfg_scale: list[float] = field(default_factory=list)

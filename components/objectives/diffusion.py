@@ -59,8 +59,8 @@ def replace_rows(rows: Tensor, replacement: Tensor, where: Tensor) -> Tensor:
 def clean_weights(schedule: Schedule, maximum: float) -> Tensor:
     """Weight of each time step's loss, float32 [T] with mean 1: min(1 / alphas_cumprod, maximum).
 
-    The error of the clean latents is the error of the noise times (1 - a) / a, so large weights stand for "clean latents
-    count". A maximum of 1 is the plain loss (InstantIR Eq. 1).
+    The error of the clean latents is the error of the noise times (1 - a) / a, so that large weights stand
+    for "clean latents count". A maximum of 1 is the plain loss (InstantIR Eq. 1).
 
     Raises:
         ValueError: maximum below 1.
@@ -74,8 +74,8 @@ def clean_weights(schedule: Schedule, maximum: float) -> Tensor:
 def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
     """Noise whose channel means vary: noise + strength * offset, for noise [B, C, h, w] and offset [B, C, 1, 1].
 
-    Even at SDXL's noisiest step a picture's mean colour shows through plain noise (sqrt(alpha) is 0.07 there, and a mean
-    over a thousand latents is sharp), so a network never learns to take it from the prompt or from an LQ picture. SDXL
-    was trained with a strength of 0.05; priors whose latents vary more in their means need more.
+    Even at SDXL's noisiest step a picture's mean colour shows through plain noise (sqrt(alpha) is 0.07 there, and the
+    mean over a thousand latents is sharp): no network then learns to take it from the prompt or from an LQ picture.
+    SDXL was trained with a strength of 0.05; priors whose latents vary more in their means need more.
     """
     return noise + strength * offset if strength else noise

@@ -18,7 +18,7 @@ class PriorRecipe(Recipe):
             forgives a sampler's small errors.
         text_dropout: probability of an empty prompt, for guidance.
         contrast_temperature: of the picture encoder's InfoNCE loss.
-        max_clean_weight: a sample's loss is weighted by min(1 / alphas_cumprod[t], this), over the mean weight. 1 is the
+        max_clean_weight: a sample's loss is weighted by min(1 / alphas_cumprod[t], this), over its mean. 1 is the
             plain loss (InstantIR Eq. 1); above, errors of the clean latents count, so that a short training spends
             itself on layout and colour, which high noise levels decide, rather than on grain.
         noise_offset: strength of the channel means added to the noise, see objectives.diffusion.offset_noise.

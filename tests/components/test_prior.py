@@ -94,3 +94,63 @@ def test_the_card_names_what_it_measures() -> None:
     metrics = load_model("nano").info["metrics"]
     assert metrics["autoencoder_psnr_heldout"] >= 32.0
     assert metrics["encoder_found_among_64"] > 0.5
+
+
+@pytest.fixture(scope="module")
+def heldout() -> np.ndarray:
+    """Shipped photographs that the prior never saw, uint8 [N, 256, 256, 3]."""
+    from components.images import center_crop, decode, resize_short_side
+
+    corpus = Path(__file__).resolve().parents[2] / "pipelines" / "demo_corpus"
+    names = ("oakland-zoo-otters", "casa-mila", "blue-periwinkle", "solaris-grapes", "ryan-schroeder")
+    pictures = [decode((corpus / f"{name}.jpg").read_bytes()) for name in names]
+    return np.stack([center_crop(resize_short_side(picture, 256), 256, 256) for picture in pictures])
+
+
+def test_the_autoencoder_keeps_held_out_photographs(nano, heldout: np.ndarray) -> None:  # type: ignore[no-untyped-def]
+    from components.tensors import images_to_tensor
+
+    images = images_to_tensor(list(heldout))
+    with torch.no_grad():
+        restored = nano.decode(nano.encode(images)).clamp(-1, 1)
+    psnr = -10 * torch.log10((restored - images).square().mean(dim=(1, 2, 3)) / 4)
+    assert float(psnr.mean()) >= 32.0, psnr.tolist()
+
+
+def test_degraded_crops_find_their_originals(nano, heldout: np.ndarray) -> None:  # type: ignore[no-untyped-def]
+    from components.degradations import build_degradation
+    from components.images import to_float, to_uint8
+    from components.systems.prior import found_share
+    from components.tensors import images_to_tensor
+
+    degradation = build_degradation("realesrgan-nano")
+    hq, lq = [], []
+    for number in range(60):  # twelve overlapping crops of each picture: siblings are the hard negatives
+        top, left = 32 * (number // 5 // 4), 32 * (number // 5 % 4)
+        crop = np.ascontiguousarray(heldout[number % 5][top : top + 128, left : left + 128])
+        hq.append(crop)
+        lq.append(to_uint8(degradation.apply(to_float(crop), degradation.draw(9, str(number), number))))
+    with torch.no_grad():
+        share = found_share(nano, images_to_tensor(lq), images_to_tensor(hq))
+    assert share >= 0.9
+
+
+def test_the_denoiser_beats_guessing_at_every_noise_level(nano, heldout: np.ndarray) -> None:  # type: ignore[no-untyped-def]
+    """Clean latents from noisy ones: nearer to the truth than both the noisy latents and the latents' own mean."""
+    from components.randomness import Noise
+    from components.tensors import images_to_tensor
+
+    with torch.no_grad():
+        clean = nano.encode(images_to_tensor([p[64:192, 64:192] for p in heldout]))
+        text, pooled = nano.embed_prompts([""] * len(clean))
+        sizes = torch.tensor([[256, 256, 64, 64, 128, 128]]).expand(len(clean), -1)
+        eps = Noise(0, np.arange(len(clean))).normal("noise", tuple(clean.shape[1:]))
+        for t in (100, 300, 500, 700):
+            times = torch.full((len(clean),), t)
+            noisy = nano.schedule.add_noise(clean, eps, times)
+            added = {"text_embeds": pooled, "time_ids": nano.time_ids(sizes)}
+            predicted = nano.unet(noisy, times, encoder_hidden_states=text, added_cond_kwargs=added).sample
+            error = (nano.schedule.x0_from_eps(noisy, predicted, times) - clean).square().mean()
+            spread = (clean - clean.mean(dim=(2, 3), keepdim=True)).square().mean()
+            alpha = nano.schedule.alphas_cumprod[t]
+            assert error < spread and error < 0.5 * (1 - alpha) / alpha, (t, float(error), float(spread))

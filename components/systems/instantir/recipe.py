@@ -15,9 +15,9 @@ class InstantIRRecipe(Recipe):
     Attributes:
         resampler_dim, resampler_depth, resampler_head_dim, resampler_heads, resampler_queries: size of the Resampler.
         lora_rank, lora_alpha: the Previewer's LoRA.
-        image_dropout, text_dropout, both_dropout: probabilities of "no picture", "no prompt", neither; exclusive draws.
-        max_clean_weight: dcp and aggregator: largest weight of a time step's loss, see objectives.diffusion.clean_weights;
-            1 is the paper's plain loss.
+        image_dropout, text_dropout, both_dropout: probabilities of "no picture", "no prompt", neither; one draw.
+        max_clean_weight: dcp and aggregator: largest weight of a time step's loss, see objectives.diffusion; 1 is
+            the paper's plain loss.
         noise_offset: dcp and aggregator: see objectives.diffusion.offset_noise; the paper has none.
         distance: of the Previewer's consistency loss: Eq. 5's squared L2, or the released Huber.
         huber_c: constant of the Huber distance.

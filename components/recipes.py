@@ -74,7 +74,7 @@ class Placement:
     workers: int = 1
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
-    threads: int = 0  # torch threads of a worker; 0: the machine's cores divided by the workers
+    threads: int = 0  # torch threads of a worker; 0: all cores but one, divided by the workers
     max_failures: int = 2  # restarts from the last checkpoint
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,6 +255,7 @@ def run_restore(context: StageContext) -> dict[str, Any]:
             context.stage_dir / "restored",
             options=settings.options,
             seed=settings.seed,
+            actors=min(2, len(os.sched_getaffinity(0))),
             progress=progress,
         )
     return {"restored": result.restored, "skipped": result.skipped, "quarantined": result.quarantined}

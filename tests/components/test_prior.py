@@ -154,3 +154,20 @@ def test_the_denoiser_beats_guessing_at_every_noise_level(nano, heldout: np.ndar
             spread = (clean - clean.mean(dim=(2, 3), keepdim=True)).square().mean()
             alpha = nano.schedule.alphas_cumprod[t]
             assert error < spread and error < 0.5 * (1 - alpha) / alpha, (t, float(error), float(spread))
+
+
+def test_a_prompted_hue_shows(nano) -> None:  # type: ignore[no-untyped-def]
+    """The same noise under four prompts: each hue is strongest in the picture that asked for it."""
+    from components.captions.tags import hue_share
+    from components.randomness import Noise
+    from components.systems.prior import generate
+    from components.tensors import tensor_to_images
+
+    hues = ("red", "green", "blue", "yellow")
+    noise = Noise(3, np.array([0])).normal("start", (nano.latent_channels, 32, 32)).expand(len(hues), -1, -1, -1)
+    prompts = [f"{hue}, bright, high contrast, smooth" for hue in hues]
+    with torch.no_grad():
+        pictures = tensor_to_images(nano.decode(generate(nano, noise, prompts, (128, 128), steps=15, cfg_scale=4.0)))
+    for hue, picture in zip(hues, pictures, strict=True):
+        shares = [hue_share(other, hue) for other in pictures]
+        assert hue_share(picture, hue) == max(shares) and max(shares) > 1.5 * sorted(shares)[1], (hue, shares)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -115,7 +116,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
     )
-    with Tail(out / METRICS, on_metrics):
+    with Tail(out / METRICS, on_metrics), _own_interrupts():
         try:
             result = trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in its own types
@@ -123,6 +124,19 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
     if result.error is not None or not (out / MODEL / "model.json").is_file():
         raise _ended_early(recipe, result.error)
     return TrainResult(model=out / MODEL, heldout=heldout_losses(out / METRICS), seconds=time.time() - started)
+
+
+@contextlib.contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Ctrl-C stays ours: Ray Train's handler would end the process with a code of its own and then stay registered."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def _ended_early(recipe: Recipe, error: object) -> Failure:

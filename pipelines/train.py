@@ -94,6 +94,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
     from ray.train.torch import TorchConfig, TorchTrainer
 
     started = time.time()
+    stream_config(recipe, inputs)  # a source that is no input dies here, not in the workers
     out.mkdir(parents=True, exist_ok=True)
     placement = recipe.placement
     use_gpu = placement.gpus_per_worker > 0

@@ -100,6 +100,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(dcp: Path, corpus: Path, tm
     assert first.info["parts"] == resumed.info["parts"]  # sha256 of each part
 
 
+@pytest.mark.full  # the end-to-end run chains them in make test
 def test_the_three_stages_follow_each_other(dcp: Path, corpus: Path, tmp_path: Path) -> None:
     data = {"corpora": {"corpus": corpus}}
     small = "lora_rank=4"
@@ -119,7 +120,7 @@ def test_the_three_stages_follow_each_other(dcp: Path, corpus: Path, tmp_path: P
     assert final.info["parents"] == {"previewer": load_model(previewer.model).digest}
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "encoder", "denoiser"])
+@pytest.mark.parametrize("stage", ["autoencoder", pytest.param("encoder", marks=pytest.mark.full), "denoiser"])
 def test_the_priors_stages_train(stage: str, corpus: Path, tmp_path: Path) -> None:
     tiny = [o for o in TINY if not o.startswith(("resampler", "steps_at"))]
     warm = ["warm_start=nano"] if stage != "autoencoder" else []

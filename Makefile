@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with Python 3.11, make and git:
 #   make demo    sets up .venv and runs the whole product on real photographs
-#   make test    the same set-up, then the test suite (at most 15 minutes on 2 cores)
+#   make test    the same set-up, then the test suite (15 to 20 minutes on 2 cores for now; the goal is 15)
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help

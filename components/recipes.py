@@ -6,7 +6,6 @@ A recipe is resolved once, on the driver. A wrong key, type or name dies there w
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +14,13 @@ from typing import Any, Literal
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from components.naming import did_you_mean, near_name
+
 RECIPES = Path(__file__).resolve().parent.parent / "pipelines" / "recipes"
 
 
 class RecipeError(ValueError):
     """A recipe, or a name in it, is wrong; the message says which and what was probably meant."""
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" for the near name, else the list of known ones."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}"
 
 
 @dataclass(kw_only=True)
@@ -184,7 +178,7 @@ def _near_key(key: str, schema: type[Any]) -> str:
     known = list(_keys(schema))
     if not key or key in known:
         return ""
-    return f". {did_you_mean(key, known)}" if difflib.get_close_matches(key, known, n=1, cutoff=0.5) else ""
+    return f". {did_you_mean(key, known)}" if near_name(key, known) else ""
 
 
 def _keys(schema: type[Any], prefix: str = "") -> Iterable[str]:

@@ -6,8 +6,9 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 finished with quarantined rows, 4 qualit
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from components.naming import near_name
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -50,8 +51,8 @@ class RetryLater(RestorayError):
 
 def near_miss(name: str, known: Iterable[str]) -> str:
     """' Did you mean "x"?' for the closest known name, "" where none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f' Did you mean "{close[0]}"?' if close else ""
+    near = near_name(name, known)
+    return f' Did you mean "{near}"?' if near else ""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:

@@ -25,7 +25,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from components.images import Limits, probe
-from components.recipes import did_you_mean
+from components.naming import did_you_mean
 from components.restoring import MAX_PROMPT_CHARS, MAX_SEED, Ask, Identity, file_key, parse_ask, picture_seed
 from components.types import SampleError
 

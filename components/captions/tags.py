@@ -9,12 +9,12 @@ prompted word can be measured in a result (`hue_share`). All thresholds are ours
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
+from components.naming import did_you_mean
 from components.types import Image
 
 MEASURED_SIDE_PX = 128  # pictures are measured at this short side, so that the words do not depend on resolution
@@ -75,9 +75,7 @@ def hue_share(image: Image, hue: str) -> float:
         ValueError: an unknown colour word.
     """
     if hue not in COLOURS:
-        near = difflib.get_close_matches(hue, COLOURS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COLOURS)}"
-        raise ValueError(f"unknown colour {hue!r}; {hint}")
+        raise ValueError(f"unknown colour {hue!r}. {did_you_mean(hue, COLOURS)}")
     return float((_colour_index(_measured(image)) == COLOURS.index(hue)).mean())
 
 

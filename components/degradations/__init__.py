@@ -7,12 +7,12 @@ lq = degradation.apply(hq, degradation.draw(seed, key, position))
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from components.degradations.real_esrgan import SECOND, RealESRGAN, Stage, check_picture
+from components.naming import did_you_mean
 from components.types import Degradation, Image, Plan
 
 
@@ -67,7 +67,7 @@ def build_degradation(preset: str, **options: Any) -> Degradation:
         ValueError: an unknown preset or option, with the nearest known one, or a number outside its range.
     """
     if preset not in PRESETS:
-        raise ValueError(f"unknown degradation {preset!r}; {_hint(preset, PRESETS)}")
+        raise ValueError(f"unknown degradation {preset!r}. {did_you_mean(preset, PRESETS)}")
     return _replaced(PRESETS[preset], options, f"degradation {preset!r}")
 
 
@@ -77,14 +77,8 @@ def _replaced(base: Any, options: Mapping[str, Any], where: str) -> Any:
     changes: dict[str, Any] = {}
     for name, value in options.items():
         if name not in fields:
-            raise ValueError(f"{where} has no option {name!r}; {_hint(name, fields)}")
+            raise ValueError(f"{where} has no option {name!r}. {did_you_mean(name, fields)}")
         if isinstance(value, Mapping):
             value = _replaced(getattr(base, name), value, f"{name} of {where}")
         changes[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(base, **changes)
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names) or 'none'}"

@@ -15,7 +15,6 @@ may download weights.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from components.naming import near_name
 from components.types import Image, SampleError
 
 NO_DOWNLOAD: tuple[str, ...] = ("psnr", "ssim", "ms_ssim", "gmsd", "vif", "piqe")
@@ -96,9 +96,9 @@ def metric_info(name: str) -> MetricInfo:
     configs = _load_pyiqa()[1]
     if name not in configs:
         known = sorted({*METRIC_INFO, *configs})
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"the default set is {', '.join(NO_DOWNLOAD)}"
-        raise ValueError(f"unknown metric {name!r}: {hint}")
+        near = near_name(name, known)
+        hint = f'Did you mean "{near}"?' if near else f"The default set is {', '.join(NO_DOWNLOAD)}."
+        raise ValueError(f"unknown metric {name!r}. {hint}")
     config = configs[name]
     return MetricInfo(
         higher_is_better=not config.get("lower_better", False),

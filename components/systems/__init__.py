@@ -100,7 +100,7 @@ def build_restorer(model: str | Path, **options: Any) -> Restorer:
         ModelError: no usable model, an unknown system, or a system that does not restore.
     """
     from components.models import ModelError, load_model
-    from components.recipes import did_you_mean
+    from components.naming import did_you_mean
 
     folder = load_model(model)
     system = SYSTEMS.get(folder.info["system"])

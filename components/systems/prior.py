@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from components.captions.tags import VOCABULARY
 from components.models import Model, load_model, load_strictly, resolve_model
-from components.objectives.diffusion import clean_weights, offset_noise
+from components.objectives.diffusion import clean_weights, offset_noise, replace_rows
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
@@ -114,12 +114,13 @@ class DenoiserObjective(PriorObjective):
         config: Mapping[str, Any],
         tokenizer_json: str,
         text_dropout: float,
+        pooled_dropout: float = 0.0,
         max_clean_weight: float = 1.0,
         noise_offset: float = 0.0,
     ) -> None:
         trainable = nn.ModuleDict({k: prior.modules[k] for k in ("unet", "text_encoder", "text_encoder_2")})
         super().__init__(prior, config, tokenizer_json, {"denoiser": trainable})
-        self.text_dropout = text_dropout
+        self.text_dropout, self.pooled_dropout = text_dropout, pooled_dropout
         self.weights, self.noise_offset = clean_weights(prior.schedule, max_clean_weight), noise_offset
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
@@ -131,6 +132,9 @@ class DenoiserObjective(PriorObjective):
         dropped = noise.uniform("text_dropout") < self.text_dropout
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
         text, pooled = self.prior.embed_prompts(prompts)
+        if self.pooled_dropout:
+            _, nothing = self.prior.embed_prompts([""])
+            pooled = replace_rows(pooled, nothing, noise.uniform("pooled_dropout") < self.pooled_dropout)
         noisy = self.prior.schedule.add_noise(latents, eps, t)
         predicted = self.prior.unet(
             noisy,
@@ -181,7 +185,13 @@ def build_objective(
         return ImageEncoderObjective(prior, config, tokenizer_json, recipe.contrast_temperature, recipe.seed)
     if recipe.stage == "denoiser":
         return DenoiserObjective(
-            prior, config, tokenizer_json, recipe.text_dropout, recipe.max_clean_weight, recipe.noise_offset
+            prior,
+            config,
+            tokenizer_json,
+            text_dropout=recipe.text_dropout,
+            pooled_dropout=recipe.pooled_dropout,
+            max_clean_weight=recipe.max_clean_weight,
+            noise_offset=recipe.noise_offset,
         )
     raise ValueError(f"no stage {recipe.stage!r}")
 

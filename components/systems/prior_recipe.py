@@ -17,6 +17,8 @@ class PriorRecipe(Recipe):
         latent_noise: standard deviation of noise added to latents while the autoencoder learns, so that its decoder
             forgives a sampler's small errors.
         text_dropout: probability of an empty prompt, for guidance.
+        pooled_dropout: probability that only the pooled prompt is empty. What the pooled prompt tells, the
+            cross-attention need not learn, and picture adapters live in the cross-attention.
         contrast_temperature: of the picture encoder's InfoNCE loss.
         max_clean_weight: a sample's loss is weighted by min(1 / alphas_cumprod[t], this), over its mean. 1 is the
             plain loss (InstantIR Eq. 1); above, errors of the clean latents count, so that a short training spends
@@ -28,6 +30,7 @@ class PriorRecipe(Recipe):
     size: dict[str, Any] = field(default_factory=dict)
     latent_noise: float = 0.05
     text_dropout: float = 0.1
+    pooled_dropout: float = 0.0
     contrast_temperature: float = 0.1
     warm_start: str = ""
     max_clean_weight: float = 1.0
@@ -35,7 +38,8 @@ class PriorRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.text_dropout <= 1:
-            raise RecipeError(f"text_dropout must be in [0, 1], got {self.text_dropout}")
+        for name in ("text_dropout", "pooled_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.max_clean_weight < 1:
             raise RecipeError(f"max_clean_weight must be at least 1, got {self.max_clean_weight}")

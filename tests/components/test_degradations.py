@@ -192,11 +192,11 @@ def test_one_colour_pictures_pass(value: float) -> None:
 
 
 def test_typos_die_with_the_near_name() -> None:
-    with pytest.raises(ValueError, match="did you mean 'realesrgan'"):
+    with pytest.raises(ValueError, match='Did you mean "realesrgan"'):
         build_degradation("realesrgna")
-    with pytest.raises(ValueError, match="did you mean 'sharpen'"):
+    with pytest.raises(ValueError, match='Did you mean "sharpen"'):
         build_degradation("realesrgan", sharpn=True)
-    with pytest.raises(ValueError, match="did you mean 'gaussian'"):
+    with pytest.raises(ValueError, match='Did you mean "gaussian"'):
         build_degradation("realesrgan", first={"gausian": (1, 2)})
     with pytest.raises(ValueError, match="no option"):
         build_degradation("none", factor=2)

@@ -445,7 +445,7 @@ def test_cancelling_stops_before_the_next_step(network: InstantIR) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"step": 2}, "a: unknown option 'step'. Did you mean 'steps'"),
+        ({"step": 2}, "a: unknown option 'step'. Did you mean \"steps\""),
         ({"steps": 2.5}, "a: option steps must be an integer, got 2.5"),
         ({"steps": True}, "a: option steps must be an integer"),
         ({"steps": 0}, "a: steps must be at least 1"),
@@ -485,7 +485,7 @@ def test_defaults_come_from_the_recipe(network: InstantIR, make_prior: Callable[
     plain = replace(request(), options={})
     assert restorer.restore([plain])[0].info["steps"] == "4"
     assert parse_options({"steps": 8}, restorer.defaults) == Options(steps=8, cfg_scale=2.0)
-    with pytest.raises(ValueError, match="Did you mean 'cfg_scale'"):
+    with pytest.raises(ValueError, match='Did you mean "cfg_scale"'):
         InstantIRRestorer(network, {"cfg": 2})
     with pytest.raises(ValueError, match="previewer and an aggregator"):
         InstantIRRestorer(InstantIR(make_prior(), RESAMPLER))

@@ -109,7 +109,7 @@ def test_bad_pictures_name_the_sample(metrics, restored, hq):
 
 
 def test_unknown_names_die_with_the_near_one():
-    with pytest.raises(ValueError, match="did you mean 'ms_ssim'"):
+    with pytest.raises(ValueError, match='Did you mean "ms_ssim"'):
         Metrics(("psnr", "msssim"))
     with pytest.raises(ValueError, match="no metric was named"):
         Metrics(())

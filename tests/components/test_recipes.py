@@ -45,17 +45,17 @@ def test_wrong_overrides_name_the_key(overrides: list[str], message: str) -> Non
 
 
 def test_a_wrong_name_suggests_the_near_one() -> None:
-    with pytest.raises(RecipeError, match="Did you mean 'instantir-dcp-nano'"):
+    with pytest.raises(RecipeError, match='Did you mean "instantir-dcp-nano"'):
         load_recipe("instantir-dcp-nanoo")
 
 
 def test_a_wrong_system_or_stage_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("system: instantirr\n")
-    with pytest.raises(RecipeError, match="Did you mean 'instantir'"):
+    with pytest.raises(RecipeError, match='Did you mean "instantir"'):
         load_recipe(path)
     path.write_text("system: instantir\nstage: dpc\nsteps: 1\nbatch_size: 1\n")
-    with pytest.raises(RecipeError, match="Did you mean 'dcp'"):
+    with pytest.raises(RecipeError, match='Did you mean "dcp"'):
         load_recipe(path)
     path.write_text("system: instantir\nstage: dcp\nbatch_size: 1\n")
     with pytest.raises(RecipeError, match="no value for steps"):

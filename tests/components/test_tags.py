@@ -90,7 +90,7 @@ def test_photographs_are_described_truly(images_dir: Path) -> None:
 
 
 def test_an_unknown_hue_names_the_near_one() -> None:
-    with pytest.raises(ValueError, match="did you mean 'green'"):
+    with pytest.raises(ValueError, match='Did you mean "green"'):
         hue_share(flat(NAMED["red"]), "grean")
     with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
         describe(np.zeros((8, 8), np.uint8))

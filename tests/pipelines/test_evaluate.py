@@ -179,7 +179,7 @@ def test_interval_agrees_with_the_normal_theory():
 
 
 def test_bad_calls_are_usage_errors(folders, tmp_path):
-    with pytest.raises(UsageError, match="did you mean 'psnr'"):
+    with pytest.raises(UsageError, match='Did you mean "psnr"'):
         run(folders, tmp_path / "out", metrics=("psnrr",))
     with pytest.raises(UsageError, match='Did you mean "bicubic_median"'):
         run(folders, tmp_path / "out", baselines=("bicubic_medium",))

@@ -11,8 +11,8 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from components.naming import did_you_mean
 from components.randomness import generator
-from components.recipes import did_you_mean
 from components.samplers.ddim import sample_ddim, sample_ddpm
 from components.samplers.schedules import Schedule
 from components.systems.instantir.denoiser import InstantIRDenoiser, LoopSettings

@@ -1,9 +1,9 @@
 """Model folders: model.json and parts/*.safetensors, written by train, import and shipped models alike.
 
-    model.json      format, name, system, recipe, prior {id, digest}, config, parts {name: {file, sha256}}, parents,
-                    data_manifest_digest, licence, permitted_use, metrics
+    model.json      format, name, system, recipe, prior {id, digest}, config, parts {name: {file, sha256}},
+                    files {name: sha256}, parents, data_manifest_digest, licence, permitted_use, metrics
     parts/          one safetensors file a part
-    files/          small text files that a part needs (a tokenizer)
+    files/          small text files that a part needs (a tokenizer), and *.md for people
 
 A folder is written under a temporary name and renamed, so a killed writer leaves no half model.
 """
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from components.naming import did_you_mean
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "priors" / "weights"
@@ -56,10 +58,16 @@ class Model:
         return load_file(file)
 
     def file(self, name: str) -> Path:
-        """Path of a small text file that came with the model."""
+        """Path of a small text file that came with the model, after its sha256 was checked.
+
+        Raises:
+            ModelError: no such file, or its bytes are not the ones that model.json names.
+        """
         path = self.path / "files" / name
-        if not path.is_file():
-            raise ModelError(f"{self.path}: no file {name!r}")
+        if name not in self.info["files"] or not path.is_file():
+            raise ModelError(f"{self.path}: no file {name!r}; model.json names {sorted(self.info['files'])}")
+        if file_sha256(path) != self.info["files"][name]:
+            raise ModelError(f"{self.path}: file {name!r} does not have the sha256 that model.json names")
         return path
 
 
@@ -110,10 +118,13 @@ def save_model(
         stored = {key: _stored(tensors[key], half) for key in sorted(tensors)}
         save_file(stored, file)
         listed[name] = {"file": f"parts/{name}.safetensors", "sha256": file_sha256(file)}
+    texts: dict[str, str] = {}
     for name, text in (files or {}).items():
         (temporary / "files").mkdir(exist_ok=True)
         (temporary / "files" / name).write_text(text, encoding="utf-8")
-    info = {"format": FORMAT, **{k: getattr(card, k) for k in ModelCard.__dataclass_fields__}, "parts": listed}
+        texts[name] = file_sha256(temporary / "files" / name)
+    told = {k: getattr(card, k) for k in ModelCard.__dataclass_fields__}
+    info = {"format": FORMAT, **told, "parts": listed, "files": texts}
     (temporary / "model.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if path.exists():
         retired = path.with_name(f".{path.name}.retired")
@@ -132,15 +143,15 @@ def _stored(tensor: Tensor, half: bool) -> Tensor:
 
 
 def resolve_model(name: str | Path) -> Path:
-    """A model folder's path from a path or a shipped name. Raises ModelError that lists the shipped names."""
+    """A model folder's path from a path or a shipped name. ModelError says the near or known names."""
     path = Path(name)
     if (path / "model.json").is_file():
         return path
     shipped = SHIPPED / str(name)
     if (shipped / "model.json").is_file():
         return shipped
-    names = sorted(p.parent.name for p in SHIPPED.glob("*/model.json"))
-    raise ModelError(f"{name}: neither a model folder (it would hold model.json) nor a shipped model; shipped: {names}")
+    near = did_you_mean(str(name), (p.parent.name for p in SHIPPED.glob("*/model.json")))
+    raise ModelError(f"{name}: neither a model folder (it would hold model.json) nor a shipped model. {near}")
 
 
 def load_model(name: str | Path) -> Model:
@@ -151,7 +162,7 @@ def load_model(name: str | Path) -> Model:
         info = json.loads(text)
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}: model.json is not JSON ({error})") from error
-    missing = {"format", "name", "system", "parts", "config"} - set(info)
+    missing = {"format", "name", "system", "parts", "files", "config"} - set(info)
     if missing:
         raise ModelError(f"{path}: model.json lacks {sorted(missing)}")
     if info["format"] != FORMAT:
@@ -160,12 +171,14 @@ def load_model(name: str | Path) -> Model:
 
 
 def model_digest(info: Mapping[str, Any]) -> str:
-    """Digest of what decides the outputs: system, config, prior and the parts' own digests."""
+    """Digest of what decides the outputs: system, config, recipe (it settles a restorer's defaults), prior, bytes."""
     decisive = {
         "system": info["system"],
         "config": info["config"],
+        "recipe": info.get("recipe"),
         "prior": info.get("prior"),
         "parts": {name: part["sha256"] for name, part in info["parts"].items()},
+        "files": {name: sha256 for name, sha256 in info["files"].items() if not name.endswith(".md")},
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from components.images import Limits, decode, encode_png
+from components.naming import bounded
+from components.options import OptionCheck, UnknownOption
 from components.randomness import stream_key
 from components.types import Cancellation, Cancelled, Request, Restored, Restorer, SampleError
 
@@ -27,6 +29,7 @@ MAX_KEY_BYTES = 200
 MAX_PROMPT_CHARS = 2000
 MAX_OUTPUT_PIXELS = 50_000_000  # ours; as many as Limits lets in
 MAX_SEED = 2**63 - 1
+TEXTS, SIDES = ("prompt", "negative_prompt"), ("height", "width")  # options that every system takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class Ask:
     Attributes:
         prompt, negative_prompt: text for guidance.
         size: (height, width) of the result in pixels; None keeps the input's.
-        options: system-specific settings; the restorer refuses what it does not know.
+        options: system-specific settings, in the system's own types.
     """
 
     prompt: str = ""
@@ -86,11 +89,7 @@ def file_key(name: str) -> str:
     text = unicodedata.normalize("NFC", text)
     text = "".join("_" if letter in "/\\:" or not letter.isprintable() else letter for letter in text)
     text = "_" + text[1:] if text.startswith(".") else text
-    encoded = text.encode()
-    if len(encoded) > MAX_KEY_BYTES:
-        tail = hashlib.sha256(encoded).hexdigest()[:12]
-        text = encoded[: MAX_KEY_BYTES - 13].decode("utf-8", "ignore") + "-" + tail
-    return text or "picture"
+    return bounded(text, MAX_KEY_BYTES, text) or "picture"
 
 
 def picture_seed(seed: int, key: str) -> int:
@@ -98,14 +97,17 @@ def picture_seed(seed: int, key: str) -> int:
     return stream_key(seed, key) % 2**31
 
 
-def parse_ask(options: Mapping[str, Any], max_output_pixels: int = MAX_OUTPUT_PIXELS) -> Ask:
+def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_pixels: int = MAX_OUTPUT_PIXELS) -> Ask:
     """Sort loose options into an Ask; prompt, negative_prompt, width and height are ours, the rest the system's.
+
+    Args:
+        check: the system's `check_options`; the default takes its options as they are.
 
     Raises:
         ValueError: one sentence that names the option.
     """
     left = dict(options)
-    texts = {name: left.pop(name, "") for name in ("prompt", "negative_prompt")}
+    texts = {name: left.pop(name, "") for name in TEXTS}
     for name, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{name} must be text, got {text!r}")
@@ -113,7 +115,7 @@ def parse_ask(options: Mapping[str, Any], max_output_pixels: int = MAX_OUTPUT_PI
             raise ValueError(f"{name} has {len(text)} characters; the limit is {MAX_PROMPT_CHARS}")
         if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text):
             raise ValueError(f"{name} holds control characters")
-    size = {name: left.pop(name, None) for name in ("height", "width")}
+    size = {name: left.pop(name, None) for name in SIDES}
     given = [name for name, value in size.items() if value is not None]
     if len(given) == 1:
         raise ValueError(f"{given[0]} was given alone; give width and height together, or neither")
@@ -127,7 +129,11 @@ def parse_ask(options: Mapping[str, Any], max_output_pixels: int = MAX_OUTPUT_PI
     for name, value in left.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
-    return Ask(**texts, size=(size["height"], size["width"]) if given else None, options=left)
+    try:
+        own = check(left)
+    except UnknownOption as error:
+        raise UnknownOption(error.name, (*error.known, *TEXTS, *SIDES)) from None
+    return Ask(**texts, size=(size["height"], size["width"]) if given else None, options=own)
 
 
 def restore_bytes(

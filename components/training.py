@@ -15,17 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from components.randomness import Noise, stream_key
+from components.randomness import Noise
 from components.recipes import Optimizer
 from components.types import Batch, Objective
-
-
-@contextlib.contextmanager
-def seeded_init(seed: int, name: str) -> Iterator[None]:
-    """Weights made inside depend on (seed, name) only; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_key(seed, "init", name) % 2**63)
-        yield
 
 
 def build_optimizers(objective: Objective, settings: Optimizer) -> dict[str, torch.optim.Optimizer]:
@@ -92,8 +84,9 @@ def train_step(
         if not names[0]:
             break
         report |= _step(names[0], optimizers[names[0]], lr, clip_norm, report)
-    for optimizer in optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
+        # a phase's loss may reach another phase's weights (a score that judges a generator): that is not their gradient
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
     return {**{k: float(v) for k, v in average(metrics).items()}, **report}
 
 
@@ -108,7 +101,6 @@ def _step(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return {f"{name}/grad_norm": norm, "bad_steps": report["bad_steps"] + bad}
 
 
@@ -117,17 +109,23 @@ def _autocast(precision: str, device: str) -> contextlib.AbstractContextManager[
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Average gradients over the workers; a parameter without one counts as zero."""
+    """Average gradients over the workers.
+
+    A worker without a gradient counts as zero; a parameter without one on every worker keeps None, as on one worker,
+    so that weight decay leaves it alone.
+    """
     if not _distributed():
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([g.reshape(-1).to(torch.float32) for g in gradients])
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    flat = torch.cat([used, *(g.reshape(-1).to(torch.float32) for g in gradients)])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    offset = 0
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    anywhere = (flat[: len(parameters)] > 0).tolist()
+    offset = len(parameters)
+    for parameter, gradient, has in zip(parameters, gradients, anywhere, strict=True):
         count = gradient.numel()
-        parameter.grad = flat[offset : offset + count].view_as(gradient).to(gradient.dtype)
+        parameter.grad = flat[offset : offset + count].view_as(gradient).to(gradient.dtype) if has else None
         offset += count
 
 

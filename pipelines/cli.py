@@ -19,10 +19,21 @@ import typer
 from typer.core import TyperCommand
 
 from pipelines.console import Console
-from pipelines.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_QUARANTINED, RestorayError, UsageError, unknown
+from pipelines.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_QUARANTINED,
+    EXIT_USAGE,
+    RestorayError,
+    UsageError,
+    unknown,
+)
 
 if TYPE_CHECKING:
     from pipelines.plans import PlanResult
+
+INTERRUPTED = "interrupted: the same command resumes where this one stopped."
 
 app = typer.Typer(
     name="restoray",
@@ -169,10 +180,16 @@ def curate(
     """Photographs to shards with an index, a manifest and a quarantine list."""
     from pipelines.cluster import local_ray
     from pipelines.curate import curate as curate_corpus
+    from pipelines.curate import load_spec
+    from pipelines.sources import for_folder, list_entries
 
     console = Console(silent=as_json)
+    resolved = load_spec(spec)
+    if images is not None:
+        resolved = for_folder(resolved, images)
+    list_entries(resolved)  # a folder without pictures dies here, before Ray
     with local_ray(), console.bar("curate") as progress:
-        result = curate_corpus(spec, out, progress=progress, images=images)
+        result = curate_corpus(resolved, out, progress=progress)
     document = plain(result)
     console.result(document, [f"{result.accepted} accepted, {result.rejected} quarantined; {out}"])
     raise typer.Exit(EXIT_QUARANTINED if result.rejected else 0)
@@ -202,11 +219,13 @@ def train(
     if out is None:
         raise UsageError("train needs --out FOLDER (or --dry-run).")
     from pipelines.cluster import local_ray
-    from pipelines.stages import step_progress, train_inputs
+    from pipelines.stages import step_progress, train_folder, train_inputs
+    from pipelines.train import check_inputs
     from pipelines.train import train as train_stage
 
     folders = train_inputs(named_folders(inputs or []))
-    with local_ray(), console.bar(resolved.name) as progress:
+    check_inputs(resolved, folders)
+    with train_folder(resolved, folders, out), local_ray(), console.bar(resolved.name) as progress:
         result = train_stage(resolved, folders, out, on_metrics=step_progress(progress, resolved.steps))
     console.result(plain(result), [f"model: {result.model}"])
 
@@ -222,10 +241,14 @@ def restore(
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the restorer's options."""
     from pipelines.cluster import local_ray
-    from pipelines.restore import restore_folder
+    from pipelines.restore import list_pictures, model_identity, restore_folder
+    from pipelines.stages import check_options
 
     console = Console(silent=as_json)
-    options, folder = parse_options(overrides or []), local_model(model)
+    options = parse_options(overrides or [])
+    list_pictures(source, out)
+    folder, identity = model_identity(local_model(model))
+    check_options(identity.system, options)
     with local_ray(), console.bar("restore") as progress:
         result = restore_folder(folder, source, out, options=options, seed=seed, progress=progress)
     line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
@@ -252,6 +275,7 @@ def evaluate(
     console.result(
         plain(summary), [*(f"{name}: {text}" for name, text in summary.verdicts.items()), summary.verdict, str(out)]
     )
+    raise typer.Exit(EXIT_QUARANTINED if summary.quarantined else 0)
 
 
 @app.command(cls=Command)
@@ -263,10 +287,11 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
 ) -> None:
     """Serve a model: POST /v1/restore, GET /health."""
-    folder = local_model(model)
     from pipelines.cluster import local_ray
+    from pipelines.restore import model_identity
     from pipelines.serve import serve as serve_model
 
+    folder, _ = model_identity(local_model(model))
     with local_ray():
         serve_model(folder, host=host, port=port, on_ready=lambda url: typer.echo(f"ready: {url}"))
 
@@ -399,16 +424,26 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     as_json = "--json" in sys.argv
     try:
-        app()
+        code = int(app(standalone_mode=False) or EXIT_OK)
+        message = INTERRUPTED if code == EXIT_INTERRUPTED else ""  # typer makes a Ctrl-C this code and says nothing
     except RestorayError as error:
-        report_error(str(error), error.exit_code, as_json)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        report_error("interrupted; the same command goes on from here.", EXIT_INTERRUPTED, as_json)
-        sys.exit(EXIT_INTERRUPTED)
+        code, message = error.exit_code, str(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code, message = EXIT_INTERRUPTED, INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away: nothing is left to be said to it
         sys.stderr.close()
         sys.exit(EXIT_FAILURE)
+    except OSError as error:
+        code, message = EXIT_FAILURE, f"{error.filename or 'input or output'}: {error.strerror or error}."
+    except Exception as error:  # the parser's own classes are private to typer
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        code, message = getattr(error, "exit_code", EXIT_USAGE), ""
+        show()
+    if message:
+        report_error(message, code, as_json)
+    sys.exit(code)
 
 
 def report_error(message: str, code: int, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.errors import RetryLater
+from pipelines.errors import RetryLater, UsageError
 from pipelines.home import data_folder
 
 START_ATTEMPTS = 3
@@ -53,6 +53,10 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
     Args:
         num_cpus: logical CPUs; None takes clusters/local.yaml.
         object_store_mib: shared memory for objects, MiB; None takes clusters/local.yaml.
+
+    Raises:
+        UsageError: RAY_ADDRESS names a cluster: what runs here would not be what was asked for.
+        RetryLater: see start_ray.
     """
     quiet_environment()
     import ray
@@ -60,6 +64,11 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
     if ray.is_initialized():
         yield
         return
+    if os.environ.get("RAY_ADDRESS"):
+        raise UsageError(
+            "RAY_ADDRESS is set, but commands run on a Ray of their own on this machine and cannot join a cluster yet: "
+            "unset it."
+        )
     settings = load_local()
     # Unix socket paths hold at most 107 bytes, and Ray appends about 70 to this folder's name.
     temporary = short_temporary_folder()
@@ -117,8 +126,7 @@ def quiet_environment() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
     # Despite its name this is what makes a local Ray listen on loopback only, on any system (seen in 2.60: with it all
     # sockets are on 127.0.0.1; without it most are on every address, whatever _node_ip_address says).
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def quiet_data() -> None:

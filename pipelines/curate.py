@@ -21,7 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +34,7 @@ from pipelines import shards
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, RetryLater, UsageError, near_miss, unknown
 from pipelines.home import shipped
+from pipelines.rows import end_torn_line, read_lines, replace_file
 from pipelines.sources import Entry, for_folder, list_entries, read_entry
 
 VERSION = 1
@@ -95,7 +96,7 @@ def curate(
         images: a folder that replaces the spec's sources, with held-out pictures by fraction.
 
     Raises:
-        UsageError: missing or empty source, unknown held-out name.
+        UsageError: missing or empty source, a source that is `out` itself, unknown held-out name.
         Failure: output cannot be written, too little disk, not one usable picture, a picture that changed meanwhile.
         RetryLater: another process curates into the same folder.
     """
@@ -105,23 +106,23 @@ def curate(
     spec = spec if isinstance(spec, CorpusSpec) else load_spec(spec)
     if images is not None:
         spec = for_folder(spec, Path(images))
-    entries, skipped = list_entries(spec)
+    entries, skipped = list_entries(spec, out)
     _check_held_out_names(spec, entries)
     with _locked(out):
         try:
             verdicts, reused = _verdicts(entries, spec.filters, out, tell)
             accepted, quarantine = _decide(entries, verdicts, spec)
             if not accepted:
-                shards.write_atomic(out / "quarantine.jsonl", _lines(quarantine))
+                replace_file(out / "quarantine.jsonl", _lines(quarantine), sync=True)
                 codes = ", ".join(f"{n} {code}" for code, n in Counter(row["code"] for row in quarantine).items())
                 raise Failure(f"none of the {len(entries)} pictures of {spec.name} is usable ({codes}); see {out}.")
             index = _write_shards(accepted, spec, out, tell)
             manifest = _lines(_manifest(accepted, index))
             digest = hashlib.sha256(manifest).hexdigest()
-            shards.write_atomic(out / "quarantine.jsonl", _lines(quarantine))
-            shards.write_atomic(out / "manifest.jsonl", manifest)
+            replace_file(out / "quarantine.jsonl", _lines(quarantine), sync=True)
+            replace_file(out / "manifest.jsonl", manifest, sync=True)
             document = {"format": shards.FORMAT, "name": spec.name, "digest": digest, "splits": index}
-            shards.write_atomic(out / "index.json", (json.dumps(document, ensure_ascii=False) + "\n").encode())
+            replace_file(out / "index.json", (json.dumps(document, ensure_ascii=False) + "\n").encode(), sync=True)
             _remove_leftovers(out, index)
         except OSError as error:
             raise Failure(f"{error.filename or out} cannot be written: {error.strerror or error}.") from error
@@ -239,7 +240,7 @@ def _verdicts(
     names = [
         hashlib.sha256(f"{rules}|{e.source}|{e.path}|{e.size}|{e.mtime_ns}".encode()).hexdigest()[:32] for e in entries
     ]
-    known = {row["id"]: row for row in _read_log(out / "verdicts.jsonl") if row.get("code") not in RETRIED}
+    known = {row["id"]: row for row in read_lines(out / "verdicts.jsonl") if row.get("code") not in RETRIED}
     verdicts: dict[int, dict[str, Any]] = {}
     reused = 0
     for number, entry in enumerate(entries):
@@ -266,24 +267,20 @@ def _decide(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Accepted rows (manifest fields, and the entry under "entry") and quarantine rows, both in source order.
 
-    Of equal files and of equal keys the first in source order stays, so a repeated task changes nothing.
+    Of equal files the first in source order stays, so a repeated task changes nothing.
     """
     accepted: list[dict[str, Any]] = []
     quarantine = []
     pictures: dict[str, str] = {}
-    keys: dict[str, str] = {}
     for entry, verdict in zip(entries, verdicts, strict=True):
         code, detail, stage = verdict.get("code", ""), verdict.get("detail", ""), "measure"
         if not code and verdict["sha256"] in pictures:
             code, detail, stage = "duplicate", f"same bytes as {pictures[verdict['sha256']]}", "select"
-        if not code and entry.key in keys:
-            code, detail, stage = "duplicate_key", f"{keys[entry.key]} has the key {entry.key} already", "select"
         if code:
             row = {"key": entry.key, "source": entry.source, "stage": stage, "code": code, "detail": detail}
             quarantine.append({**row, "bytes_sha256": verdict["sha256"]})
             continue
         pictures[verdict["sha256"]] = entry.key
-        keys[entry.key] = entry.source
         accepted.append(
             {
                 "key": entry.key,
@@ -300,17 +297,34 @@ def _decide(
                 "entry": entry,
             }
         )
-    held_out = _held_out([row["key"] for row in accepted], spec.split)
+    named = {shards.safe_key(name) for name in spec.split.held_out}
+    held_out = {row["sha256"] for row in accepted if row["key"] in named}  # before a key may get longer
+    _part_equal_keys(accepted)
+    if not named:
+        chosen = _held_out([row["key"] for row in accepted], spec.split)
+        held_out = {row["sha256"] for row in accepted if row["key"] in chosen}
     for row in accepted:
-        row["split"] = "held_out" if row["key"] in held_out else "train"
+        row["split"] = "held_out" if row["sha256"] in held_out else "train"
     accepted.sort(key=lambda row: row["split"] == "held_out")  # stable: train first, source order within
     return accepted, quarantine
 
 
+def _part_equal_keys(accepted: Sequence[dict[str, Any]]) -> None:
+    """Give each of different pictures with one key ("IMG 1.png", "IMG_1.png") an end made of its own bytes' hash.
+
+    All of them get it, so that no key depends on which came first.
+    """
+    digits = 8
+    while doubled := {key for key, count in Counter(row["key"] for row in accepted).items() if count > 1}:
+        for row in accepted:
+            if row["key"] in doubled:
+                row["key"] = shards.safe_key(f"{row['key']}-{row['sha256'][:digits]}")
+                row["entry"] = replace(row["entry"], key=row["key"])
+        digits *= 2  # a file may be named like such a key already
+
+
 def _held_out(keys: Sequence[str], split: SplitSpec) -> set[str]:
-    """Keys that are held out. By fraction: at least 2 of 6 or more, 1 of 2 to 5, and none of a single picture."""
-    if split.held_out:
-        return {shards.safe_key(name) for name in split.held_out} & set(keys)
+    """Keys held out by fraction: at least 2 of 6 or more, 1 of 2 to 5, and none of a single picture."""
     if not split.held_out_fraction:
         return set()
     ranked = sorted(keys, key=_place)
@@ -372,7 +386,7 @@ def _write_shards(accepted: Sequence[dict[str, Any]], spec: CorpusSpec, out: Pat
     """Write what is missing and return the "splits" of index.json."""
     plans = _plan_shards(accepted, spec.shard_mib)
     done: dict[str, dict[str, Any]] = {}
-    for row in _read_log(out / "shards.jsonl"):
+    for row in read_lines(out / "shards.jsonl"):
         path = out / row["split"] / row["entry"]["name"]
         if path.is_file() and path.stat().st_size == row["entry"]["bytes"]:
             done[row["plan"]] = row["entry"]
@@ -478,27 +492,11 @@ class _Log:
 
 @contextmanager
 def _appending(path: Path) -> Iterator[_Log]:
-    torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    end_torn_line(path)
     with open(path, "a", encoding="utf-8") as target:
-        if torn:  # a killed run left half a line; the next row must not be glued to it
-            target.write("\n")
         yield _Log(target)
         target.flush()
         os.fsync(target.fileno())
-
-
-def _read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON-lines log; half-written ones are left out."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as source:
-        for line in source:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
 
 
 @contextmanager

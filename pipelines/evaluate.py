@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from components.images import decode
 from components.randomness import generator
 from components.types import Image, SampleError
 from pipelines.console import Progress, no_progress
-from pipelines.errors import UsageError, unknown
+from pipelines.errors import Failure, UsageError, unknown
+from pipelines.rows import end_torn_line, read_lines, replace_file, write_lines
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 RESTORED = "restored"
@@ -73,6 +74,7 @@ class Summary:
         verdict: the outcome over all metrics in one or two sentences, whatever it is.
         verdicts: one sentence per metric, against the input.
         missing: what could not be scored: {"key", "where" or "metric", "reason"}.
+        quarantined: pictures without any score, each with its reason in `missing`.
         folders: role -> folder relative to the evaluation's own, for the report.
         reused: rows taken from an earlier scores.jsonl.
     """
@@ -84,6 +86,7 @@ class Summary:
     verdict: str
     verdicts: dict[str, str]
     missing: list[dict[str, str]] = field(default_factory=list)
+    quarantined: int = 0
     folders: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     reused: int = 0
@@ -219,26 +222,6 @@ def overall_verdict(comparisons: Sequence[Comparison], opponent: str, metrics: M
     return f"Restored {'; '.join(clauses)} ({numbers})."
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; [] where there is none, and a line torn by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
-
-
-def _write_whole(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
-
-
 def _arm_picture(arm: str, restored: Image, lq: Image | None, height: int, width: int) -> Image:
     if arm == RESTORED:
         return restored
@@ -273,6 +256,7 @@ def evaluate(
 
     Raises:
         UsageError: a folder is absent or holds no picture, or a metric or baseline is unknown.
+        Failure: `out` cannot be written, or not one picture could be scored; summary.json then says why.
     """
     for name in baselines:
         if name not in BASELINES:
@@ -293,41 +277,64 @@ def evaluate(
         if not absent:
             keys.append(key)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     arms = (RESTORED, *baselines)
     versions = {"pyiqa": version("pyiqa"), "rows": "1"}
-    scores_path = out / "scores.jsonl"
-    earlier = {row.get("key"): row for row in read_rows(scores_path)}
-    rows: dict[str, dict[str, Any]] = {}
+    place = {role: Path(os.path.relpath(folder, out)).as_posix() for role, folder in folders.items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files = {key: {role: found[role][key] for role in folders} for key in keys}
+        rows, reused = _score_all(files, out / "scores.jsonl", versions, arms, scorer, missing, progress)
+        summary = summarise(rows, scorer.names, arms, missing, seed)
+        summary = replace(summary, folders=place, versions=versions, reused=reused)
+        replace_file(out / "summary.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
+    except OSError as error:
+        raise Failure(f"cannot write to {out}: {error.strerror or error}.") from error
+    if not summary.means[RESTORED]:
+        first = f"{summary.missing[0]['key']}: {summary.missing[0]['reason']}"
+        raise Failure(f"not one picture of {restored_dir} could be scored ({first}); see {out / 'summary.json'}.")
+    return summary
+
+
+def _score_all(
+    files: Mapping[str, Mapping[str, Path]],
+    scores_path: Path,
+    versions: Mapping[str, str],
+    arms: Sequence[str],
+    scorer: Metrics,
+    missing: list[dict[str, str]],
+    progress: Progress,
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows of all pictures in the order of `files` (key -> role -> path), and how many were reused."""
+    earlier = {row.get("key"): row for row in read_lines(scores_path)}
+    rows: list[dict[str, Any]] = []
     reused = 0
+    end_torn_line(scores_path)
     with scores_path.open("a", encoding="utf-8") as stream:
-        if stream.tell() and not scores_path.read_bytes().endswith(b"\n"):
-            stream.write("\n")  # close a line that a kill tore, so that the next row stays whole
-        for done, key in enumerate(keys, start=1):
-            data = {role: found[role][key].read_bytes() for role in folders}
-            digests = {role: hashlib.sha256(bytes_).hexdigest() for role, bytes_ in data.items()}
-            row = earlier.get(key)
-            if row is not None and _reusable(row, digests, versions, arms, scorer.names):
-                reused += 1
-            else:
-                try:
-                    row = _score_row(key, data, digests, versions, arms, scorer)
-                except SampleError as error:
-                    missing.append({"key": key, "where": "score", "reason": f"[{error.code}] {error.detail}"})
-                    row = None
+        for done, (key, paths) in enumerate(files.items(), start=1):
+            try:
+                data = {role: _read_picture(path, key) for role, path in paths.items()}
+                digests = {role: hashlib.sha256(bytes_).hexdigest() for role, bytes_ in data.items()}
+                row = earlier.get(key)
+                if row is not None and _reusable(row, digests, versions, arms, scorer.names):
+                    reused += 1
                 else:
+                    row = _score_row(key, data, digests, versions, arms, scorer)
                     stream.write(json.dumps(row) + "\n")
                     stream.flush()
-            if row is not None:
-                rows[key] = row
-            progress(done, len(keys), key)
-    # stale rows of earlier runs go; the order becomes that of the keys
-    _write_whole(scores_path, "".join(json.dumps(row) + "\n" for row in rows.values()))
-    summary = summarise(list(rows.values()), scorer.names, arms, missing, seed)
-    place = {role: Path(os.path.relpath(folder, out)).as_posix() for role, folder in folders.items()}
-    summary = Summary(**{**vars(summary), "folders": place, "versions": versions, "reused": reused})
-    _write_whole(out / "summary.json", json.dumps(summary.to_json(), indent=1) + "\n")
-    return summary
+                rows.append(row)
+            except SampleError as error:
+                missing.append({"key": key, "where": "score", "reason": f"[{error.code}] {error.detail}"})
+            progress(done, len(files), key)
+    write_lines(scores_path, rows)  # stale rows of earlier runs go; the order becomes that of the keys
+    return rows, reused
+
+
+def _read_picture(path: Path, key: str) -> bytes:
+    """A picture's bytes; an OSError would be taken for the output's."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError("unreadable", f"{path.name} cannot be read: {error.strerror}", key) from error
 
 
 def _reusable(
@@ -416,4 +423,5 @@ def summarise(
         verdict=overall.strip() or "No picture could be compared.",
         verdicts=verdicts,
         missing=absent,
+        quarantined=unscored,
     )

@@ -6,6 +6,7 @@ MLflow, and a store that is down costs nothing but its own pictures.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -14,10 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.rows import replace_file
+from pipelines.tracking import DATABASE, Tracker, tail_metrics
+
 if TYPE_CHECKING:
     from pipelines.plans import PlannedStage, PlanResult
 
 POLL_S = 3.0
+PUBLISHED = "published.json"
 SAMPLE = re.compile(r"step-0*(\d+)")
 
 
@@ -26,12 +31,11 @@ class RunTracking:
 
     def __init__(self, run_dir: Path, plan: str) -> None:
         self.run_dir, self.plan = run_dir, plan
-        self.location = f"sqlite:///{run_dir / 'mlflow.db'}"
+        self.location = f"sqlite:///{run_dir / DATABASE}"
         self.children: dict[str, str] = {}
 
     def __enter__(self) -> RunTracking:
-        from pipelines.tracking import Tracker
-
+        (self.run_dir / PUBLISHED).unlink(missing_ok=True)  # the store may be a new one; `publish` says it again
         self.tracker = Tracker(self.run_dir, self.plan)
         self.parent = self.tracker.start_parent(self.plan, {"plan": self.plan, "run_dir": str(self.run_dir)})
         return self
@@ -58,17 +62,42 @@ class RunTracking:
             self.tracker.finish(run, end_status(kind))
 
     def publish(self, result: PlanResult) -> None:
-        """Register the run's last model and log the numbers of its results with the parent."""
-        newest: tuple[str, Path] | None = None
-        for record in result.stages:
-            folder = result.run_dir / record.stage.folder
-            if record.stage.name in self.children and (folder / "model" / "model.json").is_file():
-                newest = (self.children[record.stage.name], folder / "model")
-            if record.results.get("manifest_digest"):
-                self.tracker.log_dataset_digest(self.parent, record.stage.name, record.results["manifest_digest"])
-        if newest is not None:
-            name = json.loads((newest[1] / "model.json").read_text()).get("name") or self.plan
-            self.tracker.register_model(newest[0], newest[1], name)
+        """Register the run's last model and name its data with the parent; also of stages that were done before."""
+        document = publication(result)
+        for name, digest in document["data"].items():
+            self.tracker.log_dataset_digest(self.parent, name, digest)
+        last = result.last_model()
+        if last is not None:
+            folder = result.run_dir / last.stage.folder
+            if last.stage.name not in self.children:  # an earlier driver's: its run is continued, or made anew
+                with self.stage(last.stage, folder):
+                    pass
+            name = json.loads((folder / "model" / "model.json").read_text()).get("name") or self.plan
+            self.tracker.register_model(self.children[last.stage.name], folder / "model", name)
+        if not self.tracker.backlog.exists():
+            replace_file(self.run_dir / PUBLISHED, json.dumps(document).encode())
+
+
+def publication(result: PlanResult) -> dict[str, Any]:
+    """What of a finished run belongs into MLflow: sha256 of the last model's model.json, digests of the corpora."""
+    last = result.last_model()
+    model = last and result.run_dir / last.stage.folder / "model" / "model.json"
+    found = {record.stage.name: record.results.get("manifest_digest") for record in result.stages}
+    return {
+        "model": model and hashlib.sha256(model.read_bytes()).hexdigest(),
+        "data": {name: digest for name, digest in found.items() if digest},
+    }
+
+
+def published(result: PlanResult) -> bool:
+    """Whether MLflow has it all already, told by a note in the run's folder: asking MLflow takes seconds."""
+    document, note = publication(result), result.run_dir / PUBLISHED
+    if document == {"model": None, "data": {}}:
+        return True
+    try:
+        return (result.run_dir / DATABASE).is_file() and json.loads(note.read_text()) == document
+    except (OSError, ValueError):
+        return False
 
 
 class Follower:
@@ -97,8 +126,6 @@ class Follower:
 
     def read(self) -> None:
         """One look at the folder."""
-        from pipelines.tracking import tail_metrics
-
         rows, self.offset = tail_metrics(self.folder / "metrics.jsonl", self.offset)
         if rows:
             self.tracker.log_metrics(self.run, rows)

@@ -26,19 +26,27 @@ from starlette.requests import ClientDisconnect
 
 from components.images import Limits, probe
 from components.naming import did_you_mean
-from components.restoring import MAX_PROMPT_CHARS, MAX_SEED, Ask, Identity, file_key, parse_ask, picture_seed
+from components.options import OptionCheck, UnknownOption
+from components.restoring import (
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    SIDES,
+    TEXTS,
+    Ask,
+    Identity,
+    file_key,
+    parse_ask,
+    picture_seed,
+)
 from components.types import SampleError
 
 PARAMETERS: Mapping[str, type] = {
     "key": str,  # names the picture; default: the form file's name, else "picture"
     "seed": int,  # default: from the key, as a batch job of seed 0 would
-    "prompt": str,
-    "negative_prompt": str,
-    "steps": int,
-    "cfg_scale": float,
-    "width": int,
-    "height": int,
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(SIDES, int),
 }
+"""Those of every system; any other is an option, which the system judges as it does in a batch job."""
 
 STATUS: Mapping[str, int] = {
     "not_image": 415,
@@ -107,8 +115,8 @@ class Refusal(Exception):
         self.status, self.code, self.detail = status, code, detail
 
 
-def build_app(backend: Backend, identity: Identity, limits: ServeLimits) -> FastAPI:
-    """The routes. No documentation pages: they would be a second description to keep true."""
+def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: OptionCheck) -> FastAPI:
+    """The routes; `check` judges the system's options. No documentation pages: a second description to keep true."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     def problem(status: int, code: str, detail: str) -> JSONResponse:
@@ -142,7 +150,7 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits) -> Fast
             raise Refusal(408, "read_timeout", f"the body did not arrive in {limits.read_timeout_s:g} s") from None
         except ClientDisconnect:
             return Response(status_code=499)  # nobody hears it; the log does
-        key, seed, ask = read_parameters(given, limits)
+        key, seed, ask = read_parameters(given, limits, check)
         check_picture(data, ask, limits)
         try:
             async with asyncio.timeout(limits.deadline_s):
@@ -191,16 +199,12 @@ async def read_request(request: Request, max_bytes: int) -> tuple[bytes, dict[st
         raise Refusal(415, "unsupported_type", f"send image/* or multipart/form-data, not {kind[:80]!r}")
     given: dict[str, str] = {}
     for name, value in pairs:
-        if name not in PARAMETERS:
-            raise Refusal(
-                422, "unknown_parameter", f"unknown parameter {name[:80]!r}. {did_you_mean(name[:80], PARAMETERS)}"
-            )
         if given.setdefault(name, value) != value:
-            raise Refusal(422, "bad_parameter", f"{name} was given twice")
+            raise Refusal(422, "bad_parameter", f"{name[:80]} was given twice")
     return data, given
 
 
-def read_parameters(given: Mapping[str, str], limits: ServeLimits) -> tuple[str, int, Ask]:
+def read_parameters(given: Mapping[str, str], limits: ServeLimits, check: OptionCheck) -> tuple[str, int, Ask]:
     """(key, seed, ask) from parameters as text.
 
     Raises:
@@ -209,10 +213,9 @@ def read_parameters(given: Mapping[str, str], limits: ServeLimits) -> tuple[str,
     values: dict[str, Any] = {}
     for name, text in given.items():
         try:
-            values[name] = PARAMETERS[name](text)
+            values[name] = PARAMETERS[name](text) if name in PARAMETERS else _number_or_text(text)
         except ValueError:
-            wanted = {int: "a whole number", float: "a number"}[PARAMETERS[name]]
-            raise Refusal(422, "bad_parameter", f"{name} must be {wanted}, got {text[:40]!r}") from None
+            raise Refusal(422, "bad_parameter", f"{name} must be a whole number, got {text[:40]!r}") from None
     key = file_key(values.pop("key", "picture"))
     seed = values.pop("seed", None)
     if seed is None:
@@ -220,7 +223,10 @@ def read_parameters(given: Mapping[str, str], limits: ServeLimits) -> tuple[str,
     if not 0 <= seed <= MAX_SEED:
         raise Refusal(422, "bad_parameter", f"seed must be from 0 to {MAX_SEED}, got {seed}")
     try:
-        return key, seed, parse_ask(values, limits.max_output_pixels)
+        return key, seed, parse_ask(values, check, limits.max_output_pixels)
+    except UnknownOption as error:
+        near = did_you_mean(error.name, {*error.known, *PARAMETERS})
+        raise Refusal(422, "unknown_parameter", f"unknown parameter {error.name!r}. {near}") from error
     except ValueError as error:
         raise Refusal(422, "bad_parameter", str(error)) from error
 
@@ -246,6 +252,7 @@ def check_picture(data: bytes, ask: Ask, limits: ServeLimits) -> None:
 
 FORM_OVERHEAD = 64 << 10  # ours: boundaries, part headers and a few short fields around the picture
 MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARS  # UTF-8
+MAX_FIELDS = 64  # ours: more than any system has options
 
 
 async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, list[tuple[str, str]]]:
@@ -254,7 +261,7 @@ async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, list[tupl
         request.headers,
         _limited(request, max_bytes + FORM_OVERHEAD),
         max_files=1,
-        max_fields=2 * len(PARAMETERS),
+        max_fields=MAX_FIELDS,
         max_part_size=MAX_FIELD_BYTES,
     )
     try:
@@ -276,6 +283,16 @@ async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, list[tupl
         return data, fields
     finally:
         await form.close()
+
+
+def _number_or_text(text: str) -> int | float | str:
+    """A parameter's value as the command line would read it."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:

@@ -23,7 +23,8 @@ from typing import Any
 from pipelines.console import Console
 from pipelines.errors import EXIT_OK, EXIT_QUARANTINED, Failure, RetryLater, UsageError, unknown
 from pipelines.home import runs_folder, shipped
-from pipelines.stages import VERBS, StageContext, TrainSettings, Verb
+from pipelines.rows import replace_file
+from pipelines.stages import VERBS, StageContext, TrainSettings, Verb, check_recipe
 
 PLAN_FORMAT = 1
 STAGE_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
@@ -75,6 +76,7 @@ class Plan:
     title: str
     free_mib: int
     stages: tuple[PlannedStage, ...]
+    origin: Mapping[str, Any] = field(default_factory=dict)  # file ("" if shipped), overrides: what the report repeats
 
 
 @dataclass(kw_only=True)
@@ -109,6 +111,11 @@ class PlanResult:
     def verdict(self) -> str:
         """The last stage's sentence on how restored pictures scored, "" without one."""
         return next((str(r.results["verdict"]) for r in reversed(self.stages) if r.results.get("verdict")), "")
+
+    def last_model(self) -> StageRecord | None:
+        """The last stage that left a model, None without one."""
+        folders = ((record, self.run_dir / record.stage.folder) for record in reversed(self.stages))
+        return next((record for record, folder in folders if (folder / "model" / "model.json").is_file()), None)
 
     @property
     def exit_code(self) -> int:
@@ -201,8 +208,12 @@ def load_plan(
             if need not in planned:
                 raise unknown(f"earlier stage in the needs of {stage['name']}", str(need), planned)
         inputs = {need: planned[need].digest for need in stage["needs"]}
-        planned[stage["name"]] = resolve_stage(stage, by_stage[stage["name"]], head.workers, inputs, images, verbs)
-    return Plan(name=path.stem, title=head.title, free_mib=head.free_mib, stages=tuple(planned.values()))
+        settled = resolve_stage(stage, by_stage[stage["name"]], head.workers, inputs, images, verbs)
+        above = [recipe for need in stage["needs"] if (recipe := planned[need].recipe) is not None]
+        verbs[stage["verb"]].check(settled.settings, above)
+        planned[stage["name"]] = settled
+    origin = {"file": "" if str(name) in shipped("plans") else str(path.absolute()), "overrides": list(overrides)}
+    return Plan(name=path.stem, title=head.title, free_mib=head.free_mib, stages=tuple(planned.values()), origin=origin)
 
 
 def plan_path(name: str | Path) -> Path:
@@ -299,13 +310,15 @@ def resolve_stage(
 
 
 def load_checked_recipe(name: str, overrides: Sequence[str]) -> Any:
-    """components.recipes.load_recipe with its errors as UsageError."""
+    """components.recipes.load_recipe, with the names inside judged too and every error as UsageError."""
     from components.recipes import RecipeError, load_recipe
 
     try:
-        return load_recipe(name, overrides)
+        recipe = load_recipe(name, overrides)
     except RecipeError as error:
         raise UsageError(str(error)) from error
+    check_recipe(recipe)
+    return recipe
 
 
 def recipe_documents(recipe: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -357,6 +370,8 @@ def run_plan(
         images = Path(images).expanduser().absolute()
     resolved = load_plan(plan, overrides, images, verbs)
     run_dir = Path(out).expanduser().absolute() if out else runs_folder() / resolved.name
+    if images is not None and run_dir.resolve() == images.resolve():
+        raise UsageError(f"{images} is both input and output; choose another output folder.")
     records = [StageRecord(stage=stage) for stage in resolved.stages]
     for record in records:
         done = read_done(run_dir / record.stage.folder, record.stage.digest)
@@ -380,7 +395,7 @@ def run_stages(
 ) -> None:
     """Run what is not done; plan.json always tells the truth about how far this came."""
     from pipelines.cluster import local_ray
-    from pipelines.follow import RunTracking
+    from pipelines.follow import RunTracking, published
 
     with ExitStack() as stack:
         ray_stands, tracking = False, None
@@ -401,6 +416,8 @@ def run_stages(
             console.say(f"{title}: {'goes on' if resumes else 'starts'} in {stage.folder}")
             run_one(plan, result, record, verb, images, console, tracking)
             console.say(f"{title}: finished in {record.seconds:.0f} s")
+        if track and tracking is None and not published(result):  # an earlier driver died before it came to this
+            tracking = stack.enter_context(RunTracking(result.run_dir, plan.name))
         if tracking is not None:
             tracking.publish(result)
 
@@ -457,11 +474,8 @@ def finish(plan: Plan, result: PlanResult, console: Console) -> None:
     """Point at the model, and write the report anew: it is cheap, and it shows also what was done before."""
     from pipelines.report import write_report
 
-    for record in result.stages:
-        model = result.run_dir / record.stage.folder / "model"
-        if (model / "model.json").is_file():
-            result.model = model
-    store = result.run_dir / "mlflow.db"
+    last, store = result.last_model(), result.run_dir / "mlflow.db"
+    result.model = result.run_dir / last.stage.folder / "model" if last else None
     if result.tracking is None and store.is_file():
         result.tracking = f"sqlite:///{store}"
     result.report = result.run_dir / "report.html"
@@ -513,12 +527,7 @@ def write_done(
 
 def write_json(path: Path, document: Any) -> None:
     """Write JSON so that a reader, also after a power cut, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, json.dumps(document, indent=1, ensure_ascii=False).encode(), sync=True)
 
 
 def stage_json(record: StageRecord) -> dict[str, Any]:
@@ -543,6 +552,7 @@ def write_plan_json(plan: Plan, result: PlanResult, images: Path | None) -> None
     document = {
         "format": PLAN_FORMAT,
         "plan": plan.name,
+        **plan.origin,
         "title": plan.title,
         "images": images and str(images),
         "stages": [stage_json(record) for record in result.stages],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shlex
 from collections import Counter
@@ -23,8 +24,9 @@ import numpy as np
 from components.images import decode, read_png_text
 from components.types import Image, SampleError
 from pipelines.charts import curve_chart, loss_pairs
-from pipelines.errors import UsageError
-from pipelines.evaluate import BASELINES, RESTORED, pictures_by_key, read_rows
+from pipelines.errors import Failure, UsageError
+from pipelines.evaluate import BASELINES, RESTORED, pictures_by_key
+from pipelines.rows import read_lines, replace_file
 from pipelines.tracking import tail_metrics
 
 MAX_BYTES = 6_000_000
@@ -65,8 +67,8 @@ class Reader:
     def rows(self, path: Path) -> list[dict[str, Any]]:
         """The whole lines of a JSON-lines file."""
         try:
-            return read_rows(path) if path.is_file() and self.inside(path) else []
-        except (OSError, UnicodeDecodeError) as error:
+            return read_lines(path) if path.is_file() and self.inside(path) else []
+        except OSError as error:
             self.notes.append(f"{self.name(path)} could not be read: {error}")
             return []
 
@@ -360,14 +362,28 @@ def timings(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"rows": rows, "total": sum(stage["seconds"] for stage in stages)}
 
 
-def commands(model: Mapping[str, Any], plan: str) -> list[dict[str, str]]:
-    """What to type next; run from the run's folder."""
+def run_again(run_dir: Path, plan: Mapping[str, Any]) -> str:
+    """The command that made a run, by its plan.json, as typed in the run's folder; paths are seen from there.
+
+    Less than the whole command would be another plan, whose stages would start anew in the same folder.
+    """
+
+    def seen(path: Any) -> str:
+        return os.path.relpath(os.path.realpath(str(path)), run_dir.resolve())
+
+    name = seen(plan["file"]) if plan.get("file") else str(plan.get("plan") or "")
+    images = ["--images", seen(plan["images"])] if plan.get("images") else []
+    return shlex.join(["restoray", "run", name, *map(str, plan.get("overrides") or []), "--out", ".", *images])
+
+
+def commands(model: Mapping[str, Any], again: str) -> list[dict[str, str]]:
+    """What to type next; run from the run's folder. `again` is the run's own command, "" where it is not known."""
     steps = [
         ("Write this report again", "restoray report ."),
         ("Browse runs, curves and models", "mlflow ui --backend-store-uri sqlite:///mlflow.db"),
     ]
-    if plan:
-        steps.append(("Go on, or see that everything is done", f"restoray run {shlex.quote(plan)} --out ."))
+    if again:
+        steps.append(("Go on, or see that everything is done", again))
     if model:
         place = shlex.quote(str(model["place"]))
         steps = [
@@ -416,7 +432,7 @@ def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
         "model": model,
         "timings": timings(stages),
         "recipes": recipes,
-        "commands": commands(model, str(plan.get("plan") or "")),
+        "commands": commands(model, run_again(run_dir, plan) if plan.get("plan") else ""),
         "notes": reader.notes,
         "number": number,
         "labels": ARM_LABELS,
@@ -435,6 +451,7 @@ def write_report(run_dir: Path, out_html: Path | None = None) -> Path:
 
     Raises:
         UsageError: no such folder, or no stage in it.
+        Failure: the file cannot be written.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -449,10 +466,11 @@ def write_report(run_dir: Path, out_html: Path | None = None) -> Path:
         if len(page.encode()) <= MAX_BYTES:
             break
     out = Path(out_html) if out_html is not None else run_dir / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.part")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, page.encode())
+    except OSError as error:
+        raise Failure(f"cannot write {out.name} to {out.parent}: {error.strerror or error}.") from error
     return out
 
 

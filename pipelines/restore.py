@@ -10,6 +10,9 @@ Workers get paths and return records: pictures never pass through the driver. A 
 record is written, so a job killed anywhere resumes: a picture is skipped only if its record matches this job's model,
 options and seed, and both files have the recorded sha256. A picture that kills its worker twice is quarantined: each
 worker leaves a mark beside the results before it starts on a picture and wipes it away afterwards.
+
+Only files of ours are ever overwritten or deleted: those that a record names, or that say that they were made from this
+very source. A result is deleted only when its source has changed and cannot be read as a picture any more.
 """
 
 from __future__ import annotations
@@ -31,25 +34,27 @@ from typing import Any
 
 import numpy as np
 
-from components.images import Limits, probe
+from components.images import Limits, probe, read_png_text
+from components.options import OptionCheck
 from components.restoring import Ask, Identity, Picture, file_key, parse_ask, picture_seed, restore_batch
 from components.types import Restorer, SampleError
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, RetryLater, UsageError
 from pipelines.heldout import prepare_heldout as prepare_heldout  # the step before this one in a plan
 from pipelines.rows import read_lines, replace_file, write_lines
+from pipelines.sources import SIDECARS
 
 Factory = Callable[[], Restorer]
 """Makes the restorer inside a worker; picklable."""
-
-SIDECARS = frozenset({".csv", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".html"})
-"""Files that travel with pictures; counted, not quarantined."""
 
 THREADS = 1
 """Torch threads of a worker, in batch jobs and in the service: their number can change the last bit of a sum."""
 
 MAX_BLOCKS = 2000  # of a Ray dataset: a block is the unit in which records come back, but each costs the scheduler
 MAX_DEATHS = 2  # of workers, by one picture or by loading the model
+OF_THE_RESTORER = frozenset({"refused", "failed", "out_of_memory"})
+"""Reason codes that say nothing about the source: an earlier result stays as good as it was."""
+
 HOPELESS = 3  # equal failures from the first picture on, none restored: the job is wrong, not the pictures
 
 
@@ -105,6 +110,14 @@ def model_identity(model: str | Path) -> tuple[Path, Identity]:
     return found.path.resolve(), identity
 
 
+def option_check(system: str) -> OptionCheck:
+    """What judges the options of a system; one that is not in SYSTEMS takes them as they are until it restores."""
+    from components.systems import SYSTEMS
+
+    found = SYSTEMS.get(system)
+    return dict if found is None or found.check_options is None else found.check_options
+
+
 def restore_folder(
     model: str | Path,
     src: Path,
@@ -138,26 +151,26 @@ def restore_folder(
         threads: torch threads of one worker.
 
     Raises:
-        UsageError: no such model, no pictures, bad options.
+        UsageError: no such model, no pictures, bad options, or a result would overwrite a file that is not ours.
         RetryLater: another job works on `out`.
         Failure: `out` cannot be written, the model cannot be loaded, or nothing could be restored for one and the
             same reason.
     """
     if batch_size < 1 or actors < 1:
         raise UsageError(f"batch_size and actors must be at least 1, got {batch_size} and {actors}")
+    folder, identity = model_identity(model)
     try:
-        ask = parse_ask(options or {})
+        ask = parse_ask(options or {}, option_check(identity.system))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    folder, identity = model_identity(model)
     sources, ignored = list_pictures(src, out)
     with _own_folder(out):
-        job = Job(out.absolute(), identity, ask)
+        job = Job(out.absolute())
         entries = [
             {"key": key, "path": str(path), "seed": (seeds or {}).get(key, picture_seed(seed, key))}
             for key, path in sources.items()
         ]
-        done = job.open({str(entry["key"]) for entry in entries})
+        done = job.open(sources)
         rows = [{"job": json.dumps({**entry, "record": done.get(str(entry["key"]))})} for entry in entries]
         worker = {
             "factory": factory or functools.partial(load_restorer, folder, dict(build_options or {})),
@@ -228,27 +241,41 @@ def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], 
 
 
 class Job:
-    """The driver's books of one output folder: which records still hold, and the files that they are written to."""
+    """The driver's books of one output folder: what was made there, and the files that say so."""
 
-    def __init__(self, out: Path, identity: Identity, ask: Ask) -> None:
-        self.out, self.identity, self.ask = out, identity, ask
+    def __init__(self, out: Path) -> None:
+        self.out = out
         self.records, self.quarantine = out / "records.jsonl", out / "quarantine.jsonl"
-        self.keys: set[str] = set()
 
-    def open(self, keys: set[str]) -> dict[str, dict[str, Any]]:
-        """Tidy up after an earlier job; returns the records, by key, that this one may reuse if the files agree."""
-        self.keys = keys
+    def open(self, sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+        """Tidy up after an earlier job; returns the newest record by key. A record stays until another replaces it.
+
+        Raises:
+            UsageError: a file that is not ours stands where a result would go.
+        """
         try:
+            records = {record["key"]: record for record in read_lines(self.records)}
+            self._check_places(sources, records)
             marks = _marks(self.out)
             marks.mkdir(exist_ok=True)
             for stale in (*marks.iterdir(), *self.out.glob(".*.tmp-*")):
                 stale.unlink()
-            records = read_lines(self.records)
-            write_lines(self.records, [r for r in records if r["key"] not in keys or self._holds(r)])
-            write_lines(self.quarantine, [q for q in read_lines(self.quarantine) if q["key"] not in keys])
+            write_lines(self.records, list(records.values()))
+            write_lines(self.quarantine, [q for q in read_lines(self.quarantine) if q["key"] not in sources])
         except OSError as error:
             raise Failure(f"cannot write to {self.out}: {error.strerror or error}") from error
-        return {r["key"]: r for r in records if r["key"] in keys and self._holds(r)}
+        return records
+
+    def _check_places(self, sources: Mapping[str, Path], records: Mapping[str, Any]) -> None:
+        for key, source in sources.items():
+            place = self.out / f"{key}.png"
+            if not os.path.lexists(place):
+                continue
+            if place.resolve() == source.resolve() or (key not in records and not _made_from(place, key, source)):
+                raise UsageError(
+                    f"{place} would be overwritten, and no record says that it is a result made there; "
+                    "choose another output folder"
+                )
 
     def collect(self, answers: Iterator[dict[str, Any]], of: int, progress: Progress) -> dict[str, int]:
         """Write down what the workers say, as they say it; returns counts by status."""
@@ -285,14 +312,10 @@ class Job:
         """One line a key, in order: arrival depends on timing, the finished files should not."""
         quarantine = sorted(read_lines(self.quarantine), key=itemgetter("key"))
         bad = {row["key"] for row in quarantine}
-        records = {row["key"]: row for row in read_lines(self.records) if row["key"] not in bad}
+        every = {row["key"]: row for row in read_lines(self.records)}
+        records = {key: row for key, row in every.items() if key not in bad or (self.out / row["output"]).exists()}
         write_lines(self.records, sorted(records.values(), key=itemgetter("key")))
         write_lines(self.quarantine, quarantine)
-
-    def _holds(self, record: Mapping[str, Any]) -> bool:
-        """Whether the record was made with this job's model and options; the worker checks seed and files."""
-        wanted = (self.identity.digest, self.ask.digest())
-        return (record.get("model_digest"), record.get("options_digest")) == wanted
 
     def _check_hope(self, counts: Mapping[str, int], reasons: Sequence[str], of: int, row: Mapping[str, Any]) -> None:
         """End a job whose every picture fails in the restorer for one reason, such as a misspelt option."""
@@ -386,8 +409,10 @@ class RestoreWorker:
             raise SampleError("unreadable", error.strerror or str(error)) from error
 
     def _up_to_date(self, job: Mapping[str, Any], data: bytes) -> bool:
-        record = job["record"]
-        if not record or record["seed"] != job["seed"] or record["source_sha256"] != hashlib.sha256(data).hexdigest():
+        record = job["record"] or {}
+        names = ("model_digest", "options_digest", "seed", "source_sha256")
+        wanted = (self.identity.digest, self.ask.digest(), job["seed"], hashlib.sha256(data).hexdigest())
+        if tuple(record.get(name) for name in names) != wanted:
             return False
         try:
             return hashlib.sha256((self.out / record["output"]).read_bytes()).hexdigest() == record["output_sha256"]
@@ -432,14 +457,17 @@ class RestoreWorker:
         return {"status": "restored", "row": row}
 
     def _quarantined(self, job: Mapping[str, Any], error: SampleError, data: bytes) -> dict[str, Any]:
-        (self.out / f"{job['key']}.png").unlink(missing_ok=True)  # of an earlier state of the source
+        seen = hashlib.sha256(data).hexdigest() if data or error.code == "empty" else ""
+        made_from = (job["record"] or {}).get("source_sha256", seen)
+        if seen and seen != made_from and error.code not in OF_THE_RESTORER:
+            (self.out / f"{job['key']}.png").unlink(missing_ok=True)
         row = {
             "key": job["key"],
             "source": _printable(job["path"]),
             "stage": "restore",
             "code": error.code,
             "detail": error.detail,
-            "bytes_sha256": hashlib.sha256(data).hexdigest() if data or error.code == "empty" else "",
+            "bytes_sha256": seen,
         }
         return {"status": "quarantined", "row": row}
 
@@ -528,6 +556,16 @@ def _own_folder(out: Path) -> Iterator[None]:
         except OSError as error:
             raise RetryLater(f"another restore is working on {out}") from error
         yield
+
+
+def _made_from(place: Path, key: str, source: Path) -> bool:
+    """Whether a PNG says that it is this key's result from this source: a job was killed before it wrote the record."""
+    try:
+        text = read_png_text(place.read_bytes())
+        made_from = hashlib.sha256(source.read_bytes()).hexdigest()
+    except (OSError, SampleError):
+        return False
+    return (text.get("software"), text.get("key"), text.get("source_sha256")) == ("restoray", key, made_from)
 
 
 def _marks(out: Path) -> Path:

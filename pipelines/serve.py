@@ -4,8 +4,8 @@
     GET  /v1/model      name, system, digest, licence, permitted use, limits
     GET  /health        {"state": "STARTING" | "READY" | "SETUP_FAILED", "detail"}; 200 only when READY
 
-Parameters of /v1/restore stand in the query or in the form: see `pipelines.front.PARAMETERS`. Errors are JSON:
-{"code", "detail"}.
+Parameters of /v1/restore stand in the query or in the form: `pipelines.front.PARAMETERS` and the system's options.
+Errors are JSON: {"code", "detail"}.
 
 Two deployments: the front door reads, checks and refuses early; the restorer owns decoding, restoring and encoding, so
 that only file bytes cross between processes. Both share `components.restoring` with the batch job: the same model, key,
@@ -38,12 +38,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from components.images import Limits, read_png_text
+from components.options import OptionCheck
 from components.restoring import Ask, Identity, Picture, restore_bytes
 from components.types import Cancellation, Restorer, SampleError
 from pipelines.cluster import local_ray
 from pipelines.errors import Failure, UsageError
 from pipelines.front import ServeLimits, build_app
-from pipelines.restore import THREADS, Factory, load_restorer, model_identity, set_threads
+from pipelines.restore import THREADS, Factory, load_restorer, model_identity, option_check, set_threads
 
 APP = "restoray"
 POLL_S = 0.2
@@ -106,13 +107,13 @@ class RestorerReplica:
 class FrontDoor:
     """The HTTP side: turns the restorer's handle into the backend that `build_app` wants."""
 
-    def __init__(self, restorer: DeploymentHandle, identity: Identity, limits: ServeLimits) -> None:
-        self.restorer, self.identity, self.limits = restorer, identity, limits
+    def __init__(self, restorer: DeploymentHandle, identity: Identity, limits: ServeLimits, check: OptionCheck) -> None:
+        self.restorer, self.identity, self.limits, self.check = restorer, identity, limits, check
         self.state, self.detail = "STARTING", "the model is being loaded"
         self.watching: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_app(self, self.identity, self.limits)
+        return build_app(self, self.identity, self.limits, self.check)
 
     async def health(self) -> tuple[str, str]:
         """(state, detail) of the restorer."""
@@ -231,7 +232,8 @@ def start(
             graceful_shutdown_timeout_s=5,
             ray_actor_options={"num_cpus": 0},
         )(ray_serve.ingress()(FrontDoor))
-        target = front.bind(restorer.bind(factory, identity, limits, threads), identity, limits)
+        replica = restorer.bind(factory, identity, limits, threads)
+        target = front.bind(replica, identity, limits, option_check(identity.system))
         ray_serve.run_many(
             [ray_serve.RunTarget(target=target, name=APP, route_prefix="/")], wait_for_applications_running=False
         )

@@ -23,8 +23,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from components.naming import bounded
 from components.types import SampleError
 from pipelines.errors import Failure, UsageError, unknown
+from pipelines.rows import parse_lines, sync_folder
 
 FORMAT = 1
 BLOCK = 512  # POSIX.1-1988 ustar: headers and data are padded to this
@@ -73,33 +75,7 @@ def safe_key(name: str) -> str:
     key = "__".join(re.sub(r"[^\w-]+", "_", part) for part in parts)
     if not key or key.startswith("-"):
         key = "_" + key
-    if len(key.encode()) > KEY_BYTES:
-        tail = "-" + hashlib.sha256(normal.encode()).hexdigest()[:12]
-        key = key.encode()[: KEY_BYTES - len(tail)].decode(errors="ignore") + tail
-    return key
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is either absent, old, or whole."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as target:
-            target.write(data)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    return bounded(key, KEY_BYTES, normal)
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -216,7 +192,7 @@ class Corpus:
         data = (self.folder / "manifest.jsonl").read_bytes()
         if hashlib.sha256(data).hexdigest() != self.digest:
             raise Failure(f"{self.folder / 'manifest.jsonl'} was changed after curation: curate again.")
-        return {row["key"]: row for row in map(json.loads, data.decode().splitlines())}
+        return {row["key"]: row for row in parse_lines(data)}
 
 
 def open_corpus(folder: str | Path) -> Corpus:

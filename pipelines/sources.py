@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,10 @@ from pipelines import shards
 from pipelines.errors import Failure, UsageError, unknown
 from pipelines.home import package_folder
 
-SIDECARS = frozenset({".csv", ".json", ".jsonl", ".md", ".txt", ".xmp", ".yaml", ".yml"})
+SIDECARS = frozenset({".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".xmp", ".yaml", ".yml"})
+"""Files that travel with pictures; counted, not quarantined."""
+OWN_MARKS = {"plan.json": ("plan", "stages"), "done.json": ("digest", "outputs"), "index.json": ("digest", "splits")}
+"""Files, and fields in them, by which the folder of a run, a stage or a corpus is known: its pictures are outputs."""
 DEFAULT_HELD_OUT_FRACTION = 0.2  # for a user's folder given to a spec that names its held-out pictures
 
 SKIMAGE_CREDITS = {  # file: (licence, credit); the loaders' docstrings of scikit-image 0.26 state both
@@ -48,11 +52,13 @@ class Entry:
     refused: tuple[str, str] | None = None  # (code, detail) where listing already settled it
 
 
-def list_entries(spec: CorpusSpec) -> tuple[list[Entry], int]:
+def list_entries(spec: CorpusSpec, out: Path | None = None) -> tuple[list[Entry], int]:
     """All candidates of a spec in a fixed order (sources as given, files by name), and how many files were skipped.
 
+    What lies below `out`, or below a folder that some run of ours wrote, is neither.
+
     Raises:
-        UsageError: a source is missing, names nothing, or all sources together hold no candidate.
+        UsageError: a source is missing, is `out` itself, names nothing, or all together hold no candidate.
     """
     entries: list[Entry] = []
     skipped = 0
@@ -65,7 +71,7 @@ def list_entries(spec: CorpusSpec) -> tuple[list[Entry], int]:
             if source.kind == "folder" and not source.path:
                 raise UsageError(f"{spec.name}: a folder source needs its path: give --images DIR.")
             folder = package_folder() / "demo_corpus" if source.kind == "demo_corpus" else Path(source.path).absolute()
-            found, ignored = _folder(folder, source)
+            found, ignored = _folder(folder, source, out)
             entries.extend(found)
             skipped += ignored
     if not entries:
@@ -74,15 +80,17 @@ def list_entries(spec: CorpusSpec) -> tuple[list[Entry], int]:
     return entries, skipped
 
 
-def _folder(folder: Path, source: SourceSpec) -> tuple[list[Entry], int]:
+def _folder(folder: Path, source: SourceSpec, out: Path | None) -> tuple[list[Entry], int]:
     """Candidates of a directory tree, and the count of sidecar and hidden files."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder." if folder.exists() else f"there is no folder {folder}.")
+    if out is not None and out.resolve() == folder.resolve():
+        raise UsageError(f"{folder} is both input and output; choose another output folder.")
     notes_of = _read_credits(folder)
     entries, skipped = [], 0
     unreadable: list[OSError] = []
     for parent, folders, files in os.walk(folder, onerror=unreadable.append):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not _is_output(Path(parent) / n, out))
         for name in sorted(files):
             path = Path(parent) / name
             if name.startswith(".") or path.suffix.lower() in SIDECARS:
@@ -96,6 +104,19 @@ def _folder(folder: Path, source: SourceSpec) -> tuple[list[Entry], int]:
         refused = ("unreadable", f"folder cannot be listed: {error.strerror}")
         entries.append(Entry(key=shards.safe_key(place), source=f"{source.kind}:{_printable(place)}", refused=refused))
     return entries, skipped
+
+
+def _is_output(folder: Path, out: Path | None) -> bool:
+    if out is not None and folder.resolve() == out.resolve():
+        return True
+    for name, fields in OWN_MARKS.items():
+        try:
+            document = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(document, dict) and all(field in document for field in fields):
+            return True
+    return False
 
 
 def _file_entry(path: Path, relative: str, source: SourceSpec, notes_of: Mapping[str, tuple[str, str]]) -> Entry:
@@ -185,7 +206,7 @@ def for_folder(spec: CorpusSpec, folder: Path) -> CorpusSpec:
     fraction = spec.split.held_out_fraction or DEFAULT_HELD_OUT_FRACTION
     return replace(
         spec,
-        name=folder.absolute().name or spec.name,
+        name=Path(os.path.abspath(folder)).name or spec.name,  # "..", too, has a name
         licence="as their owner says",
         sources=[SourceSpec(kind="folder", path=str(folder))],
         split=SplitSpec(held_out_fraction=fraction),

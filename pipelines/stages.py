@@ -11,13 +11,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.console import Console, Progress
-from pipelines.errors import Failure
+from pipelines.errors import Failure, UsageError, unknown
 from pipelines.home import package_folder
 
 if TYPE_CHECKING:
@@ -126,6 +128,8 @@ class Verb:
         uses_ray: whether a local Ray must stand before it runs.
         identity: (settings, recipe, images) -> what besides settings and recipe decides the result, e.g. the source
             pictures; small plain data.
+        check: (settings, recipes of the stages it needs) -> None; UsageError for a name or value that only the verb
+            can judge. Called when a plan is loaded, so it imports neither torch nor ray.
     """
 
     run: Callable[[StageContext], Mapping[str, Any]]
@@ -133,6 +137,70 @@ class Verb:
     version: int = 1
     uses_ray: bool = True
     identity: Callable[[Any, Any, Path | None], Mapping[str, Any]] = lambda settings, recipe, images: {}
+    check: Callable[[Any, Sequence[Any]], None] = lambda settings, recipes: None
+
+
+def shipped_weights() -> Path:
+    """The folder of shipped models; spelled here because components.models imports torch."""
+    return package_folder().parent / "components" / "priors" / "weights"
+
+
+def check_recipe(recipe: Any) -> None:
+    """Judge the names inside a resolved recipe: degradation, prior and warm start.
+
+    Raises:
+        UsageError: one of them does not exist; names the near one.
+    """
+    check_degradation(recipe.degradation.preset, recipe.degradation.options)
+    if recipe.system != "prior":  # its stages make a prior and open none
+        check_start("prior", recipe.prior)
+    if getattr(recipe, "warm_start", ""):
+        check_start("warm_start", recipe.warm_start)
+
+
+def check_degradation(preset: str, options: Mapping[str, Any]) -> None:
+    """Raises UsageError unless the preset and its options can be built."""
+    from components.degradations import build_degradation
+
+    try:
+        build_degradation(preset, **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def check_start(key: str, name: str) -> None:
+    """Raises UsageError unless weights are a shipped model, something that exists, or a hub id (owner/name)."""
+    known = [path.parent.name for path in shipped_weights().glob("*/model.json")]
+    if name not in known and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise unknown(key, name, known)
+
+
+def check_options(system: str, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for restorer options that the system, or every system, refuses."""
+    from components.restoring import parse_ask
+    from pipelines.restore import option_check
+
+    try:
+        parse_ask(options, option_check(system))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_restore(settings: RestoreSettings, recipes: Sequence[Any]) -> None:
+    """Of a restore stage: the degradation, and the options by the system of the model that it restores with."""
+    check_degradation(settings.preset, settings.preset_options)
+    check_options(recipes[-1].system if recipes else "", settings.options)
+
+
+def check_evaluate(settings: EvaluateSettings, recipes: Sequence[Any]) -> None:
+    """Of an evaluate stage: the metrics; a name outside the usual set makes pyiqa load."""
+    from components.evaluation.metrics import metric_info
+
+    for name in settings.metrics:
+        try:
+            metric_info(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
@@ -162,7 +230,7 @@ def train_identity(settings: TrainSettings, recipe: Any, images: Path | None) ->
         start = str(getattr(recipe, name, "") or "")
         if not start:
             continue
-        for folder in (Path(start), package_folder().parent / "components" / "priors" / "weights" / start):
+        for folder in (Path(start), shipped_weights() / start):
             if (folder / "model.json").is_file():
                 identity[name] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
                 break
@@ -179,8 +247,14 @@ def run_curate(context: StageContext) -> dict[str, Any]:
         "accepted": result.accepted,
         "quarantined": result.rejected,
         "manifest_digest": result.digest,
-        "outputs": ["index.json", "manifest.jsonl"],
+        "outputs": ["index.json", "manifest.jsonl", "quarantine.jsonl", *shard_files(context.stage_dir)],
     }
+
+
+def shard_files(corpus: Path) -> list[str]:
+    """Paths of a corpus' shards below its folder."""
+    splits = json.loads((corpus / "index.json").read_text())["splits"]
+    return [f"{split}/{shard['name']}" for split, content in splits.items() for shard in content["shards"]]
 
 
 def run_train(context: StageContext) -> dict[str, Any]:
@@ -195,14 +269,16 @@ def run_train(context: StageContext) -> dict[str, Any]:
         if losses:
             start, end = losses[min(losses)], losses[max(losses)]
             heldout[name] = {"start": start, "end": end, "change": end / start - 1 if start else 0.0}
-    return {"heldout_loss": heldout, "outputs": ["model/model.json", "metrics.jsonl"]}
+    made = [path for path in result.model.rglob("*") if path.is_file()]
+    outputs = sorted(path.relative_to(context.stage_dir).as_posix() for path in made)
+    return {"heldout_loss": heldout, "outputs": [*outputs, "metrics.jsonl"]}
 
 
 def train_inputs(folders: Mapping[str, Path]) -> TrainInputs:
     """Sort folders into corpora, by their given name, and models, by the training stage that made them.
 
     Raises:
-        Failure: a folder is neither.
+        UsageError: a folder is neither.
     """
     from pipelines.train import TrainInputs
 
@@ -217,8 +293,34 @@ def train_inputs(folders: Mapping[str, Path]) -> TrainInputs:
             recipe = json.loads((model / "model.json").read_text()).get("recipe") or {}
             parents[str(recipe.get("stage") or name)] = model
         else:
-            raise Failure(f"input {name} is neither a corpus (index.json) nor a model (model.json): {folder}.")
+            raise UsageError(f"input {name} is neither a corpus (index.json) nor a model (model.json): {folder}.")
     return TrainInputs(corpora=corpora, parents=parents, data_digests=digests)
+
+
+@contextmanager
+def train_folder(recipe: Any, inputs: TrainInputs, out: Path) -> Iterator[None]:
+    """Hold a folder for one training: nobody else works there, and no other training was begun there.
+
+    Raises:
+        UsageError: it belongs to another recipe or other inputs.
+        RetryLater: another process works there.
+        Failure: it cannot be made or written.
+    """
+    from pipelines.plans import check_output, recipe_documents, recipe_version, run_lock, stage_digest
+    from pipelines.rows import replace_file
+
+    models = {k: hashlib.sha256((v / "model.json").read_bytes()).hexdigest() for k, v in inputs.parents.items()}
+    own = {"settings": recipe_documents(recipe)[1], **train_identity(TrainSettings(), recipe, None)}
+    digest = stage_digest(own, {**inputs.data_digests, **models}, recipe_version(recipe))
+    check_output(out, free_mib=0)
+    with run_lock(out):
+        note, begun = out / "stage.json", any((out / name).exists() for name in ("ray", "model", "done.json"))
+        known = json.loads(note.read_text()) if note.is_file() else {}
+        if known.get("digest", "" if begun else digest) != digest:
+            other = f"of {known['recipe']} with other settings or inputs" if known else "that it does not name"
+            raise UsageError(f"{out} holds a training {other}: choose another --out.")
+        replace_file(note, json.dumps({"recipe": recipe.name, "digest": digest}).encode())
+        yield
 
 
 def step_progress(progress: Progress, steps: int) -> Callable[[Sequence[tuple[int, str, float, float]]], None]:
@@ -239,7 +341,7 @@ def run_restore(context: StageContext) -> dict[str, Any]:
     from pipelines.restore import restore_folder
 
     settings, corpus = context.settings, context.find("index.json").parent
-    prepare_heldout(
+    prepared = prepare_heldout(
         corpus,
         context.stage_dir,
         preset=settings.preset,
@@ -258,7 +360,17 @@ def run_restore(context: StageContext) -> dict[str, Any]:
             actors=min(2, len(os.sched_getaffinity(0))),
             progress=progress,
         )
-    return {"restored": result.restored, "skipped": result.skipped, "quarantined": result.quarantined}
+    pictures = (path for name in ("hq", "lq", "restored") for path in (context.stage_dir / name).glob("*.png"))
+    return {
+        "restored": result.restored,
+        "skipped": result.skipped,
+        "quarantined": prepared.quarantined + result.quarantined,
+        "outputs": [
+            "heldout.jsonl",
+            "restored/records.jsonl",
+            *sorted(path.relative_to(context.stage_dir).as_posix() for path in pictures),
+        ],
+    }
 
 
 def run_evaluate(context: StageContext) -> dict[str, Any]:
@@ -274,6 +386,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     return {
         "verdict": summary.verdict,
         "pictures": len(summary.pictures),
+        "quarantined": sum(entry["where"] == "score" for entry in summary.missing),  # others count where they failed
         "outputs": ["scores.jsonl", "summary.json"],
     }
 
@@ -300,7 +413,7 @@ def run_serve_check(context: StageContext) -> dict[str, Any]:
 VERBS: Mapping[str, Verb] = {
     "curate": Verb(run=run_curate, settings=CurateSettings, identity=curate_identity),
     "train": Verb(run=run_train, settings=TrainSettings, identity=train_identity),
-    "restore": Verb(run=run_restore, settings=RestoreSettings),
-    "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False),
+    "restore": Verb(run=run_restore, settings=RestoreSettings, check=check_restore),
+    "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False, check=check_evaluate),
     "serve-check": Verb(run=run_serve_check, settings=ServeCheckSettings),
 }

@@ -439,7 +439,13 @@ class Tracker:
         with Image.open(operation["path"], formats=("PNG", "JPEG", "WEBP")) as picture:
             picture.load()
             client, run = self._client(), self._run(operation["run"])
-            client.log_image(run, picture, key=_NAME.sub("_", operation["key"]), step=operation["step"])
+            key, step = _NAME.sub("_", operation["key"]), operation["step"]
+            said = f"restoray.image.{key}.{step}"[
+                :250
+            ]  # each call makes a file of a new name: a second must not happen
+            if said not in client.get_run(run).data.tags:
+                client.log_image(run, picture, key=key, step=step)
+                client.set_tag(run, said, "yes")
 
     def _apply_artifact(self, operation: Mapping[str, Any]) -> None:
         self._client().log_artifact(self._run(operation["run"]), operation["path"], operation["folder"])

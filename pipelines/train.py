@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.recipes import Recipe, as_dict, identity, resolve
-from pipelines.errors import Failure
+from pipelines.errors import Failure, UsageError
+from pipelines.rows import end_torn_line, read_lines
+from pipelines.tracking import tail_metrics
 
 if TYPE_CHECKING:
     from components.types import Batch, Objective
@@ -57,12 +59,15 @@ class TrainResult:
 
 
 def stream_config(recipe: Recipe, inputs: TrainInputs) -> Any:
-    """What the data workers need to know of a recipe."""
+    """What the data workers need to know of a recipe; UsageError for a source that is no input."""
     from pipelines.stream import DEAD_LEAVES, StreamConfig
 
     unknown = sorted(set(recipe.sources) - set(inputs.corpora) - {DEAD_LEAVES})
     if unknown:
-        raise Failure(f"{recipe.name}: sources names {unknown}, but the inputs are {sorted(inputs.corpora)}")
+        raise UsageError(
+            f"{recipe.name}: sources names {unknown}, but the inputs are {sorted(inputs.corpora)}: "
+            f"give --input {unknown[0]}=FOLDER."
+        )
     sources = [
         (name if name == DEAD_LEAVES else str(inputs.corpora[name]), weight) for name, weight in recipe.sources.items()
     ]
@@ -78,6 +83,26 @@ def stream_config(recipe: Recipe, inputs: TrainInputs) -> Any:
     )
 
 
+def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
+    """Find on the driver what would else end the workers, which restart and blame the run.
+
+    Raises:
+        UsageError: a source is no input or no corpus, or no source holds a picture out.
+    """
+    from pipelines.heldout import SPLIT
+    from pipelines.shards import open_corpus
+    from pipelines.stream import DEAD_LEAVES
+
+    folders = [folder for folder, _ in stream_config(recipe, inputs).sources if folder != DEAD_LEAVES]
+    corpora = [open_corpus(folder).splits for folder in folders]
+    if not any(len(splits[SPLIT]) for splits in corpora if SPLIT in splits):
+        named = ", ".join(folders) or "no corpus"
+        raise UsageError(
+            f"{recipe.name}: there is no held-out picture to measure with ({named}): "
+            "a corpus needs at least 2 usable pictures."
+        )
+
+
 def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics | None = None) -> TrainResult:
     """Train one stage; goes on from the last checkpoint in `out`. Needs an initialised Ray.
 
@@ -88,13 +113,14 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
         on_metrics: called now and then with new (step, name, value, time) rows.
 
     Raises:
+        UsageError: see check_inputs.
         Failure: the run ended without a model; the message says why and that a rerun resumes.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     started = time.time()
-    stream_config(recipe, inputs)  # a source that is no input dies here, not in the workers
+    check_inputs(recipe, inputs)
     out.mkdir(parents=True, exist_ok=True)
     placement = recipe.placement
     use_gpu = placement.gpus_per_worker > 0
@@ -149,11 +175,23 @@ def _ended_early(recipe: Recipe, error: object) -> Failure:
 def read_metrics(path: Path) -> dict[str, dict[int, float]]:
     """metrics.jsonl as name -> step -> value; after a resume the later value of a step stands."""
     series: dict[str, dict[int, float]] = {}
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            series.setdefault(row["name"], {})[int(row["step"])] = float(row["value"])
+    for step, name, value, _ in tail_metrics(path)[0]:
+        series.setdefault(name, {})[step] = value
     return series
+
+
+def is_whole(out: Path) -> bool:
+    """Whether a stage's folder has its metrics, and its model with every file as model.json names it."""
+    from components.models import file_sha256, load_model
+
+    try:
+        model = load_model(out / MODEL)
+        for name in model.info["files"]:
+            model.file(name)
+        parts = model.info["parts"].values()
+        return (out / METRICS).is_file() and all(file_sha256(model.path / p["file"]) == p["sha256"] for p in parts)
+    except (OSError, ValueError):
+        return False
 
 
 def heldout_losses(path: Path) -> dict[str, dict[int, float]]:
@@ -190,16 +228,9 @@ class Tail:
             self._read()
 
     def _read(self) -> None:
-        if not self.path.is_file():
-            return
-        with self.path.open("rb") as stream:
-            stream.seek(self.offset)
-            data = stream.read()
-        whole = data[: data.rfind(b"\n") + 1]  # a half-written last line waits
-        self.offset += len(whole)
-        rows = [json.loads(line) for line in whole.splitlines()]
+        rows, self.offset = tail_metrics(self.path, self.offset)
         if rows and self.callback:
-            self.callback([(r["step"], r["name"], r["value"], r["time"]) for r in rows])
+            self.callback(rows)
 
 
 # ---------------------------------------------------------------- on the workers
@@ -265,6 +296,10 @@ def worker(config: dict[str, Any]) -> None:
 
     if start == 0:
         evaluate(0)
+    if start == recipe.steps and not is_whole(out):  # done, and then some of it was lost
+        evaluate(start)
+        if rank == 0:
+            _write_model(objective, recipe, inputs, parents, ema, out, heldout)
     bad_in_a_row = 0
     for step in range(start, recipe.steps):
         began = time.time()
@@ -305,6 +340,9 @@ class Log:
 
     def __init__(self, out: Path, active: bool) -> None:
         self.path, self.active = out / METRICS, active
+        if active:
+            for name in (METRICS, ORDER):
+                end_torn_line(out / name)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if not self.active:
@@ -326,8 +364,7 @@ def log_order(out: Path, rank: int, step: int, seen: Sequence[tuple[int, str, st
 def read_order(out: Path) -> dict[int, str]:
     """Global order of the samples of a finished stage: position -> key, over all ranks."""
     order: dict[int, str] = {}
-    for line in (out / ORDER).read_text().splitlines():
-        row = json.loads(line)
+    for row in read_lines(out / ORDER):
         order.update(zip(row["positions"], row["keys"], strict=True))
     return dict(sorted(order.items()))
 

@@ -176,8 +176,12 @@ def test_wheel_holds_what_it_must_and_finds_it(repository: Path, tmp_path: Path)
     for kind in ("recipes", "plans"):
         expected = {f"pipelines/{kind}/{p.name}" for p in (repository / "pipelines" / kind).glob("*.yaml")}
         assert expected and expected <= names
+    assert "pipelines/templates/report.html.j2" in names
+    demo_corpus = {str(p.relative_to(repository)) for p in project_files(repository) if "demo_corpus" in p.parts}
+    assert demo_corpus and demo_corpus <= names
     weights = repository / "components" / "priors" / "weights"
     assert {str(p.relative_to(repository)) for p in weights.rglob("*") if p.is_file()} <= names
+    assert {"components/priors/weights/nano/model.json"} < {n for n in names if "/weights/nano/" in n}
     top = {name.split("/")[0] for name in names}
     assert top <= {"components", "pipelines", next(t for t in top if t.endswith(".dist-info"))}
     code = "from pipelines.home import shipped; print(sorted(shipped('datasets')), sorted(shipped('clusters')))"

@@ -13,11 +13,14 @@ import pytest
 TORCH_FREE = (
     "components.types",
     "components.randomness",
+    "components.naming",
     "components.images",
     "components.synthetic",
     "components.captions",
     "components.degradations",
     "components.recipes",
+    "components.options",
+    "components.systems.instantir.options",
     "components.corpora",
 )
 """Module prefixes that Ray Data workers import: a torch there costs each of them half a gigabyte."""

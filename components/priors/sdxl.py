@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from components.models import Model, ModelError, load_model, load_strictly
+from components.models import SHIPPED, Model, ModelError, load_model, load_strictly
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.samplers.schedules import Schedule
 
@@ -172,7 +173,7 @@ class Prior:
         return sizes.to(self.device, torch.float32)
 
 
-def load_prior(name: str, device: str = "cpu", image_encoder: str = DINOV2) -> Prior:
+def load_prior(name: str | Path, device: str = "cpu", image_encoder: str = DINOV2) -> Prior:
     """Load a prior, frozen.
 
     Args:
@@ -188,7 +189,7 @@ def load_prior(name: str, device: str = "cpu", image_encoder: str = DINOV2) -> P
     except ModelError as error:
         if "nor a shipped model" not in str(error):
             raise
-        return load_diffusers_prior(name, image_encoder).to(device).freeze()
+        return load_diffusers_prior(str(name), image_encoder).to(device).freeze()
     if model.info["system"] != "prior":
         raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a prior")
     return prior_from_model(model).to(device).freeze()
@@ -201,7 +202,9 @@ def prior_from_model(model: Model) -> Prior:
     prior = build_prior(model.info["config"], model.file("tokenizer.json").read_text(encoding="utf-8"))
     for part, module in prior.modules.items():
         load_strictly(module, model.part(part), f"{model.path}: part {part}")
-    prior.name, prior.digest = str(model.info["name"]), model.digest
+    # what finds it again: a shipped name, or where the folder is
+    prior.name = model.path.name if model.path.parent == SHIPPED else str(model.path.resolve())
+    prior.digest = model.digest
     return prior
 
 

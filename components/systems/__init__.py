@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.options import OptionCheck
 from components.recipes import Recipe
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.prior_recipe import PriorRecipe
@@ -28,6 +29,7 @@ class System:
         look: (objective, recipe, LQ pictures, prompts, seed) -> pictures to look at while it trains; None for none.
         measure: (objective, held-out batches) -> numbers for the model card; None for none.
         build_restorer: (model folder, keyword options) -> restorer; None where the system restores nothing by itself.
+        check_options: judges and types a request's options without torch; None as build_restorer.
     """
 
     recipe: type[Recipe]
@@ -36,6 +38,7 @@ class System:
     look: Callable[..., Tensor] | None = None
     measure: Callable[..., dict[str, float]] | None = None
     build_restorer: Callable[..., Restorer] | None = None
+    check_options: OptionCheck | None = None
 
 
 # torch is imported by the builders, not here: listing recipes must stay fast
@@ -75,6 +78,12 @@ def _instantir_restorer(*args: Any, **kwargs: Any) -> Restorer:
     return build_restorer(*args, **kwargs)
 
 
+def _instantir_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    from components.systems.instantir.options import check_options
+
+    return check_options(given)
+
+
 SYSTEMS: dict[str, System] = {
     "prior": System(
         recipe=PriorRecipe,
@@ -89,6 +98,7 @@ SYSTEMS: dict[str, System] = {
         build_objective=_instantir_objective,
         look=_instantir_look,
         build_restorer=_instantir_restorer,
+        check_options=_instantir_options,
     ),
 }
 

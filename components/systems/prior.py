@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from components.captions.tags import VOCABULARY
 from components.models import Model, load_model, load_strictly, resolve_model
-from components.objectives.diffusion import clean_weights, offset_noise, replace_rows
+from components.objectives.diffusion import WeightedEpsilon, replace_rows
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
-from components.randomness import Noise
+from components.randomness import Noise, seeded_init
 from components.samplers.ddim import sample_ddim
 from components.samplers.guidance import guide
 from components.samplers.schedules import Schedule
 from components.systems.prior_recipe import PriorRecipe
-from components.training import seeded_init
 from components.types import Batch, Loss
 
 
@@ -121,30 +120,25 @@ class DenoiserObjective(PriorObjective):
         trainable = nn.ModuleDict({k: prior.modules[k] for k in ("unet", "text_encoder", "text_encoder_2")})
         super().__init__(prior, config, tokenizer_json, {"denoiser": trainable})
         self.text_dropout, self.pooled_dropout = text_dropout, pooled_dropout
-        self.weights, self.noise_offset = clean_weights(prior.schedule, max_clean_weight), noise_offset
+        self.loss = WeightedEpsilon(prior.schedule, max_clean_weight, noise_offset)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         with torch.no_grad():
             latents = self.prior.encode(batch.hq) if batch.latents is None else batch.latents
-        eps = noise.normal("noise", tuple(latents.shape[1:]))
-        eps = offset_noise(eps, noise.normal("noise_offset", (latents.shape[1], 1, 1)), self.noise_offset)
-        t = noise.integers("timestep", 0, self.prior.schedule.num_train_timesteps)
+        noisy, eps, t = self.loss.noisy(latents, noise)
         dropped = noise.uniform("text_dropout") < self.text_dropout
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
         text, pooled = self.prior.embed_prompts(prompts)
         if self.pooled_dropout:
             _, nothing = self.prior.embed_prompts([""])
             pooled = replace_rows(pooled, nothing, noise.uniform("pooled_dropout") < self.pooled_dropout)
-        noisy = self.prior.schedule.add_noise(latents, eps, t)
         predicted = self.prior.unet(
             noisy,
             t,
             encoder_hidden_states=text,
             added_cond_kwargs={"text_embeds": pooled, "time_ids": self.prior.time_ids(batch.sizes)},
         ).sample
-        losses = (predicted.float() - eps).square().mean(dim=(1, 2, 3))
-        weighted = (losses * self.weights.to(t.device)[t]).mean()
-        yield "denoiser", Loss(value=weighted, metrics={"loss": losses.mean(), "weighted_loss": weighted})
+        yield "denoiser", self.loss(predicted, eps, t)
 
 
 def build_objective(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,17 +16,19 @@ from torch import Tensor
 
 from components.objectives.consistency import boundary_scalings, consistency_output, pseudo_huber
 from components.objectives.diffusion import drop_conditions
+from components.options import UnknownOption
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
 from components.randomness import Noise, generator
 from components.samplers.schedules import Schedule
 from components.systems.instantir.aggregator import Aggregator
-from components.systems.instantir.denoiser import LoopSettings
+from components.systems.instantir.denoiser import InstantIRDenoiser
 from components.systems.instantir.network import Conditions, InstantIR, predict_noise
 from components.systems.instantir.objectives import AggregatorObjective, PerceptorObjective, PreviewerObjective
+from components.systems.instantir.options import LoopSettings, Options, check_options, parse_options
 from components.systems.instantir.perceptor import ResamplerConfig, install_perceptor, perceptor_of
 from components.systems.instantir.previewer import install_previewer, previewer_enabled, previewer_of
-from components.systems.instantir.restorer import InstantIRRestorer, Options, pad_to_multiple, parse_options
+from components.systems.instantir.restorer import InstantIRRestorer, pad_to_multiple
 from components.types import Batch, Cancellation, Request, SampleError, StepEvent
 
 TINY: dict[str, Any] = {
@@ -442,22 +446,43 @@ def test_cancelling_stops_before_the_next_step(network: InstantIR) -> None:
     assert len(events) == 3
 
 
+def test_a_tile_of_the_denoiser_sees_its_own_lq_latents_and_steps(network: InstantIR) -> None:
+    lq, given = tensor(1, 4, 8, 8), conditions(network, 1)
+    whole = InstantIRDenoiser(network, lq, given, None, 2, LoopSettings(cfg_scale=1.0))
+    latents, sigma = tensor(1, 4, 8, 8, name="latents"), torch.tensor([3.0])
+    whole(latents, sigma)
+    tile = whole.tile((2, 4, 4, 4))
+    alone = InstantIRDenoiser(network, lq[..., 2:6, 4:8], given, None, 2, LoopSettings(cfg_scale=1.0))
+    part = latents[..., 2:6, 4:8]
+    assert torch.allclose(tile(part, sigma), alone(part, sigma), atol=1e-6) and tile.step == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"step": 2}, "a: unknown option 'step'. Did you mean \"steps\""),
-        ({"steps": 2.5}, "a: option steps must be an integer, got 2.5"),
-        ({"steps": True}, "a: option steps must be an integer"),
-        ({"steps": 0}, "a: steps must be at least 1"),
-        ({"steps": 5000}, "a: steps must be between 1 and 1000"),
-        ({"cfg_scale": float("nan")}, "a: option cfg_scale must be a number"),
-        ({"start": "lqq"}, "a: option start must be one of lq, noise"),
-        ({"aggregator_stop": 1.5}, "a: aggregator_stop must be between 0 and 1"),
+        ({"step": 2}, "unknown option 'step'. Did you mean \"steps\""),
+        ({"steps": 2.5}, "option steps must be an integer, got 2.5"),
+        ({"steps": 10**400}, "option steps must be an integer, got 1000"),
+        ({"steps": True}, "option steps must be an integer"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 5000}, "steps must be between 1 and 1000"),
+        ({"cfg_scale": float("nan")}, "option cfg_scale must be a number"),
+        ({"start": "lqq"}, "option start must be one of lq, noise"),
+        ({"aggregator_stop": 1.5}, "aggregator_stop must be between 0 and 1"),
     ],
 )
 def test_wrong_options_are_refused_by_name(network: InstantIR, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    """No reason names a picture: a job ends early where all of its pictures fail for one and the same."""
+    with pytest.raises(ValueError, match=f"^{message}"):
         InstantIRRestorer(network).restore([request("a", **options)])
+
+
+def test_options_are_judged_and_typed_without_a_network() -> None:
+    checked = check_options({"cfg_scale": 3, "steps": 2.0, "sampler": "ddpm"})
+    assert json.dumps(checked) == '{"cfg_scale": 3.0, "steps": 2, "sampler": "ddpm"}'
+    with pytest.raises(UnknownOption) as raised:
+        check_options({"stps": 2})
+    assert str(pickle.loads(pickle.dumps(raised.value))) == "unknown option 'stps'. Did you mean \"steps\"?"
 
 
 def test_wrong_pictures_are_refused(network: InstantIR) -> None:

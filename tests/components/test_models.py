@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,18 @@ def test_equal_parts_give_equal_digests_and_other_weights_another(tmp_path: Path
     changed["b"]["x"][0] = 2
     other = save_model(tmp_path / "3", CARD, changed)
     assert first.digest == again.digest != other.digest
+
+
+def test_the_digest_covers_files_and_recipe_but_not_what_people_read(tmp_path: Path) -> None:
+    files = {"tokenizer.json": "{}", "CARD.md": "old"}
+    first = save_model(tmp_path / "1", CARD, parts(), files)
+    assert save_model(tmp_path / "2", CARD, parts(), {**files, "CARD.md": "new"}).digest == first.digest
+    assert save_model(tmp_path / "3", CARD, parts(), {**files, "tokenizer.json": "[]"}).digest != first.digest
+    other = replace(CARD, recipe={"steps_at_restore": 30})
+    assert save_model(tmp_path / "4", other, parts(), files).digest != first.digest
+    (tmp_path / "1" / "files" / "tokenizer.json").write_text("tampered")
+    with pytest.raises(ModelError, match=r"tokenizer\.json.*sha256"):
+        first.file("tokenizer.json")
 
 
 def test_half_stores_floats_as_float16_and_leaves_integers(tmp_path: Path) -> None:

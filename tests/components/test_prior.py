@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from components.models import SHIPPED, ModelError, load_model
+from components.models import SHIPPED, ModelError, load_model, resolve_model
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.sdxl import ImageView, load_prior
+from components.systems.instantir.build import open_prior
 
 
 def test_principal_components_alone_reconstruct_what_they_span() -> None:
@@ -75,6 +77,18 @@ def test_the_centre_crop_hides_the_border_and_squash_does_not(nano) -> None:  # 
 def test_a_prior_that_is_not_there_says_what_was_tried() -> None:
     with pytest.raises(ModelError, match="no SDXL pipeline"):
         load_prior("no-such-folder")
+
+
+def test_a_prior_in_a_folder_is_found_again_by_what_a_model_records(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(resolve_model("nano"), folder)
+    prior = load_prior(folder)
+    recorded = {"id": prior.name, "digest": prior.digest}
+    assert load_prior("nano").name == "nano" and prior.name == str(folder.resolve())
+    assert open_prior(recorded["id"], recorded, "cpu").digest == prior.digest
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=r"was trained on prior .*mine.* bring it back"):
+        open_prior(recorded["id"], recorded, "cpu")
 
 
 def test_a_restoration_model_is_no_prior(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components.randomness import Noise
+from components.randomness import Noise, seeded_init
 from components.recipes import Optimizer
-from components.training import Ema, build_optimizers, restore_state, seeded_init, train_step, training_state
+from components.training import Ema, build_optimizers, restore_state, train_step, training_state
 from components.types import Batch, Loss
 
 SETTINGS = Optimizer(lr=0.1, weight_decay=0.0)
@@ -55,6 +55,20 @@ def test_the_second_phase_sees_the_first_ones_step() -> None:
     train_step(objective, [batch(1.0)], build_optimizers(objective, SETTINGS), lr=0.1, clip_norm=10)
     assert objective.seen[0] == pytest.approx(0.1, abs=1e-4)  # Adam's first step has the size of the learning rate
     assert float(objective.b.weight.detach()) != 0
+
+
+def test_a_phase_leaves_no_gradient_in_another_phases_weights() -> None:
+    """The generator's loss goes through the critic, which must not learn from it."""
+
+    class Judged(TwoPlayers):
+        def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+            yield "generator", Loss(value=(self.a.weight + self.b.weight - 1).square().sum())
+            yield "critic", Loss(value=0 * self.b.weight.sum())
+
+    objective = Judged()
+    metrics = train_step(objective, [batch(1.0)], build_optimizers(objective, SETTINGS), lr=0.1, clip_norm=10)
+    assert metrics["critic/grad_norm"] == 0 and float(objective.b.weight.detach()) == 0
+    assert float(objective.a.weight.detach()) != 0
 
 
 def test_accumulation_equals_one_large_batch_and_advances_in_lockstep() -> None:

@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from safetensors.numpy import load_file
 
 from components.images import to_uint8
+from components.options import typed_options
 from components.randomness import generator
+from components.recipes import Recipe
+from components.systems import System
 from components.types import Cancellation, Cancelled, OnStep, Request, Restored, StepEvent
+
+MAX_STEPS = 1_000_000
+"""Only the restorer judges this one, as InstantIR's prior does."""
+
+
+def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """See components.options.OptionCheck."""
+    return typed_options(given, {"steps": int, "cfg_scale": float})
 
 
 def write_model(folder: Path, strength: float = 20.0) -> Path:
@@ -45,14 +57,14 @@ class TinyRestorer:
     ) -> list[Restored]:
         answers = []
         for request in requests:
-            unknown = set(request.options) - {"steps", "cfg_scale"}
-            if unknown:
-                raise ValueError(f"unknown option {sorted(unknown)[0]!r}; known: cfg_scale, steps")
+            options = check_options(request.options)
+            steps = options.get("steps", 1)
+            if not 1 <= steps <= MAX_STEPS:
+                raise ValueError(f"steps must be between 1 and {MAX_STEPS}, got {steps}")
             if self.lethal and request.key == self.lethal:
                 os._exit(1)
             height, width = request.size or request.image.shape[:2]
             image = cv2.resize(request.image, (width, height), interpolation=cv2.INTER_CUBIC)
-            steps = int(request.options.get("steps", 1))
             for step in range(1, steps + 1):
                 if cancelled is not None and cancelled():
                     raise Cancellation
@@ -61,7 +73,7 @@ class TinyRestorer:
                     image = cv2.bilateralFilter(image, 5, self.strength, 2.0)
                 if on_step is not None:
                     on_step(StepEvent(step=step, of=steps))
-            amplitude = float(request.options.get("cfg_scale", 1.0)) / 255
+            amplitude = options.get("cfg_scale", 1.0) / 255
             dither = generator(request.seed, "dither").uniform(-amplitude, amplitude, image.shape)
             pixels = to_uint8((image / 255 + dither).astype(np.float32))
             answers.append(Restored(key=request.key, image=pixels, info={"filter": "bilateral"}))
@@ -82,3 +94,7 @@ def build_never(model: Path) -> TinyRestorer:
 def build_dying(model: Path) -> TinyRestorer:
     """A system whose loading kills the process, as the kernel does when memory is short."""
     os._exit(1)
+
+
+SYSTEM = System(recipe=Recipe, stages={}, build_objective=build_never, check_options=check_options)
+"""For `SYSTEMS`, where the driver looks up what judges a model's options."""

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import cli
 from pipelines.console import Console, LinePrinter
+from pipelines.errors import UsageError
 
 VERBS = {"demo", "run", "curate", "train", "restore", "evaluate", "serve", "doctor", "recipes", "report"}
 LATER = {"caption", "degrade", "replay", "datasets", "analyze", "weights", "models", "trace"}
@@ -55,6 +57,24 @@ def test_help_lists_exactly_the_verbs_built_and_loads_nothing_heavy(repository: 
     assert loaded.stdout.strip() == "[]"
 
 
+def test_dry_run_imports_nothing_slow(repository: Path, tmp_path: Path) -> None:
+    words = ["demo", "restored.options.steps=3", "scores.metrics=[psnr]", "--dry-run", "--json"]
+    code = (
+        f"import sys, pipelines.cli as cli; cli.app({words}, standalone_mode=False)\n"
+        "print([m for m in ('torch', 'ray', 'mlflow', 'pyiqa') if m in sys.modules])"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=repository,
+        env=environment(repository, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert loaded.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize(
     ("arguments", "near"),
     [
@@ -66,6 +86,8 @@ def test_help_lists_exactly_the_verbs_built_and_loads_nothing_heavy(repository: 
         (["train", "instantir-dcp-nano", "optimizer.lrr=3", "--dry-run"], "lr"),
         (["demo", "dpc.steps=3", "--dry-run"], "dcp"),
         (["demo", "dcp.stepz=3", "--dry-run"], "steps"),
+        (["train", "instantir-dcp-nano", "degradation.preset=realesrgn", "--dry-run"], "realesrgan"),
+        (["train", "instantir-dcp-nano", "prior=nanoo", "--dry-run"], "nano"),
         (["demo", "--dry-rum"], "--dry-run"),
         (["demo", "--imagse", "x"], "--images"),
     ],
@@ -136,6 +158,61 @@ def test_bad_input_is_one_sentence(
     assert (done.returncode, message in done.stderr) == (code, True), done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["curate", "demmo", "-o", "x"], 'Did you mean "demo"'),
+        (["curate", "folder", "--images", "empty", "-o", "x"], "no picture"),
+        (["restore", "empty", "--model", "nano", "-o", "x"], "holds no pictures"),
+        (["restore", "one", "--model", "nanoo", "-o", "x"], 'Did you mean "nano"'),
+        (["serve", "--model", "nanoo"], 'Did you mean "nano"'),
+        (["train", "instantir-dcp-nano", "-o", "x"], "give --input corpus=FOLDER"),
+        (["train", "instantir-dcp-nano", "-o", "x", "-i", "corpus=empty"], "neither a corpus"),
+    ],
+)
+def test_bad_input_dies_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipelines.cluster.local_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(UsageError, match=message):
+        cli.app(arguments, standalone_mode=False)
+    assert not (tmp_path / "x").exists()
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, error: BaseException, *more: str) -> int:
+    """Exit code of `restoray doctor` when its work raises."""
+
+    def work(out: Path | None) -> None:
+        raise error
+
+    monkeypatch.setattr("pipelines.doctor.examine", work)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["restoray", "doctor", *more])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(str(caught.value.code))
+
+
+def test_an_interrupted_command_says_that_it_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(monkeypatch, KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == f"restoray: {cli.INTERRUPTED}\n"
+    assert ended(monkeypatch, KeyboardInterrupt(), "--json") == 130
+    assert json.loads(capsys.readouterr().out) == {"error": cli.INTERRUPTED, "exit_code": 130}
+
+
+def test_an_operating_system_error_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(monkeypatch, OSError(28, "No space left on device", "some/report.html")) == 1
+    assert capsys.readouterr().err == "restoray: some/report.html: No space left on device.\n"
 
 
 def test_errors_under_json_are_json_too(repository: Path, tmp_path: Path) -> None:
@@ -223,7 +300,8 @@ def test_interrupted_it_leaves_no_process_and_goes_on(
         assert victim.wait(120) == code
     finally:
         victim.kill()
-        victim.communicate()
+        _, said = victim.communicate()
+    assert (cli.INTERRUPTED.encode() in said) == (code == 130)
     deadline = time.monotonic() + 150
     while processes_of(marker) and time.monotonic() < deadline:
         time.sleep(0.2)

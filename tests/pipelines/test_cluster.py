@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cluster import load_local, logical_cpus, remove_leftovers
+from pipelines.cluster import load_local, local_ray, logical_cpus, remove_leftovers
+from pipelines.errors import UsageError
 
 PROGRAM = """
 import json, signal
@@ -42,6 +43,12 @@ def test_local_ray_is_ours_alone(repository: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [3.0, [], True, True, False, 0]
+
+
+def test_an_address_of_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
+    with pytest.raises(UsageError, match="RAY_ADDRESS is set"), local_ray():
+        raise AssertionError("a Ray was started")
 
 
 def test_sizes() -> None:

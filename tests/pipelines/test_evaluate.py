@@ -1,15 +1,18 @@
 """Evaluation: who wins is told truly, nothing is left out in silence, and a rerun reuses what is still true."""
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from components.evaluation.metrics import METRIC_INFO
 from components.images import encode_png
 from components.randomness import generator
-from pipelines.errors import UsageError
+from pipelines.cli import app
+from pipelines.errors import Failure, UsageError
 from pipelines.evaluate import bootstrap_interval, compare, evaluate, fit, median_baseline, overall_verdict
 
 FAST = ("psnr", "gmsd")
@@ -107,7 +110,54 @@ def test_missing_and_unusable_pictures_are_named(folders, tmp_path):
     assert "[shape]" in told["p3", "score"]
     assert "60 x 80 and 64 x 80" in told["p3", "score"]
     assert summary.verdict.endswith("4 pictures have no score (see missing).")
+    assert summary.quarantined == json.loads((tmp_path / "out" / "summary.json").read_text())["quarantined"] == 4
     assert "too few" in summary.verdicts["psnr"]
+
+
+def test_nothing_scored_is_a_failure_that_says_why(folders, tmp_path):
+    for path in folders["restored"].rglob("*.png"):
+        path.write_bytes(b"not a picture")
+    with pytest.raises(Failure, match=r"not one picture .* could be scored \(deep/p0: \[.*summary\.json"):
+        run(folders, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["pictures"], summary["quarantined"]) == ([], 4)
+    with pytest.raises(Failure, match="no target"):  # every metric lacks something
+        evaluate(folders["lq"], folders["lq"], None, tmp_path / "out", metrics=("psnr",))
+
+
+def test_unwritable_output_is_one_sentence(folders, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(Failure, match=r"cannot write to .*file/out: Not a directory\.$"):
+        run(folders, tmp_path / "file" / "out")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipelines.evaluate.replace_file", full)
+    with pytest.raises(Failure, match=r"out: No space left on device\.$"):
+        run(folders, tmp_path / "out")
+
+
+def test_a_picture_that_cannot_be_read_costs_only_itself(folders, tmp_path, monkeypatch):
+    read_bytes = Path.read_bytes
+
+    def read(path):
+        if path.name == "p1.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    summary = run(folders, tmp_path / "out")
+    assert summary.pictures == ["deep/p0", "p2", "p3"]
+    assert "[unreadable] p1.png cannot be read: Permission denied" in [entry["reason"] for entry in summary.missing]
+
+
+def test_the_command_says_by_its_exit_code_that_pictures_have_no_score(folders, tmp_path):
+    roles = [str(folders["restored"]), "--hq", str(folders["hq"]), "--lq", str(folders["lq"])]
+    command = ["evaluate", *roles, "--out", str(tmp_path / "out"), "--metric", "psnr", "--json"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    (folders["hq"] / "p1.png").unlink()
+    assert CliRunner().invoke(app, command).exit_code == 3
 
 
 def test_two_files_of_one_key_are_reported_and_unused(folders, tmp_path):

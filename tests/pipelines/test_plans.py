@@ -20,6 +20,7 @@ from pipelines.console import Console
 from pipelines.errors import Failure, RetryLater, UsageError
 from pipelines.plans import PlanResult, load_plan, read_done, run_lock, run_plan, stage_digest
 from pipelines.stages import StageContext, Verb
+from pipelines.tracking import resolve
 
 PLAN = """
 title: counting
@@ -299,6 +300,54 @@ def test_wrong_plans_die_at_once(tmp_path: Path, text: str, message: str) -> Non
 def test_unknown_plan_names_the_near_one() -> None:
     with pytest.raises(UsageError, match=r'unknown plan "dmeo".*Did you mean "demo"'):
         load_plan("dmeo")
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("dcp.prior=nanoo", "nano"),
+        ("dcp.degradation.options.sharpn=true", "sharpen"),
+        ("restored.preset=realesrgan-nanoo", "realesrgan-nano"),
+        ("restored.preset_options.sharpn=true", "sharpen"),
+        ("restored.options.stps=3", "steps"),
+        pytest.param("scores.metrics=[psnrr]", "psnr", marks=pytest.mark.slow),  # imports pyiqa
+    ],
+)
+def test_wrong_names_deep_inside_die_when_the_plan_is_loaded(override: str, near: str) -> None:
+    with pytest.raises(UsageError, match=f'(?i)did you mean "{near}"'):
+        load_plan("demo", [override])
+
+
+def test_a_hub_id_needs_no_folder() -> None:
+    load_plan("demo", ["dcp.prior=owner/name"])
+
+
+# -- tracking
+
+
+def test_what_an_earlier_driver_left_unpublished_is_published(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def trained(context: StageContext) -> dict[str, Any]:
+        if context.name == "two":
+            (context.stage_dir / "model").mkdir()
+            (context.stage_dir / "model" / "model.json").write_text('{"name": "tiny"}')
+        return {}
+
+    training = {"count": Verb(run=trained, settings=CountSettings, uses_ray=False)}
+
+    def again(track: bool = True) -> PlanResult:
+        return run_plan(plan, out, verbs=training, track=track, console=Console(silent=True))
+
+    again(track=False)  # as after a kill between the last done.json and the registration
+    with pytest.raises(Failure):
+        resolve("models:/tiny@latest", out)
+    assert again().tracking
+    assert (resolve("models:/tiny@latest", out) / "model.json").is_file()
+    monkeypatch.setattr("pipelines.follow.RunTracking", lambda *_: pytest.fail("nothing is new: MLflow may sleep"))
+    assert states(again()) == ["done"] * 3
 
 
 # -- the shipped plans

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import tarfile
 from html.parser import HTMLParser
 
@@ -14,8 +15,10 @@ import pipelines.report as report_module
 from components.images import encode_png
 from components.randomness import generator
 from pipelines.charts import curve_chart, loss_pairs, nice_ticks, smooth
-from pipelines.errors import UsageError
+from pipelines.errors import Failure, UsageError
 from pipelines.evaluate import evaluate
+from pipelines.home import shipped
+from pipelines.plans import PlanResult, load_plan, write_plan_json
 from pipelines.report import write_report
 from pipelines.tracking import MetricRow
 
@@ -250,6 +253,45 @@ def test_many_large_pictures_stay_below_the_limit(run_dir, monkeypatch):
     out = write_report(run_dir, run_dir / "elsewhere" / "page.html")
     assert out.stat().st_size <= 500_000
     assert "24 of 33 are shown" in Page(out.read_text(encoding="utf-8")).text
+
+
+def test_it_says_the_whole_command_that_goes_on(run_dir):
+    assert "restoray run demo --out ." in page_of(run_dir).text
+    plan = json.loads((run_dir / "plan.json").read_text())
+    plan |= {
+        "file": str(run_dir.parent / "my plan.yaml"),
+        "images": str(run_dir.parent / "Anna's photos"),
+        "overrides": ["workers=2", "dcp.prior=a b"],
+    }
+    (run_dir / "plan.json").write_text(json.dumps(plan))
+    text = page_of(run_dir).text
+    command = next(line for line in text.split("restoray ") if line.startswith("run "))
+    words = shlex.split(command[: command.index("photos") + len("photos'")])
+    overrides = ["workers=2", "dcp.prior=a b"]
+    assert words == ["run", "../my plan.yaml", *overrides, "--out", ".", "--images", "../Anna's photos"]
+
+
+def test_plan_json_holds_what_the_command_needs(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(encode_png(picture(0), {}))
+    plan = load_plan("demo", ["workers=1"], tmp_path / "photos")
+    write_plan_json(plan, PlanResult(plan="demo", run_dir=tmp_path, stages=[]), tmp_path / "photos")
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert report_module.run_again(tmp_path, written) == "restoray run demo workers=1 --out . --images photos"
+    own = load_plan(shipped("plans")["demo"])
+    assert own.origin["file"].endswith("demo.yaml")
+
+
+def test_unwritable_output_is_one_sentence(run_dir, monkeypatch):
+    with pytest.raises(Failure, match=r"cannot write r\.html to .*plan\.json/x: Not a directory\.$"):
+        write_report(run_dir, run_dir / "plan.json" / "x" / "r.html")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipelines.report.replace_file", full)
+    with pytest.raises(Failure, match=r"demo-run: No space left on device\.$"):
+        write_report(run_dir)
 
 
 def test_bad_calls_are_usage_errors(tmp_path):

@@ -20,10 +20,12 @@ from ray import cloudpickle
 from components.images import decode, encode_png, read_png_text
 from components.restoring import Identity, Picture, file_key, parse_ask, picture_seed, restore_batch, restore_bytes
 from components.synthetic import dead_leaves
+from components.systems import SYSTEMS
 from components.types import SampleError
 from pipelines.errors import Failure, RetryLater, UsageError
+from pipelines.front import Refusal, ServeLimits, read_parameters
 from pipelines.heldout import prepare_heldout
-from pipelines.restore import list_pictures, restore_folder
+from pipelines.restore import list_pictures, option_check, restore_folder
 from pipelines.rows import read_lines
 
 IDENTITY = Identity(name="tiny", system="tiny", recipe="tiny-filter", digest="0" * 64)
@@ -42,6 +44,11 @@ def load_tiny() -> ModuleType:
 
 
 tiny = load_tiny()
+
+
+@pytest.fixture(autouse=True)
+def tiny_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SYSTEMS, "tiny", tiny.SYSTEM)
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +196,92 @@ def test_options_reach_the_restorer_and_typos_end_the_job(model: Path, pictures:
     png = (result.folder / "p0.png").read_bytes()
     assert decode(png).shape == (64, 32, 3)
     assert json.loads(read_png_text(png)["options"]) == {"height": 64, "steps": 2, "width": 32}
-    with pytest.raises(UsageError, match="stesp"):
+    with pytest.raises(UsageError, match=r"^unknown option 'stesp'. Did you mean \"steps\"\?$"):
         run(model, pictures, tmp_path / "typo", options={"stesp": 2})
+    assert not (tmp_path / "typo").exists()  # judged before there was a job
+    with pytest.raises(UsageError, match=r"^unknown option 'promt'. Did you mean \"prompt\"\?$"):
+        run(model, pictures, tmp_path / "typo", options={"promt": "a bird"})
     with pytest.raises(UsageError, match="width was given alone"):
         run(model, pictures, tmp_path / "alone", options={"width": 32})
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_wrong_option_costs_no_result(
+    known: bool, model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by the driver, or, of a system that it cannot ask, by the restorer: the same sentence, nothing deleted."""
+    out = tmp_path / "out"
+    run(model, pictures, out)
+    (pictures / "p0.png").write_bytes(encode_png(dead_leaves(48, 2, 0)))  # even where the source has changed
+    before = outputs(out)
+    wrong = [({"steps": 10**7}, "steps must be between 1 and 1000000, got 10000000"), ({"stps": 5}, "unknown option")]
+    if not known:
+        monkeypatch.delitem(SYSTEMS, "tiny")
+    for options, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            run(model, pictures, out, options=options)
+        assert outputs(out) == before
+    result = run(model, pictures, out)
+    assert (result.restored, result.skipped) == (1, 5)
+
+
+class Failing:
+    """A restorer that fails at one picture."""
+
+    def restore(self, requests, on_step=None, cancelled=None):
+        if any(request.key == "p0" for request in requests):
+            raise RuntimeError("no luck")
+        return tiny.TinyRestorer(strength=1.0).restore(requests)
+
+
+def test_a_failure_keeps_the_earlier_result_and_its_record(model: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(model, pictures, out)
+    (pictures / "p0.png").write_bytes(encode_png(dead_leaves(48, 2, 0)))
+    before = outputs(out)["p0.png"]
+    for _ in range(2):  # its record stays too, so that the next job knows the file for its own
+        result = run(model, pictures, out, factory=Failing, options={"steps": 2})
+        assert (result.quarantined, outputs(out)["p0.png"]) == (2, before)
+    assert {row["key"]: row["source_sha256"] for row in read_lines(result.records)}["p0"] == read_png_text(before)[
+        "source_sha256"
+    ]
+    assert run(model, pictures, out).restored == 6 and outputs(out)["p0.png"] != before
+
+
+@pytest.mark.parametrize("source", ["good", "broken"])
+def test_files_of_other_people_are_neither_overwritten_nor_deleted(source: str, model: Path, tmp_path: Path) -> None:
+    album, old = tmp_path / "album", tmp_path / "album" / "old"
+    old.mkdir(parents=True)
+    mine = encode_png(dead_leaves(32, 0, 0))
+    (album / "a.png").write_bytes(mine)
+    (old / "a.jpg").write_bytes(encode_png(dead_leaves(32, 0, 1)) if source == "good" else b"<html>")
+    for src in (old, album / "a.png"):
+        with pytest.raises(UsageError, match=r"album/a\.png would be overwritten.*choose another output folder"):
+            run(model, src, album)
+    assert (album / "a.png").read_bytes() == mine
+    (album / "a.png").unlink()
+    assert run(model, old, album).restored == (source == "good")
+
+
+def test_batch_and_service_agree_on_options(model: Path, pictures: Path, tmp_path: Path) -> None:
+    check = option_check("instantir")
+    for options in ({"cfg_scale": 3}, {"sampler": "ddpm"}, {"steps": 2.0}, {"start": "noise", "preview_start": 1}):
+        service = read_parameters({name: str(value) for name, value in options.items()}, ServeLimits(), check)[2]
+        batch = parse_ask(options, check)
+        assert json.dumps(service.document()) == json.dumps(batch.document())
+    assert parse_ask({"cfg_scale": 3}, check).digest() == parse_ask({"cfg_scale": 3.0}, check).digest()
+    for options in ({"steps": 2.5}, {"sampler": "ddmp"}, {"cfg_scale": "much"}):
+        with pytest.raises(ValueError, match=next(iter(options))) as batch_says:
+            parse_ask(options, check)
+        with pytest.raises(Refusal) as service_says:
+            read_parameters({name: str(value) for name, value in options.items()}, ServeLimits(), check)
+        assert (service_says.value.status, service_says.value.detail) == (422, str(batch_says.value))
+    with pytest.raises(Refusal, match='Did you mean "seed"') as typo:
+        read_parameters({"sed": "1"}, ServeLimits(), check)
+    assert typo.value.code == "unknown_parameter"
+    for name, cfg_scale in (("whole", 3), ("float", 3.0)):
+        run(model, pictures, tmp_path / name, options={"cfg_scale": cfg_scale})
+    assert outputs(tmp_path / "whole") == outputs(tmp_path / "float")
 
 
 def test_a_model_that_cannot_load_ends_the_job_with_one_sentence(model: Path, pictures: Path, tmp_path: Path) -> None:

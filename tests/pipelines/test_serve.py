@@ -24,6 +24,7 @@ from ray import cloudpickle
 from components.images import decode, encode_png, read_png_text
 from components.restoring import picture_seed
 from components.synthetic import dead_leaves
+from components.systems import SYSTEMS
 from pipelines.errors import Failure, UsageError
 from pipelines.front import ServeLimits, build_app
 from pipelines.restore import model_identity, restore_folder
@@ -60,13 +61,20 @@ tiny = load_tiny()
 PICTURE = encode_png(dead_leaves(64, 7, 0))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny_system() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SYSTEMS, "tiny", tiny.SYSTEM)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
-def served(model: Path, ray_session: object) -> Iterator[Served]:
+def served(model: Path, tiny_system: None, ray_session: object) -> Iterator[Served]:
     factory = functools.partial(tiny.build_tiny, model, step_s=STEP_S, lethal="lethal")
     with start(model, factory=factory, limits=LIMITS, timeout_s=280) as running:
         yield running
@@ -159,7 +167,8 @@ def test_a_model_that_cannot_load_is_told_in_one_sentence(model: Path) -> None:
 
     async def exchange() -> None:
         replica = RestorerReplica(functools.partial(tiny.build_never, model), identity, LIMITS, threads=1)
-        app = build_app(FrontDoor(Direct(replica), identity, LIMITS), identity, LIMITS)  # type: ignore[arg-type]
+        front = FrontDoor(Direct(replica), identity, LIMITS, tiny.check_options)  # type: ignore[arg-type]
+        app = build_app(front, identity, LIMITS, tiny.check_options)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front") as client:
             health = await client.get("/health")
             sentence = "the model tiny cannot be loaded: RuntimeError: weights of tiny do not fit"
@@ -186,7 +195,7 @@ def test_bytes_equal_the_batch_job(served: Served, model: Path, tmp_path: Path) 
     source.write_bytes(PICTURE)
     options = {"steps": 2, "cfg_scale": 3.5, "prompt": "a red bird, 写真", "width": 40, "height": 48}
     factory = functools.partial(tiny.build_tiny, model)
-    for number, settings in enumerate(({}, options)):
+    for number, settings in enumerate(({}, options, {"steps": 2.0, "cfg_scale": 3})):
         result = restore_folder(
             model, source.parent, tmp_path / str(number), settings, seed=11, factory=factory, on_ray=False
         )

@@ -7,15 +7,18 @@ import hashlib
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from components.restoring import file_key
 from components.types import SampleError
 from pipelines import shards
 from pipelines.errors import UsageError
+from pipelines.rows import read_lines, replace_file
 from pipelines.shards import Sample, TarSample
 
 LONG = "é" * 50 + "x" * 60  # 160 bytes: needs a PAX header twice over
@@ -238,6 +241,9 @@ def test_safe_key_of_long_names_is_capped_and_stays_distinct() -> None:
     keys = {shards.safe_key("写" * 300 + tail) for tail in "abc"}
     assert len(keys) == 3
     assert all(len(key.encode()) <= shards.KEY_BYTES for key in keys)
+    tail = hashlib.sha256(b"x" * 300).hexdigest()[:12]  # keys name files of corpora and results: they must not change
+    assert shards.safe_key("x" * 300) == "x" * 107 + "-" + tail
+    assert file_key("x" * 300) == "x" * 187 + "-" + tail
 
 
 def corpus_of(folder: Path, pictures: dict[str, bytes]) -> shards.Corpus:
@@ -264,6 +270,25 @@ def test_samples_by_number_across_shards(tmp_path: Path, pictures: dict[str, byt
         shards.read_sample(corpus, "train", 4)
     with pytest.raises(UsageError, match='Did you mean "train"'):
         corpus.split("tran")
+
+
+def test_manifest_lines_end_at_newlines_alone(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    row = {"key": "a", "source": "folder:holi\u2028day\x85.jpg"}
+    assert read_lines(tmp_path / "absent.jsonl") == []
+    corpus = corpus_of(tmp_path, pictures)
+    (tmp_path / "manifest.jsonl").write_bytes(data := (shards.json_line(row) + '{"key": "cu').encode())
+    assert replace(corpus, digest=hashlib.sha256(data).hexdigest()).manifest == {"a": row}
+    assert read_lines(tmp_path / "manifest.jsonl") == [row]
+
+
+def test_files_are_replaced_whole(tmp_path: Path) -> None:
+    for sync in (False, True):
+        replace_file(tmp_path / "a", b"new", sync=sync)
+        (tmp_path / "folder" / "in the way").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(OSError, match="folder"):
+            replace_file(tmp_path / "folder", b"new", sync=sync)
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "folder"]
 
 
 def test_verify_names_what_changed(tmp_path: Path, pictures: dict[str, bytes]) -> None:

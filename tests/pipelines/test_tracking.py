@@ -110,6 +110,18 @@ def test_metrics_said_twice_are_stored_once(store):
     assert raw(store, "select count(*) from metrics where run_uuid = ?", run) == [(50,)]
 
 
+def test_a_picture_said_twice_is_stored_once(store, tmp_path):
+    picture = tmp_path / "step-000001.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    for _ in range(2):  # a resumed driver finds the samples of the one before
+        tracker = Tracker(store, "tests")
+        run = tracker.start_child(tracker.start_parent("pictures"), "dcp", DIGEST)
+        tracker.log_image(run, picture, "samples", 1)
+        tracker.log_image(run, picture, "samples", 2)
+    files = list((store / ARTIFACTS / run).rglob("*.png"))
+    assert len(files) == 2
+
+
 def test_a_locked_store_costs_nothing_and_is_replayed(store):
     told = []
     tracker = Tracker(store, "tests", warn=told.append, lock_timeout_s=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from components.models import load_model
 from components.recipes import Recipe, load_recipe
 from components.synthetic import dead_leaves
 from pipelines.curate import curate
-from pipelines.errors import Failure
-from pipelines.train import ORDER, Tail, TrainInputs, read_metrics, read_order, train
+from pipelines.errors import Failure, UsageError
+from pipelines.train import ORDER, Tail, TrainInputs, is_whole, read_metrics, read_order, train
 
 TINY = [
     "resolution=32",
@@ -100,6 +101,16 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(dcp: Path, corpus: Path, tm
     assert first.info["parts"] == resumed.info["parts"]  # sha256 of each part
 
 
+def test_what_a_finished_stage_lost_is_made_again(dcp: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dcp"
+    shutil.copytree(dcp, out)
+    (out / "model" / "parts" / "perceptor.safetensors").write_bytes(b"torn")
+    (out / "metrics.jsonl").unlink()
+    train(recipe("instantir-dcp-nano"), TrainInputs(corpora={"corpus": corpus}), out)
+    assert load_model(out / "model").info["parts"] == load_model(dcp / "model").info["parts"]
+    assert is_whole(out)
+
+
 @pytest.mark.full  # the end-to-end run chains them in make test
 def test_the_three_stages_follow_each_other(dcp: Path, corpus: Path, tmp_path: Path) -> None:
     data = {"corpora": {"corpus": corpus}}
@@ -133,7 +144,7 @@ def test_the_priors_stages_train(stage: str, corpus: Path, tmp_path: Path) -> No
 
 
 def test_a_source_that_is_no_input_dies_at_once(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"sources names \['corpus'\]"):
+    with pytest.raises(UsageError, match=r"sources names \['corpus'\]"):
         train(recipe("instantir-dcp-nano"), TrainInputs(corpora={"other": corpus}), tmp_path)
 
 

@@ -14,11 +14,11 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from components.randomness import seeded_init
 from components.systems.instantir.perceptor import (
     base_parameters,
     base_state,
     copy_strictly,
-    seeded_initialisation,
 )
 
 SFT_WIDTH = 128  # the released model's, at every level (instantir.md section 4)
@@ -93,7 +93,7 @@ class Aggregator(nn.Module):
         """
         like = next(unet.parameters())
         # made on the CPU, so that the random start has the same bits on every device
-        with seeded_initialisation(seed, "aggregator"):
+        with seeded_init(seed, "aggregator"):
             aggregator = cls(dict(unet.config), "meta" if like.is_meta else "cpu")
         aggregator.to(device=like.device, dtype=like.dtype)
         own = aggregator.state_dict()

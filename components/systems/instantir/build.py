@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from components.models import Model, ModelError
+from components.models import Model, ModelError, resolve_model
 from components.priors.sdxl import Prior, load_prior
+from components.randomness import seeded_init
 from components.systems.instantir.network import InstantIR
 from components.systems.instantir.objectives import (
     AggregatorObjective,
@@ -18,7 +19,6 @@ from components.systems.instantir.objectives import (
 )
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instantir.restorer import InstantIRRestorer
-from components.training import seeded_init
 
 
 def open_prior(recipe_prior: str, recorded: Mapping[str, str] | None, device: str) -> Prior:
@@ -27,8 +27,17 @@ def open_prior(recipe_prior: str, recorded: Mapping[str, str] | None, device: st
     Raises:
         ModelError: no such prior, or its digest is not the recorded one.
     """
-    prior = load_prior(recipe_prior, device)
     wanted = (recorded or {}).get("digest", "")
+    try:
+        prior = load_prior(
+            resolve_model(recipe_prior) if wanted else recipe_prior, device
+        )  # with a digest: never a hub
+    except ModelError as error:
+        if not wanted:
+            raise
+        raise ModelError(
+            f"the model was trained on prior {recipe_prior!r} with digest {wanted[:12]}: bring it back there ({error})"
+        ) from error
     if wanted and prior.digest and wanted != prior.digest:
         raise ModelError(
             f"prior {recipe_prior!r} has digest {prior.digest[:12]}, but the model was trained on {wanted[:12]}: "

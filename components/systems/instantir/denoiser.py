@@ -7,7 +7,6 @@ preview, the last residuals, the adaptive factor) is held here, so one object se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,58 +15,11 @@ from components.samplers.guidance import guide
 from components.samplers.schedules import Schedule
 from components.systems.instantir.aggregator import Residuals
 from components.systems.instantir.network import Conditions, InstantIR
+from components.systems.instantir.options import LoopSettings
+from components.types import Box, Condition
 
 SKIP_AT_MOST = 0.1
 """At this applied scale and below, Previewer and Aggregator are left out (instantir.md section 5)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """How the loop is steered; the defaults are the released pipeline's.
-
-    Attributes:
-        cfg_scale: guidance; 1 or less runs the positive half only.
-        guidance_rescale: see samplers.guidance.guide.
-        aggregator_scale: multiplies the residuals; one number or one for each step.
-        aggregator_stop: share of the steps after which Previewer and Aggregator stop ("creative" restoration).
-        preview_start, preview_stop: shares of the steps between which previews are made; outside, the LQ latents
-            stand in for the preview.
-        adaptive: scale the residuals by the adaptive factor of the step before (AdaRes, as released).
-
-    Raises:
-        ValueError: a share outside 0 .. 1, or a negative scale.
-    """
-
-    cfg_scale: float = 7.0
-    guidance_rescale: float = 0.0
-    aggregator_scale: float | Sequence[float] = 1.0
-    aggregator_stop: float = 1.0
-    preview_start: float = 0.0
-    preview_stop: float = 1.0
-    adaptive: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("guidance_rescale", "aggregator_stop", "preview_start", "preview_stop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
-
-    @property
-    def guided(self) -> bool:
-        return self.cfg_scale > 1
-
-    def scale_at(self, step: int, of: int) -> float:
-        """The residuals' scale at a 0-based step, without the adaptive factor."""
-        if (step + 1) / of > self.aggregator_stop:
-            return 0.0
-        if isinstance(self.aggregator_scale, Sequence):
-            return float(self.aggregator_scale[step])
-        return float(self.aggregator_scale)
-
-    def previews_at(self, step: int, of: int) -> bool:
-        """Whether the Previewer runs at a 0-based step."""
-        return not (step / of < self.preview_start or (step + 1) / of > self.preview_stop)
 
 
 class InstantIRDenoiser:
@@ -81,6 +33,7 @@ class InstantIRDenoiser:
         settings: how the loop is steered.
 
     Attributes:
+        condition: the spatial condition, the LQ latents, in the form that tiles are cut from.
         preview: the last preview [H, C, h, w] with H = 2B rows (negative, positive), or B without guidance; stale where
             it was not renewed; None before the first.
         eps: the last guided noise prediction [B, C, h, w].
@@ -105,6 +58,8 @@ class InstantIRDenoiser:
         if isinstance(settings.aggregator_scale, Sequence) and len(settings.aggregator_scale) != steps:
             raise ValueError(f"{len(settings.aggregator_scale)} aggregator scales for {steps} steps")
         self.network, self.settings, self.steps, self.batch = network, settings, steps, len(lq)
+        self.positive, self.negative = positive, negative
+        self.condition = Condition(tensors={"lq": lq})
         self.halves = 2 if settings.guided else 1
         self.given = negative.joined(positive) if settings.guided and negative is not None else positive
         self.lq = lq.repeat(self.halves, 1, 1, 1)
@@ -133,6 +88,11 @@ class InstantIRDenoiser:
             self.factor = _adaptive_factor(self._positive_preview(), before, clean)
         self.eps, self.step = eps, self.step + 1
         return clean
+
+    def tile(self, box: Box) -> InstantIRDenoiser:
+        """A fresh run over one tile of the latent grid, with steps and adaptive factor of its own."""
+        lq = self.condition.crop(box).tensors["lq"]
+        return InstantIRDenoiser(self.network, lq, self.positive, self.negative, self.steps, self.settings)
 
     def _control(self, noisy: Tensor, timesteps: Tensor) -> Residuals | None:
         """This step's residuals, already scaled."""

@@ -19,14 +19,7 @@ from components.objectives.consistency import (
     pseudo_huber,
     squared_distance,
 )
-from components.objectives.diffusion import (
-    check_dropout,
-    clean_weights,
-    drop_conditions,
-    epsilon_loss,
-    offset_noise,
-    replace_rows,
-)
+from components.objectives.diffusion import WeightedEpsilon, check_dropout, drop_conditions, replace_rows
 from components.samplers.guidance import distillation_guide
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.previewer import previewer_of
@@ -132,16 +125,13 @@ class PerceptorObjective(StageObjective):
             raise ValueError("the perceptor is trained before there is a previewer")
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "perceptor", network.perceptor, dropout)
-        self.weights, self.noise_offset = clean_weights(network.prior.schedule, max_clean_weight), noise_offset
+        self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise."""
         clean, given = self.clean_latents(batch), self.conditions(batch, noise)
-        schedule = self.network.prior.schedule
-        timesteps = noise.integers("timestep", 0, schedule.num_train_timesteps)
-        target = _target(noise, clean, self.noise_offset)
-        eps = self.network.denoise_eps(schedule.add_noise(clean, target, timesteps), timesteps, given)
-        yield "perceptor", _loss(epsilon_loss(eps, target) * self.weights.to(timesteps.device)[timesteps])
+        noisy, target, timesteps = self.loss.noisy(clean, noise)
+        yield "perceptor", self.loss(self.network.denoise_eps(noisy, timesteps, given), target, timesteps)
 
 
 class PreviewerObjective(StageObjective):
@@ -194,9 +184,10 @@ class PreviewerObjective(StageObjective):
         distances = (
             squared_distance(student, target) if self.huber_c is None else pseudo_huber(student, target, self.huber_c)
         )
+        value = distances.mean()
         # how far previews are from the truth: what distillation is for, and what a collapse would show in
         error = squared_distance(student.detach(), clean).mean()
-        yield "previewer", _loss(distances, preview_error=error)
+        yield "previewer", Loss(value=value, metrics={"loss": value.detach(), "preview_error": error})
 
     @torch.no_grad()
     def _teacher_step(self, noisy: Tensor, start: Tensor, end: Tensor, given: Conditions, noise: Noise) -> Tensor:
@@ -239,29 +230,14 @@ class AggregatorObjective(StageObjective):
             raise ValueError("the aggregator's stage needs a network with a previewer and an aggregator")
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "aggregator", network.aggregator, dropout)
-        self.weights, self.noise_offset = clean_weights(network.prior.schedule, max_clean_weight), noise_offset
+        self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise, with residuals."""
-        network, schedule = self.network, self.network.prior.schedule
-        clean, given = self.clean_latents(batch), self.conditions(batch, noise)
-        timesteps = noise.integers("timestep", 0, schedule.num_train_timesteps)
-        target = _target(noise, clean, self.noise_offset)
-        noisy = schedule.add_noise(clean, target, timesteps)
+        network, clean, given = self.network, self.clean_latents(batch), self.conditions(batch, noise)
+        noisy, target, timesteps = self.loss.noisy(clean, noise)
         with torch.no_grad():
             lq = network.prior.encode(batch.lq)
             preview = network.preview(noisy, timesteps, given)
         residuals = network.residuals(lq, timesteps, preview, given)
-        eps = network.denoise_eps(noisy, timesteps, given, residuals)
-        yield "aggregator", _loss(epsilon_loss(eps, target) * self.weights.to(timesteps.device)[timesteps])
-
-
-def _target(noise: Noise, clean: Tensor, strength: float) -> Tensor:
-    """The noise that a stage adds and predicts, like `clean` [B, C, h, w]."""
-    plain = noise.normal("noise", tuple(clean.shape[1:]))
-    return offset_noise(plain, noise.normal("noise_offset", (clean.shape[1], 1, 1)), strength)
-
-
-def _loss(per_sample: Tensor, **metrics: Tensor) -> Loss:
-    value = per_sample.mean()
-    return Loss(value=value, metrics={"loss": value.detach(), **{k: v.detach() for k, v in metrics.items()}})
+        yield "aggregator", self.loss(network.denoise_eps(noisy, timesteps, given, residuals), target, timesteps)

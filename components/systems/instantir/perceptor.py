@@ -10,8 +10,7 @@ Shapes: B batch, N picture tokens, Q queries, W attention width, E embedding wid
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from components.randomness import stream_key
+from components.randomness import seeded_init
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +220,7 @@ def install_perceptor(
         raise ValueError(f"the Resampler's output_dim {config.output_dim} is not the UNet's text width {text_dim}")
     embedding_width = unet.time_embedding.linear_2.out_features
     like = next(unet.parameters())
-    with seeded_initialisation(seed, "perceptor"):
+    with seeded_init(seed, "perceptor"):
         image_proj = Resampler(config)
         for attention in cross_attentions(unet).values():
             processor = PerceptorAttnProcessor(attention.inner_dim, text_dim, embedding_width, config.num_queries)
@@ -315,14 +314,6 @@ def copy_strictly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor],
         raise ValueError(f"the {what}'s weights do not fit ({len(faults)} faults): {'; '.join(faults)}")
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
-
-
-@contextlib.contextmanager
-def seeded_initialisation(seed: int, name: str) -> Iterator[None]:
-    """torch's layers draw their start from the global generator: seed it from (seed, name), and put it back after."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_key(seed, "initialise", name) % 2**63)
-        yield
 
 
 def resampler_config(perceptor: Perceptor) -> dict[str, int]:

@@ -18,7 +18,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from components.systems.instantir.perceptor import copy_strictly, seeded_initialisation
+from components.randomness import seeded_init
+from components.systems.instantir.perceptor import copy_strictly
 
 ADAPTER = "previewer"
 TARGETS = (
@@ -99,7 +100,7 @@ def install_previewer(
     if has_previewer(unet):
         raise ValueError("the UNet has a previewer already")
     trainable = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
-    with seeded_initialisation(seed, "previewer"):
+    with seeded_init(seed, "previewer"):
         unet.add_adapter(
             LoraConfig(
                 r=settings.rank,

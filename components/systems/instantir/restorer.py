@@ -4,66 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from components.naming import did_you_mean
 from components.randomness import generator
 from components.samplers.ddim import sample_ddim, sample_ddpm
 from components.samplers.schedules import Schedule
-from components.systems.instantir.denoiser import InstantIRDenoiser, LoopSettings
+from components.systems.instantir.denoiser import InstantIRDenoiser
 from components.systems.instantir.network import Conditions, InstantIR
+from components.systems.instantir.options import Options, parse_options
 from components.tensors import images_to_tensor, tensor_to_images
 from components.types import Cancelled, Image, OnStep, Request, Restored, SampleError, StepEvent
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """A request's options, with InstantIR's defaults.
-
-    Attributes:
-        steps: sampler steps (paper 4.1: 30).
-        cfg_scale: guidance (paper 4.1: 7.0); 1 or less switches it off and halves the cost.
-        sampler: "ddim" as in the paper, "ddpm" (ancestral) as in the released tools.
-        start: "lq" starts from the noised LQ latents (released), "noise" from pure noise (paper Alg. 1).
-        preview_start: share of the steps before which the LQ latents stand in for the preview; 0.1 to 0.4 for fidelity.
-        aggregator_stop: share of the steps after which the aggregator stops; 0.6 to 0.8 for creative restoration.
-        aggregator_scale: multiplies the aggregator's residuals.
-        guidance_rescale: share of the guided prediction brought back to the unguided one's contrast.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    steps: int = 30
-    cfg_scale: float = 7.0
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    start: Literal["lq", "noise"] = "lq"
-    preview_start: float = 0.0
-    aggregator_stop: float = 1.0
-    aggregator_scale: float = 1.0
-    guidance_rescale: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.aggregator_scale < 0:
-            raise ValueError(f"aggregator_scale must be at least 0, got {self.aggregator_scale}")
-        self.loop  # noqa: B018  the loop's own checks
-
-    @property
-    def loop(self) -> LoopSettings:
-        return LoopSettings(
-            cfg_scale=self.cfg_scale,
-            guidance_rescale=self.guidance_rescale,
-            aggregator_scale=self.aggregator_scale,
-            aggregator_stop=self.aggregator_stop,
-            preview_start=self.preview_start,
-        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +66,7 @@ class InstantIRRestorer:
 
         Raises:
             SampleError: a picture that is not uint8 RGB ("bad_image"), or an impossible size ("bad_size").
-            ValueError: unknown or wrong options; names the request and the near option.
+            ValueError: unknown or wrong options; names the near option, and no request: all that share them fail alike.
             Cancellation: `cancelled()` became true.
         """
         batches = list(self._batches([self._prepare(i, r) for i, r in enumerate(requests)]))
@@ -132,10 +87,7 @@ class InstantIRRestorer:
         image = request.image
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise SampleError("bad_image", f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}", request.key)
-        try:
-            options = parse_options(request.options, self.defaults)
-        except ValueError as error:
-            raise ValueError(f"{request.key}: {error}") from error
+        options = parse_options(request.options, self.defaults)
         height, width = request.size or image.shape[:2]
         if height < 1 or width < 1:
             raise SampleError("bad_size", f"size must be positive, got {height} x {width}", request.key)
@@ -163,10 +115,7 @@ class InstantIRRestorer:
         images = images_to_tensor([job.image for job in batch]).to(prior.device)
         lq = prior.encode(images)
         positive, negative = self._conditions(batch, images)
-        try:
-            timesteps = prior.schedule.timesteps(options.steps)
-        except ValueError as error:
-            raise ValueError(f"{batch[0].request.key}: {error}") from error
+        timesteps = prior.schedule.timesteps(options.steps)
         sigmas = prior.schedule.sampling_sigmas(timesteps).to(prior.device)
         noise = self._noise(batch, "start", lq)
         if options.start == "lq":
@@ -206,21 +155,6 @@ class InstantIRRestorer:
         return torch.from_numpy(np.stack(rows)).to(like)
 
 
-def parse_options(given: Mapping[str, Any], defaults: Options) -> Options:
-    """Options by name on top of defaults.
-
-    Raises:
-        ValueError: an unknown name (with the near one), a wrong type or a value outside its range.
-    """
-    types = get_type_hints(Options)
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in types:
-            raise ValueError(f"unknown option {name!r}. {did_you_mean(name, types)}")
-        values[name] = _typed(name, value, types[name])
-    return replace(defaults, **values)
-
-
 def pad_to_multiple(image: Image, multiple: int) -> Image:
     """The picture [H, W, 3] with mirrored rows and columns below and to the right, up to multiples of `multiple`."""
     height, width = image.shape[:2]
@@ -229,18 +163,6 @@ def pad_to_multiple(image: Image, multiple: int) -> Image:
         return image
     # "reflect" cannot mirror a single row without repeating it; "symmetric" can, and meets no seam worse
     return np.pad(image, ((0, below), (0, right), (0, 0)), mode="reflect" if min(height, width) > 1 else "symmetric")
-
-
-def _typed(name: str, value: Any, wanted: Any) -> Any:
-    if wanted in (int, float):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
-        if not is_number or (wanted is int and value != int(value)):
-            raise ValueError(f"option {name} must be {'an integer' if wanted is int else 'a number'}, got {value!r}")
-        return wanted(value)
-    choices = get_args(wanted)
-    if value not in choices:
-        raise ValueError(f"option {name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
 
 
 def _info(job: _Job) -> dict[str, str]:

@@ -1,0 +1,57 @@
+"""Options of a restorer, by name: judged and typed in one place, so that every caller writes them down alike.
+
+Standard library only: plans, jobs and the service judge options before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+from components.naming import did_you_mean
+
+OptionCheck = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""(options) -> the same options in their own types; raises ValueError, one sentence, for what is refused."""
+
+
+def typed_options(given: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options in their types: an integral 2.0 becomes the integer 2, a whole 3 the number 3.0.
+
+    Args:
+        types: by name; int, float, or a Literal of texts.
+
+    Raises:
+        UnknownOption: a name without a type.
+        ValueError: a value that is not of its type.
+    """
+    values = {}
+    for name, value in given.items():
+        if name not in types:
+            raise UnknownOption(name, types)
+        values[name] = _typed(name, value, types[name])
+    return values
+
+
+def _typed(name: str, value: Any, wanted: Any) -> Any:
+    if wanted in (int, float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= sys.float_info.max or (wanted is int and value != int(value)):
+            kind = "an integer" if wanted is int else "a number"
+            raise ValueError(f"option {name} must be {kind}, got {value!r:.80}")
+        return wanted(value)
+    choices = get_args(wanted)
+    if value not in choices:
+        raise ValueError(f"option {name} must be one of {', '.join(choices)}, got {value!r:.80}")
+    return value
+
+
+class UnknownOption(ValueError):
+    """An option that nothing knows; `known` are the names that it could have meant."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name, self.known = str(name)[:80], tuple(known)
+        super().__init__(self.name, self.known)  # what pickle calls __init__ with
+
+    def __str__(self) -> str:
+        return f"unknown option {self.name!r}. {did_you_mean(self.name, self.known)}"

@@ -1,0 +1,114 @@
+"""What stages do beside their modules: whose folder it is, what they claim to have made, what a torn file costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from components.recipes import load_recipe
+from pipelines.console import Console
+from pipelines.errors import RetryLater, UsageError
+from pipelines.stages import RestoreSettings, StageContext, run_restore, shard_files, train_folder
+from pipelines.train import METRICS, ORDER, Log, Tail, TrainInputs, check_inputs, log_order, read_metrics, read_order
+
+
+def recipe(*overrides: str) -> Any:
+    return load_recipe("instantir-dcp-nano", overrides)
+
+
+def write_index(folder: Path, **counts: int) -> Path:
+    """An index with one shard a split and so many samples in it."""
+    splits = {
+        split: {"samples": n, "shards": [{"name": f"{split}-0.tar", "samples": [{"key": str(k)} for k in range(n)]}]}
+        for split, n in counts.items()
+    }
+    (folder / "index.json").write_text(json.dumps({"format": 1, "digest": "d", "splits": splits}))
+    return folder
+
+
+def test_a_folder_belongs_to_one_training(tmp_path: Path) -> None:
+    out, inputs = tmp_path / "out", TrainInputs(data_digests={"corpus": "1"})
+    for _ in range(2):  # the same one resumes
+        with train_folder(recipe(), inputs, out):
+            (out / "ray").mkdir(exist_ok=True)
+    with train_folder(recipe("placement.workers=2"), inputs, out):
+        pass
+    for other, data in ((recipe("seed=1"), "1"), (recipe(), "2")):
+        with (
+            pytest.raises(UsageError, match=r"holds a training of instantir-dcp-nano with other.*another --out"),
+            train_folder(other, TrainInputs(data_digests={"corpus": data}), out),
+        ):
+            pass
+    (out / "stage.json").unlink()
+    with pytest.raises(UsageError, match="that it does not name"), train_folder(recipe(), inputs, out):
+        pass
+
+
+def test_a_folder_has_one_trainer_at_a_time(tmp_path: Path) -> None:
+    with (
+        train_folder(recipe(), TrainInputs(), tmp_path),
+        pytest.raises(RetryLater, match="in use"),
+        train_folder(recipe(), TrainInputs(), tmp_path),
+    ):
+        pass
+
+
+def test_a_corpus_without_held_out_pictures_is_refused_on_the_driver(tmp_path: Path) -> None:
+    corpus = write_index(tmp_path, train=1, held_out=0)
+    inputs = TrainInputs(corpora={"corpus": corpus})
+    with pytest.raises(UsageError, match="at least 2 usable pictures"):
+        check_inputs(recipe(), inputs)
+    write_index(tmp_path, train=1, held_out=1)
+    check_inputs(recipe(), inputs)
+
+
+def test_a_corpus_is_known_by_every_shard(tmp_path: Path) -> None:
+    assert shard_files(write_index(tmp_path, train=2, held_out=1)) == ["train/train-0.tar", "held_out/held_out-0.tar"]
+
+
+def test_a_restore_stage_counts_every_refusal_and_claims_every_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("hq", "lq", "restored"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / "a.png").touch()
+    (tmp_path / "trained" / "model").mkdir(parents=True)
+    write_index(tmp_path / "trained", train=1, held_out=3)
+    monkeypatch.setattr("pipelines.heldout.prepare_heldout", lambda *_, **__: SimpleNamespace(quarantined=2))
+    done = SimpleNamespace(restored=1, skipped=0, quarantined=1)
+    monkeypatch.setattr("pipelines.restore.restore_folder", lambda *_, **__: done)
+    results = run_restore(
+        StageContext(
+            plan="p",
+            name="restored",
+            verb="restore",
+            digest="0",
+            run_dir=tmp_path,
+            stage_dir=tmp_path / "work",
+            inputs={"trained": tmp_path / "trained"},
+            settings=RestoreSettings(),
+            console=Console(silent=True),
+        )
+    )
+    assert results["quarantined"] == 3
+    assert {"hq/a.png", "lq/a.png", "restored/a.png", "restored/records.jsonl"} <= set(results["outputs"])
+
+
+def test_a_torn_row_costs_that_row_only(tmp_path: Path) -> None:
+    rows: list[Any] = []
+    (tmp_path / METRICS).write_text('{"step": 1, "name": "loss", "value": 2.0, "time": 0}\n{"step": 2, "na')
+    (tmp_path / ORDER).write_text('{"step": 1, "rank": 0, "positions": [0], "keys": ["a"]}\n{"st')
+    log = Log(tmp_path, active=True)
+    log.write(2, {"loss": 1.0})
+    log_order(tmp_path, 0, 2, [(1, "b", "")])
+    assert read_metrics(tmp_path / METRICS) == {"loss": {1: 2.0, 2: 1.0}}
+    assert read_order(tmp_path) == {0: "a", 1: "b"}
+    tail = Tail(tmp_path / METRICS, rows.extend)
+    tail.offset = 0
+    with tail:
+        pass
+    assert [row[0] for row in rows] == [1, 2]

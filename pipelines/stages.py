@@ -327,7 +327,7 @@ def step_progress(progress: Progress, steps: int) -> Callable[[Sequence[tuple[in
     """A callback for metric rows that moves a bar to the newest step and shows the newest loss beside it."""
 
     def tell(rows: Sequence[tuple[int, str, float, float]]) -> None:
-        losses = [row for row in rows if "loss" in row[1]]
+        losses = [row for row in rows if row[1] == "loss"]
         note = f"{losses[-1][1]} {losses[-1][2]:.4g}" if losses else ""
         if rows:
             progress(max(row[0] for row in rows), steps, note)

@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with Python 3.11, make and git:
 #   make demo    sets up .venv and runs the whole product on real photographs
-#   make test    the same set-up, then the test suite (15 to 20 minutes on 2 cores for now; the goal is 15)
+#   make test    the same set-up, then the test suite (at most 15 minutes on 2 cores)
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 UV_VERSION := 0.13.8
 OUT ?= runs/demo
 ARGS ?=
-TEST_MINUTES ?= 40
+TEST_MINUTES ?= 25
 
 BIN := .venv/bin
 PY := $(BIN)/python

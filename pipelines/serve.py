@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 import socket
 import threading
 import time
@@ -212,6 +213,7 @@ def start(
         if ray_serve.status().applications:  # its port cannot change, and stopping ours would stop it too
             raise Failure("this Ray already carries a service; stop that one first")
         stack.callback(ray_serve.shutdown)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the commands say themselves what is ready, and where
         ray_serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(

@@ -160,6 +160,32 @@ def test_a_run_killed_in_any_stage_resumes(stage: str, run: Path, tmp_path: Path
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
+def test_two_workers_see_the_samples_that_one_saw(run: Path, tmp_path: Path) -> None:
+    from pipelines.train import read_order
+
+    finished = demo(tmp_path / "run", "workers=2")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for name in ("dcp", "previewer", "aggregator"):
+        one, two = (read_order(stage_folder(out, name)) for out in (run, tmp_path / "run"))
+        assert one == two and len(one) == 12
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_every_training_stage_of_the_demo_as_shipped_learns(tmp_path: Path) -> None:
+    """The loss on 64 fixed held-out triples ends at least a tenth below its start."""
+    from pipelines.train import heldout_losses
+
+    out = tmp_path / "run"
+    finished = subprocess.run(restoray("demo", "--out", str(out)), capture_output=True, text=True, timeout=3500)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for name, trainable in (("dcp", "perceptor"), ("previewer", "previewer"), ("aggregator", "aggregator")):
+        losses = heldout_losses(stage_folder(out, name) / "metrics.jsonl")[trainable]
+        assert losses[max(losses)] <= 0.9 * losses[min(losses)], (name, losses)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_broken_pictures_end_in_quarantine_with_exit_3(images_dir: Path, tmp_path: Path) -> None:
     finished = demo(tmp_path / "run", "--images", str(images_dir / "odd"))
     assert finished.returncode == 3, finished.stderr[-3000:]

@@ -192,7 +192,8 @@ def lora_settings_of(unet: UNet2DConditionModel) -> LoraSettings:
     return LoraSettings(
         rank=layer.r[ADAPTER],
         alpha=layer.lora_alpha[ADAPTER],
-        targets=sorted(targets, key=lambda t: TARGETS.index(t) if t in TARGETS else len(TARGETS)),
+        # peft keeps a set, whose order changes from process to process
+        targets=sorted(targets, key=lambda t: (TARGETS.index(t) if t in TARGETS else len(TARGETS), t)),
     )
 
 

@@ -131,7 +131,9 @@ def test_the_three_stages_follow_each_other(dcp: Path, corpus: Path, tmp_path: P
     assert final.info["parents"] == {"previewer": load_model(previewer.model).digest}
 
 
-FULL = pytest.mark.full  # one stage in make test shows that priors train; each costs half a minute of starting Ray Train
+FULL = (
+    pytest.mark.full
+)  # one stage in make test shows that priors train; each costs half a minute of starting Ray Train
 
 
 @pytest.mark.parametrize(

@@ -89,15 +89,19 @@ def model_identity(model: str | Path) -> tuple[Path, Identity]:
     """The folder of a model (a path or a shipped name) and what it says of itself.
 
     Raises:
-        UsageError: there is no such model, or its model.json is broken.
+        UsageError: there is no such model, its model.json is broken, or its system restores nothing.
     """
     from components.models import ModelError, load_model
+    from components.systems import SYSTEMS
 
     try:
         found = load_model(model)
     except ModelError as error:
         raise UsageError(str(error)) from error
     info = found.info
+    system = SYSTEMS.get(str(info["system"]))
+    if system is not None and system.check_options is None:
+        raise UsageError(f"{model} is a {info['system']} model, which restores nothing: name a restoration model.")
     recipe = info.get("recipe") or {}
     identity = Identity(
         name=str(info["name"]),

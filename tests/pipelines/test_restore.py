@@ -25,7 +25,7 @@ from components.types import SampleError
 from pipelines.errors import Failure, RetryLater, UsageError
 from pipelines.front import Refusal, ServeLimits, read_parameters
 from pipelines.heldout import prepare_heldout
-from pipelines.restore import list_pictures, option_check, restore_folder
+from pipelines.restore import list_pictures, model_identity, option_check, restore_folder
 from pipelines.rows import read_lines
 
 IDENTITY = Identity(name="tiny", system="tiny", recipe="tiny-filter", digest="0" * 64)
@@ -483,3 +483,8 @@ def test_heldout_is_idempotent_and_follows_its_settings(corpus: Path, tmp_path: 
     assert set(outputs(out / "hq")) == set(outputs(out / "lq")) == {"wide.png"}
     with pytest.raises(UsageError, match="realesrgan-nano"):
         prepare_heldout(corpus, out, "realesrgan-nanu")
+
+
+def test_a_prior_restores_nothing() -> None:
+    with pytest.raises(UsageError, match="nano is a prior model, which restores nothing"):
+        model_identity("nano")

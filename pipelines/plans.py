@@ -210,7 +210,7 @@ def load_plan(
         inputs = {need: planned[need].digest for need in stage["needs"]}
         settled = resolve_stage(stage, by_stage[stage["name"]], head.workers, inputs, images, verbs)
         above = [recipe for need in stage["needs"] if (recipe := planned[need].recipe) is not None]
-        verbs[stage["verb"]].check(settled.settings, above)
+        verbs[stage["verb"]].check(settled.settings, settled.recipe, above)
         planned[stage["name"]] = settled
     origin = {"file": "" if str(name) in shipped("plans") else str(path.absolute()), "overrides": list(overrides)}
     return Plan(name=path.stem, title=head.title, free_mib=head.free_mib, stages=tuple(planned.values()), origin=origin)

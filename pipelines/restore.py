@@ -42,7 +42,7 @@ from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, RetryLater, UsageError
 from pipelines.heldout import prepare_heldout as prepare_heldout  # the step before this one in a plan
 from pipelines.rows import read_lines, replace_file, write_lines
-from pipelines.sources import SIDECARS
+from pipelines.sources import SIDECARS, is_output
 
 Factory = Callable[[], Restorer]
 """Makes the restorer inside a worker; picklable."""
@@ -205,7 +205,8 @@ def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], 
     """Pictures by key, in order of their names, and how many other files were passed over.
 
     The key is the name without its suffix, folders joined by two underscores; where two files would share a key (also
-    on file systems that ignore case) each keeps its suffix. Hidden files, sidecars and everything below `out` stay out.
+    on file systems that ignore case) each keeps its suffix. Hidden files, sidecars and everything below `out`, or below
+    a folder inside `src` that another run of ours wrote, stay out.
 
     Raises:
         UsageError: `src` does not exist, holds no picture, or is `out` itself.
@@ -216,11 +217,10 @@ def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], 
         return {file_key(src.stem): src.absolute()}, 0
     if out is not None and out.resolve() == src.resolve():
         raise UsageError(f"{src} is both input and output; choose another output folder")
-    excluded = out.resolve() if out is not None else None
     found: list[Path] = []
     ignored = 0
     for here, folders, names in os.walk(src):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(here) / f).resolve() != excluded)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not is_output(Path(here) / f, out))
         for name in sorted(names):
             path = Path(here) / name
             if name.startswith(".") or path.suffix.lower() in SIDECARS or not path.is_file():

@@ -24,8 +24,14 @@ from pipelines.home import package_folder
 
 SIDECARS = frozenset({".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".xmp", ".yaml", ".yml"})
 """Files that travel with pictures; counted, not quarantined."""
-OWN_MARKS = {"plan.json": ("plan", "stages"), "done.json": ("digest", "outputs"), "index.json": ("digest", "splits")}
-"""Files, and fields in them, by which the folder of a run, a stage or a corpus is known: its pictures are outputs."""
+OWN_MARKS = {
+    "plan.json": ("plan", "stages"),
+    "done.json": ("digest", "outputs"),
+    "index.json": ("digest", "splits"),
+    "records.jsonl": ("output_sha256", "source_sha256"),
+}
+"""Files, and fields in them (in their first row), by which the folder of a run, a stage, a corpus or a restoration is
+known: its pictures are outputs."""
 DEFAULT_HELD_OUT_FRACTION = 0.2  # for a user's folder given to a spec that names its held-out pictures
 
 SKIMAGE_CREDITS = {  # file: (licence, credit); the loaders' docstrings of scikit-image 0.26 state both
@@ -90,7 +96,7 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None) -> tuple[list[En
     entries, skipped = [], 0
     unreadable: list[OSError] = []
     for parent, folders, files in os.walk(folder, onerror=unreadable.append):
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and not _is_output(Path(parent) / n, out))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not is_output(Path(parent) / n, out))
         for name in sorted(files):
             path = Path(parent) / name
             if name.startswith(".") or path.suffix.lower() in SIDECARS:
@@ -106,12 +112,14 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None) -> tuple[list[En
     return entries, skipped
 
 
-def _is_output(folder: Path, out: Path | None) -> bool:
+def is_output(folder: Path, out: Path | None) -> bool:
+    """Whether a folder is `out`, or was written by some run of ours."""
     if out is not None and folder.resolve() == out.resolve():
         return True
     for name, fields in OWN_MARKS.items():
         try:
-            document = json.loads((folder / name).read_bytes())
+            text = (folder / name).read_bytes()
+            document = json.loads(text.partition(b"\n")[0] if name.endswith(".jsonl") else text)
         except (OSError, ValueError):
             continue
         if isinstance(document, dict) and all(field in document for field in fields):

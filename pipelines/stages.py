@@ -128,8 +128,8 @@ class Verb:
         uses_ray: whether a local Ray must stand before it runs.
         identity: (settings, recipe, images) -> what besides settings and recipe decides the result, e.g. the source
             pictures; small plain data.
-        check: (settings, recipes of the stages it needs) -> None; UsageError for a name or value that only the verb
-            can judge. Called when a plan is loaded, so it imports neither torch nor ray.
+        check: (settings, own recipe or None, recipes of the stages it needs) -> None; UsageError for a name, value or
+            missing need that only the verb can judge. Called when a plan is loaded: it imports neither torch nor ray.
     """
 
     run: Callable[[StageContext], Mapping[str, Any]]
@@ -137,7 +137,7 @@ class Verb:
     version: int = 1
     uses_ray: bool = True
     identity: Callable[[Any, Any, Path | None], Mapping[str, Any]] = lambda settings, recipe, images: {}
-    check: Callable[[Any, Sequence[Any]], None] = lambda settings, recipes: None
+    check: Callable[[Any, Any, Sequence[Any]], None] = lambda settings, recipe, above: None
 
 
 def shipped_weights() -> Path:
@@ -186,13 +186,25 @@ def check_options(system: str, options: Mapping[str, Any]) -> None:
         raise UsageError(str(error)) from error
 
 
-def check_restore(settings: RestoreSettings, recipes: Sequence[Any]) -> None:
+def check_train(settings: TrainSettings, recipe: Any, above: Sequence[Any]) -> None:
+    """Of a train stage: among its needs is the stage whose model it goes on from."""
+    from components.systems import parent_stage
+
+    wanted = parent_stage(recipe)
+    if wanted and not any((other.system, other.stage) == (recipe.system, wanted) for other in above):
+        raise UsageError(
+            f"{recipe.name} goes on from the model of {recipe.system} stage {wanted}, "
+            "and no stage that it needs trains it."
+        )
+
+
+def check_restore(settings: RestoreSettings, recipe: Any, above: Sequence[Any]) -> None:
     """Of a restore stage: the degradation, and the options by the system of the model that it restores with."""
     check_degradation(settings.preset, settings.preset_options)
-    check_options(recipes[-1].system if recipes else "", settings.options)
+    check_options(above[-1].system if above else "", settings.options)
 
 
-def check_evaluate(settings: EvaluateSettings, recipes: Sequence[Any]) -> None:
+def check_evaluate(settings: EvaluateSettings, recipe: Any, above: Sequence[Any]) -> None:
     """Of an evaluate stage: the metrics; a name outside the usual set makes pyiqa load."""
     from components.evaluation.metrics import metric_info
 
@@ -412,7 +424,7 @@ def run_serve_check(context: StageContext) -> dict[str, Any]:
 
 VERBS: Mapping[str, Verb] = {
     "curate": Verb(run=run_curate, settings=CurateSettings, identity=curate_identity),
-    "train": Verb(run=run_train, settings=TrainSettings, identity=train_identity),
+    "train": Verb(run=run_train, settings=TrainSettings, identity=train_identity, check=check_train),
     "restore": Verb(run=run_restore, settings=RestoreSettings, check=check_restore),
     "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False, check=check_evaluate),
     "serve-check": Verb(run=run_serve_check, settings=ServeCheckSettings),

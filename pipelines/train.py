@@ -87,12 +87,21 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
     """Find on the driver what would else end the workers, which restart and blame the run.
 
     Raises:
-        UsageError: a source is no input or no corpus, or no source holds a picture out.
+        UsageError: the model that the stage goes on from is missing or of another stage, a source is no input or no
+            corpus, or no source holds a picture out.
     """
+    from components.systems import parent_stage
     from pipelines.heldout import SPLIT
     from pipelines.shards import open_corpus
     from pipelines.stream import DEAD_LEAVES
 
+    wanted, given = parent_stage(recipe), sorted(inputs.parents)
+    if given != ([wanted] if wanted else []):
+        raise UsageError(
+            f"{recipe.name}: stage {recipe.stage} goes on from "
+            f"{f'the model of stage {wanted}' if wanted else 'no model'}, "
+            f"and its inputs hold {' and '.join(f'one of stage {stage}' for stage in given) or 'none'}."
+        )
     folders = [folder for folder, _ in stream_config(recipe, inputs).sources if folder != DEAD_LEAVES]
     corpora = [open_corpus(folder).splits for folder in folders]
     if not any(len(splits[SPLIT]) for splits in corpora if SPLIT in splits):

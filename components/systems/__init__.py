@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ class System:
     Attributes:
         recipe: dataclass of its recipes.
         stages: training stages and the integer version of each: raise it when a code change alters what a stage makes.
+        follows: stage -> the stage whose model it goes on from; a stage that is not named starts from the recipe alone.
         build_objective: (recipe, parent models by stage, callable for example pictures or None, device=) -> objective.
         look: (objective, recipe, LQ pictures, prompts, seed) -> pictures to look at while it trains; None for none.
         measure: (objective, held-out batches) -> numbers for the model card; None for none.
@@ -35,6 +36,7 @@ class System:
     recipe: type[Recipe]
     stages: Mapping[str, int]
     build_objective: Callable[..., Objective]
+    follows: Mapping[str, str] = field(default_factory=dict)
     look: Callable[..., Tensor] | None = None
     measure: Callable[..., dict[str, float]] | None = None
     build_restorer: Callable[..., Restorer] | None = None
@@ -88,6 +90,7 @@ SYSTEMS: dict[str, System] = {
     "prior": System(
         recipe=PriorRecipe,
         stages={"autoencoder": 1, "encoder": 1, "denoiser": 1},
+        follows={"encoder": "autoencoder", "denoiser": "encoder"},
         build_objective=_prior_objective,
         look=_prior_look,
         measure=_prior_measure,
@@ -95,12 +98,18 @@ SYSTEMS: dict[str, System] = {
     "instantir": System(
         recipe=InstantIRRecipe,
         stages={"dcp": 1, "previewer": 1, "aggregator": 1},
+        follows={"previewer": "dcp", "aggregator": "previewer"},
         build_objective=_instantir_objective,
         look=_instantir_look,
         build_restorer=_instantir_restorer,
         check_options=_instantir_options,
     ),
 }
+
+
+def parent_stage(recipe: Recipe) -> str:
+    """The stage whose model a recipe's stage goes on from; "" for a first stage, or one that a warm start replaces."""
+    return "" if getattr(recipe, "warm_start", "") else SYSTEMS[recipe.system].follows.get(recipe.stage, "")
 
 
 def build_restorer(model: str | Path, **options: Any) -> Restorer:

@@ -114,6 +114,16 @@ def test_placement_is_no_part_of_a_training_digest(tmp_path: Path) -> None:
     assert load_plan(path, ["train.steps=5"]).stages[0].digest != one.stages[0].digest
 
 
+def test_a_stage_without_the_training_it_goes_on_from_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "stages:\n  - {name: corpus, verb: curate, spec: demo}\n"
+        "  - {name: previewer, verb: train, recipe: instantir-previewer-nano, needs: [corpus]}\n"
+    )
+    with pytest.raises(UsageError, match="instantir-previewer-nano goes on from the model of instantir stage dcp"):
+        load_plan(path)
+
+
 # -- running
 
 

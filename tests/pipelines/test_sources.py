@@ -41,13 +41,14 @@ def names(folder: Path, out: Path | None = None) -> list[str]:
         ("plan.json", {"plan": "demo", "stages": []}),
         ("done.json", {"digest": "ab", "outputs": {}}),
         ("index.json", {"digest": "ab", "splits": {}}),
+        ("records.jsonl", {"key": "x", "output_sha256": "ab", "source_sha256": "cd"}),
     ],
 )
 def test_outputs_of_runs_below_a_source_are_no_candidates(tmp_path: Path, mark: str, document: dict) -> None:
     for name in ("a.png", "runs/demo/restore-1/restored/x.png", "runs/demo/mlflow.db", "trip/b.png", "new/part.tar"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "runs" / "demo" / mark).write_text(json.dumps(document))
+    (tmp_path / "runs" / "demo" / mark).write_text(json.dumps(document) + "\n")
     (tmp_path / "trip" / mark).write_text('{"stages": 3}')  # a stranger's file of that name hides no photograph
     (tmp_path / "report.html").write_text("")
     assert names(tmp_path, tmp_path / "new") == ["a.png", "trip/b.png"]

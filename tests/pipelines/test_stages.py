@@ -66,6 +66,28 @@ def test_a_corpus_without_held_out_pictures_is_refused_on_the_driver(tmp_path: P
     check_inputs(recipe(), inputs)
 
 
+@pytest.mark.parametrize(
+    ("name", "parents", "words"),
+    [
+        ("instantir-previewer-nano", (), "goes on from the model of stage dcp, and its inputs hold none"),
+        ("instantir-aggregator-nano", ("dcp",), "of stage previewer, and its inputs hold one of stage dcp"),
+        ("instantir-dcp-nano", ("dcp",), "goes on from no model"),
+        ("prior-encoder-nano", (), "of stage autoencoder"),
+    ],
+)
+def test_a_stage_without_its_parent_is_refused_on_the_driver(
+    name: str, parents: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    corpora = {"corpus": write_index(tmp_path, train=1, held_out=1)}
+    with pytest.raises(UsageError, match=words):
+        check_inputs(load_recipe(name), TrainInputs(corpora=corpora, parents=dict.fromkeys(parents, tmp_path)))
+
+
+def test_a_warm_start_stands_in_for_a_parent(tmp_path: Path) -> None:
+    corpora = {"corpus": write_index(tmp_path, train=1, held_out=1)}
+    check_inputs(load_recipe("prior-denoiser-nano", ["warm_start=nano"]), TrainInputs(corpora=corpora))
+
+
 def test_a_corpus_is_known_by_every_shard(tmp_path: Path) -> None:
     assert shard_files(write_index(tmp_path, train=2, held_out=1)) == ["train/train-0.tar", "held_out/held_out-0.tar"]
 

@@ -25,6 +25,7 @@ from pipelines.errors import (
     EXIT_OK,
     EXIT_QUARANTINED,
     EXIT_USAGE,
+    Failure,
     RestorayError,
     UsageError,
     unknown,
@@ -77,6 +78,13 @@ def complete_plan(incomplete: str) -> list[str]:
 def complete_spec(incomplete: str) -> list[str]:
     """Shipped corpus specs that start so."""
     return complete("datasets", incomplete)
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Degradation presets that start so."""
+    from components.degradations import PRESETS
+
+    return [name for name in PRESETS if name.startswith(incomplete)]
 
 
 def complete(kind: str, incomplete: str) -> list[str]:
@@ -253,6 +261,43 @@ def restore(
         result = restore_folder(folder, source, out, options=options, seed=seed, progress=progress)
     line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
     console.result(plain(result), [line])
+    raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
+
+
+@app.command(cls=Command)
+def degrade(
+    source: Annotated[Path | None, typer.Argument(metavar="[IN]", help="A folder of pictures, or one picture.")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Where the results go.")] = None,
+    overrides: Overrides = None,
+    preset: Annotated[
+        str, typer.Option("--preset", "-p", autocompletion=complete_preset, help="The degradation.")
+    ] = "realesrgan",
+    seed: Annotated[int, typer.Option(help="With a picture's name it fixes every random bit.")] = 0,
+    record: Annotated[
+        Path | None, typer.Option("--replay", metavar="RECORDS", help="Apply the plans of these records again.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Degrade a folder and keep the plans; KEY=VALUE sets the preset's options. Or replay recorded plans."""
+    from pipelines.degrade import degrade_folder, replay
+
+    console = Console(silent=as_json)
+    if record is not None:
+        if overrides:
+            raise UsageError("--replay takes no options: the records say everything.")
+        target = out or record.parent / "replayed"
+        with console.bar("replay") as progress:
+            result = replay(record, source, target, progress=progress)
+    elif source is None or out is None:
+        raise UsageError("degrade needs IN and OUT (or --replay RECORDS).")
+    else:
+        with console.bar("degrade") as progress:
+            result = degrade_folder(source, out, preset, parse_options(overrides or []), seed, progress=progress)
+    counts = f"{result.degraded} degraded, {result.skipped} done before, {result.quarantined} quarantined"
+    sheet = [f"look at {result.sheet}"] if result.sheet else []
+    console.result(plain(result), [f"{counts}; {result.folder}", *sheet])
+    if result.differing:
+        raise Failure(f"{len(result.differing)} pictures differ from their records, first {result.differing[0]}.")
     raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
 
 

@@ -22,6 +22,12 @@ def shared_folder(variable: str, name: str) -> Path:
     return folder
 
 
+def golden_names(pattern: str) -> list[str]:
+    """Recorded files that match, without .json, to parametrize with; [""] where the folder is absent: a shown skip."""
+    folder = Path(os.environ.get("RESTORAY_GOLDEN") or ROOT.parent / "shared" / "golden")
+    return sorted(path.stem for path in folder.glob(f"{pattern}.json")) or [""]
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Tensors recorded from the official modules: NAME.json and NAME.safetensors."""

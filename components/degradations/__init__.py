@@ -1,48 +1,51 @@
-"""Degradations by preset name.
+"""Degradations by preset name: who draws plans. Execution is engine.py (CPU) or batched/ (torch, whole batches).
 
-degradation = build_degradation("realesrgan", sharpen=True, first={"gaussian": (1, 20)})
-lq = degradation.apply(hq, degradation.draw(seed, key, position))
+degradation = build_degradation("realesrgan", sharpen=False, first={"gaussian": (1, 20)})
+plan = degradation.draw(seed, key, position)
+lq = degradation.apply(hq, plan)
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from components.degradations.real_esrgan import SECOND, RealESRGAN, Stage, check_picture
+from components.degradations.bsrgan import BSRGAN
+from components.degradations.real_esrgan import SECOND, RealESRGAN, Stage
+from components.degradations.simple import FirstOrder, Fixed, SaltPepper, Strokes, Undegraded
 from components.naming import did_you_mean
-from components.types import Degradation, Image, Plan
+from components.types import Degradation
 
-
-@dataclass(frozen=True, kw_only=True)
-class Undegraded:
-    """Returns the picture as it is: for pairs that come degraded, and for tests of the rest of the chain."""
-
-    def draw(self, seed: int, key: str, position: int) -> Plan:
-        """The empty decision."""
-        return {"kind": "none", "version": 1}
-
-    def apply(self, hq: Image, plan: Plan) -> Image:
-        """A copy of float32 [H, W, 3]; SampleError as in RealESRGAN.apply."""
-        check_picture(hq)
-        return hq.copy()
-
-    def target(self, hq: Image) -> Image:
-        """The picture itself."""
-        return hq
-
-
-PRESETS: dict[str, RealESRGAN | Undegraded] = {
-    # x4plus options. Sharpening is off: BasicSR sharpens, InstaRevive does not, SUPIR's and DRA's papers do not say.
-    "realesrgan": RealESRGAN(),
+PRESETS: dict[str, RealESRGAN | BSRGAN | FirstOrder | Fixed | SaltPepper | Strokes | Undegraded] = {
+    # x4plus options. LQ is always made from the sharpened picture; losses there take sharpened targets, too.
+    "realesrgan": RealESRGAN(sharpen=True, sharpen_target=True),
+    # Zhang et al. 2021.
+    "bsrgan": BSRGAN(),
+    # SUPIR 4.1: Real-ESRGAN's model, LQ resized to 512. Sharpening and interpolation are not stated: off, bicubic.
+    "supir": RealESRGAN(),
     # InstantIR's class: sharpened input and target, no rounding of the small picture, 1 % undegraded (there by batch).
     "instantir": RealESRGAN(sharpen=True, sharpen_target=True, round_small=False, clean_prob=0.01),
+    # InstaRevive, general restoration: no sharpening, whole pixels in the second resize, rounded after enlarging.
+    "instarevive-bsr": RealESRGAN(whole_small=True, round_small=False, round_back=True),
+    # InstaRevive, faces.
+    "instarevive-bfr": FirstOrder(),
+    # The adapter paper says "modified" Real-ESRGAN and no more. Ours: its numbers, LQ 1, 2, 4 or 8 times smaller.
+    "dra": RealESRGAN(factors=(1, 2, 4, 8)),
+    # SUPIR, Table 1.
+    "x4": Fixed(factor=4),
+    "x8": Fixed(factor=8),
+    "blur2-x4": Fixed(sigma=2.0, factor=4),
+    "x4-noise40": Fixed(factor=4, noise=40.0),
+    "blur2-x4-noise20-jpeg50": Fixed(sigma=2.0, factor=4, noise=20.0, quality=50),
+    # InstaRevive A.8: single faults.
+    "salt-pepper": SaltPepper(),
+    "strokes": Strokes(),
     # Ours, for 128 px crops of photographs whose short side is 256: about half of every strength, since the same
-    # number of pixels covers four times as much of the scene, and half the shrinking. Chosen by looking.
+    # number of pixels covers four times as much of the scene, and half the shrinking. Chosen by looking. Plain JPEG.
     "realesrgan-nano": RealESRGAN(
-        factor=2,
+        factors=(2,),
+        jpeg_form="edge",
         kernel_sizes=(3, 9),
         first=Stage(
             sigma=(0.1, 1.5), resize=(0.5, 1.5), gaussian=(1.0, 12.0), poisson=(0.05, 0.8), quality=(55.0, 95.0)
@@ -61,7 +64,7 @@ def build_degradation(preset: str, **options: Any) -> Degradation:
 
     Args:
         preset: a name in PRESETS.
-        options: fields of RealESRGAN by name; those of its stages as nested mappings (first={"sigma": (0.2, 2)}).
+        options: fields of the preset's class by name; nested ones as mappings (first={"sigma": (0.2, 2)}).
 
     Raises:
         ValueError: an unknown preset or option, with the nearest known one, or a number outside its range.

@@ -1,44 +1,135 @@
-"""JPEG round trips through libjpeg (OpenCV), 4:2:0.
+"""JPEG round trips: the real encoder (libjpeg, 4:2:0), and the simulator that Real-ESRGAN trains through.
 
-Real-ESRGAN trains through a differentiable simulator with two accidents: its luma table is transposed, and it pads
-with black to multiples of 16, which darkens the right and lower borders. `faithful` reproduces both with the real
-encoder: the picture is turned before encoding and padded with black. The simulator's other habits (real-valued quality
-and tables, chroma repeated instead of interpolated) are not reproduced: they change the result by less.
+The simulator is differentiable JPEG with accidents: its luma table lies transposed, it pads with black to multiples of
+16, it keeps tables and qualities real-valued, repeats chroma instead of interpolating it and rounds nothing but the
+coefficients. "simulator" is that, to the digit. "matched" is the real encoder with what a distribution test can see of
+it (degradation tests): the black padding, without which means shift by half a level, the repeated chroma, without which
+colour noise is too smooth, and the turned table. "edge" is plain JPEG as any viewer decodes it. Torch-free.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import cv2
 import numpy as np
+import simplejpeg
 
 from components.types import Image
 
+FORMS = ("edge", "matched", "simulator")
 BLOCK_PX = 16  # a 4:2:0 block: 8 chroma samples
 
+# ITU-T T.81, annex K.1 and K.2: rows are vertical frequencies
+LUMA = np.array(
+    [
+        [16, 11, 10, 16, 24, 40, 51, 61],
+        [12, 12, 14, 19, 26, 58, 60, 55],
+        [14, 13, 16, 24, 40, 57, 69, 56],
+        [14, 17, 22, 29, 51, 87, 80, 62],
+        [18, 22, 37, 56, 68, 109, 103, 77],
+        [24, 35, 55, 64, 81, 104, 113, 92],
+        [49, 64, 78, 87, 103, 121, 120, 101],
+        [72, 92, 95, 98, 112, 100, 103, 99],
+    ],
+    np.float64,
+)
+CHROMA = np.full((8, 8), 99.0)
+CHROMA[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
+# ITU-T T.871: RGB to Y, Cb, Cr without the offset of 128
+TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+FROM_YCC = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 
-def jpeg(image: Image, quality: float, faithful: bool = False) -> Image:
-    """Encode and decode float32 [H, W, 3] at 8 bits.
+
+def jpeg(image: Image, quality: float, form: str = "edge", out: np.ndarray | None = None) -> Image:
+    """Encode and decode float32 [H, W, 3].
 
     Args:
-        image: values are clipped to 0..1 and rounded.
-        quality: 1..100, rounded to the nearest integer (libjpeg knows no others).
-        faithful: turn and pad as the original's simulator does.
+        image: 0..1; values outside are undefined (every caller has clipped).
+        quality: 1..100; the real encoder takes the nearest integer, the simulator any number below 100.
+        form: one of FORMS.
+        out: float32 [H, W, 3] that receives the result.
 
     Returns:
-        float32 [H, W, 3] in 0..1, in steps of 1/255.
+        float32 [H, W, 3] in 0..1, in steps of 1/255 unless simulated.
+
+    Raises:
+        ValueError: an unknown form.
     """
+    if form == "simulator":
+        return simulate(image, quality)
+    if form not in FORMS:
+        raise ValueError(f"unknown JPEG form {form!r}; known are {', '.join(FORMS)}")
     height, width = image.shape[:2]
-    pixels = np.rint(image.clip(0, 1) * np.float32(255)).astype(np.uint8)
-    if faithful:
-        pixels = np.pad(pixels, ((0, -height % BLOCK_PX), (0, -width % BLOCK_PX), (0, 0)))
-        return round_trip(pixels.swapaxes(0, 1), round(quality)).swapaxes(0, 1)[:height, :width] / np.float32(255)
-    return round_trip(pixels, round(quality)) / np.float32(255)
+    pixels = cv2.convertScaleAbs(image, alpha=255)
+    if form == "edge":
+        return cv2.LUT(round_trip(pixels, round(quality)), _levels(), dst=out)
+    bottom, right = -height % BLOCK_PX, -width % BLOCK_PX
+    if bottom or right:
+        pixels = cv2.copyMakeBorder(pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT)
+    data = _encode(cv2.transpose(pixels), round(quality))
+    decoded = cv2.transpose(simplejpeg.decode_jpeg(data, colorspace="RGB", fastupsample=True))
+    return cv2.LUT(np.ascontiguousarray(decoded[:height, :width]), _levels(), dst=out)
 
 
 def round_trip(pixels: np.ndarray, quality: int) -> np.ndarray:
     """uint8 RGB [H, W, 3] through libjpeg at an integer quality and back."""
-    encoded, data = cv2.imencode(".jpg", np.ascontiguousarray(pixels[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    assert encoded
+    decoded = cv2.imdecode(_encode(pixels, quality), cv2.IMREAD_COLOR_RGB)
     assert decoded is not None
-    return decoded[..., ::-1]
+    return decoded
+
+
+def _encode(pixels: np.ndarray, quality: int) -> np.ndarray:
+    """uint8 RGB [H, W, 3] to a JPEG's bytes, by OpenCV: simplejpeg's encoder takes a coarser transform below 96."""
+    encoded, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert encoded
+    return data
+
+
+@lru_cache(maxsize=1)
+def _levels() -> np.ndarray:
+    """k / 255, float32 [256]."""
+    return (np.arange(256) / 255).astype(np.float32)
+
+
+# -- the simulator ---------------------------------------------------------------------------------------------------
+
+
+def table_factor(quality: float) -> float:
+    """What the simulator multiplies the standard tables with: 50 / quality below 50, else 2 - quality / 50."""
+    return 50 / quality if quality < 50 else 2 - quality / 50
+
+
+@lru_cache(maxsize=1)
+def cosines() -> np.ndarray:
+    """The orthonormal 8-point DCT-II matrix, float64 [8, 8]: coefficients = D x."""
+    frequency, place = np.meshgrid(np.arange(8), np.arange(8), indexing="ij")
+    matrix = np.cos((2 * place + 1) * frequency * np.pi / 16) / 2
+    matrix[0] /= np.sqrt(2)
+    return matrix
+
+
+def simulate(image: Image, quality: float) -> Image:
+    """The simulator: float32 [H, W, 3] in 0..1 to the same. Raises ValueError for a quality of 100 (NaN there)."""
+    factor = table_factor(quality)
+    if factor <= 0:
+        raise ValueError(f"the JPEG simulator needs a quality below 100, got {quality}")
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((0, -height % BLOCK_PX), (0, -width % BLOCK_PX), (0, 0))).astype(np.float64) * 255
+    ycc = padded @ TO_YCC.T
+    luma, chroma = ycc[..., 0] - 128, ycc[..., 1:]
+    rows, columns = chroma.shape[0] // 2, chroma.shape[1] // 2
+    chroma = chroma.reshape(rows, 2, columns, 2, 2).mean((1, 3))
+    luma = _quantise(luma, LUMA.T * factor) + 128
+    planes = [_quantise(chroma[..., index], CHROMA * factor).repeat(2, 0).repeat(2, 1) for index in (0, 1)]
+    rgb = np.stack([luma, *planes], -1) @ FROM_YCC.T
+    return (rgb[:height, :width].clip(0, 255) / 255).astype(np.float32)
+
+
+def _quantise(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """8 x 8 DCT, division by the table, rounding, and back: float64 [H, W], sides multiples of 8."""
+    height, width = plane.shape
+    blocks = plane.reshape(height // 8, 8, width // 8, 8).transpose(0, 2, 1, 3)
+    turn = cosines()
+    coefficients = np.rint((turn @ blocks @ turn.T) / table) * table
+    return (turn.T @ coefficients @ turn).transpose(0, 2, 1, 3).reshape(height, width)

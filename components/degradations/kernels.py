@@ -1,4 +1,4 @@
-"""Blur kernels and filtering: the six bell families and the circular low-pass of Real-ESRGAN, as pure functions.
+"""Blur kernels: the six bell families and the circular low-pass of Real-ESRGAN, as pure functions.
 
 Torch-free. Kernels are float64 [size, size] with odd size and sum 1. x runs along columns and y along rows; sigma_x is
 the spread along u = cos(theta) x + sin(theta) y, sigma_y the one along v = -sin(theta) x + cos(theta) y, so a positive
@@ -10,17 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import cv2
 import numpy as np
 from scipy.special import j1
 
-from components.types import Image
-
 FAMILIES = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 """Bell families, in the order in which their probabilities are given."""
-
-USM_SIZE_PX, USM_SIGMA = 51, 8.0  # BasicSR's sharpening: radius 50 made odd, sigma 0.3 (25 - 1) + 0.8
-USM_WEIGHT, USM_THRESHOLD = 0.5, 10.0  # strength; residual in 8-bit levels from which a pixel is sharpened
 
 
 def gaussian(size: int, sigma_x: float, sigma_y: float, theta: float = 0.0) -> np.ndarray:
@@ -73,46 +67,27 @@ def build(spec: Mapping[str, Any]) -> np.ndarray:
     return gaussian(*shape)
 
 
+def line(size: int, sigma: float) -> np.ndarray:
+    """The Gaussian line whose outer product with itself is `gaussian(size, sigma, sigma)`, float32 [size]."""
+    weights = np.exp(-0.5 * ((np.arange(size) - size // 2) / sigma) ** 2)
+    return (weights / weights.sum()).astype(np.float32)
+
+
 def pad(kernel: np.ndarray, size: int) -> np.ndarray:
     """Zero-pad [k, k] to [size, size] around the centre, as the original does before batching."""
     margin = (size - kernel.shape[0]) // 2
     return np.pad(kernel, margin)
 
 
-def filter2d(image: Image, kernel: np.ndarray) -> Image:
-    """Correlate float32 [H, W, 3] with a kernel [k, k]; the border mirrors without repeating the edge pixel.
-
-    Works for pictures smaller than the kernel too (the mirror repeats), where the original fails.
-    """
-    return cv2.filter2D(image, cv2.CV_32F, kernel.astype(np.float32), borderType=cv2.BORDER_REFLECT_101)
-
-
-def blur(image: Image, spec: Mapping[str, Any]) -> Image:
-    """Filter float32 [H, W, 3] with a plan's kernel; isotropic Gaussians run as two passes, equal to 1e-6."""
-    if spec["kind"] == "iso":
-        return _gaussian_blur(image, int(spec["size"]), spec["sigma_x"])
-    return filter2d(image, build(spec))
-
-
-def sharpen(image: Image, weight: float = USM_WEIGHT, threshold: float = USM_THRESHOLD) -> Image:
-    """Unsharp masking of float32 [H, W, 3] in 0..1 where the residual exceeds `threshold` 8-bit levels.
-
-    Real-ESRGAN sharpens HQ so before degrading; the hard mask is blurred, and the sharpened picture clipped before the
-    two are blended.
-    """
-    residual = image - _gaussian_blur(image, USM_SIZE_PX, USM_SIGMA)
-    mask = (np.abs(residual) * 255 > threshold).astype(np.float32)
-    soft = _gaussian_blur(mask, USM_SIZE_PX, USM_SIGMA)
-    sharp = (image + weight * residual).clip(0, 1)
-    return soft * sharp + (1 - soft) * image
-
-
-def _gaussian_blur(image: Image, size: int, sigma: float) -> Image:
-    """Isotropic Gaussian blur of float32 [H, W, 3] as two one-dimensional passes."""
-    offsets = np.arange(size) - size // 2
-    line = np.exp(-0.5 * (offsets / sigma) ** 2)
-    line = (line / line.sum()).astype(np.float32)
-    return cv2.sepFilter2D(image, cv2.CV_32F, line, line, borderType=cv2.BORDER_REFLECT_101)
+def trim(kernel: np.ndarray, tolerance: float) -> np.ndarray:
+    """Cut outer rings from [k, k] as long as what is cut sums to at most `tolerance` in absolute value."""
+    margin, total = 0, np.abs(kernel).sum()
+    while kernel.shape[0] - 2 * margin > 3:
+        inner = kernel[margin + 1 : -margin - 1, margin + 1 : -margin - 1]
+        if total - np.abs(inner).sum() > tolerance:
+            break
+        margin += 1
+    return kernel[margin : kernel.shape[0] - margin, margin : kernel.shape[1] - margin]
 
 
 def _offsets(size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,17 @@
-"""Sensor noise: Gaussian and Poisson, in colour or gray, as fields to add.
+"""Noise: Gaussian (colour, gray or correlated between channels), shot noise, salt and pepper.
 
-Torch-free. Levels are in 8-bit units where the name says so; fields are float32 in the picture's own 0..1.
+Torch-free. Counter-based: the k-th 16-bit word of a field is a function of (seed, k) alone, Philox 4x64-10 as in numpy,
+so the torch back end makes the same field on any device and nothing depends on order, batch or worker. A word picks a
+quantile of the normal distribution; shot noise is that, skewed and scaled to the rate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import cv2
 import numpy as np
 
 from components.types import Image
@@ -12,27 +19,92 @@ from components.types import Image
 GRAY_WEIGHTS = np.array([0.2989, 0.587, 0.114], np.float32)  # the original's luma (torchvision's rgb_to_grayscale)
 
 
-def gaussian_field(height: int, width: int, level: float, gray: bool, draw: np.random.Generator) -> np.ndarray:
-    """Gaussian noise of standard deviation `level` (8-bit units): float32 [height, width, 3], or [.., 1] when gray."""
-    field = draw.standard_normal((height, width, 1 if gray else 3), dtype=np.float32)
-    return field * np.float32(level / 255)
+def words(seed: int, count: int) -> np.ndarray:
+    """The first `count` random 16-bit words of a seed, uint16 [count]."""
+    return np.random.Philox(key=seed).random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count]
 
 
-def poisson_field(image: Image, scale: float, gray: bool, draw: np.random.Generator) -> np.ndarray:
-    """Shot noise of float32 [H, W, 3] in 0..1: float32 of the same shape, or [H, W, 1] when gray.
+@lru_cache(maxsize=1)
+def normal_table() -> np.ndarray:
+    """Quantiles of the standard normal distribution at (k + 1/2) / 65536, scaled to variance 1: float32 [65536]."""
+    from scipy.special import ndtri
 
-    As in the original the photon count follows the content: `vals`, the next power of two of the number of distinct
-    8-bit levels of the whole picture (all channels together; luma when gray), so that a flat picture gets very strong
-    noise. Variance = scale^2 * rounded picture / vals. The draws are exact, not a normal approximation.
+    table = ndtri((np.arange(1 << 16) + 0.5) / (1 << 16))
+    return (table / table.std()).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def skew_table() -> np.ndarray:
+    """(z^2 - 1) / 6 of the same quantiles, float32 [65536]: Cornish and Fisher's first term, the skew of a count."""
+    return (normal_table() ** 2 - 1) / 6
+
+
+@lru_cache(maxsize=9)
+def shot_tables(photons: int) -> tuple[np.ndarray, np.ndarray]:
+    """What z and its skew term are multiplied with at each 8-bit level, float32 [256] each.
+
+    A count of rate r = level * photons / 255 is r + a z + b (z^2 - 1) / 6. b is 1 and a^2 = r - 1 / 18, so that the
+    variance is r; where r is below 1/2 the skew fades out instead, and level 0 has no noise.
     """
-    source = (image @ GRAY_WEIGHTS)[..., None] if gray else image
-    levels = np.rint(source * 255).clip(0, 255).astype(np.uint8)
-    vals = photon_count(levels)
-    rates = levels * (vals / 255)  # float64
-    return ((draw.poisson(rates) - rates) * (scale / vals)).astype(np.float32)
+    rates = np.arange(256) * (photons / 255)
+    skew = np.sqrt(np.minimum(1, 2 * rates))
+    spread = np.sqrt((rates - skew**2 / 18).clip(0))
+    return (spread / photons).astype(np.float32), (skew / photons).astype(np.float32)
 
 
 def photon_count(levels: np.ndarray) -> int:
     """Next power of two of the number of distinct values in a uint8 array: 1..256."""
-    distinct = int(np.count_nonzero(np.bincount(levels.ravel(), minlength=256)))
-    return 1 << (distinct - 1).bit_length()
+    histogram = cv2.calcHist([levels.reshape(-1, 1)], [0], None, [256], [0, 256])
+    return 1 << (int(np.count_nonzero(histogram)) - 1).bit_length()
+
+
+def gaussian_field(height: int, width: int, op: Mapping[str, Any], out: np.ndarray | None = None) -> np.ndarray:
+    """Gaussian noise of a plan's operation: float32 [height, width, 3] in the picture's 0..1, or [.., 1] when gray.
+
+    `level` is the standard deviation in 8-bit units; `mix`, a 3 x 3 matrix, correlates the channels instead (its rows
+    are already in 8-bit units, `level` then only tells people).
+    """
+    channels = 1 if op["gray"] else 3
+    drawn = words(op["seed"], height * width * channels).reshape(height, width, channels)
+    table = normal_table()
+    mix = op.get("mix")
+    field = cv2.LUT(drawn, table if mix is not None else table * np.float32(op["level"] / 255), dst=out)
+    if field.ndim == 2:
+        field = field[..., None]
+    if mix is not None:
+        field = cv2.transform(field, np.asarray(mix, np.float32) / np.float32(255))
+    return field
+
+
+def shot_field(image: Image, op: Mapping[str, Any]) -> np.ndarray:
+    """Shot noise for float32 [H, W, 3] in 0..1: float32 of the same shape, or [H, W, 1] when gray.
+
+    As in the original the photon count follows the content: the next power of two of the number of distinct 8-bit
+    levels of the whole picture (all channels together; luma when gray), so that a flat picture gets very strong noise.
+    Variance = level^2 * rounded picture / photons.
+    """
+    source = cv2.transform(image, GRAY_WEIGHTS[None])[..., None] if op["gray"] else image
+    levels = cv2.convertScaleAbs(source, alpha=255).reshape(source.shape)
+    drawn = words(op["seed"], levels.size).reshape(levels.shape)
+    spread, skew = (table * np.float32(op["level"]) for table in shot_tables(photon_count(levels)))
+    field = cv2.LUT(drawn, normal_table())
+    cv2.multiply(field, cv2.LUT(levels, spread), dst=field)
+    bend = cv2.LUT(drawn, skew_table())
+    cv2.multiply(bend, cv2.LUT(levels, skew), dst=bend)
+    return cv2.add(field, bend, dst=field).reshape(source.shape)
+
+
+def noise_field(image: Image, op: Mapping[str, Any], out: np.ndarray | None = None) -> np.ndarray:
+    """The field that a noise operation adds to float32 [H, W, 3]: same shape, or [H, W, 1] when gray."""
+    if op["kind"] == "gaussian":
+        return gaussian_field(image.shape[0], image.shape[1], op, None if op["gray"] else out)
+    return shot_field(image, op)
+
+
+def salt_pepper(image: Image, op: Mapping[str, Any]) -> Image:
+    """Set a share `amount` of the pixels (all channels together when gray) to 0 or 1 with equal odds, in a copy."""
+    height, width = image.shape[:2]
+    drawn = words(op["seed"], height * width * (1 if op["gray"] else 3)).reshape(height, width, -1)
+    limit = round(op["amount"] * (1 << 16))
+    hit = drawn < limit
+    return np.where(hit, (drawn & 1).astype(np.float32), image)

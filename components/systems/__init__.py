@@ -89,7 +89,7 @@ def _instantir_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
 SYSTEMS: dict[str, System] = {
     "prior": System(
         recipe=PriorRecipe,
-        stages={"autoencoder": 1, "encoder": 1, "denoiser": 1},
+        stages={"autoencoder": 1, "encoder": 2, "denoiser": 1},
         follows={"encoder": "autoencoder", "denoiser": "encoder"},
         build_objective=_prior_objective,
         look=_prior_look,
@@ -97,7 +97,7 @@ SYSTEMS: dict[str, System] = {
     ),
     "instantir": System(
         recipe=InstantIRRecipe,
-        stages={"dcp": 1, "previewer": 1, "aggregator": 1},
+        stages={"dcp": 2, "previewer": 2, "aggregator": 2},
         follows={"previewer": "dcp", "aggregator": "previewer"},
         build_objective=_instantir_objective,
         look=_instantir_look,

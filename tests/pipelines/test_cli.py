@@ -18,7 +18,7 @@ from pipelines import cli
 from pipelines.console import Console, LinePrinter
 from pipelines.errors import UsageError
 
-VERBS = {"demo", "run", "curate", "train", "restore", "evaluate", "serve", "doctor", "recipes", "report"}
+VERBS = {"demo", "run", "curate", "degrade", "train", "restore", "evaluate", "serve", "doctor", "recipes", "report"}
 LATER = {"caption", "degrade", "replay", "datasets", "analyze", "weights", "models", "trace"}
 
 
@@ -142,6 +142,10 @@ def test_recipes_lists_what_ships(repository: Path, tmp_path: Path) -> None:
         (["train", "instantir-dcp-nano", "-o", "x", "-i", "corpus"], 2, "NAME=FOLDER"),
         (["train", "instantir-dcp-nano", "-o", "x", "-i", "corpus=nowhere"], 2, "there is no folder nowhere"),
         (["report", "nowhere"], 2, "nowhere is no run"),
+        (["degrade"], 2, "needs IN and OUT"),
+        (["degrade", "empty", "x"], 2, "holds no pictures"),
+        (["degrade", "empty", "x", "--preset", "bsrgna"], 2, 'Did you mean "bsrgan"'),
+        (["degrade", "--replay", "file"], 2, "holds no records"),
         (["serve", "--model", "models:/nothing@x"], 2, "no model"),
         (["demo", "--images", "nowhere"], 2, "nowhere"),
         (["demo", "--images", "empty"], 2, "no picture"),

@@ -1,0 +1,175 @@
+"""The torch back end: executes a batch of plans at once, on a GPU or a CPU.
+
+Every picture has its own plan, so sizes, kernels, modes and even the order of operations differ inside a batch.
+Pictures of similar size share a canvas and each has its valid part at the top left of it; what lies outside is finite
+and means nothing. In turn the operation that most pictures wait for runs on all of them. The same plan gives the same
+noise as on the CPU back end, and the same picture up to arithmetic; JPEG is computed, not called, and differs by what
+libjpeg rounds. Operations themselves are in ops.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.degradations.batched.ops import OPERATIONS, resize
+from components.degradations.plans import operations, out_side
+from components.types import Plan, SampleError
+
+BUCKET = 1.25  # canvases grow in such steps, so that at most half of one is waste
+SMALLEST_PX = 32
+
+
+@dataclass(kw_only=True)
+class Canvas:
+    """Pictures that share a canvas.
+
+    Attributes:
+        images: float32 [b, 3, Hc, Wc].
+        rows: which pictures of the batch these are.
+        sides: (height, width) of each one's valid part.
+    """
+
+    images: Tensor
+    rows: list[int]
+    sides: list[tuple[int, int]]
+
+    def select(self, places: Sequence[int]) -> Canvas:
+        """Some of the pictures; all of them without a copy."""
+        if len(places) == len(self.rows):
+            return self
+        index = torch.tensor(places, device=self.images.device)
+        return Canvas(
+            images=self.images[index], rows=[self.rows[i] for i in places], sides=[self.sides[i] for i in places]
+        )
+
+
+@torch.no_grad()
+def apply_plans(hq: Tensor, plans: Sequence[Plan], keys: Sequence[str] = ()) -> Tensor:
+    """Execute a plan on each picture of a batch.
+
+    Args:
+        hq: [B, 3, H, W], float in 0..1 or uint8, on the device that does the work.
+        plans: B plans.
+        keys: B names for errors.
+
+    Returns:
+        float32 [B, 3, H', W'] in 0..1; H' x W' is hq's size unless the plans end smaller.
+
+    Raises:
+        SampleError: a picture holds NaN ("nan") or leaves 0..1 ("range"), or hq is no such batch ("shape").
+        ValueError: the number of plans is wrong, a plan is of another kind, or plans end at different sizes.
+    """
+    images = check_batch(hq, keys)
+    if len(plans) != len(images):
+        raise ValueError(f"{len(images)} pictures came with {len(plans)} plans")
+    todo = [list(reversed(operations(plan))) for plan in plans]
+    height, width = images.shape[2:]
+    canvases = [Canvas(images=images, rows=list(range(len(images))), sides=[(height, width)] * len(images))]
+    while waiting := Counter(ops[-1]["op"] for ops in todo if ops):
+        name = waiting.most_common(1)[0][0]
+        if name != "resize" and name not in OPERATIONS:
+            raise ValueError(f"a plan holds the unknown operation {name!r}; known are resize, {', '.join(OPERATIONS)}")
+        after: list[Canvas] = []
+        for canvas in canvases:
+            ready = [i for i, row in enumerate(canvas.rows) if todo[row] and todo[row][-1]["op"] == name]
+            if not ready:
+                after.append(canvas)
+                continue
+            part = canvas.select(ready)
+            ops = [todo[row].pop() for row in part.rows]
+            if name == "resize":
+                rest = [i for i in range(len(canvas.rows)) if i not in set(ready)]
+                after += [canvas.select(rest)] if rest else []
+                after += _resize(part, ops, (height, width))
+            else:
+                made = OPERATIONS[name](part.images, part.sides, ops)
+                whole = len(ready) == len(canvas.rows)
+                index = torch.tensor(ready, device=made.device)
+                images = made if whole else canvas.images.index_copy(0, index, made)
+                after.append(Canvas(images=images, rows=canvas.rows, sides=canvas.sides))
+        canvases = _merge(after) if name == "resize" else after
+    sides = {side for canvas in canvases for side in canvas.sides}
+    if len(sides) > 1:
+        raise ValueError(f"the plans of one batch end at different sizes: {sorted(sides)}")
+    (side,) = sides
+    result = images.new_empty(len(plans), 3, *side)
+    for canvas in canvases:
+        result[torch.tensor(canvas.rows, device=result.device)] = canvas.images[..., : side[0], : side[1]]
+    return result
+
+
+def check_batch(hq: Tensor, keys: Sequence[str]) -> Tensor:
+    """The batch as float32; raises as apply_plans."""
+    if hq.ndim != 4 or hq.shape[1] != 3 or 0 in hq.shape:
+        raise SampleError("shape", f"expected [B, 3, H, W], got {list(hq.shape)}")
+    if hq.dtype == torch.uint8:
+        return hq / 255
+    if not hq.is_floating_point():
+        raise SampleError("dtype", f"expected uint8 or floats in 0..1, got {hq.dtype}")
+    low, high = hq.amin((1, 2, 3)), hq.amax((1, 2, 3))
+    wrong = ~((low >= 0) & (high <= 1))  # NaN compares false
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        reach = float(low[row]), float(high[row])
+        name = keys[row] if keys else f"picture {row} of the batch"
+        if all(map(torch.isfinite, (low[row], high[row]))):
+            raise SampleError("range", f"values reach from {reach[0]:g} to {reach[1]:g}, outside 0..1", name)
+        raise SampleError("nan", "the picture holds NaN or infinity", name)
+    return hq.float()
+
+
+def _resize(canvas: Canvas, ops: Sequence[Mapping[str, Any]], hq: tuple[int, int]) -> list[Canvas]:
+    """Resize each picture to its own size; one canvas a bucket of sizes."""
+    goals = [
+        (out_side(op, side[0], hq[0]), out_side(op, side[1], hq[1])) for op, side in zip(ops, canvas.sides, strict=True)
+    ]
+    buckets: dict[tuple[int, int], list[int]] = {}
+    for place, goal in enumerate(goals):
+        buckets.setdefault((_bucket(goal[0]), _bucket(goal[1])), []).append(place)
+    made = []
+    for places in buckets.values():
+        part = canvas.select(places)
+        wanted = [goals[i] for i in places]
+        images = resize(part.images, part.sides, wanted, [ops[i] for i in places])
+        made.append(Canvas(images=images, rows=part.rows, sides=wanted))
+    return made
+
+
+def _bucket(side: int) -> int:
+    """Number of the bucket that a side falls into."""
+    edge, number = float(SMALLEST_PX), 0
+    while side > edge:
+        edge, number = edge * BUCKET, number + 1
+    return number
+
+
+def _merge(canvases: Sequence[Canvas]) -> list[Canvas]:
+    """Put canvases of one bucket together."""
+    groups: dict[tuple[int, int], list[Canvas]] = {}
+    for canvas in canvases:
+        height, width = canvas.images.shape[2:]
+        groups.setdefault((_bucket(height), _bucket(width)), []).append(canvas)
+    merged = []
+    for group in groups.values():
+        if len(group) == 1:
+            merged.append(group[0])
+            continue
+        height, width = (max(c.images.shape[axis] for c in group) for axis in (2, 3))
+        padded = [
+            torch.nn.functional.pad(c.images, (0, width - c.images.shape[3], 0, height - c.images.shape[2]))
+            for c in group
+        ]
+        merged.append(
+            Canvas(
+                images=torch.cat(padded),
+                rows=[row for c in group for row in c.rows],
+                sides=[side for c in group for side in c.sides],
+            )
+        )
+    return merged

@@ -1,0 +1,177 @@
+"""The CPU back end: executes plans on one picture at a time with OpenCV, libjpeg and buffers that are kept.
+
+Torch-free, for Ray Data workers. Nothing but picture and plan counts, so equal plans give equal bits in any process,
+order and batch. Fresh buffers of megabytes cost as much as the arithmetic in them (page faults), hence `Scratch`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+
+from components.degradations import filters, masks, noise
+from components.degradations.jpeg import jpeg
+from components.degradations.plans import operations, out_side
+from components.degradations.resize import resample, resize
+from components.types import Image, Plan, SampleError
+
+KEEP_BYTES = 64 * 2**20  # a larger buffer is freed after use: one huge picture must not stay in memory
+Operation = Mapping[str, Any]
+
+
+class Scratch(threading.local):
+    """Float32 buffers of one thread, reused from operation to operation and from picture to picture."""
+
+    def __init__(self) -> None:
+        self.kept: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...], avoid: Image) -> np.ndarray:
+        """An array of this shape with undefined values that shares no memory with `avoid`."""
+        size = math.prod(shape)
+        for index, buffer in enumerate(self.kept):
+            if avoid.base is not buffer:
+                if buffer.size < size:
+                    buffer = self.kept[index] = np.empty(size, np.float32)
+                break
+        else:
+            buffer = np.empty(size, np.float32)
+            if buffer.nbytes <= KEEP_BYTES:
+                self.kept.append(buffer)
+        if buffer.nbytes > KEEP_BYTES:
+            self.kept = [other for other in self.kept if other is not buffer]
+        return buffer[:size].reshape(shape)
+
+
+_scratch = Scratch()
+
+
+def apply_plan(hq: Image, plan: Plan) -> Image:
+    """Execute a plan.
+
+    Args:
+        hq: uint8 or float [H, W, 3], [H, W, 1] or [H, W]; floats in 0..1. Gray becomes colour.
+        plan: of any degradation's `draw`.
+
+    Returns:
+        float32 [H', W', 3] in 0..1; H' x W' is hq's size unless the plan ends smaller.
+
+    Raises:
+        SampleError: see check_picture.
+        ValueError: a plan of another kind or version, or an operation that does not exist.
+    """
+    ops = operations(plan)
+    image = as_picture(hq)
+    start, sides = image, (image.shape[0], image.shape[1])
+    for op in ops:
+        run = OPERATIONS.get(op["op"])
+        if run is None:
+            raise ValueError(f"a plan holds the unknown operation {op['op']!r}; known are {', '.join(OPERATIONS)}")
+        image = run(image, op, sides)
+    if image is start or image.base is not None:  # never hand out the input or a kept buffer
+        image = image.copy()
+    return image
+
+
+def as_picture(hq: Image) -> Image:
+    """float32 [H, W, 3] of what apply_plan takes; SampleError as check_picture."""
+    check_picture(hq)
+    if hq.dtype == np.uint8:
+        hq = hq * np.float32(1 / 255)
+    hq = np.ascontiguousarray(hq, dtype=np.float32)
+    if hq.ndim == 2:
+        hq = hq[..., None]
+    return hq if hq.shape[2] == 3 else np.repeat(hq, 3, axis=2)
+
+
+def check_picture(hq: Image) -> None:
+    """Refuse what cannot be degraded.
+
+    Raises:
+        SampleError: a wrong number of axes or channels, or an empty axis ("shape"), neither uint8 nor float ("dtype"),
+            NaN or infinity ("nan"), values outside 0..1 ("range").
+    """
+    if hq.ndim not in (2, 3) or (hq.ndim == 3 and hq.shape[2] not in (1, 3)) or 0 in hq.shape:
+        raise SampleError("shape", f"expected [H, W], [H, W, 1] or [H, W, 3], got {list(hq.shape)}")
+    if hq.dtype == np.uint8:
+        return
+    if not np.issubdtype(hq.dtype, np.floating):
+        raise SampleError("dtype", f"expected uint8 or floats in 0..1, got {hq.dtype}")
+    low, high = float(hq.min()), float(hq.max())  # NaN spreads to both
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise SampleError("nan", "the picture holds NaN or infinity")
+    if low < 0 or high > 1:
+        raise SampleError("range", f"values reach from {low:g} to {high:g}, outside 0..1")
+
+
+# -- operations: (float32 [H, W, 3], operation, sides of HQ) -> float32 [H', W', 3]; none changes its input ---
+
+
+def _sharpen(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
+    return filters.sharpen(image, quick=op.get("quick", False), out=_scratch.take(image.shape, image))
+
+
+def _blur(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
+    return filters.blur(image, op["kernel"], op.get("exact", False), _scratch.take(image.shape, image))
+
+
+def _resize(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
+    height, width = (out_side(op, now, hq) for now, hq in zip(image.shape[:2], sides, strict=True))
+    if op.get("sampling") == "factor" and op["mode"] in ("bilinear", "bicubic"):
+        if op["scale"] == 1:
+            return image
+        return resample(image, height, width, op["mode"], 1 / op["scale"], 1 / op["scale"])
+    if (height, width) == image.shape[:2]:
+        return image
+    return resize(image, height, width, op["mode"], _scratch.take((height, width, 3), image))
+
+
+def _noise(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
+    made = _scratch.take(image.shape, image)
+    field = noise.noise_field(image, op, made)
+    if field.shape[2] == 1:
+        field = cv2.cvtColor(field, cv2.COLOR_GRAY2RGB, dst=made)  # numpy's own broadcast takes longer
+    np.add(image, field, out=made)
+    return np.clip(made, 0, 1, out=made)
+
+
+def _salt_pepper(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
+    return noise.salt_pepper(image, op)
+
+
+def _jpeg(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
+    return jpeg(image, op["quality"], op["form"], _scratch.take(image.shape, image))
+
+
+def _strokes(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
+    covered = masks.draw(image.shape[0], image.shape[1], op["strokes"])
+    return np.where(covered[..., None], np.float32(op["value"]), image)
+
+
+def _clip(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
+    return np.clip(image, 0, 1, out=_scratch.take(image.shape, image))
+
+
+def _round(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
+    made = np.multiply(image, np.float32(255), out=_scratch.take(image.shape, image))
+    np.rint(made, out=made)
+    made *= np.float32(1 / 255)
+    return made
+
+
+OPERATIONS: Mapping[str, Callable[[Image, Operation, tuple[int, int]], Image]] = {
+    "sharpen": _sharpen,
+    "blur": _blur,
+    "resize": _resize,
+    "noise": _noise,
+    "salt_pepper": _salt_pepper,
+    "jpeg": _jpeg,
+    "strokes": _strokes,
+    "clip": _clip,
+    "round": _round,
+}
+"""By name, as in plans.py; batched/ has the same for batches."""

@@ -1,0 +1,281 @@
+"""What degrading a picture costs on this CPU, beside the original's own code.
+
+    pip download basicsr==1.4.2 --no-deps --no-build-isolation --no-binary :all:   # where torch is installed; unpack it
+    python tests/benchmarks/bench_degradation.py --basicsr basicsr-1.4.2
+    python tests/benchmarks/bench_degradation.py                                   # ours alone
+
+The original is imported from the path given (dataset item, degradation of a batch); nothing of it is here. Both arms
+get the same pictures, run with one thread, take turns, and count process CPU time. Ours is drawing and applying plans,
+with fresh noise for every picture: the very functions that pass the distribution tests. Per recipe one JSON line with
+medians over rounds, their ratio, and the spread of each arm; a line is void where an arm spreads over 25 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+MAX_SPREAD = 0.25
+RECIPES: dict[str, tuple[str, dict[str, Any], int, str]] = {
+    "default": ("realesrgan", {}, 12, "twice"),
+    "default, quick sharpening": ("realesrgan", {"quick_sharpen": True}, 12, "twice"),
+    "instantir": ("instantir", {}, 4, "once"),
+    "sharpening off": ("realesrgan", {"sharpen": False}, 4, "off"),
+}
+"""Our preset and options; the original's batch size and how often it sharpens. The class of InstantIR sharpens once."""
+ITEM = {
+    "use_hflip": False,
+    "use_rot": False,
+    "final_sinc_prob": 0.8,
+    **{
+        f"{name}{order}": value
+        for order in ("", "2")
+        for name, value in {
+            "blur_kernel_size": 21,
+            "kernel_list": ["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"],
+            "kernel_prob": [0.45, 0.25, 0.12, 0.03, 0.12, 0.03],
+            "sinc_prob": 0.1,
+            "betag_range": [0.5, 4],
+            "betap_range": [1, 2],
+        }.items()
+    },
+    "blur_sigma": [0.2, 3],
+    "blur_sigma2": [0.2, 1.5],
+}
+BATCH = {
+    "high_order_degradation": True,
+    "scale": 4,
+    "second_blur_prob": 0.8,
+    **{
+        f"{name}{order}": value
+        for order, values in {
+            "": ([0.2, 0.7, 0.1], [0.15, 1.5], [1, 30], [0.05, 3]),
+            "2": ([0.3, 0.4, 0.3], [0.3, 1.2], [1, 25], [0.05, 2.5]),
+        }.items()
+        for name, value in zip(
+            (
+                "resize_prob",
+                "resize_range",
+                "noise_range",
+                "poisson_scale_range",
+                "gaussian_noise_prob",
+                "gray_noise_prob",
+                "jpeg_range",
+            ),
+            (*values, 0.5, 0.4, [30, 95]),
+            strict=True,
+        )
+    },
+}
+
+
+def crops(folder: Path | None, count: int, side: int) -> list[np.ndarray]:
+    """Float pictures [side, side, 3]: crops of the photographs in a folder, or of those that scikit-image brings."""
+    if folder is None:
+        import skimage
+
+        folder = Path(skimage.__file__).parent / "data"
+    draw, found = np.random.default_rng(7), []
+    for path in sorted(folder.iterdir()):
+        picture = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB) if path.suffix in (".png", ".jpg", ".jpeg") else None
+        if picture is not None and min(picture.shape[:2]) >= min(side, 256):
+            found.append(picture)
+    made: list[np.ndarray] = []
+    while len(made) < count:
+        picture = found[len(made) % len(found)]
+        factor = side / min(picture.shape[:2])
+        if factor > 1:
+            picture = cv2.resize(picture, None, fx=factor + 1e-3, fy=factor + 1e-3, interpolation=cv2.INTER_CUBIC)
+        top, left = (int(draw.integers(0, length - side + 1)) for length in picture.shape[:2])
+        made.append(np.ascontiguousarray(picture[top : top + side, left : left + side] / np.float32(255)))
+    return made
+
+
+def ours(preset: str, options: dict[str, Any], pictures: Sequence[np.ndarray]) -> Callable[[int], None]:
+    """A pass over the pictures with plans of a seed."""
+    from components.degradations import build_degradation
+
+    degradation = build_degradation(preset, **options)
+
+    def run(seed: int) -> None:
+        for position, hq in enumerate(pictures):
+            degradation.apply(hq, degradation.draw(seed, "bench", position))
+
+    return run
+
+
+# -- the original ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stand_ins(checkout: Path) -> Iterator[None]:
+    """Let two modules of the checkout be imported without what they would pull in and not use here."""
+    kept = dict(sys.modules)
+
+    def module(name: str, **content: Any) -> None:
+        made = types.ModuleType(name)
+        vars(made).update(content)
+        sys.modules[name] = made
+
+    root = checkout / "basicsr"
+    for part in ("", "data", "models", "archs", "losses", "metrics"):
+        module(f"basicsr.{part}".rstrip("."), __path__=[str(root / part)])
+    module("basicsr.losses.loss_util", get_refined_artifact_map=None)
+    module("basicsr.models.srgan_model", SRGANModel=type("SRGANModel", (), {}))
+    module("torchvision.transforms.functional_tensor", rgb_to_grayscale=_gray)
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - set(kept):
+            if name.startswith("basicsr"):
+                del sys.modules[name]
+        sys.modules.update(kept)
+
+
+def _gray(images: Any, num_output_channels: int = 1) -> Any:
+    """What torchvision had under that name."""
+    import torch
+
+    luma = torch.einsum("bchw,c->bhw", images, torch.tensor([0.2989, 0.587, 0.114], device=images.device))[:, None]
+    return luma.expand(-1, num_output_channels, -1, -1)
+
+
+def original(
+    checkout: Path, batch_size: int, sharpening: str, pictures: Sequence[np.ndarray], device: str = "cpu"
+) -> Callable[[int], None]:
+    """A pass over the pictures with the original's item and batch code, ended by the bicubic resize to full size.
+
+    Raises:
+        SystemExit: the path holds no BasicSR.
+    """
+    import torch
+
+    if not (checkout / "basicsr" / "data" / "degradations.py").is_file():
+        raise SystemExit(f"{checkout} holds no basicsr/data/degradations.py")
+    with stand_ins(checkout):
+        items: Any = importlib.import_module("basicsr.data.realesrgan_dataset")
+        batches: Any = importlib.import_module("basicsr.models.realesrgan_model")
+    side = pictures[0].shape[0]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as listing:
+        listing.write("one.png\n")
+        listing.flush()
+        dataset = items.RealESRGANDataset(
+            ITEM | {"dataroot_gt": "", "meta_info": listing.name, "io_backend": {"type": "disk"}}
+        )
+    dataset.file_client = types.SimpleNamespace(get=lambda *_: b"")
+    blank = np.full((400, 400, 3), 0.5, np.float32)
+    items.imfrombytes = lambda *_, **__: blank  # an item then costs its kernels
+    if not hasattr(batches, "first_filter2D"):
+        batches.first_filter2D = batches.filter2D  # it calls view on what may not be contiguous
+        batches.filter2D = lambda images, kernel: batches.first_filter2D(images.contiguous(), kernel)
+    model: Any = object.__new__(batches.RealESRGANModel)
+    model.opt, model.is_train, model.device = BATCH | {"gt_size": side}, True, torch.device(device)
+    model.jpeger = batches.DiffJPEG(differentiable=False).to(device)
+    model._dequeue_and_enqueue = lambda: None
+    sharp = batches.USMSharp().to(device)
+    kept: list[Any] = []
+
+    def once(images: Any) -> Any:
+        """The second call on a batch gets the first one's result."""
+        if kept:
+            return kept.pop()
+        kept.append(sharp(images))
+        return kept[0]
+
+    model.usm_sharpener = {"twice": sharp, "once": once, "off": lambda images: images}[sharpening]
+    planes = [torch.from_numpy(picture.transpose(2, 0, 1).copy()) for picture in pictures]
+
+    @torch.no_grad()
+    def run(seed: int) -> None:
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  the original draws from the global generator
+        torch.manual_seed(seed)
+        for start in range(0, len(planes) // batch_size * batch_size, batch_size):
+            drawn = [dataset[0] for _ in range(batch_size)]
+            data = {name: torch.stack([item[name] for item in drawn]) for name in ("kernel1", "kernel2", "sinc_kernel")}
+            model.feed_data(data | {"gt": torch.stack(planes[start : start + batch_size])})
+            torch.nn.functional.interpolate(model.lq, size=(side, side), mode="bicubic").clamp_(0, 1)
+
+    return run
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    recipes: Sequence[str] = tuple(RECIPES),
+    side: int = 512,
+    pictures: int = 24,
+    rounds: int = 5,
+    seeds: int = 2,
+    basicsr: Path | None = None,
+    photos: Path | None = None,
+) -> list[dict[str, Any]]:
+    """CPU milliseconds a picture: medians over interleaved rounds, the ratio of the arms, and whether it counts."""
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    hq, results = crops(photos, pictures, side), []
+    for recipe in recipes:
+        preset, options, batch_size, sharpening = RECIPES[recipe]
+        arms = {"ours": ours(preset, options, hq)}
+        if basicsr is not None:
+            arms["original"] = original(basicsr, batch_size, sharpening, hq)
+        found: dict[str, list[float]] = {name: [] for name in arms}
+        for round_ in range(rounds + 1):
+            for name, run in arms.items():
+                start = time.process_time()
+                for seed in range(seeds):
+                    run(seed)
+                if round_:  # the first one warms up
+                    found[name].append(1e3 * (time.process_time() - start) / seeds / pictures)
+        row: dict[str, Any] = {"recipe": recipe, "side": side, "pictures": pictures, "rounds": rounds, "seeds": seeds}
+        for name, values in found.items():
+            middle = statistics.median(values)
+            row |= {f"{name}_ms": round(middle, 2), f"{name}_spread": round((max(values) - min(values)) / middle, 3)}
+        row["void"] = max(row[f"{name}_spread"] for name in arms) > MAX_SPREAD
+        if basicsr is not None:
+            row["ratio"] = round(row["original_ms"] / row["ours_ms"], 1)
+        results.append(row)
+    return results
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--basicsr", type=Path, help="a checkout or unpacked source archive of BasicSR")
+    parser.add_argument("--recipe", action="append", choices=list(RECIPES), help="repeat; default all")
+    parser.add_argument("--photos", type=Path, help="a folder of photographs; default scikit-image's")
+    parser.add_argument("--side", type=int, action="append", help="HQ side in pixels; repeat to see how cost grows")
+    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=2, help="of each round; raise it where sharpening is off")
+    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    with given.out.open("a") as stream:
+        for side in given.side or [512]:
+            for recipe in given.recipe or RECIPES:
+                (row,) = measure([recipe], side, given.pictures, given.rounds, given.seeds, given.basicsr, given.photos)
+                print(json.dumps(row), flush=True)
+                stream.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""How many pictures a second the torch back end degrades on a GPU, beside the original's batch path on the same card.
+
+    python tests/benchmarks/bench_degradation_gpu.py --basicsr basicsr-1.4.2
+    python tests/benchmarks/bench_degradation_gpu.py --device cpu --side 64 --batch 4
+
+Ours draws per picture, the original per batch. Plans are drawn before the clock starts (a Ray worker draws them beside
+the crop), HQ lies on the device, and the device is waited for at both ends. Rounds take turns; medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SHARPENING = {"realesrgan": "twice", "instantir": "once", "instarevive-bsr": "off"}
+
+
+def companion() -> Any:
+    """bench_degradation.py, which knows the original."""
+    path = Path(__file__).with_name("bench_degradation.py")
+    spec = importlib.util.spec_from_file_location("bench_degradation", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(
+    batch_sizes: Sequence[int] = (32, 512),
+    side: int = 512,
+    rounds: int = 5,
+    device: str = "cuda",
+    basicsr: Path | None = None,
+    presets: Sequence[str] = tuple(SHARPENING),
+) -> list[dict[str, Any]]:
+    """Pictures a second by preset and batch size, with the ratio to the original where it was given."""
+    from components.degradations import build_degradation
+    from components.degradations.batched import apply_plans
+
+    bench, results = companion(), []
+    for preset in presets:
+        degradation = build_degradation(preset)
+        for size in batch_sizes:
+            pictures = bench.crops(None, size, side)
+            hq = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().to(device)
+            plans = [[degradation.draw(seed, "bench", k) for k in range(size)] for seed in range(rounds + 1)]
+
+            def batched(seed: int, hq: torch.Tensor = hq, plans: Any = plans) -> None:
+                apply_plans(hq, plans[seed])
+
+            arms: dict[str, Callable[[int], None]] = {"ours": batched}
+            if basicsr is not None:
+                arms["original"] = bench.original(basicsr, size, SHARPENING[preset], pictures, device)
+            rates: dict[str, list[float]] = {name: [] for name in arms}
+            for seed in range(rounds + 1):
+                for name, run in arms.items():
+                    synchronise(device)
+                    start = time.perf_counter()
+                    run(seed)
+                    synchronise(device)
+                    if seed:  # the first one warms up
+                        rates[name].append(size / (time.perf_counter() - start))
+            row: dict[str, Any] = {"preset": preset, "batch": size, "side": side, "device": device_name(device)}
+            row |= {f"{name}_images_per_s": round(statistics.median(found), 1) for name, found in rates.items()}
+            if basicsr is not None:
+                row["ratio"] = round(row["ours_images_per_s"] / row["original_images_per_s"], 2)
+            if device != "cpu":
+                row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            results.append(row)
+    return results
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def device_name(device: str) -> str:
+    """What was measured on."""
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--basicsr", type=Path, help="a checkout or unpacked source archive of BasicSR")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, action="append", help="repeat; default 32 and 512")
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for row in measure(given.batch or (32, 512), given.side, given.rounds, given.device, given.basicsr):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

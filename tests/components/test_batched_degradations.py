@@ -1,0 +1,140 @@
+"""The torch back end against the CPU's, plan by plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from components.degradations import PRESETS, build_degradation, noise
+from components.degradations.batched import apply_plans, philox
+from components.degradations.plans import make_plan
+from components.synthetic import dead_leaves
+from components.types import SampleError
+
+LEVEL = 1 / 255
+
+
+def picture(index: int, height: int = 96, width: int = 80) -> np.ndarray:
+    return (dead_leaves(max(height, width), 3, index)[:height, :width] / np.float32(255)).astype(np.float32)
+
+
+def both(pictures: Sequence[np.ndarray], plans: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """What the CPU and the torch back end make of the same plans, [B, H, W, 3] each."""
+    apply = build_degradation("none").apply
+    one = np.stack([apply(hq, plan) for hq, plan in zip(pictures, plans, strict=True)])
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return one, apply_plans(batch, plans).permute(0, 2, 3, 1).numpy()
+
+
+def without_jpeg(plan: Any) -> dict[str, Any]:
+    return make_plan([op for op in plan["ops"] if op["op"] != "jpeg"])
+
+
+def mean_difference(preset: str, count: int, jpeg: bool, side: tuple[int, int] = (96, 80), **options: Any) -> float:
+    """Mean difference of the back ends over `count` plans in batches of 20, in 8-bit levels."""
+    degradation = build_degradation(preset, **options)
+    found = []
+    for start in range(0, count, 20):
+        numbers = range(start, min(count, start + 20))
+        plans = [degradation.draw(1, "k", position) for position in numbers]
+        plans = plans if jpeg else [without_jpeg(plan) for plan in plans]
+        one, other = both([picture(position, *side) for position in numbers], plans)
+        found += list(np.abs(one - other).mean((1, 2, 3)) / LEVEL)
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_back_ends_agree(preset: str) -> None:
+    assert mean_difference(preset, 20, jpeg=False) <= 0.05
+    assert mean_difference(preset, 20, jpeg=True) <= 2
+
+
+def test_quick_sharpening_agrees_too() -> None:
+    assert mean_difference("realesrgan", 20, jpeg=False, quick_sharpen=True) <= 0.05
+    sharp = make_plan([{"op": "sharpen", "quick": True}])
+    one, other = both([picture(0, 61, 47), picture(1, 61, 47)], [sharp, make_plan([{"op": "sharpen"}])])
+    assert np.abs(one - other).max() <= 0.05 * LEVEL
+
+
+def test_the_faithful_back_ends_agree_through_the_simulator() -> None:
+    assert mean_difference("realesrgan", 20, jpeg=True, faithful=True) <= 0.5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("preset", ["realesrgan", "instantir", "bsrgan", "instarevive-bfr", "dra"])
+def test_back_ends_agree_over_500_plans(preset: str) -> None:
+    """The limits of the issue: half a level without JPEG, two with."""
+    assert mean_difference(preset, 500, jpeg=False, side=(128, 128)) <= 0.5
+    assert mean_difference(preset, 500, jpeg=True, side=(128, 128)) <= 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (37, 2), (50, 33)])
+@pytest.mark.parametrize("preset", ["realesrgan", "bsrgan", "instarevive-bfr", "x8"])
+def test_odd_sizes_agree(preset: str, shape: tuple[int, int]) -> None:
+    degradation = build_degradation(preset)
+    plans = [without_jpeg(degradation.draw(1, "k", position)) for position in range(20)]
+    # textures, not flat leaves: a handful of levels decides the photon count, and a tie in rounding then shows
+    pictures = [np.random.default_rng(i).random((*shape, 3), dtype=np.float32) for i in range(20)]
+    one, other = both(pictures, plans)
+    assert np.abs(one - other).mean() <= 0.05 * LEVEL
+
+
+def test_batch_size_and_company_change_nothing() -> None:
+    """A picture's result is its own: alone, in another order, beside other plans. Up to the order of float sums."""
+    drawn = [
+        build_degradation(name).draw(0, "k", i)
+        for i, name in enumerate(("realesrgan", "bsrgan", "instarevive-bfr") * 3)
+    ]
+    pictures = [picture(i) for i in range(len(drawn))]
+    _, whole = both(pictures, drawn)
+    order = np.random.default_rng(0).permutation(len(drawn))
+    _, shuffled = both([pictures[i] for i in order], [drawn[i] for i in order])
+    for place, index in enumerate(order):
+        alone = both([pictures[index]], [drawn[index]])[1][0]
+        for other in (shuffled[place], alone):
+            assert np.abs(whole[index] - other).mean() <= 0.05 * LEVEL
+
+
+def test_philox_makes_the_words_of_numpy() -> None:
+    seeds = [0, 5, 2**32 + 1, 2**63 - 1]
+    made = philox.words(torch.tensor(seeds), 1003)
+    for seed, row in zip(seeds, made, strict=True):
+        assert np.array_equal(row.numpy(), noise.words(seed, 1003))
+
+
+def test_bytes_are_taken_too() -> None:
+    plans = [build_degradation("realesrgan").draw(0, "k", i) for i in range(4)]
+    batch = torch.from_numpy(np.stack([dead_leaves(64, 0, i) for i in range(4)])).permute(0, 3, 1, 2)
+    assert torch.allclose(apply_plans(batch, plans), apply_plans(batch / 255, plans), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"), [(float("nan"), "nan"), (float("inf"), "nan"), (1.5, "range"), (-0.1, "range")]
+)
+def test_a_bad_picture_is_named(wrong: float, code: str) -> None:
+    batch = torch.full((3, 3, 16, 16), 0.5)
+    batch[1, 0, 3, 3] = wrong
+    plans = [make_plan([])] * 3
+    with pytest.raises(SampleError) as caught:
+        apply_plans(batch, plans, keys=["a", "b", "c"])
+    assert (caught.value.code, caught.value.key) == (code, "b")
+
+
+def test_wrong_batches_are_refused() -> None:
+    plans = [make_plan([])]
+    for shape in ((1, 1, 8, 8), (3, 8, 8), (1, 3, 0, 8)):
+        with pytest.raises(SampleError, match="expected"):
+            apply_plans(torch.zeros(shape), plans)
+    with pytest.raises(SampleError, match="int64"):
+        apply_plans(torch.zeros(1, 3, 8, 8, dtype=torch.int64), plans)
+    with pytest.raises(ValueError, match="2 pictures came with 1 plans"):
+        apply_plans(torch.zeros(2, 3, 8, 8), plans)
+    with pytest.raises(ValueError, match="unknown operation 'smear'"):
+        apply_plans(torch.zeros(1, 3, 8, 8), [make_plan([{"op": "smear"}])])
+    halves = make_plan([{"op": "resize", "base": "hq", "divide": 2, "mode": "area"}])
+    with pytest.raises(ValueError, match="different sizes"):
+        apply_plans(torch.zeros(2, 3, 8, 8), [*plans, halves])

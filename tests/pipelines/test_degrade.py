@@ -1,0 +1,145 @@
+"""`restoray degrade`: folders in, degraded pictures with their plans out; resumed, replayed, and looked at."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from components.images import decode, encode_png
+from components.synthetic import dead_leaves
+from pipelines.degrade import degrade_folder, read_records, replay
+from pipelines.errors import RetryLater, UsageError
+from pipelines.plans import run_lock
+from pipelines.rows import read_lines
+from pipelines.sheets import contact_sheet
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four pictures, one of a single pixel, a broken one and a note."""
+    made = tmp_path / "in"
+    (made / "sub").mkdir(parents=True)
+    for index, name in enumerate(("a.png", "b.png", "sub/c.png", "gray.png", "tiny.png")):
+        picture = dead_leaves(64, 0, index)
+        picture = np.repeat(picture[..., :1], 3, 2) if name == "gray.png" else picture
+        (made / name).write_bytes(encode_png(picture[:1, :1] if name == "tiny.png" else picture))
+    (made / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0nothing")
+    (made / "notes.txt").write_text("")
+    return made
+
+
+def pixels(out: Path) -> dict[str, str]:
+    return {p.stem: hashlib.sha256(decode(p.read_bytes()).tobytes()).hexdigest() for p in out.glob("*.png")}
+
+
+def test_every_picture_comes_out_with_its_plan_and_a_broken_one_with_its_reason(folder: Path, tmp_path: Path) -> None:
+    result = degrade_folder(folder, tmp_path / "out", preset="realesrgan", seed=3)
+    assert (result.degraded, result.quarantined, result.ignored) == (4, 2, 1)
+    bad = {row["key"]: row["code"] for row in read_lines(result.quarantine)}
+    assert bad == {"broken": "truncated", "tiny": "too_small"}
+    rows = {row["key"]: row for row in read_lines(result.records)}
+    assert set(rows) == {"a", "b", "sub__c", "gray"}
+    for key, row in rows.items():
+        png = (tmp_path / "out" / row["output"]).read_bytes()
+        assert hashlib.sha256(png).hexdigest() == row["output_sha256"]
+        assert row["plan"]["ops"]
+        assert row["source"] == key.replace("__", "/") + ".png"
+        assert set(row["strength"]) == {"blur_px", "smallest", "noise", "quality", "lost"}
+    assert decode((tmp_path / "out" / "a.png").read_bytes()).shape == (64, 64, 3)
+    sheet = cv2.imread(str(result.sheet))
+    assert sheet is not None
+    assert sheet.std() > 20
+
+
+def test_company_changes_nothing_and_a_rerun_skips(folder: Path, tmp_path: Path) -> None:
+    degrade_folder(folder, tmp_path / "all", seed=3)
+    degrade_folder(folder / "a.png", tmp_path / "one", seed=3)
+    assert pixels(tmp_path / "all")["a"] == pixels(tmp_path / "one")["a"]
+    again = degrade_folder(folder, tmp_path / "all", seed=3)
+    assert (again.degraded, again.skipped, again.quarantined) == (0, 4, 2)
+    (tmp_path / "all" / "b.png").write_bytes(b"damaged")
+    healed = degrade_folder(folder, tmp_path / "all", seed=3)
+    assert (healed.degraded, healed.skipped) == (1, 3)
+    other = degrade_folder(folder, tmp_path / "all", seed=4)
+    assert other.degraded == 4
+    assert len(read_lines(other.records)) == 4
+
+
+def test_records_replay_to_the_same_pixels(folder: Path, tmp_path: Path) -> None:
+    first = degrade_folder(folder, tmp_path / "out", preset="bsrgan")
+    whole = replay(first.records, None, tmp_path / "again")
+    assert (whole.degraded, whole.differing) == (4, [])
+    assert pixels(tmp_path / "again") == pixels(tmp_path / "out")
+    one = tmp_path / "record.json"  # a record alone, and its original moved elsewhere
+    one.write_text(json.dumps(next(row for row in read_lines(first.records) if row["key"] == "b"), indent=1))
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    assert replay(one, moved, tmp_path / "alone").degraded == 1
+    assert pixels(tmp_path / "alone")["b"] == pixels(tmp_path / "out")["b"]
+
+
+def test_a_replay_notices_other_originals_and_other_pixels(folder: Path, tmp_path: Path) -> None:
+    first = degrade_folder(folder, tmp_path / "out")
+    rows = {row["key"]: row for row in read_lines(first.records)}
+    rows["b"]["pixels_sha256"] = "0" * 64
+    rows["gray"]["plan"]["ops"].append({"op": "smear"})
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps(list(rows.values())))
+    (folder / "a.png").write_bytes(encode_png(dead_leaves(64, 9, 9)))
+    result = replay(records, None, tmp_path / "again")
+    assert result.differing == ["b"]
+    assert {row["key"]: row["code"] for row in read_lines(result.quarantine)} == {"a": "changed", "gray": "plan"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no records"),
+        ("[]", "holds no records"),
+        ("{", "holds no records"),
+        ('{"key": "a"}', "record 1 lacks source"),
+        (
+            '{"key": "../a", "source": "", "folder": "", "source_sha256": "", "pixels_sha256": "", "plan": {}}',
+            "which no picture gets",
+        ),
+    ],
+)
+def test_bad_records_are_refused(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        read_records(tmp_path / "r.json")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_records(tmp_path / "absent.json")
+
+
+def test_wrong_names_and_places_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match='Did you mean "realesrgan"'):
+        degrade_folder(folder, tmp_path / "out", preset="realesrgna")
+    with pytest.raises(UsageError, match='Did you mean "sharpen"'):
+        degrade_folder(folder, tmp_path / "out", options={"sharpn": True})
+    with pytest.raises(UsageError, match="both input and output"):
+        degrade_folder(folder, folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.png").write_bytes(b"my own")
+    with pytest.raises(UsageError, match="would be overwritten"):
+        degrade_folder(folder, tmp_path / "mine")
+    assert (tmp_path / "mine" / "a.png").read_bytes() == b"my own"
+    with run_lock(tmp_path / "mine"), pytest.raises(RetryLater):
+        degrade_folder(folder, tmp_path / "mine")
+
+
+def test_a_sheet_shows_each_group() -> None:
+    pictures = [np.full((50, 40, 3), value, np.uint8) for value in (0, 90, 200)]
+    data = contact_sheet([([p, p], f"picture {k}\nline two") for k, p in enumerate(pictures)], side_px=32, columns=2)
+    sheet = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert sheet is not None
+    assert abs(int(sheet[20, 20]) - 0) < 12
+    assert abs(int(sheet[20, 20 + 32 * 2 + 8]) - 90) < 12
+    assert abs(int(sheet[-40, 20]) - 200) < 30
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([])

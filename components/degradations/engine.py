@@ -1,13 +1,12 @@
 """The CPU back end: executes plans on one picture at a time with OpenCV, libjpeg and buffers that are kept.
 
 Torch-free, for Ray Data workers. Nothing but picture and plan counts, so equal plans give equal bits in any process,
-order and batch. Fresh buffers of megabytes cost as much as the arithmetic in them (page faults), hence `Scratch`.
+order and batch.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,36 +17,10 @@ from components.degradations import filters, masks, noise
 from components.degradations.jpeg import jpeg
 from components.degradations.plans import operations, out_side
 from components.degradations.resize import resample, resize
+from components.degradations.scratch import take
 from components.types import Image, Plan, SampleError
 
-KEEP_BYTES = 64 * 2**20  # a larger buffer is freed after use: one huge picture must not stay in memory
 Operation = Mapping[str, Any]
-
-
-class Scratch(threading.local):
-    """Float32 buffers of one thread, reused from operation to operation and from picture to picture."""
-
-    def __init__(self) -> None:
-        self.kept: list[np.ndarray] = []
-
-    def take(self, shape: tuple[int, ...], avoid: Image) -> np.ndarray:
-        """An array of this shape with undefined values that shares no memory with `avoid`."""
-        size = math.prod(shape)
-        for index, buffer in enumerate(self.kept):
-            if avoid.base is not buffer:
-                if buffer.size < size:
-                    buffer = self.kept[index] = np.empty(size, np.float32)
-                break
-        else:
-            buffer = np.empty(size, np.float32)
-            if buffer.nbytes <= KEEP_BYTES:
-                self.kept.append(buffer)
-        if buffer.nbytes > KEEP_BYTES:
-            self.kept = [other for other in self.kept if other is not buffer]
-        return buffer[:size].reshape(shape)
-
-
-_scratch = Scratch()
 
 
 def apply_plan(hq: Image, plan: Plan) -> Image:
@@ -112,11 +85,11 @@ def check_picture(hq: Image) -> None:
 
 
 def _sharpen(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    return filters.sharpen(image, quick=op.get("quick", False), out=_scratch.take(image.shape, image))
+    return filters.sharpen(image, quick=op.get("quick", False), out=take(image.shape, image))
 
 
 def _blur(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    return filters.blur(image, op["kernel"], op.get("exact", False), _scratch.take(image.shape, image))
+    return filters.blur(image, op["kernel"], op.get("exact", False), take(image.shape, image))
 
 
 def _resize(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
@@ -127,11 +100,11 @@ def _resize(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
         return resample(image, height, width, op["mode"], 1 / op["scale"], 1 / op["scale"])
     if (height, width) == image.shape[:2]:
         return image
-    return resize(image, height, width, op["mode"], _scratch.take((height, width, 3), image))
+    return resize(image, height, width, op["mode"], take((height, width, 3), image))
 
 
 def _noise(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    made = _scratch.take(image.shape, image)
+    made = take(image.shape, image)
     field = noise.noise_field(image, op, made)
     if field.shape[2] == 1:
         field = cv2.cvtColor(field, cv2.COLOR_GRAY2RGB, dst=made)  # numpy's own broadcast takes longer
@@ -144,7 +117,7 @@ def _salt_pepper(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
 
 
 def _jpeg(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    return jpeg(image, op["quality"], op["form"], _scratch.take(image.shape, image))
+    return jpeg(image, op["quality"], op["form"], take(image.shape, image))
 
 
 def _strokes(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
@@ -153,11 +126,11 @@ def _strokes(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
 
 
 def _clip(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    return np.clip(image, 0, 1, out=_scratch.take(image.shape, image))
+    return np.clip(image, 0, 1, out=take(image.shape, image))
 
 
 def _round(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    made = np.multiply(image, np.float32(255), out=_scratch.take(image.shape, image))
+    made = np.multiply(image, np.float32(255), out=take(image.shape, image))
     np.rint(made, out=made)
     made *= np.float32(1 / 255)
     return made

@@ -16,6 +16,7 @@ import numpy as np
 
 from components.degradations import kernels
 from components.degradations.resize import resize
+from components.degradations.scratch import take
 from components.types import Image
 
 TOLERANCE = 2e-4  # most that a blur may be off in 0..1, a twentieth of an 8-bit level; noise and JPEG follow
@@ -59,7 +60,8 @@ def blur(image: Image, spec: Mapping[str, Any], exact: bool = False, out: np.nda
         if terms:
             blurred = _two_passes(image, *terms[0], out)
             for rows, columns in terms[1:]:
-                cv2.add(blurred, _two_passes(image, rows, columns), dst=blurred)
+                more = _two_passes(image, rows, columns, take(image.shape, image, blurred))
+                cv2.add(blurred, more, dst=blurred)
             return blurred
     return filter2d(image, kernel, out)
 
@@ -82,10 +84,12 @@ def sharpen(
         out: float32 [H, W, 3] that receives the result; not `image`.
     """
     blurred = _quarter_blur if quick else _wide_blur
-    residual = blurred(image, out)
+    residual = blurred(image, np.empty_like(image) if out is None else out)
     np.subtract(image, residual, out=residual)
-    mask = (np.abs(residual) * 255 > threshold).astype(np.float32)
-    soft = blurred(mask, None)
+    mask = np.abs(residual, out=take(image.shape, image, residual))
+    mask *= np.float32(255)
+    cv2.threshold(mask, threshold, 1, cv2.THRESH_BINARY, dst=mask)
+    soft = blurred(mask, take(image.shape, image, residual, mask))
     sharp = cv2.scaleAdd(residual, weight, image, dst=residual)
     np.clip(sharp, 0, 1, out=sharp)
     sharp -= image
@@ -94,12 +98,12 @@ def sharpen(
     return sharp
 
 
-def _wide_blur(image: Image, out: np.ndarray | None) -> Image:
+def _wide_blur(image: Image, out: np.ndarray) -> Image:
     line = kernels.line(USM_SIZE_PX, USM_SIGMA)
     return _two_passes(image, line, line, out)
 
 
-def _quarter_blur(image: Image, out: np.ndarray | None) -> Image:
+def _quarter_blur(image: Image, out: np.ndarray) -> Image:
     height, width = image.shape[:2]
     small = resize(image, max(1, height // QUICK), max(1, width // QUICK), "area")
     line = kernels.line(USM_SIZE_PX // QUICK | 1, USM_SIGMA / QUICK)

@@ -279,7 +279,10 @@ def processes_of(session: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 130, marks=pytest.mark.full), (signal.SIGKILL, -9)],
+)
 def test_interrupted_it_leaves_no_process_and_goes_on(
     repository: Path, tmp_path: Path, ending: signal.Signals, code: int
 ) -> None:

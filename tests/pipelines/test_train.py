@@ -101,6 +101,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(dcp: Path, corpus: Path, tm
     assert first.info["parts"] == resumed.info["parts"]  # sha256 of each part
 
 
+@pytest.mark.full  # half a minute of Ray Train; a missing output makes a stage undone is in test_plans.py
 def test_what_a_finished_stage_lost_is_made_again(dcp: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "dcp"
     shutil.copytree(dcp, out)
@@ -131,14 +132,8 @@ def test_the_three_stages_follow_each_other(dcp: Path, corpus: Path, tmp_path: P
     assert final.info["parents"] == {"previewer": load_model(previewer.model).digest}
 
 
-FULL = (
-    pytest.mark.full
-)  # one stage in make test shows that priors train; each costs half a minute of starting Ray Train
-
-
-@pytest.mark.parametrize(
-    "stage", [pytest.param("autoencoder", marks=FULL), pytest.param("encoder", marks=FULL), "denoiser"]
-)
+@pytest.mark.full  # each costs half a minute of starting Ray Train; that priors learn is in tests/components
+@pytest.mark.parametrize("stage", ["autoencoder", "encoder", "denoiser"])
 def test_the_priors_stages_train(stage: str, corpus: Path, tmp_path: Path) -> None:
     tiny = [o for o in TINY if not o.startswith(("resampler", "steps_at"))]
     warm = ["warm_start=nano"] if stage != "autoencoder" else []

@@ -270,9 +270,12 @@ def degrade(
     out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Where the results go.")] = None,
     overrides: Overrides = None,
     preset: Annotated[
-        str, typer.Option("--preset", "-p", autocompletion=complete_preset, help="The degradation.")
-    ] = "realesrgan",
-    seed: Annotated[int, typer.Option(help="With a picture's name it fixes every random bit.")] = 0,
+        str | None,
+        typer.Option("--preset", "-p", autocompletion=complete_preset, help="The degradation; default realesrgan."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="With a picture's name it fixes every random bit; default 0.")
+    ] = None,
     record: Annotated[
         Path | None, typer.Option("--replay", metavar="RECORDS", help="Apply the plans of these records again.")
     ] = None,
@@ -283,8 +286,10 @@ def degrade(
 
     console = Console(silent=as_json)
     if record is not None:
-        if overrides:
-            raise UsageError("--replay takes no options: the records say everything.")
+        if overrides or preset is not None or seed is not None:
+            raise UsageError("--replay takes no preset, seed or options: the records say everything.")
+        if source is not None and out is None:
+            raise UsageError("--replay takes IN and OUT, or neither: then OUT is `replayed` beside the records.")
         target = out or record.parent / "replayed"
         with console.bar("replay") as progress:
             result = replay(record, source, target, progress=progress)
@@ -292,7 +297,9 @@ def degrade(
         raise UsageError("degrade needs IN and OUT (or --replay RECORDS).")
     else:
         with console.bar("degrade") as progress:
-            result = degrade_folder(source, out, preset, parse_options(overrides or []), seed, progress=progress)
+            result = degrade_folder(
+                source, out, preset or "realesrgan", parse_options(overrides or []), seed or 0, progress=progress
+            )
     counts = f"{result.degraded} degraded, {result.skipped} done before, {result.quarantined} quarantined"
     sheet = [f"look at {result.sheet}"] if result.sheet else []
     console.result(plain(result), [f"{counts}; {result.folder}", *sheet])

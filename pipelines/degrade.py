@@ -1,6 +1,6 @@
 """`restoray degrade`: a folder of pictures made poor by a preset, each with the plan that did it; and plans replayed.
 
-    <out>/KEY.png             the degraded pictures, of their originals' size
+    <out>/KEY.png             the degraded pictures
     <out>/records.jsonl       a line per picture: key, source, folder, source_sha256, output, output_sha256,
                               pixels_sha256, preset, options, seed, plan, strength
     <out>/quarantine.jsonl    a line per file that could not be degraded: key, source, code, detail
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from components.degradations import build_degradation
-from components.degradations.plans import strength
-from components.images import decode, encode_png, to_uint8
+from components.degradations.plans import MAX_SIDE_PX, strength
+from components.images import Limits, decode, encode_png, read_png_text, to_uint8
 from components.restoring import file_key
 from components.types import Degradation, Plan, SampleError
 from pipelines.console import Progress, no_progress
@@ -35,7 +35,8 @@ from pipelines.rows import end_torn_line, parse_lines, read_lines, replace_file,
 from pipelines.sheets import contact_sheet
 
 SHEET_PICTURES = 24
-RECORD_FIELDS = ("key", "source", "folder", "source_sha256", "pixels_sha256", "plan")
+RECORD_FIELDS = {"key": str, "source": str, "folder": str, "source_sha256": str, "pixels_sha256": str, "plan": dict}
+LIMITS = Limits(min_side_px=1, max_aspect=float(MAX_SIDE_PX))  # any picture that the engine takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def degrade_folder(
         UsageError: an unknown preset or option, no pictures, or a file that is not ours where a result would go.
         Failure: `out` cannot be written.
     """
-    options = dict(options or {})
+    options = json.loads(json.dumps(dict(options or {})))  # as a record will hold them
     try:
         degradation = build_degradation(preset, **options)
     except (ValueError, TypeError) as error:
@@ -109,9 +110,11 @@ def replay(record: Path, source: Path | None, out: Path, progress: Progress = no
         out: where the results go.
 
     Raises:
-        UsageError: no readable records.
+        UsageError: no readable records, or `out` is the folder of the records.
     """
     rows = read_records(record)
+    if out.resolve() == record.parent.resolve():
+        raise UsageError(f"{out} holds the records themselves; choose another output folder.")
     jobs = [
         Job(
             key=row["key"],
@@ -143,12 +146,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         rows = [document] if isinstance(document, dict) else rows
     if not rows:
         raise UsageError(f"{path} holds no records: give a records.jsonl that `restoray degrade` wrote.")
+    seen: set[str] = set()
     for number, row in enumerate(rows, 1):
-        missing = [field for field in RECORD_FIELDS if field not in row]
-        if missing:
-            raise UsageError(f"{path}: record {number} lacks {', '.join(missing)}.")
+        wrong = [name for name, kind in RECORD_FIELDS.items() if not isinstance(row.get(name), kind)]
+        if wrong:
+            raise UsageError(f"{path}: record {number} lacks {', '.join(wrong)}, or they are of a wrong type.")
         if file_key(row["key"]) != row["key"]:
             raise UsageError(f"{path}: record {number} has the key {row['key']!r}, which no picture gets.")
+        if row["key"] in seen:
+            raise UsageError(f"{path}: record {number} has the key of an earlier one, {row['key']!r}.")
+        if Path(row["source"]).is_absolute() or ".." in Path(row["source"]).parts:
+            raise UsageError(f"{path}: the source of record {number} leaves its folder: {row['source']!r}.")
+        seen.add(row["key"])
     return rows
 
 
@@ -174,7 +183,7 @@ def _run(
         done = {row["key"]: row for row in read_lines(records)}
         for job in jobs:
             place = out / f"{job.key}.png"
-            if os.path.lexists(place) and job.key not in done:
+            if os.path.lexists(place) and job.key not in done and not _ours(place, job.key):
                 raise UsageError(f"{place} would be overwritten, and no record says that it was made here.")
         try:
             end_torn_line(records)
@@ -245,21 +254,22 @@ def _one(
         seen, place = hashlib.sha256(data).hexdigest(), out / f"{job.key}.png"
         if job.expected and seen != job.expected[0]:
             raise SampleError("changed", "the original is not the one of the record", job.key)
-        if before is not None and _stands(before, seen, settings, place):
+        known = {**settings, **({"plan": dict(job.plan)} if job.plan is not None else {})}
+        if before is not None and _stands(before, seen, known, place):
             same = not job.expected or before["pixels_sha256"] == job.expected[1]
             return "skipped", dict(before), same
-        hq = decode(data, key=job.key)
+        hq = decode(data, LIMITS, key=job.key)
         plan = job.plan if job.plan is not None else degradation.draw(settings["seed"], job.key, 0)
         try:
-            pixels = to_uint8(degradation.apply(hq, plan))
-        except (ValueError, KeyError, TypeError) as error:  # a plan from a file may be anything
+            pixels, found = to_uint8(degradation.apply(hq, plan)), strength(plan)
+        except (ValueError, MemoryError, ArithmeticError) as error:  # a plan from a file may ask for anything
             raise SampleError("plan", f"the plan cannot be executed: {error}", job.key) from error
     except SampleError as error:
         why = {"stage": "degrade", "code": error.code, "detail": error.detail}
         return "quarantined", {"key": job.key, "source": job.source, **why}, True
     png = encode_png(pixels, {"software": "restoray", "key": job.key})
     replace_file(place, png)
-    found = hashlib.sha256(pixels.tobytes()).hexdigest()
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
     row: dict[str, Any] = {
         "key": job.key,
         "source": job.source,
@@ -267,12 +277,21 @@ def _one(
         "source_sha256": seen,
         "output": place.name,
         "output_sha256": hashlib.sha256(png).hexdigest(),
-        "pixels_sha256": found,
+        "pixels_sha256": digest,
         **settings,
         "plan": dict(plan),
-        "strength": {name: round(value, 3) for name, value in strength(plan).items()},
+        "strength": {name: round(value, 3) for name, value in found.items()},
     }
-    return "degraded", row, not job.expected or found == job.expected[1]
+    return "degraded", row, not job.expected or digest == job.expected[1]
+
+
+def _ours(place: Path, key: str) -> bool:
+    """Whether a file without a record is one of ours: a picture is renamed into place before its record is written."""
+    try:
+        text = read_png_text(place.read_bytes())
+    except (OSError, SampleError):
+        return False
+    return (text.get("software"), text.get("key")) == ("restoray", key)
 
 
 def _stands(before: Mapping[str, Any], seen: str, settings: Mapping[str, Any], place: Path) -> bool:
@@ -292,7 +311,9 @@ def _sheet(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Path], out: 
     cells = []
     for row in rows if len(rows) <= SHEET_PICTURES else chosen:
         try:
-            pair = [decode(path.read_bytes(), key=row["key"]) for path in (sources[row["key"]], out / row["output"])]
+            pair = [
+                decode(path.read_bytes(), LIMITS, key=row["key"]) for path in (sources[row["key"]], out / row["output"])
+            ]
         except (OSError, SampleError):
             continue  # gone since
         cells.append((pair, f"{row['key'][:56]}\n{_words(row['strength'])}"))

@@ -8,6 +8,7 @@ lq = degradation.apply(hq, plan)
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +27,9 @@ PRESETS: dict[str, RealESRGAN | BSRGAN | FirstOrder | Fixed | SaltPepper | Strok
     "supir": RealESRGAN(),
     # InstantIR's class: sharpened input and target, no rounding of the small picture, 1 % undegraded (there by batch).
     "instantir": RealESRGAN(sharpen=True, sharpen_target=True, round_small=False, clean_prob=0.01),
-    # InstaRevive, general restoration: no sharpening, whole pixels in the second resize, rounded after enlarging.
-    "instarevive-bsr": RealESRGAN(whole_small=True, round_small=False, round_back=True),
+    # InstaRevive, general restoration: no sharpening, whole pixels in the second resize; clipped and rounded once,
+    # after enlarging.
+    "instarevive-bsr": RealESRGAN(whole_small=True, round_small=False, clip_small=False, round_back=True),
     # InstaRevive, faces.
     "instarevive-bfr": FirstOrder(),
     # The adapter paper says "modified" Real-ESRGAN and no more. Ours: its numbers, LQ 1, 2, 4 or 8 times smaller.
@@ -81,7 +83,35 @@ def _replaced(base: Any, options: Mapping[str, Any], where: str) -> Any:
     for name, value in options.items():
         if name not in fields:
             raise ValueError(f"{where} has no option {name!r}. {did_you_mean(name, fields)}")
-        if isinstance(value, Mapping):
-            value = _replaced(getattr(base, name), value, f"{name} of {where}")
-        changes[name] = tuple(value) if isinstance(value, list) else value
+        changes[name] = _typed(getattr(base, name), value, f"{name} of {where}")
     return dataclasses.replace(base, **changes)
+
+
+def _typed(current: Any, value: Any, where: str) -> Any:
+    """`value` in the type of what it replaces.
+
+    Raises:
+        ValueError: it is of another type, or not finite.
+    """
+    if dataclasses.is_dataclass(current):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a mapping of options, got {value!r}")
+        return _replaced(current, value, where)
+    if isinstance(current, tuple):
+        if not isinstance(value, list | tuple) or not all(_is_number(each) for each in value):
+            raise ValueError(f"{where} must be a list of numbers, got {value!r}")
+        if len(value) != len(current) and not where.startswith("factors "):
+            raise ValueError(f"{where} must hold {len(current)} numbers, got {value!r}")
+        return tuple(value)
+    if isinstance(current, bool | str):
+        right = isinstance(value, type(current))
+    else:
+        right = _is_number(value) and (isinstance(value, int) or not isinstance(current, int))
+    if not right:
+        kind = {bool: "true or false", str: "a name", int: "a whole number"}.get(type(current), "a finite number")
+        raise ValueError(f"{where} must be {kind}, got {value!r}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,7 +3,8 @@
 Torch-free. Zhang et al. 2021 (arXiv 2103.14006), section 3; numbers from its released code (cszn/KAIR,
 utils/utils_blindsr.py). Deviations: the camera-sensor noise needs that project's trained raw-to-RGB model and is
 skipped by its own default too; the rare shrink by shifted Gaussian and pixel picking (a quarter of the first shrinks)
-is a Gaussian blur and a bilinear shrink to the same size, which samples the same places.
+is a Gaussian blur and a bilinear shrink to the same size, which samples the same places; the random rotation of
+correlated noise comes from a QR decomposition instead of an orthonormal basis by SVD.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class BSRGAN(Executes):
         ops: list[dict[str, Any]] = []
         factor = self.factor
         if factor == 4 and draw.random() < self.halve_prob:
-            ops += [{"op": "resize", "base": "hq", "divide": 2, "mode": _mode(draw)}, {"op": "clip"}]
+            mode = _mode(draw) if draw.random() < 0.5 else "antialias"
+            ops += [{"op": "resize", "base": "hq", "divide": 2, "mode": mode}, {"op": "clip"}]
             factor = 2
         order = [int(step) for step in draw.permutation(6)]
         first, last = sorted(order.index(step) for step in (2, 3))

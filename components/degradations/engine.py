@@ -15,7 +15,7 @@ import numpy as np
 
 from components.degradations import filters, masks, noise
 from components.degradations.jpeg import jpeg
-from components.degradations.plans import operations, out_side
+from components.degradations.plans import MAX_SIDE_PX, operations, out_sides
 from components.degradations.resize import resample, resize
 from components.degradations.scratch import take
 from components.types import Image, Plan, SampleError
@@ -35,16 +35,13 @@ def apply_plan(hq: Image, plan: Plan) -> Image:
 
     Raises:
         SampleError: see check_picture.
-        ValueError: a plan of another kind or version, or an operation that does not exist.
+        ValueError: a plan that plans.operations refuses.
     """
     ops = operations(plan)
     image = as_picture(hq)
     start, sides = image, (image.shape[0], image.shape[1])
     for op in ops:
-        run = OPERATIONS.get(op["op"])
-        if run is None:
-            raise ValueError(f"a plan holds the unknown operation {op['op']!r}; known are {', '.join(OPERATIONS)}")
-        image = run(image, op, sides)
+        image = OPERATIONS[op["op"]](image, op, sides)
     if image is start or image.base is not None:  # never hand out the input or a kept buffer
         image = image.copy()
     return image
@@ -66,10 +63,12 @@ def check_picture(hq: Image) -> None:
 
     Raises:
         SampleError: a wrong number of axes or channels, or an empty axis ("shape"), neither uint8 nor float ("dtype"),
-            NaN or infinity ("nan"), values outside 0..1 ("range").
+            NaN or infinity ("nan"), values outside 0..1 ("range"), a side above MAX_SIDE_PX ("too_large").
     """
     if hq.ndim not in (2, 3) or (hq.ndim == 3 and hq.shape[2] not in (1, 3)) or 0 in hq.shape:
         raise SampleError("shape", f"expected [H, W], [H, W, 1] or [H, W, 3], got {list(hq.shape)}")
+    if max(hq.shape[:2]) > MAX_SIDE_PX:
+        raise SampleError("too_large", f"{hq.shape[1]} x {hq.shape[0]}: a side exceeds {MAX_SIDE_PX} pixels")
     if hq.dtype == np.uint8:
         return
     if not np.issubdtype(hq.dtype, np.floating):
@@ -93,7 +92,7 @@ def _blur(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
 
 
 def _resize(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    height, width = (out_side(op, now, hq) for now, hq in zip(image.shape[:2], sides, strict=True))
+    height, width = out_sides(op, (image.shape[0], image.shape[1]), sides)
     if op.get("sampling") == "factor" and op["mode"] in ("bilinear", "bicubic"):
         if op["scale"] == 1:
             return image

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.special import j1
 
-FAMILIES = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
-"""Bell families, in the order in which their probabilities are given."""
+from components.degradations.plans import FAMILIES
 
 
 def gaussian(size: int, sigma_x: float, sigma_y: float, theta: float = 0.0) -> np.ndarray:
@@ -49,12 +48,16 @@ def sinc(size: int, cutoff: float) -> np.ndarray:
 
 
 def build(spec: Mapping[str, Any]) -> np.ndarray:
-    """The kernel of a plan's numbers: {"kind": "sinc", size, cutoff} or {"kind": family, size, sigma_x, ... beta}.
+    """The kernel of a plan's numbers: {"kind": "sinc", size, cutoff} {"kind": family, size, sigma_x, ... beta}, or
+    {"kind": "given", weights} for one that was measured.
 
     Raises:
         ValueError: an unknown kind, or a size that is not odd.
     """
-    kind, size = spec["kind"], int(spec["size"])
+    kind = spec["kind"]
+    if kind == "given":
+        return np.asarray(spec["weights"], np.float64)
+    size = int(spec["size"])
     if kind == "sinc":
         return sinc(size, spec["cutoff"])
     if kind not in FAMILIES:

@@ -34,13 +34,13 @@ from components.degradations import kernels
 from components.degradations.engine import apply_plan, as_picture
 from components.degradations.filters import sharpen
 from components.degradations.jpeg import FORMS
-from components.degradations.plans import SEED_BITS, make_plan
+from components.degradations.plans import MAX_KERNEL_PX, SEED_BITS, make_plan
 from components.naming import did_you_mean
 from components.randomness import generator, stream_key
 from components.types import Image, Plan
 
 WIDE_SINC_FROM_PX = 13  # kernels from this size on may have the lower cutoff pi / 5, smaller ones pi / 3
-RESIZE_MODES = ("pool", "bilinear", "bicubic")
+SHRINK_MODES = ("pool", "bilinear", "bicubic")
 
 Range = tuple[float, float]
 
@@ -80,6 +80,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name in ("families", "resize_probs"):
+            if min(getattr(self, name)) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
             if not math.isclose(sum(getattr(self, name)), 1.0, abs_tol=1e-6):
                 raise ValueError(f"{name} must sum to 1, got {getattr(self, name)}")
         if len(self.families) != len(kernels.FAMILIES):
@@ -89,8 +91,11 @@ class Stage:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         for name in ("sigma", "beta_generalized", "beta_plateau", "resize", "gaussian", "poisson", "quality"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be a positive rising range, got {(low, high)}")
+            if not 1e-3 <= low <= high <= 1e4:
+                raise ValueError(f"{name} must be a rising range within 0.001..10000, got {(low, high)}")
+        for name in ("beta_generalized", "beta_plateau"):
+            if not getattr(self, name)[0] <= 1 <= getattr(self, name)[1]:
+                raise ValueError(f"{name} must reach from at most 1 to at least 1, got {getattr(self, name)}")
         if not self.resize[0] <= 1 <= self.resize[1]:
             raise ValueError(f"resize must reach from below 1 to above 1, got {self.resize}")
         if not 1 <= self.quality[0] <= self.quality[1] <= 100:
@@ -122,6 +127,7 @@ class RealESRGAN:
         sharpen_target: what `target` returns is sharpened.
         quick_sharpen: sharpen approximately, see filters.sharpen; faithful ignores it.
         round_small: round to 8 bits at LQ size, before enlarging.
+        clip_small: clip after the closing low-pass where it comes last; without it overshoots reach the enlarging.
         resize_back: enlarge LQ to HQ's size; without it LQ is 1 / factor of that.
         round_back: round to 8 bits after enlarging.
         jpeg_form: one of jpeg.FORMS; faithful takes the simulator.
@@ -139,6 +145,7 @@ class RealESRGAN:
     sharpen_target: bool = False
     quick_sharpen: bool = False
     round_small: bool = True
+    clip_small: bool = True
     resize_back: bool = True
     round_back: bool = False
     jpeg_form: Literal["edge", "matched", "simulator"] = "matched"
@@ -147,10 +154,14 @@ class RealESRGAN:
 
     def __post_init__(self) -> None:
         low, high = self.kernel_sizes
-        if not (1 <= low <= high and low % 2 == 1 and high % 2 == 1):
-            raise ValueError(f"kernel_sizes must be two odd rising numbers, got {self.kernel_sizes}")
+        if not (1 <= low <= high <= MAX_KERNEL_PX and low % 2 == 1 and high % 2 == 1):
+            raise ValueError(
+                f"kernel_sizes must be two odd rising numbers up to {MAX_KERNEL_PX}, got {self.kernel_sizes}"
+            )
         if not self.factors or min(self.factors) < 1:
             raise ValueError(f"factors must be at least one number from 1 on, got {self.factors}")
+        if self.faithful and max(self.first.quality[1], self.second.quality[1]) >= 100:
+            raise ValueError("faithful needs JPEG qualities below 100: the simulator gives NaN there")
         if self.jpeg_form not in FORMS:
             raise ValueError(f"unknown jpeg_form {self.jpeg_form!r}. {did_you_mean(self.jpeg_form, FORMS)}")
         for name in ("final_sinc_prob", "clean_prob"):
@@ -184,7 +195,9 @@ class RealESRGAN:
         final = draw_sinc(draw_size(self.kernel_sizes, draw), math.pi / 3, draw)
         closing = [shrink, self._blur(final)] if draw.random() < self.final_sinc_prob else [shrink]
         clip = {"op": "clip"}
-        ops += [last_jpeg, *closing, clip] if jpeg_first else [*closing, clip, last_jpeg]
+        ops += [last_jpeg, *closing] if jpeg_first else [*closing, clip, last_jpeg]
+        if jpeg_first and self.clip_small:
+            ops.append(clip)
         if self.round_small:
             ops.append({"op": "round"})
         if self.resize_back:
@@ -210,7 +223,7 @@ class RealESRGAN:
 
     def _sampling(self, draw: np.random.Generator, by_factor: bool = False) -> dict[str, Any]:
         """Mode, and how the grid lies."""
-        mode = RESIZE_MODES[int(draw.integers(0, len(RESIZE_MODES)))]
+        mode = SHRINK_MODES[int(draw.integers(0, len(SHRINK_MODES)))]
         return {"mode": mode, **({"sampling": "factor"} if by_factor and self.faithful else {})}
 
 

@@ -3,7 +3,9 @@
 The original passes a factor for its first resize, so bilinear and bicubic sample with a step that does not fit the
 floored size and LQ shifts by up to 6.6 px against HQ: `resample` with the factor's step reproduces that. `resize` goes
 to a size with OpenCV: aligned, and an order faster. OpenCV's area mode weights fractions of pixels where the original's
-("pool") takes whole ones and so keeps more noise: the distribution test sees that, hence both.
+("pool") takes whole ones and so keeps more noise: the distribution test sees that, hence both. The other modes are
+bilinear, bicubic, and antialias: a bicubic (a = -0.5) whose kernel is stretched when shrinking, the usual x4 of
+super-resolution tests.
 """
 
 from __future__ import annotations
@@ -14,11 +16,8 @@ import cv2
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from components.degradations.plans import RESIZE_MODES as MODES
 from components.types import Image
-
-MODES = ("area", "bilinear", "bicubic", "pool", "antialias")
-"""area: box average, fractions weighted; pool: whole-pixel windows, as adaptive average pooling; antialias: bicubic
-(a = -0.5) with its kernel stretched when shrinking, the usual x4 of super-resolution tests."""
 
 OPENCV = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 

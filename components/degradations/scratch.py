@@ -1,7 +1,7 @@
 """Buffers that are kept: fresh ones of megabytes cost as much as the arithmetic in them, for their page faults.
 
-Each thread has its own few, of the largest size that it needed lately; what comes out of here is overwritten by a later
-`take`, so results for others are copied. Torch-free.
+Each thread has its own few (four at most in use), as large as the largest picture needed; what comes out of here is
+overwritten by a later `take`, so results for others are copied. Torch-free.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 
-KEEP_BYTES = 128 * 2**20  # a larger buffer is freed after use: one huge picture must not stay in memory
+KEEP_BYTES = 64 * 2**20  # a larger buffer is freed after use: one huge picture must not stay in memory
 
 
 class _Buffers(threading.local):

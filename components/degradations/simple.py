@@ -69,9 +69,9 @@ class FirstOrder(Executes):
             raise ValueError(f"kernel_size must be odd and positive, got {self.kernel_size}")
         if not 0 <= self.anisotropic_prob <= 1:
             raise ValueError(f"anisotropic_prob must lie in 0..1, got {self.anisotropic_prob}")
-        check_range("sigma", self.sigma, 1e-3, math.inf)
-        check_range("shrink", self.shrink, 1, math.inf)
-        check_range("noise", self.noise, 0, math.inf)
+        check_range("sigma", self.sigma, 1e-3, 1e4)
+        check_range("shrink", self.shrink, 1, 1e4)
+        check_range("noise", self.noise, 0, 1e4)
         check_range("quality", self.quality, 1, 101)
 
     def draw(self, seed: int, key: str, position: int) -> Plan:

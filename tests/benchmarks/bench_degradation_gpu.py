@@ -4,7 +4,8 @@
     python tests/benchmarks/bench_degradation_gpu.py --device cpu --side 64 --batch 4
 
 Ours draws per picture, the original per batch. Plans are drawn before the clock starts (a Ray worker draws them beside
-the crop), HQ lies on the device, and the device is waited for at both ends. Rounds take turns; medians are reported.
+the crop), HQ lies on the device, and the device is waited for at both ends. Rounds take turns; medians are reported, and a line is void where an
+arm spreads over 25 %.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def measure(
                         rates[name].append(size / (time.perf_counter() - start))
             row: dict[str, Any] = {"preset": preset, "batch": size, "side": side, "device": device_name(device)}
             row |= {f"{name}_images_per_s": round(statistics.median(found), 1) for name, found in rates.items()}
+            spreads = [(max(found) - min(found)) / statistics.median(found) for found in rates.values()]
+            row |= {"spread": round(max(spreads), 3), "void": max(spreads) > bench.MAX_SPREAD}
             if basicsr is not None:
                 row["ratio"] = round(row["ours_images_per_s"] / row["original_images_per_s"], 2)
             if device != "cpu":

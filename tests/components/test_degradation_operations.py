@@ -147,6 +147,18 @@ def test_shot_noise_has_the_skew_of_a_count_and_spares_black() -> None:
     assert not noise.shot_field(np.zeros((32, 32, 3), np.float32), op).any()
 
 
+def test_undershoot_is_black_and_adds_no_level() -> None:
+    """Low-passes and bicubic resizes leave values below 0, which the original clamps before it counts levels."""
+    image = np.full((64, 64, 3), 0.5, np.float32)
+    image[:32] = -0.15
+    op = {"level": 1.0, "gray": False, "seed": 2}
+    field = noise.shot_field(image, op)
+    assert not field[:32].any()
+    assert np.array_equal(field, noise.shot_field(image.clip(0, 1), op))
+    compressed = jpeg(image, 90, "edge")
+    assert np.array_equal(compressed, jpeg(image.clip(0, 1), 90, "edge"))
+
+
 def test_words_are_a_function_of_seed_and_place_alone() -> None:
     whole = noise.words(7, 1000)
     assert np.array_equal(whole[:37], noise.words(7, 37))

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components import images
-from components.degradations import PRESETS, build_degradation, kernels, masks, noise
+from components.degradations import PRESETS, build_degradation, filters, kernels, masks, noise
+from components.degradations.batched import apply_plans
 from components.degradations.engine import apply_plan
 from components.degradations.plans import descriptors, make_plan, strength
 from components.degradations.real_esrgan import RealESRGAN, Stage
@@ -124,9 +126,58 @@ def test_a_foreign_plan_is_refused(plan: dict[str, Any]) -> None:
         build_degradation("realesrgan").apply(picture(), plan)
 
 
-def test_an_unknown_operation_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown operation 'blurr'"):
-        apply_plan(picture(), make_plan([{"op": "blurr"}]))
+BELL = {"kind": "iso", "size": 7, "sigma_x": 1.0, "sigma_y": 1.0, "theta": 0.0}
+NOISE = {"op": "noise", "kind": "gaussian", "level": 5.0, "gray": False, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("op", "words"),
+    [
+        ({"op": "blurr"}, "unknown operation 'blurr'"),
+        ({}, "unknown operation None"),
+        ({"op": "blur"}, "'kernel' is missing"),
+        ({"op": "blur", "kernel": BELL | {"kind": "box"}}, "unknown kind 'box'"),
+        ({"op": "blur", "kernel": BELL | {"size": 8}}, "size must be odd"),
+        ({"op": "blur", "kernel": BELL | {"size": 4001}}, "size must be a number within"),
+        ({"op": "blur", "kernel": BELL | {"sigma_x": 0}}, "sigma_x must be a number within"),
+        ({"op": "blur", "kernel": BELL | {"sigma_y": 2.0}}, "an iso kernel has one sigma"),
+        ({"op": "blur", "kernel": {"kind": "given", "weights": [[1, 2], [3, 4]]}}, "square of odd side"),
+        ({"op": "resize", "base": "hq", "mode": "nearest"}, "unknown mode 'nearest'"),
+        ({"op": "resize", "base": "lq", "mode": "area"}, "unknown base 'lq'"),
+        ({"op": "resize", "base": "hq", "mode": "area", "divide": 0}, "divide must be a number within"),
+        ({"op": "resize", "base": "hq", "mode": "area", "scale": math.inf}, "scale must be a number within"),
+        (NOISE | {"kind": "snow"}, "unknown kind 'snow'"),
+        (NOISE | {"level": math.nan}, "level must be a number within"),
+        (NOISE | {"seed": 1.5}, "seed must be a whole number"),
+        (NOISE | {"gray": True, "mix": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "mix must be"),
+        ({"op": "jpeg", "form": "edge", "quality": 0.4}, "quality must be a number within"),
+        ({"op": "jpeg", "form": "simulator", "quality": 100}, "below 100"),
+        ({"op": "salt_pepper", "amount": 2, "gray": True, "seed": 1}, "amount must be a number within"),
+        ({"op": "strokes", "value": 1, "strokes": [{"width": 0.1, "start": [0, 0], "steps": [[1]]}]}, "a stroke needs"),
+    ],
+)
+def test_both_back_ends_refuse_what_no_operation_may_hold(op: dict[str, Any], words: str) -> None:
+    for apply in (lambda plan: apply_plan(picture(), plan), lambda plan: apply_plans(torch.zeros(1, 3, 8, 8), [plan])):
+        with pytest.raises(ValueError, match=words):
+            apply(make_plan([op]))
+
+
+def test_pictures_and_results_have_a_largest_side() -> None:
+    with pytest.raises(SampleError) as caught:
+        apply_plan(np.zeros((1, 70_000, 3), np.uint8), make_plan([]))
+    assert caught.value.code == "too_large"
+    with pytest.raises(SampleError) as caught:
+        apply_plan(picture(), make_plan([{"op": "resize", "base": "hq", "scale": 2000, "mode": "area"}]))
+    assert caught.value.code == "too_large"
+
+
+def test_a_measured_kernel_can_be_given() -> None:
+    weights = np.arange(9.0).reshape(3, 3) / 36
+    plan = make_plan([{"op": "blur", "kernel": {"kind": "given", "weights": weights.tolist()}, "exact": True}])
+    made = apply_plan(picture(), plan)
+    assert np.abs(made - filters.filter2d(picture(), weights)).max() < 1e-6
+    batch = torch.from_numpy(picture()).permute(2, 0, 1)[None]
+    assert np.abs(apply_plans(batch, [plan])[0].permute(1, 2, 0).numpy() - made).max() < 1e-5
 
 
 @pytest.mark.parametrize("preset", MODELS)
@@ -305,6 +356,14 @@ def test_typos_die_with_the_near_name() -> None:
     "options",
     [
         {"kernel_sizes": (6, 21)},
+        {"kernel_sizes": (7, 2001)},
+        {"kernel_sizes": [7]},
+        {"first": 5},
+        {"sharpen": "no"},
+        {"first": {"families": (-1, 1, 1, 0, 0, 0)}},
+        {"first": {"beta_generalized": (1.5, 4)}},
+        {"second": {"sigma": (0.2, float("inf"))}},
+        {"faithful": True, "second": {"quality": (30, 100)}},
         {"factors": (0,)},
         {"factors": ()},
         {"clean_prob": 1.5},
@@ -331,6 +390,8 @@ def test_numbers_outside_their_range_are_refused(options: dict[str, Any]) -> Non
         ("bsrgan", {"noise": (9, 2)}),
         ("x4", {"factor": 0}),
         ("x4", {"quality": 101}),
+        ("x4", {"noise": float("nan")}),
+        ("x4", {"factor": 2.5}),
         ("salt-pepper", {"amount": (0.1, 1.1)}),
         ("strokes", {"widths": (0.3, 0.1)}),
         ("realesrgan", {"jpeg_form": "plain"}),

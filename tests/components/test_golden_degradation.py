@@ -1,8 +1,7 @@
 """Degradation against numbers recorded from BasicSR and InstaRevive: every degradation_*.json that is there.
 
 Each file's own config says what was called; the tolerance is the one written in it. A file without a check here fails,
-and so does a tensor or a row of a table that no check has looked at. Where both back ends have an operation, both are
-checked.
+and so does a tensor or a table that no check has looked at. Where both back ends have an operation, both are checked.
 """
 
 from __future__ import annotations
@@ -32,11 +31,32 @@ from tests.conftest import golden_names
 PREFIX = "degradation_"
 
 
+ABOUT = {
+    *("module", "source", "source_used", "torch", "opencv", "numpy", "device", "compute_dtype", "call", "tensors"),
+    *("independent_rewrite_max_abs", "independent_float64_replay", "independent_float64_rewrite"),
+    *("float32_vs_float64", "opencv_variant_max_abs", "comparison", "diffjpeg_vs_libjpeg"),
+    *("quality_vector_after_call", "quality_100_99p5_95_gives_nan", "grey_field_shared_inside_a_batch_max_abs"),
+}
+"""Entries of the json files that tell how they were made or how others compared: no cases."""
+
+
+class Facts(dict[str, Any]):
+    """A json file; remembers which entries were read."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
 class Golden:
     """One recorded file; remembers what was read."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.facts: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+        self.facts = Facts(json.loads((folder / f"{name}.json").read_text()))
         self.tensors = {
             key: value.astype(np.float32) if value.dtype == np.float16 else value
             for key, value in load_file(folder / f"{name}.safetensors").items()
@@ -59,7 +79,7 @@ class Golden:
         return dict(self.facts["tolerance"])
 
     def unread(self) -> list[str]:
-        return sorted(set(self.tensors) - self.read)
+        return sorted((set(self.tensors) - self.read) | (set(self.facts) - self.facts.read - ABOUT))
 
 
 def hwc(image: np.ndarray) -> np.ndarray:
@@ -93,9 +113,8 @@ def check_kernels(golden: Golden) -> None:
         specs[name] = {"kind": kind, **numbers}
         given = golden[f"input/{name}"]
         assert given[0] == numbers["size"]
-    for found, expected in golden.outputs(r"(?P<name>\w+?_\d+)(?P<padded>_padded\d+)?"):
-        if found["name"] not in specs:
-            continue
+    for found, expected in golden.outputs(r"(?!sharpen_1d)(?P<name>\w+?_\d+)(_padded\d+)?"):
+        assert found["name"] in specs, f"no parameters for {found[0]}"
         spec = specs[found["name"]]
         kernel = kernels.build(spec)
         assert off(kernels.pad(kernel, expected.shape[0]), expected) <= tolerance, found[0]
@@ -135,13 +154,13 @@ def alike(
     """
     line = kernels.line(filters.USM_SIZE_PX, filters.USM_SIGMA).astype(float)
     residual = image.astype(float) - filters.filter2d(image, np.outer(line, line))
-    ties = (np.abs(np.abs(residual) * 255 - threshold) < 3e-4).astype(np.uint8)
+    ties = (np.abs(np.abs(residual) * 255 - threshold) < 2e-4).astype(np.uint8)
     reach = cv2.dilate(ties, np.ones((filters.USM_SIZE_PX, filters.USM_SIZE_PX), np.uint8))
     flips = cv2.filter2D(ties.astype(float), cv2.CV_64F, np.ones((51, 51))) * line.max() ** 2
     flipped = np.where(reach > 0, flips * weight * np.abs(residual), 0)
     found = np.abs(filters.sharpen(image, weight, threshold).astype(float) - expected)
     rest = (found - flipped).clip(0)
-    return bool(rest.max() <= tolerance and rest.mean() <= mean and reach.mean() < 0.5)
+    return bool(rest.max() <= tolerance and rest.mean() <= mean and reach.mean() < 0.9)
 
 
 def check_usm(golden: Golden) -> None:
@@ -188,6 +207,8 @@ def check_resize(golden: Golden) -> None:
 
 def check_noise(golden: Golden) -> None:
     """The fields' statistics, by the file's rule; both back ends make equal fields (test_batched_degradations.py)."""
+    rule = golden.tolerance["rule"]  # in words: the limits below are its numbers
+    assert all(words in rule for words in ("within 1 % of sigma", "0.01 colour", "<= 0.03", "within 3 %"))
     for number, row in enumerate(golden.facts["gaussian_table"]):
         op = {"kind": "gaussian", "level": row["sigma"], "gray": bool(row["gray"])}
         drawn = [noise.gaussian_field(256, 256, op | {"seed": 100 * number + k}) * np.ones(3) for k in range(16)]
@@ -293,6 +314,8 @@ def check_replay(golden: Golden) -> None:
             else:
                 assert off(stage_input, stored) <= 1e-5, (name, stage)
         assert at == len(stages)
+        engine = run_engine(hq, draws, kernel, noises, golden.facts["options"]["scale"])
+        image = engine
         lq = np.rint(image.clip(0, 1) * 255)
         expected = np.rint(hwc(golden[f"output/{name}_lq"]) * 255)
         assert (lq == expected).mean() >= golden.tolerance["share_equal"], name
@@ -300,6 +323,44 @@ def check_replay(golden: Golden) -> None:
         back = resize(hwc(golden[f"output/{name}_lq"]), hq.shape[0], hq.shape[1], "bicubic").clip(0, 1)
         enlarged = hwc(golden[f"output/{name}_lq_resized_back"])  # rounded to 8 bits
         assert (np.rint(back * 255) == np.rint(enlarged * 255)).mean() >= golden.tolerance["share_equal"], name
+
+
+def run_engine(
+    hq: np.ndarray, draws: dict[str, Any], kernel: dict[str, Any], noises: list[np.ndarray], factor: int
+) -> np.ndarray:
+    """The same run as one faithful plan of the engine, with the recorded kernels and noise fields in place of drawn."""
+
+    def blur(name: str) -> list[dict[str, Any]]:
+        given = (
+            {"kind": "given", "weights": np.asarray(kernel[name], float).tolist()} if kernel[name] is not None else {}
+        )
+        return [{"op": "blur", "kernel": given, "exact": True}] if given else []
+
+    def resize_to(name: str, **more: Any) -> dict[str, Any]:
+        return {"op": "resize", "mode": {"area": "pool"}.get(draws[name], draws[name]), **more}
+
+    def field(image: np.ndarray, op: dict[str, Any], out: Any = None) -> np.ndarray:
+        return noises[op["seed"]]
+
+    small = {"base": "hq", "divide": factor}
+    shaken = [{"op": "noise", "kind": "gaussian", "level": 0.0, "gray": False, "seed": seed} for seed in (0, 1)]
+    compressed = [{"op": "jpeg", "quality": draws[name], "form": "simulator"} for name in ("jpeg1_q", "jpeg2_q")]
+    closing = [resize_to("mode3", **small), *blur("final"), {"op": "clip"}]
+    ops = [
+        {"op": "sharpen", "exact": True},
+        *blur("first"),
+        resize_to("mode1", base="current", scale=draws["scale1"], sampling="factor"),
+        shaken[0],
+        compressed[0],
+        *blur("second"),
+        resize_to("mode2", **small, scale=(draws["size2"][0] + 0.5) / (hq.shape[0] // factor)),
+        shaken[1],
+        *([compressed[1], *closing] if draws["order_jpeg_first"] else [*closing, compressed[1]]),
+        {"op": "round"},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "noise_field", field)
+        return apply_plan(hq, make_plan(ops))
 
 
 def replay(kind: str, numbers: Any, image: np.ndarray) -> np.ndarray:

@@ -146,6 +146,8 @@ def test_recipes_lists_what_ships(repository: Path, tmp_path: Path) -> None:
         (["degrade", "empty", "x"], 2, "holds no pictures"),
         (["degrade", "empty", "x", "--preset", "bsrgna"], 2, 'Did you mean "bsrgan"'),
         (["degrade", "--replay", "file"], 2, "holds no records"),
+        (["degrade", "--replay", "file", "--seed", "1"], 2, "the records say everything"),
+        (["degrade", "--replay", "file", "x"], 2, "IN and OUT, or neither"),
         (["serve", "--model", "models:/nothing@x"], 2, "no model"),
         (["demo", "--images", "nowhere"], 2, "nowhere"),
         (["demo", "--images", "empty"], 2, "no picture"),

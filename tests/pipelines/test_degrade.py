@@ -12,11 +12,13 @@ import pytest
 
 from components.images import decode, encode_png
 from components.synthetic import dead_leaves
-from pipelines.degrade import degrade_folder, read_records, replay
+from pipelines.degrade import LIMITS, degrade_folder, read_records, replay
 from pipelines.errors import RetryLater, UsageError
 from pipelines.plans import run_lock
 from pipelines.rows import read_lines
 from pipelines.sheets import contact_sheet
+
+RECORD = '{"key": "%s", "source": "%s", "folder": "", "source_sha256": "", "pixels_sha256": "", "plan": {}}'
 
 
 @pytest.fixture
@@ -34,16 +36,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pixels(out: Path) -> dict[str, str]:
-    return {p.stem: hashlib.sha256(decode(p.read_bytes()).tobytes()).hexdigest() for p in out.glob("*.png")}
+    return {p.stem: hashlib.sha256(decode(p.read_bytes(), LIMITS).tobytes()).hexdigest() for p in out.glob("*.png")}
 
 
 def test_every_picture_comes_out_with_its_plan_and_a_broken_one_with_its_reason(folder: Path, tmp_path: Path) -> None:
     result = degrade_folder(folder, tmp_path / "out", preset="realesrgan", seed=3)
-    assert (result.degraded, result.quarantined, result.ignored) == (4, 2, 1)
+    assert (result.degraded, result.quarantined, result.ignored) == (5, 1, 1)
     bad = {row["key"]: row["code"] for row in read_lines(result.quarantine)}
-    assert bad == {"broken": "truncated", "tiny": "too_small"}
+    assert bad == {"broken": "truncated"}
     rows = {row["key"]: row for row in read_lines(result.records)}
-    assert set(rows) == {"a", "b", "sub__c", "gray"}
+    assert set(rows) == {"a", "b", "sub__c", "gray", "tiny"}
     for key, row in rows.items():
         png = (tmp_path / "out" / row["output"]).read_bytes()
         assert hashlib.sha256(png).hexdigest() == row["output_sha256"]
@@ -61,19 +63,19 @@ def test_company_changes_nothing_and_a_rerun_skips(folder: Path, tmp_path: Path)
     degrade_folder(folder / "a.png", tmp_path / "one", seed=3)
     assert pixels(tmp_path / "all")["a"] == pixels(tmp_path / "one")["a"]
     again = degrade_folder(folder, tmp_path / "all", seed=3)
-    assert (again.degraded, again.skipped, again.quarantined) == (0, 4, 2)
+    assert (again.degraded, again.skipped, again.quarantined) == (0, 5, 1)
     (tmp_path / "all" / "b.png").write_bytes(b"damaged")
     healed = degrade_folder(folder, tmp_path / "all", seed=3)
-    assert (healed.degraded, healed.skipped) == (1, 3)
+    assert (healed.degraded, healed.skipped) == (1, 4)
     other = degrade_folder(folder, tmp_path / "all", seed=4)
-    assert other.degraded == 4
-    assert len(read_lines(other.records)) == 4
+    assert other.degraded == 5
+    assert len(read_lines(other.records)) == 5
 
 
 def test_records_replay_to_the_same_pixels(folder: Path, tmp_path: Path) -> None:
     first = degrade_folder(folder, tmp_path / "out", preset="bsrgan")
     whole = replay(first.records, None, tmp_path / "again")
-    assert (whole.degraded, whole.differing) == (4, [])
+    assert (whole.degraded, whole.differing) == (5, [])
     assert pixels(tmp_path / "again") == pixels(tmp_path / "out")
     one = tmp_path / "record.json"  # a record alone, and its original moved elsewhere
     one.write_text(json.dumps(next(row for row in read_lines(first.records) if row["key"] == "b"), indent=1))
@@ -103,10 +105,11 @@ def test_a_replay_notices_other_originals_and_other_pixels(folder: Path, tmp_pat
         ("[]", "holds no records"),
         ("{", "holds no records"),
         ('{"key": "a"}', "record 1 lacks source"),
-        (
-            '{"key": "../a", "source": "", "folder": "", "source_sha256": "", "pixels_sha256": "", "plan": {}}',
-            "which no picture gets",
-        ),
+        ('{"key": 5}', "record 1 lacks key"),
+        (RECORD % ("../a", "a.png"), "which no picture gets"),
+        (RECORD % ("a", "../a.png"), "leaves its folder"),
+        (RECORD % ("a", "/etc/hosts"), "leaves its folder"),
+        (f"[{RECORD % ('a', 'a.png')}, {RECORD % ('a', 'b.png')}]", "record 2 has the key of an earlier one"),
     ],
 )
 def test_bad_records_are_refused(text: str, words: str, tmp_path: Path) -> None:
@@ -115,6 +118,48 @@ def test_bad_records_are_refused(text: str, words: str, tmp_path: Path) -> None:
         read_records(tmp_path / "r.json")
     with pytest.raises(UsageError, match="cannot be read"):
         read_records(tmp_path / "absent.json")
+
+
+def test_a_changed_plan_is_executed_again(folder: Path, tmp_path: Path) -> None:
+    first = degrade_folder(folder / "a.png", tmp_path / "out")
+    (row,) = read_lines(first.records)
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(row))
+    replay(edited, None, tmp_path / "again")
+    row["plan"]["ops"] = row["plan"]["ops"][:1]
+    edited.write_text(json.dumps(row))
+    second = replay(edited, None, tmp_path / "again")
+    assert (second.degraded, second.skipped, second.differing) == (1, 0, ["a"])
+    with pytest.raises(UsageError, match="holds the records themselves"):
+        replay(first.records, None, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change", [{"level": float("nan")}, {"level": -1}, {"seed": -1}, {"kind": "snow"}, {"gray": 1}]
+)
+def test_a_plan_that_cannot_be_executed_costs_its_picture_only(folder: Path, tmp_path: Path, change: dict) -> None:
+    first = degrade_folder(folder, tmp_path / "out", preset="x4-noise40")
+    rows = read_lines(first.records)
+    (noise,) = (op for op in rows[0]["plan"]["ops"] if op["op"] == "noise")
+    noise.update(change)
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps(rows))
+    result = replay(records, None, tmp_path / "again")
+    assert (result.degraded, result.quarantined) == (4, 1)
+    assert read_lines(result.quarantine)[0]["code"] == "plan"
+
+
+def test_a_stopped_job_goes_on(folder: Path, tmp_path: Path) -> None:
+    """Pictures are renamed into place before their records are written: a kill leaves some without."""
+    first = degrade_folder(folder, tmp_path / "out", seed=3)
+    whole = pixels(tmp_path / "out")
+    first.records.write_text(
+        "".join(line + "\n" for line in first.records.read_text().splitlines()[:2]) + '{"key": "su'
+    )
+    again = degrade_folder(folder, tmp_path / "out", seed=3)
+    assert (again.degraded, again.skipped) == (3, 2)
+    assert pixels(tmp_path / "out") == whole
+    assert len(read_lines(again.records)) == 5
 
 
 def test_wrong_names_and_places_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from components.degradations.batched.ops import OPERATIONS, resize
-from components.degradations.plans import operations, out_side
+from components.degradations.plans import MAX_SIDE_PX, operations, out_sides
 from components.types import Plan, SampleError
 
 BUCKET = 1.25  # canvases grow in such steps, so that at most half of one is waste
@@ -73,8 +73,6 @@ def apply_plans(hq: Tensor, plans: Sequence[Plan], keys: Sequence[str] = ()) -> 
     canvases = [Canvas(images=images, rows=list(range(len(images))), sides=[(height, width)] * len(images))]
     while waiting := Counter(ops[-1]["op"] for ops in todo if ops):
         name = waiting.most_common(1)[0][0]
-        if name != "resize" and name not in OPERATIONS:
-            raise ValueError(f"a plan holds the unknown operation {name!r}; known are resize, {', '.join(OPERATIONS)}")
         after: list[Canvas] = []
         for canvas in canvases:
             ready = [i for i, row in enumerate(canvas.rows) if todo[row] and todo[row][-1]["op"] == name]
@@ -108,6 +106,8 @@ def check_batch(hq: Tensor, keys: Sequence[str]) -> Tensor:
     """The batch as float32; raises as apply_plans."""
     if hq.ndim != 4 or hq.shape[1] != 3 or 0 in hq.shape:
         raise SampleError("shape", f"expected [B, 3, H, W], got {list(hq.shape)}")
+    if max(hq.shape[2:]) > MAX_SIDE_PX:
+        raise SampleError("too_large", f"a side exceeds {MAX_SIDE_PX} pixels: {list(hq.shape)}")
     if hq.dtype == torch.uint8:
         return hq / 255
     if not hq.is_floating_point():
@@ -126,9 +126,7 @@ def check_batch(hq: Tensor, keys: Sequence[str]) -> Tensor:
 
 def _resize(canvas: Canvas, ops: Sequence[Mapping[str, Any]], hq: tuple[int, int]) -> list[Canvas]:
     """Resize each picture to its own size; one canvas a bucket of sizes."""
-    goals = [
-        (out_side(op, side[0], hq[0]), out_side(op, side[1], hq[1])) for op, side in zip(ops, canvas.sides, strict=True)
-    ]
+    goals = [out_sides(op, side, hq) for op, side in zip(ops, canvas.sides, strict=True)]
     buckets: dict[tuple[int, int], list[int]] = {}
     for place, goal in enumerate(goals):
         buckets.setdefault((_bucket(goal[0]), _bucket(goal[1])), []).append(place)

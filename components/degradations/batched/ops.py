@@ -66,10 +66,10 @@ def repeated(size: int, sides: Sequence[int], like: Tensor) -> Tensor:
 
 def build_kernels(specs: Sequence[Mapping[str, Any]], like: Tensor) -> Tensor:
     """Plans' kernels as kernels.build makes them, zero-padded to the largest: float64 [B, K, K]."""
-    largest = max(int(spec["size"]) for spec in specs)
+    largest = max(len(spec["weights"]) if spec["kind"] == "given" else int(spec["size"]) for spec in specs)
     line = torch.arange(largest, device=like.device, dtype=torch.float64) - largest // 2
     y, x = torch.meshgrid(line, line, indexing="ij")
-    sizes = column([int(spec["size"]) for spec in specs], line)
+    sizes = column([int(spec.get("size", largest)) for spec in specs], line)
     inside = (torch.maximum(x.abs(), y.abs()) <= (sizes - 1) / 2).double()
 
     def number(name: str, missing: float) -> Tensor:
@@ -86,13 +86,18 @@ def build_kernels(specs: Sequence[Mapping[str, Any]], like: Tensor) -> Tensor:
     ring = torch.where(radius == 0, cutoff**2 / (4 * math.pi), ring)
     kinds = column([{"sinc": 2, "plateau": 1}.get(spec["kind"].split("_")[0], 0) for spec in specs], line)
     shape = torch.where(kinds == 2, ring, torch.where(kinds == 1, 1 / (1 + power), torch.exp(-power / 2))) * inside
-    return shape / shape.sum((1, 2), keepdim=True)
+    made = shape / shape.sum((1, 2), keepdim=True)
+    for place, spec in enumerate(specs):
+        if spec["kind"] == "given":
+            weights = kernels.pad(kernels.build(spec), largest)
+            made[place] = torch.from_numpy(weights).to(made)
+    return made
 
 
 def bessel_j1(x: Tensor) -> Tensor:
-    """J1 in float64 to 1e-14 up to x = 60, by the trapezoid rule on Bessel's integral; torch's own is good to 3e-7."""
+    """J1 in float64 to 1e-13, by the trapezoid rule on Bessel's integral; torch's own is good to 3e-7."""
     result = torch.zeros_like(x)
-    points = 128
+    points = 64 + 2 * math.ceil(float(x.max()))  # more than the integrand's highest harmonic that counts
     for k in range(points):
         angle = 2 * math.pi * k / points
         result += torch.cos(angle - x * math.sin(angle))
@@ -141,7 +146,7 @@ def _dense_blur(images: Tensor, sides: Sides) -> Tensor:
     bell = kernels.gaussian(filters.USM_SIZE_PX, filters.USM_SIGMA, filters.USM_SIGMA)
     weights = torch.from_numpy(bell).to(images)[None, None]
     planes = _bordered(images, sides, filters.USM_SIZE_PX // 2)
-    return functional.conv2d(planes, weights).view(images.shape)
+    return _convolve(planes, weights).view(images.shape)
 
 
 def _wide_blur(images: Tensor, sides: Sides) -> Tensor:
@@ -161,8 +166,14 @@ def _quarter_blur(images: Tensor, sides: Sides) -> Tensor:
 def _two_passes(images: Tensor, sides: Sides, line: np.ndarray) -> Tensor:
     weights = torch.from_numpy(line).to(images)
     planes = _bordered(images, sides, line.size // 2)
-    tall = functional.conv2d(planes, weights[None, None, :, None])
-    return functional.conv2d(tall, weights[None, None, None, :]).view(images.shape)
+    tall = _convolve(planes, weights[None, None, :, None])
+    return _convolve(tall, weights[None, None, None, :]).view(images.shape)
+
+
+def _convolve(planes: Tensor, weights: Tensor) -> Tensor:
+    """In full float32 also where a GPU would take TF32 by default."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return functional.conv2d(planes, weights)
 
 
 def _bordered(images: Tensor, sides: Sides, reach: int) -> Tensor:
@@ -204,8 +215,9 @@ def sampling_matrices(
     out = torch.zeros(len(goals), tallest, size, device=like.device, dtype=torch.float64)
     for mode in sorted(set(modes)):
         places = [i for i, other in enumerate(modes) if other == mode]
-        picked = [torch.tensor([v[i] for i in places], device=like.device) for v in (sides, goals, steps)]
-        part = _matrices(mode, tallest, size, *picked)
+        side, goal = (torch.tensor([v[i] for i in places], device=like.device) for v in (sides, goals))
+        step = torch.tensor([steps[i] for i in places], device=like.device, dtype=torch.float64)
+        part = _matrices(mode, tallest, size, side, goal, step)
         out[torch.tensor(places, device=like.device)] = part
     row = torch.arange(tallest, device=like.device)
     goal = torch.tensor(goals, device=like.device)
@@ -213,8 +225,8 @@ def sampling_matrices(
 
 
 def _matrices(mode: str, tallest: int, size: int, side: Tensor, goal: Tensor, step: Tensor) -> Tensor:
-    """One mode: side and goal int64 [b], step float [b]; float64 [b, tallest, size]."""
-    step = step.double()[:, None]
+    """One mode: side and goal int64 [b], step float64 [b]; float64 [b, tallest, size]."""
+    step = step[:, None]
     row = torch.arange(tallest, device=side.device)[None]
     pixel = torch.arange(size, device=side.device)[None, None]
     side, goal = side[:, None], goal[:, None]

@@ -4,8 +4,8 @@
     python tests/benchmarks/bench_degradation_gpu.py --device cpu --side 64 --batch 4
 
 Ours draws per picture, the original per batch. Plans are drawn before the clock starts (a Ray worker draws them beside
-the crop), HQ lies on the device, and the device is waited for at both ends. Rounds take turns; medians are reported, and a line is void where an
-arm spreads over 25 %.
+the crop), HQ lies on the device, and the device is waited for at both ends. Rounds take turns; medians are reported,
+and a line is void where an arm spreads over 25 %.
 """
 
 from __future__ import annotations

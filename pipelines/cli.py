@@ -266,8 +266,8 @@ def restore(
 
 @app.command(cls=Command)
 def degrade(
-    source: Annotated[Path | None, typer.Argument(metavar="[IN]", help="A folder of pictures, or one picture.")] = None,
-    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Where the results go.")] = None,
+    source: Annotated[Path | None, typer.Argument(metavar="IN", help="A folder of pictures, or one picture.")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Where the results go.")] = None,
     overrides: Overrides = None,
     preset: Annotated[
         str | None,
@@ -293,7 +293,7 @@ def degrade(
         target = out or record.parent / "replayed"
         with console.bar("replay") as progress:
             result = replay(record, source, target, progress=progress)
-    elif source is None or out is None:
+    elif source is None or out is None or "=" in out.name:  # an option in OUT's place
         raise UsageError("degrade needs IN and OUT (or --replay RECORDS).")
     else:
         with console.bar("degrade") as progress:
@@ -370,7 +370,7 @@ def recipes(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the shipped recipes and plans, or print one recipe resolved."""
+    """List the shipped recipes, plans, datasets and degradations, or print one recipe resolved."""
     from pipelines.home import shipped
 
     console = Console(silent=as_json)
@@ -382,7 +382,10 @@ def recipes(
         document, _ = recipe_documents(load_checked_recipe(name, []))
         console.result(document, [yaml_text(document)])
         return
+    from components.degradations import PRESETS
+
     listing = {kind: sorted(shipped(kind)) for kind in ("recipes", "plans", "datasets")}
+    listing["degradations"] = list(PRESETS)
     console.result(listing, [f"{kind}: {', '.join(names) or 'none'}" for kind, names in listing.items()])
 
 

@@ -131,6 +131,7 @@ def test_resolved_recipe_can_be_run_again(repository: Path, tmp_path: Path) -> N
 
 def test_recipes_lists_what_ships(repository: Path, tmp_path: Path) -> None:
     document = json.loads(restoray(repository, tmp_path, "recipes", "--json").stdout)
+    assert {"realesrgan", "instarevive-bfr", "dra"} <= set(document["degradations"])
     assert document["recipes"] == sorted(p.stem for p in (repository / "pipelines" / "recipes").glob("*.yaml"))
     assert {"demo", "nano-prior"} <= set(document["plans"])
 
@@ -143,6 +144,7 @@ def test_recipes_lists_what_ships(repository: Path, tmp_path: Path) -> None:
         (["train", "instantir-dcp-nano", "-o", "x", "-i", "corpus=nowhere"], 2, "there is no folder nowhere"),
         (["report", "nowhere"], 2, "nowhere is no run"),
         (["degrade"], 2, "needs IN and OUT"),
+        (["degrade", "empty", "sharpen=false"], 2, "needs IN and OUT"),
         (["degrade", "empty", "x"], 2, "holds no pictures"),
         (["degrade", "empty", "x", "--preset", "bsrgna"], 2, 'Did you mean "bsrgan"'),
         (["degrade", "--replay", "file"], 2, "holds no records"),

@@ -9,6 +9,7 @@ libjpeg rounds. Operations themselves are in ops.py.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,45 +130,41 @@ def _resize(canvas: Canvas, ops: Sequence[Mapping[str, Any]], hq: tuple[int, int
     goals = [out_sides(op, side, hq) for op, side in zip(ops, canvas.sides, strict=True)]
     buckets: dict[tuple[int, int], list[int]] = {}
     for place, goal in enumerate(goals):
-        buckets.setdefault((_bucket(goal[0]), _bucket(goal[1])), []).append(place)
+        buckets.setdefault(_edges(goal), []).append(place)
     made = []
     for places in buckets.values():
         part = canvas.select(places)
         wanted = [goals[i] for i in places]
-        images = resize(part.images, part.sides, wanted, [ops[i] for i in places])
+        images = resize(part.images, part.sides, wanted, [ops[i] for i in places], _edges(wanted[0]))
         made.append(Canvas(images=images, rows=part.rows, sides=wanted))
     return made
 
 
 def _bucket(side: int) -> int:
-    """Number of the bucket that a side falls into."""
-    edge, number = float(SMALLEST_PX), 0
-    while side > edge:
-        edge, number = edge * BUCKET, number + 1
-    return number
+    """The side of the canvas that a side falls into. A picture's canvas, and so its arithmetic, is its own affair: it
+    does not depend on what else is in the batch."""
+    edge = float(SMALLEST_PX)
+    while side > math.ceil(edge):
+        edge *= BUCKET
+    return math.ceil(edge)
+
+
+def _edges(goal: tuple[int, int]) -> tuple[int, int]:
+    """The canvas of a size."""
+    return _bucket(goal[0]), _bucket(goal[1])
 
 
 def _merge(canvases: Sequence[Canvas]) -> list[Canvas]:
-    """Put canvases of one bucket together."""
+    """Put pictures of equal canvases together."""
     groups: dict[tuple[int, int], list[Canvas]] = {}
     for canvas in canvases:
         height, width = canvas.images.shape[2:]
-        groups.setdefault((_bucket(height), _bucket(width)), []).append(canvas)
-    merged = []
-    for group in groups.values():
-        if len(group) == 1:
-            merged.append(group[0])
-            continue
-        height, width = (max(c.images.shape[axis] for c in group) for axis in (2, 3))
-        padded = [
-            torch.nn.functional.pad(c.images, (0, width - c.images.shape[3], 0, height - c.images.shape[2]))
-            for c in group
-        ]
-        merged.append(
-            Canvas(
-                images=torch.cat(padded),
-                rows=[row for c in group for row in c.rows],
-                sides=[side for c in group for side in c.sides],
-            )
+        groups.setdefault((height, width), []).append(canvas)
+    return [
+        Canvas(
+            images=torch.cat([c.images for c in group]) if len(group) > 1 else group[0].images,
+            rows=[row for c in group for row in c.rows],
+            sides=[side for c in group for side in c.sides],
         )
-    return merged
+        for group in groups.values()
+    ]

@@ -17,7 +17,9 @@ from torch.nn import functional
 
 from components.degradations import filters, jpeg, kernels, masks, noise
 from components.degradations.batched import philox
+from components.degradations.plans import MAX_KERNEL_PX
 
+KERNEL_CLASSES = (21, 41, 81, 161, MAX_KERNEL_PX)
 Sides = Sequence[tuple[int, int]]
 Ops = Sequence[Mapping[str, Any]]
 
@@ -64,9 +66,14 @@ def repeated(size: int, sides: Sequence[int], like: Tensor) -> Tensor:
 # -- filters ---------------------------------------------------------------------------------------------------------
 
 
-def build_kernels(specs: Sequence[Mapping[str, Any]], like: Tensor) -> Tensor:
-    """Plans' kernels as kernels.build makes them, zero-padded to the largest: float64 [B, K, K]."""
-    largest = max(len(spec["weights"]) if spec["kind"] == "given" else int(spec["size"]) for spec in specs)
+def kernel_size(spec: Mapping[str, Any]) -> int:
+    """Side of a plan's kernel."""
+    return len(spec["weights"]) if spec["kind"] == "given" else int(spec["size"])
+
+
+def build_kernels(specs: Sequence[Mapping[str, Any]], like: Tensor, largest: int = 0) -> Tensor:
+    """Plans' kernels as kernels.build makes them, zero-padded to one size K: float64 [B, K, K]; 0 takes the largest."""
+    largest = largest or max(kernel_size(spec) for spec in specs)
     line = torch.arange(largest, device=like.device, dtype=torch.float64) - largest // 2
     y, x = torch.meshgrid(line, line, indexing="ij")
     sizes = column([int(spec.get("size", largest)) for spec in specs], line)
@@ -82,7 +89,7 @@ def build_kernels(specs: Sequence[Mapping[str, Any]], like: Tensor) -> Tensor:
     v = (torch.cos(theta) * y - torch.sin(theta) * x) / sigma_y
     power = (u**2 + v**2) ** beta
     radius = torch.hypot(x, y)
-    ring = cutoff * bessel_j1(cutoff * radius) / (2 * math.pi * radius.clamp_min(0.5))
+    ring = cutoff * bessel_j1(cutoff * radius, math.pi * largest) / (2 * math.pi * radius.clamp_min(0.5))
     ring = torch.where(radius == 0, cutoff**2 / (4 * math.pi), ring)
     kinds = column([{"sinc": 2, "plateau": 1}.get(spec["kind"].split("_")[0], 0) for spec in specs], line)
     shape = torch.where(kinds == 2, ring, torch.where(kinds == 1, 1 / (1 + power), torch.exp(-power / 2))) * inside
@@ -94,10 +101,10 @@ def build_kernels(specs: Sequence[Mapping[str, Any]], like: Tensor) -> Tensor:
     return made
 
 
-def bessel_j1(x: Tensor) -> Tensor:
-    """J1 in float64 to 1e-13, by the trapezoid rule on Bessel's integral; torch's own is good to 3e-7."""
+def bessel_j1(x: Tensor, largest: float) -> Tensor:
+    """J1 in float64 to 1e-13 for |x| <= largest: the trapezoid rule on Bessel's integral; torch's is good to 3e-7."""
     result = torch.zeros_like(x)
-    points = 64 + 2 * math.ceil(float(x.max()))  # more than the integrand's highest harmonic that counts
+    points = 64 + 2 * math.ceil(largest)  # more than the integrand's highest harmonic that counts
     for k in range(points):
         angle = 2 * math.pi * k / points
         result += torch.cos(angle - x * math.sin(angle))
@@ -117,7 +124,15 @@ def correlate(images: Tensor, sides: Sides, weights: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, sides: Sides, ops: Ops) -> Tensor:
-    return correlate(images, sides, build_kernels([op["kernel"] for op in ops], images))
+    """As filters.blur; kernels of a class of sizes together, so that a picture's arithmetic is its own affair."""
+    out = torch.empty_like(images)
+    classes = [next(size for size in KERNEL_CLASSES if size >= kernel_size(op["kernel"])) for op in ops]
+    for size in sorted(set(classes)):
+        places = [i for i, other in enumerate(classes) if other == size]
+        index = torch.tensor(places, device=images.device)
+        weights = build_kernels([ops[i]["kernel"] for i in places], images, size)
+        out[index] = correlate(images[index], [sides[i] for i in places], weights)
+    return out
 
 
 def sharpen(
@@ -186,8 +201,9 @@ def _bordered(images: Tensor, sides: Sides, reach: int) -> Tensor:
 # -- resizing --------------------------------------------------------------------------------------------------------
 
 
-def resize(images: Tensor, sides: Sides, goals: Sides, ops: Ops) -> Tensor:
-    """Each picture to its own goal on a canvas that fits the largest: [B, 3, H', W']. Modes as in resize.py."""
+def resize(images: Tensor, sides: Sides, goals: Sides, ops: Ops, canvas: tuple[int, int] | None = None) -> Tensor:
+    """Each picture to its own goal on a canvas [B, 3, H', W'], by default the largest goal. Modes as in resize.py."""
+    tallest = canvas or (max(g[0] for g in goals), max(g[1] for g in goals))
     steps = []
     for side, goal, op in zip(sides, goals, ops, strict=True):
         by_factor = op.get("sampling") == "factor" and op["mode"] in ("bilinear", "bicubic")
@@ -201,6 +217,7 @@ def resize(images: Tensor, sides: Sides, goals: Sides, ops: Ops) -> Tensor:
             [s[axis] for s in steps],
             modes,
             images,
+            tallest[axis],
         )
         for axis in (0, 1)
     ]
@@ -208,10 +225,15 @@ def resize(images: Tensor, sides: Sides, goals: Sides, ops: Ops) -> Tensor:
 
 
 def sampling_matrices(
-    size: int, sides: Sequence[int], goals: Sequence[int], steps: Sequence[float], modes: Sequence[str], like: Tensor
+    size: int,
+    sides: Sequence[int],
+    goals: Sequence[int],
+    steps: Sequence[float],
+    modes: Sequence[str],
+    like: Tensor,
+    tallest: int,
 ) -> Tensor:
-    """resize.sampling_matrix for each picture, zero beyond its goal: float32 [B, largest goal, size]."""
-    tallest = max(goals)
+    """resize.sampling_matrix for each picture, zero beyond its goal: float32 [B, tallest, size]."""
     out = torch.zeros(len(goals), tallest, size, device=like.device, dtype=torch.float64)
     for mode in sorted(set(modes)):
         places = [i for i, other in enumerate(modes) if other == mode]

@@ -16,6 +16,7 @@ import numpy as np
 import simplejpeg
 
 from components.degradations.plans import JPEG_FORMS as FORMS
+from components.images import to_uint8
 from components.types import Image
 
 BLOCK_PX = 16  # a 4:2:0 block: 8 chroma samples
@@ -61,7 +62,7 @@ def jpeg(image: Image, quality: float, form: str = "edge", out: np.ndarray | Non
     if form not in FORMS:
         raise ValueError(f"unknown JPEG form {form!r}; known are {', '.join(FORMS)}")
     height, width = image.shape[:2]
-    pixels = to_levels(image)
+    pixels = to_uint8(image)
     if form == "edge":
         return cv2.LUT(round_trip(pixels, round(quality)), _levels(), dst=out)
     bottom, right = -height % BLOCK_PX, -width % BLOCK_PX
@@ -70,11 +71,6 @@ def jpeg(image: Image, quality: float, form: str = "edge", out: np.ndarray | Non
     data = _encode(cv2.transpose(pixels), round(quality))
     decoded = cv2.transpose(simplejpeg.decode_jpeg(data, colorspace="RGB", fastupsample=True))
     return cv2.LUT(np.ascontiguousarray(decoded[:height, :width]), _levels(), dst=out)
-
-
-def to_levels(image: Image) -> np.ndarray:
-    """8-bit levels of float32 0..1, rounded and clipped."""
-    return cv2.addWeighted(image, 255.0, image, 0.0, 0.0, dtype=cv2.CV_8U)
 
 
 def round_trip(pixels: np.ndarray, quality: int) -> np.ndarray:

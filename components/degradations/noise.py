@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from components.degradations.jpeg import to_levels
+from components.images import to_uint8
 from components.types import Image
 
 GRAY_WEIGHTS = np.array([0.2989, 0.587, 0.114], np.float32)  # the original's luma (torchvision's rgb_to_grayscale)
@@ -85,7 +85,7 @@ def shot_field(image: Image, op: Mapping[str, Any]) -> np.ndarray:
     Variance = level^2 * rounded picture / photons.
     """
     source = cv2.transform(image, GRAY_WEIGHTS[None])[..., None] if op["gray"] else image
-    levels = to_levels(source).reshape(source.shape)
+    levels = to_uint8(source)
     drawn = words(op["seed"], levels.size).reshape(levels.shape)
     spread, skew = (table * np.float32(op["level"]) for table in shot_tables(photon_count(levels)))
     field = cv2.LUT(drawn, normal_table())

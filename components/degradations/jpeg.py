@@ -2,7 +2,7 @@
 
 The simulator is differentiable JPEG with accidents: its luma table lies transposed, it pads with black to multiples of
 16, it keeps tables and qualities real-valued, repeats chroma instead of interpolating it and rounds nothing but the
-coefficients. "simulator" is that, to the digit. "matched" is the real encoder with what a distribution test can see of
+coefficients. "simulator" is that. "matched" is the real encoder with what a distribution test can see of
 it (degradation tests): the black padding, without which means shift by half a level, the repeated chroma, without which
 colour noise is too smooth, and the turned table. "edge" is plain JPEG as any viewer decodes it. Torch-free.
 """

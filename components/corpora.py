@@ -6,6 +6,7 @@ Merging is strict: a misspelt key or a value of the wrong type ends in one sente
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,35 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from components.images import Limits
+
+
+@dataclass(kw_only=True)
+class NegativeSpec:
+    """How poor pictures are made from good ones: image to image with negative prompts (SUPIR sec. 3.2, app. A.4).
+
+    Attributes:
+        prior: a shipped prior, a model folder, or a diffusers folder or hub id; `revision` of a hub model.
+        count: how many; the first 100 stay the same when more are asked for.
+        strength: share of the noise schedule that is redrawn, 0..1; SUPIR's is 0.5.
+        prompts: names of components.negatives.NEGATIVE_PROMPTS, or texts; each picture draws one.
+        resolution: side of the pictures, pixels.
+        steps, cfg_scale, seed: of the sampler; steps and scale are ours, the paper gives none.
+        precision: of a diffusers model's weights.
+        workers, num_gpus: of the actor pool.
+    """
+
+    prior: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    revision: str = ""
+    count: int = 100_000
+    strength: float = 0.5
+    prompts: list[str] = field(default_factory=lambda: ["supir-samples"])
+    resolution: int = 1024
+    steps: int = 50
+    cfg_scale: float = 5.0
+    seed: int = 0
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    workers: int = 1
+    num_gpus: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -33,10 +63,11 @@ class SourceSpec:
         image_column: parquet: bytes, or a struct with a field "bytes".
         key_column, caption_column, licence_column: parquet and url tables; "" where there is none.
         url_column: of a url table (csv, tsv, jsonl, parquet; of a .txt every line is a url).
+        negatives: of that kind.
         licence, credit: for pictures whose folder or table does not say.
     """
 
-    kind: Literal["folder", "tar", "parquet", "urls", "skimage", "demo_corpus", "dead_leaves"] = MISSING
+    kind: Literal["folder", "tar", "parquet", "urls", "skimage", "demo_corpus", "dead_leaves", "negatives"] = MISSING
     path: str = ""
     storage: dict[str, Any] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
@@ -48,6 +79,7 @@ class SourceSpec:
     caption_column: str = ""
     licence_column: str = ""
     url_column: str = "url"
+    negatives: NegativeSpec = field(default_factory=NegativeSpec)
     licence: str = ""
     credit: str = ""
 
@@ -208,22 +240,66 @@ class CaptionSpec:
     """The caption stage.
 
     Attributes:
-        model: a preset of components.captions ("llava", "blip2", "internvl", "tags"), or a hub id or folder.
+        model: a preset of components.captions ("llava", "blip", "blip2", "internvl", "tags"), or a hub id or folder.
         revision: of a hub model.
         prompt: "" takes the preset's.
-        max_tokens: longest caption.
-        batch_size, num_gpus, workers: of the actor pool.
+        max_tokens: longest caption; 0 takes the preset's.
+        batch_size, num_gpus, workers: of the actor pool; 0 workers work in this process.
         overwrite: caption also what has a caption.
     """
 
     model: str = MISSING
     revision: str = ""
     prompt: str = ""
-    max_tokens: int = 128
+    max_tokens: int = 0
     batch_size: int = 8
     num_gpus: float = 0.0
     workers: int = 1
     overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class PrecomputeSpec:
+    """The last stage: columns of text embeddings and latents beside the pictures, so that training skips the encoders.
+
+    Attributes:
+        prior: whose encoders.
+        what: latents, embeddings.
+        resolution: side of the square behind the latents, pixels.
+        captions: name of a caption column; "" takes the captions that came with the corpus.
+        batch_size, num_gpus, workers: of the actor pool.
+    """
+
+    prior: str = MISSING
+    what: list[str] = field(default_factory=lambda: ["latents", "embeddings"])
+    resolution: int = 512
+    captions: str = ""
+    batch_size: int = 8
+    num_gpus: float = 0.0
+    workers: int = 1
+
+
+@dataclass(kw_only=True)
+class PairSpec:
+    """Targets and inputs that belong together: a benchmark's, or those of a training set that nothing has to degrade.
+
+    Pictures are matched by their order: the n-th name of one folder belongs to the n-th of the other.
+
+    Attributes:
+        hq: folder of the targets; "" for real pictures without reference.
+        lq: folder of the inputs.
+        scale: how many times longer the targets' sides are; without targets, the enlargement that is asked for.
+        note: what to know when using them.
+    """
+
+    hq: str = ""
+    lq: str = ""
+    scale: int = 1
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.scale < 1:
+            raise ValueError(f"the scale of a pair must be at least 1, got {self.scale}")
 
 
 @dataclass(kw_only=True)
@@ -235,7 +311,10 @@ class CorpusSpec:
         role: train, benchmark (pairs or pictures to be scored on), or both uses are none of these: regularisation.
         papers: where the four papers use it ("SUPIR sec. 4.1").
         sources, split, filters, dedup, download: see there.
-        caption: a caption stage at the end; none by default.
+        pairs: targets and inputs, where the corpus comes as pairs; its sources are the targets, or the inputs where
+            there are no targets.
+        metrics: what the papers score on it, by pyiqa's names ("ids": cosine of face embeddings, which pyiqa lacks).
+        caption, precompute: stages at the end; none by default.
         shard_mib: size of a shard.
         max_bad_fraction: largest share of broken pictures (not of filtered ones); more end the run with a table.
         sample_timeout_s: one picture may take so long; a decoder that hangs is killed and the picture quarantined.
@@ -249,11 +328,14 @@ class CorpusSpec:
     role: Literal["train", "benchmark", "regularisation"] = "train"
     papers: list[str] = field(default_factory=list)
     sources: list[SourceSpec] = field(default_factory=list)
+    pairs: list[PairSpec] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
     split: SplitSpec = field(default_factory=SplitSpec)
     filters: FilterSpec = field(default_factory=FilterSpec)
     dedup: DedupSpec = field(default_factory=DedupSpec)
     download: DownloadSpec = field(default_factory=DownloadSpec)
     caption: CaptionSpec | None = None
+    precompute: PrecomputeSpec | None = None
     shard_mib: float = 64.0
     max_bad_fraction: float = 0.5
     sample_timeout_s: float = 120.0
@@ -268,19 +350,24 @@ class CorpusSpec:
             raise ValueError("sample_timeout_s and stall_timeout_s must be positive")
 
 
+_LIST_PLACE = re.compile(r"[.\[]\d+(?:[.\]]|$)")
+"""In an override's key: a place in a list, as in "sources.0.path"."""
+
+
 def load_corpus_spec(path: Path, overrides: Sequence[str] = ()) -> CorpusSpec:
-    """Read a datasets/*.yaml file and today's `key=value` overrides.
+    """Read a datasets/*.yaml file and today's `key=value` overrides ("sources.0.path=DIR" for a place in a list).
 
     Raises:
         ValueError: unknown key (with the near one), wrong type, value out of range, missing field; names the file.
         OSError: the file cannot be read.
     """
+    in_lists = [override for override in overrides if _LIST_PLACE.search(override.partition("=")[0])]
+    plain = [override for override in overrides if override not in in_lists]
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(CorpusSpec), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        )
+        merged = OmegaConf.merge(OmegaConf.structured(CorpusSpec), OmegaConf.load(path), OmegaConf.from_dotlist(plain))
+        merged.merge_with_dotlist(in_lists)  # merging would put a new list in the place of the whole one
         spec = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError) as error:  # TypeError: a mapping in the place of a list
         sentence = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise ValueError(f"{path.name}: {sentence}") from error
     assert isinstance(spec, CorpusSpec)

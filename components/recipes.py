@@ -53,12 +53,17 @@ class Optimizer:
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+CAPTIONERS = ("", "manifest", "tags")
+"""Whose words a stream takes, besides "column:NAME"."""
+
+
 @dataclass(kw_only=True)
 class DegradationChoice:
     """Which degradation makes the LQ side: a preset's name and options that replace its numbers."""
 
     preset: str = "realesrgan"
     options: dict[str, Any] = field(default_factory=dict)
+    degrade_on: Literal["stream", "device"] = "stream"  # in the data workers, or in a batch on the training device
 
 
 @dataclass(kw_only=True)
@@ -85,9 +90,13 @@ class Recipe:
     accumulation: int = 1  # micro-batches a step
     resolution: int = 1024  # pixels, square crops
     short_side: int = 1024  # pixels; pictures are resized to this short side before the crop
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # factors on short_side, drawn a picture
+    small: Literal["enlarge", "refuse"] = "enlarge"  # pictures below short_side
+    buckets: list[list[int]] = field(default_factory=list)  # [height, width] instead of squares; one a global batch
     flip: bool = False  # mirror half of the crops
+    window_samples: int = 65_536  # samples shuffled together; shards are shuffled beyond that
     sources: dict[str, float] = field(default_factory=lambda: {"corpus": 1.0})  # input name (or dead_leaves): weight
-    captioner: Literal["", "manifest", "tags"] = "manifest"
+    captioner: str = "manifest"  # "" (none), manifest, tags, or column:NAME
     degradation: DegradationChoice = field(default_factory=DegradationChoice)
     precision: Literal["bf16", "fp32"] = "bf16"
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -112,6 +121,9 @@ class Recipe:
             )
         if not self.sources or min(self.sources.values()) <= 0:
             raise RecipeError("sources needs at least one name, every weight above 0")
+        if self.captioner not in CAPTIONERS and not self.captioner.startswith("column:"):
+            near = did_you_mean(self.captioner, [name for name in CAPTIONERS if name])
+            raise RecipeError(f'unknown captioner "{self.captioner}". {near}'.rstrip())
         if not 0 <= self.ema_decay < 1:
             raise RecipeError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.types import Batch, Image
+from components.types import Batch, Image, Plan
 
 
 def images_to_tensor(images: Sequence[Image]) -> Tensor:
@@ -26,15 +26,39 @@ def tensor_to_images(tensor: Tensor) -> list[Image]:
     return list(levels.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def collate(rows: Mapping[str, Any] | Sequence[Mapping[str, Any]], device: str = "cpu") -> Batch:
-    """Stream rows (a list of dicts, or one dict of columns as Ray Data gives) -> Batch on `device`."""
+def collate(
+    rows: Mapping[str, Any] | Sequence[Mapping[str, Any]], device: str = "cpu", target: Plan | None = None
+) -> Batch:
+    """Stream rows (a list of dicts, or one dict of columns as Ray Data gives) -> Batch on `device`.
+
+    Args:
+        target: for rows without lq, which is then made here from their plans: what makes the training target of hq.
+    """
     columns = {k: [row[k] for row in rows] for k in rows[0]} if isinstance(rows, Sequence) else rows
+    keys, plans = [str(k) for k in columns["key"]], [json.loads(p) for p in columns["plan"]]
+    if "lq" in columns:
+        hq, lq = (images_to_tensor(list(columns[name])).to(device) for name in ("hq", "lq"))
+    else:
+        hq, lq = _degraded(list(columns["hq"]), plans, keys, device, target)
     return Batch(
-        keys=[str(k) for k in columns["key"]],
+        keys=keys,
         positions=np.asarray(columns["position"], dtype=np.int64),
-        hq=images_to_tensor(list(columns["hq"])).to(device),
-        lq=images_to_tensor(list(columns["lq"])).to(device),
+        hq=hq,
+        lq=lq,
         prompts=[str(p) for p in columns["prompt"]],
-        plans=[json.loads(p) for p in columns["plan"]],
+        plans=plans,
         sizes=torch.from_numpy(np.stack(list(columns["sizes"])).astype(np.int64)).to(device),
     )
+
+
+def _degraded(
+    images: Sequence[Image], plans: Sequence[Plan], keys: Sequence[str], device: str, target: Plan | None
+) -> tuple[Tensor, Tensor]:
+    """(hq, lq) in [-1, 1], of 256 levels as they would be after a picture file."""
+    from components.degradations.batched import apply_plans
+
+    clean = torch.from_numpy(np.ascontiguousarray(np.stack(images))).permute(0, 3, 1, 2).to(device)
+    lq = apply_plans(clean, plans, keys)
+    hq = clean.to(torch.float32) / 255 if target is None else apply_plans(clean, [target] * len(images), keys)
+    made = [side.mul(255).round().clamp(0, 255).div(127.5).sub(1.0).contiguous() for side in (hq, lq)]
+    return made[0], made[1]

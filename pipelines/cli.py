@@ -10,14 +10,28 @@ import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from pipelines.cli_support import (
+    complete_captioner,
+    complete_plan,
+    complete_preset,
+    complete_recipe,
+    complete_role,
+    complete_spec,
+    end_curation,
+    local_model,
+    named_folders,
+    parse_options,
+    plain,
+    plan_lines,
+    yaml_text,
+)
 from pipelines.console import Console
 from pipelines.errors import (
     EXIT_FAILURE,
@@ -30,9 +44,6 @@ from pipelines.errors import (
     UsageError,
     unknown,
 )
-
-if TYPE_CHECKING:
-    from pipelines.plans import PlanResult
 
 INTERRUPTED = "interrupted: the same command resumes where this one stopped."
 
@@ -60,38 +71,6 @@ class Command(TyperCommand):
             raise UsageError(
                 f'no such option "{getattr(error, "option_name", "")}". Did you mean "{near[0]}"?'
             ) from error
-
-
-# -- completion ------------------------------------------------------------------------------------------------------
-
-
-def complete_recipe(incomplete: str) -> list[str]:
-    """Shipped recipes that start so."""
-    return complete("recipes", incomplete)
-
-
-def complete_plan(incomplete: str) -> list[str]:
-    """Shipped plans that start so."""
-    return complete("plans", incomplete)
-
-
-def complete_spec(incomplete: str) -> list[str]:
-    """Shipped corpus specs that start so."""
-    return complete("datasets", incomplete)
-
-
-def complete_preset(incomplete: str) -> list[str]:
-    """Degradation presets that start so."""
-    from components.degradations import PRESETS
-
-    return [name for name in PRESETS if name.startswith(incomplete)]
-
-
-def complete(kind: str, incomplete: str) -> list[str]:
-    """Names of shipped YAML files that start with what was typed."""
-    from pipelines.home import shipped
-
-    return [name for name in shipped(kind) if name.startswith(incomplete)]
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes for this run only.")]
@@ -162,45 +141,115 @@ def run_named_plan(
     raise typer.Exit(0 if dry_run else result.exit_code)
 
 
-def plan_lines(result: PlanResult) -> list[str]:
-    """--dry-run for people: each stage with its digest, state and resolved settings."""
-    from omegaconf import OmegaConf
-
-    lines = [f"plan {result.plan} in {result.run_dir}"]
-    for number, record in enumerate(result.stages, 1):
-        stage = record.stage
-        state = {"done": "done, would be skipped"}.get(record.state, "would run")
-        if state == "would run" and (result.run_dir / stage.folder).is_dir():
-            state = "interrupted, would go on"
-        needs = f" after {', '.join(stage.needs)}" if stage.needs else ""
-        lines.append(f"\n{number}. {stage.name}: {stage.verb}{needs}; {stage.folder}; {state}")
-        lines += [f"     {line}" for line in OmegaConf.to_yaml(OmegaConf.create(dict(stage.resolved))).splitlines()]
-    return lines
-
-
 @app.command(cls=Command)
 def curate(
     spec: Annotated[str, typer.Argument(autocompletion=complete_spec, help="A corpus spec's name or a YAML file.")],
-    out: RequiredOut,
+    overrides: Overrides = None,
+    out: Out = None,
     images: Images = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Photographs to shards with an index, a manifest and a quarantine list."""
+    """Pictures of any source to shards, with an index, a manifest, a quarantine and a report."""
+    from pipelines.catalogue import check_sources as check_paths
+    from pipelines.catalogue import load_spec
     from pipelines.cluster import local_ray
     from pipelines.curate import curate as curate_corpus
-    from pipelines.curate import load_spec
-    from pipelines.sources import for_folder, list_entries
+    from pipelines.curation.select import thresholds
+    from pipelines.sources import check_sources, for_folder
 
     console = Console(silent=as_json)
-    resolved = load_spec(spec)
+    resolved = load_spec(spec, overrides or [])
     if images is not None:
         resolved = for_folder(resolved, images)
-    list_entries(resolved)  # a folder without pictures dies here, before Ray
+    bounds = thresholds(resolved)
+    if dry_run:
+        document = {**plain(resolved), "thresholds": {name: plain(bound) for name, bound in bounds.items()}}
+        console.result(document, [yaml_text(document)])
+        return
+    if out is None:
+        raise UsageError("curate needs --out FOLDER (or --dry-run).")
+    if images is None:
+        check_paths(resolved, typed=spec)
+    check_sources(resolved, out)  # a folder without pictures dies here, before Ray
     with local_ray(), console.bar("curate") as progress:
         result = curate_corpus(resolved, out, progress=progress)
-    document = plain(result)
-    console.result(document, [f"{result.accepted} accepted, {result.rejected} quarantined; {out}"])
-    raise typer.Exit(EXIT_QUARANTINED if result.rejected else 0)
+    end_curation(result, out, console)
+
+
+@app.command(cls=Command)
+def datasets(
+    name: Annotated[str | None, typer.Argument(autocompletion=complete_spec, help="Tell all about this one.")] = None,
+    role: Annotated[
+        str | None, typer.Option(autocompletion=complete_role, help="train, regularisation or benchmark.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the corpora and benchmarks of the papers: what they are, their licence, how to get and curate them."""
+    from pipelines.catalogue import describe, list_corpora, list_json, list_lines
+
+    console = Console(silent=as_json)
+    if name is not None:
+        description = describe(name)
+        console.result(description.to_json(), description.lines())
+        return
+    entries = list_corpora(role)
+    console.result(list_json(entries), list_lines(entries))
+
+
+@app.command(cls=Command)
+def caption(
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A curated corpus.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", autocompletion=complete_captioner, help="A captioner, a hub id or a folder."),
+    ],
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="Of the column that holds the captions.")] = "captions",
+    engine: Annotated[str, typer.Option(help="transformers, or vllm where that extra is installed.")] = "transformers",
+    as_json: Json = False,
+) -> None:
+    """Caption a corpus; KEY=VALUE sets prompt, max_tokens, batch_size, workers, num_gpus, revision, overwrite."""
+    from pipelines.caption import caption_corpus
+    from pipelines.cli_support import caption_spec
+    from pipelines.cluster import local_ray
+    from pipelines.shards import open_corpus
+
+    console = Console(silent=as_json)
+    spec = caption_spec(model, parse_options(overrides or []))
+    open_corpus(corpus)
+    with local_ray(), console.bar("caption") as progress:
+        result = caption_corpus(corpus, spec, name=name, progress=progress, engine=engine)
+    written = result.samples - result.given - result.quarantined
+    counts = f"{written} captioned, {result.given} came with the corpus, {result.quarantined} quarantined"
+    console.result(plain(result), [f"{counts}; {result.folder}"])
+    raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
+
+
+@app.command(cls=Command)
+def replay(
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A corpus that `restoray curate` made.")],
+    codes: Annotated[
+        list[str] | None, typer.Option("--code", help="Only rows quarantined for this reason; repeat.")
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Count the reasons and do nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Try a corpus' quarantined pictures again, and only those."""
+    from pipelines.curate import quarantined, saved_spec
+    from pipelines.curate import replay as replay_quarantine
+
+    console = Console(silent=as_json)
+    if listing:
+        reasons = quarantined(corpus)
+        console.result(reasons, [f"{count:>8}  {code}" for code, count in reasons.items()] or ["nothing"])
+        return
+    saved_spec(corpus)
+    from pipelines.cluster import local_ray
+
+    with local_ray(), console.bar("replay") as progress:
+        result = replay_quarantine(corpus, codes or (), progress=progress)
+    end_curation(result, corpus, console)
 
 
 @app.command(cls=Command)
@@ -405,65 +454,7 @@ def report(
     Console(silent=as_json).result({"report": str(target)}, [str(target)])
 
 
-# -- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def local_model(name: str) -> Path | str:
-    """models:/name@alias becomes the folder it points at in the newest run that has it; all else stays as it is.
-
-    Raises:
-        UsageError: no run here or under RESTORAY_HOME has such a model.
-    """
-    if not name.startswith("models:/"):
-        return Path(name) if Path(name).exists() else name
-    from pipelines.home import runs_folder
-    from pipelines.tracking import resolve
-
-    stores = [store for root in (Path("runs"), runs_folder()) for store in root.glob("*/mlflow.db")]
-    reason = "no run with an mlflow.db is in ./runs or under RESTORAY_HOME"
-    for store in sorted(stores, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            return resolve(name, store.parent)
-        except RestorayError as error:
-            reason = str(error)
-    raise UsageError(f'no model "{name}": {reason}')
-
-
-def named_folders(inputs: Sequence[str]) -> dict[str, Path]:
-    """NAME=FOLDER pairs; every folder must exist."""
-    folders: dict[str, Path] = {}
-    for pair in inputs:
-        name, equals, folder = pair.partition("=")
-        if not equals or not name:
-            raise UsageError(f'--input "{pair}" is not NAME=FOLDER.')
-        if not Path(folder).is_dir():
-            raise UsageError(f"--input {name}: there is no folder {folder}.")
-        folders[name] = Path(folder)
-    return folders
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """key=value pairs with YAML values: numbers, booleans and lists come out as such."""
-    from omegaconf import OmegaConf
-
-    for pair in pairs:
-        if "=" not in pair or pair.startswith("="):
-            raise UsageError(f'"{pair}" is not key=value.')
-    return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs))).items()}  # type: ignore[union-attr]
-
-
-def plain(value: Any) -> dict[str, Any]:
-    """A result for --json: a dataclass or a mapping as plain data."""
-    if hasattr(value, "to_json"):
-        return dict(value.to_json())
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else dict(value)  # type: ignore[arg-type]
-
-
-def yaml_text(document: Mapping[str, Any]) -> str:
-    """A resolved document as YAML that can be saved and run again."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(dict(document))).rstrip()
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def interrupt(signum: int, frame: object) -> None:

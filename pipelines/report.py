@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ import numpy as np
 from components.images import decode, read_png_text
 from components.types import Image, SampleError
 from pipelines.charts import curve_chart, loss_pairs
-from pipelines.errors import Failure, UsageError
+from pipelines.errors import Failure, RestorayError, UsageError
 from pipelines.evaluate import BASELINES, RESTORED, pictures_by_key
-from pipelines.rows import read_lines, replace_file
+from pipelines.rows import iter_lines, read_lines, replace_file
+from pipelines.shards import open_corpus
 from pipelines.tracking import tail_metrics
 
 MAX_BYTES = 6_000_000
@@ -256,18 +257,19 @@ def corpus(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> list[dict[str
     """Counts and a contact sheet of every curated corpus, its pictures read from the shards by offset."""
     found = []
     for stage in stages:
-        manifest, index = reader.rows(stage["folder"] / "manifest.jsonl"), reader.json(stage["folder"] / "index.json")
-        if not manifest or not index:
+        index = reader.json(stage["folder"] / "index.json")
+        path = stage["folder"] / "manifest.jsonl"
+        if not index or not index.get("splits") or not path.is_file() or not reader.inside(path):
             continue
-        places: dict[str, tuple[Path, int, int]] = {}
-        for split, content in (index.get("splits") or {}).items():
-            for shard in content.get("shards") or []:
-                path = stage["folder"] / str(split) / str(shard.get("name"))
-                for sample in shard.get("samples") or []:
-                    places[str(sample.get("key"))] = (path, int(sample.get("offset", 0)), int(sample.get("size", 0)))
-        chosen: Iterable[Mapping[str, Any]] = manifest
-        if len(manifest) > MAX_CONTACT:
-            chosen = [manifest[i] for i in np.linspace(0, len(manifest) - 1, MAX_CONTACT).round().astype(int)]
+        total = sum(int(content.get("samples", 0)) for content in index["splits"].values())
+        shown = set(np.linspace(0, max(0, total - 1), min(total, MAX_CONTACT)).round().astype(int).tolist())
+        chosen, splits, licences = [], Counter[str](), Counter[str]()
+        for number, row in enumerate(iter_lines(path)):
+            splits[str(row.get("split"))] += 1
+            licences[str(row.get("licence") or "unstated")] += 1
+            if number in shown:
+                chosen.append(row)
+        places = sample_places(stage["folder"], {str(row.get("key")) for row in chosen})
         thumbnails = []
         for row in chosen:
             picture = shard_picture(reader, places.get(str(row.get("key"))))
@@ -276,8 +278,6 @@ def corpus(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> list[dict[str
                 thumbnails.append(
                     {"uri": uri, **{k: str(row.get(k) or "") for k in ("key", "split", "credit", "licence", "caption")}}
                 )
-        splits = Counter(str(row.get("split")) for row in manifest)
-        licences = Counter(str(row.get("licence") or "unstated") for row in manifest)
         found.append(
             {
                 "name": stage["name"],
@@ -288,6 +288,20 @@ def corpus(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> list[dict[str
             }
         )
     return found
+
+
+def sample_places(folder: Path, keys: Collection[str]) -> dict[str, tuple[Path, int, int]]:
+    """(shard, offset, size) of samples by key; empty where the folder is no readable corpus."""
+    places: dict[str, tuple[Path, int, int]] = {}
+    try:
+        for split in open_corpus(folder).splits.values():
+            for number, shard in enumerate(split.shards):
+                for row in split.batch(number).select(["key", "offset", "size"]).to_pylist():
+                    if row["key"] in keys:
+                        places[row["key"]] = (split.folder / shard["name"], row["offset"], row["size"])
+    except RestorayError:
+        return {}
+    return places
 
 
 def shard_picture(reader: Reader, place: tuple[Path, int, int] | None) -> Image | None:

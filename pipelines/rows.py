@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ def parse_lines(data: bytes) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file of any size, one at a time; a missing file has none."""
+    if not path.exists():
+        return
+    with open(path, "rb") as source:
+        for line in source:
+            yield from parse_lines(line)
 
 
 def end_torn_line(path: Path) -> None:

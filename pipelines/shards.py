@@ -4,7 +4,8 @@ A shard is a plain tar whose members come in pairs: KEY.EXT, the picture's origi
 ever re-encoded. A shard's name ends in the first 8 digits of its sha256, so a name never means two contents, and a file
 with its final name is whole: it is written under another name, flushed to disk and renamed.
 
-`index.json` holds where each picture's bytes begin, so that any sample is one ranged read. See decision 0001.
+A corpus folder is format 2 of decision 0004: `index.json` lists the shards, and a table of each split, mapped and not
+read, holds where each picture's bytes begin, so that any sample is one lookup and one ranged read.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+
 from components.naming import bounded
 from components.types import SampleError
 from pipelines.errors import Failure, UsageError, unknown
-from pipelines.rows import parse_lines, sync_folder
+from pipelines.rows import iter_lines, replace_file, sync_folder
 
-FORMAT = 1
+FORMAT = 2
 BLOCK = 512  # POSIX.1-1988 ustar: headers and data are padded to this
 KEY_BYTES = 120  # ours: leaves room for suffixes under the 255 bytes that file systems allow
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tiff", "BMP": "bmp", "AVIF": "avif", "GIF": "gif"}
 """Member suffix of each format that components.images decodes; the content decides, not the file's name."""
 PICTURE_SUFFIXES = frozenset(EXTENSIONS.values()) | {"jpeg", "jpe", "jfif", "tif", "mpo"}
-REFUSED_SUFFIXES = frozenset({"pickle", "pkl", "pyd", "pt", "pth", "npy", "npz"})  # formats that can carry code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +46,6 @@ class Sample:
     key: str
     ext: str
     info: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TarSample:
-    """The members of one sample by suffix, as read from any webdataset tar."""
-
-    key: str
-    members: Mapping[str, bytes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TarProblem:
-    """A part of a tar that cannot be used: sample key ("" for the archive itself), reason code, sentence."""
-
-    key: str
-    code: str
-    detail: str
 
 
 def safe_key(name: str) -> str:
@@ -142,30 +127,83 @@ def write_shard(
 
 # --- a curated corpus -------------------------------------------------------------------------------------------------
 
+TABLE = pa.schema(
+    [
+        ("key", pa.string()),
+        ("ext", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("caption", pa.string()),
+        ("sha256", pa.string()),
+        ("print", pa.binary()),
+    ]
+)
+"""Of a split's table; one record batch for each shard, in order. `print` is the perceptual fingerprint."""
+
+BATCHES_KEPT = 64  # record batches that a Split remembers; mapped, so they cost little
+
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a corpus: sample numbers 0 .. len-1, in manifest order."""
+    """One split of a corpus: sample numbers 0 .. len-1, in manifest order.
+
+    Attributes:
+        name, folder: of the split; shards lie in the folder, the table beside it.
+        shards: {"name", "bytes", "sha256", "samples"} each.
+        starts: first sample number of each shard, and the number of all at the end.
+        table: path of the Arrow file.
+    """
 
     name: str
     folder: Path
     shards: Sequence[Mapping[str, Any]]
     starts: Sequence[int] = field(repr=False, default=())
+    table: Path = Path()
 
     def __len__(self) -> int:
         return self.starts[-1] if self.starts else 0
 
     def locate(self, sample: int) -> tuple[Path, Mapping[str, Any]]:
-        """Path of the shard and index entry {"key", "offset", "size", "ext"} of a sample number.
+        """Path of the shard, and the table's row, of a sample number.
 
         Raises:
             IndexError: not in 0 .. len-1.
+            Failure: the table is missing or is not this corpus'.
         """
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} is not among the {len(self)} of split {self.name}")
         shard = bisect.bisect_right(self.starts, sample) - 1
-        entry = self.shards[shard]
-        return self.folder / entry["name"], entry["samples"][sample - self.starts[shard]]
+        batch, row = self.batch(shard), sample - self.starts[shard]
+        entry = {name: batch.column(place)[row].as_py() for place, name in enumerate(TABLE.names) if name != "print"}
+        return self.folder / self.shards[shard]["name"], entry
+
+    def batch(self, shard: int) -> pa.RecordBatch:
+        """Rows of the table for a shard by its number."""
+        kept = self._batches
+        if shard not in kept:
+            if len(kept) >= BATCHES_KEPT:
+                kept.pop(next(iter(kept)))
+            kept[shard] = self._reader.get_batch(shard)
+        return kept[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}  # no open files
+
+    @cached_property
+    def _batches(self) -> dict[int, pa.RecordBatch]:
+        return {}
+
+    @cached_property
+    def _reader(self) -> Any:
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.table)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise Failure(f"{self.table} cannot be read: {error}.") from error
+        if reader.num_record_batches != len(self.shards) or reader.schema.names != TABLE.names:
+            raise Failure(f"{self.table} does not belong to the index beside it: curate again.")
+        return reader
 
 
 @dataclass(frozen=True)
@@ -182,17 +220,9 @@ class Corpus:
             raise unknown(f"split of {self.folder}", name, self.splits)
         return self.splits[name]
 
-    @cached_property
-    def manifest(self) -> dict[str, dict[str, Any]]:
-        """Manifest rows by key, checked against the index.
-
-        Raises:
-            Failure: the manifest is not the one that the index was made from.
-        """
-        data = (self.folder / "manifest.jsonl").read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.digest:
-            raise Failure(f"{self.folder / 'manifest.jsonl'} was changed after curation: curate again.")
-        return {row["key"]: row for row in parse_lines(data)}
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of the manifest, one at a time: train, then held_out, each in the order of its sample numbers."""
+        return iter_lines(self.folder / "manifest.jsonl")
 
 
 def open_corpus(folder: str | Path) -> Corpus:
@@ -210,11 +240,12 @@ def open_corpus(folder: str | Path) -> Corpus:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}.") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise UsageError(f"{path} is not an index of format {FORMAT}.")
+        raise UsageError(f"{path} is not an index of format {FORMAT}: curate again.")
     splits = {}
     for name, entry in index["splits"].items():
-        counts = [len(shard["samples"]) for shard in entry["shards"]]
-        splits[name] = Split(name, folder / name, entry["shards"], list(itertools.accumulate(counts, initial=0)))
+        counts = [shard["samples"] for shard in entry["shards"]]
+        starts = list(itertools.accumulate(counts, initial=0))
+        splits[name] = Split(name, folder / name, entry["shards"], starts, folder / entry["table"]["name"])
     return Corpus(folder, index["digest"], splits)
 
 
@@ -224,7 +255,11 @@ def read_sample(corpus: Corpus, split: str, sample: int) -> bytes:
     Raises:
         SampleError: the shard is missing ("missing_shard") or shorter than the index says ("truncated").
     """
-    path, entry = corpus.split(split).locate(sample)
+    return read_located(*corpus.split(split).locate(sample))
+
+
+def read_located(path: Path, entry: Mapping[str, Any]) -> bytes:
+    """The picture bytes that `Split.locate` found; errors as `read_sample`."""
     try:
         with open(path, "rb") as shard:
             shard.seek(entry["offset"])
@@ -236,178 +271,131 @@ def read_sample(corpus: Corpus, split: str, sample: int) -> bytes:
     return data
 
 
+def table_batch(samples: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
+    """Table rows of one shard from mappings that have at least the fields of TABLE."""
+    columns = [pa.array([sample[name] for sample in samples], TABLE.field(name).type) for name in TABLE.names]
+    return pa.RecordBatch.from_arrays(columns, schema=TABLE)
+
+
+def write_table(path: Path, batches: Iterable[pa.RecordBatch]) -> dict[str, str]:
+    """Write a split's table at once, and return its entry in the index: {"name", "sha256"}."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as target:
+            with pa.ipc.new_file(target, TABLE) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            target.flush()
+            os.fsync(target.fileno())
+        with open(temporary, "rb") as source:
+            digest = hashlib.file_digest(source, "sha256").hexdigest()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"name": path.name, "sha256": digest}
+
+
+def write_index(folder: Path, name: str, digest: str, splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write index.json, which makes a folder a corpus: the last step.
+
+    Args:
+        digest: sha256 of the manifest.
+        splits: {"table": as `write_table` says, "shards": [{"name", "bytes", "sha256", "samples"}]} by split.
+    """
+    document: dict[str, Any] = {"format": FORMAT, "name": name, "digest": digest, "splits": {}}
+    for split, content in splits.items():
+        shards = [{name: shard[name] for name in ("name", "bytes", "sha256", "samples")} for shard in content["shards"]]
+        document["splits"][split] = {
+            "samples": sum(shard["samples"] for shard in shards),
+            "bytes": sum(shard["bytes"] for shard in shards),
+            "table": content["table"],
+            "shards": shards,
+        }
+    replace_file(folder / "index.json", (json.dumps(document, ensure_ascii=False) + "\n").encode(), sync=True)
+
+
 def verify(corpus: Corpus) -> list[str]:
     """One sentence for everything about a corpus that is not as its index says; empty where all is well."""
     problems = []
-    try:
-        manifest = corpus.manifest
-    except (Failure, OSError) as error:
-        return [str(error)]
+    index = json.loads((corpus.folder / "index.json").read_bytes())
+    files = {corpus.folder / "manifest.jsonl": corpus.digest}
+    files |= {corpus.folder / part["table"]["name"]: part["table"]["sha256"] for part in index["splits"].values()}
+    for path, wanted in files.items():
+        try:
+            with open(path, "rb") as source:
+                if hashlib.file_digest(source, "sha256").hexdigest() != wanted:
+                    problems.append(f"{path} was changed after curation: curate again.")
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}.")
+    if problems:
+        return problems
+    rows = corpus.rows()
     for split in corpus.splits.values():
-        for shard in split.shards:
-            path = split.folder / shard["name"]
-            try:
-                with open(path, "rb") as source:
-                    found = hashlib.file_digest(source, "sha256").hexdigest()
-                    if found != shard["sha256"]:
-                        problems.append(f"{path}: sha256 is {found}, the index says {shard['sha256']}.")
-                        continue
-                    for entry in shard["samples"]:
-                        source.seek(entry["offset"])
-                        picture = hashlib.sha256(source.read(entry["size"])).hexdigest()
-                        if picture != manifest.get(entry["key"], {}).get("sha256"):
-                            problems.append(f"{path}: {entry['key']} is not the picture that the manifest names.")
-            except OSError as error:
-                problems.append(f"{path}: {error.strerror}.")
-    indexed = sum(len(split) for split in corpus.splits.values())
-    if indexed != len(manifest):
-        problems.append(f"the index holds {indexed} samples, the manifest {len(manifest)}.")
+        for number, shard in enumerate(split.shards):
+            named = [next(rows, {}) for _ in range(shard["samples"])]
+            problems += _verify_shard(split, number, shard, named)
+    if next(rows, None) is not None:
+        problems.append("the manifest holds more samples than the index.")
     return problems
 
 
-# --- tars of unknown origin -------------------------------------------------------------------------------------------
+def _verify_shard(split: Split, number: int, shard: Mapping[str, Any], named: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Problems of one shard: its file, its table rows, and its manifest rows."""
+    path, problems = split.folder / shard["name"], []
+    try:
+        with open(path, "rb") as source:
+            found = hashlib.file_digest(source, "sha256").hexdigest()
+            if found != shard["sha256"]:
+                return [f"{path}: sha256 is {found}, the index says {shard['sha256']}."]
+            for entry, row in zip(split.batch(number).to_pylist(), named, strict=True):
+                source.seek(entry["offset"])
+                picture = hashlib.sha256(source.read(entry["size"])).hexdigest()
+                if not picture == entry["sha256"] == row.get("sha256") or entry["key"] != row.get("key"):
+                    problems.append(f"{path}: {entry['key']} is not the picture that the manifest names.")
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}.")
+    return problems
 
 
-def iter_tar(path: Path, max_member_bytes: int = 256 << 20) -> Iterator[TarSample | TarProblem]:
-    """Read a webdataset tar of any origin: intact samples come out, broken parts come out as problems, nothing raises.
-
-    Codes: unreadable, empty, not_tar, truncated (cut short), tar_header (a damaged header; reading goes on at the next
-    valid one), tar_order (a key comes back later: interleaved members), duplicate_member, unsafe_member (absolute or
-    climbing names, links, devices, formats that can carry code), too_large, no_suffix.
+def write_corpus(
+    folder: Path,
+    name: str,
+    splits: Mapping[str, Sequence[tuple[str, str, bytes, Mapping[str, Any]]]],
+    samples_per_shard: int = 1000,
+) -> Corpus:
+    """A whole corpus of pictures in memory, without curation: for tests, benchmarks and small tools.
 
     Args:
-        path: an uncompressed tar.
-        max_member_bytes: bound of memory; larger members are skipped.
+        splits: (key, ext, picture bytes, more fields of the manifest row) of every sample, by split; "caption", "width"
+            and "height" are what the table needs, and empty where absent.
     """
-    finished: set[str] = set()
-    key, spoilt = "", False  # the sample being collected
-    members: dict[str, bytes] = {}
-    for item in _members(path, max_member_bytes):
-        if item is None:  # the proper end
-            if key and not spoilt:
-                yield TarSample(key=key, members=members)
-            return
-        name, data, problem = item
-        stem, _, suffix = name.rpartition("/")[2].partition(".")
-        this = name[: len(name) - len(suffix) - 1] if suffix else name
-        if problem is not None and not name:  # the archive, not a sample
-            if key and not spoilt:
-                yield _before_damage(key, members, problem)
-            finished.add(key)
-            key, members, spoilt = "", {}, False
-            yield TarProblem(key="", code=problem.code, detail=problem.detail)
-            continue
-        if this != key:
-            if key and not spoilt:
-                yield TarSample(key=key, members=members)
-            finished.add(key)
-            key, members, spoilt = this, {}, False
-            if this in finished:
-                spoilt = True
-                yield TarProblem(key=this, code="tar_order", detail="members of this key are not next to each other")
-        if problem is not None:
-            spoilt = True
-            yield TarProblem(key=this, code=problem.code, detail=problem.detail)
-        elif not suffix or not stem:
-            spoilt = True
-            yield TarProblem(key=this, code="no_suffix", detail=f"member {name!r} has no stem or no suffix")
-        elif suffix in members and not spoilt:
-            spoilt = True
-            yield TarProblem(key=this, code="duplicate_member", detail=f"member {name!r} comes twice")
-        elif not spoilt:
-            members[suffix] = data
+    content: dict[str, dict[str, Any]] = {}
+    lines = []
+    for split, samples in splits.items():
+        shards: list[dict[str, Any]] = []
+        batches = []
+        for first in range(0, len(samples), samples_per_shard):
+            part = samples[first : first + samples_per_shard]
+            pictures = {key: data for key, _, data, _ in part}
+            members = [Sample(key=key, ext=ext, info={"key": key, **info}) for key, ext, _, info in part]
+            made = write_shard(folder / split, f"{split}-{len(shards):05d}", members, _reader_of(pictures))
+            blank = {"caption": "", "width": 0, "height": 0, "print": b""}
+            rows = [
+                {**blank, **info, "key": key, "sha256": hashlib.sha256(data).hexdigest(), "split": split}
+                for key, _, data, info in part
+            ]
+            batches.append(table_batch([{**row, **entry} for row, entry in zip(rows, made["samples"], strict=True)]))
+            lines += [
+                json_line({**{k: v for k, v in row.items() if k != "print"}, "shard": made["name"]}) for row in rows
+            ]
+            shards.append({**made, "samples": len(part)})
+        folder.mkdir(parents=True, exist_ok=True)
+        content[split] = {"table": write_table(folder / f"{split}.arrow", batches), "shards": shards}
+    manifest = "".join(lines).encode()
+    replace_file(folder / "manifest.jsonl", manifest)
+    write_index(folder, name, hashlib.sha256(manifest).hexdigest(), content)
+    return open_corpus(folder)
 
 
-def _before_damage(key: str, members: Mapping[str, bytes], problem: SampleError) -> TarSample | TarProblem:
-    """The sample in front of a damaged place: surely whole only with its JSON, which webdataset writers put last."""
-    if "json" in members:
-        return TarSample(key=key, members=members)
-    return TarProblem(key=key, code=problem.code, detail=f"{problem.detail}; this sample may lack a member")
-
-
-def _members(path: Path, limit: int) -> Iterator[tuple[str, bytes, SampleError | None] | None]:
-    """Walk tar headers: (name, data, problem) each; name "" for a problem of the archive; None for a proper end."""
-    try:
-        size = path.stat().st_size
-        source = open(path, "rb")  # noqa: SIM115 - closed below; a with-statement would catch the consumer's OSErrors
-    except OSError as error:
-        yield "", b"", SampleError("unreadable", f"{path.name}: {error.strerror}")
-        return
-    with source:
-        if size == 0:
-            yield "", b"", SampleError("empty", f"{path.name} holds no bytes")
-            return
-        long_name, lost, seen = "", False, False
-        records: dict[str, str] = {}
-        while True:
-            at = source.tell()
-            block = source.read(BLOCK)
-            if block == bytes(BLOCK):
-                yield None
-                return
-            if len(block) < BLOCK:
-                code = "truncated" if seen or size < BLOCK else "not_tar"
-                yield "", b"", SampleError(code, f"{path.name} ends at byte {size} without an end marker")
-                return
-            try:
-                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            except tarfile.HeaderError:
-                if not lost:  # say it once, then look for the next header, block by block
-                    lost = True
-                    code = "tar_header" if seen else "not_tar"
-                    yield "", b"", SampleError(code, f"{path.name} has no tar header at byte {at}")
-                continue
-            seen, lost = True, False
-            extra = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
-            n_bytes = int(records.get("size", header.size)) if not extra else header.size
-            start = source.tell()
-            if start + n_bytes > size:
-                name = "" if extra else long_name or records.get("path", header.name)
-                yield name, b"", SampleError("truncated", f"{path.name} ends inside this member")
-                return
-            if extra:
-                data = source.read(n_bytes) if n_bytes <= 1 << 20 else b""
-                if header.type == tarfile.GNUTYPE_LONGNAME:
-                    long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-                elif header.type != tarfile.XGLTYPE:
-                    records = _pax_records(data)
-            else:
-                name, problem, data = long_name or records.get("path", header.name), None, b""
-                long_name, records = "", {}
-                if header.isdir():
-                    name = ""
-                elif _is_unsafe(name, header):
-                    problem = SampleError("unsafe_member", f"member {name!r} is refused")
-                    name = safe_key(name)  # the problem's key may end up in a file name
-                elif n_bytes > limit:
-                    problem = SampleError("too_large", f"member {name!r} holds {n_bytes} bytes, over {limit}")
-                else:
-                    data = source.read(n_bytes)
-                if name:
-                    yield name, data, problem
-            source.seek(start + n_bytes + -n_bytes % BLOCK)
-
-
-def _pax_records(data: bytes) -> dict[str, str]:
-    """PAX extended header records ("LENGTH KEY=VALUE\\n"); what cannot be read is left out."""
-    records = {}
-    while (match := re.match(rb"(\d{1,9}) ", data)) and 0 < int(match[1]) <= len(data):
-        keyword, _, value = data[match.end() : int(match[1]) - 1].partition(b"=")
-        records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        data = data[int(match[1]) :]
-    if not records.get("size", "0").isdigit():
-        del records["size"]
-    return records
-
-
-def _is_unsafe(name: str, header: tarfile.TarInfo) -> bool:
-    parts = re.split(r"[/\\]", name)
-    suffixes = parts[-1].lower().split(".")[1:]
-    return (
-        not header.isreg()
-        or header.issparse()
-        or name.startswith(("/", "\\"))
-        or ".." in parts
-        or "\0" in name
-        or any(suffix in REFUSED_SUFFIXES for suffix in suffixes)
-    )
+def _reader_of(pictures: Mapping[str, bytes]) -> Callable[[Sample], bytes]:
+    return lambda sample: pictures[sample.key]

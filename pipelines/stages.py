@@ -218,20 +218,19 @@ def check_evaluate(settings: EvaluateSettings, recipe: Any, above: Sequence[Any]
 def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
     """The resolved spec and every candidate picture: with other pictures the stage is another one."""
     from pipelines.curate import load_spec
-    from pipelines.sources import for_folder, list_entries
+    from pipelines.sources import for_folder, identities
 
     spec = load_spec(settings.spec)
     if images is not None:
         spec = for_folder(spec, images)
-    entries, _ = list_entries(spec)
     pictures = hashlib.sha256()
-    for entry in entries:
-        # What comes with the code has the modification times of its check-out, which mean nothing.
-        mtime_ns = entry.mtime_ns if entry.source.startswith("folder:") else 0
-        pictures.update(json.dumps([entry.key, entry.source, entry.size, mtime_ns, entry.refused]).encode())
+    for identity in identities(spec):
+        pictures.update(json.dumps(identity).encode())
     document = dataclasses.asdict(spec)
     for source in document["sources"]:
         source["path"] = ""  # pictures are known by name, size and time: a moved folder is the same corpus
+    for told in ("description", "homepage", "papers", "role", "pairs", "metrics", "stall_timeout_s"):
+        document.pop(told)  # for people, or for other verbs
     return {"spec": document, "pictures": pictures.hexdigest()}
 
 
@@ -259,14 +258,15 @@ def run_curate(context: StageContext) -> dict[str, Any]:
         "accepted": result.accepted,
         "quarantined": result.rejected,
         "manifest_digest": result.digest,
-        "outputs": ["index.json", "manifest.jsonl", "quarantine.jsonl", *shard_files(context.stage_dir)],
+        "outputs": ["index.json", "manifest.jsonl", "quarantine.jsonl", *corpus_files(context.stage_dir)],
     }
 
 
-def shard_files(corpus: Path) -> list[str]:
-    """Paths of a corpus' shards below its folder."""
+def corpus_files(corpus: Path) -> list[str]:
+    """Paths of a corpus' tables and shards below its folder."""
     splits = json.loads((corpus / "index.json").read_text())["splits"]
-    return [f"{split}/{shard['name']}" for split, content in splits.items() for shard in content["shards"]]
+    tables = [content["table"]["name"] for content in splits.values()]
+    return tables + [f"{split}/{shard['name']}" for split, content in splits.items() for shard in content["shards"]]
 
 
 def run_train(context: StageContext) -> dict[str, Any]:
@@ -423,7 +423,7 @@ def run_serve_check(context: StageContext) -> dict[str, Any]:
 
 
 VERBS: Mapping[str, Verb] = {
-    "curate": Verb(run=run_curate, settings=CurateSettings, version=2, identity=curate_identity),
+    "curate": Verb(run=run_curate, settings=CurateSettings, version=3, identity=curate_identity),
     "train": Verb(run=run_train, settings=TrainSettings, identity=train_identity, check=check_train),
     "restore": Verb(run=run_restore, settings=RestoreSettings, version=2, check=check_restore),
     "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False, check=check_evaluate),

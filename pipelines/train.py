@@ -76,10 +76,16 @@ def stream_config(recipe: Recipe, inputs: TrainInputs) -> Any:
         seed=recipe.seed,
         resolution=recipe.resolution,
         short_side=recipe.short_side,
+        scale=(float(recipe.scale[0]), float(recipe.scale[1])),
+        small=recipe.small,
+        buckets=tuple((int(height), int(width)) for height, width in recipe.buckets),
+        batch_size=recipe.batch_size,
+        window_samples=recipe.window_samples,
         flip=recipe.flip,
         captioner=recipe.captioner,
         degradation=recipe.degradation.preset,
         degradation_options=dict(recipe.degradation.options),
+        degrade_on=recipe.degradation.degrade_on,
     )
 
 
@@ -256,7 +262,8 @@ def worker(config: dict[str, Any]) -> None:
     from components.systems import SYSTEMS
     from components.tensors import collate
     from components.training import Ema, build_optimizers, evaluate_loss, restore_state, train_step
-    from pipelines.stream import heldout_rows, rank_dataset
+    from pipelines.feed import rank_batches
+    from pipelines.stream import heldout_rows, target_plan
 
     context = ray_train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -273,7 +280,8 @@ def worker(config: dict[str, Any]) -> None:
     device = str(get_device())
     stream = stream_config(recipe, inputs)
 
-    heldout = _batches(heldout_rows(stream, recipe.heldout_triples), recipe.batch_size, device)
+    target = target_plan(stream)
+    heldout = _batches(heldout_rows(stream, recipe.heldout_triples), recipe.batch_size, device, target)
     parents = {k: load_model(v) for k, v in inputs.parents.items()}
     objective = SYSTEMS[recipe.system].build_objective(recipe, parents, _examples(stream), device=device)
     optimizers = build_optimizers(objective, recipe.optimizer)
@@ -291,10 +299,7 @@ def worker(config: dict[str, Any]) -> None:
     batches: Iterator[Mapping[str, Any]] = iter(())
     if start < recipe.steps:
         first, last = start * recipe.batch_size, recipe.steps * recipe.batch_size
-        # A split of one puts Ray Data's scheduler into a process of its own: as a thread of this one it held the
-        # interpreter's lock so often that nano steps took four times as long.
-        (rows,) = rank_dataset(stream, first, last, recipe.batch_size, rank, world).streaming_split(1)
-        batches = iter(rows.iter_batches(batch_size=micro, prefetch_batches=2, batch_format="numpy"))
+        batches = rank_batches(stream, first, last, recipe.batch_size, rank, world, micro=micro)
 
     def evaluate(step: int) -> None:
         if rank == 0:
@@ -316,7 +321,7 @@ def worker(config: dict[str, Any]) -> None:
         seen: list[tuple[int, str, str]] = []
         for _ in range(recipe.accumulation):
             columns = next(batches)
-            batch = collate(columns, device)
+            batch = collate(columns, device, target)
             seen += zip(batch.positions.tolist(), batch.keys, [str(r) for r in columns["replaced"]], strict=True)
             step_batches.append((batch, Noise(recipe.seed, batch.positions, device)))
         waited = time.time() - began
@@ -378,10 +383,10 @@ def read_order(out: Path) -> dict[int, str]:
     return dict(sorted(order.items()))
 
 
-def _batches(rows: Sequence[Mapping[str, Any]], size: int, device: str) -> list[Batch]:
+def _batches(rows: Sequence[Mapping[str, Any]], size: int, device: str, target: Any) -> list[Batch]:
     from components.tensors import collate
 
-    return [collate(rows[i : i + size], device) for i in range(0, len(rows), size)]
+    return [collate(rows[i : i + size], device, target) for i in range(0, len(rows), size)]
 
 
 def _examples(stream: Any) -> Any:

@@ -22,6 +22,10 @@ TORCH_FREE = (
     "components.options",
     "components.systems.instantir.options",
     "components.corpora",
+    "components.quality",
+    "components.quality_models",
+    "components.fingerprints",
+    "components.negatives",
 )
 """Module prefixes that Ray Data workers import: a torch there costs each of them half a gigabyte."""
 WITH_TORCH = ("components.degradations.batched",)

@@ -1,11 +1,8 @@
 """The report of a made-up run: everything is in it, nothing leaves the page, strangers' text stays text."""
 
-import hashlib
-import io
 import json
 import re
 import shlex
-import tarfile
 from html.parser import HTMLParser
 
 import numpy as np
@@ -20,6 +17,7 @@ from pipelines.evaluate import evaluate
 from pipelines.home import shipped
 from pipelines.plans import PlanResult, load_plan, write_plan_json
 from pipelines.report import write_report
+from pipelines.shards import write_corpus
 from pipelines.tracking import MetricRow
 
 NASTY = '<script>alert("x")</script>'
@@ -63,25 +61,9 @@ def write_lines(path, rows):
 
 
 def add_corpus(folder):
-    (folder / "train").mkdir(parents=True)
-    entries, rows = [], []
-    with tarfile.open(folder / "train" / "train-00000-ab.tar", "w") as tar:
-        for index in range(3):
-            data = encode_png(picture(50 + index), {})
-            info = tarfile.TarInfo(f"s{index}.png")
-            info.size = len(data)
-            offset = tar.fileobj.tell() + 512
-            tar.addfile(info, io.BytesIO(data))
-            entries.append({"key": f"s{index}", "offset": offset, "size": len(data), "ext": "png"})
-            rows.append(
-                {"key": f"s{index}", "split": "train", "licence": "CC0", "credit": NASTY, "caption": f"a {NASTY}"}
-            )
-    shards = [{"name": "train-00000-ab.tar", "samples": entries}]
-    digest = hashlib.sha256(b"manifest").hexdigest()
-    (folder / "index.json").write_text(
-        json.dumps({"format": 1, "digest": digest, "splits": {"train": {"shards": shards}}})
-    )
-    write_lines(folder / "manifest.jsonl", rows)
+    facts = {"licence": "CC0", "credit": NASTY, "caption": f"a {NASTY}"}
+    samples = [(f"s{index}", "png", encode_png(picture(50 + index), {}), facts) for index in range(3)]
+    write_corpus(folder, "test", {"train": samples})
     broken = {"key": f"bad{NASTY}", "source": "bad.jpg", "stage": "decode", "code": "truncated", "detail": "cut short"}
     write_lines(folder / "quarantine.jsonl", [broken, {**broken, "key": "flat", "code": "flat"}])
 

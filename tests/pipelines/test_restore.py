@@ -27,6 +27,7 @@ from pipelines.front import Refusal, ServeLimits, read_parameters
 from pipelines.heldout import prepare_heldout
 from pipelines.restore import list_pictures, model_identity, option_check, restore_folder
 from pipelines.rows import read_lines
+from pipelines.shards import write_corpus
 
 IDENTITY = Identity(name="tiny", system="tiny", recipe="tiny-filter", digest="0" * 64)
 
@@ -436,23 +437,14 @@ def test_a_model_whose_loading_kills_workers_ends_the_job(model: Path, pictures:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A corpus folder as decision record 0001 describes it, written by hand: three held-out pictures, one broken."""
-    folder = tmp_path / "corpus"
-    (folder / "held_out").mkdir(parents=True)
+    """A corpus of three held-out pictures, one broken."""
     blobs = {
         "wide": encode_png(dead_leaves(96, 3, 0)[:70]),
         "broken": encode_png(dead_leaves(64, 3, 1))[:200],
         "tall": encode_png(dead_leaves(96, 3, 2)[:, :65]),
     }
-    samples, body = [], b""
-    for key, blob in blobs.items():
-        samples.append({"key": key, "offset": len(body), "size": len(blob), "ext": "png"})
-        body += blob
-    (folder / "held_out" / "held_out-00000-x.tar").write_bytes(body)
-    shard = {"name": "held_out-00000-x.tar", "bytes": len(body), "sha256": "", "samples": samples}
-    splits = {"train": {"samples": 0, "shards": []}, "held_out": {"samples": 3, "shards": [shard]}}
-    (folder / "index.json").write_text(json.dumps({"format": 1, "digest": "d", "splits": splits}))
-    return folder
+    samples = [(key, "png", blob, {}) for key, blob in blobs.items()]
+    return write_corpus(tmp_path / "corpus", "test", {"train": [], "held_out": samples}).folder
 
 
 def test_heldout_pairs(corpus: Path, tmp_path: Path) -> None:

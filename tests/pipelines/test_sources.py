@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components.corpora import CorpusSpec, SourceSpec, SplitSpec
-from pipelines.curate import _decide
+from components.fingerprints import WORDS
+from components.quality import SCORES
+from components.types import SampleError
+from pipelines.curation.measure import _write
+from pipelines.curation.select import select
 from pipelines.errors import UsageError
 from pipelines.plans import run_plan
-from pipelines.sources import Entry, for_folder, list_entries
+from pipelines.sources import Bytes, Candidate, candidates, for_folder, list_entries, list_parts
 
 
 def spec(folder: Path, split: SplitSpec | None = None) -> CorpusSpec:
@@ -20,15 +30,19 @@ def spec(folder: Path, split: SplitSpec | None = None) -> CorpusSpec:
     return CorpusSpec(name="test", sources=sources, split=split or SplitSpec())
 
 
-def verdict(content: str) -> dict:
-    return {"bytes": 1, "sha256": content * 64, "ext": "png", "width": 9, "height": 9, "luma_std": 9.0}
-
-
-def decided(contents: dict[str, str], split: SplitSpec | None = None) -> tuple[dict[str, dict], list[dict]]:
-    """Accepted rows by source, and quarantine rows, of pictures with the key "IMG_1": content's digit by file name."""
-    entries = [Entry(key="IMG_1", source=name) for name in contents]
-    accepted, quarantine = _decide(entries, [verdict(c) for c in contents.values()], spec(Path(), split))
-    return {row["source"]: row for row in accepted}, quarantine
+def decided(folder: Path, contents: dict[str, str], split: SplitSpec | None = None) -> dict[str, dict]:
+    """Decided rows by source of pictures with given keys, {"source|key": content's digit}, in one measured part."""
+    rows = []
+    for name, content in contents.items():
+        source, _, key = name.partition("|")
+        row = {"id": source, "key": key or "IMG_1", "source": source, "sha256": content * 64, "bytes": 1, "code": ""}
+        row |= {"width": 9, "height": 9, "ext": "png", "licence": "", "credit": "", "caption": "", "at": "{}"}
+        row |= {"stage": "", "detail": "", "print": bytes(8 * WORDS)} | {f"score/{name}": 50.0 for name in SCORES}
+        rows.append(row)
+    _write(folder / "work" / "measured" / "a.parquet", rows, {"part": "", "rules": ""})
+    select(["a"], spec(folder, split), folder)
+    found = pq.read_table(folder / "work" / "decided" / "a.parquet").to_pylist()
+    return {row["source"]: row for row in found}
 
 
 def names(folder: Path, out: Path | None = None) -> list[str]:
@@ -71,25 +85,163 @@ def test_a_folder_seen_from_below_keeps_its_name(tmp_path: Path) -> None:
 
 def test_different_pictures_of_one_key_are_both_kept(tmp_path: Path) -> None:
     pictures = {"IMG 1.png": "a", "IMG_1.png": "b", "copy/IMG_1.png": "a"}
-    accepted, quarantine = decided(pictures)
-    keys = {name: row["key"] for name, row in accepted.items()}
+    found = decided(tmp_path, pictures)
+    keys = {name: row["key"] for name, row in found.items() if not row["code"]}
     assert keys == {"IMG 1.png": "IMG_1-aaaaaaaa", "IMG_1.png": "IMG_1-bbbbbbbb"}
-    assert [row["entry"].key for row in accepted.values()] == list(keys.values())
-    assert [(row["source"], row["code"]) for row in quarantine] == [("copy/IMG_1.png", "duplicate")]
-    turned, _ = decided(dict(reversed(pictures.items())))
+    assert found["copy/IMG_1.png"]["code"] == "duplicate"
+    turned = decided(tmp_path, dict(reversed(pictures.items())))
     assert turned["IMG_1.png"]["key"] == keys["IMG_1.png"]  # whoever comes first
-    alone, _ = decided({"IMG 1.png": "a", "copy/IMG_1.png": "a"})
-    assert [row["key"] for row in alone.values()] == ["IMG_1"]
+    alone = decided(tmp_path, {"IMG 1.png": "a", "copy/IMG_1.png": "a"})
+    assert [row["key"] for row in alone.values() if not row["code"]] == ["IMG_1"]
 
 
 def test_a_key_that_is_taken_gets_longer(tmp_path: Path) -> None:
-    entries = [Entry(key=key, source=str(n)) for n, key in enumerate(("x", "x", "x-aaaaaaaa"))]
-    accepted, _ = _decide(entries, [verdict(c) for c in "abc"], spec(tmp_path))
-    assert len({row["key"] for row in accepted}) == 3
+    found = decided(tmp_path, {"1|x": "a", "2|x": "b", "3|x-aaaaaaaa": "c"})
+    assert len({row["key"] for row in found.values()}) == 3
+    assert {row["code"] for row in found.values()} == {""}
 
 
-def test_pictures_held_out_by_name_stay_out_of_training_under_a_longer_key() -> None:
-    accepted, _ = decided({"IMG 1.png": "a", "IMG_1.png": "b"}, SplitSpec(held_out=["IMG 1"]))
-    assert {row["split"] for row in accepted.values()} == {"held_out"}
-    by_fraction, _ = decided({"IMG 1.png": "a", "IMG_1.png": "b"}, replace(SplitSpec(), held_out_fraction=0.2))
+def test_pictures_held_out_by_name_stay_out_of_training_under_a_longer_key(tmp_path: Path) -> None:
+    pictures = {"IMG 1.png": "a", "IMG_1.png": "b"}
+    named = decided(tmp_path, pictures, SplitSpec(held_out=["IMG 1"]))
+    assert {row["split"] for row in named.values()} == {"held_out"}
+    by_fraction = decided(tmp_path, pictures, SplitSpec(held_out_fraction=0.2))
     assert sorted(row["split"] for row in by_fraction.values()) == ["held_out", "train"]
+
+
+def write_folder(folder: Path, count: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        (folder / f"{number:05d}.jpg").write_bytes(b"x")
+
+
+def test_a_new_file_changes_one_part(tmp_path: Path) -> None:
+    write_folder(tmp_path / "in", 1500)
+    before = list_parts(spec(tmp_path / "in"), tmp_path / "out").parts
+    assert 10 < len(before) < 60
+    (tmp_path / "in" / "00700-new.jpg").write_bytes(b"x")
+    after = list_parts(spec(tmp_path / "in"), tmp_path / "out").parts
+    same = {(part.name, part.digest) for part in before} & {(part.name, part.digest) for part in after}
+    assert len(same) >= len(before) - 1
+    assert {path.stem for path in (tmp_path / "out" / "work" / "parts").iterdir()} == {part.name for part in after}
+    lines = [len((tmp_path / "out" / "work" / "parts" / p.where["list"]).read_text().splitlines()) for p in after]
+    assert sum(lines) == 1501
+    assert max(lines) <= 256
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    return cv2.imencode(".jpg", pixels)[1].tobytes()
+
+
+def found(made: CorpusSpec, out: Path) -> list[Candidate]:
+    """All candidates of a spec, in order."""
+    return [c for part in list_parts(made, out).parts for c in candidates(part, made, out, lambda _: False)]
+
+
+def test_tars_give_every_picture_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    members = {
+        "a.jpg": jpeg(0), "a.json": b'{"caption": "two\\nlines", "license": "CC0-1.0"}',
+        "b.v1.jpg": jpeg(1), "b.v2.JPG": jpeg(2), "b.txt": b"both",
+        "c.JPEG": jpeg(3), "d.webp": jpeg(4), "e.json": b"{}", "../../f.jpg": jpeg(5),
+    }  # fmt: skip
+    for name in ("0.tar", "sub/1.tar"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "in" / name, "w") as target:
+            for member, data in members.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                target.addfile(info, io.BytesIO(data))
+    (tmp_path / "in" / "2.tar").write_bytes((tmp_path / "in" / "0.tar").read_bytes()[:3000])
+    made = CorpusSpec(name="t", sources=[SourceSpec(kind="tar", path=str(tmp_path / "in" / "**" / "*.tar"))])
+    listed = found(made, tmp_path / "out")
+    whole = [c for c in listed if c.source.startswith(("tar:0.tar", "tar:sub/1.tar"))]
+    assert [c.source for c in whole[:9]] == [
+        "tar:0.tar/a.jpg", "tar:0.tar/b.v1.jpg", "tar:0.tar/b.v2.JPG", "tar:0.tar/c.JPEG", "tar:0.tar/d.webp",
+        "tar:0.tar/e", "tar:0.tar/f_jpg", "tar:sub/1.tar/a.jpg", "tar:sub/1.tar/b.v1.jpg",
+    ]  # fmt: skip
+    assert [(c.key, c.problem.code if c.problem else "") for c in whole[:7]] == [
+        ("a", ""), ("b_v1", ""), ("b_v2", ""), ("c", ""), ("d", ""), ("e", "no_picture"), ("f_jpg", "unsafe_member"),
+    ]  # fmt: skip
+    assert (whole[0].caption, whole[0].licence, whole[1].caption, whole[2].caption) == (
+        "two lines",
+        "CC0-1.0",
+        "both",
+        "both",
+    )
+    reader = Bytes(made, tmp_path / "out")
+    pictures = [c for c in listed if not c.problem]
+    assert [reader.read(c.at) for c in pictures] == [c.load() for c in pictures if c.load]
+    cut = [c for c in listed if c.source.startswith("tar:2.tar")]
+    assert [c.problem.code for c in cut if c.problem] == ["truncated"]
+    assert [c.key for c in cut if not c.problem] == ["a"]
+    assert len({c.id for c in listed}) == len(listed)
+
+
+def test_parquet_rows_are_read_by_group(tmp_path: Path) -> None:
+    pictures = [jpeg(n) for n in range(5)]
+    cells = [{"bytes": data, "path": f"{n}.jpg"} for n, data in enumerate(pictures)]
+    cells[3] = {"bytes": None, "path": "3.jpg"}
+    table = pa.table({"image": cells, "text": [f"caption {n}" for n in range(5)], "name": [f"k.{n}" for n in range(5)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:200])
+    source = SourceSpec(
+        kind="parquet", path=str(tmp_path / "*.parquet"), caption_column="text", key_column="name", licence="CC0-1.0"
+    )
+    made = CorpusSpec(name="t", sources=[source])
+    listed = found(made, tmp_path / "out")
+    assert [(c.key, c.caption, c.licence) for c in listed[:5]] == [
+        (f"k_{n}", f"caption {n}", "CC0-1.0") for n in range(5)
+    ]
+    reader = Bytes(made, tmp_path / "out")
+    assert [reader.read(c.at) for n, c in enumerate(listed[:5]) if n != 3] == [
+        p for n, p in enumerate(pictures) if n != 3
+    ]
+    with pytest.raises(SampleError, match="null"):
+        reader.read(listed[3].at)
+    assert [(c.key, c.problem.code) for c in listed[5:] if c.problem] == [("b_parquet", "corrupt")]
+    (tmp_path / "b.parquet").unlink()
+    with pytest.raises(UsageError, match='Did you mean "text"'):
+        found(CorpusSpec(name="t", sources=[replace(source, caption_column="texd")]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "txt", "parquet"])
+def test_tables_of_addresses(tmp_path: Path, suffix: str) -> None:
+    rows = [{"url": f"https://example.org/{n}.jpg", "text": f"a {n}"} for n in range(3)]
+    path = tmp_path / f"list.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == "txt":
+        path.write_text("# a comment\n" + "".join(row["url"] + "\n" for row in rows))
+    else:
+        separator = "\t" if suffix == "tsv" else ","
+        path.write_text("\n".join(separator.join(row.values()) for row in [{"url": "url", "text": "text"}, *rows]))
+    source = SourceSpec(kind="urls", path=str(path), caption_column="" if suffix == "txt" else "text")
+    made = CorpusSpec(name="t", sources=[source])
+    parts = list_parts(made, tmp_path / "out").parts
+    lines = [json.loads(line) for p in parts for line in (tmp_path / "out/work/parts" / p.where["list"]).open()]
+    assert [line["url"] for line in lines] == [row["url"] for row in rows]
+    assert [line.get("caption", "") for line in lines] == ["" if suffix == "txt" else row["text"] for row in rows]
+    assert len({line["key"] for line in lines}) == 3
+    if suffix != "txt":
+        with pytest.raises(UsageError, match='Did you mean "url"'):
+            list_parts(CorpusSpec(name="t", sources=[replace(source, url_column="urls")]), tmp_path / "out")
+
+
+def test_captions_beside_pictures_pass_through(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "b.jpg").write_bytes(b"x")
+    (tmp_path / "a.txt").write_text("a\x07 bright\n otter  " + "z" * 20_000)
+    captions = {c.key: c.caption for c in found(spec(tmp_path), tmp_path / "out")}
+    assert captions["a"].startswith("a bright otter zzz")
+    assert len(captions["a"]) == 10_000
+    assert captions["b"] == ""
+
+
+def test_an_unknown_store_is_one_sentence(tmp_path: Path) -> None:
+    for address, words in (("s4://bucket/x", "s4"), ("memory://nothing/*.tar", "holds no file")):
+        with pytest.raises(UsageError, match=words):
+            list_parts(CorpusSpec(name="t", sources=[SourceSpec(kind="tar", path=address)]), tmp_path)

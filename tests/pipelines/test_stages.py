@@ -12,7 +12,7 @@ import pytest
 from components.recipes import load_recipe
 from pipelines.console import Console
 from pipelines.errors import RetryLater, UsageError
-from pipelines.stages import RestoreSettings, StageContext, run_restore, shard_files, train_folder
+from pipelines.stages import RestoreSettings, StageContext, corpus_files, run_restore, train_folder
 from pipelines.train import METRICS, ORDER, Log, Tail, TrainInputs, check_inputs, log_order, read_metrics, read_order
 
 
@@ -23,10 +23,10 @@ def recipe(*overrides: str) -> Any:
 def write_index(folder: Path, **counts: int) -> Path:
     """An index with one shard a split and so many samples in it."""
     splits = {
-        split: {"samples": n, "shards": [{"name": f"{split}-0.tar", "samples": [{"key": str(k)} for k in range(n)]}]}
+        split: {"samples": n, "table": {"name": f"{split}.arrow"}, "shards": [{"name": f"{split}-0.tar", "samples": n}]}
         for split, n in counts.items()
     }
-    (folder / "index.json").write_text(json.dumps({"format": 1, "digest": "d", "splits": splits}))
+    (folder / "index.json").write_text(json.dumps({"format": 2, "digest": "d", "splits": splits}))
     return folder
 
 
@@ -88,8 +88,9 @@ def test_a_warm_start_stands_in_for_a_parent(tmp_path: Path) -> None:
     check_inputs(load_recipe("prior-denoiser-nano", ["warm_start=nano"]), TrainInputs(corpora=corpora))
 
 
-def test_a_corpus_is_known_by_every_shard(tmp_path: Path) -> None:
-    assert shard_files(write_index(tmp_path, train=2, held_out=1)) == ["train/train-0.tar", "held_out/held_out-0.tar"]
+def test_a_corpus_is_known_by_every_table_and_shard(tmp_path: Path) -> None:
+    files = ["train.arrow", "held_out.arrow", "train/train-0.tar", "held_out/held_out-0.tar"]
+    assert corpus_files(write_index(tmp_path, train=2, held_out=1)) == files
 
 
 def test_a_restore_stage_counts_every_refusal_and_claims_every_picture(

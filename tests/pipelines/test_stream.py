@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import subprocess
@@ -17,10 +16,11 @@ from PIL import Image as Pillow
 
 from components.degradations import build_degradation
 from components.images import to_float, to_uint8
-from pipelines import shards, stream
+from pipelines import feed, stream
 from pipelines.errors import Failure, UsageError
-from pipelines.shards import Sample
-from pipelines.stream import StreamConfig, heldout_rows, load_row, order, position_to_sample, rank_positions
+from pipelines.ordering import Order
+from pipelines.shards import write_corpus
+from pipelines.stream import StreamConfig, heldout_rows, load_row
 
 
 def smooth_picture(seed: int, width: int = 90, height: int = 70) -> bytes:
@@ -34,24 +34,17 @@ def smooth_picture(seed: int, width: int = 90, height: int = 70) -> bytes:
 
 def make_corpus(folder: Path, train: dict[str, bytes], held_out: dict[str, bytes]) -> str:
     """A small corpus folder, two samples a shard, without Ray."""
-    splits, rows = {}, []
-    for split, pictures in (("train", train), ("held_out", held_out)):
-        names, parts = list(pictures), []
-        for number in range(0, len(names), 2):
-            samples = [Sample(key=key, ext="png", info={}) for key in names[number : number + 2]]
-            prefix = f"{split}-{number // 2:05d}"
-
-            def read(sample: Sample, pictures: dict[str, bytes] = pictures) -> bytes:
-                return pictures[sample.key]
-
-            parts.append(shards.write_shard(folder / split, prefix, samples, read))
-        splits[split] = {"samples": len(names), "shards": parts}
-        rows += [{"key": key, "caption": f"caption of {key}", "split": split} for key in names]
-    manifest = "".join(map(shards.json_line, rows)).encode()
-    (folder / "manifest.jsonl").write_bytes(manifest)
-    index = {"format": 1, "digest": hashlib.sha256(manifest).hexdigest(), "splits": splits}
-    (folder / "index.json").write_text(json.dumps(index))
+    splits = {
+        name: [(key, "png", data, {"caption": f"caption of {key}"}) for key, data in pictures.items()]
+        for name, pictures in (("train", train), ("held_out", held_out))
+    }
+    write_corpus(folder, "test", splits, samples_per_shard=2)
     return str(folder)
+
+
+def sample_at(n: int, seed: int, position: int) -> int:
+    """What the plain order of a small split has at a position."""
+    return int(Order([0, n], seed).samples([position])[0])
 
 
 @pytest.fixture
@@ -67,47 +60,6 @@ def config(corpus: str) -> StreamConfig:
 
 def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
-
-
-def test_order_is_a_permutation_that_changes_with_epoch_and_seed() -> None:
-    first = order(100, 7, 0)
-    assert sorted(first) == list(range(100))
-    assert np.array_equal(first, order(100, 7, 0))
-    assert not np.array_equal(first, order(100, 7, 1))
-    assert not np.array_equal(first, order(100, 8, 0))
-    with pytest.raises(ValueError, match="read-only"):
-        first[0] = 1  # the cached array is shared
-
-
-def test_order_is_fair() -> None:
-    """Over many epochs each sample stands first about equally often: 3000 / 6 = 500, standard deviation 20."""
-    counts = Counter(int(order(6, 1, epoch)[0]) for epoch in range(3000))
-    assert all(400 < counts[n] < 600 for n in range(6))
-
-
-def test_each_epoch_of_positions_holds_each_sample_once() -> None:
-    samples = [position_to_sample(7, 5, p) for p in range(21)]
-    assert [sorted(samples[n : n + 7]) for n in (0, 7, 14)] == [list(range(7))] * 3
-    assert samples[:7] != samples[7:14]
-
-
-def test_empty_split_is_a_failure() -> None:
-    with pytest.raises(Failure, match="empty"):
-        position_to_sample(0, 1, 2)
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_rank_positions_tile_the_global_batches(world: int) -> None:
-    parts = [rank_positions(8, 32, 8, rank, world).reshape(3, -1) for rank in range(world)]
-    assert np.array_equal(np.concatenate(parts, axis=1).ravel(), np.arange(8, 32))
-
-
-@pytest.mark.parametrize(
-    ("start", "stop", "batch", "rank", "world"), [(0, 8, 8, 0, 3), (0, 9, 8, 0, 2), (0, 8, 8, 2, 2), (8, 8, 8, 0, 1)]
-)
-def test_rank_positions_refuse_what_does_not_divide(start: int, stop: int, batch: int, rank: int, world: int) -> None:
-    with pytest.raises(ValueError, match="batch"):
-        rank_positions(start, stop, batch, rank, world)
 
 
 def test_row_has_the_contracted_fields(config: StreamConfig) -> None:
@@ -173,7 +125,7 @@ def test_broken_samples_are_replaced_from_the_reserve_and_recorded(tmp_path: Pat
     pictures["t2"] = pictures["t2"][:60]
     config = StreamConfig(sources=((make_corpus(tmp_path / "c", pictures, {}), 1.0),), seed=1, resolution=32)
     rows = [load_row(config, p) for p in range(12)]
-    hit = [p for p in range(12) if position_to_sample(6, 1, p) == 2]
+    hit = [p for p in range(12) if sample_at(6, 1, p) == 2]
     assert len(hit) == 2
     for p, row in enumerate(rows):
         assert bool(row["replaced"]) == (p in hit)
@@ -182,7 +134,7 @@ def test_broken_samples_are_replaced_from_the_reserve_and_recorded(tmp_path: Pat
     for p in hit:
         assert rows[p]["replaced"].startswith("[truncated] t2:")
         reserve = next(
-            sample for attempt in range(1, 9) if (sample := position_to_sample(6, 1, p + stream.RESERVE * attempt)) != 2
+            sample for attempt in range(1, 9) if (sample := sample_at(6, 1, p + stream.RESERVE * attempt)) != 2
         )
         assert rows[p]["key"] == f"t{reserve}"
 
@@ -193,15 +145,70 @@ def test_a_corpus_of_rubble_fails_with_names(tmp_path: Path) -> None:
         load_row(StreamConfig(sources=((folder, 1.0),), seed=1, resolution=32), 3)
 
 
-def test_mixing_follows_the_weights(corpus: str) -> None:
+def test_mixing_follows_the_weights_and_loses_no_sample(corpus: str) -> None:
     config = StreamConfig(sources=((corpus, 3.0), ("dead_leaves", 1.0)), seed=2, resolution=32)
-    drawn = Counter(stream.source_of(config, p) for p in range(2000))
-    assert 430 < drawn["dead_leaves"] < 570  # 500 expected, standard deviation 19
-    position = next(p for p in range(2000) if stream.source_of(config, p) == "dead_leaves")
+    drawn = Counter(stream.source_of(config, p)[0] for p in range(2048))
+    assert drawn == {corpus: 1536, "dead_leaves": 512}
+    position = next(p for p in range(2000) if stream.source_of(config, p)[0] == "dead_leaves")
     row = load_row(config, position)
     assert row["key"].startswith("dead-leaves-")
     assert row["hq"].shape == (32, 32, 3)
     assert same(row, load_row(config, position))
+    keys = [row["key"] for p in range(40) if not (row := load_row(config, p))["key"].startswith("dead")]
+    epochs = [keys[n : n + 5] for n in range(0, len(keys) - 4, 5)]
+    assert all(sorted(epoch) == [f"t{n}" for n in range(5)] for epoch in epochs)
+
+
+def test_rows_of_a_global_batch_share_a_bucket(config: StreamConfig) -> None:
+    shaped = dataclasses.replace(config, buckets=((32, 48), (48, 32), (40, 40)), batch_size=4)
+    sizes = [[load_row(shaped, 4 * batch + n)["hq"].shape[:2] for n in range(4)] for batch in range(12)]
+    assert all(len(set(batch)) == 1 for batch in sizes)
+    assert {batch[0] for batch in sizes} == {(32, 48), (48, 32), (40, 40)}
+    row = load_row(shaped, 4)
+    assert list(row["sizes"][4:]) == list(row["hq"].shape[:2])
+    columns = stream.load_columns(shaped, np.arange(4, 8))
+    assert np.array_equal(columns["hq"][0], row["hq"]) and np.array_equal(columns["lq"][0], row["lq"])
+
+
+def test_pictures_that_would_be_enlarged_can_be_refused(tmp_path: Path) -> None:
+    pictures = {f"t{n}": smooth_picture(n) for n in range(5)} | {"small": smooth_picture(9, 60, 30)}
+    folder = make_corpus(tmp_path / "c", pictures, {})
+    config = StreamConfig(sources=((folder, 1.0),), seed=1, resolution=32, short_side=48)
+    assert "small" in {load_row(config, p)["key"] for p in range(12)}
+    refusing = dataclasses.replace(config, small="refuse")
+    rows = [load_row(refusing, p) for p in range(12)]
+    assert "small" not in {row["key"] for row in rows}
+    assert sum(row["replaced"].startswith("[too_small] small") for row in rows) == 2  # once an epoch
+    drawn = dataclasses.replace(config, short_side=40, scale=(0.8, 1.6), flip=False)
+    slopes = {int(row["hq"][0, -1, 0]) - int(row["hq"][0, 0, 0]) for row in (load_row(drawn, p) for p in range(12))}
+    assert len(slopes) > 4  # crops of pictures of many sizes
+
+
+def test_a_caption_column_speaks_for_its_corpus(corpus: str, config: StreamConfig) -> None:
+    from components.corpora import CaptionSpec
+    from pipelines.caption import caption_corpus
+
+    caption_corpus(corpus, CaptionSpec(model="tags", workers=0, overwrite=True), name="mine")
+    row = load_row(dataclasses.replace(config, captioner="column:mine"), 1)
+    assert row["prompt"] and not row["prompt"].startswith("caption of")
+    with pytest.raises(UsageError, match="min"):
+        stream.check_stream(dataclasses.replace(config, captioner="column:min"))
+
+
+def test_degrading_on_the_device_gives_what_the_data_workers_would(config: StreamConfig) -> None:
+    from components.tensors import collate
+
+    for preset in ("realesrgan-nano", "instantir"):
+        here = dataclasses.replace(config, degradation=preset, resolution=48)
+        device = dataclasses.replace(here, degrade_on="device")
+        rows = [load_row(device, p) for p in range(4)]
+        assert all("lq" not in row for row in rows)
+        batch = collate(rows, "cpu", stream.target_plan(device))
+        wanted = collate([load_row(here, p) for p in range(4)])
+        assert batch.plans == wanted.plans
+        assert float((batch.hq - wanted.hq).abs().max()) <= 2 / 127.5
+        assert float((batch.lq - wanted.lq).abs().mean()) <= 2 / 127.5  # libjpeg against the computed one
+        assert float((batch.lq - batch.hq).abs().mean()) > 2 / 127.5  # and something was done
 
 
 def test_held_out_rows_are_fixed_cycled_and_never_trained_on(config: StreamConfig) -> None:
@@ -227,6 +234,10 @@ def test_held_out_rows_need_a_held_out_picture(tmp_path: Path) -> None:
         ({"resolution": 8}, "at least 16"),
         ({"short_side": 16}, "short_side"),
         ({"captioner": "tag"}, 'Did you mean "tags"'),
+        ({"degrade_on": "devise"}, 'Did you mean "device"'),
+        ({"small": "refuze"}, 'Did you mean "refuse"'),
+        ({"buckets": ((32, 48),)}, "batch_size"),
+        ({"scale": (0.1, 1.0)}, "scale"),
     ],
 )
 def test_impossible_settings_are_refused(config: StreamConfig, changes: dict, message: str) -> None:
@@ -243,7 +254,8 @@ def test_changed_corpus_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_workers_need_no_torch() -> None:
-    code = "import sys, pipelines.stream, pipelines.curate; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    modules = "pipelines.feed, pipelines.stream, pipelines.curate"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(stream.__file__).parents[1]).returncode == 0
 
 
@@ -251,7 +263,7 @@ def test_workers_need_no_torch() -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_one_and_two_workers_see_the_same_rows_in_the_same_global_order(config: StreamConfig) -> None:
     def rows(rank: int, world: int) -> list[dict]:
-        dataset = stream.rank_dataset(config, 8, 136, 8, rank=rank, world=world)
+        dataset = feed.rank_dataset(config, 8, 136, 8, rank=rank, world=world)
         batches = list(dataset.iter_batches(batch_size=8 // world))
         assert {len(batch["key"]) for batch in batches} == {8 // world}
         return [{name: column[n] for name, column in batch.items()} for batch in batches for n in range(8 // world)]
@@ -268,9 +280,10 @@ def test_one_and_two_workers_see_the_same_rows_in_the_same_global_order(config: 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_first_rows_of_a_very_long_stretch_come_at_once(config: StreamConfig) -> None:
-    dataset = stream.rank_dataset(config, 0, 10**8, 4)
-    first = next(iter(dataset.iter_batches(batch_size=4, prefetch_batches=1)))
-    assert list(first["position"]) == [0, 1, 2, 3]
+    batches = feed.rank_batches(config, 0, 10**8, 4, own_process=False)
+    assert list(next(batches)["position"]) == [0, 1, 2, 3]
+    assert list(next(batches)["position"]) == [4, 5, 6, 7]
+    batches.close()
 
 
 @pytest.mark.slow
@@ -279,4 +292,4 @@ def test_empty_split_dies_on_the_driver(tmp_path: Path) -> None:
     folder = make_corpus(tmp_path / "c", {"a": smooth_picture(0)}, {})
     config = StreamConfig(sources=((folder, 1.0),), seed=1, resolution=32, split="held_out")
     with pytest.raises(Failure, match="is empty"):
-        stream.rank_dataset(config, 0, 8, 8)
+        feed.rank_dataset(config, 0, 8, 8)

@@ -1,27 +1,31 @@
-"""Where pictures come from: folders, the shipped demo pictures, scikit-image's photographs, dead leaves.
+"""Sources that are files one by one: folders, stores, shipped demo pictures, scikit-image's photographs, dead leaves.
 
-Listing decides by names and sizes only; `read_entry` gives the bytes, on whatever worker asks.
+Listing decides by names and sizes only, and goes on one entry at a time: a folder may hold millions.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
 import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from components.corpora import CorpusSpec, SourceSpec, SplitSpec
-from components.images import encode_png
-from components.synthetic import dead_leaves
-from components.types import SampleError
 from pipelines import shards
 from pipelines.errors import Failure, UsageError, unknown
 from pipelines.home import package_folder
+from pipelines.sources import stores
 
+KINDS = frozenset({"folder", "skimage", "demo_corpus", "dead_leaves", "negatives"})
+"""Kinds of sources that are listed here."""
+
+KNOWN = shards.PICTURE_SUFFIXES
 SIDECARS = frozenset({".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".xmp", ".yaml", ".yml"})
 """Files that travel with pictures; counted, not quarantined."""
 OWN_MARKS = {
@@ -54,62 +58,154 @@ class Entry:
     mtime_ns: int = 0
     licence: str = ""
     credit: str = ""
+    version: str = ""  # what a store says instead of a modification time
+    caption_path: str = ""  # a text file of the same name
     leaves: tuple[int, int, int] | None = None  # (size_px, seed, index) of a synthetic picture
     refused: tuple[str, str] | None = None  # (code, detail) where listing already settled it
 
 
-def list_entries(spec: CorpusSpec, out: Path | None = None) -> tuple[list[Entry], int]:
-    """All candidates of a spec in a fixed order (sources as given, files by name), and how many files were skipped.
+@dataclass
+class Skipped:
+    """Sidecar and hidden files that a listing came across."""
 
-    What lies below `out`, or below a folder that some run of ours wrote, is neither.
+    count: int = 0
+
+
+def iter_entries(source: SourceSpec, out: Path | None, skipped: Skipped) -> Iterator[Entry]:
+    """Candidates of one source of files in a fixed order, by name. What lies below `out`, or below a folder that some
+    run of ours wrote, is none.
 
     Raises:
-        UsageError: a source is missing, is `out` itself, names nothing, or all together hold no candidate.
+        UsageError: the source is missing, is `out` itself, or names what does not exist.
     """
-    entries: list[Entry] = []
-    skipped = 0
+    if source.kind == "dead_leaves":
+        yield from _leaves(source)
+    elif source.kind == "skimage":
+        yield from _skimage(source)
+    elif source.kind == "demo_corpus":
+        yield from _folder(package_folder() / "demo_corpus", source, out, skipped)
+    elif source.kind == "negatives":
+        yield from _negatives(source, out, skipped)
+    elif not source.path:
+        raise UsageError("a folder source needs its path: give --images DIR or sources.0.path=DIR.")
+    elif stores.is_address(source.path):
+        yield from _stored(source, skipped)
+    else:
+        yield from _folder(Path(source.path).absolute(), source, out, skipped)
+
+
+def negatives_folder(source: SourceSpec, out: Path) -> Path:
+    """Where the pictures of a source of negatives are made: another one for every corpus and setting."""
+    told = {n: v for n, v in asdict(source.negatives).items() if n not in ("count", "workers", "num_gpus")}
+    digest = hashlib.sha256(json.dumps([source.path, told], sort_keys=True).encode()).hexdigest()[:8]
+    return out / "work" / f"negatives-{digest}"
+
+
+def _negatives(source: SourceSpec, out: Path | None, skipped: Skipped) -> Iterator[Entry]:
+    """What was made so far; before anything was, the corpus stands for it, so that a missing one is told early."""
+    made = negatives_folder(source, out) / "pictures" if out is not None else Path()
+    if out is not None and made.is_dir():
+        yield from _folder(made, source, None, skipped)
+        return
+    corpus = shards.open_corpus(source.path)
+    yield Entry(key="negatives", source=f"negatives:{corpus.digest}")
+
+
+def list_entries(spec: CorpusSpec, out: Path | None = None) -> tuple[list[Entry], int]:
+    """All candidates of a spec whose sources are files, and how many files were skipped; errors as `iter_entries`."""
+    skipped = Skipped()
+    entries = [entry for source in spec.sources if source.kind in KINDS for entry in iter_entries(source, out, skipped)]
+    if not entries and all(source.kind in KINDS for source in spec.sources):
+        raise nothing_to_curate(spec)
+    return entries, skipped.count
+
+
+def identities(spec: CorpusSpec) -> Iterator[list[Any]]:
+    """What tells the candidates of a spec from those of another day, wherever they lie; errors as `check_sources`."""
+    check_sources(spec)
     for source in spec.sources:
-        if source.kind == "dead_leaves":
-            entries.extend(_leaves(source))
-        elif source.kind == "skimage":
-            entries.extend(_skimage(source))
+        if source.kind in KINDS:
+            for entry in iter_entries(source, None, Skipped()):
+                # What comes with the code has the modification times of its check-out, which mean nothing.
+                mtime_ns = entry.mtime_ns if source.kind == "folder" else 0
+                yield [entry.key, entry.source, entry.size, mtime_ns, entry.version, entry.refused]
         else:
-            if source.kind == "folder" and not source.path:
-                raise UsageError(f"{spec.name}: a folder source needs its path: give --images DIR.")
-            folder = package_folder() / "demo_corpus" if source.kind == "demo_corpus" else Path(source.path).absolute()
-            found, ignored = _folder(folder, source, out)
-            entries.extend(found)
-            skipped += ignored
-    if not entries:
-        where = " and ".join(source.path or source.kind for source in spec.sources) or "no source"
-        raise UsageError(f"no picture to curate: {where} holds none.")
-    return entries, skipped
+            files = stores.list_files(source.path, source.storage)
+            yield from ([name, size, version] for _, name, size, version in files)
 
 
-def _folder(folder: Path, source: SourceSpec, out: Path | None) -> tuple[list[Entry], int]:
-    """Candidates of a directory tree, and the count of sidecar and hidden files."""
+def check_sources(spec: CorpusSpec, out: Path | None = None) -> None:
+    """Look whether every source is there, and whether there is anything at all, before anything is made.
+
+    Raises:
+        UsageError: as `iter_entries`; or all sources together hold no candidate.
+    """
+    found = False
+    for number, source in enumerate(spec.sources):
+        if source.kind in KINDS:
+            found = next(iter_entries(source, out, Skipped()), None) is not None or found
+        elif not source.path:
+            raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
+        else:
+            found = next(stores.list_files(source.path, source.storage), None) is not None or found
+    if not found:
+        raise nothing_to_curate(spec)
+
+
+def nothing_to_curate(spec: CorpusSpec) -> UsageError:
+    """The error for a spec whose sources hold no candidate."""
+    where = " and ".join(source.path or source.kind for source in spec.sources) or "no source"
+    return UsageError(f"no picture to curate: {where} holds none.")
+
+
+def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped) -> Iterator[Entry]:
+    """Candidates of a directory tree."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder." if folder.exists() else f"there is no folder {folder}.")
     if out is not None and out.resolve() == folder.resolve():
         raise UsageError(f"{folder} is both input and output; choose another output folder.")
     notes_of = _read_credits(folder)
-    entries, skipped = [], 0
     unreadable: list[OSError] = []
     for parent, folders, files in os.walk(folder, onerror=unreadable.append):
         folders[:] = sorted(n for n in folders if not n.startswith(".") and not is_output(Path(parent) / n, out))
+        captions = {name for name in files if name.endswith(".txt")}
         for name in sorted(files):
             path = Path(parent) / name
             if name.startswith(".") or path.suffix.lower() in SIDECARS:
-                skipped += 1
+                skipped.count += 1
                 continue
-            entries.append(_file_entry(path, path.relative_to(folder).as_posix(), source, notes_of))
+            entry = _file_entry(path, path.relative_to(folder).as_posix(), source, notes_of)
+            beside = path.with_suffix(".txt")
+            yield replace(entry, caption_path=str(beside)) if beside.name in captions else entry
     for error in unreadable:
         place = Path(error.filename).relative_to(folder).as_posix() if error.filename else ""
         if place in ("", "."):
             raise UsageError(f"{folder} cannot be read: {error.strerror}.")
         refused = ("unreadable", f"folder cannot be listed: {error.strerror}")
-        entries.append(Entry(key=shards.safe_key(place), source=f"{source.kind}:{_printable(place)}", refused=refused))
-    return entries, skipped
+        yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{_printable(place)}", refused=refused)
+
+
+def _stored(source: SourceSpec, skipped: Skipped) -> Iterator[Entry]:
+    """Candidates below an address of a store; of a pattern, what matches it."""
+    for path, relative, size, version in stores.list_files(source.path, source.storage):
+        name = relative.rpartition("/")[2]
+        suffix = "." + name.rpartition(".")[2].lower() if "." in name else ""
+        if name.startswith(".") or suffix in SIDECARS:
+            skipped.count += 1
+            continue
+        entry = Entry(
+            key=shards.safe_key(relative[: len(relative) - len(suffix)] if suffix[1:] in KNOWN else relative),
+            source=f"{source.kind}:{relative}",
+            path=path,
+            size=size,
+            version=version,
+            licence=source.licence,
+            credit=source.credit,
+        )
+        if suffix and suffix[1:] not in KNOWN:
+            refused = ("not_image", f"the suffix {suffix} is of no picture format that we read")
+            entry = replace(entry, refused=refused)
+        yield entry
 
 
 def is_output(folder: Path, out: Path | None) -> bool:
@@ -190,23 +286,6 @@ def _read_credits(folder: Path) -> dict[str, tuple[str, str]]:
 def _printable(name: str) -> str:
     """A file name as text that JSON can hold: undecodable bytes show as escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def read_entry(entry: Entry, limit_bytes: int) -> bytes:
-    """The bytes that a shard will hold.
-
-    Raises:
-        SampleError: too_large (not read then), unreadable.
-    """
-    if entry.leaves is not None:
-        return encode_png(dead_leaves(*entry.leaves))
-    if entry.size > limit_bytes:
-        raise SampleError("too_large", f"{entry.size} bytes exceed the limit of {limit_bytes}", entry.key)
-    try:
-        with open(entry.path, "rb") as source:
-            return source.read(limit_bytes + 1)
-    except OSError as error:
-        raise SampleError("unreadable", f"cannot be read: {error.strerror}", entry.key) from error
 
 
 def for_folder(spec: CorpusSpec, folder: Path) -> CorpusSpec:

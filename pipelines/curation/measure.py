@@ -1,0 +1,225 @@
+"""Measuring: a part's candidates -> work/measured/<part>.parquet, one row each. No row is ever missing.
+
+The file appears at once and says which part and which rules it was made by, so a killed job repeats only the parts that
+were in flight, and a changed part keeps the rows of the candidates that did not change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.corpora import CorpusSpec, FilterSpec
+from components.fingerprints import WORDS, fingerprint
+from components.images import decode, sniff
+from components.quality import SCORES, measure_scores
+from components.types import SampleError
+from pipelines import shards
+from pipelines.curation.watch import Guard
+from pipelines.sources import Candidate, Part, candidates
+
+VERSION = 2
+"""Of the measures: raising it makes old ones stale."""
+
+Look = Callable[[bytes, FilterSpec, str], dict[str, Any]]
+"""(bytes, filters, key) -> what is measured on a picture: ext, width, height, scores, print; or SampleError."""
+
+SCORE = "score/"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("sha256", pa.string()),
+        ("bytes", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("ext", pa.string()),
+        ("licence", pa.string()),
+        ("credit", pa.string()),
+        ("caption", pa.string()),
+        ("at", pa.string()),
+        ("code", pa.string()),
+        ("stage", pa.string()),
+        ("detail", pa.string()),
+        ("print", pa.binary(8 * WORDS)),
+        *((f"{SCORE}{name}", pa.float32()) for name in SCORES),
+    ]
+)
+"""Of measured rows: code, stage and detail are "" where nothing is wrong; print and scores null where something is."""
+
+
+def look(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
+    """Decode and measure one picture."""
+    limits = filters.limits()
+    if len(data) < filters.min_file_kib * 1024:
+        raise SampleError("small_file", f"{len(data)} bytes are below {filters.min_file_kib:g} KiB", key)
+    picture = decode(data, limits, key)
+    kind = sniff(data)
+    height, width = picture.shape[:2]
+    return {
+        "ext": shards.EXTENSIONS[kind],
+        "width": width,
+        "height": height,
+        "scores": measure_scores(picture, data, kind),
+        "print": fingerprint(picture).tobytes(),
+    }
+
+
+def rules_of(filters: FilterSpec) -> str:
+    """Digest of what decides a measured row besides its bytes; thresholds of scores are none of it."""
+    limits = {**asdict(filters.limits()), "min_file_kib": filters.min_file_kib}
+    return hashlib.sha256(json.dumps([VERSION, sorted(SCORES), WORDS, limits], sort_keys=True).encode()).hexdigest()
+
+
+def measured_path(out: Path, part: Part) -> Path:
+    """Where a part's rows lie."""
+    return out / "work" / "measured" / f"{part.name}.parquet"
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What a measured file says of itself: part, rules, rows, codes, content; None where there is no whole file."""
+    try:
+        return dict(json.loads(pq.read_metadata(path).metadata[b"restoray"]))
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+
+
+def is_done(summary: Mapping[str, Any] | None, part: Part, rules: str, retry: Collection[str]) -> bool:
+    """Whether a part's file needs no further work."""
+    return bool(
+        summary
+        and summary["part"] == part.digest
+        and summary["rules"] == rules
+        and not any(code in retry for code in summary["codes"])
+    )
+
+
+def measure_part(
+    part: Part, spec: CorpusSpec, out: Path, retry: Collection[str] = (), look_at: Look = look
+) -> dict[str, Any]:
+    """Measure what is not known of a part, and return its summary with "fresh", the rows measured now.
+
+    Args:
+        retry: codes whose rows are measured again.
+        look_at: what is done with a picture's bytes.
+    """
+    cv2.setNumThreads(1)  # a task has one core; OpenCV would take them all
+    rules, path = rules_of(spec.filters), measured_path(out, part)
+    before = read_summary(path)
+    if before is not None and is_done(before, part, rules, retry):  # a retried task whose first attempt got that far
+        return {**before, "fresh": 0}
+    known = _known_rows(path, before, rules, retry)
+    patience = spec.sample_timeout_s
+    if spec.sources[part.source].kind == "urls":
+        patience += spec.download.attempts * (spec.download.total_s + 60)
+    guard = Guard(out / "work" / "cursors", part.name, patience)
+    done, rows, fresh = False, [], 0
+    try:
+        if guard.hopeless:
+            problem = SampleError("crashed", "the process that read it died again and again", part.name)
+            rows, fresh = [_row(Candidate(id=part.name[:24], key=part.name, source=part.name, problem=problem))], 1
+        else:
+            for candidate in candidates(part, spec, out, known.__contains__):
+                if candidate.id in known:
+                    rows.append(_renewed(known[candidate.id], candidate))
+                    continue
+                guard.at(candidate.id)
+                verdict = guard.sentence(candidate.id)
+                if verdict is not None:
+                    candidate.problem, candidate.stage = SampleError(*verdict, candidate.key), "measure"
+                rows.append(_measure(candidate, spec.filters, look_at))
+                fresh += 1
+        summary = _write(path, rows, {"part": part.digest, "rules": rules})
+        done = True
+    finally:
+        guard.close(done)
+    return {**summary, "fresh": fresh}
+
+
+def _known_rows(
+    path: Path, before: Mapping[str, Any] | None, rules: str, retry: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run by id, less those to be measured again."""
+    if before is None or before["rules"] != rules:
+        return {}
+    return {row["id"]: row for row in pq.read_table(path).to_pylist() if row["code"] not in retry}
+
+
+def _renewed(row: Mapping[str, Any], candidate: Candidate) -> dict[str, Any]:
+    """A known row with what listing says today."""
+    today = {name: getattr(candidate, name) for name in ("key", "source", "licence", "credit", "caption")}
+    return {**row, **today, "at": candidate.at or row["at"]}
+
+
+def _measure(candidate: Candidate, filters: FilterSpec, look_at: Look) -> dict[str, Any]:
+    """One row; whatever a picture may do to a library, it costs no other."""
+    row = _row(candidate)
+    if candidate.problem is not None or candidate.load is None:
+        return row
+    try:
+        data = candidate.load()
+        row.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        found = look_at(data, filters, candidate.key)
+        row.update({name: found[name] for name in ("ext", "width", "height", "print")})
+        row.update({SCORE + name: value for name, value in found["scores"].items()})
+        if candidate.keep is not None:
+            candidate.keep(data)
+        row["at"] = candidate.at
+    except SampleError as error:
+        row.update(code=error.code, stage="measure", detail=error.detail)
+    except MemoryError:
+        row.update(code="out_of_memory", stage="measure", detail="decoding it needs more memory than there is")
+    except Exception as error:  # noqa: BLE001 - see above
+        row.update(code="crashed", stage="measure", detail=f"{type(error).__name__}: {error}"[:1000])
+    return row
+
+
+def _row(candidate: Candidate) -> dict[str, Any]:
+    problem = candidate.problem
+    names = ("id", "key", "source", "licence", "credit", "caption", "at")
+    return {
+        **{name: getattr(candidate, name) for name in names},
+        "sha256": "",
+        "bytes": candidate.size,
+        "width": 0,
+        "height": 0,
+        "ext": "",
+        "code": problem.code if problem else "",
+        "stage": candidate.stage if problem else "",
+        "detail": problem.detail if problem else "",
+    }
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the file at once; returns its summary."""
+    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in SCHEMA]
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    content = hashlib.sha256()
+    for batch in table.to_batches():
+        content.update(batch.serialize())
+    codes = Counter(row["code"] for row in rows if row["code"])
+    summary = {**facts, "rows": len(rows), "codes": dict(sorted(codes.items())), "content": content.hexdigest()}
+    write_parquet(path, table.replace_schema_metadata({"restoray": json.dumps(summary)}))
+    return summary
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """A parquet file that is old or whole, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

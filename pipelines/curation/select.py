@@ -1,0 +1,435 @@
+"""Selecting: which measured candidates become samples, under which key, in which split and which shard.
+
+A pure function of the measured rows and the spec, in source order, so that retries, workers and arrival change nothing:
+of equal pictures the first stays. One task does it for the whole corpus. It holds about 60 bytes a candidate (150 with
+near duplicates) in arrays and one part's rows at a time; the driver gets counts and the shards' plans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.corpora import Bounds, CorpusSpec, SplitSpec
+from components.fingerprints import WORDS, first_alike
+from components.quality import bounds_of, judge
+from pipelines import shards
+from pipelines.curation.measure import SCHEMA, SCORE, write_parquet
+from pipelines.errors import Failure, UsageError, near_miss
+from pipelines.rows import replace_file
+
+VERSION = 1
+OVERHEAD_BYTES = 2048  # of a sample in a shard besides its picture: two headers, padding, JSON
+
+FAILED = "failed/"  # why a learned score is missing
+BROKEN, REFUSED, EXACT, NEAR = 1, 2, 3, 4  # why a candidate is out; 0 is in
+SPLITS = ("train", "held_out")
+
+DECIDED = pa.schema(
+    [
+        ("number", pa.int64()),
+        *(f for f in SCHEMA if f.name != "id" and not f.name.startswith(SCORE)),
+        ("split", pa.string()),
+    ]
+)
+"""Of decided rows; the score columns follow."""
+
+
+@dataclass(kw_only=True)
+class ShardPlan:
+    """One shard to be.
+
+    Attributes:
+        split, number: which.
+        first, last: numbers of the first and the last candidate in it, in source order.
+        parts: names of the decided files that hold them.
+        samples, size: how many, and about how many bytes.
+        digest: of all that decides its bytes.
+    """
+
+    split: str
+    number: int
+    first: int
+    last: int
+    parts: list[str] = field(default_factory=list)
+    samples: int = 0
+    size: int = 0
+    digest: str = ""
+
+
+@dataclass(kw_only=True)
+class Selection:
+    """What selecting ended with: counts by code and split, and the shards' plans."""
+
+    candidates: int
+    accepted: dict[str, int]
+    codes: dict[str, int]
+    plans: list[ShardPlan]
+
+    def to_json(self) -> str:
+        """For work/selected.json."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Selection:
+        """Back from `to_json`."""
+        document = json.loads(text)
+        return Selection(**{**document, "plans": [ShardPlan(**plan) for plan in document["plans"]]})
+
+
+def thresholds(spec: CorpusSpec) -> dict[str, Bounds]:
+    """Bounds by score name, learned scores last; UsageError for a name that does not exist."""
+    try:
+        bounds = bounds_of(spec.filters.preset, spec.filters.scores, spec.filters.flat_below)
+    except ValueError as error:
+        raise UsageError(f"{spec.name}: {error}") from error
+    return {**bounds, **{model.name: model.bounds for model in spec.filters.models}}
+
+
+def select(names: Sequence[str], spec: CorpusSpec, out: Path) -> Selection:
+    """Decide about every candidate; writes work/decided/*.parquet and work/quarantine.jsonl.
+
+    Args:
+        names: of all parts, in source order.
+
+    Raises:
+        UsageError: no candidate has a held-out name of the spec.
+    """
+    bounds = thresholds(spec)
+    own = {name: b for name, b in bounds.items() if name not in {m.name for m in spec.filters.models}}
+    rows = _Rows(names, out, spec)
+    status, sha, keys, prints = rows.gather(bounds)
+    reasons: dict[int, str] = {}  # number: detail, of copies alone
+    _exact(status, sha, spec, reasons, rows)
+    if spec.dedup.near:
+        _near(status, prints, spec, reasons, rows)
+    kept = np.flatnonzero(status == 0)
+    named = _named(spec.split, keys, kept, rows)
+    renamed = _part_equal_keys(keys, kept, rows)
+    held = named if spec.split.held_out else _held_out(keys, kept, spec.split)
+    return _write(names, spec, rows, status, reasons, renamed, held, own)
+
+
+class _Rows:
+    """Measured rows by their number, read from the parts' files a column at a time."""
+
+    def __init__(self, names: Sequence[str], out: Path, spec: CorpusSpec) -> None:
+        self.names, self.out, self.spec = names, out, spec
+        self.counts = [pq.read_metadata(self.path(name)).num_rows for name in names]
+        self.starts = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+
+    def path(self, name: str) -> Path:
+        return self.out / "work" / "measured" / f"{name}.parquet"
+
+    def table(self, place: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of a part, with the columns of learned scores."""
+        wanted = None if columns is None else [c for c in columns if c in SCHEMA.names]
+        table = pq.read_table(self.path(self.names[place]), columns=wanted)
+        for model in self.spec.filters.models:
+            column = SCORE + model.name
+            if columns is None or column in columns:
+                path = self.out / "work" / "scored" / model.name / f"{self.names[place]}.parquet"
+                scored = pq.read_table(path)
+                table = table.append_column(column, scored.column("value"))
+                table = table.append_column(FAILED + model.name, scored.column("failed"))
+        return table
+
+    def gather(self, bounds: Mapping[str, Bounds]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(status uint8 [N], sha256's first 16 bytes as uint64 [N, 2], keys' hashes uint64 [N], prints [N, WORDS])."""
+        n, near = int(self.starts[-1]), self.spec.dedup.near
+        status, sha, keys = np.zeros(n, np.uint8), np.zeros((n, 2), np.uint64), np.zeros(n, np.uint64)
+        prints = np.zeros((n if near else 0, WORDS), np.uint64)
+        columns = ["code", "sha256", "key", *(SCORE + name for name in bounds), *(["print"] if near else [])]
+        for place in range(len(self.names)):
+            table, here = self.table(place, columns), slice(int(self.starts[place]), int(self.starts[place + 1]))
+            broken = np.array([bool(code) for code in table.column("code").to_pylist()], bool)
+            status[here] = np.where(broken, BROKEN, 0)
+            digests = [bytes.fromhex(text[:32]) or bytes(16) for text in table.column("sha256").to_pylist()]
+            sha[here] = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
+            keys[here] = [key_hash(key) for key in table.column("key").to_pylist()]
+            for name, bound in bounds.items():
+                values = table.column(SCORE + name).to_numpy(zero_copy_only=False).astype(np.float64)
+                low = -np.inf if bound.min is None else bound.min
+                high = np.inf if bound.max is None else bound.max
+                outside = ~((values >= np.float64(low)) & (values <= np.float64(high)))  # no number is outside, too
+                status[here][(status[here] == 0) & outside] = REFUSED
+            if near:
+                blank = bytes(8 * WORDS)
+                data = b"".join(value or blank for value in table.column("print").to_pylist())
+                prints[here] = np.frombuffer(data, np.uint64).reshape(-1, WORDS)
+        return status, sha, keys, prints
+
+    def values(self, numbers: Sequence[int] | np.ndarray, columns: Sequence[str]) -> dict[int, tuple[Any, ...]]:
+        """Some columns of some rows, by number."""
+        found: dict[int, tuple[Any, ...]] = {}
+        numbers = np.unique(np.asarray(numbers, np.int64))
+        places = np.searchsorted(self.starts, numbers, side="right") - 1
+        for place in np.unique(places):
+            mine = numbers[places == place]
+            table = self.table(int(place), columns).take(pa.array(mine - self.starts[place]))
+            for number, *row in zip(mine.tolist(), *(table.column(c).to_pylist() for c in columns), strict=True):
+                found[number] = tuple(row)
+        return found
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a key's hash; its upper 48 are its place among the held-out ones."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+
+
+def _exact(status: np.ndarray, sha: np.ndarray, spec: CorpusSpec, reasons: dict[int, str], rows: _Rows) -> None:
+    """Mark copies of earlier corpora and of earlier candidates, byte for byte."""
+    if not spec.dedup.exact:
+        return
+    for folder in spec.dedup.against:
+        known, names = _earlier(folder, "sha256")
+        digests = np.frombuffer(b"".join(bytes.fromhex(text[:32]) for text in known), ">u8").reshape(-1, 2)
+        index = {(int(high), int(low)): n for n, (high, low) in enumerate(digests.tolist())}
+        for number in np.flatnonzero(status == 0).tolist() if index else ():
+            match = index.get((int(sha[number, 0]), int(sha[number, 1])))
+            if match is not None:
+                status[number], reasons[number] = EXACT, f"same bytes as {names[match]} of an earlier corpus"
+    alive = np.flatnonzero(status == 0)
+    order = alive[np.lexsort((alive, sha[alive, 1], sha[alive, 0]))]
+    same = np.zeros(len(order), bool)
+    same[1:] = (sha[order[1:]] == sha[order[:-1]]).all(axis=1)
+    leaders = order[np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))] if len(order) else order
+    copies, originals = order[same], leaders[same]
+    status[copies] = EXACT
+    keys = rows.values(originals, ["key"])
+    for copy, original in zip(copies.tolist(), originals.tolist(), strict=True):
+        reasons[copy] = f"same bytes as {keys[original][0]}"
+
+
+def _near(status: np.ndarray, prints: np.ndarray, spec: CorpusSpec, reasons: dict[int, str], rows: _Rows) -> None:
+    """Mark what looks like an earlier corpus' or an earlier candidate's picture."""
+    before, names = [np.zeros((0, WORDS), np.uint64)], []
+    for folder in spec.dedup.against:
+        known, keys = _earlier(folder, "print")
+        before.append(np.frombuffer(b"".join(known), np.uint64).reshape(-1, WORDS))
+        names += keys
+    earlier = sum(map(len, before))
+    alive = np.flatnonzero(status == 0)
+    of = first_alike(np.concatenate([*before, prints[alive]]), earlier=earlier)[earlier:]
+    copies = alive[of >= 0]
+    status[copies] = NEAR
+    of = of[of >= 0]
+    own = rows.values(alive[of[of >= earlier] - earlier], ["key"])
+    for copy, original in zip(copies.tolist(), of.tolist(), strict=True):
+        if original < earlier:
+            reasons[copy] = f"looks like {names[original]} of an earlier corpus"
+        else:
+            reasons[copy] = f"looks like {own[int(alive[original - earlier])][0]}"
+
+
+def _earlier(folder: str, column: str) -> tuple[list[Any], list[str]]:
+    """A column of an earlier corpus' tables, and the keys."""
+    corpus = shards.open_corpus(folder)
+    values, keys = [], []
+    for split in corpus.splits.values():
+        for number in range(len(split.shards)):
+            batch = split.batch(number)
+            values += batch.column(column).to_pylist()
+            keys += batch.column("key").to_pylist()
+    if column == "print" and not all(len(value) == 8 * WORDS for value in values):
+        raise UsageError(f"dedup.against: {folder} was made without fingerprints of this kind; curate it again.")
+    return values, keys
+
+
+def _named(split: SplitSpec, keys: np.ndarray, kept: np.ndarray, rows: _Rows) -> set[int]:
+    """Numbers of the candidates that the spec holds out by name, before a key may get longer."""
+    wanted = {key_hash(shards.safe_key(name)): name for name in split.held_out}
+    chosen = kept[np.isin(keys[kept], np.array(list(wanted), np.uint64))] if wanted else kept[:0]
+    everywhere = set(keys[np.isin(keys, np.array(list(wanted), np.uint64))].tolist()) if wanted else set()
+    for hashed, name in wanted.items():
+        if hashed not in everywhere:
+            some = [row[0] for row in rows.values(kept[:100_000], ["key"]).values()]
+            raise UsageError(f'{rows.spec.name}: no source has the held-out picture "{name}".{near_miss(name, some)}')
+    return set(chosen.tolist())
+
+
+def _part_equal_keys(keys: np.ndarray, kept: np.ndarray, rows: _Rows) -> dict[int, str]:
+    """Longer keys, by number, for different pictures of one key ("IMG 1.png", "IMG_1.png").
+
+    Each of them gets an end made of its own bytes' hash, so that no key depends on which came first. `keys` changes.
+    """
+    renamed: dict[int, str] = {}
+    digits = 8
+    while True:
+        order = kept[np.argsort(keys[kept], kind="stable")]
+        same = keys[order[1:]] == keys[order[:-1]]
+        doubled = np.unique(np.concatenate([order[1:][same], order[:-1][same]]))
+        if not len(doubled):
+            return renamed
+        found = rows.values(doubled, ["key", "sha256"])
+        for number in doubled.tolist():
+            key, digest = found[number]
+            renamed[number] = shards.safe_key(f"{renamed.get(number, key)}-{digest[:digits]}")
+            keys[number] = key_hash(renamed[number])
+        digits *= 2  # a file may be named like such a key already
+        if digits > 64:
+            raise Failure(f"{len(doubled)} pictures cannot be told apart by key, among them {found[doubled[0]][0]}.")
+
+
+def _held_out(keys: np.ndarray, kept: np.ndarray, split: SplitSpec) -> set[int]:
+    """Numbers held out by fraction: at least 2 of 6 or more, 1 of 2 to 5, none of one; all at fraction 1."""
+    if not split.held_out_fraction or split.held_out_fraction == 1:
+        return set(kept.tolist()) if split.held_out_fraction else set()
+    places = (keys[kept] >> np.uint64(16)).astype(np.float64) / 2**48
+    chosen = int((places < split.held_out_fraction).sum())
+    count = min(max(chosen, 2 if len(kept) >= 6 else 1), len(kept) - 1)
+    return set(kept[np.argsort(places, kind="stable")[: max(0, count)]].tolist())
+
+
+def _write(
+    names: Sequence[str],
+    spec: CorpusSpec,
+    rows: _Rows,
+    status: np.ndarray,
+    reasons: Mapping[int, str],
+    renamed: Mapping[int, str],
+    held: set[int],
+    own: Mapping[str, Bounds],
+) -> Selection:
+    """Write the decided rows and the quarantine, and plan the shards, in one pass."""
+    plans = {split: _Planner(split, spec.shard_mib) for split in SPLITS}
+    codes: Counter[str] = Counter()
+    folder = rows.out / "work" / "decided"
+    quarantine = rows.out / "work" / "quarantine.jsonl.new"
+    scores = [*SCHEMA_SCORES, *(SCORE + model.name for model in spec.filters.models)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(quarantine, "w", encoding="utf-8") as target:
+        for place, name in enumerate(names):
+            table = rows.table(place)
+            columns = {column: table.column(column).to_pylist() for column in table.column_names if column != "id"}
+            first = int(rows.starts[place])
+            columns["number"] = list(range(first, first + table.num_rows))
+            columns["split"] = [""] * table.num_rows
+            for row, number in enumerate(columns["number"]):
+                columns["key"][row] = renamed.get(number, columns["key"][row])
+                if status[number] == 0:
+                    split = SPLITS[number in held]
+                    columns["split"][row] = split
+                    plans[split].add(number, name, {column: columns[column][row] for column in INFO})
+                    continue
+                if status[number] != BROKEN:
+                    code, stage, detail = _why(int(status[number]), number, row, columns, own, spec, reasons)
+                    columns["code"][row], columns["stage"][row], columns["detail"][row] = code, stage, detail
+                codes[columns["code"][row]] += 1
+                target.write(_quarantine_line(columns, row))
+            arrays = [pa.array(columns[f.name], f.type) for f in DECIDED]
+            arrays += [pa.array(columns[c], pa.float32()) for c in scores]
+            write_parquet(folder / f"{name}.parquet", pa.Table.from_arrays(arrays, names=[*DECIDED.names, *scores]))
+    quarantine.replace(quarantine.with_suffix(""))
+    for stale in folder.glob("*.parquet"):
+        if stale.stem not in set(names):
+            stale.unlink()
+    accepted = {split: sum(plan.samples for plan in planner.plans) for split, planner in plans.items()}
+    every = [plan for split in SPLITS for plan in plans[split].finished()]
+    return Selection(candidates=int(rows.starts[-1]), accepted=accepted, codes=dict(sorted(codes.items())), plans=every)
+
+
+SCHEMA_SCORES = [f.name for f in SCHEMA if f.name.startswith(SCORE)]
+INFO = ("key", "source", "sha256", "bytes", "width", "height", "ext", "licence", "credit", "caption")
+"""Fields of a candidate that decide its bytes in a shard."""
+
+
+def _why(
+    status: int,
+    number: int,
+    row: int,
+    columns: Mapping[str, Sequence[Any]],
+    own: Mapping[str, Bounds],
+    spec: CorpusSpec,
+    reasons: Mapping[int, str],
+) -> tuple[str, str, str]:
+    """(code, stage, detail) of a candidate that is whole and yet out."""
+    if status == EXACT:
+        return "duplicate", "select", reasons[number]
+    if status == NEAR:
+        return "near_duplicate", "select", reasons[number]
+    found = judge({name: columns[SCORE + name][row] for name in own}, own)
+    if found is not None:
+        return found[0], "filter", found[1]
+    for model in spec.filters.models:
+        value = columns[SCORE + model.name][row]
+        if value is None or not model.bounds.hold(value):
+            if value is None:
+                return model.name, "score", f"{model.name} failed: {columns[FAILED + model.name][row]}"
+            low, high = model.bounds.min, model.bounds.max
+            return model.name, "filter", f"{model.name} is {value:.4g}, accepted is {low} to {high}"
+    raise AssertionError(f"candidate {number} was refused for no reason")
+
+
+def _quarantine_line(columns: Mapping[str, Sequence[Any]], row: int) -> str:
+    names = ("key", "source", "stage", "code", "detail")
+    return shards.json_line({**{n: columns[n][row] for n in names}, "bytes_sha256": columns["sha256"][row]})
+
+
+class _Planner:
+    """Fills shards of one split in source order up to a size; one larger picture gets a shard of its own."""
+
+    def __init__(self, split: str, shard_mib: float) -> None:
+        self.split, self.limit = split, shard_mib * 2**20
+        self.plans: list[ShardPlan] = []
+        self._content: Any = hashlib.sha256()
+
+    def add(self, number: int, part: str, info: Mapping[str, Any]) -> None:
+        """The next sample."""
+        size = info["bytes"] + OVERHEAD_BYTES
+        last = self.plans[-1] if self.plans else None
+        if last is None or last.size + size > self.limit:
+            self._end()
+            last = ShardPlan(split=self.split, number=len(self.plans), first=number, last=number)
+            self.plans.append(last)
+        last.last, last.samples, last.size = number, last.samples + 1, last.size + size
+        if not last.parts or last.parts[-1] != part:
+            last.parts.append(part)
+        self._content.update("\x1f".join(str(info[name]) for name in INFO).encode() + b"\n")
+
+    def _end(self) -> None:
+        if self.plans:
+            last = self.plans[-1]
+            last.digest = hashlib.sha256(f"{last.split}|{last.number}|{self._content.hexdigest()}".encode()).hexdigest()
+        self._content = hashlib.sha256()
+
+    def finished(self) -> Iterator[ShardPlan]:
+        """All plans; nothing can be added after."""
+        self._end()
+        yield from self.plans
+
+
+def selection_digest(contents: Sequence[tuple[str, str]], spec: CorpusSpec) -> str:
+    """Digest of all that decides a selection: the parts' (name, content), and the spec's rules."""
+    digest = hashlib.sha256()
+    for name, content in contents:
+        digest.update(f"{name}|{content}\n".encode())
+    against = [shards.open_corpus(folder).digest for folder in spec.dedup.against]
+    bounds = {name: asdict(bound) for name, bound in thresholds(spec).items()}
+    models = [asdict(model) for model in spec.filters.models]
+    rules = [VERSION, asdict(spec.split), asdict(spec.dedup), against, bounds, models, spec.shard_mib]
+    digest.update(json.dumps(rules, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def save(selection: Selection, out: Path, digest: str) -> None:
+    """Remember a selection under its digest."""
+    replace_file(out / "work" / "selected.json", json.dumps([digest, selection.to_json()]).encode())
+
+
+def load(out: Path, digest: str) -> Selection | None:
+    """An earlier selection of this digest."""
+    try:
+        known, text = json.loads((out / "work" / "selected.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return Selection.from_json(text) if known == digest else None

@@ -1,0 +1,242 @@
+"""Parts: the units of work of a curation. The driver holds a few hundred bytes of each, whatever they hold.
+
+A part is one tar, one row group of a parquet file, or about a hundred files or addresses. Runs of files and addresses
+are cut where a name's hash says so and not by count, so that a new file changes the part that it falls into and no
+other.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from components.corpora import CorpusSpec, SourceSpec
+from pipelines import shards
+from pipelines.errors import Failure, UsageError, near_miss
+from pipelines.rows import replace_file
+from pipelines.sources import stores
+from pipelines.sources.files import KINDS, Entry, Skipped, iter_entries, nothing_to_curate
+
+SMALLEST, USUAL, LARGEST = 8, 64, 256
+"""Entries of a part of single files: at least, about, and at most. Ours: a part is some seconds of work."""
+
+ADDRESSES = (32, 256, 1024)
+"""The same for addresses, which are fetched many at once."""
+
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One unit of work.
+
+    Attributes:
+        source: number of its source in the spec.
+        name: file name for what is known of it; the same in every run.
+        digest: changes when what it holds does.
+        where: {"list": file in work/parts} or {"path", "size"} of a tar, or {"path", "group"} of a parquet file.
+    """
+
+    source: int
+    name: str
+    digest: str
+    where: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """All parts in source order, and how many sidecar and hidden files were passed over."""
+
+    parts: list[Part]
+    skipped: int
+
+
+def list_parts(spec: CorpusSpec, out: Path) -> Listing:
+    """List every source; entries of files and addresses go to work/parts below `out`.
+
+    Raises:
+        UsageError: a source is missing or empty, or no source has a held-out picture that the spec names.
+        Failure: a store or a table cannot be read.
+    """
+    folder = out / "work" / "parts"
+    wanted = {shards.safe_key(name): name for name in spec.split.held_out}
+    parts: list[Part] = []
+    skipped = Skipped()
+    some: list[str] = []  # keys to suggest from; a spec that names pictures is a small one
+    for number, source in enumerate(spec.sources):
+        if source.kind in KINDS:
+            lines = (_file_line(entry, wanted, some) for entry in iter_entries(source, out, skipped))
+            parts += _write_lists(number, lines, folder, (SMALLEST, USUAL, LARGEST))
+        elif not source.path:
+            raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
+        elif source.kind == "tar":
+            parts += _tars(number, source)
+        elif source.kind == "parquet":
+            parts += _row_groups(number, source)
+        else:
+            parts += _write_lists(number, _address_lines(source), folder, ADDRESSES)
+    if not parts:
+        raise nothing_to_curate(spec)
+    names = {part.name for part in parts}
+    if len(names) != len(parts):
+        raise UsageError(f"{spec.name}: two sources name the same files.")
+    if wanted and all(source.kind in KINDS for source in spec.sources):
+        name = next(iter(wanted.values()))
+        raise UsageError(f'{spec.name}: no source has the held-out picture "{name}".{near_miss(name, some)}')
+    for stale in folder.glob("*.jsonl") if folder.is_dir() else ():
+        if stale.stem not in names:
+            stale.unlink()
+    return Listing(parts=parts, skipped=skipped.count)
+
+
+def _file_line(entry: Entry, wanted: dict[str, str], some: list[str]) -> tuple[str, dict[str, Any]]:
+    if wanted:
+        wanted.pop(entry.key, None)
+        if len(some) < 100_000:
+            some.append(entry.key)
+    return entry.source, {name: value for name, value in asdict(entry).items() if value not in ("", 0, None)}
+
+
+def _write_lists(
+    number: int, lines: Iterable[tuple[str, dict[str, Any]]], folder: Path, sizes: tuple[int, int, int]
+) -> Iterator[Part]:
+    """Cut a run of (name, line) into parts, each with its file."""
+    smallest, usual, largest = sizes
+    collected: list[str] = []
+    first = ""
+    for name, line in lines:
+        first = first or name
+        collected.append(shards.json_line(line))
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+        if len(collected) >= largest or (len(collected) >= smallest and place % usual == 0):
+            yield _write_list(number, first, collected, folder)
+            collected, first = [], ""
+    if collected:
+        yield _write_list(number, first, collected, folder)
+
+
+def _write_list(number: int, first: str, lines: list[str], folder: Path) -> Part:
+    data = "".join(lines).encode()
+    name = f"{number:02d}-{hashlib.sha256(first.encode()).hexdigest()[:20]}"
+    path = folder / f"{name}.jsonl"
+    if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
+    return Part(source=number, name=name, digest=hashlib.sha256(data).hexdigest()[:32], where={"list": path.name})
+
+
+def _tars(number: int, source: SourceSpec) -> Iterator[Part]:
+    for path, relative, size, version in stores.list_files(source.path, source.storage):
+        name = f"{number:02d}-{hashlib.sha256(relative.encode()).hexdigest()[:20]}"
+        digest = hashlib.sha256(f"{relative}|{size}|{version}".encode()).hexdigest()[:32]
+        yield Part(source=number, name=name, digest=digest, where={"path": path, "label": relative, "size": size})
+
+
+def _row_groups(number: int, source: SourceSpec) -> Iterator[Part]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path, relative, size, version in stores.list_files(source.path, source.storage):
+        name = f"{number:02d}-{hashlib.sha256(relative.encode()).hexdigest()[:20]}"
+        digest = hashlib.sha256(f"{relative}|{size}|{version}".encode()).hexdigest()[:32]
+        where = {"path": path, "label": relative}
+        try:
+            with stores.open_file(path, source.storage) as file:
+                metadata = pq.ParquetFile(file).metadata
+        except (OSError, pa.ArrowException) as error:  # its one row says so
+            sentence = str(error).splitlines()[0]
+            yield Part(source=number, name=name, digest=digest, where={**where, "broken": sentence})
+            continue
+        for column in filter(None, (source.image_column, source.key_column, source.caption_column)):
+            fields = metadata.schema.to_arrow_schema().names
+            if column not in fields:
+                raise UsageError(f'{relative} has no column "{column}".{near_miss(column, fields)}')
+        for group in range(metadata.num_row_groups):
+            yield Part(source=number, name=f"{name}-{group:05d}", digest=digest, where={**where, "group": group})
+
+
+# --- tables of addresses ----------------------------------------------------------------------------------------------
+
+
+def _address_lines(source: SourceSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, relative, _, _ in stores.list_files(source.path, source.storage):
+        seen = False
+        for row in _table_rows(path, relative, source):
+            url = str(row.get(source.url_column) or "").strip()
+            if not url:
+                continue
+            seen = True
+            key = str(row.get(source.key_column) or "") if source.key_column else ""
+            line = {
+                "url": url,
+                "key": shards.safe_key(key or "url-" + hashlib.sha256(url.encode()).hexdigest()[:20]),
+                "caption": str(row.get(source.caption_column) or "") if source.caption_column else "",
+                "licence": str(row.get(source.licence_column) or "") if source.licence_column else "",
+            }
+            yield url, {name: value for name, value in line.items() if value}
+        if not seen:
+            raise UsageError(f'{relative} holds no address in the column "{source.url_column}".')
+
+
+def _table_rows(path: str, label: str, source: SourceSpec) -> Iterator[Mapping[str, Any]]:
+    """Rows of a table of addresses, one at a time."""
+    suffix = "." + label.rpartition(".")[2].lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise UsageError(f"{label} is no table of addresses: {', '.join(TABLE_SUFFIXES)} are read.")
+    wanted = [c for c in (source.url_column, source.key_column, source.caption_column, source.licence_column) if c]
+    try:
+        with stores.open_file(path, source.storage) as file:
+            if suffix == ".parquet":
+                yield from _parquet_rows(file, label, wanted)
+                return
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
+            reader: Callable[[TextIO, str], Iterator[Mapping[str, Any]]] = {
+                ".jsonl": _json_rows,
+                ".txt": lambda lines, _: ({source.url_column: line} for line in lines if not line.startswith("#")),
+            }.get(suffix, _csv_rows)
+            for number, row in enumerate(reader(text, label)):
+                if not number and suffix != ".txt":
+                    _check_columns(label, wanted, row)
+                yield row
+    except OSError as error:
+        raise Failure(f"{label} cannot be read: {error.strerror or error}.") from error
+
+
+def _parquet_rows(file: Any, label: str, wanted: list[str]) -> Iterator[Mapping[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        _check_columns(label, wanted, dict.fromkeys(table.schema_arrow.names))
+        for batch in table.iter_batches(batch_size=4096, columns=wanted):
+            yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise Failure(f"{label} is no readable parquet file: {str(error).splitlines()[0]}.") from error
+
+
+def _json_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UsageError(f"{label}, line {number}: no JSON object.")
+        yield row
+
+
+def _csv_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
+    yield from csv.DictReader(lines, delimiter="\t" if label.lower().endswith(".tsv") else ",")
+
+
+def _check_columns(label: str, wanted: list[str], row: Mapping[str, Any]) -> None:
+    for column in wanted:
+        if column not in row:
+            raise UsageError(f'{label} has no column "{column}".{near_miss(column, [str(name) for name in row])}')

@@ -1,0 +1,227 @@
+"""Webdataset tars of unknown origin: intact samples come out, broken parts come out as problems, nothing raises.
+
+Stock readers lose a whole tar to one bad byte, merge `a.v1.jpg` with `a.v2.jpg`, and skip `.jpeg`, `.webp` and `.JPG`.
+Here every member is seen, and told from which byte on it lies, so that a picture can be read again without the rest.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from components.types import SampleError
+from pipelines.shards import BLOCK, safe_key
+
+REFUSED_SUFFIXES = frozenset({"pickle", "pkl", "pyd", "pt", "pth", "npy", "npz"})
+"""Formats that can carry code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarSample:
+    """The members of one sample by suffix, and the byte at which each one's data begins."""
+
+    key: str
+    members: Mapping[str, bytes]
+    offsets: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarProblem:
+    """A part of a tar that cannot be used: sample key ("" for the archive itself), reason code, sentence."""
+
+    key: str
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """One member: name ("" for a problem of the archive), data, where it begins, and what is wrong with it."""
+
+    name: str
+    data: bytes = b""
+    offset: int = 0
+    problem: SampleError | None = None
+
+
+def iter_tar(path: Path, max_member_bytes: int = 256 << 20) -> Iterator[TarSample | TarProblem]:
+    """`read_tar` of a local file; one that cannot be opened is a problem, too."""
+    try:
+        size = path.stat().st_size
+        source = open(path, "rb")  # noqa: SIM115 - closed below; a with-statement would catch the consumer's OSErrors
+    except OSError as error:
+        yield TarProblem(key="", code="unreadable", detail=f"{path.name}: {error.strerror}")
+        return
+    with source:
+        yield from read_tar(source, size, path.name, max_member_bytes)
+
+
+def read_tar(
+    source: BinaryIO, size: int, label: str, max_member_bytes: int = 256 << 20
+) -> Iterator[TarSample | TarProblem]:
+    """Read a webdataset tar of any origin: intact samples come out, broken parts come out as problems, nothing raises.
+
+    Codes: unreadable, empty, not_tar, truncated (cut short), tar_header (a damaged header; reading goes on at the next
+    valid one), tar_order (a key comes back later: interleaved members), duplicate_member, unsafe_member (absolute or
+    climbing names, links, devices, formats that can carry code), too_large, no_suffix.
+
+    Args:
+        source: an uncompressed tar, seekable; read once from front to end.
+        size: of it, bytes.
+        label: its name, for problems.
+        max_member_bytes: bound of memory; larger members are skipped.
+    """
+    finished: set[str] = set()
+    key, spoilt = "", False  # the sample being collected
+    members: dict[str, bytes] = {}
+    offsets: dict[str, int] = {}
+    usual = frozenset({"json"})  # suffixes of the last whole sample; webdataset writers put the JSON last
+    for item in _members(source, size, label, max_member_bytes):
+        if item is None:  # the proper end
+            if key and not spoilt:
+                yield TarSample(key=key, members=members, offsets=offsets)
+            return
+        name, problem = item.name, item.problem
+        stem, _, suffix = name.rpartition("/")[2].partition(".")
+        this = name[: len(name) - len(suffix) - 1] if suffix else name
+        if problem is not None and not name:  # the archive, not a sample
+            if key and not spoilt:
+                yield _before_damage(key, members, offsets, usual, problem)
+            finished.add(key)
+            key, members, offsets, spoilt = "", {}, {}, False
+            yield TarProblem(key="", code=problem.code, detail=problem.detail)
+            continue
+        if this != key:
+            if key and not spoilt:
+                usual = frozenset(members)
+                yield TarSample(key=key, members=members, offsets=offsets)
+            finished.add(key)
+            key, members, offsets, spoilt = this, {}, {}, False
+            if this in finished:
+                spoilt = True
+                yield TarProblem(key=this, code="tar_order", detail="members of this key are not next to each other")
+        if problem is not None:
+            spoilt = True
+            yield TarProblem(key=this, code=problem.code, detail=problem.detail)
+        elif not suffix or not stem:
+            spoilt = True
+            yield TarProblem(key=this, code="no_suffix", detail=f"member {name!r} has no stem or no suffix")
+        elif suffix in members and not spoilt:
+            spoilt = True
+            yield TarProblem(key=this, code="duplicate_member", detail=f"member {name!r} comes twice")
+        elif not spoilt:
+            members[suffix], offsets[suffix] = item.data, item.offset
+
+
+def _before_damage(
+    key: str,
+    members: Mapping[str, bytes],
+    offsets: Mapping[str, int],
+    usual: frozenset[str],
+    problem: SampleError,
+) -> TarSample | TarProblem:
+    """The sample in front of a damaged place: surely whole only with all that the sample before it had."""
+    if usual <= frozenset(members):
+        return TarSample(key=key, members=members, offsets=offsets)
+    return TarProblem(key=key, code=problem.code, detail=f"{problem.detail}; this sample may lack a member")
+
+
+def _members(source: BinaryIO, size: int, label: str, limit: int) -> Iterator[_Member | None]:
+    """Walk tar headers; None for a proper end."""
+    if size == 0:
+        yield _broken("empty", f"{label} holds no bytes")
+        return
+    long_name, lost, seen, at = "", False, False, 0
+    records: dict[str, str] = {}
+    while True:
+        source.seek(at)
+        block = source.read(BLOCK)
+        start = at + BLOCK
+        if block == bytes(BLOCK):
+            if not seen and not lost:
+                yield _broken("empty", f"{label} holds no member")
+            yield None
+            return
+        if len(block) < BLOCK:
+            if lost and not seen:  # "not_tar" has said it
+                return
+            code = "truncated" if seen or size < BLOCK else "not_tar"
+            yield _broken(code, f"{label} ends at byte {size} without an end marker")
+            return
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            if not lost:  # say it once, then look for the next header, block by block
+                lost = True
+                packed = " (it is compressed: unpack it first)" if block[:2] == b"\x1f\x8b" and not at else ""
+                yield _broken("tar_header" if seen else "not_tar", f"{label} has no tar header at byte {at}{packed}")
+            at = start
+            continue
+        seen, lost = True, False
+        extra = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+        n_bytes = int(records.get("size", header.size)) if not extra else header.size
+        if n_bytes < 0:  # a size in base 256 may be negative: no honest header
+            yield _broken("tar_header", f"{label} has a negative size at byte {at}")
+            return
+        if start + n_bytes > size:
+            name = "" if extra else long_name or records.get("path", header.name)
+            yield _Member(name=name, problem=SampleError("truncated", f"{label} ends inside this member"))
+            return
+        if extra:
+            data = source.read(n_bytes) if n_bytes <= 1 << 20 else b""
+            if header.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif header.type != tarfile.XGLTYPE:
+                records = _pax_records(data)
+        else:
+            name, long_name, records = long_name or records.get("path", header.name), "", {}
+            if header.isdir():
+                pass
+            elif _is_unsafe(name, header):  # the problem's key may end up in a file name
+                refused = SampleError("unsafe_member", f"member {name!r} of {label} is refused")
+                yield _Member(name=safe_key(_text(name)), problem=refused)
+            elif n_bytes > limit:
+                large = SampleError("too_large", f"member {name!r} of {label} holds {n_bytes} bytes, over {limit}")
+                yield _Member(name=_text(name), problem=large)
+            elif name:
+                yield _Member(name=_text(name), data=source.read(n_bytes), offset=start)
+        at = start + n_bytes + -n_bytes % BLOCK
+
+
+def _broken(code: str, detail: str) -> _Member:
+    """A problem of the archive itself."""
+    return _Member(name="", problem=SampleError(code, detail))
+
+
+def _text(name: str) -> str:
+    """A member's name as text that JSON can hold: bytes that are no UTF-8 show as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """PAX extended header records ("LENGTH KEY=VALUE\\n"); what cannot be read is left out."""
+    records = {}
+    while (match := re.match(rb"(\d{1,9}) ", data)) and 0 < int(match[1]) <= len(data):
+        keyword, _, value = data[match.end() : int(match[1]) - 1].partition(b"=")
+        records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        data = data[int(match[1]) :]
+    if not records.get("size", "0").isdigit():
+        del records["size"]
+    return records
+
+
+def _is_unsafe(name: str, header: tarfile.TarInfo) -> bool:
+    parts = re.split(r"[/\\]", name)
+    suffixes = parts[-1].lower().split(".")[1:]
+    return (
+        not header.isreg()
+        or header.issparse()
+        or name.startswith(("/", "\\"))
+        or ".." in parts
+        or "\0" in name
+        or any(suffix in REFUSED_SUFFIXES for suffix in suffixes)
+    )

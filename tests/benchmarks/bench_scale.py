@@ -1,0 +1,204 @@
+"""The 20M proof: the whole CPU path of `restoray curate` over synthetic shards, and what it costs as samples grow.
+
+Each size is one curation of tars full of tiny pictures, with one broken row in a thousand and two copies in a hundred
+planted. Afterwards the counts must be exact; the driver's memory is fitted over the sizes, and the rate of the last
+tenth of the samples is compared with that of the first.
+
+    python tests/benchmarks/bench_scale.py --folder SCRATCH --sizes 100000 300000 1000000 --out scale.json
+
+A leg that is killed goes on where it stopped (tars are kept, and curation resumes), but then its times are void.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+
+SIDE_PX, GRID = 40, 8
+PER_TAR = 5000
+BROKEN_EVERY, COPY_EVERY = 1000, 50
+TOP = Path(__file__).resolve().parents[2]
+
+
+def jpeg(number: int) -> bytes:
+    """A tiny picture of coloured squares, different for each number."""
+    draw = np.random.default_rng(number)
+    squares = draw.integers(0, 256, (GRID, GRID, 3), dtype=np.uint8)
+    picture = cv2.resize(squares, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_CUBIC)
+    return cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+
+
+def member(number: int) -> bytes:
+    """What stands at a number: usually its own picture, sometimes a broken one, sometimes one that stood before."""
+    if number % BROKEN_EVERY == BROKEN_EVERY - 1:
+        return jpeg(number)[:200]
+    if number % COPY_EVERY == COPY_EVERY - 1:
+        return jpeg(number // 2 // COPY_EVERY * COPY_EVERY + number % 7)  # never broken, never a copy itself
+    return jpeg(number)
+
+
+def planted(count: int) -> dict[str, int]:
+    """Exact counts of a corpus of the first `count` numbers."""
+    broken = count // BROKEN_EVERY
+    copies = count // COPY_EVERY - broken  # every broken number would have been a copy
+    return {"accepted": count - broken - copies, "truncated": broken, "duplicate": copies}
+
+
+def make_tars(folder: Path, count: int) -> None:
+    """Write the tars of a size; those that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, count, PER_TAR):
+        path = folder / f"{first // PER_TAR:05d}.tar"
+        if path.exists():
+            continue
+        temporary = path.with_suffix(".tmp")
+        with tarfile.open(temporary, "w") as target:
+            for number in range(first, min(first + PER_TAR, count)):
+                data = member(number)
+                info = tarfile.TarInfo(f"{number:09d}.jpg")
+                info.size = len(data)
+                target.addfile(info, io.BytesIO(data))
+        temporary.rename(path)
+
+
+class Memory:
+    """Largest private memory, bytes, of this process and of its largest worker, sampled while it exists."""
+
+    def __init__(self, every_s: float = 0.25) -> None:
+        self.driver = self.worker = 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._sample, args=(every_s,), daemon=True)
+
+    def _sample(self, every_s: float) -> None:
+        me = psutil.Process()
+        number = 0
+        while not self.stop.wait(every_s):
+            self.driver = max(self.driver, me.memory_full_info().uss)
+            number += 1
+            if number % 8:
+                continue
+            for process in me.children(recursive=True):
+                try:
+                    if " ".join(process.cmdline()).startswith("ray::"):
+                        self.worker = max(self.worker, process.memory_full_info().uss)
+                except psutil.Error:
+                    continue
+
+    def __enter__(self) -> Memory:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def run_leg(folder: Path, count: int, shard_mib: float) -> dict[str, Any]:
+    """One curation, in this process; its facts."""
+    from components.corpora import CorpusSpec, DedupSpec, FilterSpec, SourceSpec, SplitSpec
+    from pipelines.cluster import local_ray
+    from pipelines.curate import curate
+
+    spec = CorpusSpec(
+        name=f"scale-{count}",
+        sources=[SourceSpec(kind="tar", path=str(folder / "tars" / "*.tar"))],
+        filters=FilterSpec(min_side_px=16),
+        split=SplitSpec(held_out_fraction=0.001),
+        dedup=DedupSpec(exact=True, near=True),
+        shard_mib=shard_mib,
+    )
+    marks: dict[str, list[tuple[float, int]]] = {"measure": [], "shards": []}
+
+    def progress(done: int, of: int = 0, note: str = "") -> None:
+        phase = "shards" if note == "shards" else "measure" if "pictures" in note else ""
+        if phase:
+            marks[phase].append((time.monotonic(), done))
+
+    with local_ray():
+        import ray
+
+        ray.get(ray.remote(lambda: 0).remote())
+        with Memory() as memory:
+            started = time.monotonic()
+            result = curate(spec, folder / "corpus", progress=progress)
+            seconds = time.monotonic() - started
+    counts = {"accepted": result.accepted, **dict(result.reasons)}
+    return {
+        "samples": count,
+        "counts": counts,
+        "exact": counts == planted(count),
+        "reused": result.reused,
+        "seconds": round(seconds, 1),
+        "driver_bytes": memory.driver,
+        "worker_bytes": memory.worker,
+        **{f"{name}_last_over_first": steadiness(points) for name, points in marks.items()},
+        **{f"{name}_s": round(points[-1][0] - points[0][0], 1) for name, points in marks.items() if points},
+    }
+
+
+def steadiness(points: list[tuple[float, int]]) -> float | None:
+    """Rate over the last tenth divided by the rate over the first; None with too few steps to say."""
+    if len(points) < 22:
+        return None
+    times = np.array([at for at, _ in points])
+    done = np.array([n for _, n in points], float)
+    low, high, span = done[0], done[-1], (done[-1] - done[0]) / 10
+
+    def rate(begin: float, end: float) -> float:
+        return float((end - begin) / (np.interp(end, done, times) - np.interp(begin, done, times)))
+
+    # The first results wait for workers to start, the last ones for the slowest: neither is a rate.
+    return round(rate(high - 1.5 * span, high - 0.5 * span) / rate(low + 0.5 * span, low + 1.5 * span), 3)
+
+
+def fit(legs: list[dict[str, Any]]) -> dict[str, float]:
+    """Driver bytes = a + b * samples by least squares, and b of the last two sizes alone."""
+    n = np.array([leg["samples"] for leg in legs], float)
+    memory = np.array([leg["driver_bytes"] for leg in legs], float)
+    slope, start = np.polyfit(n, memory, 1)
+    last = (memory[-1] - memory[-2]) / (n[-1] - n[-2])
+    return {"start_mib": start / 2**20, "bytes_a_sample": slope, "bytes_a_sample_last_two": last}
+
+
+def main() -> None:
+    """Run legs, each in a process of its own, and write the facts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="scratch space; about 4 kB a sample")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 300_000, 1_000_000])
+    parser.add_argument("--shard-mib", type=float, default=8.0)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--leg", type=int, help="one size, in this process")
+    arguments = parser.parse_args()
+    if arguments.leg:
+        place = arguments.folder / str(arguments.leg)
+        make_tars(place / "tars", arguments.leg)
+        sys.stdout.write(json.dumps(run_leg(place, arguments.leg, arguments.shard_mib)) + "\n")
+        return
+    legs = []
+    for size in arguments.sizes:
+        command = [sys.executable, __file__, "--folder", str(arguments.folder), "--leg", str(size)]
+        command += ["--shard-mib", str(arguments.shard_mib)]
+        ended = subprocess.run(command, cwd=TOP, stdout=subprocess.PIPE, check=True, text=True)
+        legs.append(json.loads(ended.stdout.splitlines()[-1]))
+        sys.stderr.write(json.dumps(legs[-1]) + "\n")
+    facts = {"legs": legs, **({"fit": fit(legs)} if len(legs) > 1 else {})}
+    text = json.dumps(facts, indent=1)
+    sys.stdout.write(text + "\n")
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The 20M proof at a small size: exact counts over several parts and shards, by the bench's own code."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_scale", Path(__file__).with_name("bench_scale.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("ray_session")
+def test_counts_are_exact_and_a_second_leg_repeats_nothing(tmp_path: Path) -> None:
+    scale = bench()
+    count = 3 * scale.PER_TAR
+    scale.make_tars(tmp_path / "tars", count)
+    leg = scale.run_leg(tmp_path, count, shard_mib=2.0)
+    assert leg["counts"] == scale.planted(count) == {"accepted": 14_700, "truncated": 15, "duplicate": 285}
+    assert leg["exact"]
+    assert leg["driver_bytes"] > 0
+    again = scale.run_leg(tmp_path, count, shard_mib=2.0)
+    assert again["reused"] == count
+    assert again["counts"] == leg["counts"]
+
+
+def test_the_fit_finds_a_line_and_rates_are_compared() -> None:
+    scale = bench()
+    legs = [{"samples": n, "driver_bytes": 2**27 + 30 * n} for n in (100_000, 300_000, 1_000_000)]
+    found = scale.fit(legs)
+    assert found["bytes_a_sample"] == pytest.approx(30)
+    assert found["bytes_a_sample_last_two"] == pytest.approx(30)
+    assert found["start_mib"] == pytest.approx(128)
+    even = [(t / 10, t) for t in range(200)]
+    assert scale.steadiness(even) == pytest.approx(1.0, abs=0.01)
+    slowing = [(t * t / 1000, t) for t in range(1, 200)]
+    assert scale.steadiness(slowing) < 0.5
+    assert scale.steadiness(even[:5]) is None

@@ -1,0 +1,385 @@
+"""Captioners: what they write is the model's own greedy text, whatever the batch, and who wrote it is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.captions import presets, tags
+from components.captions.presets import (
+    DEFAULT_PROMPT,
+    PRESETS,
+    CaptionerError,
+    build_captioner,
+    identity_digest,
+    open_captioner,
+    resolve_captioner,
+)
+from components.captions.text import tidy
+from components.captions.views import VIEWS, find_view
+from components.images import resize_short_side, to_float
+from components.synthetic import dead_leaves
+from components.types import Image, SampleError
+
+
+def load_tiny() -> ModuleType:
+    """_captioners.py beside this file: tests are no package."""
+    spec = importlib.util.spec_from_file_location("tiny_captioners", Path(__file__).with_name("_captioners.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny = load_tiny()
+PICTURES = [
+    *(dead_leaves(24, 0, index) for index in range(5)),
+    *(dead_leaves(64, 1, index)[:16] for index in range(3)),  # wide: more tiles
+    *(dead_leaves(64, 2, index)[:, :30] for index in range(3)),
+]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tiny.save_llava(tmp_path_factory.mktemp("llava") / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tiny.save_tiles(tmp_path_factory.mktemp("tiles") / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def next_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tiny.save_next(tmp_path_factory.mktemp("next") / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tiny.save_blip(tmp_path_factory.mktemp("blip") / "model")
+    return folder
+
+
+def greedy(step: Any, prompt: list[int], end: int, limit: int) -> list[int]:
+    """New tokens by the slow way: the whole text again for each of them, no cache, no batch."""
+    ids = list(prompt)
+    while len(ids) - len(prompt) < limit:
+        ids.append(int(step(ids).argmax()))
+        if ids[-1] == end:
+            return ids[len(prompt) : -1]
+    return ids[len(prompt) :]
+
+
+def llava_by_hand(captioner: Any, picture: Image, text: str, limit: int) -> str:
+    import torch
+    from PIL import Image as Pillow
+
+    vocabulary = [*tiny.SPECIALS, *tiny.WORDS]
+    ids = [vocabulary.index(word) for word in text.split()]
+    pixels = captioner.image_processor(images=Pillow.fromarray(picture), return_tensors="pt")["pixel_values"]
+
+    model = captioner.model
+    places = [place for place, token in enumerate(ids) if vocabulary[token] == "<image>"]
+    with torch.no_grad():
+        seen = model.model.multi_modal_projector(model.model.vision_tower(pixels).last_hidden_state[:, 1:])[
+            0
+        ]  # less CLS
+
+    def step(so_far: list[int]) -> Any:
+        with torch.no_grad():
+            embedded = model.get_input_embeddings()(torch.tensor([so_far]))
+            embedded[0, places] = seen
+            return model.lm_head(model.model.language_model(inputs_embeds=embedded).last_hidden_state)[0, -1]
+
+    new = greedy(step, ids, tiny.END, limit)
+    return " ".join(vocabulary[token] for token in new if token >= len(tiny.SPECIALS))
+
+
+def blip_by_hand(captioner: Any, picture: Image, prompt: str, limit: int) -> str:
+    import torch
+    from PIL import Image as Pillow
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *tiny.WORDS]
+    pixels = captioner.image_processor(images=Pillow.fromarray(picture), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        seen = captioner.model.vision_model(pixel_values=pixels)[0]
+
+    def step(so_far: list[int]) -> Any:
+        with torch.no_grad():
+            return captioner.model.text_decoder(torch.tensor([so_far]), encoder_hidden_states=seen).logits[0, -1]
+
+    new = greedy(
+        step, [vocabulary.index(word) for word in ["[DEC]", *prompt.split()]], vocabulary.index("[SEP]"), limit
+    )
+    return " ".join(vocabulary[token] for token in new if token >= 6)
+
+
+def test_a_chat_model_writes_its_greedy_answer_and_nothing_of_the_question(llava: Path) -> None:
+    captioner = build_captioner(str(llava), prompt="describe this picture", max_tokens=8)
+    question = f"user {'<image> ' * 4} describe this picture assistant"
+    expected = [llava_by_hand(captioner, picture, question, 8) for picture in PICTURES]
+    assert captioner.caption(PICTURES) == expected
+    assert len(set(expected)) > 3 and min(map(len, expected)) < max(map(len, expected))
+    assert captioner.caption([to_float(picture) for picture in PICTURES]) == expected
+    assert captioner.caption([]) == []
+    with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
+        captioner.caption([PICTURES[0][..., 0]])
+
+
+def test_a_system_message_comes_first(llava: Path) -> None:
+    plan = resolve_captioner(str(llava), prompt="describe this picture", max_tokens=6)
+    plan = dataclasses.replace(plan, system="the old dog")
+    captioner = open_captioner(plan)
+    question = f"system the old dog user {'<image> ' * 4} describe this picture assistant".replace("system", "<unk>")
+    assert captioner.caption(PICTURES[:3]) == [llava_by_hand(captioner, p, question, 6) for p in PICTURES[:3]]
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+def test_a_model_without_template_goes_on_from_its_prompt(blip: Path, prompt: str) -> None:
+    captioner = build_captioner(str(blip), prompt=prompt, max_tokens=6)
+    expected = [blip_by_hand(captioner, picture, prompt, 6) for picture in PICTURES]
+    assert captioner.caption(PICTURES) == expected
+    assert len(set(expected)) > 3
+
+
+@pytest.mark.parametrize("kind", ["llava", "next_llava", "tiles", "blip"])
+def test_a_caption_does_not_depend_on_its_company(kind: str, request: pytest.FixtureRequest) -> None:
+    captioner = build_captioner(str(request.getfixturevalue(kind)), max_tokens=10)
+    alone = [captioner.caption([picture])[0] for picture in PICTURES]
+    assert captioner.caption(PICTURES) == alone
+    assert captioner.caption(PICTURES[::-1]) == alone[::-1]
+    assert captioner.caption(PICTURES[2:4]) == alone[2:4]
+
+
+@pytest.mark.parametrize("kind", ["next_llava", "tiles"])
+def test_pictures_of_unlike_lengths_are_padded_on_the_left(kind: str, request: pytest.FixtureRequest) -> None:
+    """Without padding there would be nothing to see in the test above."""
+    captioner: Any = build_captioner(str(request.getfixturevalue(kind)))
+    ids = captioner._inputs([captioner._shrunk(picture) for picture in PICTURES])["input_ids"]
+    assert (ids[:, 0] == tiny.PAD).any() and (ids[:, -1] != tiny.PAD).all()
+
+
+def test_large_pictures_are_shrunk_first(blip: Path) -> None:
+    captioner = build_captioner(str(blip), max_tokens=6)
+    large = np.random.default_rng(0).integers(0, 256, (1100, 1030, 3), np.uint8)
+    assert captioner.caption([large]) == captioner.caption([resize_short_side(large, 512)])
+
+
+def test_an_image_encoder_with_a_text_decoder(tmp_path: Path) -> None:
+    """The oldest kind of captioner: no processor joins its two halves."""
+    import torch
+    from transformers import GPT2Config, VisionEncoderDecoderConfig, ViTConfig, ViTImageProcessor
+    from transformers import VisionEncoderDecoderModel as Model
+
+    tokenizer = tiny.word_tokenizer()
+    torch.manual_seed(0)
+    encoder = ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        initializer_range=0.8,
+    )
+    decoder = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.8,
+    )
+    model = Model(config=VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)).eval()
+    model.generation_config.decoder_start_token_id, model.generation_config.pad_token_id = tiny.BEGIN, tiny.PAD
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    captioner = build_captioner(str(tmp_path), max_tokens=6)
+    alone = [captioner.caption([picture])[0] for picture in PICTURES]
+    assert captioner.caption(PICTURES) == alone
+    assert any(alone) and all(set(text.split()) <= set(tiny.WORDS) for text in alone)
+    with pytest.raises(CaptionerError, match="takes no prompt"):
+        build_captioner(str(tmp_path), prompt="a photo of")
+
+
+def test_prompt_ids_are_those_that_the_captioner_uses(llava: Path) -> None:
+    from components.captions.transformer import prompt_ids
+
+    plan = resolve_captioner(str(llava), prompt="describe the cat")
+    captioner: Any = open_captioner(plan)
+    used = captioner._inputs([captioner._shrunk(PICTURES[0])])["input_ids"][0].tolist()
+    image = tiny.SPECIALS.index("<image>")
+    once = [token for place, token in enumerate(used) if token != image or used[place - 1] != image]
+    assert prompt_ids(llava, plan.identity) == once
+
+
+def test_an_engine_needs_a_chat_template(blip: Path) -> None:
+    from components.captions.transformer import prompt_ids
+
+    with pytest.raises(CaptionerError, match="no chat template"):
+        prompt_ids(blip, resolve_captioner(str(blip)).identity)
+
+
+# --- who wrote it -----------------------------------------------------------------------------------------------------
+
+
+def test_identity_names_model_prompt_and_files(llava: Path, blip: Path) -> None:
+    identity = resolve_captioner(str(llava), max_tokens=9).identity
+    assert {name: identity[name] for name in ("model", "revision", "prompt", "max_tokens", "short_side_px")} == {
+        "model": "model",
+        "revision": "",
+        "prompt": DEFAULT_PROMPT,
+        "max_tokens": 9,
+        "short_side_px": 512,
+    }
+    names = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
+    names += ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
+    lines = [f"{name} {hashlib.sha256((llava / name).read_bytes()).hexdigest()}\n" for name in names]
+    assert identity["digest"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert resolve_captioner(str(blip)).identity["prompt"] == ""
+    assert resolve_captioner(str(blip), max_tokens=0).identity["max_tokens"] == presets.DEFAULT_TOKENS
+    assert dict(build_captioner(str(llava), max_tokens=9).identity) == dict(identity)
+
+
+def test_whatever_changes_captions_changes_the_identity(llava: Path, tmp_path: Path) -> None:
+    base = identity_digest(resolve_captioner(str(llava)).identity)
+    assert base == identity_digest(resolve_captioner(str(llava)).identity)
+    assert base != identity_digest(resolve_captioner(str(llava), prompt="a photo of").identity)
+    assert base != identity_digest(resolve_captioner(str(llava), max_tokens=5).identity)
+    other = tmp_path / "model"
+    shutil.copytree(llava, other)
+    assert base == identity_digest(resolve_captioner(str(other)).identity)
+    (other / "README.md").write_text("words for people change no caption")
+    assert base == identity_digest(resolve_captioner(str(other)).identity)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(bytes(weights))
+    assert base != identity_digest(resolve_captioner(str(other)).identity)
+
+
+def test_tags_are_a_captioner_too() -> None:
+    captioner = build_captioner("tags")
+    assert captioner.caption(PICTURES) == tags.Tags().caption(PICTURES)
+    assert captioner.identity["model"] == "tags" and len(captioner.identity["digest"]) == 64
+    with pytest.raises(CaptionerError, match="neither a revision nor a prompt"):
+        build_captioner("tags", prompt="a photo of")
+
+
+def test_presets_hold_what_the_papers_say() -> None:
+    """SUPIR A.2 prints the command; InstaRevive's code names the model; the adapter paper names InternVL."""
+    llava, blip, internvl = (PRESETS[name] for name in ("llava", "blip", "internvl"))
+    assert llava and "1.5-13b" in llava.model and llava.max_tokens == 512
+    assert llava.prompt == "Describe this image and its style in a very detailed manner."
+    assert blip and blip.model == "Salesforce/blip-image-captioning-base" and blip.prompt == ""
+    assert internvl and "InternVL" in internvl.model and "short" in internvl.prompt
+
+
+# --- what cannot be had -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lava", 'Did you mean "llava"'),
+        ("no such thing", "no preset, folder or hub id"),
+        ("../nowhere/at/all", "no preset, folder or hub id"),
+        ("owner/name", "cannot be fetched"),
+    ],
+)
+def test_an_unknown_captioner_is_one_sentence(name: str, said: str) -> None:
+    with pytest.raises(CaptionerError, match=said) as caught:
+        build_captioner(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_has_no_revisions(llava: Path) -> None:
+    with pytest.raises(CaptionerError, match="has no revisions"):
+        resolve_captioner(str(llava), revision="main")
+
+
+def test_folders_that_are_no_captioners(llava: Path, tmp_path: Path) -> None:
+    with pytest.raises(CaptionerError, match=r"config\.json"):
+        resolve_captioner(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(CaptionerError, match=r"no \.safetensors weights"):
+        resolve_captioner(str(tmp_path))
+    shutil.copy(llava / "model.safetensors", tmp_path)
+    with pytest.raises(CaptionerError, match="'bert' model, of which transformers has none"):
+        build_captioner(str(tmp_path))
+
+
+def test_a_model_without_some_weights_is_refused(llava: Path, tmp_path: Path) -> None:
+    """transformers would fill them with noise and go on."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(llava, folder)
+    tensors = load_file(folder / "model.safetensors")
+    dropped = sorted(name for name in tensors if "mlp.down_proj" in name)
+    save_file({k: v for k, v in tensors.items() if k not in dropped}, folder / "model.safetensors", {"format": "pt"})
+    assert dropped
+    with pytest.raises(CaptionerError, match=f"lacks {len(dropped)} of its weights"):
+        build_captioner(str(folder))
+
+
+def test_broken_weights_are_one_sentence(blip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(blip, folder)
+    (folder / "model.safetensors").write_bytes((blip / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(CaptionerError, match="cannot be loaded") as caught:
+        build_captioner(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+# --- text and views ---------------------------------------------------------------------------------------------------
+
+
+def test_tidy() -> None:
+    assert tidy("  a cat\n\n on\ta  mat \r\n") == "a cat on a mat"
+    assert tidy("a\x00b\x1b[31mred\x7f") == "ab[31mred"
+    assert tidy("evil \u202etxt.exe\u2066 cut\ufffd") == "evil txt.exe cut"
+    assert tidy("می\u200cخواهم 👩\u200d🎨") == "می\u200cخواهم 👩\u200d🎨"
+
+
+@given(st.text())
+def test_tidy_text_is_one_printable_line(text: str) -> None:
+    line = tidy(text)
+    assert line == tidy(line) and line == line.strip() and "  " not in line
+    assert not any(unicodedata.category(c) in ("Cc", "Cs") or c in "\u2028\u2029" for c in line)
+    assert [c for c in line if c.isalnum()] == [c for c in text if c.isalnum()]
+    line.encode()
+
+
+def test_views_choose_the_picture() -> None:
+    hq, lq = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)
+    assert find_view("hq")(hq=hq, lq=lq, preview=None) is hq
+    assert find_view("lq")(hq=None, lq=lq, preview=None) is lq
+    with pytest.raises(SampleError, match="no hq picture"):
+        VIEWS["hq"](hq=None, lq=lq, preview=None)
+
+    def coarse(hq: Image | None, lq: Image | None, preview: Image | None) -> Image:
+        assert preview is not None
+        return preview
+
+    assert find_view("coarse", {"coarse": coarse})(hq=None, lq=None, preview=lq) is lq
+    with pytest.raises(ValueError, match='Did you mean "coarse"'):
+        find_view("course", {"coarse": coarse})

@@ -1,0 +1,348 @@
+"""Captions of a corpus as a column, the engine's plumbing, and captions on the fly through a cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from components.captions.presets import build_captioner, resolve_captioner
+from components.captions.tags import describe
+from components.captions.views import find_view
+from components.corpora import CaptionSpec
+from components.images import encode_png
+from components.synthetic import dead_leaves
+from components.types import Image, SampleError
+from pipelines.caption import (
+    Batcher,
+    CaptionCache,
+    CaptionerPool,
+    caption_corpus,
+    existing_caption,
+    picture_sha256,
+    start_captioner_pool,
+)
+from pipelines.caption_engine import run_engine, vllm_processor
+from pipelines.columns import compute_column, open_column
+from pipelines.errors import Failure, UsageError
+from pipelines.rows import read_lines
+from pipelines.shards import Corpus, write_corpus
+
+TAGS = CaptionSpec(model="tags", workers=0)
+IDENTITY = {"model": "m", "prompt": "p", "digest": "0" * 64}
+
+
+def load_tiny() -> ModuleType:
+    """The tiny captioners that the components' tests use."""
+    path = Path(__file__).parents[1] / "components" / "_captioners.py"
+    spec = importlib.util.spec_from_file_location("tiny_captioners", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = load_tiny().save_llava(tmp_path_factory.mktemp("llava") / "model")
+    return folder
+
+
+def picture(number: int) -> Image:
+    return dead_leaves(24 + 4 * number, 0, number)
+
+
+def make_corpus(
+    folder: Path, captions: Sequence[str] = ("", "a lake\nat dawn ", "", "", ""), spoilt: int = -1
+) -> Corpus:
+    samples = []
+    for number, caption in enumerate(captions):
+        data = encode_png(picture(number))
+        data = data[: len(data) // 2] if number == spoilt else data
+        samples.append((f"picture-{number}", "png", data, {"caption": caption}))
+    return write_corpus(folder, "test", {"train": samples}, samples_per_shard=2)
+
+
+def values(corpus: Corpus, name: str = "captions") -> list[Any]:
+    column = open_column(corpus, name)
+    return [column.value("train", number) for number in range(len(corpus.split("train")))]
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_corpus_is_captioned_and_its_own_captions_pass(tmp_path: Path) -> None:
+    corpus, told = make_corpus(tmp_path / "corpus"), []
+    result = caption_corpus(corpus.folder, TAGS, progress=lambda done, of=0, note="": told.append((done, of)))
+    expected = [describe(picture(number)) for number in range(5)]
+    assert values(corpus) == [expected[0], "a lake at dawn", *expected[2:]]
+    assert (result.samples, result.given, result.quarantined, result.reused) == (5, 1, 0, 0)
+    assert told[-1] == (5, 5)
+    column = open_column(corpus, "captions")
+    assert column.kind == "text"
+    assert column.provenance("train", 0)["producer"] == result.producer
+    assert (
+        result.producer["model"] == "tags" and result.producer["digest"] == resolve_captioner("tags").identity["digest"]
+    )
+    assert column.provenance("train", 1)["producer"] == {"name": "corpus"}
+    assert caption_corpus(corpus.folder, TAGS).reused == 3
+
+
+def test_overwrite_captions_everything(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    caption_corpus(corpus.folder, TAGS)
+    result = caption_corpus(corpus.folder, CaptionSpec(model="tags", workers=0, overwrite=True))
+    assert (result.given, result.reused) == (0, 0)
+    assert values(corpus)[1] == describe(picture(1))
+
+
+def test_a_model_captions_a_corpus(tmp_path: Path, llava: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", spoilt=2)
+    spec = CaptionSpec(model=str(llava), prompt="describe this picture", max_tokens=8, workers=0, batch_size=3)
+    result = caption_corpus(corpus.folder, spec, name="llava")
+    captioner = build_captioner(str(llava), prompt="describe this picture", max_tokens=8)
+    expected = captioner.caption([picture(number) for number in range(5)])
+    assert all(expected)
+    assert values(corpus, "llava") == [expected[0], "a lake at dawn", None, *expected[3:]]
+    assert result.reasons == {"truncated": 1}
+    said = json.loads((result.folder / "column.json").read_text())["producer"]
+    assert said == {**captioner.identity, "view": "hq", "overwrite": False, "engine": "transformers"}
+    with pytest.raises(UsageError, match="another producer"):
+        caption_corpus(corpus.folder, TAGS, name="llava")
+
+
+def test_a_silent_captioner_is_quarantined(tmp_path: Path, llava: Path) -> None:
+    """Of one token, a text that is over at once is empty."""
+    spec = CaptionSpec(model=str(llava), prompt="describe this picture", max_tokens=1, workers=0, overwrite=True)
+    texts = build_captioner(str(llava), prompt=spec.prompt, max_tokens=1).caption([picture(n) for n in range(12)])
+    assert "" in texts and len(set(texts)) > 1
+    corpus = make_corpus(tmp_path / "corpus", captions=[""] * 12)
+    result = caption_corpus(corpus.folder, spec, max_bad_fraction=1.0)
+    assert values(corpus) == [text or None for text in texts]
+    assert result.reasons == {"empty_caption": texts.count("")}
+
+
+def test_existing_captions_are_tidied() -> None:
+    assert existing_caption({"key": "a", "caption": " two\n words "}) == "two words"
+    assert existing_caption({"key": "a", "caption": " \n"}) is None
+    assert existing_caption({"key": "a"}) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "said"),
+    [
+        (CaptionSpec(model="lava"), {}, 'Did you mean "llava"'),
+        (CaptionSpec(model="tags", prompt="p"), {}, "neither a revision nor a prompt"),
+        (CaptionSpec(model="llava"), {"engine": "vlm"}, 'Did you mean "vllm"'),
+        (CaptionSpec(model="tags"), {"engine": "vllm"}, "has no model"),
+        (CaptionSpec(model="llava"), {"engine": "vllm"}, r"pip install \"restoray\[captions-vllm\]\""),
+        (CaptionSpec(model="tags"), {"view": "hk"}, 'Did you mean "hq"'),
+    ],
+)
+def test_what_cannot_be_meant_is_one_sentence(
+    tmp_path: Path, spec: CaptionSpec, options: dict[str, str], said: str
+) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    with pytest.raises(UsageError, match=said) as caught:
+        caption_corpus(corpus.folder, spec, **options)
+    assert "\n" not in str(caught.value)
+    assert not (corpus.folder / "columns").exists()
+
+
+def test_a_view_of_a_system_can_be_captioned(tmp_path: Path) -> None:
+    def turned(hq: Image | None, lq: Image | None, preview: Image | None) -> Image:
+        assert hq is not None
+        return 255 - hq
+
+    corpus = make_corpus(tmp_path / "corpus", captions=["", ""])
+    result = caption_corpus(corpus.folder, TAGS, view="negative", views={"negative": turned})
+    assert values(corpus) == [describe(255 - picture(0)), describe(255 - picture(1))]
+    assert result.producer["view"] == "negative"
+
+
+# --- the engine's plumbing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_pictures_reach_an_engine_and_answers_find_their_rows(tmp_path: Path, llava: Path, ray_session: None) -> None:
+    """Ray's own processor, with a stage in the engine's place that says what it was asked, and fails on one row."""
+    from ray.llm._internal.batch.processor.base import OfflineProcessorConfig, Processor
+    from ray.llm._internal.batch.stages.base import StatefulStage, StatefulStageUDF
+
+    from pipelines.caption_engine import engine_answer, engine_question
+
+    class Echo(StatefulStageUDF):  # a local class travels by value
+        async def udf(self, batch: Any) -> Any:
+            for row in batch:
+                image, asked = row["multimodal_data"]["image"], row["sampling_params"]
+                said = f"{image.size} {row['tokenized_prompt']} {asked['temperature']} {asked['max_tokens']}\n"
+                error = "" if image.size != (36, 36) else "EngineError: no room"
+                yield {"__idx_in_batch": row["__idx_in_batch"], "generated_text": said, "__inference_error__": error}
+
+    def processor() -> Any:
+        config = OfflineProcessorConfig(model_source="", batch_size=2, should_continue_on_error=True)
+        stage = StatefulStage(fn=Echo, fn_constructor_kwargs={}, map_batches_kwargs={"concurrency": 1})
+        return Processor(
+            config, [stage], preprocess=lambda row: engine_question(row, [7, 8], 9), postprocess=engine_answer
+        )
+
+    corpus = make_corpus(tmp_path / "corpus", spoilt=0)
+    result = compute_column(
+        corpus.folder,
+        "captions",
+        "text",
+        {"model": "echo"},
+        lambda: None,
+        given=existing_caption,
+        run=lambda job, tasks: run_engine(job, tasks, processor),
+    )
+    assert values(corpus) == [None, "a lake at dawn", "(32, 32) [7, 8] 0.0 9", None, "(40, 40) [7, 8] 0.0 9"]
+    codes = {row["key"]: (row["code"], row["detail"]) for row in read_lines(result.folder / "quarantine.jsonl")}
+    assert codes["picture-0"][0] == "truncated"
+    assert codes["picture-3"] == ("failed", "EngineError: no room")
+
+    # The real configuration is accepted by ray.data.llm; without vLLM it goes no further.
+    plan = resolve_captioner(str(llava))
+    assert vllm_processor(plan, CaptionSpec(model=str(llava), num_gpus=2)).list_stage_names() == ["vLLMEngineStage"]
+
+
+# --- on the fly -------------------------------------------------------------------------------------------------------
+
+
+def name_of(number: int) -> str:
+    return picture_sha256(picture(number))
+
+
+def test_pictures_are_named_by_their_pixels() -> None:
+    zeros = np.zeros((4, 6, 3), np.uint8)
+    names = [picture_sha256(image) for image in (zeros, zeros.reshape(6, 4, 3), zeros.astype(np.float32), zeros + 1)]
+    assert len(set(names)) == 4
+    assert picture_sha256(zeros.copy(order="F")) == names[0]
+
+
+def test_a_cache_gives_back_what_any_writer_wrote(tmp_path: Path) -> None:
+    one, two = CaptionCache(tmp_path, IDENTITY), CaptionCache(tmp_path, IDENTITY)
+    assert one.get([name_of(0)]) == [None]
+    one.put({name_of(0): "naïve 日本\u2028x", name_of(1): "b"})
+    assert two.get([name_of(1), name_of(2), name_of(0)]) == ["b", None, "naïve 日本\u2028x"]
+    two.put({name_of(2): "c"})
+    one.put({name_of(3): "d"})
+    assert one.get([name_of(2), name_of(3)]) == ["c", "d"]
+    assert CaptionCache(tmp_path, IDENTITY).get([name_of(n) for n in range(4)]) == ["naïve 日本\u2028x", "b", "c", "d"]
+    files = sorted(path.name for path in tmp_path.rglob("*.jsonl"))
+    assert len(files) == 2
+    assert CaptionCache(tmp_path, {**IDENTITY, "prompt": "q"}).get([name_of(0)]) == [None]
+
+
+def test_a_copy_in_another_process_writes_to_a_file_of_its_own(tmp_path: Path) -> None:
+    cache = CaptionCache(tmp_path, IDENTITY)
+    cache.put({name_of(0): "a"})
+    copy = pickle.loads(pickle.dumps(cache))
+    copy.put({name_of(1): "b"})
+    assert len(list(tmp_path.rglob("*.jsonl"))) == 2
+    assert cache.get([name_of(1)]) == ["b"] and copy.get([name_of(0)]) == ["a"]
+
+
+def test_damaged_lines_are_as_good_as_absent(tmp_path: Path) -> None:
+    cache = CaptionCache(tmp_path, IDENTITY)
+    cache.put({name_of(number): f"caption {number}" for number in range(3)})
+    (path,) = tmp_path.rglob("*.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    torn = lines[2][:-9]
+    path.write_bytes(lines[0].replace(b"caption 0", b"caption 9") + b"\xff{}\nnull\n[1]\n" + lines[1] + torn)
+    late = CaptionCache(tmp_path, IDENTITY)
+    assert late.get([name_of(number) for number in range(3)]) == [None, "caption 1", None]
+    path.write_bytes(path.read_bytes() + lines[2][-9:])  # its writer was only slow
+    assert late.get([name_of(2)]) == ["caption 2"]
+
+
+def test_many_threads_may_share_a_cache(tmp_path: Path) -> None:
+    cache, names = (
+        CaptionCache(tmp_path, IDENTITY),
+        [picture_sha256(np.full((2, 2, 3), n, np.uint8)) for n in range(64)],
+    )
+
+    def write(part: int) -> None:
+        for place in range(part, len(names), 4):
+            cache.put({names[place]: f"caption {place}"})
+            assert cache.get([names[place]]) == [f"caption {place}"]
+
+    threads = [threading.Thread(target=write, args=(part,)) for part in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert CaptionCache(tmp_path, IDENTITY).get(names) == [f"caption {place}" for place in range(64)]
+
+
+def test_callers_share_batches() -> None:
+    sizes: list[int] = []
+
+    def work(images: Sequence[Image]) -> list[int]:
+        sizes.append(len(images))
+        time.sleep(0.05)  # so that the others gather
+        return [int(image[0, 0, 0]) for image in images]
+
+    batcher, answers = Batcher(work, batch_size=4), dict[int, list[int]]()
+
+    def ask(number: int) -> None:
+        answers[number] = batcher([np.full((1, 1, 3), number, np.uint8), np.full((1, 1, 3), 100 + number, np.uint8)])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {number: [number, 100 + number] for number in range(9)}
+    assert sum(sizes) == 18 and max(sizes) == 4 and len(sizes) < 9
+    assert batcher([]) == []
+
+
+@pytest.fixture
+def pool(tmp_path: Path, ray_session: None) -> Iterator[CaptionerPool]:
+    started = start_captioner_pool(CaptionSpec(model="tags", workers=2, batch_size=2), tmp_path / "cache")
+    yield started
+    started.close()
+
+
+@pytest.mark.slow
+def test_a_pool_answers_anywhere_and_remembers(pool: CaptionerPool, tmp_path: Path) -> None:
+    import ray
+
+    pictures = [picture(number) for number in range(5)]
+    names, expected = [picture_sha256(p) for p in pictures], [describe(p) for p in pictures]
+    assert pool.captions(pictures[:3], names[:3]) == expected[:3]
+    again = [*pictures, pictures[0]]
+    assert pool.captions(again, [*names, names[0]]) == [*expected, expected[0]]
+    rows = [row for path in (tmp_path / "cache").rglob("*.jsonl") for row in read_lines(path)]
+    assert sorted(row["picture"] for row in rows) == sorted(names)  # each was asked once
+
+    def elsewhere(there: Any, seen: Any) -> Any:
+        return there.captions([seen], ["ab" * 32]), there.captions_of(find_view("lq"), [None], [seen])
+
+    seen = picture(7)
+    assert ray.get(ray.remote(elsewhere).remote(pool, seen)) == ([describe(seen)], [describe(seen)])
+    with pytest.raises(SampleError, match="expected") as caught:  # no RGB picture
+        pool.captions([pictures[1], np.zeros((9, 9), np.uint8), seen], [names[1], "cd" * 32, "ef" * 32])
+    assert caught.value.key == "cd" * 32
+    pool.close()
+    assert pool.captions([*pictures, seen], [*names, "ef" * 32]) == [*expected, describe(seen)]
+    with pytest.raises(Failure, match="cannot be asked any more"):
+        pool.captions([picture(8)], [name_of(8)])
+
+
+@pytest.mark.full
+def test_a_pool_of_a_broken_model_does_not_start(tmp_path: Path, ray_session: None) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(Failure, match=r"cannot be started: .*'bert' model"):
+        start_captioner_pool(CaptionSpec(model=str(tmp_path)))

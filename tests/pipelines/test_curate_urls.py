@@ -1,0 +1,107 @@
+"""A list of addresses becomes a corpus: each is fetched once, and only failures are fetched again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+
+from components.corpora import CorpusSpec, DownloadSpec, FilterSpec, SourceSpec
+from pipelines import shards
+from pipelines.curate import curate, quarantined, replay
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def loopback() -> ModuleType:
+    """The helper beside this file, which no import path reaches."""
+    name = "restoray_tests_loopback"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("_loopback.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+web = loopback()
+
+
+@pytest.fixture
+def server() -> Iterator[object]:
+    running = web.Server()
+    yield running
+    running.close()
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    return cv2.imencode(".jpg", pixels)[1].tobytes()
+
+
+def test_only_failures_are_fetched_again(server: web.Server, tmp_path: Path) -> None:
+    for number in range(6):
+        server.routes[f"/good{number}"] = web.whole(jpeg(number))
+    server.routes["/late"] = web.whole(b"", 404)
+    server.routes["/page"] = web.whole(b"<html>sign in</html>")
+    server.routes["/busy"] = web.whole(b"", 503)
+    server.routes["/cut"] = web.whole(jpeg(50)[:700])
+    names = [*(f"good{n}" for n in range(6)), "late", "page", "busy", "cut"]
+    rows = [{"url": server.url(f"/{name}"), "text": f"a {name}", "name": name} for name in names]
+    rows.append({"url": "ftp://example.org/x.jpg", "text": "", "name": "ftp"})
+    rows.append({"url": "http://169.254.169.254/latest", "text": "", "name": "metadata"})
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceSpec(
+        kind="urls", path=str(tmp_path / "list.jsonl"), caption_column="text", key_column="name", licence="CC0-1.0"
+    )
+    spec = CorpusSpec(
+        name="web",
+        sources=[source],
+        filters=FilterSpec(min_side_px=16),
+        download=DownloadSpec(attempts=1, timeout_s=5, total_s=10, allow_hosts=["127.0.0.1"]),
+        max_bad_fraction=1.0,
+    )
+    out = tmp_path / "out"
+    first = curate(spec, out)
+    bad = {row["key"]: (row["stage"], row["code"]) for row in map(json.loads, (out / "quarantine.jsonl").open())}
+    assert bad == {
+        "late": ("fetch", "http_error"),
+        "page": ("fetch", "not_image"),
+        "busy": ("fetch", "http_busy"),
+        "cut": ("measure", "truncated"),
+        "ftp": ("fetch", "bad_scheme"),
+        "metadata": ("fetch", "private_address"),
+    }
+    kept = {row["key"]: row for row in shards.open_corpus(out).rows()}
+    assert {key: row["caption"] for key, row in kept.items()} == {f"good{n}": f"a good{n}" for n in range(6)}
+    assert {row["source"] for row in kept.values()} == {server.url(f"/good{n}") for n in range(6)}
+    asked = Counter(path for path, _ in server.requests)
+    assert asked == Counter({f"/{name}": 1 for name in names})
+
+    # A plain rerun asks again for what may have passed, and for nothing else.
+    server.routes["/busy"] = web.whole(jpeg(60))
+    second = curate(spec, out)
+    assert (second.accepted, second.rejected) == (first.accepted + 1, first.rejected - 1)
+    assert Counter(path for path, _ in server.requests) - asked == Counter({"/busy": 1})
+
+    # A replay asks for one reason.
+    server.routes["/late"] = web.whole(jpeg(61))
+    assert quarantined(out)["http_error"] == 1
+    asked = Counter(path for path, _ in server.requests)
+    third = replay(out, codes=["http_error"])
+    assert third.accepted == 8
+    assert Counter(path for path, _ in server.requests) - asked == Counter({"/late": 1})
+    corpus = shards.open_corpus(out)
+    assert shards.verify(corpus) == []
+    found = {row["key"]: row["sha256"] for row in corpus.rows()}
+    assert found["late"] == hashlib.sha256(jpeg(61)).hexdigest()
+    assert found["good3"] == hashlib.sha256(jpeg(3)).hexdigest()

@@ -8,11 +8,12 @@ mean colours of both views must fit as well.
 
 Decided:
     alike       recompressed, rescaled (also to another aspect ratio), with a palette; 5 % cut from every side. With 5 %
-                cut from one side or from two opposite ones two of three are found, from two adjacent ones one of four.
+                cut from one side or two opposite ones, six of ten are found; from two adjacent ones, one of six.
     not alike   mirrored or turned copies, larger crops, other colours (a grey copy of a coloured picture).
-    plain       sky, black, one colour: such a picture resembles thousands of others and has no evidence to show. It is
-                never called alike to anything, not even to its own copy. One with little more to show (an edge, a
-                corner) needs more evidence, and its crops are not looked for.
+    plain       sky, a lamp in the dark, one edge: such a picture resembles thousands of others, and signs of one shape
+                are no coins. Where less than a twentieth of the pixels stands out from its surroundings, a picture is
+                never called alike to anything, not even to its own copy. Where less than three tenths do (goods on
+                white), no strong sign may differ.
 
 Signs of low cosine frequencies are Zauner's idea (Implementation and Benchmarking of Perceptual Image Hash Functions,
 2010). Strengths, the view without borders, the keys and all numbers are ours, measured on photographs, on parts of
@@ -35,7 +36,7 @@ WORDS = 4
 
 [0] signs, [1] strengths of frequencies 0..63 of the whole; [2] signs of the same in the middle 90 % (each side); [3]
 from below: 8 signs, 8 strengths, 8 signs of the middle (frequencies 64..71), means of the whole's Y, Cr, Cb (8 bits
-each), what the middle's means exceed them by (5, 4, 4 bits, offset), and whether the picture is busy.
+each), what the middle's means exceed them by (5, 4, 4 bits, offset), and how rich in detail it is (2 bits).
 """
 
 SMALLEST_SIDE_PX = 8
@@ -49,15 +50,17 @@ ZERO = 0.004  # gray levels; what rounding to 8 bits leaves of nothing
 SCALE = 1 << 14  # cosines become whole numbers, so that sums are exact in whatever order a machine adds
 SURROUNDINGS_PX = 9
 STANDS_OUT = 3  # gray levels
-BUSY = 0.05  # share of the pixels that stand out from their surroundings; below, pictures are too simple for a crop
-MEANS_BIT, STEPS_BIT, BUSY_BIT = 3 * REST, 3 * REST + 24, 3 * REST + 37
+RICHNESS = (0.05, 0.3, 0.45)  # shares of the pixels that stand out from their surroundings; below the first: plain
+MEANS_BIT, STEPS_BIT, RICHNESS_BIT = 3 * REST, 3 * REST + 24, 3 * REST + 37
 STEP_BITS = (5, 4, 4)
 
 SAME_MEANS = (3, 3, 3)  # gray levels of Y, Cr, Cb; JPEG of quality 30 moves them by up to 2
+ENOUGH, ENOUGH_OF_CROP = 20, 26  # evidence of signs that agree
+CONFLICTS = np.array([-1, 0, 1, 1])  # strong signs of the whole that may differ, by richness
+CONFLICTS_WITHIN = 6  # the same of the middle, where a frequency may be weak though it is strong in the whole
+RICH = 3
 TRIMMED_MEANS = (6, 3, 3)  # with 5 % off one side
-CONFLICT = 6  # what two strong signs that differ count against one that agrees
-ENOUGH, ENOUGH_OF_PLAIN, ENOUGH_OF_CROP = 20, 28, 32
-TRIMMED_CONFLICT = 2  # with 5 % off one side a twelfth of the strong signs differ, but most of the rest agree
+TRIMMED_CONFLICT = 2  # then a twelfth of the strong signs differ: each costs so much evidence
 ENOUGH_OF_TRIMMED, ENOUGH_OF_TRIMMED_MIDDLE = 44, 34
 
 BLOCK_BITS, BLOCKS, CHOSEN = 6, 7, 4  # a key is 4 of the 7 blocks of the 42 lowest signs: 35 keys of 24 bits
@@ -67,7 +70,7 @@ PLACE_BITS = 28  # row and view
 LARGEST_COUNT = 1 << PLACE_BITS - 1
 SLICE = 1 << 18  # entries or rows handled at a time
 CROWD = 128  # entries with one key above which this key gets two blocks more
-DEPTH = 256  # entries of one key that a row is compared with at most: the first ones
+DEPTH = 128  # of more entries of one key than twice this, a row is compared with the first and with its nearest
 NEIGHBOURS = 64  # remembered of a waiting row, at most
 FEWEST_ROWS = 4096  # searched at a time
 KEPT, COPY, PLAIN, WAITING, ASKING = 0, 1, 2, 3, 4  # ASKING is WAITING while its turn lasts
@@ -105,7 +108,8 @@ def fingerprint(picture: Image) -> np.ndarray:
         last |= mean << MEANS_BIT + 8 * place | min(max(other - mean, -half), half - 1) + half << bit
         bit += width
     apart = cv2.absdiff(luma, cv2.blur(luma, (SURROUNDINGS_PX, SURROUNDINGS_PX)))
-    last |= int((apart >= STANDS_OUT).mean() >= BUSY) << BUSY_BIT
+    share = (apart >= STANDS_OUT).mean()
+    last |= sum(bool(share >= least) for least in RICHNESS) << RICHNESS_BIT
     return np.array([signs[0], strengths[0], within[0], last], np.uint64)
 
 
@@ -121,25 +125,27 @@ def alike(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     (a_mean, a_inner), (b_mean, b_inner) = _means(left), _means(right)
     framed = _close(a_mean, b_mean, TRIMMED_MEANS) & _close(a_inner, b_inner, TRIMMED_MEANS)
     a_in_b, b_in_a = _close(a_inner, b_mean, SAME_MEANS), _close(a_mean, b_inner, SAME_MEANS)
-    busy = (left[:, 3] & right[:, 3] & np.uint64(1 << BUSY_BIT)) != 0
+    richness = np.minimum(*(side[:, 3] >> np.uint64(RICHNESS_BIT) & np.uint64(3) for side in (left, right)))
+    allowed = CONFLICTS[richness]
     found = np.zeros(len(left), bool)
-    some = np.flatnonzero(framed)
+    some = np.flatnonzero(framed & (allowed >= 0))
     if len(some):
         a, b = _parts(left[some]), _parts(right[some])
         strong = [x & y for x, y in zip(a[1], b[1], strict=True)]
         agree, differ = _evidence(a[0], b[0], strong)
         agree_within, differ_within = _evidence(a[2], b[2], strong)
-        least = np.minimum(agree - CONFLICT * differ, agree_within - CONFLICT * differ_within)
         same = _close(a_mean[some], b_mean[some], SAME_MEANS) & _close(a_inner[some], b_inner[some], SAME_MEANS)
-        trimmed = busy[some] & (agree - TRIMMED_CONFLICT * differ >= ENOUGH_OF_TRIMMED)
+        same &= (differ <= allowed[some]) & (differ_within <= CONFLICTS_WITHIN)
+        same &= np.minimum(agree - differ, agree_within - differ_within) >= ENOUGH
+        trimmed = agree - TRIMMED_CONFLICT * differ >= ENOUGH_OF_TRIMMED
         trimmed &= agree_within - TRIMMED_CONFLICT * differ_within >= ENOUGH_OF_TRIMMED_MIDDLE
-        found[some] = same & (least >= np.where(busy[some], ENOUGH, ENOUGH_OF_PLAIN)) | trimmed
+        found[some] = same | trimmed & (richness[some] >= RICH)
     for inner, outer, fits in ((left, right, a_in_b), (right, left, b_in_a)):
-        some = np.flatnonzero(fits & busy & ~found)
+        some = np.flatnonzero(fits & ~found & (allowed >= 0))
         if len(some):
             a, b = _parts(inner[some]), _parts(outer[some])
             agree, differ = _evidence(a[2], b[0], b[1])
-            found[some] = agree - CONFLICT * differ >= ENOUGH_OF_CROP
+            found[some] = (differ <= allowed[some]) & (agree - differ >= ENOUGH_OF_CROP)
     return found
 
 
@@ -148,7 +154,9 @@ def first_alike(prints: np.ndarray, earlier: int = 0, progress: Callable[[float]
 
     In order, a row is kept unless it is alike to a row kept before; the result is a function of the prints and their
     order. Two alike rows meet where one of 35 keys (24 of the 42 lowest signs) of either view is the same in both,
-    which those of the kinds above nearly always do; where more than CROWD entries share a key, it is made longer.
+    which copies of the kinds above nearly always have. Where more than CROWD entries share a key it is made longer, and
+    where more than twice DEPTH still do, a row is compared with the first and the nearest of them only: in such a
+    crowd a copy may stay.
 
     About 60 bytes a row are held besides the prints, up to 100 where half of them are copies. One million random prints
     take a few seconds on one core, the time grows somewhat faster than their number: about 10 minutes for 20 million,
@@ -182,7 +190,8 @@ def first_alike(prints: np.ndarray, earlier: int = 0, progress: Callable[[float]
     while len(waiting := np.flatnonzero(state == WAITING)):
         # The first partner decides nearly all. Where partners turn out to be copies themselves (frames of one film),
         # rows need to know more of them; then only some rows ask at a time.
-        limit = min(4 ** max(turn - 3, 0), NEIGHBOURS)
+        few = turn > 0 and len(waiting) <= FEWEST_ROWS
+        limit = NEIGHBOURS if few else min(4 ** max(turn - 3, 0), NEIGHBOURS)
         most = count if limit == 1 else max(FEWEST_ROWS, 4 * count // limit)
         state[waiting[:most]] = ASKING
         del waiting  # eight bytes a row
@@ -408,8 +417,10 @@ def _compare(
     left = np.flatnonzero((state[rows] == ASKING) & (starts < start + np.arange(len(rows))))
     found = np.zeros(len(rows), np.uint8)
     pairs = []
-    for step in range(DEPTH):
+    for step in range(2 * DEPTH):
         at = starts[left] + step
+        if step >= DEPTH:
+            at = np.maximum(at, start + left - 2 * DEPTH + step)
         others = ((entries[at] & place) >> np.uint64(1)).astype(np.int64)
         ahead = (others < rows[left]) & (others < bound[rows[left]])  # a key's entries are in order of their rows
         left, others = left[ahead], others[ahead]

@@ -30,7 +30,7 @@ from pipelines import shards
 from pipelines.catalogue import load_spec
 from pipelines.console import Progress, no_progress
 from pipelines.curation import measure, score, select, write
-from pipelines.curation.watch import last_sign_of_life, watched
+from pipelines.curation.watch import forget_the_living, last_sign_of_life, watched
 from pipelines.errors import Failure, RestorayError, RetryLater, UsageError, unknown
 from pipelines.rows import end_torn_line, iter_lines, replace_file
 from pipelines.sources import Bytes, Part, check_sources, for_folder, list_parts, negatives_folder
@@ -111,7 +111,9 @@ def curate(
     check_sources(spec, out)
     with _locked(out):
         try:
-            _save_spec(spec, out)
+            _check_same(spec, out)
+            forget_the_living(out / "work" / "cursors")
+            _save_spec(spec, out / "work" / "spec.yaml")
             _make_negatives(spec, out, tell)
             listing = list_parts(spec, out)
             summaries = _measure(listing.parts, spec, out, frozenset(retry) | _transient(spec), look_at, tell)
@@ -124,6 +126,7 @@ def curate(
             digest = write.finish(out, spec, chosen.plans, entries)
             write.remove_leftovers(out, entries.values())
             _remove_stale(out, {part.name for part in listing.parts})
+            _save_spec(spec, out / "spec.yaml")
             _add_columns(spec, out, tell)
             report = _report(spec, bounds, [name for name, _ in contents], chosen, out, digest, started)
         except OSError as error:
@@ -172,16 +175,28 @@ def quarantined(out: Path) -> dict[str, int]:
 
 def saved_spec(out: Path) -> CorpusSpec:
     """The spec that a corpus folder was curated by."""
-    path = out / "spec.yaml"
-    if not path.is_file():
-        raise UsageError(f"{out} was not made by `restoray curate`: it holds no spec.yaml.")
-    return load_spec(path)
+    for path in (out / "spec.yaml", out / "work" / "spec.yaml"):  # the second one where no run came to its end
+        if path.is_file():
+            return load_spec(path)
+    raise UsageError(f"{out} was not made by `restoray curate`: it holds no spec.yaml.")
 
 
-def _save_spec(spec: CorpusSpec, out: Path) -> None:
+def _save_spec(spec: CorpusSpec, path: Path) -> None:
     from omegaconf import OmegaConf
 
-    replace_file(out / "spec.yaml", OmegaConf.to_yaml(OmegaConf.structured(spec)).encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.structured(spec)).replace("${", "\\${")  # a path may hold what looks like one
+    replace_file(path, text.encode())
+
+
+def _check_same(spec: CorpusSpec, out: Path) -> None:
+    """A corpus of another name is not replaced without a word."""
+    try:
+        name = json.loads((out / "index.json").read_bytes())["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if name != spec.name:
+        raise UsageError(f'{out} holds the corpus "{name}", and this one is "{spec.name}": choose another --out.')
 
 
 def _check_models(spec: CorpusSpec) -> None:
@@ -215,8 +230,16 @@ def _run(
     items = ray.data.from_items(list(rows), override_num_blocks=min(len(rows), TASKS))
     dataset = items.map_batches(task, batch_size=None, **how)
     dataset.context.enable_progress_bars = False
-    for row in watched(dataset.iter_rows(), spec.stall_timeout_s, alive, what):
-        yield json.loads(row["result"])
+    try:
+        for row in watched(dataset.iter_rows(), spec.stall_timeout_s, alive, what):
+            yield json.loads(row["result"])
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise Failure(f"{what}: {getattr(cause, 'strerror', None) or cause}. What is done is kept.") from error
 
 
 def _measure(
@@ -226,7 +249,7 @@ def _measure(
     rules = measure.rules_of(spec.filters)
     summaries: dict[str, dict[str, Any]] = {}
     missing: list[Part] = []
-    count = _Count(spec)
+    count = _Count(spec, len(parts))
     for part in parts:
         summary = measure.read_summary(measure.measured_path(out, part))
         if measure.is_done(summary, part, rules, retry):
@@ -263,11 +286,12 @@ def _measure_batch(batch: Any, spec: CorpusSpec, out: str, retry: list[str], loo
 class _Count:
     """Counts of a measuring that goes on: what people see, and when it is too bad to go on."""
 
-    def __init__(self, spec: CorpusSpec) -> None:
-        self.spec, self.rows, self.codes = spec, 0, Counter[str]()
+    def __init__(self, spec: CorpusSpec, parts: int) -> None:
+        self.spec, self.rows, self.codes, self.parts, self.done = spec, 0, Counter[str](), parts, 0
 
     def add(self, summary: Mapping[str, Any]) -> None:
         """Another part."""
+        self.done += 1
         self.rows += summary["rows"]
         self.codes.update(summary["codes"])
 
@@ -281,7 +305,9 @@ class _Count:
         broken = sum(count for code, count in self.codes.items() if code not in NOT_BROKEN)
         if broken == self.rows and not early:
             return  # "none is usable" says more
-        if (early and self.rows < JUDGED_FROM) or broken <= self.spec.max_bad_fraction * self.rows:
+        # Early only where all the rest being whole would not help, so that the end does not depend on who was first.
+        expected = self.rows * self.parts / max(1, self.done) if early else self.rows
+        if (early and self.rows < JUDGED_FROM) or broken <= self.spec.max_bad_fraction * expected:
             return
         table = "\n".join(f"  {count:>8}  {code}" for code, count in self.codes.most_common())
         raise Failure(
@@ -294,18 +320,18 @@ def _score(model: ModelScore, contents: Sequence[tuple[str, str]], spec: CorpusS
     """Run one learned score over the parts that lack it."""
     from components.quality_models import build_scorer
 
+    others = {other.name for other in spec.filters.models}
+    bounds = {name: bound for name, bound in select.thresholds(spec).items() if name not in others}
     missing = [
         {"part": name, "content": content}
         for name, content in contents
-        if not score.is_scored(score.scored_path(out, model, name), score.score_rules(model, content))
+        if not score.is_scored(score.scored_path(out, model, name), score.score_rules(model, content, bounds))
     ]
     tell(len(contents) - len(missing), len(contents), model.name)
     if not missing:
         return
     from ray.data import ActorPoolStrategy
 
-    others = {other.name for other in spec.filters.models}
-    bounds = {name: bound for name, bound in select.thresholds(spec).items() if name not in others}
     arguments = (model, spec, str(out), bounds, build_scorer)
     cursors = out / "work" / "cursors"
     results = _run(
@@ -328,11 +354,13 @@ def _score(model: ModelScore, contents: Sequence[tuple[str, str]], spec: CorpusS
 def _select(contents: Sequence[tuple[str, str]], spec: CorpusSpec, out: Path, tell: Progress) -> select.Selection:
     """Decide, in one task, or remember what was decided."""
     digest = select.selection_digest(contents, spec)
-    known = select.load(out, digest)
+    names = [name for name, _ in contents]
+    known = select.load(out, digest, names)
     if known is not None:
         return known
+    (out / "work" / "selected.json").unlink(missing_ok=True)  # what it names is about to be replaced
     tell(0, 1, "select")
-    chosen: select.Selection = _in_task(select.select, [name for name, _ in contents], spec, out)
+    chosen: select.Selection = _in_task(select.select, names, spec, out, digest)
     select.save(chosen, out, digest)
     tell(1, 1, "select")
     return chosen
@@ -389,7 +417,7 @@ def _write_shards(
     wanted = {plan.digest for plan in plans}
     done: dict[str, dict[str, Any]] = {}
     for row in iter_lines(out / "shards.jsonl"):
-        if row["plan"] in wanted and _is_written(out, row["split"], row["entry"]):
+        if row.get("plan") in wanted and _is_written(out, row["split"], row["entry"]):
             done[row["plan"]] = row["entry"]
     missing = [plan for plan in plans if plan.digest not in done]
     need, free = sum(plan.size for plan in missing) + SPARE_BYTES, shutil.disk_usage(out).free
@@ -412,8 +440,9 @@ def _write_shards(
 
 def _is_written(out: Path, split: str, entry: Mapping[str, Any]) -> bool:
     path, pieces = out / split / entry["name"], out / "work" / "pieces"
-    whole = path.is_file() and path.stat().st_size == entry["bytes"]
-    return whole and all((pieces / f"{entry['name']}.{end}").is_file() for end in ("jsonl", "arrow"))
+    sizes = {path: entry["bytes"]}
+    sizes |= {pieces / f"{entry['name']}.{kind}": size for kind, size in entry.get("pieces", {"": -1}).items()}
+    return all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
 
 
 def _newest(out: Path) -> float:

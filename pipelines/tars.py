@@ -20,6 +20,9 @@ REFUSED_SUFFIXES = frozenset({"pickle", "pkl", "pyd", "pt", "pth", "npy", "npz"}
 """Formats that can carry code."""
 
 
+MAX_EXTRA_BYTES = 1 << 16  # ours: of a member's long name and extended records
+
+
 @dataclass(frozen=True, kw_only=True)
 class TarSample:
     """The members of one sample by suffix, and the byte at which each one's data begins."""
@@ -172,14 +175,14 @@ def _members(source: BinaryIO, size: int, label: str, limit: int) -> Iterator[_M
             yield _Member(name=name, problem=SampleError("truncated", f"{label} ends inside this member"))
             return
         if extra:
-            data = source.read(n_bytes) if n_bytes <= 1 << 20 else b""
+            data = source.read(n_bytes) if n_bytes <= MAX_EXTRA_BYTES else b""
             if header.type == tarfile.GNUTYPE_LONGNAME:
                 long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif header.type != tarfile.XGLTYPE:
                 records = _pax_records(data)
         else:
             name, long_name, records = long_name or records.get("path", header.name), "", {}
-            if header.isdir():
+            if header.isdir() or name.rpartition("/")[2].startswith("._"):  # AppleDouble: macOS adds one to each file
                 pass
             elif _is_unsafe(name, header):  # the problem's key may end up in a file name
                 refused = SampleError("unsafe_member", f"member {name!r} of {label} is refused")
@@ -205,11 +208,12 @@ def _text(name: str) -> str:
 def _pax_records(data: bytes) -> dict[str, str]:
     """PAX extended header records ("LENGTH KEY=VALUE\\n"); what cannot be read is left out."""
     records = {}
-    while (match := re.match(rb"(\d{1,9}) ", data)) and 0 < int(match[1]) <= len(data):
-        keyword, _, value = data[match.end() : int(match[1]) - 1].partition(b"=")
+    at = 0
+    while (match := re.compile(rb"(\d{1,9}) ").match(data, at)) and 0 < int(match[1]) <= len(data) - at:
+        keyword, _, value = data[match.end() : at + int(match[1]) - 1].partition(b"=")
         records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        data = data[int(match[1]) :]
-    if not records.get("size", "0").isdigit():
+        at += int(match[1])
+    if not re.fullmatch(r"[0-9]{1,15}", records.get("size", "0")):
         del records["size"]
     return records
 

@@ -6,11 +6,12 @@ were in flight, and a changed part keeps the rows of the candidates that did not
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from pipelines.sources import Candidate, Part, candidates
 
 VERSION = 2
 """Of the measures: raising it makes old ones stale."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # the run's trouble and not a picture's
 
 Look = Callable[[bytes, FilterSpec, str], dict[str, Any]]
 """(bytes, filters, key) -> what is measured on a picture: ext, width, height, scores, print; or SampleError."""
@@ -130,21 +133,35 @@ def measure_part(
             problem = SampleError("crashed", "the process that read it died again and again", part.name)
             rows, fresh = [_row(Candidate(id=part.name[:24], key=part.name, source=part.name, problem=problem))], 1
         else:
-            for candidate in candidates(part, spec, out, known.__contains__):
+            guard.at("")
+            for candidate in _whatever_happens(part, candidates(part, spec, out, known.__contains__)):
                 if candidate.id in known:
                     rows.append(_renewed(known[candidate.id], candidate))
                     continue
-                guard.at(candidate.id)
                 verdict = guard.sentence(candidate.id)
                 if verdict is not None:
                     candidate.problem, candidate.stage = SampleError(*verdict, candidate.key), "measure"
+                else:
+                    guard.at(candidate.id)
                 rows.append(_measure(candidate, spec.filters, look_at))
+                guard.at("")
                 fresh += 1
         summary = _write(path, rows, {"part": part.digest, "rules": rules})
         done = True
     finally:
         guard.close(done)
     return {**summary, "fresh": fresh}
+
+
+def _whatever_happens(part: Part, found: Iterator[Candidate]) -> Iterator[Candidate]:
+    """The candidates; and should reading them raise what nobody foresaw, one more that says so."""
+    try:
+        yield from found
+    except OSError:
+        raise  # a full disk or a lost store is no fault of the part
+    except Exception as error:  # noqa: BLE001 - what comes before it is kept, and no other part suffers
+        problem = SampleError("crashed", f"reading it failed: {type(error).__name__}: {error}"[:1000], part.name)
+        yield Candidate(id=f"!{part.name}"[:24], key=part.name, source=f"part:{part.name}", problem=problem)
 
 
 def _known_rows(
@@ -178,6 +195,10 @@ def _measure(candidate: Candidate, filters: FilterSpec, look_at: Look) -> dict[s
         row["at"] = candidate.at
     except SampleError as error:
         row.update(code=error.code, stage="measure", detail=error.detail)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        row.update(code="unreadable", stage="measure", detail=f"{error.strerror or error}"[:1000])
     except MemoryError:
         row.update(code="out_of_memory", stage="measure", detail="decoding it needs more memory than there is")
     except Exception as error:  # noqa: BLE001 - see above

@@ -32,16 +32,18 @@ def scored_path(out: Path, model: ModelScore, part: str) -> Path:
     return out / "work" / "scored" / model.name / f"{part}.parquet"
 
 
-def score_rules(model: ModelScore, content: str) -> str:
-    """Digest of what decides a part's scores: the model and the measured rows; no threshold of its own."""
+def score_rules(model: ModelScore, content: str, bounds: Mapping[str, Bounds]) -> str:
+    """Digest of what decides a part's scores: the model, the measured rows, and which of them the cheap bounds keep."""
     told = {name: value for name, value in asdict(model).items() if name not in ("bounds", "batch_size", "num_gpus")}
-    return hashlib.sha256(json.dumps([told, content], sort_keys=True).encode()).hexdigest()
+    cheap = {name: asdict(bound) for name, bound in bounds.items()}
+    return hashlib.sha256(json.dumps([told, content, cheap], sort_keys=True).encode()).hexdigest()
 
 
 def is_scored(path: Path, rules: str) -> bool:
-    """Whether a part's file is of these rules."""
+    """Whether a part's file is of these rules, and nothing failed when it was made: that is worth another try."""
     try:
-        return bool(pq.read_metadata(path).metadata[b"rules"] == rules.encode())
+        metadata = pq.read_metadata(path).metadata
+        return bool(metadata[b"rules"] == rules.encode() and metadata[b"failed"] == b"0")
     except (OSError, pa.ArrowException, KeyError, TypeError):
         return False
 
@@ -82,17 +84,18 @@ def score_part(
     failed = [""] * len(rows)
     reader, limits = Bytes(spec, out), spec.filters.limits()
     guard = Guard(out / "work" / "cursors", f"{model.name}-{part}", spec.sample_timeout_s * max(1, model.batch_size))
-    done = False
+    done, together = False, 1 if guard.deaths else model.batch_size  # after a death each alone, to learn whose it was
     try:
         pending: list[int] = []
         pictures: list[Image] = []
+        guard.at("")
         for number in wanted:
             row = rows[number]
-            guard.at(row["id"])
-            verdict = guard.sentence(row["id"])
+            verdict = ("crashed", "the process died again and again") if guard.hopeless else guard.sentence(row["id"])
             if verdict is not None:
                 failed[number] = f"[{verdict[0]}] {verdict[1]}"
                 continue
+            guard.at(row["id"] if together == 1 else "")
             try:
                 picture = decode(reader.read(row["at"], row["key"]), limits, row["key"])
             except SampleError as error:
@@ -100,7 +103,7 @@ def score_part(
                 continue
             pending.append(number)
             pictures.append(picture)
-            if len(pending) == model.batch_size:
+            if len(pending) == together:
                 _score_batch(score, pending, pictures, values, failed)
                 pending, pictures = [], []
         _score_batch(score, pending, pictures, values, failed)
@@ -109,7 +112,8 @@ def score_part(
         guard.close(done)
     columns = [pa.array(values, pa.float32()), pa.array(failed, pa.string())]
     result = pa.Table.from_arrays(columns, names=["value", "failed"])
-    write_parquet(scored_path(out, model, part), result.replace_schema_metadata({"rules": score_rules(model, content)}))
+    told = {"rules": score_rules(model, content, bounds), "failed": str(sum(map(bool, failed)))}
+    write_parquet(scored_path(out, model, part), result.replace_schema_metadata(told))
     return {"part": part, "scored": len(wanted), "failed": sum(map(bool, failed))}
 
 

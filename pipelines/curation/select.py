@@ -24,7 +24,7 @@ from components.fingerprints import WORDS, first_alike
 from components.quality import bounds_of, judge
 from pipelines import shards
 from pipelines.curation.measure import SCHEMA, SCORE, write_parquet
-from pipelines.errors import Failure, UsageError, near_miss
+from pipelines.errors import UsageError, near_miss
 from pipelines.rows import replace_file
 
 VERSION = 1
@@ -95,11 +95,12 @@ def thresholds(spec: CorpusSpec) -> dict[str, Bounds]:
     return {**bounds, **{model.name: model.bounds for model in spec.filters.models}}
 
 
-def select(names: Sequence[str], spec: CorpusSpec, out: Path) -> Selection:
+def select(names: Sequence[str], spec: CorpusSpec, out: Path, digest: str = "") -> Selection:
     """Decide about every candidate; writes work/decided/*.parquet and work/quarantine.jsonl.
 
     Args:
         names: of all parts, in source order.
+        digest: see `selection_digest`; every decided file is marked with it.
 
     Raises:
         UsageError: no candidate has a held-out name of the spec.
@@ -109,14 +110,16 @@ def select(names: Sequence[str], spec: CorpusSpec, out: Path) -> Selection:
     rows = _Rows(names, out, spec)
     status, sha, keys, prints = rows.gather(bounds)
     reasons: dict[int, str] = {}  # number: detail, of copies alone
-    _exact(status, sha, spec, reasons, rows)
+    leaders = _exact(status, sha, spec, reasons, rows)
     if spec.dedup.near:
-        _near(status, prints, spec, reasons, rows)
+        leaders |= _near(status, prints, spec, reasons, rows)
     kept = np.flatnonzero(status == 0)
-    named = _named(spec.split, keys, kept, rows)
+    if spec.split.held_out:
+        held = _named(spec.split, keys, status, leaders, rows)
+    else:
+        held = _held_out(keys, kept, spec.split)  # by the keys as they came, so that a namesake moves nobody
     renamed = _part_equal_keys(keys, kept, rows)
-    held = named if spec.split.held_out else _held_out(keys, kept, spec.split)
-    return _write(names, spec, rows, status, reasons, renamed, held, own)
+    return _write(names, spec, rows, status, reasons, renamed, held, own, digest)
 
 
 class _Rows:
@@ -186,10 +189,12 @@ def key_hash(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
-def _exact(status: np.ndarray, sha: np.ndarray, spec: CorpusSpec, reasons: dict[int, str], rows: _Rows) -> None:
-    """Mark copies of earlier corpora and of earlier candidates, byte for byte."""
+def _exact(
+    status: np.ndarray, sha: np.ndarray, spec: CorpusSpec, reasons: dict[int, str], rows: _Rows
+) -> dict[int, int]:
+    """Mark copies of earlier corpora and of earlier candidates, byte for byte; the original of each of the latter."""
     if not spec.dedup.exact:
-        return
+        return {}
     for folder in spec.dedup.against:
         known, names = _earlier(folder, "sha256")
         digests = np.frombuffer(b"".join(bytes.fromhex(text[:32]) for text in known), ">u8").reshape(-1, 2)
@@ -208,10 +213,14 @@ def _exact(status: np.ndarray, sha: np.ndarray, spec: CorpusSpec, reasons: dict[
     keys = rows.values(originals, ["key"])
     for copy, original in zip(copies.tolist(), originals.tolist(), strict=True):
         reasons[copy] = f"same bytes as {keys[original][0]}"
+    return dict(zip(copies.tolist(), originals.tolist(), strict=True))
 
 
-def _near(status: np.ndarray, prints: np.ndarray, spec: CorpusSpec, reasons: dict[int, str], rows: _Rows) -> None:
-    """Mark what looks like an earlier corpus' or an earlier candidate's picture."""
+def _near(
+    status: np.ndarray, prints: np.ndarray, spec: CorpusSpec, reasons: dict[int, str], rows: _Rows
+) -> dict[int, int]:
+    """Mark what looks like an earlier corpus' or an earlier candidate's picture; the original of each of the latter."""
+    leaders: dict[int, int] = {}
     before, names = [np.zeros((0, WORDS), np.uint64)], []
     for folder in spec.dedup.against:
         known, keys = _earlier(folder, "print")
@@ -228,7 +237,9 @@ def _near(status: np.ndarray, prints: np.ndarray, spec: CorpusSpec, reasons: dic
         if original < earlier:
             reasons[copy] = f"looks like {names[original]} of an earlier corpus"
         else:
-            reasons[copy] = f"looks like {own[int(alive[original - earlier])][0]}"
+            leaders[copy] = int(alive[original - earlier])
+            reasons[copy] = f"looks like {own[leaders[copy]][0]}"
+    return leaders
 
 
 def _earlier(folder: str, column: str) -> tuple[list[Any], list[str]]:
@@ -245,16 +256,25 @@ def _earlier(folder: str, column: str) -> tuple[list[Any], list[str]]:
     return values, keys
 
 
-def _named(split: SplitSpec, keys: np.ndarray, kept: np.ndarray, rows: _Rows) -> set[int]:
-    """Numbers of the candidates that the spec holds out by name, before a key may get longer."""
+def _named(split: SplitSpec, keys: np.ndarray, status: np.ndarray, leaders: Mapping[int, int], rows: _Rows) -> set[int]:
+    """Numbers of the candidates that the spec holds out by name, before a key may get longer.
+
+    Of a named one that is a copy the original is held out: the picture must not be trained on under another name.
+    """
     wanted = {key_hash(shards.safe_key(name)): name for name in split.held_out}
-    chosen = kept[np.isin(keys[kept], np.array(list(wanted), np.uint64))] if wanted else kept[:0]
-    everywhere = set(keys[np.isin(keys, np.array(list(wanted), np.uint64))].tolist()) if wanted else set()
+    everywhere = np.flatnonzero(np.isin(keys, np.array(list(wanted), np.uint64)))
+    present = set(keys[everywhere].tolist())
     for hashed, name in wanted.items():
-        if hashed not in everywhere:
-            some = [row[0] for row in rows.values(kept[:100_000], ["key"]).values()]
+        if hashed not in present:
+            some = [row[0] for row in rows.values(np.flatnonzero(status == 0)[:100_000], ["key"]).values()]
             raise UsageError(f'{rows.spec.name}: no source has the held-out picture "{name}".{near_miss(name, some)}')
-    return set(chosen.tolist())
+    held = set()
+    for number in everywhere.tolist():
+        while number in leaders:
+            number = leaders[number]
+        if status[number] == 0:
+            held.add(number)
+    return held
 
 
 def _part_equal_keys(keys: np.ndarray, kept: np.ndarray, rows: _Rows) -> dict[int, str]:
@@ -271,13 +291,12 @@ def _part_equal_keys(keys: np.ndarray, kept: np.ndarray, rows: _Rows) -> dict[in
         if not len(doubled):
             return renamed
         found = rows.values(doubled, ["key", "sha256"])
-        for number in doubled.tolist():
+        for place, number in enumerate(doubled.tolist()):
             key, digest = found[number]
-            renamed[number] = shards.safe_key(f"{renamed.get(number, key)}-{digest[:digits]}")
+            end = digest[:digits] if digits <= 64 else str(place)  # equal bytes, where the spec keeps them
+            renamed[number] = shards.safe_key(f"{renamed.get(number, key)}-{end}")
             keys[number] = key_hash(renamed[number])
         digits *= 2  # a file may be named like such a key already
-        if digits > 64:
-            raise Failure(f"{len(doubled)} pictures cannot be told apart by key, among them {found[doubled[0]][0]}.")
 
 
 def _held_out(keys: np.ndarray, kept: np.ndarray, split: SplitSpec) -> set[int]:
@@ -299,6 +318,7 @@ def _write(
     renamed: Mapping[int, str],
     held: set[int],
     own: Mapping[str, Bounds],
+    digest: str,
 ) -> Selection:
     """Write the decided rows and the quarantine, and plan the shards, in one pass."""
     plans = {split: _Planner(split, spec.shard_mib) for split in SPLITS}
@@ -319,7 +339,8 @@ def _write(
                 if status[number] == 0:
                     split = SPLITS[number in held]
                     columns["split"][row] = split
-                    plans[split].add(number, name, {column: columns[column][row] for column in INFO})
+                    told = {column: columns[column][row] for column in (*INFO, *scores)}
+                    plans[split].add(number, name, told)
                     continue
                 if status[number] != BROKEN:
                     code, stage, detail = _why(int(status[number]), number, row, columns, own, spec, reasons)
@@ -328,7 +349,8 @@ def _write(
                 target.write(_quarantine_line(columns, row))
             arrays = [pa.array(columns[f.name], f.type) for f in DECIDED]
             arrays += [pa.array(columns[c], pa.float32()) for c in scores]
-            write_parquet(folder / f"{name}.parquet", pa.Table.from_arrays(arrays, names=[*DECIDED.names, *scores]))
+            decided = pa.Table.from_arrays(arrays, names=[*DECIDED.names, *scores])
+            write_parquet(folder / f"{name}.parquet", decided.replace_schema_metadata({"selection": digest}))
     quarantine.replace(quarantine.with_suffix(""))
     for stale in folder.glob("*.parquet"):
         if stale.stem not in set(names):
@@ -394,7 +416,7 @@ class _Planner:
         last.last, last.samples, last.size = number, last.samples + 1, last.size + size
         if not last.parts or last.parts[-1] != part:
             last.parts.append(part)
-        self._content.update("\x1f".join(str(info[name]) for name in INFO).encode() + b"\n")
+        self._content.update("\x1f".join(map(str, info.values())).encode() + b"\n")
 
     def _end(self) -> None:
         if self.plans:
@@ -426,10 +448,20 @@ def save(selection: Selection, out: Path, digest: str) -> None:
     replace_file(out / "work" / "selected.json", json.dumps([digest, selection.to_json()]).encode())
 
 
-def load(out: Path, digest: str) -> Selection | None:
-    """An earlier selection of this digest."""
+def load(out: Path, digest: str, names: Sequence[str]) -> Selection | None:
+    """An earlier selection of this digest, if all that it wrote is still there."""
     try:
         known, text = json.loads((out / "work" / "selected.json").read_bytes())
-    except (OSError, ValueError):
+        chosen = Selection.from_json(text) if known == digest else None
+    except (OSError, ValueError, TypeError):
         return None
-    return Selection.from_json(text) if known == digest else None
+    if chosen is None or not (out / "work" / "quarantine.jsonl").is_file():
+        return None
+    for name in names:
+        try:
+            metadata = pq.read_metadata(out / "work" / "decided" / f"{name}.parquet").metadata or {}
+        except (OSError, pa.ArrowException):
+            return None
+        if metadata.get(b"selection") != digest.encode():
+            return None
+    return chosen

@@ -20,7 +20,7 @@ from pipelines.errors import Failure
 from pipelines.rows import replace_file
 
 DEATHS = 3  # of the process over one candidate, before it is given up
-PART_DEATHS = 12  # over one part in all
+PART_DEATHS = 3  # between candidates of a part: over its tar, its table, its file
 ID_BYTES = 24
 
 T = TypeVar("T")
@@ -47,16 +47,16 @@ class Guard:
     def _learn(self) -> None:
         """Who was looked at when the last attempt died."""
         try:
-            self.deaths = json.loads(self.record.read_bytes())
-        except (OSError, ValueError):
+            told = json.loads(self.record.read_bytes())
+            self.deaths = {str(name): [int(deaths), int(hung)] for name, (deaths, hung) in told.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
             self.deaths = {}
         if self.now.exists():
             last = self.now.read_bytes().decode("ascii", "replace").strip()
             hung = self.hang.exists() and self.hang.stat().st_size > 0
-            for name in {last, ""}:  # "" counts for the part
-                known = self.deaths.setdefault(name, [0, 0])
-                known[0] += 1
-                known[1] += int(hung)
+            known = self.deaths.setdefault(last, [0, 0])  # "" is the part itself
+            known[0] += 1
+            known[1] += int(hung)
             replace_file(self.record, json.dumps(self.deaths).encode())
 
     @property
@@ -74,10 +74,11 @@ class Guard:
         return None
 
     def at(self, candidate: str) -> None:
-        """Say what is looked at now, and start its clock."""
+        """Say what is looked at now ("": nothing, the next one is being read), and start its clock."""
         os.pwrite(self.cursor, candidate[:ID_BYTES].ljust(ID_BYTES).encode(), 0)
         if (time.monotonic() - self.armed) * 4 > self.timeout_s:  # arming starts a thread: not for every candidate
-            faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=self.log)
+            # by a quarter longer, since the clock may have been started for a candidate before
+            faulthandler.dump_traceback_later(1.25 * self.timeout_s, exit=True, file=self.log)
             self.armed = time.monotonic()
 
     def close(self, done: bool) -> None:
@@ -87,6 +88,12 @@ class Guard:
         self.log.close()
         for path in (self.now, self.hang, *((self.record,) if done else ())):
             path.unlink(missing_ok=True)
+
+
+def forget_the_living(folder: Path) -> None:
+    """At the start of a run: what its predecessor was at when it was killed says nothing against a picture."""
+    for path in (*folder.glob("*.now"), *folder.glob("*.hang")) if folder.is_dir() else ():
+        path.unlink(missing_ok=True)
 
 
 def last_sign_of_life(folder: Path) -> float:

@@ -52,6 +52,8 @@ def write_planned(plan: ShardPlan, spec: CorpusSpec, out: Path) -> dict[str, Any
         OSError: nothing can be written here.
     """
     rows = list(planned_rows(plan, out))
+    if len(rows) != plan.samples:
+        raise Changed(f"{plan.split} shard {plan.number} should hold {plan.samples} samples and would hold {len(rows)}")
     places = {row["key"]: row for row in rows}
     reader = Bytes(spec, out)
 
@@ -71,12 +73,15 @@ def write_planned(plan: ShardPlan, spec: CorpusSpec, out: Path) -> dict[str, Any
     batch = shards.table_batch([{**row, **place} for row, place in zip(rows, entry["samples"], strict=True)])
     folder = out / "work" / "pieces"
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / f"{entry['name']}.jsonl", "".join(lines).encode())
+    pieces = {"jsonl": "".join(lines).encode()}
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, shards.TABLE) as writer:
         writer.write_batch(batch)
-    replace_file(folder / f"{entry['name']}.arrow", sink.getvalue().to_pybytes())
-    return {**{name: entry[name] for name in ("name", "bytes", "sha256")}, "samples": len(rows)}
+    pieces["arrow"] = sink.getvalue().to_pybytes()
+    for kind, data in pieces.items():
+        replace_file(folder / f"{entry['name']}.{kind}", data, sync=True)
+    told = {name: entry[name] for name in ("name", "bytes", "sha256")}
+    return {**told, "samples": len(rows), "pieces": {kind: len(data) for kind, data in pieces.items()}}
 
 
 def manifest_row(row: Mapping[str, Any], shard: str) -> dict[str, Any]:
@@ -100,7 +105,9 @@ def write_many(batch: Any, spec: CorpusSpec, out: str) -> dict[str, Any]:
         try:
             entry = write_planned(plan, spec, Path(out))
             result: dict[str, Any] = {"plan": plan.digest, "split": plan.split, "entry": entry}
-        except Changed as error:
+        except Changed as error:  # the next run measures these parts anew
+            for part in plan.parts:
+                (Path(out) / "work" / "measured" / f"{part}.parquet").unlink(missing_ok=True)
             result = {"error": f"{error}; run the same command again."}
         except OSError as error:
             result = {"error": f"{out} cannot be written: {error.strerror or error}."}
@@ -115,11 +122,13 @@ def finish(out: Path, spec: CorpusSpec, plans: Sequence[ShardPlan], entries: Map
         entries: what `write_planned` returned, by the plan's digest.
     """
     pieces = out / "work" / "pieces"
+    (out / "index.json").unlink(missing_ok=True)  # an index of the files before must not stand beside those of today
     manifest, temporary = hashlib.sha256(), out / f".manifest.jsonl.tmp-{os.getpid()}"
     try:
         with open(temporary, "wb") as target:
             for plan in plans:
                 data = (pieces / f"{entries[plan.digest]['name']}.jsonl").read_bytes()
+                assert data.count(b"\n") == plan.samples, f"{entries[plan.digest]['name']}: a piece is not whole"
                 manifest.update(data)
                 target.write(data)
             target.flush()

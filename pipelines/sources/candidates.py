@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def _of_files(part: Part, spec: CorpusSpec, out: Path) -> Iterator[Candidate]:
             at: dict[str, Any] = {"leaves": row["leaves"]}
         else:
             at = {"source": part.source, "path": row.get("path", "")}
-        place = json.dumps(at, ensure_ascii=False)
+        place = json.dumps(at)
         version = f"{row['source']}|{row.get('size', 0)}|{row.get('mtime_ns', 0)}|{row.get('version', '')}"
         candidate = Candidate(
             id=_short(version),
@@ -112,6 +113,8 @@ def _loader(reader: Bytes, at: str, key: str) -> Callable[[], bytes]:
 
 def _caption_file(path: str) -> tuple[str, str]:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
+            return "", ""
         with open(path, encoding="utf-8", errors="replace") as source:
             text = source.read(4 * MAX_CAPTION_CHARS)
         return tidy_caption(text), f"|{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -136,6 +139,7 @@ def _of_tar(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[Candid
         problem = SampleError("unreadable", f"{label}: {_sentence(error)}", shards.safe_key(label))
         yield Candidate(id=_short(archive), key=problem.key, source=archive, problem=problem)
         return
+    archive_id = f"{archive}|{part.digest}"
     with file:
         for item in tars.read_tar(file, part.where["size"], label, limit):
             if isinstance(item, tars.TarProblem):
@@ -143,12 +147,14 @@ def _of_tar(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[Candid
                 key = shards.safe_key(item.key) if item.key else shards.safe_key(label)
                 problem = SampleError(item.code, item.detail, key)
                 named = f"{archive}/{item.key}" if item.key else archive
-                yield Candidate(id=_short(f"{named}|{number}"), key=key, source=named, problem=problem)
+                yield Candidate(id=_short(f"{archive_id}|{named}|{number}"), key=key, source=named, problem=problem)
                 continue
-            yield from _of_sample(item, archive, part.source, path, source)
+            yield from _of_sample(item, archive, archive_id, part.source, path, source)
 
 
-def _of_sample(sample: tars.TarSample, archive: str, number: int, path: str, source: SourceSpec) -> Iterator[Candidate]:
+def _of_sample(
+    sample: tars.TarSample, archive: str, archive_id: str, number: int, path: str, source: SourceSpec
+) -> Iterator[Candidate]:
     """Each picture of a sample by itself: `a.v1.jpg` and `a.v2.jpg` are two pictures."""
     caption, licence, credit = _beside(sample.members, source)
     pictures = [s for s in sample.members if s.rpartition(".")[2].lower() in shards.PICTURE_SUFFIXES]
@@ -157,21 +163,21 @@ def _of_sample(sample: tars.TarSample, archive: str, number: int, path: str, sou
         data, offset = sample.members[suffix], sample.offsets[suffix]
         at = {"source": number, "path": path, "offset": offset, "size": len(data)}
         yield Candidate(
-            id=_short(f"{archive}|{offset}"),
+            id=_short(f"{archive_id}|{offset}"),
             key=shards.safe_key(name[: len(name) - len(suffix.rpartition(".")[2]) - 1]),
             source=f"{archive}/{name}",
             licence=licence,
             credit=credit,
             caption=caption,
             size=len(data),
-            at=json.dumps(at, ensure_ascii=False),
+            at=json.dumps(at),
             load=_given(data),
         )
     if not pictures:
         offset, key = min(sample.offsets.values()), shards.safe_key(sample.key)
         held = ", ".join(sorted(sample.members))
         problem = SampleError("no_picture", f"the sample holds {held} and no picture that we read", key)
-        yield Candidate(id=_short(f"{archive}|{offset}"), key=key, source=f"{archive}/{sample.key}", problem=problem)
+        yield Candidate(id=_short(f"{archive_id}|{offset}"), key=key, source=f"{archive}/{sample.key}", problem=problem)
 
 
 def _given(data: bytes) -> Callable[[], bytes]:
@@ -188,7 +194,7 @@ def _beside(members: Mapping[str, bytes], source: SourceSpec) -> tuple[str, str,
         elif kind == "json":
             try:
                 document = json.loads(data)
-            except ValueError:
+            except (ValueError, RecursionError):  # thousands of brackets
                 continue
             if isinstance(document, dict):
                 text = {name: value for name, value in document.items() if isinstance(value, str)}
@@ -196,7 +202,7 @@ def _beside(members: Mapping[str, bytes], source: SourceSpec) -> tuple[str, str,
                 caption = next((text[name] for name in names if text.get(name)), caption)
                 licence = next((text[name] for name in LICENCE_FIELDS if text.get(name)), licence)
                 credit = text.get("credit") or credit
-    return tidy_caption(caption), licence, credit
+    return tidy_caption(caption), tidy_caption(licence)[:200], tidy_caption(credit)[:200]
 
 
 def _of_row_group(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[Candidate]:
@@ -212,16 +218,16 @@ def _of_row_group(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[
         rows = reader.row_group(part.source, part.where["path"], group)
     except SampleError as error:
         problem = SampleError(error.code, error.detail, key)
-        yield Candidate(id=_short(f"{label}|{group}"), key=key, source=f"{label}#{group}", problem=problem)
+        yield Candidate(id=_short(f"{label}|{part.digest}"), key=key, source=f"{label}#{group}", problem=problem)
         return
     for number in range(rows.num_rows):
         row = {name: rows.column(name)[number].as_py() for name in rows.column_names if name != source.image_column}
         own = str(row.get(source.key_column) or "") if source.key_column else ""
         name = shards.safe_key(own or f"{part.where['label'].rpartition('.')[0]}-{group:05d}-{number:06d}")
         at = {"source": part.source, "path": part.where["path"], "group": group, "row": number}
-        place = json.dumps(at, ensure_ascii=False)
+        place = json.dumps(at)
         yield Candidate(
-            id=_short(f"{label}|{group}|{number}"),
+            id=_short(f"{label}|{part.digest}|{number}"),
             key=name,
             source=f"{label}#{group}/{number}",
             licence=str(row.get(source.licence_column) or "") or source.licence,

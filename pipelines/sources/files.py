@@ -59,7 +59,8 @@ class Entry:
     licence: str = ""
     credit: str = ""
     version: str = ""  # what a store says instead of a modification time
-    caption_path: str = ""  # a text file of the same name
+    caption_path: str = ""  # a text file of the same name,
+    caption_version: str = ""  # and what tells it from what it was another day
     leaves: tuple[int, int, int] | None = None  # (size_px, seed, index) of a synthetic picture
     refused: tuple[str, str] | None = None  # (code, detail) where listing already settled it
 
@@ -168,6 +169,11 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped
     unreadable: list[OSError] = []
     for parent, folders, files in os.walk(folder, onerror=unreadable.append):
         folders[:] = sorted(n for n in folders if not n.startswith(".") and not is_output(Path(parent) / n, out))
+        for name in folders:
+            if os.path.islink(os.path.join(parent, name)):
+                place = _printable((Path(parent) / name).relative_to(folder).as_posix())
+                refused = ("linked_folder", "links to folders are not followed: name the folder as a source")
+                yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{place}", refused=refused)
         captions = {name for name in files if name.endswith(".txt")}
         for name in sorted(files):
             path = Path(parent) / name
@@ -176,13 +182,22 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped
                 continue
             entry = _file_entry(path, path.relative_to(folder).as_posix(), source, notes_of)
             beside = path.with_suffix(".txt")
-            yield replace(entry, caption_path=str(beside)) if beside.name in captions else entry
+            yield _captioned(entry, beside) if beside.name in captions else entry
     for error in unreadable:
         place = Path(error.filename).relative_to(folder).as_posix() if error.filename else ""
         if place in ("", "."):
             raise UsageError(f"{folder} cannot be read: {error.strerror}.")
         refused = ("unreadable", f"folder cannot be listed: {error.strerror}")
         yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{_printable(place)}", refused=refused)
+
+
+def _captioned(entry: Entry, beside: Path) -> Entry:
+    """The entry with the text file beside it, known by its size and time."""
+    try:
+        status = beside.stat()
+    except OSError:
+        return entry
+    return replace(entry, caption_path=str(beside), caption_version=f"{status.st_size}|{status.st_mtime_ns}")
 
 
 def _stored(source: SourceSpec, skipped: Skipped) -> Iterator[Entry]:
@@ -295,6 +310,6 @@ def for_folder(spec: CorpusSpec, folder: Path) -> CorpusSpec:
         spec,
         name=Path(os.path.abspath(folder)).name or spec.name,  # "..", too, has a name
         licence="as their owner says",
-        sources=[SourceSpec(kind="folder", path=str(folder))],
+        sources=[SourceSpec(kind="folder", path=os.path.abspath(folder))],
         split=SplitSpec(held_out_fraction=fraction),
     )

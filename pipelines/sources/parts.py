@@ -11,6 +11,8 @@ import csv
 import hashlib
 import io
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,15 +74,15 @@ def list_parts(spec: CorpusSpec, out: Path) -> Listing:
     for number, source in enumerate(spec.sources):
         if source.kind in KINDS:
             lines = (_file_line(entry, wanted, some) for entry in iter_entries(source, out, skipped))
-            parts += _write_lists(number, lines, folder, (SMALLEST, USUAL, LARGEST))
+            parts += _write_lists(number, lines, folder, (SMALLEST, USUAL, LARGEST), "")
         elif not source.path:
             raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
         elif source.kind == "tar":
-            parts += _tars(number, source)
+            parts += _tars(number, source, out)
         elif source.kind == "parquet":
-            parts += _row_groups(number, source)
+            parts += _row_groups(number, source, out)
         else:
-            parts += _write_lists(number, _address_lines(source), folder, ADDRESSES)
+            parts += _write_lists(number, _address_lines(source), folder, ADDRESSES, _about(source))
     if not parts:
         raise nothing_to_curate(spec)
     names = {part.name for part in parts}
@@ -104,56 +106,79 @@ def _file_line(entry: Entry, wanted: dict[str, str], some: list[str]) -> tuple[s
 
 
 def _write_lists(
-    number: int, lines: Iterable[tuple[str, dict[str, Any]]], folder: Path, sizes: tuple[int, int, int]
+    number: int, lines: Iterable[tuple[str, dict[str, Any]]], folder: Path, sizes: tuple[int, int, int], about: str
 ) -> Iterator[Part]:
     """Cut a run of (name, line) into parts, each with its file."""
     smallest, usual, largest = sizes
     collected: list[str] = []
-    first = ""
+    first, taken = "", Counter[str]()
+
+    def cut() -> Part:
+        taken[first] += 1  # a list of addresses may hold one twice
+        return _write_list(number, first if taken[first] == 1 else f"{first}|{taken[first]}", collected, folder, about)
+
     for name, line in lines:
         first = first or name
-        collected.append(shards.json_line(line))
+        collected.append(json.dumps(line, sort_keys=True) + "\n")  # ASCII: names on disk need not be text
         place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
         if len(collected) >= largest or (len(collected) >= smallest and place % usual == 0):
-            yield _write_list(number, first, collected, folder)
+            yield cut()
             collected, first = [], ""
     if collected:
-        yield _write_list(number, first, collected, folder)
+        yield cut()
 
 
-def _write_list(number: int, first: str, lines: list[str], folder: Path) -> Part:
+def _write_list(number: int, first: str, lines: list[str], folder: Path, about: str) -> Part:
     data = "".join(lines).encode()
     name = f"{number:02d}-{hashlib.sha256(first.encode()).hexdigest()[:20]}"
     path = folder / f"{name}.jsonl"
     if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, data)
-    return Part(source=number, name=name, digest=hashlib.sha256(data).hexdigest()[:32], where={"list": path.name})
+    digest = hashlib.sha256(about.encode() + data).hexdigest()[:32]
+    return Part(source=number, name=name, digest=digest, where={"list": path.name})
 
 
-def _tars(number: int, source: SourceSpec) -> Iterator[Part]:
+def _about(source: SourceSpec) -> str:
+    """What a source's settings decide of its rows, besides what it holds."""
+    names = ("licence", "credit", "image_column", "key_column", "caption_column", "licence_column")
+    return json.dumps([getattr(source, name) for name in names])
+
+
+def _archives(source: SourceSpec, out: Path) -> Iterator[tuple[str, str, int, str, str]]:
+    """(path, label, size, hash of the label, digest) of a source's files, less hidden ones and our own output."""
+    mine = f"{out.resolve()}{os.sep}"
     for path, relative, size, version in stores.list_files(source.path, source.storage):
-        name = f"{number:02d}-{hashlib.sha256(relative.encode()).hexdigest()[:20]}"
-        digest = hashlib.sha256(f"{relative}|{size}|{version}".encode()).hexdigest()[:32]
+        if relative.rpartition("/")[2].startswith(".") or os.path.realpath(path).startswith(mine):
+            continue
+        label = relative.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        hashed = hashlib.sha256(label.encode()).hexdigest()[:20]
+        digest = hashlib.sha256(f"{label}|{size}|{version}|{_about(source)}".encode()).hexdigest()[:32]
+        yield path, label, size, hashed, digest
+
+
+def _tars(number: int, source: SourceSpec, out: Path) -> Iterator[Part]:
+    for path, relative, size, hashed, digest in _archives(source, out):
+        name = f"{number:02d}-{hashed}"
         yield Part(source=number, name=name, digest=digest, where={"path": path, "label": relative, "size": size})
 
 
-def _row_groups(number: int, source: SourceSpec) -> Iterator[Part]:
+def _row_groups(number: int, source: SourceSpec, out: Path) -> Iterator[Part]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for path, relative, size, version in stores.list_files(source.path, source.storage):
-        name = f"{number:02d}-{hashlib.sha256(relative.encode()).hexdigest()[:20]}"
-        digest = hashlib.sha256(f"{relative}|{size}|{version}".encode()).hexdigest()[:32]
+    for path, relative, _, hashed, digest in _archives(source, out):
+        name = f"{number:02d}-{hashed}"
         where = {"path": path, "label": relative}
         try:
             with stores.open_file(path, source.storage) as file:
                 metadata = pq.ParquetFile(file).metadata
         except (OSError, pa.ArrowException) as error:  # its one row says so
-            sentence = str(error).splitlines()[0]
+            sentence = getattr(error, "strerror", "") or str(error).splitlines()[0]
             yield Part(source=number, name=name, digest=digest, where={**where, "broken": sentence})
             continue
-        for column in filter(None, (source.image_column, source.key_column, source.caption_column)):
+        named = (source.image_column, source.key_column, source.caption_column, source.licence_column)
+        for column in filter(None, named):
             fields = metadata.schema.to_arrow_schema().names
             if column not in fields:
                 raise UsageError(f'{relative} has no column "{column}".{near_miss(column, fields)}')
@@ -195,7 +220,7 @@ def _table_rows(path: str, label: str, source: SourceSpec) -> Iterator[Mapping[s
             if suffix == ".parquet":
                 yield from _parquet_rows(file, label, wanted)
                 return
-            text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
             reader: Callable[[TextIO, str], Iterator[Mapping[str, Any]]] = {
                 ".jsonl": _json_rows,
                 ".txt": lambda lines, _: ({source.url_column: line} for line in lines if not line.startswith("#")),
@@ -223,9 +248,11 @@ def _parquet_rows(file: Any, label: str, wanted: list[str]) -> Iterator[Mapping[
 
 def _json_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise UsageError(f"{label}, line {number}: no JSON object.")
@@ -233,7 +260,11 @@ def _json_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _csv_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
-    yield from csv.DictReader(lines, delimiter="\t" if label.lower().endswith(".tsv") else ",")
+    csv.field_size_limit(1 << 24)  # captions may be longer than the module's 128 KiB
+    try:
+        yield from csv.DictReader(lines, delimiter="\t" if label.lower().endswith(".tsv") else ",")
+    except csv.Error as error:
+        raise UsageError(f"{label} is no readable table: {error}.") from error
 
 
 def _check_columns(label: str, wanted: list[str], row: Mapping[str, Any]) -> None:

@@ -81,7 +81,7 @@ def list_files(pattern: str, storage: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 def _list_local(pattern: str) -> Iterator[tuple[str, str, int, str]]:
     path = os.path.abspath(pattern)
-    if _has_wildcard(path):
+    if _has_wildcard(path) and not os.path.exists(path):  # "[2020] trip" may be a folder's name
         fixed = path[: re.search(r"[*?\[]", path).start()]  # type: ignore[union-attr]
         base = Path(fixed.rpartition("/")[0] or "/")
         names = sorted(name for name in glob.iglob(path, recursive=True) if os.path.isfile(name))
@@ -91,7 +91,9 @@ def _list_local(pattern: str) -> Iterator[tuple[str, str, int, str]]:
     else:
         base, names = Path(path).parent, [path] if os.path.isfile(path) else []
     if not names:
-        raise UsageError(f"{pattern} holds no file." if _has_wildcard(path) else f"there is no {pattern}.")
+        raise UsageError(
+            f"{pattern} holds no file." if _has_wildcard(path) or os.path.isdir(path) else f"there is no {pattern}."
+        )
     for name in names:
         status = os.stat(name)
         yield name, Path(name).relative_to(base).as_posix(), status.st_size, str(status.st_mtime_ns)

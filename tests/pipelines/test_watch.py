@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.curation.watch import DEATHS, PART_DEATHS, Guard, last_sign_of_life, watched
+from pipelines.curation.watch import DEATHS, PART_DEATHS, Guard, forget_the_living, last_sign_of_life, watched
 from pipelines.errors import Failure
 
 
@@ -62,8 +62,18 @@ def test_a_part_that_dies_again_and_again_is_hopeless(tmp_path: Path) -> None:
         guard = Guard(tmp_path, "part", 100)
         assert not guard.hopeless
         guard.at("x")
+        guard.at("")
         os.close(guard.cursor)  # as a death would: nothing is tidied up
     assert Guard(tmp_path, "part", 100).hopeless
+
+
+def test_a_killed_run_says_nothing_against_what_it_was_at(tmp_path: Path) -> None:
+    for _ in range(DEATHS):
+        assert die(tmp_path, "innocent", "crash") == 9
+        forget_the_living(tmp_path)
+    guard = Guard(tmp_path, "part", 0.3)
+    assert guard.sentence("innocent") is None
+    guard.close(done=True)
 
 
 def test_a_job_that_stands_still_is_ended() -> None:

@@ -1,0 +1,34 @@
+"""The loader's benchmark at nano size, untimed: every arm gives whole epochs, and what is reported is there."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_loader", Path(__file__).with_name("bench_loader.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.full
+def test_all_arms_run_at_nano_size() -> None:
+    row = bench().measure(samples=128, shards=2, side=96, cut=64, rounds=1, epochs=2)
+    for arm in ("decode", "webdataset", "ours"):
+        assert row[arm]["cpu_ms"] > 0
+        assert len(row[arm]["peak_mb"]) == 2
+    assert row["ours_over_decode"] == pytest.approx(row["ours"]["cpu_ms"] / row["decode"]["cpu_ms"], rel=0.01)
+    assert row["void"] is False  # one round has no spread
+
+
+def test_pictures_of_the_bench_are_made_the_same_every_time() -> None:
+    loader = bench()
+    first, second = (list(loader.jpegs(3, 64, None)) for _ in range(2))
+    assert first == second
+    assert len(set(first)) == 3

@@ -7,12 +7,11 @@ of the rows does not depend on the number of tasks, workers or machines.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -34,7 +33,6 @@ TASK_ROWS = 128  # of one Ray task: enough to be worth its scheduling
 STRETCH_TASKS = 1024  # planned at a time: Ray Data plans all tasks of a dataset before it starts the first
 LEAD_BATCHES = 64  # before a stretch ends, the next one is started
 
-KEPT_BYTES = 128 << 20  # of freed memory that a data worker keeps: two blocks and what decoding needs
 
 Columns = Mapping[str, np.ndarray]
 Made = TypeVar("Made")
@@ -222,20 +220,6 @@ def _read(config: StreamConfig, first: int, last: int, per_block: int, where: Ma
     from ray.data.block import BlockAccessor
 
     cv2.setNumThreads(1)  # a task has one core; OpenCV would take them all
-    keep_freed_memory()
     for begin in range(first, last, per_block):
         local = np.arange(begin, min(begin + per_block, last))
         yield BlockAccessor.batch_to_block(load_columns(config, rank_position(local, **where)))
-
-
-@lru_cache(maxsize=1)
-def keep_freed_memory() -> None:
-    """Tell the C library to keep what a block frees for the next one.
-
-    Buffers of megabytes else go back to the system at once, and taking them anew costs a tenth of the stream's time in
-    page faults. Only glibc has this switch.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD
-        mallopt(-1, KEPT_BYTES)  # M_TRIM_THRESHOLD

@@ -90,7 +90,7 @@ def slow_greedy(prints: np.ndarray, earlier: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def pictures(images_dir: Path) -> list[Image]:
     photographs = [decode((images_dir / "hq" / name).read_bytes()) for name in PHOTOGRAPHS]
-    return [resize_short_side(picture, 240) for picture in photographs] + [dead_leaves(96, 5, n) for n in range(50)]
+    return [resize_short_side(picture, 240) for picture in photographs] + [dead_leaves(96, 5, n) for n in range(40)]
 
 
 @pytest.fixture(scope="module")
@@ -244,11 +244,11 @@ def test_a_copy_of_a_copy_is_judged_by_what_was_kept() -> None:
 
 @pytest.fixture(scope="module")
 def crowd(prints: np.ndarray) -> np.ndarray:
-    """Films, copies and single pictures, shuffled: 1500 prints with many ways to be greedy."""
+    """Films, copies and single pictures, shuffled: 750 prints with many ways to be greedy."""
     draw = generator(0, "crowd")
-    films = [film(prints[n], 100, n) for n in range(10, 20)]
-    near = [flipped(prints[n], draw.integers(42, 64, 3).tolist()) for n in draw.integers(20, 30, 300)]
-    equal = prints[draw.integers(30, 40, 150)]
+    films = [film(prints[n], 60, n) for n in range(10, 18)]
+    near = [flipped(prints[n], draw.integers(42, 64, 3).tolist()) for n in draw.integers(20, 30, 150)]
+    equal = prints[draw.integers(30, 40, 70)]
     rows = np.concatenate([*films, np.stack(near), equal, prints])
     return rows[draw.permutation(len(rows))]
 
@@ -256,7 +256,7 @@ def crowd(prints: np.ndarray) -> np.ndarray:
 def test_the_search_equals_the_slow_definition(crowd: np.ndarray) -> None:
     found = first_alike(crowd)
     assert np.array_equal(found, slow_greedy(crowd))
-    assert 60 < (found == -1).sum() < 600
+    assert 50 < (found == -1).sum() < 300
 
 
 def test_a_film_equals_the_slow_definition(prints: np.ndarray) -> None:
@@ -265,6 +265,7 @@ def test_a_film_equals_the_slow_definition(prints: np.ndarray) -> None:
     assert np.array_equal(first_alike(rows), slow_greedy(rows))
 
 
+@pytest.mark.slow
 def test_whatever_is_crowded_what_goes_repeats_what_stays(prints: np.ndarray) -> None:
     """A crowd under one key is not compared in full, so some copies may stay; but none goes without its reason."""
     rows = film(prints[15], 350, 0)
@@ -276,19 +277,19 @@ def test_whatever_is_crowded_what_goes_repeats_what_stays(prints: np.ndarray) ->
     assert alike(rows[gone], rows[found[gone]]).all()
 
 
-@pytest.mark.parametrize("earlier", [1, 400, 1509, 1510])
+@pytest.mark.parametrize("earlier", [1, 300, 749, 750])
 def test_rows_of_earlier_corpora_stay(crowd: np.ndarray, earlier: int) -> None:
     found = first_alike(crowd, earlier)
-    assert len(crowd) == 1510
+    assert len(crowd) == 750
     assert (found[:earlier] == -1).all()
     assert np.array_equal(found, slow_greedy(crowd, earlier))
 
 
 def test_slices_do_not_matter(crowd: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = first_alike(crowd[:500])
-    monkeypatch.setattr(fingerprints, "SLICE", 50)
+    whole = first_alike(crowd[:300])
+    monkeypatch.setattr(fingerprints, "SLICE", 60)
     monkeypatch.setattr(fingerprints, "FEWEST_ROWS", 30)
-    assert np.array_equal(first_alike(crowd[:500]), whole)
+    assert np.array_equal(first_alike(crowd[:300]), whole)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.6])

@@ -222,7 +222,7 @@ def test_tables_of_addresses(tmp_path: Path, suffix: str) -> None:
     source = SourceSpec(kind="urls", path=str(path), caption_column="" if suffix == "txt" else "text")
     made = CorpusSpec(name="t", sources=[source])
     parts = list_parts(made, tmp_path / "out").parts
-    lines = [json.loads(line) for p in parts for line in (tmp_path / "out/work/parts" / p.where["list"]).open()]
+    lines = [json.loads(line) for p in parts for line in (tmp_path / "out" / "work" / "parts" / p.where["list"]).open()]
     assert [line["url"] for line in lines] == [row["url"] for row in rows]
     assert [line.get("caption", "") for line in lines] == ["" if suffix == "txt" else row["text"] for row in rows]
     assert len({line["key"] for line in lines}) == 3

@@ -47,6 +47,7 @@ def test_local_ray_is_ours_alone(repository: Path, tmp_path: Path) -> None:
 
 def test_an_address_of_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the tests' own Ray may run beside this one
     with pytest.raises(UsageError, match="RAY_ADDRESS is set"), local_ray():
         raise AssertionError("a Ray was started")
 

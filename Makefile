@@ -21,6 +21,8 @@ KEY := $(shell cat requirements.lock pyproject.toml Makefile 2>/dev/null | cksum
 STAMP := .venv/.restoray-$(KEY)
 
 UV_ENV := UV_NO_CONFIG=1 VIRTUAL_ENV="$(CURDIR)/.venv"
+# Two processes share the tests, a file each: many tests wait for Ray, and most work on one core.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 QUIET_ENV := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 .PHONY: help setup demo test test-full check bench lock clean
@@ -52,7 +54,7 @@ demo: setup
 	@$(QUIET_ENV) $(BIN)/restoray demo --out $(OUT) $(ARGS)
 
 test: setup
-	@$(QUIET_ENV) timeout --kill-after=30 $(TEST_MINUTES)m $(PY) -m pytest -m "not full" $(ARGS)
+	@$(QUIET_ENV) timeout --kill-after=30 $(TEST_MINUTES)m $(PY) -m pytest $(SHARED) -m "not full" $(ARGS)
 
 test-full: setup
 	@$(QUIET_ENV) $(PY) -m pytest $(ARGS)
@@ -61,7 +63,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy components pipelines
-	@$(QUIET_ENV) $(PY) -m pytest -q -m "not slow and not full" $(ARGS)
+	@$(QUIET_ENV) $(PY) -m pytest -q $(SHARED) -m "not slow and not full" $(ARGS)
 
 bench: setup
 	@$(QUIET_ENV) $(PY) tests/benchmarks/bench_nano.py $(ARGS)

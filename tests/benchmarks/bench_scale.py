@@ -200,13 +200,20 @@ def steadiness(points: list[tuple[float, int]]) -> float | None:
     return round(rate(high - 1.5 * span, high - 0.5 * span) / rate(low + 0.5 * span, low + 1.5 * span), 3)
 
 
-def fit(legs: list[dict[str, Any]]) -> dict[str, float]:
-    """Driver bytes = a + b * samples by least squares, and b of the last two sizes alone."""
+def fit(legs: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Driver bytes = a + b * samples by least squares, b's standard error (None for two sizes), b of the last two."""
     n = np.array([leg["samples"] for leg in legs], float)
     memory = np.array([leg["driver_bytes"] for leg in legs], float)
     slope, start = np.polyfit(n, memory, 1)
     last = (memory[-1] - memory[-2]) / (n[-1] - n[-2])
-    return {"start_mib": start / 2**20, "bytes_a_sample": slope, "bytes_a_sample_last_two": last}
+    rest = float(((memory - start - slope * n) ** 2).sum())
+    error = (rest / (len(n) - 2) / ((n - n.mean()) ** 2).sum()) ** 0.5 if len(n) > 2 else None
+    return {
+        "start_mib": start / 2**20,
+        "bytes_a_sample": slope,
+        "bytes_a_sample_error": error,
+        "bytes_a_sample_last_two": last,
+    }
 
 
 def main() -> None:

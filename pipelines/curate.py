@@ -33,7 +33,19 @@ from pipelines.curation import measure, score, select, write
 from pipelines.curation.watch import forget_the_living, last_sign_of_life, watched
 from pipelines.errors import Failure, RestorayError, RetryLater, UsageError, unknown
 from pipelines.rows import end_torn_line, iter_lines, replace_file
-from pipelines.sources import Bytes, Part, check_sources, for_folder, list_parts, negatives_folder
+from pipelines.sources import (
+    Bytes,
+    Listing,
+    Part,
+    check_sources,
+    for_folder,
+    list_parts,
+    list_tried,
+    load_listing,
+    negatives_folder,
+    save_listing,
+    unfinished,
+)
 
 SYNC_EVERY_S = 1.0
 SPARE_BYTES = 16 << 20  # room for manifest, index and logs
@@ -100,23 +112,40 @@ def curate(
             changed meanwhile, nothing got done for too long.
         RetryLater: another process curates into the same folder.
     """
-    started = time.monotonic()
-    out = Path(out).absolute()
     tell = progress or no_progress
     spec = spec if isinstance(spec, CorpusSpec) else load_spec(spec)
     if images is not None:
         spec = for_folder(spec, Path(images))
+    check_sources(spec, Path(out).absolute())
+
+    def list_all(out: Path) -> Listing:
+        _make_negatives(spec, out, tell)
+        listing = list_parts(spec, out)
+        save_listing(listing, out, "curate")
+        return listing
+
+    return _curate(spec, Path(out).absolute(), list_all, tell, frozenset(retry) | _transient(spec), look_at)
+
+
+def _curate(
+    spec: CorpusSpec,
+    out: Path,
+    list_them: Callable[[Path], Listing],
+    tell: Progress,
+    retry: frozenset[str],
+    look_at: measure.Look,
+) -> CurateResult:
+    """All phases; `list_them` is called once the folder is ours."""
+    started = time.monotonic()
     bounds = select.thresholds(spec)
     _check_models(spec)
-    check_sources(spec, out)
     with _locked(out):
         try:
             _check_same(spec, out)
             forget_the_living(out / "work" / "cursors")
             _save_spec(spec, out / "work" / "spec.yaml")
-            _make_negatives(spec, out, tell)
-            listing = list_parts(spec, out)
-            summaries = _measure(listing.parts, spec, out, frozenset(retry) | _transient(spec), look_at, tell)
+            listing = list_them(out)
+            summaries = _measure(listing.parts, spec, out, retry, look_at, tell)
             contents = [(part.name, summaries[part.name]["content"]) for part in listing.parts]
             for model in spec.filters.models:
                 _score(model, contents, spec, out, tell)
@@ -151,11 +180,15 @@ def replay(
 ) -> CurateResult:
     """Try the quarantined candidates of a corpus again, and no others; the corpus takes in what is whole now.
 
+    The sources are not listed anew: a file that came since waits for the next `curate`. A tar or a table that changed
+    since is read as a whole.
+
     Args:
-        codes: only rows of these; empty takes all whose trouble was with reading, fetching or decoding.
+        codes: only rows of these, and those that a plain rerun tries; empty takes all whose trouble was with reading,
+            fetching or decoding.
 
     Raises:
-        UsageError: the folder is no curation's, or no row has such a code.
+        UsageError: the folder is no curation's, no row has such a code, or its last curation is unfinished.
         What `curate` raises.
     """
     out = Path(out).absolute()
@@ -164,7 +197,26 @@ def replay(
     for code in codes:
         if code not in held:
             raise unknown(f"code of pictures in {out} that can be tried again", code, held)
-    return curate(spec, out, progress, retry=frozenset(codes or held), look_at=look_at)
+    retry = frozenset(codes or held) | _transient(spec)
+
+    def list_again(out: Path) -> Listing:
+        listing, by = load_listing(out)
+        rules = measure.rules_of(spec.filters)
+
+        def tried(part: Part) -> set[str]:
+            path = measure.measured_path(out, part)
+            summary = measure.read_summary(path)
+            if summary is None or summary["rules"] != rules or summary["part"] != part.digest:
+                if by == "replay":  # one that was killed
+                    return set()
+                raise unfinished(out)
+            return measure.tried_again(path, summary, retry)
+
+        listing = list_tried(listing, spec, out, tried)
+        save_listing(listing, out, "replay")
+        return listing
+
+    return _curate(spec, out, list_again, progress or no_progress, retry, look_at)
 
 
 def quarantined(out: Path) -> dict[str, int]:
@@ -262,6 +314,7 @@ def _measure(
     if missing:
         rows = [{"part": json.dumps(asdict(part))} for part in missing]
         arguments = {"spec": spec, "out": str(out), "retry": sorted(retry), "look_at": look_at}
+        arguments["run"] = str(time.time_ns())
         cursors = out / "work" / "cursors"
         results = _run(rows, _measure_batch, "measuring", spec, lambda: last_sign_of_life(cursors), fn_kwargs=arguments)
         for result in results:
@@ -273,12 +326,14 @@ def _measure(
     return summaries
 
 
-def _measure_batch(batch: Any, spec: CorpusSpec, out: str, retry: list[str], look_at: measure.Look) -> dict[str, Any]:
+def _measure_batch(
+    batch: Any, spec: CorpusSpec, out: str, retry: list[str], look_at: measure.Look, run: str
+) -> dict[str, Any]:
     """Ray Data batch {"part"} -> {"result"}."""
     results = []
     for text in batch["part"]:
         part = Part(**json.loads(text))
-        summary = measure.measure_part(part, spec, Path(out), retry, look_at)
+        summary = measure.measure_part(part, spec, Path(out), retry, look_at, run)
         results.append(json.dumps({"name": part.name, "summary": summary}))
     return {"result": np.array(results, dtype=object)}
 
@@ -459,6 +514,8 @@ def _remove_stale(out: Path, names: set[str]) -> None:
     for path in (*(out / "work" / "measured").glob("*.parquet"), *(out / "work" / "scored").glob("*/*.parquet")):
         if path.stem not in names:
             path.unlink()
+    for path in (out / "work" / "partial").glob("*.arrows"):  # of parts that there were when a run was killed
+        path.unlink()
 
 
 def _report(

@@ -14,22 +14,30 @@ from pathlib import Path
 from typing import BinaryIO
 
 from components.types import SampleError
-from pipelines.shards import BLOCK, safe_key
+from pipelines.shards import BLOCK, PICTURE_SUFFIXES, safe_key
 
 REFUSED_SUFFIXES = frozenset({"pickle", "pkl", "pyd", "pt", "pth", "npy", "npz"})
 """Formats that can carry code."""
 
 
 MAX_EXTRA_BYTES = 1 << 16  # ours: of a member's long name and extended records
+HELD_BYTES = 64 << 20  # ours: of a sample's members in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class TarSample:
-    """The members of one sample by suffix, and the byte at which each one's data begins."""
+    """One sample.
+
+    Attributes:
+        key: its name.
+        members: data by suffix. A picture beyond HELD_BYTES of its sample is not here: read it at its offset.
+        offsets, sizes: byte at which each member's data begins, and how many it holds; of all members.
+    """
 
     key: str
     members: Mapping[str, bytes]
     offsets: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +51,11 @@ class TarProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class _Member:
-    """One member: name ("" for a problem of the archive), data, where it begins, and what is wrong with it."""
+    """One member: name ("" for a problem of the archive), where its data lies, and what is wrong with it."""
 
     name: str
-    data: bytes = b""
     offset: int = 0
+    size: int = 0
     problem: SampleError | None = None
 
 
@@ -72,65 +80,90 @@ def read_tar(
     valid one), tar_order (a key comes back later: interleaved members), duplicate_member, unsafe_member (absolute or
     climbing names, links, devices, formats that can carry code), too_large, no_suffix.
 
+    Memory: HELD_BYTES of one sample, and the keys that were seen, whatever the tar holds.
+
     Args:
         source: an uncompressed tar, seekable; read once from front to end.
         size: of it, bytes.
         label: its name, for problems.
-        max_member_bytes: bound of memory; larger members are skipped.
+        max_member_bytes: larger members are skipped.
     """
     finished: set[str] = set()
-    key, spoilt = "", False  # the sample being collected
-    members: dict[str, bytes] = {}
-    offsets: dict[str, int] = {}
+    sample = _Sample("")  # the one that is collected
     usual = frozenset({"json"})  # suffixes of the last whole sample; webdataset writers put the JSON last
     for item in _members(source, size, label, max_member_bytes):
         if item is None:  # the proper end
-            if key and not spoilt:
-                yield TarSample(key=key, members=members, offsets=offsets)
+            if sample.is_whole:
+                yield sample.finished()
             return
         name, problem = item.name, item.problem
         stem, _, suffix = name.rpartition("/")[2].partition(".")
         this = name[: len(name) - len(suffix) - 1] if suffix else name
         if problem is not None and not name:  # the archive, not a sample
-            if key and not spoilt:
-                yield _before_damage(key, members, offsets, usual, problem)
-            finished.add(key)
-            key, members, offsets, spoilt = "", {}, {}, False
+            if sample.is_whole:
+                yield _before_damage(sample.finished(), usual, problem)
+            finished.add(sample.key)
+            sample = _Sample("")
             yield TarProblem(key="", code=problem.code, detail=problem.detail)
             continue
-        if this != key:
-            if key and not spoilt:
-                usual = frozenset(members)
-                yield TarSample(key=key, members=members, offsets=offsets)
-            finished.add(key)
-            key, members, offsets, spoilt = this, {}, {}, False
+        if this != sample.key:
+            if sample.is_whole:
+                usual = frozenset(sample.offsets)
+                yield sample.finished()
+            finished.add(sample.key)
+            sample = _Sample(this)
             if this in finished:
-                spoilt = True
+                sample.spoilt = True
                 yield TarProblem(key=this, code="tar_order", detail="members of this key are not next to each other")
         if problem is not None:
-            spoilt = True
+            sample.spoilt = True
             yield TarProblem(key=this, code=problem.code, detail=problem.detail)
         elif not suffix or not stem:
-            spoilt = True
+            sample.spoilt = True
             yield TarProblem(key=this, code="no_suffix", detail=f"member {name!r} has no stem or no suffix")
-        elif suffix in members and not spoilt:
-            spoilt = True
+        elif sample.spoilt:
+            continue
+        elif suffix in sample.offsets:
+            sample.spoilt = True
             yield TarProblem(key=this, code="duplicate_member", detail=f"member {name!r} comes twice")
-        elif not spoilt:
-            members[suffix], offsets[suffix] = item.data, item.offset
+        elif not sample.take(suffix, item, source):
+            sample.spoilt = True
+            detail = f"its members besides pictures hold over {HELD_BYTES} bytes"
+            yield TarProblem(key=this, code="too_large", detail=detail)
 
 
-def _before_damage(
-    key: str,
-    members: Mapping[str, bytes],
-    offsets: Mapping[str, int],
-    usual: frozenset[str],
-    problem: SampleError,
-) -> TarSample | TarProblem:
+class _Sample:
+    """A sample while it is collected."""
+
+    def __init__(self, key: str) -> None:
+        self.key, self.spoilt, self.held = key, False, 0
+        self.members: dict[str, bytes] = {}
+        self.offsets: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.key) and not self.spoilt
+
+    def take(self, suffix: str, item: _Member, source: BinaryIO) -> bool:
+        """Take in a member; False where it should be held and is too large for that."""
+        self.offsets[suffix], self.sizes[suffix] = item.offset, item.size
+        if self.held + item.size > HELD_BYTES:
+            return suffix.rpartition(".")[2].lower() in PICTURE_SUFFIXES
+        source.seek(item.offset)
+        self.members[suffix] = source.read(item.size)
+        self.held += item.size
+        return True
+
+    def finished(self) -> TarSample:
+        return TarSample(key=self.key, members=self.members, offsets=self.offsets, sizes=self.sizes)
+
+
+def _before_damage(sample: TarSample, usual: frozenset[str], problem: SampleError) -> TarSample | TarProblem:
     """The sample in front of a damaged place: surely whole only with all that the sample before it had."""
-    if usual <= frozenset(members):
-        return TarSample(key=key, members=members, offsets=offsets)
-    return TarProblem(key=key, code=problem.code, detail=f"{problem.detail}; this sample may lack a member")
+    if usual <= frozenset(sample.offsets):
+        return sample
+    return TarProblem(key=sample.key, code=problem.code, detail=f"{problem.detail}; this sample may lack a member")
 
 
 def _members(source: BinaryIO, size: int, label: str, limit: int) -> Iterator[_Member | None]:
@@ -191,7 +224,7 @@ def _members(source: BinaryIO, size: int, label: str, limit: int) -> Iterator[_M
                 large = SampleError("too_large", f"member {name!r} of {label} holds {n_bytes} bytes, over {limit}")
                 yield _Member(name=_text(name), problem=large)
             elif name:
-                yield _Member(name=_text(name), data=source.read(n_bytes), offset=start)
+                yield _Member(name=_text(name), offset=start, size=n_bytes)
         at = start + n_bytes + -n_bytes % BLOCK
 
 

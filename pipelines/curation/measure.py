@@ -1,7 +1,7 @@
 """Measuring: a part's candidates -> work/measured/<part>.parquet, one row each. No row is ever missing.
 
-The file appears at once and says which part and which rules it was made by, so a killed job repeats only the parts that
-were in flight, and a changed part keeps the rows of the candidates that did not change.
+The file appears at once and says which part and which rules it was made by, so a killed job repeats of the parts that
+were in flight what no journal has, and a changed part keeps the rows of the candidates that did not change.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import errno
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from components.images import decode, sniff
 from components.quality import SCORES, measure_scores
 from components.types import SampleError
 from pipelines import shards
+from pipelines.curation import journal
 from pipelines.curation.watch import Guard
-from pipelines.sources import Candidate, Part, candidates
+from pipelines.sources import Candidate, Part, candidates, forget_bodies
 
 VERSION = 2
 """Of the measures: raising it makes old ones stale."""
@@ -108,49 +108,87 @@ def is_done(summary: Mapping[str, Any] | None, part: Part, rules: str, retry: Co
     )
 
 
+def tried_again(path: Path, summary: Mapping[str, Any], retry: Collection[str]) -> set[str]:
+    """`source` of a measured part's rows that have one of these codes."""
+    if not any(code in retry for code in summary["codes"]):
+        return set()
+    table = pq.read_table(path, columns=["source", "code"]).to_pydict()
+    return {source for source, code in zip(table["source"], table["code"], strict=True) if code in retry}
+
+
 def measure_part(
-    part: Part, spec: CorpusSpec, out: Path, retry: Collection[str] = (), look_at: Look = look
+    part: Part, spec: CorpusSpec, out: Path, retry: Collection[str] = (), look_at: Look = look, run: str = ""
 ) -> dict[str, Any]:
     """Measure what is not known of a part, and return its summary with "fresh", the rows measured now.
+
+    Rows are in memory a batch at a time, and a process that dies costs the last seconds of its work.
 
     Args:
         retry: codes whose rows are measured again.
         look_at: what is done with a picture's bytes.
+        run: names this curation: what an attempt of its own has measured is not tried again, whatever its code.
     """
     cv2.setNumThreads(1)  # a task has one core; OpenCV would take them all
     rules, path = rules_of(spec.filters), measured_path(out, part)
     before = read_summary(path)
     if before is not None and is_done(before, part, rules, retry):  # a retried task whose first attempt got that far
         return {**before, "fresh": 0}
-    known = _known_rows(path, before, rules, retry)
-    patience = spec.sample_timeout_s
-    if spec.sources[part.source].kind == "urls":
-        patience += spec.download.attempts * (spec.download.total_s + 60)
+    is_urls = spec.sources[part.source].kind == "urls"
+    patience = spec.sample_timeout_s + (spec.download.attempts * (spec.download.total_s + 60) if is_urls else 0)
     guard = Guard(out / "work" / "cursors", part.name, patience)
-    done, rows, fresh = False, [], 0
+    journals = out / "work" / "partial"
+    attempts = journal.read_journals(journals, part.name, rules, run, retry)
+    earlier = _earlier_rows(path, before, rules, retry)
+    seen = journal.Journal(journals, part.name, SCHEMA, {"rules": rules, "run": run}, eager=bool(guard.deaths))
+    done, fresh, bodies = False, 0, set()
     try:
-        if guard.hopeless:
-            problem = SampleError("crashed", "the process that read it died again and again", part.name)
-            rows, fresh = [_row(Candidate(id=part.name[:24], key=part.name, source=part.name, problem=problem))], 1
-        else:
-            guard.at("")
-            for candidate in _whatever_happens(part, candidates(part, spec, out, known.__contains__)):
-                if candidate.id in known:
-                    rows.append(_renewed(known[candidate.id], candidate))
-                    continue
-                verdict = guard.sentence(candidate.id)
-                if verdict is not None:
-                    candidate.problem, candidate.stage = SampleError(*verdict, candidate.key), "measure"
-                else:
-                    guard.at(candidate.id)
-                rows.append(_measure(candidate, spec.filters, look_at))
-                guard.at("")
-                fresh += 1
-        summary = _write(path, rows, {"part": part.digest, "rules": rules})
+        with journal.Output(path, SCHEMA) as output:
+            for row, is_fresh in _rows(part, spec, out, guard, attempts, earlier, seen, look_at):
+                output.add(row)
+                fresh += is_fresh
+                if is_urls and row["at"]:
+                    bodies.add(json.loads(row["at"]).get("fetched"))
+            summary = output.finish({"part": part.digest, "rules": rules})
         done = True
+        if is_urls:
+            forget_bodies(out, part.name, bodies)
     finally:
+        seen.close(done)
         guard.close(done)
     return {**summary, "fresh": fresh}
+
+
+def _rows(
+    part: Part,
+    spec: CorpusSpec,
+    out: Path,
+    guard: Guard,
+    attempts: list[pa.Table],
+    earlier: list[pa.Table],
+    seen: journal.Journal,
+    look_at: Look,
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """(row, whether it was measured now) of all candidates of a part, in its order."""
+    known = journal.Known([*earlier, *attempts])
+    if guard.hopeless:  # what the attempts got to see is kept
+        yield from ((row, True) for row in journal.Known(attempts))
+        problem = SampleError("crashed", "the process that read it died again and again", part.name)
+        yield _row(Candidate(id=part.name[:24], key=part.name, source=part.name, problem=problem)), True
+        return
+    guard.at("")
+    for candidate in _whatever_happens(part, candidates(part, spec, out, known.__contains__)):
+        if candidate.id in known:
+            yield _renewed(known[candidate.id], candidate), False
+            continue
+        verdict = guard.sentence(candidate.id)
+        if verdict is not None:
+            candidate.problem, candidate.stage = SampleError(*verdict, candidate.key), "measure"
+        else:
+            guard.at(candidate.id)
+        row = _measure(candidate, spec.filters, look_at)
+        seen.add(row)
+        guard.at("")
+        yield row, True
 
 
 def _whatever_happens(part: Part, found: Iterator[Candidate]) -> Iterator[Candidate]:
@@ -164,13 +202,11 @@ def _whatever_happens(part: Part, found: Iterator[Candidate]) -> Iterator[Candid
         yield Candidate(id=f"!{part.name}"[:24], key=part.name, source=f"part:{part.name}", problem=problem)
 
 
-def _known_rows(
-    path: Path, before: Mapping[str, Any] | None, rules: str, retry: Collection[str]
-) -> dict[str, dict[str, Any]]:
-    """Rows of an earlier run by id, less those to be measured again."""
+def _earlier_rows(path: Path, before: Mapping[str, Any] | None, rules: str, retry: Collection[str]) -> list[pa.Table]:
+    """Rows of an earlier run, less those to be measured again."""
     if before is None or before["rules"] != rules:
-        return {}
-    return {row["id"]: row for row in pq.read_table(path).to_pylist() if row["code"] not in retry}
+        return []
+    return [journal.without(pq.read_table(path).replace_schema_metadata(None), retry)]
 
 
 def _renewed(row: Mapping[str, Any], candidate: Candidate) -> dict[str, Any]:
@@ -220,19 +256,6 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         "stage": candidate.stage if problem else "",
         "detail": problem.detail if problem else "",
     }
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the file at once; returns its summary."""
-    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in SCHEMA]
-    table = pa.Table.from_arrays(columns, schema=SCHEMA)
-    content = hashlib.sha256()
-    for batch in table.to_batches():
-        content.update(batch.serialize())
-    codes = Counter(row["code"] for row in rows if row["code"])
-    summary = {**facts, "rows": len(rows), "codes": dict(sorted(codes.items())), "content": content.hexdigest()}
-    write_parquet(path, table.replace_schema_metadata({"restoray": json.dumps(summary)}))
-    return summary
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -2,15 +2,17 @@
 
 A pure function of the measured rows and the spec, in source order, so that retries, workers and arrival change nothing:
 of equal pictures the first stays. One task does it for the whole corpus. It holds about 60 bytes a candidate (150 with
-near duplicates) in arrays and one part's rows at a time; the driver gets counts and the shards' plans.
+near duplicates) in arrays, and one part's rows in Arrow; the driver gets counts and the shards' plans.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,12 @@ from components.corpora import Bounds, CorpusSpec, SplitSpec
 from components.fingerprints import WORDS, first_alike
 from components.quality import bounds_of, judge
 from pipelines import shards
-from pipelines.curation.measure import SCHEMA, SCORE, write_parquet
+from pipelines.curation.measure import SCHEMA, SCORE
 from pipelines.errors import UsageError, near_miss
 from pipelines.rows import replace_file
 
 VERSION = 1
+DECIDED_ROWS = 4096  # that are objects at a time
 OVERHEAD_BYTES = 2048  # of a sample in a shard besides its picture: two headers, padding, JSON
 
 FAILED = "failed/"  # why a learned score is missing
@@ -329,28 +332,27 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     with open(quarantine, "w", encoding="utf-8") as target:
         for place, name in enumerate(names):
-            table = rows.table(place)
-            columns = {column: table.column(column).to_pylist() for column in table.column_names if column != "id"}
             first = int(rows.starts[place])
-            columns["number"] = list(range(first, first + table.num_rows))
-            columns["split"] = [""] * table.num_rows
-            for row, number in enumerate(columns["number"]):
-                columns["key"][row] = renamed.get(number, columns["key"][row])
-                if status[number] == 0:
-                    split = SPLITS[number in held]
-                    columns["split"][row] = split
-                    told = {column: columns[column][row] for column in (*INFO, *scores)}
-                    plans[split].add(number, name, told)
-                    continue
-                if status[number] != BROKEN:
-                    code, stage, detail = _why(int(status[number]), number, row, columns, own, spec, reasons)
-                    columns["code"][row], columns["stage"][row], columns["detail"][row] = code, stage, detail
-                codes[columns["code"][row]] += 1
-                target.write(_quarantine_line(columns, row))
-            arrays = [pa.array(columns[f.name], f.type) for f in DECIDED]
-            arrays += [pa.array(columns[c], pa.float32()) for c in scores]
-            decided = pa.Table.from_arrays(arrays, names=[*DECIDED.names, *scores])
-            write_parquet(folder / f"{name}.parquet", decided.replace_schema_metadata({"selection": digest}))
+            with _decided_writer(folder / f"{name}.parquet", scores, digest) as writer:
+                for batch in rows.table(place).to_batches(max_chunksize=DECIDED_ROWS):
+                    columns = {column: batch.column(column).to_pylist() for column in batch.schema.names}
+                    columns["number"] = list(range(first, first + batch.num_rows))
+                    columns["split"] = [""] * batch.num_rows
+                    first += batch.num_rows
+                    for row, number in enumerate(columns["number"]):
+                        columns["key"][row] = renamed.get(number, columns["key"][row])
+                        if status[number] == 0:
+                            split = SPLITS[number in held]
+                            columns["split"][row] = split
+                            plans[split].add(number, name, {c: columns[c][row] for c in (*INFO, *scores)})
+                            continue
+                        if status[number] != BROKEN:
+                            why = _why(int(status[number]), number, row, columns, own, spec, reasons)
+                            columns["code"][row], columns["stage"][row], columns["detail"][row] = why
+                        codes[columns["code"][row]] += 1
+                        target.write(_quarantine_line(columns, row))
+                    arrays = [pa.array(columns[f.name], f.type) for f in writer.schema]
+                    writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=writer.schema))
     quarantine.replace(quarantine.with_suffix(""))
     for stale in folder.glob("*.parquet"):
         if stale.stem not in set(names):
@@ -358,6 +360,19 @@ def _write(
     accepted = {split: sum(plan.samples for plan in planner.plans) for split, planner in plans.items()}
     every = [plan for split in SPLITS for plan in plans[split].finished()]
     return Selection(candidates=int(rows.starts[-1]), accepted=accepted, codes=dict(sorted(codes.items())), plans=every)
+
+
+@contextmanager
+def _decided_writer(path: Path, scores: Sequence[str], digest: str) -> Iterator[pq.ParquetWriter]:
+    """A decided file that is old or whole, whatever happens."""
+    schema = pa.schema([*DECIDED, *((name, pa.float32()) for name in scores)], metadata={"selection": digest})
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            yield writer
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 SCHEMA_SCORES = [f.name for f in SCHEMA if f.name.startswith(SCORE)]

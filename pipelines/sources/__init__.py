@@ -1,10 +1,10 @@
 """Where pictures come from, and in which units they are worked on.
 
-files.py lists single files; stores.py is the door to s3 and its like; parts.py cuts sources into parts; candidates.py
-yields what a part holds, inside the task that looks at it.
+files.py lists single files; stores.py is the door to s3 and its like; parts.py cuts sources into parts; listing.py
+remembers them; candidates.py yields what a part holds, inside the task that looks at it.
 """
 
-from pipelines.sources.candidates import Bytes, Candidate, candidates
+from pipelines.sources.candidates import Bytes, Candidate, candidates, forget_bodies
 from pipelines.sources.files import (
     SIDECARS,
     Entry,
@@ -16,6 +16,7 @@ from pipelines.sources.files import (
     list_entries,
     negatives_folder,
 )
+from pipelines.sources.listing import list_tried, load_listing, save_listing, unfinished
 from pipelines.sources.parts import Listing, Part, list_parts
 
 __all__ = [
@@ -28,10 +29,15 @@ __all__ = [
     "candidates",
     "check_sources",
     "for_folder",
+    "forget_bodies",
     "identities",
     "is_output",
     "iter_entries",
     "list_entries",
     "list_parts",
+    "list_tried",
+    "load_listing",
     "negatives_folder",
+    "save_listing",
+    "unfinished",
 ]

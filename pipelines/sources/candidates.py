@@ -8,10 +8,12 @@ leaves work/.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,7 +69,7 @@ def candidates(part: Part, spec: CorpusSpec, out: Path, known: Callable[[str], b
     """
     source = spec.sources[part.source]
     if source.kind == "tar":
-        yield from _of_tar(part, source, spec)
+        yield from _of_tar(part, source, Bytes(spec, out))
     elif source.kind == "parquet":
         yield from _of_row_group(part, source, spec)
     elif source.kind == "urls":
@@ -129,8 +131,8 @@ def tidy_caption(text: str) -> str:
     ]
 
 
-def _of_tar(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[Candidate]:
-    path, label, limit = part.where["path"], part.where["label"], spec.filters.limits().max_bytes
+def _of_tar(part: Part, source: SourceSpec, reader: Bytes) -> Iterator[Candidate]:
+    path, label = part.where["path"], part.where["label"]
     archive = f"tar:{label}"
     number = 0
     try:
@@ -141,7 +143,7 @@ def _of_tar(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[Candid
         return
     archive_id = f"{archive}|{part.digest}"
     with file:
-        for item in tars.read_tar(file, part.where["size"], label, limit):
+        for item in tars.read_tar(file, part.where["size"], label, reader.limit):
             if isinstance(item, tars.TarProblem):
                 number += 1
                 key = shards.safe_key(item.key) if item.key else shards.safe_key(label)
@@ -149,34 +151,36 @@ def _of_tar(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[Candid
                 named = f"{archive}/{item.key}" if item.key else archive
                 yield Candidate(id=_short(f"{archive_id}|{named}|{number}"), key=key, source=named, problem=problem)
                 continue
-            yield from _of_sample(item, archive, archive_id, part.source, path, source)
+            yield from _of_sample(item, archive, archive_id, part, source, reader)
 
 
 def _of_sample(
-    sample: tars.TarSample, archive: str, archive_id: str, number: int, path: str, source: SourceSpec
+    sample: tars.TarSample, archive: str, archive_id: str, part: Part, source: SourceSpec, reader: Bytes
 ) -> Iterator[Candidate]:
     """Each picture of a sample by itself: `a.v1.jpg` and `a.v2.jpg` are two pictures."""
     caption, licence, credit = _beside(sample.members, source)
-    pictures = [s for s in sample.members if s.rpartition(".")[2].lower() in shards.PICTURE_SUFFIXES]
+    pictures = [s for s in sample.offsets if s.rpartition(".")[2].lower() in shards.PICTURE_SUFFIXES]
     for suffix in pictures:
         name = f"{sample.key}.{suffix}"
-        data, offset = sample.members[suffix], sample.offsets[suffix]
-        at = {"source": number, "path": path, "offset": offset, "size": len(data)}
+        offset, size = sample.offsets[suffix], sample.sizes[suffix]
+        at = json.dumps({"source": part.source, "path": part.where["path"], "offset": offset, "size": size})
+        key = shards.safe_key(name[: len(name) - len(suffix.rpartition(".")[2]) - 1])
+        held = suffix in sample.members  # one that is not is read once more from its place
         yield Candidate(
             id=_short(f"{archive_id}|{offset}"),
-            key=shards.safe_key(name[: len(name) - len(suffix.rpartition(".")[2]) - 1]),
+            key=key,
             source=f"{archive}/{name}",
             licence=licence,
             credit=credit,
             caption=caption,
-            size=len(data),
-            at=json.dumps(at),
-            load=_given(data),
+            size=size,
+            at=at,
+            load=_given(sample.members[suffix]) if held else _loader(reader, at, key),
         )
     if not pictures:
         offset, key = min(sample.offsets.values()), shards.safe_key(sample.key)
-        held = ", ".join(sorted(sample.members))
-        problem = SampleError("no_picture", f"the sample holds {held} and no picture that we read", key)
+        names = ", ".join(sorted(sample.members))[:1000]
+        problem = SampleError("no_picture", f"the sample holds {names} and no picture that we read", key)
         yield Candidate(id=_short(f"{archive_id}|{offset}"), key=key, source=f"{archive}/{sample.key}", problem=problem)
 
 
@@ -266,48 +270,48 @@ def _of_addresses(
                     else:
                         candidate.problem, candidate.stage = answer, "fetch"
                 yield candidate
-        spool.publish()
     finally:
         spool.close()
 
 
 class _Spool:
-    """Fetched bodies of one part, in a file that gets its name when the part is through."""
+    """Fetched bodies of one attempt at a part. A row that is kept refers to what was written before it."""
 
     def __init__(self, out: Path, name: str) -> None:
-        self.folder = out / "work" / "fetched"
-        taken = {path.stem for path in self.folder.glob(f"{name}-*.bin")} if self.folder.is_dir() else set()
-        number = next(n for n in range(len(taken) + 1) if f"{name}-{n}" not in taken)
-        self.path = self.folder / f"{name}-{number}.bin"
-        self.temporary = self.folder / f".{self.path.name}.tmp-{os.getpid()}"
+        self.folder, self.name = out / "work" / "fetched", name
         self.target: BinaryIO | None = None
 
     def keeper(self, candidate: Candidate) -> Callable[[bytes], None]:
         """Writes a body and says in the candidate where it lies."""
 
         def keep(data: bytes) -> None:
-            if self.target is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.target = open(self.temporary, "wb")  # noqa: SIM115 - closed by publish or close
-            at = {"fetched": self.path.name, "offset": self.target.tell(), "size": len(data)}
-            self.target.write(data)
+            target = self.target = self.target or self._open()
+            at = {"fetched": Path(target.name).name, "offset": target.tell(), "size": len(data)}
+            target.write(data)
+            target.flush()  # an attempt that is killed leaves whole what its rows refer to
             candidate.at = json.dumps(at)
 
         return keep
 
-    def publish(self) -> None:
-        """Name the file; nothing refers to it before."""
-        if self.target is not None:
-            self.target.flush()
-            os.fsync(self.target.fileno())
-            self.target.close()
-            os.replace(self.temporary, self.path)
+    def _open(self) -> BinaryIO:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count():
+            with suppress(FileExistsError):  # of an earlier run, or of an attempt that died
+                return open(self.folder / f"{self.name}-{number}.bin", "xb")
+        raise AssertionError
 
     def close(self) -> None:
-        """Remove what was not published."""
+        """Bring it to the disk."""
         if self.target is not None:
+            os.fsync(self.target.fileno())
             self.target.close()
-            self.temporary.unlink(missing_ok=True)
+
+
+def forget_bodies(out: Path, name: str, wanted: Collection[str]) -> None:
+    """Remove a part's fetched files that no row refers to: what attempts left that died."""
+    for path in (out / "work" / "fetched").glob(f"{name}-*.bin"):
+        if path.name not in wanted:
+            path.unlink()
 
 
 class Bytes:

@@ -261,6 +261,18 @@ def _file_entry(path: Path, relative: str, source: SourceSpec, notes_of: Mapping
     return replace(entry, size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
+def entry_again(row: Mapping[str, Any], source: SourceSpec) -> Entry | None:
+    """A listed local file as it is now, whatever it was when it was listed; None for what is no local file."""
+    path = str(row.get("path", ""))
+    if not path or stores.is_address(path):
+        return None
+    relative = row["source"].removeprefix(f"{source.kind}:")
+    notes_of = {relative: (row.get("licence", ""), row.get("credit", ""))}
+    entry = _file_entry(Path(path), relative, source, notes_of)
+    beside = row.get("caption_path")
+    return replace(_captioned(entry, Path(beside)) if beside else entry, key=row["key"])
+
+
 def _skimage(source: SourceSpec) -> Iterator[Entry]:
     package = importlib.util.find_spec("skimage")  # found, not imported: importing it takes a second
     if package is None or not package.submodule_search_locations:

@@ -78,11 +78,11 @@ def list_parts(spec: CorpusSpec, out: Path) -> Listing:
         elif not source.path:
             raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
         elif source.kind == "tar":
-            parts += _tars(number, source, out)
+            parts += (_tar(number, archive) for archive in _archives(source, out))
         elif source.kind == "parquet":
-            parts += _row_groups(number, source, out)
+            parts += (part for archive in _archives(source, out) for part in _row_groups(number, source, archive))
         else:
-            parts += _write_lists(number, _address_lines(source), folder, ADDRESSES, _about(source))
+            parts += _write_lists(number, _address_lines(source), folder, ADDRESSES, about(source))
     if not parts:
         raise nothing_to_curate(spec)
     names = {part.name for part in parts}
@@ -106,7 +106,7 @@ def _file_line(entry: Entry, wanted: dict[str, str], some: list[str]) -> tuple[s
 
 
 def _write_lists(
-    number: int, lines: Iterable[tuple[str, dict[str, Any]]], folder: Path, sizes: tuple[int, int, int], about: str
+    number: int, lines: Iterable[tuple[str, dict[str, Any]]], folder: Path, sizes: tuple[int, int, int], settings: str
 ) -> Iterator[Part]:
     """Cut a run of (name, line) into parts, each with its file."""
     smallest, usual, largest = sizes
@@ -115,7 +115,9 @@ def _write_lists(
 
     def cut() -> Part:
         taken[first] += 1  # a list of addresses may hold one twice
-        return _write_list(number, first if taken[first] == 1 else f"{first}|{taken[first]}", collected, folder, about)
+        named = first if taken[first] == 1 else f"{first}|{taken[first]}"
+        name = f"{number:02d}-{hashlib.sha256(named.encode()).hexdigest()[:20]}"
+        return write_list(number, name, "".join(collected).encode(), folder, settings)
 
     for name, line in lines:
         first = first or name
@@ -128,62 +130,89 @@ def _write_lists(
         yield cut()
 
 
-def _write_list(number: int, first: str, lines: list[str], folder: Path, about: str) -> Part:
-    data = "".join(lines).encode()
-    name = f"{number:02d}-{hashlib.sha256(first.encode()).hexdigest()[:20]}"
+def write_list(number: int, name: str, data: bytes, folder: Path, settings: str) -> Part:
+    """The part of these lines, and its file."""
     path = folder / f"{name}.jsonl"
     if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, data)
-    digest = hashlib.sha256(about.encode() + data).hexdigest()[:32]
-    return Part(source=number, name=name, digest=digest, where={"list": path.name})
+    return Part(source=number, name=name, digest=list_digest(data, settings), where={"list": path.name})
 
 
-def _about(source: SourceSpec) -> str:
-    """What a source's settings decide of its rows, besides what it holds."""
+def list_digest(data: bytes, settings: str) -> str:
+    """Digest of a part of single files or addresses: of its lines, and of what decides them besides."""
+    return hashlib.sha256(settings.encode() + data).hexdigest()[:32]
+
+
+def about(source: SourceSpec) -> str:
+    """What a source's settings decide of its rows, besides what it holds; listing files settles that itself."""
+    if source.kind in KINDS:
+        return ""
     names = ("licence", "credit", "image_column", "key_column", "caption_column", "licence_column")
     return json.dumps([getattr(source, name) for name in names])
 
 
-def _archives(source: SourceSpec, out: Path) -> Iterator[tuple[str, str, int, str, str]]:
-    """(path, label, size, hash of the label, digest) of a source's files, less hidden ones and our own output."""
+@dataclass(frozen=True, kw_only=True)
+class _Archive:
+    """A tar or a parquet file: its path, its name in the source, and its size and digest as they are now."""
+
+    path: str
+    label: str
+    size: int
+    digest: str
+
+    def name(self, number: int) -> str:
+        """Of its part, in source `number`."""
+        return f"{number:02d}-{hashlib.sha256(self.label.encode()).hexdigest()[:20]}"
+
+
+def _archives(source: SourceSpec, out: Path) -> Iterator[_Archive]:
+    """A source's files, less hidden ones and our own output."""
     mine = f"{out.resolve()}{os.sep}"
     for path, relative, size, version in stores.list_files(source.path, source.storage):
         if relative.rpartition("/")[2].startswith(".") or os.path.realpath(path).startswith(mine):
             continue
-        label = relative.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        hashed = hashlib.sha256(label.encode()).hexdigest()[:20]
-        digest = hashlib.sha256(f"{label}|{size}|{version}|{_about(source)}".encode()).hexdigest()[:32]
-        yield path, label, size, hashed, digest
+        yield _archive(path, relative, size, version, source)
 
 
-def _tars(number: int, source: SourceSpec, out: Path) -> Iterator[Part]:
-    for path, relative, size, hashed, digest in _archives(source, out):
-        name = f"{number:02d}-{hashed}"
-        yield Part(source=number, name=name, digest=digest, where={"path": path, "label": relative, "size": size})
+def _archive(path: str, relative: str, size: int, version: str, source: SourceSpec) -> _Archive:
+    label = relative.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    digest = hashlib.sha256(f"{label}|{size}|{version}|{about(source)}".encode()).hexdigest()[:32]
+    return _Archive(path=path, label=label, size=size, digest=digest)
 
 
-def _row_groups(number: int, source: SourceSpec, out: Path) -> Iterator[Part]:
+def archive_parts(number: int, source: SourceSpec, path: str, label: str) -> list[Part]:
+    """The parts of one file of a source as it is now; UsageError where it is gone, Failure where nobody can say."""
+    _, _, size, version = next(stores.list_files(path, source.storage))
+    archive = _archive(path, label, size, version, source)
+    return [_tar(number, archive)] if source.kind == "tar" else list(_row_groups(number, source, archive))
+
+
+def _tar(number: int, archive: _Archive) -> Part:
+    where = {"path": archive.path, "label": archive.label, "size": archive.size}
+    return Part(source=number, name=archive.name(number), digest=archive.digest, where=where)
+
+
+def _row_groups(number: int, source: SourceSpec, archive: _Archive) -> Iterator[Part]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for path, relative, _, hashed, digest in _archives(source, out):
-        name = f"{number:02d}-{hashed}"
-        where = {"path": path, "label": relative}
-        try:
-            with stores.open_file(path, source.storage) as file:
-                metadata = pq.ParquetFile(file).metadata
-        except (OSError, pa.ArrowException) as error:  # its one row says so
-            sentence = getattr(error, "strerror", "") or str(error).splitlines()[0]
-            yield Part(source=number, name=name, digest=digest, where={**where, "broken": sentence})
-            continue
-        named = (source.image_column, source.key_column, source.caption_column, source.licence_column)
-        for column in filter(None, named):
-            fields = metadata.schema.to_arrow_schema().names
-            if column not in fields:
-                raise UsageError(f'{relative} has no column "{column}".{near_miss(column, fields)}')
-        for group in range(metadata.num_row_groups):
-            yield Part(source=number, name=f"{name}-{group:05d}", digest=digest, where={**where, "group": group})
+    name, digest = archive.name(number), archive.digest
+    where = {"path": archive.path, "label": archive.label}
+    try:
+        with stores.open_file(archive.path, source.storage) as file:
+            metadata = pq.ParquetFile(file).metadata
+    except (OSError, pa.ArrowException) as error:  # its one row says so
+        sentence = getattr(error, "strerror", "") or str(error).splitlines()[0]
+        yield Part(source=number, name=name, digest=digest, where={**where, "broken": sentence})
+        return
+    named = (source.image_column, source.key_column, source.caption_column, source.licence_column)
+    for column in filter(None, named):
+        fields = metadata.schema.to_arrow_schema().names
+        if column not in fields:
+            raise UsageError(f'{archive.label} has no column "{column}".{near_miss(column, fields)}')
+    for group in range(metadata.num_row_groups):
+        yield Part(source=number, name=f"{name}-{group:05d}", digest=digest, where={**where, "group": group})
 
 
 # --- tables of addresses ----------------------------------------------------------------------------------------------

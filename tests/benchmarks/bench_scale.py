@@ -2,7 +2,8 @@
 
 Each size is one curation of tars full of tiny pictures, with one broken row in a thousand and two copies in a hundred
 planted. Afterwards the counts must be exact; the driver's memory is fitted over the sizes, and the rate of the last
-tenth of the samples is compared with that of the first.
+tenth of the samples is compared with that of the first: by the clock, which also counts what other jobs take of the
+machine, and by the CPU seconds that this process and everything it started spent (Ray's daemons included).
 
     python tests/benchmarks/bench_scale.py --folder SCRATCH --sizes 100000 300000 1000000 --out scale.json
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -73,11 +75,27 @@ def make_tars(folder: Path, count: int) -> None:
         temporary.rename(path)
 
 
-class Memory:
-    """Largest private memory, bytes, of this process and of its largest worker, sampled while it exists."""
+def share_tars(source: Path, target: Path, count: int) -> None:
+    """Link the tars of the first `count` numbers, which all sizes have in common."""
+    target.mkdir(parents=True, exist_ok=True)
+    for first in range(0, count, PER_TAR):
+        name = f"{first // PER_TAR:05d}.tar"
+        if not (target / name).exists():
+            os.link(source / name, target / name)
+
+
+class Watch:
+    """Samples this process and its children while it is entered.
+
+    Attributes:
+        driver, worker: largest private memory, bytes, of this process and of its largest Ray worker.
+        spent: (clock, CPU seconds of all processes until then, those that ended included).
+    """
 
     def __init__(self, every_s: float = 0.25) -> None:
         self.driver = self.worker = 0
+        self.spent: list[tuple[float, float]] = []
+        self.by_process: dict[psutil.Process, float] = {}
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._sample, args=(every_s,), daemon=True)
 
@@ -87,16 +105,24 @@ class Memory:
         while not self.stop.wait(every_s):
             self.driver = max(self.driver, me.memory_full_info().uss)
             number += 1
-            if number % 8:
+            if number % 4:
                 continue
-            for process in me.children(recursive=True):
+            for process in [me, *me.children(recursive=True)]:
                 try:
-                    if " ".join(process.cmdline()).startswith("ray::"):
+                    times = process.cpu_times()
+                    self.by_process[process] = times.user + times.system
+                    if number % 8 == 0 and " ".join(process.cmdline()).startswith("ray::"):
                         self.worker = max(self.worker, process.memory_full_info().uss)
                 except psutil.Error:
                     continue
+            self.spent.append((time.monotonic(), sum(self.by_process.values())))
 
-    def __enter__(self) -> Memory:
+    def cpu_at(self, clock: float) -> float:
+        """CPU seconds spent until a time."""
+        at, spent = zip(*self.spent, strict=True)
+        return float(np.interp(clock, at, spent))
+
+    def __enter__(self) -> Watch:
         self.thread.start()
         return self
 
@@ -130,20 +156,31 @@ def run_leg(folder: Path, count: int, shard_mib: float) -> dict[str, Any]:
         import ray
 
         ray.get(ray.remote(lambda: 0).remote())
-        with Memory() as memory:
+        with Watch() as watch:
             started = time.monotonic()
             result = curate(spec, folder / "corpus", progress=progress)
             seconds = time.monotonic() - started
     counts = {"accepted": result.accepted, **dict(result.reasons)}
+
+    def in_cpu(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
+        return [(watch.cpu_at(at), done) for at, done in points]
+
     return {
         "samples": count,
         "counts": counts,
         "exact": counts == planted(count),
         "reused": result.reused,
         "seconds": round(seconds, 1),
-        "driver_bytes": memory.driver,
-        "worker_bytes": memory.worker,
+        "driver_bytes": watch.driver,
+        "worker_bytes": watch.worker,
+        "cpu_seconds": round(watch.spent[-1][1] - watch.spent[0][1], 1),
         **{f"{name}_last_over_first": steadiness(points) for name, points in marks.items()},
+        **{f"{name}_last_over_first_cpu": steadiness(in_cpu(points)) for name, points in marks.items()},
+        **{
+            f"{name}_cpu_us_a_sample": round(1e6 * (watch.cpu_at(points[-1][0]) - watch.cpu_at(points[0][0])) / count)
+            for name, points in marks.items()
+            if points
+        },
         **{f"{name}_s": round(points[-1][0] - points[0][0], 1) for name, points in marks.items() if points},
     }
 
@@ -163,13 +200,20 @@ def steadiness(points: list[tuple[float, int]]) -> float | None:
     return round(rate(high - 1.5 * span, high - 0.5 * span) / rate(low + 0.5 * span, low + 1.5 * span), 3)
 
 
-def fit(legs: list[dict[str, Any]]) -> dict[str, float]:
-    """Driver bytes = a + b * samples by least squares, and b of the last two sizes alone."""
+def fit(legs: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Driver bytes = a + b * samples by least squares, b's standard error (None for two sizes), b of the last two."""
     n = np.array([leg["samples"] for leg in legs], float)
     memory = np.array([leg["driver_bytes"] for leg in legs], float)
     slope, start = np.polyfit(n, memory, 1)
     last = (memory[-1] - memory[-2]) / (n[-1] - n[-2])
-    return {"start_mib": start / 2**20, "bytes_a_sample": slope, "bytes_a_sample_last_two": last}
+    rest = float(((memory - start - slope * n) ** 2).sum())
+    error = (rest / (len(n) - 2) / ((n - n.mean()) ** 2).sum()) ** 0.5 if len(n) > 2 else None
+    return {
+        "start_mib": start / 2**20,
+        "bytes_a_sample": slope,
+        "bytes_a_sample_error": error,
+        "bytes_a_sample_last_two": last,
+    }
 
 
 def main() -> None:
@@ -183,7 +227,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.leg:
         place = arguments.folder / str(arguments.leg)
-        make_tars(place / "tars", arguments.leg)
+        make_tars(arguments.folder / "tars", arguments.leg)
+        share_tars(arguments.folder / "tars", place / "tars", arguments.leg)
         sys.stdout.write(json.dumps(run_leg(place, arguments.leg, arguments.shard_mib)) + "\n")
         return
     legs = []

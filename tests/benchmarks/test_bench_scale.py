@@ -39,6 +39,11 @@ def test_the_fit_finds_a_line_and_rates_are_compared() -> None:
     assert found["bytes_a_sample"] == pytest.approx(30)
     assert found["bytes_a_sample_last_two"] == pytest.approx(30)
     assert found["start_mib"] == pytest.approx(128)
+    assert found["bytes_a_sample_error"] == pytest.approx(0, abs=1e-6)
+    off = [{"samples": n, "driver_bytes": b} for n, b in ((0, 0), (1, 3), (2, 0))]  # level, and 2 off in the middle
+    assert scale.fit(off)["bytes_a_sample"] == pytest.approx(0)
+    assert scale.fit(off)["bytes_a_sample_error"] == pytest.approx(3**0.5)  # (1 + 4 + 1) / 1 over 2, square root
+    assert scale.fit(off[:2])["bytes_a_sample_error"] is None
     even = [(t / 10, t) for t in range(200)]
     assert scale.steadiness(even) == pytest.approx(1.0, abs=0.01)
     slowing = [(t * t / 1000, t) for t in range(1, 200)]

@@ -1,28 +1,35 @@
 """The data part of the battery of bad input, numbered as in its list: every file and archive member ends with its
-expected reason code, in a measured part, without Ray. Addresses are in test_fetch, faults of machines in tests/cluster.
+expected reason code, in a measured part, without Ray. docs/battery.md says which test shows which number.
 """
 
 from __future__ import annotations
 
+import ast
 import errno
 import io
 import json
 import os
+import pickle
+import re
 import struct
 import tarfile
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pillow
 
 from components.corpora import CorpusSpec, FilterSpec, SourceSpec
 from pipelines import shards
-from pipelines.curation import measure
-from pipelines.sources import list_parts
+from pipelines.curate import curate
+from pipelines.curation import journal, measure
+from pipelines.errors import Failure
+from pipelines.sources import list_parts, stores
 
 
 def pixels(height: int = 96, width: int = 128, seed: int = 0) -> np.ndarray:
@@ -239,3 +246,170 @@ def test_the_manifest_of_another_day_is_noticed(tmp_path: Path) -> None:
     corpus = shards.write_corpus(tmp_path, "x", {"train": [("a", "jpg", JPEG, {})]})
     (tmp_path / "manifest.jsonl").write_text(json.dumps({"key": "b"}) + "\n")
     assert ["changed after curation" in problem for problem in shards.verify(corpus)] == [True]
+
+
+class Trap:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_columns_of_strangers_types_are_bytes_and_run_nothing(tmp_path: Path) -> None:
+    """35: an extension type of another program, and the pickled kind that old versions of pyarrow executed."""
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    for name, metadata in (("somebody.image", b"{}"), ("arrow.py_extension_type", trap)):
+        marks = {b"ARROW:extension:name": name.encode(), b"ARROW:extension:metadata": metadata}
+        fields = [pa.field("image", pa.binary(), metadata=marks), pa.field("other", pa.int64(), metadata=marks)]
+        table = pa.Table.from_arrays([pa.array([JPEG, b"<html>"]), pa.array([1, 2])], schema=pa.schema(fields))
+        (tmp_path / name).mkdir()
+        pq.write_table(table, tmp_path / name / "x.parquet")
+        found = measured(spec(SourceSpec(kind="parquet", path=str(tmp_path / name))), tmp_path / name / "out")
+        assert [row["code"] for row in found.values()] == ["", "not_image"]
+    assert not (tmp_path / "sprung").exists()
+    floors = re.findall(r'"pyarrow>=(\d+)', (Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert floors and min(map(int, floors)) >= 15  # CVE-2023-47248 was mended in 14.0.1
+
+
+@pytest.fixture
+def corpus_of_six(tmp_path: Path) -> tuple[CorpusSpec, Path]:
+    """A spec of six pictures in a tar, several shards each."""
+    members = [(f"p{n}.jpg", encode("JPEG", Pillow.fromarray(pixels(seed=n)), quality=92)) for n in range(6)]
+    tar(tmp_path / "a.tar", list(members))
+    made = spec(SourceSpec(kind="tar", path=str(tmp_path / "*.tar")))
+    made.shard_mib = 0.02
+    return made, tmp_path / "out"
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_disk_that_fills_up_while_shards_are_written(
+    corpus_of_six: tuple[CorpusSpec, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """61: the run ends with one sentence, the corpus of before stays whole, and the same command goes on later."""
+    made, out = corpus_of_six
+    before = curate(made, out)
+    tar(tmp_path / "b.tar", [(f"q{n}.jpg", encode("JPEG", Pillow.fromarray(pixels(seed=n + 9)))) for n in range(6)])
+    real, written = shards.write_shard, []
+
+    def filling(*arguments: Any, **more: Any) -> Any:
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(real(*arguments, **more))
+        return written[-1]
+
+    monkeypatch.setattr(shards, "write_shard", filling)
+    with pytest.raises(Failure, match="cannot be written: No space left"):
+        curate(made, out)
+    corpus = shards.open_corpus(out)
+    assert (corpus.digest, shards.verify(corpus)) == (before.digest, [])
+    assert not [path for path in out.rglob(".*.tmp-*") if path.parent.name in ("train", "held_out")]
+    monkeypatch.setattr(shards, "write_shard", real)
+    assert curate(made, out).accepted == 12
+    assert shards.verify(shards.open_corpus(out)) == []
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_disk_that_fills_up_while_pictures_are_measured(
+    corpus_of_six: tuple[CorpusSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """61: that is no fault of a picture, and what was measured before is kept."""
+    made, out = corpus_of_six
+    monkeypatch.setattr(journal, "JOURNAL_ROWS", 1)
+    seen: list[str] = []
+
+    def looking(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
+        seen.append(key)
+        if seen == ["p0", "p1", "p2"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return measure.look(data, filters, key)
+
+    with pytest.raises(Failure, match="No space left"):
+        curate(made, out, look_at=looking)
+    result = curate(made, out, look_at=looking)
+    assert seen == ["p0", "p1", "p2", "p2", "p3", "p4", "p5"]
+    assert (result.accepted, result.rejected) == (6, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_without_progress_is_ended(corpus_of_six: tuple[CorpusSpec, Path]) -> None:
+    """58: a decoder that does not come back, with a patience for one picture that outlasts that for the run."""
+    made, out = corpus_of_six
+    made.stall_timeout_s, made.sample_timeout_s = 3.0, 1000.0
+
+    def stuck(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
+        time.sleep(20)
+        raise AssertionError
+
+    started = time.monotonic()
+    with pytest.raises(Failure, match="measuring: nothing got done for 3 s"):
+        curate(made, out, look_at=stuck)
+    assert time.monotonic() - started < 20
+
+
+def test_a_store_that_fails_for_a_while(
+    corpus_of_six: tuple[CorpusSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """62: before a tar is open its row says so, and a plain rerun reads it; in the middle what was read is kept."""
+    made, out = corpus_of_six
+    real = stores.open_file
+
+    def busy(*_: Any) -> Any:
+        raise OSError(errno.EIO, "503 Slow Down")
+
+    monkeypatch.setattr(stores, "open_file", busy)
+    (row,) = measured(made, out).values()
+    assert (row["code"], row["detail"]) == ("unreadable", "a.tar: 503 Slow Down")
+    assert "unreadable" in measure_again()
+
+    class Failing(io.BytesIO):
+        """Fails once, at a place in the middle."""
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() > len(self.getvalue()) // 2 and not broken:
+                broken.append(self.tell())
+                raise OSError(errno.EIO, "503 Slow Down")
+            return super().read(size)
+
+    broken: list[int] = []
+    data = Path(made.sources[0].path.replace("*", "a")).read_bytes()
+    monkeypatch.setattr(stores, "open_file", lambda *_: Failing(data))
+    monkeypatch.setattr(journal, "JOURNAL_ROWS", 1)
+    (part,) = list_parts(made, out).parts
+    with pytest.raises(OSError, match="503"):
+        measure.measure_part(part, made, out, measure_again())
+    seen: list[str] = []
+
+    def looking(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
+        seen.append(key)
+        return measure.look(data, filters, key)
+
+    summary = measure.measure_part(part, made, out, measure_again(), looking)
+    assert (summary["rows"], summary["codes"]) == (6, {})
+    assert 0 < len(seen) < 6
+    monkeypatch.setattr(stores, "open_file", real)
+    (Path(made.sources[0].path.replace("*", "a"))).unlink()  # a stale list: it names what is gone
+    assert measure.measure_part(part, made, out / "stale")["codes"] == {"unreadable": 1}
+
+
+def measure_again() -> frozenset[str]:
+    """Codes that a plain rerun tries again."""
+    from pipelines.curate import RETRIED
+
+    return RETRIED
+
+
+def test_every_number_has_its_test(repository: Path) -> None:
+    """docs/battery.md names, for every number of the data part, tests that there are."""
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", (repository / "docs" / "battery.md").read_text(), re.MULTILINE)
+    numbers = [int(number) for number, _ in rows]
+    assert numbers == [*range(1, 48), *range(57, 63), *range(72, 75)]
+    for number, row in rows:
+        named = re.findall(r"(tests/[\w/]+\.py)::(test_\w+)", row)
+        assert named, number
+        for path, test in named:
+            tree = ast.parse((repository / path).read_text())
+            assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (number, path, test)

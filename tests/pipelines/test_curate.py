@@ -12,11 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pillow
 
@@ -30,7 +33,9 @@ from pipelines.curation.select import _held_out, key_hash, thresholds
 from pipelines.errors import Failure, RetryLater, UsageError
 from pipelines.sources import list_entries
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.slow
+with_ray = pytest.mark.usefixtures("ray_session")
+in_process = pytest.mark.usefixtures("without_ray")
 
 
 def picture(seed: int, width: int = 160, height: int = 130, kind: str = "JPEG") -> bytes:
@@ -94,6 +99,7 @@ def spec(folder: Path, **changes: object) -> CorpusSpec:
     return CorpusSpec(**{**settings, **changes})
 
 
+@with_ray
 def test_every_file_is_accounted_for_and_bytes_are_kept(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     result = curate(spec(folder), tmp_path / "out", progress=lambda done, of=0, note="": seen.append((done, of)))
@@ -133,6 +139,7 @@ def test_every_file_is_accounted_for_and_bytes_are_kept(folder: Path, tmp_path: 
     assert seen[-1][0] == seen[-1][1]
 
 
+@in_process
 def test_result_depends_on_the_pictures_alone(folder: Path, tmp_path: Path) -> None:
     first = curate(spec(folder), tmp_path / "a")
     moved = tmp_path / "elsewhere"
@@ -142,6 +149,7 @@ def test_result_depends_on_the_pictures_alone(folder: Path, tmp_path: Path) -> N
     assert (tmp_path / "a" / "index.json").read_bytes() == (tmp_path / "b" / "index.json").read_bytes()
 
 
+@in_process
 def test_rerun_repeats_nothing_and_changed_files_are_seen(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = curate(spec(folder), out)
@@ -159,6 +167,7 @@ def test_rerun_repeats_nothing_and_changed_files_are_seen(folder: Path, tmp_path
     assert {path.name for path in out.rglob("*.tar")} == named  # nothing of the first run lies about
 
 
+@in_process
 def test_torn_files_of_a_killed_run_are_made_again(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = curate(spec(folder), out)
@@ -173,6 +182,7 @@ def test_torn_files_of_a_killed_run_are_made_again(folder: Path, tmp_path: Path)
     assert curate(spec(folder), out).reused == 17
 
 
+@with_ray
 def test_kill_minus_nine_and_rerun(folder: Path, tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import os, signal, sys
@@ -220,6 +230,7 @@ def hostile(data: bytes, filters: object, key: str) -> dict:
     return look(data, filters, key)  # type: ignore[arg-type]
 
 
+@with_ray
 def test_a_picture_that_kills_or_hangs_its_process_costs_only_itself(folder: Path, tmp_path: Path) -> None:
     before = curate(spec(folder, sample_timeout_s=2.0), tmp_path / "out", look_at=hostile)
     codes = {row["key"]: row["code"] for row in rows(tmp_path / "out" / "quarantine.jsonl")}
@@ -232,6 +243,7 @@ def test_a_picture_that_kills_or_hangs_its_process_costs_only_itself(folder: Pat
     assert after.digest == curate(spec(folder, sample_timeout_s=2.0), tmp_path / "fresh").digest
 
 
+@in_process
 def test_replay_tries_the_broken_ones_and_no_others(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     curate(spec(folder), out)
@@ -243,7 +255,9 @@ def test_replay_tries_the_broken_ones_and_no_others(folder: Path, tmp_path: Path
         "aspect": 1,
         "unreadable": 1,
     }
-    (folder / "nowhere.jpg").write_bytes(picture(50))  # the dangling link leads somewhere now, and so does a new file
+    (folder / "nowhere.jpg").write_bytes(picture(50))  # the dangling link leads somewhere now; this one is a new file
+    (folder / "small.jpg").write_bytes(picture(51))  # mended
+    os.utime(folder / "good0.jpg", (1, 1))  # an accepted file that was touched is not looked at either
     seen = tmp_path / "seen"
 
     def watching(data: bytes, filters: object, key: str) -> dict:
@@ -252,15 +266,69 @@ def test_replay_tries_the_broken_ones_and_no_others(folder: Path, tmp_path: Path
         return look(data, filters, key)  # type: ignore[arg-type]
 
     result = replay(out, look_at=watching)
-    assert set(seen.read_text().split()) == {"empty", "cut", "page", "small", "strip", "dangling", "nowhere"}
-    assert "dangling" in {row["key"] for row in rows(out / "manifest.jsonl")}
-    assert result.reasons["duplicate"] == 2  # "nowhere" itself: the same bytes by another name
+    assert set(seen.read_text().split()) == {"empty", "cut", "page", "small", "strip", "dangling"}
+    taken = {row["key"] for row in rows(out / "manifest.jsonl")}
+    assert {"dangling", "small"} <= taken
+    assert "nowhere" not in taken | {row["key"] for row in rows(out / "quarantine.jsonl")}
+    assert (result.accepted, result.rejected, result.skipped) == (11, 7, 2)
+    again = curate(spec(folder), out)  # lists anew, and the new file is the link's bytes by another name
+    assert again.reasons["duplicate"] == 2
+    assert again.digest == curate(spec(folder), tmp_path / "fresh").digest
     with pytest.raises(UsageError, match='Did you mean "truncated"'):
         replay(out, codes=["truncate"])
     with pytest.raises(UsageError, match="no spec"):
         replay(tmp_path)
+    next((out / "work" / "measured").iterdir()).unlink()  # as if a later curation had been stopped
+    with pytest.raises(UsageError, match="did not come to its end"):
+        replay(out)
+    shutil.rmtree(out / "work")
+    with pytest.raises(UsageError, match="work/ was deleted"):
+        replay(out)
 
 
+@in_process
+def test_replay_reads_a_mended_archive_and_leaves_a_new_one_out(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+
+    def tar(name: str, numbers: range, cut: int | None = None) -> None:
+        target = io.BytesIO()
+        with tarfile.open(fileobj=target, mode="w") as archive:
+            for number in numbers:
+                info = tarfile.TarInfo(f"p{number}.jpg")
+                info.size = len(data := picture(number))
+                archive.addfile(info, io.BytesIO(data))
+        (tmp_path / "in" / name).write_bytes(target.getvalue()[:cut])
+
+    tar("a.tar", range(3))
+    tar("b.tar", range(3, 6), cut=len(picture(3)) + len(picture(4)) + 3000)
+    pq.write_table(pa.table({"image": [picture(20), picture(21)[:900]]}), tmp_path / "in" / "t.parquet")
+    source = tmp_path / "in"
+    made = CorpusSpec(
+        name="archives",
+        sources=[
+            SourceSpec(kind="tar", path=str(source / "*.tar")),
+            SourceSpec(kind="parquet", path=str(source / "*.parquet"), image_column="image"),
+        ],
+        filters=FilterSpec(min_side_px=16),
+    )
+    out = tmp_path / "out"
+    before = curate(made, out)
+    assert before.reasons == {"truncated": 2}
+    tar("b.tar", range(3, 6))
+    tar("c.tar", range(6, 9))
+    pq.write_table(pa.table({"image": [picture(20), picture(21)]}), tmp_path / "in" / "t.parquet")
+    pq.write_table(pa.table({"image": [picture(22)]}), tmp_path / "in" / "u.parquet")
+    after = replay(out)
+    assert (after.accepted, after.rejected) == (8, 0)
+    assert after.reused == 3  # all of a.tar
+    assert {row["key"] for row in rows(out / "manifest.jsonl")} == {f"p{n}" for n in range(6)} | {
+        "t-00000-000000",
+        "t-00000-000001",
+    }
+    assert curate(made, out).accepted == 12
+
+
+@in_process
 def test_too_many_broken_pictures_end_the_run_with_a_table(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(300):
@@ -278,6 +346,7 @@ def test_too_many_broken_pictures_end_the_run_with_a_table(tmp_path: Path) -> No
         curate(spec(tmp_path / "few", max_bad_fraction=0.2), tmp_path / "out3")
 
 
+@in_process
 def test_thresholds_change_without_a_second_look(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = curate(spec(folder), out)
@@ -294,6 +363,7 @@ def test_thresholds_change_without_a_second_look(folder: Path, tmp_path: Path) -
     assert back.digest == first.digest
 
 
+@in_process
 @pytest.mark.parametrize("name", ["none", "file.txt", "empty", "sidecars"])
 def test_useless_folders_are_one_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / "file.txt").write_text("x")
@@ -307,6 +377,7 @@ def test_useless_folders_are_one_sentence(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@in_process
 def test_nothing_usable_is_a_failure_that_counts_codes(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
@@ -315,6 +386,7 @@ def test_nothing_usable_is_a_failure_that_counts_codes(tmp_path: Path) -> None:
     assert rows(tmp_path / "out" / "quarantine.jsonl")[0]["code"] == "empty"
 
 
+@in_process
 def test_unwritable_output_and_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(Failure, match="cannot be written"):
@@ -326,6 +398,7 @@ def test_unwritable_output_and_full_disk(folder: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "out" / "index.json").exists()
 
 
+@in_process
 def test_two_curations_of_one_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / ".lock", "w") as lock:
@@ -334,6 +407,7 @@ def test_two_curations_of_one_folder(folder: Path, tmp_path: Path) -> None:
             curate(spec(folder), tmp_path / "out")
 
 
+@in_process
 def test_file_that_changes_between_measuring_and_writing(folder: Path, tmp_path: Path) -> None:
     def change(done: int, of: int = 0, note: str = "") -> None:
         if note == "shards" and done == 0:
@@ -349,6 +423,7 @@ def held_out(names: list[str], fraction: float) -> set[str]:
     return {names[n] for n in _held_out(keys, np.arange(len(names)), SplitSpec(held_out_fraction=fraction))}
 
 
+@in_process
 def test_held_out_by_fraction_is_stable_and_has_a_floor() -> None:
     names = [f"k{n}" for n in range(200)]
     few = held_out(names[:100], 0.2)
@@ -360,6 +435,7 @@ def test_held_out_by_fraction_is_stable_and_has_a_floor() -> None:
     assert held_out(names, 1.0) == set(names)
 
 
+@in_process
 def test_dead_leaves_source_is_reproducible(tmp_path: Path) -> None:
     source = SourceSpec(kind="dead_leaves", count=3, size_px=64, seed=5)
     made = spec(tmp_path, sources=[source], split=SplitSpec())
@@ -368,6 +444,7 @@ def test_dead_leaves_source_is_reproducible(tmp_path: Path) -> None:
     assert first.digest == second.digest
 
 
+@in_process
 def test_shipped_demo_spec_lists_the_cleared_pictures() -> None:
     demo = load_spec("demo")
     entries, _ = list_entries(demo)
@@ -393,11 +470,13 @@ def test_shipped_demo_spec_lists_the_cleared_pictures() -> None:
         (["filters.preset=restorashun"], "restoration"),
     ],
 )
+@in_process
 def test_wrong_specs_die_with_the_near_name(overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         thresholds(load_spec("demo", overrides))
 
 
+@in_process
 def test_unknown_names_die_with_did_you_mean(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='Did you mean "demo"'):
         load_spec("demp")
@@ -435,6 +514,7 @@ ODD = {
 """Which file of shared images/odd is refused, and why."""
 
 
+@in_process
 def test_real_odd_pictures(images_dir: Path, tmp_path: Path) -> None:
     """Every file is accepted or quarantined for its reason, the decoys among them; of a picture's copies one stays."""
     out = tmp_path / "out"
@@ -453,6 +533,7 @@ def test_real_odd_pictures(images_dir: Path, tmp_path: Path) -> None:
     assert shards.verify(shards.open_corpus(out)) == []
 
 
+@in_process
 @pytest.mark.full
 def test_no_good_photograph_is_refused(images_dir: Path, tmp_path: Path) -> None:
     for name in ("hq", "train"):
@@ -461,6 +542,7 @@ def test_no_good_photograph_is_refused(images_dir: Path, tmp_path: Path) -> None
         assert result.accepted == len([p for p in (images_dir / name).iterdir() if p.suffix not in (".csv", ".md")])
 
 
+@in_process
 def test_a_second_corpus_takes_nothing_that_the_first_has(images_dir: Path, tmp_path: Path) -> None:
     """Incremental: exact and near copies of an earlier corpus' pictures are refused, and named."""
     for name in ("a", "b"):

@@ -22,7 +22,9 @@ from pipelines.curate import curate, replay
 from pipelines.curation.measure import look
 from pipelines.errors import UsageError
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.slow
+with_ray = pytest.mark.usefixtures("ray_session")
+in_process = pytest.mark.usefixtures("without_ray")
 
 
 def bmp(seed: int) -> bytes:
@@ -61,6 +63,7 @@ def codes(out: Path) -> dict[str, str]:
     return {row["key"]: row["code"] for row in map(json.loads, (out / "quarantine.jsonl").open())}
 
 
+@in_process
 def test_a_replaced_tar_is_read_anew_and_so_are_changed_settings(tmp_path: Path) -> None:
     tar, out = tmp_path / "a.tar", tmp_path / "out"
     tar_of(tar, [1, 2, 3])
@@ -82,6 +85,7 @@ def test_a_replaced_tar_is_read_anew_and_so_are_changed_settings(tmp_path: Path)
         assert [row["caption"] for row in rows(tmp_path / "table").values()] == [table.column(column)[0].as_py()]
 
 
+@in_process
 def test_an_edited_caption_is_seen(tmp_path: Path) -> None:
     source, out = folder_of(tmp_path / "in"), tmp_path / "out"
     for text in ("first words", "and other ones"):
@@ -120,6 +124,7 @@ def lose_work(out: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose_decided, cut_decided, lose_quarantine, cut_pieces, spoil_selection, lose_work])
+@in_process
 def test_damaged_work_files_are_made_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     out = tmp_path / "out"
     made = spec(folder_of(tmp_path / "in"), split=SplitSpec(held_out_fraction=0.3))
@@ -131,6 +136,7 @@ def test_damaged_work_files_are_made_again(tmp_path: Path, damage: Callable[[Pat
     assert shards.verify(shards.open_corpus(out)) == []
 
 
+@in_process
 def test_a_spec_tried_in_between_changes_nothing(tmp_path: Path) -> None:
     out, source = tmp_path / "out", folder_of(tmp_path / "in", 12)
     first = curate(spec(source, split=SplitSpec(held_out_fraction=0.3)), out)
@@ -141,6 +147,7 @@ def test_a_spec_tried_in_between_changes_nothing(tmp_path: Path) -> None:
         curate(spec(source, name="another"), out)
 
 
+@in_process
 def test_a_file_that_changes_unseen_is_measured_again_by_the_next_run(tmp_path: Path) -> None:
     source, out = folder_of(tmp_path / "in"), tmp_path / "out"
     curate(spec(source), out)
@@ -163,6 +170,7 @@ def murderous(data: bytes, filters: Any, key: str) -> dict[str, Any]:
 
 
 @pytest.mark.full  # every death costs Ray some seconds
+@with_ray
 def test_many_killers_in_one_part_cost_only_themselves(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = curate(spec(folder_of(tmp_path / "in", 8), max_bad_fraction=1.0), out, look_at=murderous)
@@ -171,6 +179,7 @@ def test_many_killers_in_one_part_cost_only_themselves(tmp_path: Path) -> None:
     assert replay(out).accepted == 8
 
 
+@in_process
 def test_names_links_and_hostile_members_cost_only_themselves(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "in")
     (tmp_path / "in" / os.fsdecode(b"x\xff.bmp")).write_bytes(bmp(20))
@@ -197,6 +206,7 @@ def test_names_links_and_hostile_members_cost_only_themselves(tmp_path: Path) ->
     assert rows(out)["o"]["caption"] == "fine"
 
 
+@in_process
 def test_an_output_inside_a_tar_source_is_no_input(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     tar_of(tmp_path / "in" / "a.tar", [1, 2, 3])
@@ -204,6 +214,7 @@ def test_an_output_inside_a_tar_source_is_no_input(tmp_path: Path) -> None:
     assert [curate(spec(source), out).accepted for _ in range(3)] == [3, 3, 3]
 
 
+@in_process
 def test_a_held_out_picture_is_not_trained_on_under_another_name(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "in")
     (tmp_path / "in" / "a-copy.bmp").write_bytes(bmp(3))  # listed before p0003

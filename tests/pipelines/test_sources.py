@@ -18,7 +18,8 @@ from components.corpora import CorpusSpec, SourceSpec, SplitSpec
 from components.fingerprints import WORDS
 from components.quality import SCORES
 from components.types import SampleError
-from pipelines.curation.measure import _write
+from pipelines.curation.journal import Output
+from pipelines.curation.measure import SCHEMA
 from pipelines.curation.select import select
 from pipelines.errors import UsageError
 from pipelines.plans import run_plan
@@ -39,7 +40,10 @@ def decided(folder: Path, contents: dict[str, str], split: SplitSpec | None = No
         row |= {"width": 9, "height": 9, "ext": "png", "licence": "", "credit": "", "caption": "", "at": "{}"}
         row |= {"stage": "", "detail": "", "print": bytes(8 * WORDS)} | {f"score/{name}": 50.0 for name in SCORES}
         rows.append(row)
-    _write(folder / "work" / "measured" / "a.parquet", rows, {"part": "", "rules": ""})
+    with Output(folder / "work" / "measured" / "a.parquet", SCHEMA) as output:
+        for row in rows:
+            output.add(row)
+        output.finish({"part": "", "rules": ""})
     select(["a"], spec(folder, split), folder)
     found = pq.read_table(folder / "work" / "decided" / "a.parquet").to_pylist()
     return {row["source"]: row for row in found}

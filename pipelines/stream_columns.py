@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -60,17 +60,23 @@ class Precomputed:
 
     def values(self, source: str, split: str, sample: int) -> dict[str, Any]:
         """Fields of one row; `sample` is its number in the split of a corpus, of any other source there are none."""
-        row = {name: array[0] for name, array in self.empty(1).items()}
-        if source in self.latents:
-            latents = self.latents[source].value(split, sample)
-            if isinstance(latents, np.ndarray):
-                row |= {"latents": latents, "latents_known": np.True_}
-        if source in self.embeddings:
-            column = self.embeddings[source]
-            flat = column.value(split, sample)
-            if isinstance(flat, np.ndarray):
-                parts = split_embeddings(column.producer, flat)
-                row |= {f"embeddings_{name}": part for name, part in parts.items()} | {"embeddings_known": np.True_}
+        row: dict[str, Any] = {}
+        for what in WHAT:
+            columns = getattr(self, what)
+            if not columns:
+                continue
+            value = columns[source].value(split, sample) if source in columns else None
+            known = isinstance(value, np.ndarray)
+            row[KNOWN[what]] = np.bool_(known)
+            if not known:
+                row |= {
+                    name: np.zeros(shape, np.float16) for name, shape in self.shapes.items() if name.startswith(what)
+                }
+            elif what == "latents":
+                row[what] = value
+            else:
+                parts = split_embeddings(columns[source].producer, cast(np.ndarray, value))
+                row |= {f"embeddings_{name}": part for name, part in parts.items()}
         return row
 
 

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from components.naming import did_you_mean, near_name
 
 RECIPES = Path(__file__).resolve().parent.parent / "pipelines" / "recipes"
+MIXTURES = RECIPES.parent / "mixtures"
 
 
 class RecipeError(ValueError):
@@ -53,8 +54,10 @@ class Optimizer:
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-CAPTIONERS = ("", "manifest", "tags")
+CAPTIONERS = ("", "manifest", "tags", "negative")
 """Whose words a stream takes, besides "column:NAME"."""
+CORPUS: Mapping[str, float] = {"corpus": 1.0}
+"""The sources of a recipe that names none."""
 
 
 @dataclass(kw_only=True)
@@ -67,6 +70,22 @@ class DegradationChoice:
 
 
 @dataclass(kw_only=True)
+class MissingCaptions:
+    """A captioner that is asked, while training runs, for pictures without a caption (dead leaves stay without)."""
+
+    model: str = ""  # a preset of components.captions, a hub id or a folder; "": nobody is asked
+    revision: str = ""  # of a hub model
+    prompt: str = ""  # "": the preset's
+    max_tokens: int = 0  # longest caption; 0: the preset's
+    view: str = "hq"  # what it looks at: hq, lq, or a view of the system's own
+    batch_size: int = 8  # pictures a call
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_tokens < 0:
+            raise RecipeError("missing_captions needs batch_size >= 1 and max_tokens >= 0")
+
+
+@dataclass(kw_only=True)
 class Placement:
     """Where a stage runs. Not part of a stage's identity: the same recipe gives the same data anywhere."""
 
@@ -75,6 +94,14 @@ class Placement:
     gpus_per_worker: float = 0.0
     threads: int = 0  # torch threads of a worker; 0: all cores but one, divided by the workers
     max_failures: int = 2  # restarts from the last checkpoint
+    captioners: int = 1  # actors that write missing captions, anywhere in the cluster; none where nobody is asked
+    cpus_per_captioner: float = 1.0
+    gpus_per_captioner: float = 0.0
+    caption_cache: str = ""  # folder that all nodes see; "": RESTORAY_HOME/cache/captions
+
+    def __post_init__(self) -> None:
+        if self.captioners < 1 or min(self.cpus_per_captioner, self.gpus_per_captioner) < 0:
+            raise RecipeError("placement needs captioners >= 1, and no negative share of a CPU or GPU")
 
 
 @dataclass(kw_only=True)
@@ -93,10 +120,16 @@ class Recipe:
     scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # factors on short_side, drawn a picture
     small: Literal["enlarge", "refuse"] = "enlarge"  # pictures below short_side
     buckets: list[list[int]] = field(default_factory=list)  # [height, width] instead of squares; one a global batch
+    crop: Literal["random", "center"] = "random"
     flip: bool = False  # mirror half of the crops
     window_samples: int = 65_536  # samples shuffled together; shards are shuffled beyond that
-    sources: dict[str, float] = field(default_factory=lambda: {"corpus": 1.0})  # input name (or dead_leaves): weight
-    captioner: str = "manifest"  # "" (none), manifest, tags, or column:NAME
+    mixture: str = ""  # a name in pipelines/mixtures or a path: its sources and captioners replace the recipe's
+    sources: dict[str, float] = field(default_factory=dict)  # input name (or dead_leaves): weight, 0 leaves it out
+    captioner: str = "manifest"  # "" (none), manifest, tags, column:NAME, or negative (manifest, and never without)
+    captioners: dict[str, str] = field(default_factory=dict)  # by source, where one has another captioner
+    missing_captions: MissingCaptions = field(default_factory=MissingCaptions)
+    latents: str = ""  # column of precomputed latents, which the autoencoder then need not encode
+    embeddings: str = ""  # column of precomputed prompts, which the text encoders then need not embed
     degradation: DegradationChoice = field(default_factory=DegradationChoice)
     precision: Literal["bf16", "fp32"] = "bf16"
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -119,11 +152,15 @@ class Recipe:
                 f"batch_size {self.batch_size} is no multiple of accumulation x workers "
                 f"({self.accumulation} x {self.placement.workers})"
             )
-        if not self.sources or min(self.sources.values()) <= 0:
-            raise RecipeError("sources needs at least one name, every weight above 0")
-        if self.captioner not in CAPTIONERS and not self.captioner.startswith("column:"):
-            near = did_you_mean(self.captioner, [name for name in CAPTIONERS if name])
-            raise RecipeError(f'unknown captioner "{self.captioner}". {near}'.rstrip())
+        if min(self.sources.values(), default=0.0) < 0:
+            raise RecipeError(f"sources needs weights of at least 0, got {self.sources}")
+        self.sources = {k: weight for k, weight in (self.sources or CORPUS).items() if weight}
+        if not self.sources:
+            raise RecipeError("sources needs at least one weight above 0")
+        for captioner in (self.captioner, *self.captioners.values()):
+            if captioner not in CAPTIONERS and not captioner.startswith("column:"):
+                near = did_you_mean(captioner, [name for name in CAPTIONERS if name])
+                raise RecipeError(f'unknown captioner "{captioner}". {near}'.rstrip())
         if not 0 <= self.ema_decay < 1:
             raise RecipeError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
@@ -160,12 +197,44 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = (), folder: Path = 
     if system not in SYSTEMS:
         raise RecipeError(f"{path.name}: unknown system {system!r}. {did_you_mean(str(system), SYSTEMS)}")
     schema = SYSTEMS[system].recipe
+    for override in overrides:
+        if override.startswith("mixture="):
+            document["mixture"] = override.partition("=")[2]
+    if document.get("mixture"):
+        mixture = load_mixture(document["mixture"])
+        document["sources"], document["captioners"] = mixture["sources"], mixture.get("captioners", {})
     recipe: Recipe = resolve(schema, document, overrides, path.name)
+    known = {**CORPUS, **(document.get("sources") or {}), **recipe.sources}  # with those of weight 0
+    for source in recipe.captioners:
+        if source not in known:
+            raise RecipeError(f"{path.name}: captioners names {source!r}, no source. {did_you_mean(source, known)}")
     if recipe.stage not in SYSTEMS[system].stages:
         raise RecipeError(
             f"{path.name}: unknown stage {recipe.stage!r}. {did_you_mean(recipe.stage, SYSTEMS[system].stages)}"
         )
     return recipe
+
+
+def load_mixture(name: str | Path, folder: Path = MIXTURES) -> dict[str, Any]:
+    """What a recipe's `mixture` stands for: {"sources": {input: weight}, "captioners": {input: captioner}}.
+
+    Raises:
+        RecipeError: no such mixture, or the file says something else.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = folder / f"{name}.yaml"
+        if not path.is_file():
+            raise RecipeError(f"no mixture {str(name)!r}. {did_you_mean(str(name), recipe_names(folder))}")
+    if not path.is_file():
+        raise RecipeError(f"no mixture file {str(name)!r}")
+    document = OmegaConf.to_container(OmegaConf.load(path))
+    said = {str(k): v for k, v in document.items()} if isinstance(document, dict) else {}
+    wrong = [key for key in said if key not in ("sources", "captioners") or not isinstance(said[key], dict)]
+    if wrong or not said.get("sources"):
+        what = f"{wrong[0]!r} is none of them" if wrong else "there are no sources"
+        raise RecipeError(f"{path.name}: a mixture maps sources to weights, and captioners to sources; {what}")
+    return said
 
 
 def resolve(schema: type[Any], document: Any, overrides: Sequence[str], what: str) -> Any:

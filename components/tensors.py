@@ -12,6 +12,12 @@ from torch import Tensor
 
 from components.types import Batch, Image, Plan
 
+PRECOMPUTED = {
+    "latents": {"latents": "latents"},
+    "embeddings": {"text": "embeddings_text", "pooled": "embeddings_pooled"},
+}
+"""What rows may bring along: names of its parts in a Batch, and in a row; `<what>_known` says whether it is there."""
+
 
 def images_to_tensor(images: Sequence[Image]) -> Tensor:
     """Pictures of one size, uint8 or float in [0, 1] -> float32 [B, 3, H, W] in [-1, 1]."""
@@ -48,7 +54,25 @@ def collate(
         prompts=[str(p) for p in columns["prompt"]],
         plans=plans,
         sizes=torch.from_numpy(np.stack(list(columns["sizes"])).astype(np.int64)).to(device),
+        **_precomputed(columns, device),
     )
+
+
+def _precomputed(columns: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Fields of a Batch for what rows bring along, as float32; see pipelines.stream_columns for the rows' side."""
+    found: dict[str, Any] = {}
+    for what, parts in PRECOMPUTED.items():
+        if f"{what}_known" not in columns:
+            continue
+        missing = [n for n, known in enumerate(columns[f"{what}_known"]) if not known]
+        if len(missing) == len(columns[f"{what}_known"]):
+            continue  # nothing is as good as no column
+        tensors = {
+            part: torch.from_numpy(np.stack(list(columns[name]))).to(device).to(torch.float32)
+            for part, name in parts.items()
+        }
+        found |= {what: tensors if what == "embeddings" else tensors["latents"], f"{what}_missing": missing}
+    return found
 
 
 def _degraded(

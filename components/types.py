@@ -71,7 +71,9 @@ class Batch:
         masks: optional float32 [B, 1, H, W], 1 = missing (inpainting).
         sizes: int64 [B, 6]: original height and width, crop top and left, target height and width (SDXL's size ids).
         latents: optional precomputed clean latents of hq [B, C, h, w].
-        embeddings: optional precomputed text embeddings by name.
+        embeddings: optional precomputed embeddings of the prompts: "text" [B, L, D] and "pooled" [B, P].
+        latents_missing, embeddings_missing: rows (their numbers, rising) of which there are none: theirs are zeros, and
+            whoever needs them encodes hq or embeds the prompt (components.objectives.precomputed).
     """
 
     keys: Sequence[str]
@@ -84,6 +86,8 @@ class Batch:
     masks: Tensor | None = None
     latents: Tensor | None = None
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    latents_missing: Sequence[int] = ()
+    embeddings_missing: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

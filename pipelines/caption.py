@@ -49,6 +49,8 @@ ENGINES = ("transformers", "vllm")
 EXTRA = "captions-vllm"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CALLS = 32  # callers that an actor listens to at once; their pictures share batches
+RETRIES = 3  # of a question whose actor died; Ray starts the actor anew, wherever there is room
+ANSWER_S = 1800.0  # ours: for the pictures of one question; a captioner that takes longer is not coming back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,10 @@ def _caption_worker(plan: CaptionerPlan, view: str, views: Mapping[str, View]) -
 def _captions(captioner: Captioner, images: Sequence[Image]) -> list[Value | SampleError]:
     """Captions; nothing said is an error, since "" means that nobody was asked."""
     return [text or unsaid() for text in captioner.caption(images)]
+
+
+def _is_silence(error: SampleError) -> bool:
+    return error.code == unsaid().code
 
 
 def unsaid() -> SampleError:
@@ -331,15 +337,44 @@ class CaptionerActor:
 
     def __init__(self, plan: CaptionerPlan, batch_size: int) -> None:
         captioner = open_captioner(plan)
+        on_gpu = getattr(getattr(captioner, "device", None), "type", "cpu") != "cpu"
+        rows = batch_size if on_gpu or plan.model == TAGS else 1
 
         def worker(images: Sequence[Image], keys: Sequence[str]) -> list[Value | SampleError]:
-            return _captions(captioner, images)
+            if plan.model == TAGS:  # measured: nothing adds up differently in a batch
+                return _captions(captioner, images)
+            return in_equal_batches(lambda batch: _captions(captioner, batch), images, rows)
 
         self.batcher = Batcher(lambda images: apply_worker(worker, images, [""] * len(images)), batch_size)
 
     def caption(self, images: Sequence[Image]) -> list[Any]:
         """A text or a SampleError for each picture."""
         return self.batcher(images)
+
+
+def in_equal_batches(
+    work: Callable[[Sequence[Image]], list[Value | SampleError]], images: Sequence[Image], rows: int
+) -> list[Value | SampleError]:
+    """Batches of exactly `rows` pictures of one shape, the last one filled up: a picture's answer is then its own.
+
+    The way in which sums are added follows a batch's shape, and who else asks at that moment must not tip a word.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(number)
+    answers: dict[int, Value | SampleError] = {}
+    for numbers in groups.values():
+        for start in range(0, len(numbers), rows):
+            part = numbers[start : start + rows]
+            filled = [*part, *[part[0]] * (rows - len(part))]
+            answers |= zip(part, work([images[number] for number in filled]), strict=False)
+    return [answers[number] for number in range(len(images))]
+
+
+@functools.lru_cache(maxsize=8)
+def _shared_cache(folder: str, identity: str) -> CaptionCache:
+    """One cache a process, whatever number of pools arrives: each would read all captions from the beginning."""
+    return CaptionCache(folder, json.loads(identity))
 
 
 @dataclass
@@ -366,36 +401,46 @@ class CaptionerPool:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if self.cache is not None:
+            self.cache = _shared_cache(str(self.cache.folder.parent), json.dumps(self.cache.identity))
         self.__post_init__()
 
+    def answers(self, images: Sequence[Image], sha256s: Sequence[str]) -> list[str | SampleError]:
+        """For each picture by its sha256 a caption, or why there is none: from the cache, else from the actors.
+
+        What is kept in the cache is what another look would not change: captions, and that nothing was said.
+
+        Raises:
+            Failure: the actors are gone, or do not answer.
+        """
+        known = self.cache.get(sha256s) if self.cache else [None] * len(images)
+        found: dict[str, str | SampleError] = {
+            name: text or unsaid() for name, text in zip(sha256s, known, strict=True) if text is not None
+        }
+        wanted = {name: image for name, image in zip(sha256s, images, strict=True) if name not in found}
+        asked = list(wanted)
+        groups = [asked[start : start + self.batch_size] for start in range(0, len(asked), self.batch_size)]
+        fresh = self._ask([[self._shrunk(wanted[name]) for name in group] for group in groups])
+        new = dict(zip(asked, itertools.chain.from_iterable(fresh), strict=True))
+        if self.cache:
+            lasting = {name: answer for name, answer in new.items() if isinstance(answer, str)}
+            silent = {name: "" for name, answer in new.items() if not isinstance(answer, str) and _is_silence(answer)}
+            self.cache.put({**lasting, **silent})
+        found |= new
+        return [found[name] for name in sha256s]
+
     def captions(self, images: Sequence[Image], sha256s: Sequence[str]) -> list[str]:
-        """The captions of pictures by their sha256: from the cache, else from the actors.
+        """As `answers`, where every picture must have a caption.
 
         Raises:
             SampleError: there is none for a picture (its sha256 is the key); all others are in the cache by then.
-            Failure: the actors are gone.
+            Failure: see answers.
         """
-        import ray
-
-        known = self.cache.get(sha256s) if self.cache else [None] * len(images)
-        captions = {sha256: text for sha256, text in zip(sha256s, known, strict=True) if text is not None}
-        wanted = {sha256: image for sha256, image in zip(sha256s, images, strict=True) if sha256 not in captions}
-        asked = list(wanted)
-        groups = [asked[start : start + self.batch_size] for start in range(0, len(asked), self.batch_size)]
-        try:
-            calls = [self._next().caption.remote([self._shrunk(wanted[name]) for name in group]) for group in groups]
-            answers: list[list[str | SampleError]] = ray.get(calls)
-        except ray.exceptions.RayError as error:
-            raise Failure(f"the captioners cannot be asked any more: {_reason(error)}") from error
-        fresh = dict(zip(asked, itertools.chain.from_iterable(answers), strict=True))
-        written = {name: answer for name, answer in fresh.items() if isinstance(answer, str)}
-        if self.cache:
-            self.cache.put(written)
-        captions.update(written)
-        for name, answer in fresh.items():
+        answers = self.answers(images, sha256s)
+        for name, answer in zip(sha256s, answers, strict=True):
             if isinstance(answer, SampleError):
                 raise SampleError(answer.code, answer.detail, name)
-        return [captions[sha256] for sha256 in sha256s]
+        return [str(answer) for answer in answers]
 
     def captions_of(
         self,
@@ -408,6 +453,28 @@ class CaptionerPool:
         rows = zip(hqs, lqs, previews or [None] * len(hqs), strict=True)
         images = [view(hq=hq, lq=lq, preview=preview) for hq, lq, preview in rows]
         return self.captions(images, [picture_sha256(image) for image in images])
+
+    def _ask(self, groups: Sequence[Sequence[Image]]) -> list[list[str | SampleError]]:
+        """An answer for each picture of each group. A group whose captioner dies with it is asked picture by picture:
+        what dies alone is the culprit."""
+        import ray
+
+        calls = [self._next().caption.remote(list(group)) for group in groups]
+        answers: list[list[str | SampleError]] = []
+        try:
+            for group, call in zip(groups, calls, strict=True):
+                try:
+                    answers.append(ray.get(call, timeout=ANSWER_S))
+                except ray.exceptions.RayActorError as error:
+                    ray.get(self._next().caption.remote([]), timeout=ANSWER_S)  # some captioner lives, or all is over
+                    if len(group) > 1:
+                        answers.append([answer for image in group for answer in self._ask([[image]])[0]])
+                    else:
+                        reason = f"its captioner died {RETRIES + 1} times over it: {_reason(error)}"
+                        answers.append([SampleError("crashed", reason)])
+        except ray.exceptions.RayError as error:
+            raise Failure(f"the captioners cannot be asked any more: {_reason(error)}") from error
+        return answers
 
     def close(self) -> None:
         """Stop the captioners."""
@@ -424,12 +491,13 @@ class CaptionerPool:
         return resize_short_side(image, limit) if limit and min(image.shape[:2]) > limit else image
 
 
-def start_captioner_pool(spec: CaptionSpec, cache: str | Path | None = None) -> CaptionerPool:
+def start_captioner_pool(spec: CaptionSpec, cache: str | Path | None = None, num_cpus: float = 1.0) -> CaptionerPool:
     """Start captioners in the Ray that runs already; they live until `close`, or as long as this process.
 
     Args:
         spec: captioner, and workers (at least one), num_gpus and batch_size of the pool.
         cache: folder of caption caches; None keeps none.
+        num_cpus: logical CPUs of each captioner.
 
     Raises:
         UsageError: no such captioner.
@@ -439,7 +507,12 @@ def start_captioner_pool(spec: CaptionSpec, cache: str | Path | None = None) -> 
 
     plan = _resolved(spec)
     actor: Any = ray.remote(CaptionerActor).options(
-        num_cpus=1, num_gpus=spec.num_gpus or None, max_restarts=-1, max_task_retries=2, max_concurrency=CALLS
+        num_cpus=num_cpus,
+        num_gpus=spec.num_gpus or None,
+        max_restarts=-1,
+        max_task_retries=RETRIES,
+        max_concurrency=CALLS,
+        scheduling_strategy="SPREAD",  # over the nodes, where Ray has a choice
     )
     actors = [actor.remote(plan, spec.batch_size) for _ in range(max(1, spec.workers))]
     try:

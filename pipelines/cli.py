@@ -433,7 +433,7 @@ def recipes(
         return
     from components.degradations import PRESETS
 
-    listing = {kind: sorted(shipped(kind)) for kind in ("recipes", "plans", "datasets")}
+    listing = {kind: sorted(shipped(kind)) for kind in ("recipes", "mixtures", "plans", "datasets")}
     listing["degradations"] = list(PRESETS)
     console.result(listing, [f"{kind}: {', '.join(names) or 'none'}" for kind, names in listing.items()])
 

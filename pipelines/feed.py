@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 
 from pipelines.ordering import rank_count, rank_position
-from pipelines.stream import DEAD_LEAVES, StreamConfig, check_stream, load_columns
+from pipelines.stream import check_stream, load_columns, precomputed
+from pipelines.stream_config import DEAD_LEAVES, StreamConfig
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -210,9 +211,9 @@ def block_rows(config: StreamConfig, micro: int, share: int) -> tuple[int, int]:
 
 
 def _row_bytes(config: StreamConfig) -> int:
-    """Pixels of a row, in bytes; of its largest bucket."""
+    """Pixels of a row, of its largest bucket, and what it brings along precomputed; bytes."""
     area = max((h * w for h, w in config.buckets), default=config.resolution**2)
-    return 3 * area * (2 if config.degrades else 1)
+    return 3 * area * (2 if config.degrades else 1) + precomputed(config).row_bytes
 
 
 def _read(config: StreamConfig, first: int, last: int, per_block: int, where: Mapping[str, int]) -> Iterator[Any]:

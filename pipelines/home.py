@@ -32,7 +32,7 @@ def runs_folder() -> Path:
 
 
 def package_folder() -> Path:
-    """The folder of the installed `pipelines` package, with recipes/ and plans/ inside."""
+    """The folder of the installed `pipelines` package, with recipes/, mixtures/ and plans/ inside."""
     return Path(__file__).resolve().parent
 
 
@@ -51,6 +51,6 @@ def data_folder(name: str) -> Path:
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """YAML files that come with the code by name: kind is recipes, plans, datasets or clusters."""
-    folder = package_folder() / kind if kind in ("recipes", "plans") else data_folder(kind)
+    """YAML files that come with the code by name: kind is recipes, mixtures, plans, datasets or clusters."""
+    folder = package_folder() / kind if kind in ("recipes", "mixtures", "plans") else data_folder(kind)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -194,8 +194,8 @@ def check_precomputed(producer: Mapping[str, Any], stream: Any, model_digest: st
     Args:
         producer: of a column that `precompute` made.
         stream: the stream's settings: a dataclass (pipelines.stream.StreamConfig) or a mapping with the same names.
-            Read are sources, resolution, short_side, flip, crop ("random" where it is not said), degradation,
-            degradation_options, captioner, and captions (the text column that captioner "column" reads).
+            Read are sources, resolution, short_side, scale, buckets, flip, crop ("random" where it is not said),
+            degradation, degradation_options and captioner.
         model_digest: of the prior in training; "" where it is not known.
 
     Raises:
@@ -227,6 +227,10 @@ def _latent_reasons(producer: Mapping[str, Any], settings: Mapping[str, Any]) ->
         reasons.append(
             f"pictures were resized to a short side of {side} px, and short_side is {settings['short_side']}"
         )
+    if tuple(settings.get("scale") or (1.0, 1.0)) != (1.0, 1.0):
+        reasons.append("scale draws another size for each row")
+    if settings.get("buckets"):
+        reasons.append("buckets cut other shapes")
     if settings.get("flip", True):
         reasons.append("flip mirrors half of the rows")
     if settings.get("crop", "random") != "center":
@@ -239,10 +243,10 @@ def _latent_reasons(producer: Mapping[str, Any], settings: Mapping[str, Any]) ->
 
 def _text_reasons(producer: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     captioner, column = settings.get("captioner", ""), producer["captions"].get("column", "")
-    if not column and captioner != "manifest":
+    if not column and captioner not in ("manifest", "negative"):
         return [f'they are of the corpus\' own captions (captioner "manifest"), and captioner is "{captioner}"']
-    if column and settings.get("captions", "") != column:
-        return [f'they are of the text column "{column}", and captions is "{settings.get("captions", "")}"']
+    if column and captioner != f"column:{column}":
+        return [f'they are of the text column "{column}" (captioner "column:{column}"), and captioner is "{captioner}"']
     return []
 
 

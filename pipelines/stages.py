@@ -146,11 +146,14 @@ def shipped_weights() -> Path:
 
 
 def check_recipe(recipe: Any) -> None:
-    """Judge the names inside a resolved recipe: degradation, prior and warm start.
+    """Judge the names inside a resolved recipe: degradation, prior, warm start and who writes missing captions.
 
     Raises:
         UsageError: one of them does not exist; names the near one.
     """
+    from pipelines.stream_texts import check_missing_captions
+
+    check_missing_captions(recipe)
     check_degradation(recipe.degradation.preset, recipe.degradation.options)
     if recipe.system != "prior":  # its stages make a prior and open none
         check_start("prior", recipe.prior)
@@ -235,7 +238,8 @@ def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) 
 
 
 def train_identity(settings: TrainSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
-    """The weights that training starts from, where they lie on this machine; a hub id is known by its name alone."""
+    """The weights that training starts from, or asks for captions, where they lie on this machine; a hub id is known by
+    its name alone."""
     identity: dict[str, Any] = {}
     for name in ("prior", "warm_start"):
         start = str(getattr(recipe, name, "") or "")
@@ -245,6 +249,11 @@ def train_identity(settings: TrainSettings, recipe: Any, images: Path | None) ->
             if (folder / "model.json").is_file():
                 identity[name] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
                 break
+    captioner = Path(recipe.missing_captions.model).expanduser() if recipe.missing_captions.model else None
+    if captioner and captioner.is_dir():
+        from components.captions.presets import folder_digest
+
+        identity["captioner"] = folder_digest(captioner)
     return identity
 
 

@@ -5,7 +5,8 @@ make any row. Nothing imports torch, so the Ray workers that decode and degrade 
 position is in ordering.py, how the rows reach a trainer in feed.py.
 
     row: key str, position int64, hq uint8 [h, w, 3], lq uint8 [h, w, 3], prompt str, sizes int64 [6], plan (JSON str),
-         replaced str ("" or what was wrong with the samples first in line)
+         replaced str ("" or what was wrong with the samples first in line), uncaptioned str ("" or why a captioner that
+         was asked gave no prompt), and what stream_columns.py adds of precomputed latents and embeddings
 
 h x w is the resolution squared, or the bucket of the row's global batch. Where the device degrades there is no lq: hq
 is the clean picture, and `components.tensors.collate` makes lq and target. Columns of a block leave lq out as well
@@ -23,7 +24,7 @@ import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from io import FileIO
 from itertools import chain
@@ -40,18 +41,17 @@ from components.images import Limits, decode, resize_short_side, to_float, to_ui
 from components.randomness import generator
 from components.synthetic import dead_leaves
 from components.types import Degradation, Image, Plan, SampleError
-from pipelines.errors import Failure, UsageError, unknown
-from pipelines.ordering import BLOCK, WINDOW_SAMPLES, Mixture, Order
+from pipelines.errors import Failure, UsageError
+from pipelines.ordering import Mixture, Order
 from pipelines.shards import Corpus, Split, open_corpus
+from pipelines.stream_columns import Precomputed, check_columns
+from pipelines.stream_config import DEAD_LEAVES, StreamConfig, captioner_of
+from pipelines.stream_texts import COLUMN, NEGATIVE, caption_missing
 
 RESERVE = 1 << 40
 """Positions from here on are reserves: attempt k at position p reads position p + k * RESERVE. No run gets that far."""
 
 ATTEMPTS = 16  # samples tried for one position; a corpus as broken as this takes to fail should be curated again
-DEAD_LEAVES = "dead_leaves"
-CAPTIONERS = ("manifest", "tags", "column:NAME")
-COLUMN = "column:"
-SMALL, DEVICES = ("enlarge", "refuse"), ("stream", "device")
 STORED_LIMITS = Limits(max_pixels=1 << 40, max_bytes=1 << 40, max_aspect=1e9, max_expansion=1e9)
 """Curation has already applied the corpus's own limits, which may be wider than the decoder's defaults."""
 
@@ -62,83 +62,11 @@ Row = dict[str, Any]
 Place = tuple[str, int, int]
 """Source, the source's own position, and the sample number there (-1 for what is drawn instead of read)."""
 
+NOTHING_PRECOMPUTED = Precomputed()
 SPARE_BLOCKS = 4  # hq and lq of the block at work and of the one that is handed on
 
 _spare: list[mmap] = []
 _pictures: OrderedDict[tuple[Any, ...], tuple[Image, tuple[int, int]]] = OrderedDict()
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """All that decides a row besides its position.
-
-    Attributes:
-        sources: corpus folders, or "dead_leaves", with their relative weights.
-        seed: of order, crops, flips, and degradation.
-        resolution: side S of the square rows, pixels.
-        short_side: pictures are resized to this short side before cropping; 0 takes S.
-        scale: smallest and largest factor on the short side, drawn for each row; (1, 1) draws none.
-        small: what happens to a picture that would have to be enlarged: "enlarge" it, or "refuse" it, so that another
-            stands in; with a scale it is the smallest factor that decides, and none enlarges.
-        buckets: (height, width) of rows instead of S x S. A global batch has one of them, drawn evenly by its number;
-            pictures are resized to cover it, with the margin that short_side has over S.
-        batch_size: of the global batch; only buckets need it.
-        flip: mirror half of the rows.
-        degradation: preset of components.degradations; "" leaves lq equal to hq.
-        degradation_options: changes to the preset.
-        degrade_on: "stream" (in the data workers) or "device" (in collate, by the batched back end).
-        captioner: "tags" (measured on the crop), "manifest" (the corpus's captions), "column:NAME" (a text column of
-            the corpus; "" where it holds none), or "" for none.
-        split: which split of the corpora.
-        window_samples: samples that are shuffled together, see ordering.Order.
-    """
-
-    sources: Sequence[tuple[str, float]]
-    seed: int
-    resolution: int
-    short_side: int = 0
-    scale: tuple[float, float] = (1.0, 1.0)
-    small: str = "enlarge"
-    buckets: Sequence[tuple[int, int]] = ()
-    batch_size: int = 0
-    flip: bool = True
-    degradation: str = ""
-    degradation_options: Mapping[str, Any] = field(default_factory=dict)
-    degrade_on: str = "stream"
-    captioner: str = ""
-    split: str = "train"
-    window_samples: int = WINDOW_SAMPLES
-
-    def __post_init__(self) -> None:
-        if not 1 <= len(self.sources) <= BLOCK or any(weight <= 0 for _, weight in self.sources):
-            raise UsageError(f"a stream needs 1 to {BLOCK} sources with positive weights, got {list(self.sources)}.")
-        if self.resolution < 16 or (self.short_side and self.short_side < self.resolution):
-            raise UsageError(
-                f"resolution must be at least 16 and short_side 0 or at least resolution, "
-                f"got {self.resolution} and {self.short_side}."
-            )
-        low, high = self.scale
-        if not 0 < low <= high or round((self.short_side or self.resolution) * low) < self.resolution:
-            raise UsageError(
-                f"scale must be two rising factors that leave short_side ({self.short_side or self.resolution}) at "
-                f"least resolution ({self.resolution}), got {list(self.scale)}."
-            )
-        if any(len(bucket) != 2 or min(bucket) < 16 for bucket in self.buckets):
-            raise UsageError(f"buckets must be [height, width] of at least 16 pixels, got {list(self.buckets)}.")
-        if self.buckets and self.batch_size < 1:
-            raise UsageError("buckets need the batch_size whose batches share them.")
-        if self.window_samples < 1:
-            raise UsageError(f"window_samples must be at least 1, got {self.window_samples}.")
-        for name, value, known in (("small", self.small, SMALL), ("degrade_on", self.degrade_on, DEVICES)):
-            if value not in known:
-                raise unknown(name, value, known)
-        if self.captioner not in ("", *CAPTIONERS[:2]) and not self.captioner.startswith(COLUMN):
-            raise unknown("captioner", self.captioner, CAPTIONERS)
-
-    @property
-    def degrades(self) -> bool:
-        """Whether rows carry an lq that differs from hq."""
-        return bool(self.degradation) and self.degrade_on == "stream"
 
 
 def size_at(config: StreamConfig, position: int) -> tuple[int, int]:
@@ -162,7 +90,9 @@ def load_row(config: StreamConfig, position: int) -> Row:
     Raises:
         Failure: ATTEMPTS samples in turn could not be used.
     """
-    row = _load(config, position, _places(config, [position])[0])
+    (place,) = _places(config, [position])
+    row = _load(config, position, place)
+    _caption_rows(config, [row], [place])
     return row | {name: np.ascontiguousarray(row[name]) for name in ("hq", "lq") if name in row}
 
 
@@ -176,34 +106,42 @@ def load_columns(config: StreamConfig, positions: Sequence[int] | np.ndarray) ->
     pixels = {
         name: _lasting((len(positions), height, width, 3)) for name in (("hq", "lq") if config.degrades else ("hq",))
     }
-    texts = {name: np.empty(len(positions), object) for name in ("key", "prompt", "plan", "replaced")}
+    texts = {name: np.empty(len(positions), object) for name in ("key", "prompt", "plan", "replaced", "uncaptioned")}
+    extra = precomputed(config).empty(len(positions))
     sizes = np.empty((len(positions), 6), np.int64)
     places = _places(config, positions)
     for n in sorted(range(len(places)), key=lambda n: places[n][::2]):
         row = _load(config, int(positions[n]), places[n])
-        for columns in (pixels, texts):
+        for columns in (pixels, texts, extra):
             for name, column in columns.items():
                 column[n] = row[name]
         sizes[n] = row["sizes"]
-    return {**texts, **pixels, "sizes": sizes, "position": np.array(positions, np.int64)}
+    if config.captioning:
+        caption_missing(config.captioning, {**texts, **pixels, **extra}, _askable(config, places))
+    return {**texts, **pixels, **extra, "sizes": sizes, "position": np.array(positions, np.int64)}
 
 
 def heldout_rows(config: StreamConfig, count: int) -> list[Row]:
     """Fixed rows of the held-out split, the same every time: its pictures in turn, at positions 0..count-1.
 
-    Of several sources the first corpus that holds pictures out counts. Crops and degradation follow (seed, position).
+    Of several sources the first corpus that holds pictures out counts; negative samples do not. Crops and degradation
+    follow (seed, position).
 
     Raises:
         Failure: no source holds any picture out.
     """
     for source, _ in config.sources:
-        splits = _corpus(source).splits if source != DEAD_LEAVES else {}
+        words = captioner_of(config, source)
+        splits = _corpus(source).splits if source != DEAD_LEAVES and words != NEGATIVE else {}
         n = len(splits["held_out"]) if "held_out" in splits else 0
         if n:
-            fixed = replace(config, split="held_out", sources=((source, 1.0),), flip=False)
-            return [
+            one = {"sources": ((source, 1.0),), "captioner": words, "captioners": ()}
+            fixed = replace(config, split="held_out", flip=False, **one)  # type: ignore[arg-type]
+            rows = [
                 _first_usable(fixed, p, source, ((p + k) % n for k in range(min(n, ATTEMPTS)))) for p in range(count)
             ]
+            _caption_rows(fixed, rows, [(source, p, -1) for p in range(count)])
+            return rows
     raise Failure(f"none of {', '.join(name for name, _ in config.sources)} holds any picture out.")
 
 
@@ -217,22 +155,41 @@ def target_plan(config: StreamConfig) -> Plan | None:
     return make_plan([{"op": "sharpen", "quick": degradation.quick_sharpen}])
 
 
-def check_stream(config: StreamConfig) -> None:
+def check_stream(config: StreamConfig, model_digest: str = "") -> None:
     """Find on the driver what would else end the first task.
 
+    Args:
+        model_digest: of the prior that precomputed columns must come from; "" where it is not known.
+
     Raises:
-        UsageError: a source is no corpus, or lacks the column of captions.
+        UsageError: a source is no corpus, lacks the column of captions or precomputed values, or has others than the
+            stream would compute; or a captioner could not see what it is to look at.
         Failure: a source's split is empty.
     """
+    if config.captioning and config.captioning.needs_lq and config.degradation and not config.degrades:
+        raise UsageError("missing captions cannot be made from lq where the device degrades: choose another view.")
     for source, _ in config.sources:
         if source == DEAD_LEAVES:
             continue
         if not len(_corpus(source).split(config.split)):
             raise Failure(f"split {config.split} of {source} is empty.")
-        if config.captioner.startswith(COLUMN):
-            column = _column(source, config.captioner)
-            if column.kind != "text":
-                raise UsageError(f"captioner {config.captioner}: column {column.name} of {source} holds no text.")
+        captioner = captioner_of(config, source)
+        if captioner.startswith(COLUMN) and _column(source, captioner.removeprefix(COLUMN)).kind != "text":
+            raise UsageError(f"captioner {captioner}: that column of {source} holds no text.")
+    words = {source: captioner_of(config, source) for source, _ in config.sources}
+    settings = {item.name: getattr(config, item.name) for item in fields(config)}
+    check_columns(precomputed(config), settings, words, _column, model_digest)
+
+
+def precomputed(config: StreamConfig) -> Precomputed:
+    """The columns behind config.latents and config.embeddings, opened; empty where there are none."""
+    if not (config.latents or config.embeddings):
+        return NOTHING_PRECOMPUTED
+    corpora = [source for source, _ in config.sources if source != DEAD_LEAVES]
+    return Precomputed(
+        latents={source: _column(source, config.latents) for source in corpora if config.latents},
+        embeddings={source: _column(source, config.embeddings) for source in corpora if config.embeddings},
+    )
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -296,7 +253,9 @@ def _load(config: StreamConfig, position: int, place: Place) -> Row:
         height, width = size_at(config, position)
         picture = dead_leaves(max(height, width), config.seed, position)
         name = f"dead-leaves-{config.seed}-{position}"
-        return _row(config, position, name, picture[:height, :width], picture.shape[:2], (0, 0), "", "")
+        cut, captioner = picture[:height, :width], captioner_of(config, source)
+        row = _row(config, position, name, cut, picture.shape[:2], (0, 0), captioner, "", "")
+        return row | precomputed(config).values(source, config.split, -1)
     reserves = (int(_order(source, config).samples([own + RESERVE * k])[0]) for k in range(1, ATTEMPTS))
     return _first_usable(config, position, source, chain([sample], reserves))
 
@@ -304,20 +263,24 @@ def _load(config: StreamConfig, position: int, place: Place) -> Row:
 def _first_usable(config: StreamConfig, position: int, source: str, candidates: Iterable[int]) -> Row:
     """The row of the first candidate sample number that can be used; what came before it is recorded."""
     failures: list[str] = []
+    captioner = captioner_of(config, source)
     for sample in candidates:
         shard = _shard_of(source, config.split, sample)
         number = sample - shard.start
         key = shard.keys[number].as_py()
+        caption = str(shard.captions[number].as_py() or "") if captioner in ("manifest", NEGATIVE) else ""
         try:
+            if captioner == NEGATIVE and not caption.strip():
+                raise SampleError("no_prompt", "a negative sample without its negative prompt teaches its faults", key)
             resized, original = _picture(config, source, shard, number, key, position)
         except SampleError as error:
             failures.append(f"[{error.code}] {key}: {error.detail}")
             continue
-        caption = shard.captions[number].as_py() if config.captioner == "manifest" else ""
-        if config.captioner.startswith(COLUMN):
-            caption = str(_column(source, config.captioner).value(config.split, sample) or "")
+        if captioner.startswith(COLUMN):
+            caption = str(_column(source, captioner.removeprefix(COLUMN)).value(config.split, sample) or "")
         corner, cut = _cut(config, position, resized)
-        return _row(config, position, key, cut, original, corner, caption, "; ".join(failures))
+        row = _row(config, position, key, cut, original, corner, captioner, caption, "; ".join(failures))
+        return row | precomputed(config).values(source, config.split, sample)
     raise Failure(f"position {position}: {len(failures)} samples in turn are broken, the last one {failures[-1]}.")
 
 
@@ -367,10 +330,14 @@ def short_side_px(config: StreamConfig, original: tuple[int, int], position: int
 
 
 def _cut(config: StreamConfig, position: int, picture: Image) -> tuple[tuple[int, int], Image]:
-    """Random part of the row's size and its (top, left), possibly mirrored."""
-    (height, width), draw = size_at(config, position), generator(config.seed, position, "crop")
-    top = int(draw.integers(0, picture.shape[0] - height + 1))
-    left = int(draw.integers(0, picture.shape[1] - width + 1))
+    """Random or middle part of the row's size and its (top, left), possibly mirrored."""
+    height, width = size_at(config, position)
+    if config.crop == "center":
+        top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+    else:
+        draw = generator(config.seed, position, "crop")
+        top = int(draw.integers(0, picture.shape[0] - height + 1))
+        left = int(draw.integers(0, picture.shape[1] - width + 1))
     part = picture[top : top + height, left : left + width]
     if config.flip and generator(config.seed, position, "flip").random() < 0.5:
         part = cv2.flip(part, 1)
@@ -384,6 +351,7 @@ def _row(
     hq: Image,
     original: tuple[int, ...],
     corner: tuple[int, int],
+    captioner: str,
     caption: str,
     replaced: str,
 ) -> Row:
@@ -399,7 +367,7 @@ def _row(
                 lq, hq = to_uint8(degradation.apply(clean, plan)), to_uint8(degradation.target(clean))
             except SampleError as error:  # a degradation knows no names
                 raise SampleError(error.code, error.detail, key) from error
-    if config.captioner == "tags":
+    if captioner == "tags":
         caption = Tags().caption([hq])[0]
     return {
         "key": key,
@@ -411,7 +379,22 @@ def _row(
         "sizes": np.array([*original, *corner, *hq.shape[:2]], dtype=np.int64),
         "plan": json.dumps(plan, sort_keys=True),
         "replaced": replaced,
+        "uncaptioned": "",
     }
+
+
+def _caption_rows(config: StreamConfig, rows: Sequence[Row], places: Sequence[Place]) -> None:
+    """caption_missing for single rows."""
+    if config.captioning:
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        caption_missing(config.captioning, columns, _askable(config, places))
+        for n, row in enumerate(rows):
+            row.update({name: column[n] for name, column in columns.items()})
+
+
+def _askable(config: StreamConfig, places: Sequence[Place]) -> list[bool]:
+    """Which rows may get a captioner's words: synthetic pictures have nothing to tell, negatives have their prompt."""
+    return [source != DEAD_LEAVES and captioner_of(config, source) != NEGATIVE for source, _, _ in places]
 
 
 def _options(config: StreamConfig) -> str:
@@ -466,9 +449,9 @@ def _opened(folder: str, mtime_ns: int) -> Corpus:
     return open_corpus(folder)
 
 
-def _column(folder: str, captioner: str) -> Any:
-    """The column of captions of a corpus."""
-    return _opened_column(folder, _mtime_ns(folder), captioner.removeprefix(COLUMN))
+def _column(folder: str, name: str) -> Any:
+    """A column of a corpus."""
+    return _opened_column(folder, _mtime_ns(folder), name)
 
 
 @lru_cache(maxsize=16)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ MODEL, METRICS, SAMPLES, ORDER = "model", "metrics.jsonl", "samples", "order.jso
 HELDOUT_SEED = 20260101  # of the fixed held-out triples: never the run's own seed
 EXAMPLES = 64  # pictures that an objective may look at while it is built (principal components)
 
+Seen = tuple[int, str, str, str]
+"""Position, key, what the sample replaced, and why it has no caption, of a row that was trained on."""
 OnMetrics = Callable[[Sequence[tuple[int, str, float, float]]], None]
 
 
@@ -58,9 +60,9 @@ class TrainResult:
     seconds: float
 
 
-def stream_config(recipe: Recipe, inputs: TrainInputs) -> Any:
+def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Any = None) -> Any:
     """What the data workers need to know of a recipe; UsageError for a source that is no input."""
-    from pipelines.stream import DEAD_LEAVES, StreamConfig
+    from pipelines.stream_config import DEAD_LEAVES, StreamConfig
 
     unknown = sorted(set(recipe.sources) - set(inputs.corpora) - {DEAD_LEAVES})
     if unknown:
@@ -81,8 +83,13 @@ def stream_config(recipe: Recipe, inputs: TrainInputs) -> Any:
         buckets=tuple((int(height), int(width)) for height, width in recipe.buckets),
         batch_size=recipe.batch_size,
         window_samples=recipe.window_samples,
+        crop=recipe.crop,
         flip=recipe.flip,
         captioner=recipe.captioner,
+        captioners=tuple(recipe.captioners.get(name, recipe.captioner) for name in recipe.sources),
+        captioning=captioning,
+        latents=recipe.latents,
+        embeddings=recipe.embeddings,
         degradation=recipe.degradation.preset,
         degradation_options=dict(recipe.degradation.options),
         degrade_on=recipe.degradation.degrade_on,
@@ -94,12 +101,13 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
 
     Raises:
         UsageError: the model that the stage goes on from is missing or of another stage, a source is no input or no
-            corpus, or no source holds a picture out.
+            corpus, no source holds a picture out, or precomputed columns are not what the stage would compute.
     """
     from components.systems import parent_stage
     from pipelines.heldout import SPLIT
     from pipelines.shards import open_corpus
-    from pipelines.stream import DEAD_LEAVES
+    from pipelines.stream_config import DEAD_LEAVES, captioner_of
+    from pipelines.stream_texts import NEGATIVE
 
     wanted, given = parent_stage(recipe), sorted(inputs.parents)
     if given != ([wanted] if wanted else []):
@@ -108,14 +116,36 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
             f"{f'the model of stage {wanted}' if wanted else 'no model'}, "
             f"and its inputs hold {' and '.join(f'one of stage {stage}' for stage in given) or 'none'}."
         )
-    folders = [folder for folder, _ in stream_config(recipe, inputs).sources if folder != DEAD_LEAVES]
-    corpora = [open_corpus(folder).splits for folder in folders]
+    stream = stream_config(recipe, inputs)
+    folders = [folder for folder, _ in stream.sources if folder != DEAD_LEAVES]
+    corpora = [open_corpus(folder).splits for folder in folders if captioner_of(stream, folder) != NEGATIVE]
     if not any(len(splits[SPLIT]) for splits in corpora if SPLIT in splits):
         named = ", ".join(folders) or "no corpus"
         raise UsageError(
             f"{recipe.name}: there is no held-out picture to measure with ({named}): "
             "a corpus needs at least 2 usable pictures."
         )
+    if recipe.latents or recipe.embeddings:
+        _check_precomputed(recipe, inputs, stream)
+
+
+def _check_precomputed(recipe: Recipe, inputs: TrainInputs, stream: Any) -> None:
+    """Raises UsageError where the stage would not use, or not compute, what the columns hold."""
+    from components.models import ModelError
+    from components.negatives import prior_digest
+    from components.systems import SYSTEMS
+    from pipelines.stream import check_stream
+
+    system = SYSTEMS[recipe.system]
+    usable = system.precomputed.get(recipe.stage, ())
+    for what in ("latents", "embeddings"):
+        if getattr(recipe, what) and what not in usable:
+            raise UsageError(f"{recipe.name}: stage {recipe.stage} cannot train on precomputed {what}.")
+    try:
+        digest = prior_digest(system.encoded_with(recipe, inputs.parents))
+    except ModelError as error:
+        raise UsageError(str(error)) from error
+    check_stream(stream, digest)
 
 
 def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics | None = None) -> TrainResult:
@@ -134,31 +164,35 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pipelines.stream_texts import running_captioners
+
     started = time.time()
     check_inputs(recipe, inputs)
     out.mkdir(parents=True, exist_ok=True)
     placement = recipe.placement
     use_gpu = placement.gpus_per_worker > 0
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": placement.gpus_per_worker} if use_gpu else {})
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={
-            "recipe": as_dict(recipe),
-            "corpora": {k: str(v) for k, v in inputs.corpora.items()},
-            "parents": {k: str(v) for k, v in inputs.parents.items()},
-            "data_digests": dict(inputs.data_digests),
-            "out": str(out),
-        },
-        scaling_config=ScalingConfig(num_workers=placement.workers, use_gpu=use_gpu, resources_per_worker=resources),
-        run_config=RunConfig(
-            name="run",
-            storage_path=str((out / "ray").resolve()),
-            failure_config=FailureConfig(max_failures=placement.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
-    )
-    with Tail(out / METRICS, on_metrics), _own_interrupts():
+    scaling = ScalingConfig(num_workers=placement.workers, use_gpu=use_gpu, resources_per_worker=resources)
+    loop: dict[str, Any] = {
+        "recipe": as_dict(recipe),
+        "corpora": {k: str(v) for k, v in inputs.corpora.items()},
+        "parents": {k: str(v) for k, v in inputs.parents.items()},
+        "data_digests": dict(inputs.data_digests),
+        "out": str(out),
+    }
+    with running_captioners(recipe) as captioning, Tail(out / METRICS, on_metrics), _own_interrupts():
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config={**loop, "captioning": captioning},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name="run",
+                storage_path=str((out / "ray").resolve()),
+                failure_config=FailureConfig(max_failures=placement.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
+        )
         try:
             result = trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in its own types
@@ -261,7 +295,7 @@ def worker(config: dict[str, Any]) -> None:
     from components.randomness import Noise
     from components.systems import SYSTEMS
     from components.tensors import collate
-    from components.training import Ema, build_optimizers, evaluate_loss, restore_state, train_step
+    from components.training import Ema, average, build_optimizers, evaluate_loss, restore_state, train_step
     from pipelines.feed import rank_batches
     from pipelines.stream import heldout_rows, target_plan
 
@@ -278,7 +312,7 @@ def worker(config: dict[str, Any]) -> None:
     threads = recipe.placement.threads or max(1, (len(os.sched_getaffinity(0)) - 1) // world)
     torch.set_num_threads(threads)
     device = str(get_device())
-    stream = stream_config(recipe, inputs)
+    stream = stream_config(recipe, inputs, config["captioning"])
 
     target = target_plan(stream)
     heldout = _batches(heldout_rows(stream, recipe.heldout_triples), recipe.batch_size, device, target)
@@ -318,11 +352,12 @@ def worker(config: dict[str, Any]) -> None:
     for step in range(start, recipe.steps):
         began = time.time()
         step_batches: list[tuple[Batch, Noise]] = []
-        seen: list[tuple[int, str, str]] = []
+        seen: list[Seen] = []
         for _ in range(recipe.accumulation):
             columns = next(batches)
             batch = collate(columns, device, target)
-            seen += zip(batch.positions.tolist(), batch.keys, [str(r) for r in columns["replaced"]], strict=True)
+            records = ([str(record) for record in columns[name]] for name in ("replaced", "uncaptioned"))
+            seen += zip(batch.positions.tolist(), batch.keys, *records, strict=True)
             step_batches.append((batch, Noise(recipe.seed, batch.positions, device)))
         waited = time.time() - began
         lr = recipe.optimizer.lr_at(step, recipe.steps)
@@ -335,9 +370,12 @@ def worker(config: dict[str, Any]) -> None:
         if bad_in_a_row >= recipe.optimizer.max_bad_steps:
             raise FloatingPointError(
                 f"{recipe.name}: no finite gradient in {bad_in_a_row} steps, the last at step {step + 1} "
-                f"with samples {[k for _, k, _ in seen]}"
+                f"with samples {[k for _, k, _, _ in seen]}"
             )
         done = step + 1
+        if stream.captioning:
+            lacking = torch.tensor(float(sum(bool(reason) for *_, reason in seen)), device=device)
+            metrics["uncaptioned"] = float(average({"uncaptioned": lacking})["uncaptioned"]) * world
         speed = {"seconds_per_step": time.time() - began, "seconds_waiting_for_data": waited}
         log.write(done, metrics | speed | {"lr": lr})
         log_order(out, rank, done, seen)
@@ -367,12 +405,14 @@ class Log:
             stream.write("".join(lines))
 
 
-def log_order(out: Path, rank: int, step: int, seen: Sequence[tuple[int, str, str]]) -> None:
-    """One line a step and rank: which samples were used, in order, and which of them replaced a broken one."""
-    row = {"step": step, "rank": rank, "positions": [p for p, _, _ in seen], "keys": [k for _, k, _ in seen]}
-    replaced = {k: r for _, k, r in seen if r}
+def log_order(out: Path, rank: int, step: int, seen: Sequence[Seen]) -> None:
+    """One line a step and rank: which samples were used, in order; which replaced a broken one, or got no caption."""
+    row: dict[str, Any] = {"step": step, "rank": rank, "positions": [s[0] for s in seen], "keys": [s[1] for s in seen]}
+    for name, place in (("replaced", 2), ("uncaptioned", 3)):
+        if records := {s[1]: s[place] for s in seen if s[place]}:
+            row[name] = records
     with (out / ORDER).open("a") as stream:
-        stream.write(json.dumps(row | ({"replaced": replaced} if replaced else {})) + "\n")
+        stream.write(json.dumps(row) + "\n")
 
 
 def read_order(out: Path) -> dict[int, str]:
@@ -393,6 +433,7 @@ def _examples(stream: Any) -> Any:
     from components.tensors import images_to_tensor
     from pipelines.stream import load_row
 
+    stream = replace(stream, captioning=None)  # nobody reads these
     # from far beyond the stream's own positions, so that building costs no sample of the order
     return lambda: images_to_tensor([load_row(stream, 2**40 + i)["hq"] for i in range(EXAMPLES)])
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.captions.views import View
 from components.options import OptionCheck
 from components.recipes import Recipe
 from components.systems.instantir.recipe import InstantIRRecipe
@@ -31,6 +32,9 @@ class System:
         measure: (objective, held-out batches) -> numbers for the model card; None for none.
         build_restorer: (model folder, keyword options) -> restorer; None where the system restores nothing by itself.
         check_options: judges and types a request's options without torch; None as build_restorer.
+        precomputed: stage -> which columns its objective takes in an encoder's place ("latents", "embeddings").
+        encoded_with: (recipe, parent folders by stage) -> the prior whose encoders these columns must come from.
+        views: pictures of the system's own that a captioner may look at, by name; torch-free, called in data tasks.
     """
 
     recipe: type[Recipe]
@@ -41,6 +45,9 @@ class System:
     measure: Callable[..., dict[str, float]] | None = None
     build_restorer: Callable[..., Restorer] | None = None
     check_options: OptionCheck | None = None
+    precomputed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    encoded_with: Callable[[Any, Mapping[str, Path]], str] = lambda recipe, parents: str(recipe.prior)
+    views: Mapping[str, View] = field(default_factory=dict)
 
 
 # torch is imported by the builders, not here: listing recipes must stay fast
@@ -94,6 +101,8 @@ SYSTEMS: dict[str, System] = {
         build_objective=_prior_objective,
         look=_prior_look,
         measure=_prior_measure,
+        precomputed={"denoiser": ("latents",)},  # its text encoders learn
+        encoded_with=lambda recipe, parents: str(next(iter(parents.values()), recipe.warm_start)),
     ),
     "instantir": System(
         recipe=InstantIRRecipe,
@@ -103,6 +112,7 @@ SYSTEMS: dict[str, System] = {
         look=_instantir_look,
         build_restorer=_instantir_restorer,
         check_options=_instantir_options,
+        precomputed=dict.fromkeys(("dcp", "previewer", "aggregator"), ("latents", "embeddings")),
     ),
 }
 

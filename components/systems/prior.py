@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from components.captions.tags import VOCABULARY
 from components.models import Model, load_model, load_strictly, resolve_model
 from components.objectives.diffusion import WeightedEpsilon, replace_rows
+from components.objectives.precomputed import clean_latents
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
@@ -123,8 +124,7 @@ class DenoiserObjective(PriorObjective):
         self.loss = WeightedEpsilon(prior.schedule, max_clean_weight, noise_offset)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
-        with torch.no_grad():
-            latents = self.prior.encode(batch.hq) if batch.latents is None else batch.latents
+        latents = clean_latents(self.prior, batch)
         noisy, eps, t = self.loss.noisy(latents, noise)
         dropped = noise.uniform("text_dropout") < self.text_dropout
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]

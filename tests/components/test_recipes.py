@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.recipes import RecipeError, identity, load_recipe, recipe_names
+from components.recipes import MIXTURES, RecipeError, identity, load_mixture, load_recipe, recipe_names
 from components.systems.instantir.recipe import InstantIRRecipe
 
 
@@ -66,3 +66,63 @@ def test_placement_is_no_part_of_the_identity() -> None:
     assert identity(load_recipe("instantir-dcp-nano")) == identity(
         load_recipe("instantir-dcp-nano", ["placement.workers=2", "placement.threads=1"])
     )
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def mixture(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mix.yaml"
+    path.write_text(text)
+    return f"mixture={path}"
+
+
+def test_supirs_mixture_has_the_papers_sizes_and_negative_prompts() -> None:
+    """SUPIR section 4.1: 20 million photographs, 70 thousand faces, 100 thousand negatives and their prompts."""
+    recipe = load_recipe("instantir-dcp", ["mixture=supir"])
+    assert recipe.sources == {"supir-20m": 20e6 + 70e3, "supir-negatives": 100e3}
+    assert recipe.captioners == {"supir-negatives": "negative"} and recipe.captioner == "manifest"
+    assert load_mixture("supir")["sources"] == recipe.sources
+
+
+@pytest.mark.parametrize("name", recipe_names(MIXTURES))
+def test_every_mixture_fits_every_system(name: str) -> None:
+    for recipe in ("instantir-dcp-nano", "prior-denoiser-nano"):
+        assert load_recipe(recipe, [f"mixture={name}"]).sources == load_mixture(name)["sources"]
+
+
+def test_a_mixture_replaces_the_recipes_sources_and_overrides_have_the_last_word(tmp_path: Path) -> None:
+    named = mixture(tmp_path, "sources: {a: 3, b: 1}\ncaptioners: {b: tags}\n")
+    recipe = load_recipe("instantir-dcp-nano", [named, "sources.b=2", "sources.c=1", "captioners.a=negative"])
+    assert recipe.sources == {"a": 3, "b": 2, "c": 1}
+    assert recipe.captioners == {"a": "negative", "b": "tags"} and recipe.captioner == "tags"
+    assert load_recipe("instantir-dcp-nano", [named, "sources.b=0"]).sources == {"a": 3}
+
+
+def test_a_recipes_own_sources_are_all_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("system: prior\nstage: denoiser\nsteps: 1\nbatch_size: 1\nsources: {photographs: 1.0}\n")
+    assert load_recipe(path).sources == {"photographs": 1.0}
+    path.write_text("system: prior\nstage: denoiser\nsteps: 1\nbatch_size: 1\n")
+    assert load_recipe(path).sources == {"corpus": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("sources: {a: 1}\nweights: {}\n", [], "'weights' is none of them"),
+        ("captioners: {}\n", [], "there are no sources"),
+        ("sources: {a: 1}\ncaptioners: {b: tags}\n", [], "captioners names 'b'"),
+        ("sources: {a: 1}\ncaptioners: {a: tag}\n", [], 'Did you mean "tags"'),
+        ("sources: {a: -1}\n", [], "at least 0"),
+        ("sources: {a: 1}\n", ["sources.a=0"], "one weight above 0"),
+    ],
+)
+def test_a_wrong_mixture_is_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("instantir-dcp-nano", [mixture(tmp_path, text), *overrides])
+
+
+def test_a_mixture_that_is_not_there_suggests_the_near_one() -> None:
+    with pytest.raises(RecipeError, match='Did you mean "supir"'):
+        load_recipe("instantir-dcp-nano", ["mixture=suppir"])

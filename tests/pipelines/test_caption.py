@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pickle
 import threading
 import time
@@ -28,6 +29,7 @@ from pipelines.caption import (
     CaptionerPool,
     caption_corpus,
     existing_caption,
+    in_equal_batches,
     picture_sha256,
     start_captioner_pool,
 )
@@ -305,6 +307,68 @@ def test_callers_share_batches() -> None:
     assert answers == {number: [number, 100 + number] for number in range(9)}
     assert sum(sizes) == 18 and max(sizes) == 4 and len(sizes) < 9
     assert batcher([]) == []
+
+
+def test_a_picture_is_asked_about_in_batches_of_one_shape_and_size() -> None:
+    shapes = [(4, 4, 3), (4, 6, 3), (4, 4, 3), (4, 4, 3), (4, 6, 3)]
+    images = [np.full(shape, number, np.uint8) for number, shape in enumerate(shapes)]
+    seen: list[list[int]] = []
+
+    def work(batch: Sequence[Image]) -> list[Any]:
+        assert len({image.shape for image in batch}) == 1
+        seen.append([int(image[0, 0, 0]) for image in batch])
+        return [f"{image[0, 0, 0]}" for image in batch]
+
+    assert in_equal_batches(work, images, 2) == ["0", "1", "2", "3", "4"]
+    assert seen == [[0, 2], [3, 3], [1, 4]]
+
+
+class _Actor:
+    """What a pool needs of an actor, in this process."""
+
+    def __init__(self, answers: Sequence[Any]) -> None:
+        self.answers, self.caption = iter(answers), self
+
+    def remote(self, images: Sequence[Image]) -> Any:
+        import ray
+
+        return ray.put([next(self.answers) for _ in images])
+
+
+@pytest.mark.slow
+def test_silence_is_remembered_and_a_failure_is_asked_again(tmp_path: Path, ray_session: None) -> None:
+    silence, failure = SampleError("empty_caption", "nothing"), SampleError("failed", "no room")
+    pool = CaptionerPool(
+        [_Actor(["a", silence, failure, "b"])], {**IDENTITY, "short_side_px": 0}, CaptionCache(tmp_path, IDENTITY), 8
+    )
+    pictures, names = [picture(n) for n in range(3)], [name_of(n) for n in range(3)]
+    codes = [getattr(answer, "code", answer) for answer in pool.answers(pictures, names)]
+    assert codes == ["a", "empty_caption", "failed"]
+    travelled = pickle.loads(pickle.dumps(CaptionerPool([], pool.identity, pool.cache, 8)))
+    again = pickle.loads(pickle.dumps(travelled))
+    assert travelled.cache is again.cache  # one a process
+    codes = [getattr(answer, "code", answer) for answer in pool.answers(pictures, names)]
+    assert codes == ["a", "empty_caption", "b"]  # only the failed one was asked again
+    assert travelled.cache.get(names) == ["a", "", "b"]
+
+
+@pytest.mark.full
+def test_a_picture_that_kills_its_captioner_costs_no_other(ray_session: None) -> None:
+    import ray
+
+    class Deadly:
+        def caption(self, images: Sequence[Image]) -> list[str]:
+            if any(int(image.max()) == 0 for image in images):
+                os._exit(1)
+            return [describe(image) for image in images]
+
+    actor: Any = ray.remote(Deadly).options(num_cpus=0.1, max_restarts=-1, max_task_retries=1)
+    pool = CaptionerPool([actor.remote()], {**IDENTITY, "short_side_px": 0}, None, 4)
+    pictures = [picture(0), np.zeros((24, 24, 3), np.uint8), picture(1), picture(2)]
+    answers = pool.answers(pictures, [f"{n:064x}" for n in range(4)])
+    assert [answers[n] for n in (0, 2, 3)] == [describe(picture(n)) for n in range(3)]
+    assert getattr(answers[1], "code", "") == "crashed"
+    pool.close()
 
 
 @pytest.fixture

@@ -205,6 +205,8 @@ def test_latents_fit_a_stream_of_fixed_crops(changes: dict[str, Any]) -> None:
         ({"flip": True}, "flip mirrors"),
         ({"crop": "random"}, "cropped at random"),
         ({"degradation": "realesrgan"}, "realesrgan sharpens its targets"),
+        ({"scale": (1.0, 1.5)}, "another size"),
+        ({"buckets": ((64, 96),)}, "other shapes"),
         ({"sources": [("corpus", 0.5), ("dead_leaves", 0.5)]}, "dead leaves"),
     ],
 )
@@ -225,7 +227,7 @@ def test_embeddings_fit_the_captions_that_they_were_made_of() -> None:
         with pytest.raises(UsageError, match="own captions"):
             check_precomputed(EMBEDDINGS, {**FIXED, "captioner": captioner})
     from_column = {**EMBEDDINGS, "captions": {"column": "llava", "producer": {}}}
-    check_precomputed(from_column, {**FIXED, "captions": "llava"})
+    check_precomputed(from_column, {**FIXED, "captioner": "column:llava"})
     with pytest.raises(UsageError, match='text column "llava"'):
         check_precomputed(from_column, FIXED)
     with pytest.raises(UsageError, match="is not precomputed"):

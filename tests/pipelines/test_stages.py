@@ -127,7 +127,7 @@ def test_a_torn_row_costs_that_row_only(tmp_path: Path) -> None:
     (tmp_path / ORDER).write_text('{"step": 1, "rank": 0, "positions": [0], "keys": ["a"]}\n{"st')
     log = Log(tmp_path, active=True)
     log.write(2, {"loss": 1.0})
-    log_order(tmp_path, 0, 2, [(1, "b", "")])
+    log_order(tmp_path, 0, 2, [(1, "b", "", "")])
     assert read_metrics(tmp_path / METRICS) == {"loss": {1: 2.0, 2: 1.0}}
     assert read_order(tmp_path) == {0: "a", 1: "b"}
     tail = Tail(tmp_path / METRICS, rows.extend)

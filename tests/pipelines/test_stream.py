@@ -64,7 +64,7 @@ def same(first: dict, second: dict) -> bool:
 
 def test_row_has_the_contracted_fields(config: StreamConfig) -> None:
     row = load_row(dataclasses.replace(config, captioner="manifest"), 4)
-    assert list(row) == ["key", "position", "hq", "lq", "prompt", "sizes", "plan", "replaced"]
+    assert list(row) == ["key", "position", "hq", "lq", "prompt", "sizes", "plan", "replaced", "uncaptioned"]
     assert row["hq"].shape == row["lq"].shape == (32, 32, 3)
     assert row["hq"].dtype == row["lq"].dtype == np.uint8
     assert row["sizes"].dtype == np.int64
@@ -85,6 +85,12 @@ def test_crop_lies_where_sizes_say(config: StreamConfig) -> None:
         assert row["hq"][0, 0, 1] == pytest.approx((top + 0.5) * 255 / 48, abs=4)
         tops.add(int(top))
     assert len(tops) > 3
+
+
+def test_the_middle_can_be_cut(config: StreamConfig) -> None:
+    for position in range(4):
+        _, _, top, left, _, _ = load_row(dataclasses.replace(config, crop="center"), position)["sizes"]
+        assert (top, left) == ((48 - 32) // 2, (round(90 * 48 / 70) - 32) // 2)
 
 
 def test_flip_mirrors_about_half_of_the_rows(config: StreamConfig) -> None:
@@ -235,6 +241,7 @@ def test_held_out_rows_need_a_held_out_picture(tmp_path: Path) -> None:
         ({"short_side": 16}, "short_side"),
         ({"captioner": "tag"}, 'Did you mean "tags"'),
         ({"degrade_on": "devise"}, 'Did you mean "device"'),
+        ({"crop": "centre"}, 'Did you mean "center"'),
         ({"small": "refuze"}, 'Did you mean "refuse"'),
         ({"buckets": ((32, 48),)}, "batch_size"),
         ({"scale": (0.1, 1.0)}, "scale"),

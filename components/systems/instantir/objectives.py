@@ -7,7 +7,7 @@ Each objective frees one part of the bundle and leaves the rest frozen. All rand
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from components.objectives.consistency import (
     squared_distance,
 )
 from components.objectives.diffusion import WeightedEpsilon, check_dropout, drop_conditions, replace_rows
+from components.objectives.precomputed import clean_latents, embed_nothing, embedded_prompts, repeated
 from components.samplers.guidance import distillation_guide
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.previewer import previewer_of
@@ -62,6 +63,7 @@ class StageObjective:
         self.network, self.dropout = network, dropout
         self.trainables: Mapping[str, nn.Module] = {name: trainable}
         self.config: Mapping[str, Any] = network.config()
+        self._nothing: tuple[Tensor, Tensor] | None = None
 
     @property
     def prior(self) -> Prior:
@@ -76,26 +78,38 @@ class StageObjective:
         """Yield (trainable, loss); each stage has one phase."""
         raise NotImplementedError
 
-    @torch.no_grad()
+    @property
+    def nothing(self) -> tuple[Tensor, Tensor]:
+        """The empty prompt's embeddings [1, L, D] and [1, P]; the frozen encoders make them once."""
+        if self._nothing is None:
+            self._nothing = embed_nothing(self.network.prior)
+        return self._nothing
+
     def clean_latents(self, batch: Batch) -> Tensor:
         """Latents of the targets [B, C, h, w]."""
-        return batch.latents if batch.latents is not None else self.network.prior.encode(batch.hq)
+        return clean_latents(self.network.prior, batch)
 
     @torch.no_grad()
     def conditions(self, batch: Batch, noise: Noise) -> Conditions:
         """Text, sizes and picture tokens of the LQ inputs, some dropped."""
         prior = self.network.prior
         dropped = drop_conditions(noise.uniform("conditions"), self.dropout.image, self.dropout.text, self.dropout.both)
-        prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.text.tolist(), strict=True)]
-        text, pooled = prior.embed_prompts(prompts)
+        if batch.embeddings:
+            text, pooled = embedded_prompts(prior, batch, dropped.text, self.nothing)
+        else:
+            gone = dropped.text.tolist()
+            text, pooled = prior.embed_prompts(["" if g else p for p, g in zip(batch.prompts, gone, strict=True)])
         tokens = prior.embed_images(batch.lq)
         tokens = replace_rows(tokens, prior.null_image_tokens(len(batch)), dropped.image)
         return Conditions(text=text, pooled=pooled, time_ids=prior.time_ids(batch.sizes), image_tokens=tokens)
 
     @torch.no_grad()
-    def without_text(self, given: Conditions) -> Conditions:
-        """The same with the empty prompt."""
-        text, pooled = self.network.prior.embed_prompts([""] * len(given.text))
+    def without_text(self, given: Conditions, batch: Batch) -> Conditions:
+        """The same with the empty prompt; of a batch that brings embeddings along, no text encoder runs."""
+        rows = len(given.text)
+        text, pooled = (
+            repeated(self.nothing, rows) if batch.embeddings else self.network.prior.embed_prompts([""] * rows)
+        )
         return Conditions(text=text, pooled=pooled, time_ids=given.time_ids, image_tokens=given.image_tokens)
 
 
@@ -176,8 +190,9 @@ class PreviewerObjective(StageObjective):
         clean, given = self.clean_latents(batch), self.conditions(batch, noise)
         start, end = self.grid.interval(noise.integers("index", 0, self.grid.points))
         noisy = self.network.prior.schedule.add_noise(clean, noise.normal("noise", tuple(clean.shape[1:])), start)
-        previous = self._teacher_step(noisy, start, end, given, noise)
-        given = self.without_text(given)
+        nothing = self.without_text(given, batch)
+        previous = self._teacher_step(noisy, start, end, given, nothing, noise)
+        given = nothing
         with torch.no_grad():
             target = self.network.preview(previous, end, given)
         student = self.network.preview(noisy, start, given)
@@ -190,13 +205,16 @@ class PreviewerObjective(StageObjective):
         yield "previewer", Loss(value=value, metrics={"loss": value.detach(), "preview_error": error})
 
     @torch.no_grad()
-    def _teacher_step(self, noisy: Tensor, start: Tensor, end: Tensor, given: Conditions, noise: Noise) -> Tensor:
+    def _teacher_step(
+        self, noisy: Tensor, start: Tensor, end: Tensor, given: Conditions, empty: Conditions, noise: Noise
+    ) -> Tensor:
         schedule = self.network.prior.schedule
         eps = self.network.denoise_eps(noisy, start, given)
         clean = schedule.x0_from_eps(noisy, eps, start)
         if self.guidance_range is not None:
             w = noise.uniform("guidance", *self.guidance_range).to(noisy.dtype)
-            nothing = self.network.unconditional(given, [""] * len(noisy))
+            blank = self.network.prior.null_image_tokens(len(noisy))
+            nothing = replace(empty, image_tokens=blank)
             eps_nothing = self.network.denoise_eps(noisy, start, nothing)
             clean = distillation_guide(schedule.x0_from_eps(noisy, eps_nothing, start), clean, w)
             eps = distillation_guide(eps_nothing, eps, w)

@@ -310,7 +310,7 @@ def check_loop(golden: Golden) -> None:
         aggregator_stop=options.pop("control_guidance_end", 1.0),
         preview_start=options.pop("preview_start", 0.0),
         preview_stop=options.pop("preview_end", 1.0),
-        adaptive=options.pop("adastep_restore", False),
+        adaptive="released" if options.pop("adastep_restore", False) else "none",
     )
     assert not options, f"options without a counterpart: {sorted(options)}"
     side = [d * config["vae_scale_factor"] for d in lq.shape[-2:]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -300,8 +299,9 @@ def test_every_mode_restores(awake: InstantIR, options: dict[str, Any]) -> None:
     plain, again = (InstantIRRestorer(awake).restore([asked])[0] for _ in range(2))
     assert plain.image.shape == (13, 19, 3) and np.array_equal(plain.image, again.image)
     assert plain.info["preset"] == options.get("preset", "default")
-    usual = InstantIRRestorer(awake).restore([request(steps=int(plain.info["steps"]))])
-    assert not np.array_equal(plain.image, usual[0].image)
+    if options != {"adaptive": "released"}:  # whose factor may be above 1, which changes nothing
+        usual = InstantIRRestorer(awake).restore([request(steps=int(plain.info["steps"]))])[0]
+        assert not np.array_equal(plain.image, usual.image)
 
 
 def test_the_released_sizes_reach_the_networks(awake: InstantIR) -> None:
@@ -427,7 +427,7 @@ def test_every_tile_sees_the_whole_pictures_tokens_and_its_own_size(awake: Insta
         InstantIRRestorer(awake).restore([large(steps=1)])
     finally:
         del awake.denoise_eps  # type: ignore[method-assign]
-    assert len(seen) == 8  # 120 x 200 px in tiles of 64 that share a quarter
+    assert len(seen) == 12  # 120 x 200 px in tiles of 64 that share a quarter: 3 rows of 4
     pixels = view_pixels(large().image, awake.prior.view, "whole")
     tokens = awake.prior.image_encoder(pixel_values=pixels).last_hidden_state
     for conditions in seen:
@@ -438,7 +438,6 @@ def test_every_tile_sees_the_whole_pictures_tokens_and_its_own_size(awake: Insta
 def test_noise_is_drawn_for_the_whole_before_tiling(awake: InstantIR) -> None:
     """Pure noise through a denoiser that believes its input: overlapping tiles agree, so the blend is the noise."""
     calls: list[Tensor] = []
-    predict: Callable[..., Tensor] = awake.denoise_eps
 
     def nothing(latents: Tensor, *args: Any) -> Tensor:
         calls.append(latents)
@@ -449,7 +448,6 @@ def test_noise_is_drawn_for_the_whole_before_tiling(awake: InstantIR) -> None:
         InstantIRRestorer(awake).restore([large(steps=1, start="noise", aggregator_scale=0.0)])
     finally:
         del awake.denoise_eps  # type: ignore[method-assign]
-    assert predict is not nothing
     boxes = tile_boxes(30, 50, (16, 16), 0.25, 2)
     assert len(calls) == len(boxes)
     canvas = torch.full((1, 4, 30, 50), float("nan"))

@@ -35,7 +35,7 @@ class Enlarger:
         for request in requests:
             height, width = request.size or request.image.shape[:2]
             image = cv2.resize(request.image, (width, height), interpolation=cv2.INTER_NEAREST)
-            tinted = np.clip(image.astype(int) + (9, 0, -9), 0, 255).astype(np.uint8)
+            tinted = np.clip(image.astype(int) + np.array((9, 0, -9)), 0, 255).astype(np.uint8)
             answers.append(Restored(key=request.key, image=tinted))
         return answers
 
@@ -102,9 +102,9 @@ def test_transparency_comes_back_untouched() -> None:
     visible = alpha > 0
     assert np.array_equal(restorer.asked[0].image[visible], photo()[visible])
     assert np.asarray(result(encoded(np.dstack([photo(), alpha])), scale=2)).shape == (48, 64, 4)
-    flat = restorer = Enlarger()
+    flat = Enlarger()
     assert result(encoded(np.dstack([photo(), alpha])), flat, alpha="flatten").mode == "RGB"
-    assert np.array_equal(restorer.asked[0].image, decode(encoded(np.dstack([photo(), alpha]))))
+    assert np.array_equal(flat.asked[0].image, decode(encoded(np.dstack([photo(), alpha]))))
 
 
 def test_transparency_can_be_restored_as_a_picture_of_its_own() -> None:

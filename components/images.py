@@ -156,17 +156,92 @@ def decode(data: bytes, limits: Limits = Limits(), key: str = "") -> Image:
     Raises:
         SampleError: with a code from the top of this file; never anything else.
     """
+    return _decode(data, limits, key, BACKGROUND).image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """A picture with what `decode` leaves out.
+
+    Attributes:
+        image: uint8 [H, W, 3], contiguous; where alpha is not None, the colours that lie under the transparency, with
+            invisible pixels filled from the visible ones around them.
+        alpha: uint8 [H, W], 255 = opaque; None where every pixel is.
+        gray: whether the file holds no colours: a gray mode, or three equal channels everywhere.
+    """
+
+    image: Image
+    alpha: np.ndarray | None
+    gray: bool
+
+
+def decode_parts(data: bytes, limits: Limits = Limits(), key: str = "") -> Decoded:
+    """Decode as `decode`, keeping transparency apart and noting whether the picture is gray.
+
+    Raises:
+        SampleError: as decode.
+    """
+    found = _decode(data, limits, key, None)
+    image = found.image if found.alpha is None else spread_colors(found.image, found.alpha)
+    channels = [image[..., c] for c in range(3)]
+    gray = bool((channels[0] == channels[1]).all() and (channels[1] == channels[2]).all())
+    return Decoded(image=image, alpha=found.alpha, gray=gray)
+
+
+def _decode(data: bytes, limits: Limits, key: str, background: int | None) -> Decoded:
+    """The upright picture, shown on a background, or with its alpha beside it for None."""
     with _as_sample_errors(key):
         rgb = _bare_jpeg(data, limits)
         if rgb is not None:
-            return rgb
+            return Decoded(image=rgb, alpha=None, gray=False)
         with _open(data, limits) as (picture, _):
-            rgb = _colour_jpeg(data, picture)
+            rgb, alpha = _colour_jpeg(data, picture), None
             if rgb is None:
                 picture.load()
-                rgb = _srgb_on_background(picture)
+                rgb, alpha = _srgb_and_alpha(picture)
+                if alpha is not None and background is not None:
+                    rgb = _on_background(rgb, alpha, background)
             orientation = _orientation(picture)  # after load: of a TIFF, Pillow turns the pixels and drops the tag
-            return np.ascontiguousarray(_upright(rgb, orientation))
+            upright = np.ascontiguousarray(_upright(rgb, orientation))
+            if alpha is not None:
+                alpha = np.ascontiguousarray(_upright(alpha, orientation))
+            return Decoded(image=upright, alpha=alpha, gray=False)
+
+
+def flattened(parts: Decoded) -> Image:
+    """A picture shown on white: what `decode` gives."""
+    return parts.image if parts.alpha is None else _on_background(parts.image, parts.alpha, BACKGROUND)
+
+
+def _on_background(rgb: Image, alpha: np.ndarray, background: int) -> Image:
+    weight = alpha[..., None].astype(np.uint32)
+    return ((rgb * weight + background * (255 - weight) + 127) // 255).astype(np.uint8)
+
+
+def spread_colors(image: Image, alpha: np.ndarray) -> Image:
+    """Fill invisible pixels with the colours of visible ones near them, so that nothing hidden bleeds into a result.
+
+    Visible pixels (alpha above 0) keep their values. The fill is a weighted mean over ever wider squares.
+
+    Args:
+        image: uint8 [H, W, 3].
+        alpha: uint8 [H, W].
+    """
+    hidden = alpha == 0
+    if not hidden.any():
+        return image
+    if hidden.all():
+        return np.full_like(image, BACKGROUND)
+    weight = np.where(hidden, 0.0, 1.0).astype(np.float32)
+    colors, filled, width = image.astype(np.float32) * weight[..., None], image.copy(), 3
+    while hidden.any():
+        near = cv2.blur(weight, (width, width), borderType=cv2.BORDER_REPLICATE)
+        reached = hidden & (near > 0.5 / width**2)
+        mean = cv2.blur(colors, (width, width), borderType=cv2.BORDER_REPLICATE)[reached] / near[reached][:, None]
+        filled[reached] = np.clip(np.rint(mean), 0, 255).astype(np.uint8)
+        hidden &= ~reached
+        width = 2 * width + 1
+    return filled
 
 
 def resize_short_side(image: Image, px: int) -> Image:
@@ -219,13 +294,13 @@ def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
     """Lossless PNG of a uint8 picture; equal input gives equal bytes.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: uint8 [H, W, 3], with alpha [H, W, 4], gray [H, W], or gray with alpha [H, W, 2].
         text: text chunks by keyword (1 to 79 Latin-1 characters); written in the order of their keywords.
 
     Raises:
-        ValueError: not a uint8 RGB picture, or a keyword or value that PNG cannot hold.
+        ValueError: not such a picture, or a keyword or value that PNG cannot hold.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (2, 3, 4))):
         raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}")
     chunks = PngImagePlugin.PngInfo()
     for keyword, value in sorted((text or {}).items()):
@@ -339,7 +414,7 @@ def _orientation(picture: Pillow.Image) -> int:
 
 
 def _upright(image: Image, orientation: int) -> Image:
-    """Undo the EXIF orientation of [H, W, 3]."""
+    """Undo the EXIF orientation of [H, W, ...]."""
     if orientation >= 5:  # 5..8 are stored with rows and columns swapped
         image = image.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -407,8 +482,8 @@ def _turbo(data: bytes, size: tuple[int, int]) -> Image | None:
     return rgb
 
 
-def _srgb_on_background(picture: Pillow.Image) -> Image:
-    """Loaded Pillow picture of any supported mode to uint8 sRGB [H, W, 3], transparency shown on BACKGROUND."""
+def _srgb_and_alpha(picture: Pillow.Image) -> tuple[Image, np.ndarray | None]:
+    """Loaded Pillow picture of any supported mode: uint8 sRGB [H, W, 3], and alpha [H, W] unless all is opaque."""
     alpha: np.ndarray | None = None
     profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I;16"):
@@ -429,10 +504,7 @@ def _srgb_on_background(picture: Pillow.Image) -> Image:
         raise SampleError("unsupported_mode", f"pixels of mode {picture.mode}")
     converted = _to_srgb(picture, profile) if profile else None
     rgb = np.array(converted if converted is not None else picture.convert("RGB"))
-    if alpha is not None and alpha.min() < 255:
-        weight = alpha[..., None].astype(np.uint32)
-        rgb = ((rgb * weight + BACKGROUND * (255 - weight) + 127) // 255).astype(np.uint8)
-    return rgb
+    return rgb, alpha if alpha is not None and alpha.min() < 255 else None
 
 
 def _with_alpha(picture: Pillow.Image) -> Pillow.Image:

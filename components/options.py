@@ -19,7 +19,7 @@ def typed_options(given: Mapping[str, Any], types: Mapping[str, Any]) -> dict[st
     """The given options in their types: an integral 2.0 becomes the integer 2, a whole 3 the number 3.0.
 
     Args:
-        types: by name; int, float, or a Literal of texts.
+        types: by name; int, float, bool (also as the texts true and false), or a Literal of texts.
 
     Raises:
         UnknownOption: a name without a type.
@@ -40,6 +40,11 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
             kind = "an integer" if wanted is int else "a number"
             raise ValueError(f"option {name} must be {kind}, got {value!r:.80}")
         return wanted(value)
+    if wanted is bool:
+        named = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
+        if not isinstance(named, bool):
+            raise ValueError(f"option {name} must be true or false, got {value!r:.80}")
+        return named
     choices = get_args(wanted)
     if value not in choices:
         raise ValueError(f"option {name} must be one of {', '.join(choices)}, got {value!r:.80}")

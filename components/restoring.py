@@ -12,24 +12,29 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import cv2
 import numpy as np
+from PIL import Image as Pillow
 
-from components.images import Limits, decode, encode_png
+from components.images import Decoded, Limits, decode, decode_parts, encode_png, flattened
 from components.naming import bounded
 from components.options import OptionCheck, UnknownOption
 from components.randomness import stream_key
-from components.types import Cancellation, Cancelled, Request, Restored, Restorer, SampleError
+from components.types import Cancellation, Cancelled, Image, Request, Restored, Restorer, SampleError
 
 MAX_KEY_BYTES = 200
 """A key is a file name: 255 bytes less room for suffixes, in every common file system."""
 
 MAX_PROMPT_CHARS = 2000
-MAX_OUTPUT_PIXELS = 50_000_000  # ours; as many as Limits lets in
+MAX_OUTPUT_PIXELS = 100_000_000  # ours: a square of 10,000 px
+MAX_SCALE = 16.0  # ours
 MAX_SEED = 2**63 - 1
-TEXTS, SIDES = ("prompt", "negative_prompt"), ("height", "width")  # options that every system takes
+TEXTS, SIDES = ("prompt", "negative_prompt"), ("height", "width")  # options that every system takes, as are these:
+CHOICES: Mapping[str, tuple[str, ...]] = {"alpha": ("keep", "restore", "flatten"), "gray": ("keep", "color")}
+COMMON = (*TEXTS, *SIDES, "scale", *CHOICES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +55,45 @@ class Ask:
 
     Attributes:
         prompt, negative_prompt: text for guidance.
-        size: (height, width) of the result in pixels; None keeps the input's.
+        size: (height, width) of the result in pixels; None keeps the input's, times `scale`.
+        scale: result's side over input's side.
+        alpha: of transparent pictures: "keep" resamples it (untouched where the size stays), "restore" sends it through
+            the restorer as a picture of its own, "flatten" shows the picture on white.
+        gray: "keep" gives a picture without colours a result without colours; "color" lets the restorer add them.
         options: system-specific settings, in the system's own types.
+        max_output_pixels: a larger result is refused; no part of the wish.
     """
 
     prompt: str = ""
     negative_prompt: str = ""
     size: tuple[int, int] | None = None
+    scale: float = 1.0
+    alpha: str = "keep"
+    gray: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
+    max_output_pixels: int = MAX_OUTPUT_PIXELS
 
     def document(self) -> dict[str, Any]:
         """As JSON, without what was not asked for."""
         named = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
         size = {"height": self.size[0], "width": self.size[1]} if self.size else {}
-        return {**{k: v for k, v in named.items() if v}, **size, **self.options}
+        kinds = {"scale": (self.scale, 1.0), "alpha": (self.alpha, "keep"), "gray": (self.gray, "keep")}
+        changed = {name: value for name, (value, usual) in kinds.items() if value != usual}
+        return {**{k: v for k, v in named.items() if v}, **size, **changed, **self.options}
+
+    def output_size(self, height: int, width: int, key: str = "") -> tuple[int, int]:
+        """(height, width) of the result of a picture of that size.
+
+        Raises:
+            SampleError: too_large, more pixels than max_output_pixels; too_small, less than one.
+        """
+        size = self.size or (round(height * self.scale), round(width * self.scale))
+        if min(size) < 1:
+            raise SampleError("too_small", f"a scale of {self.scale:g} leaves nothing of {width} x {height}", key)
+        if size[0] * size[1] > self.max_output_pixels:
+            detail = f"{size[1]} x {size[0]} pixels exceed max_output_pixels, which is {self.max_output_pixels}"
+            raise SampleError("too_large", detail, key)
+        return size
 
     def digest(self) -> str:
         """Equal for equal wishes."""
@@ -72,11 +102,12 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One picture to restore: its key, the bytes of its file, and its seed."""
+    """One picture to restore: its key, the bytes of its file, its seed, and perhaps a reference picture's bytes."""
 
     key: str
     data: bytes
     seed: int
+    reference: bytes = b""
 
 
 def file_key(name: str) -> str:
@@ -98,7 +129,7 @@ def picture_seed(seed: int, key: str) -> int:
 
 
 def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_pixels: int = MAX_OUTPUT_PIXELS) -> Ask:
-    """Sort loose options into an Ask; prompt, negative_prompt, width and height are ours, the rest the system's.
+    """Sort loose options into an Ask; those of COMMON are ours, the rest the system's.
 
     Args:
         check: the system's `check_options`; the default takes its options as they are.
@@ -126,14 +157,38 @@ def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_
         raise ValueError(
             f"{size['width']} x {size['height']} pixels exceed max_output_pixels, which is {max_output_pixels}"
         )
+    scale = _scale(left.pop("scale", None), given)
+    kinds = {name: left.pop(name, choices[0]) for name, choices in CHOICES.items()}
+    for name, kind in kinds.items():
+        if kind not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {kind!r:.80}")
     for name, value in left.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
     try:
         own = check(left)
     except UnknownOption as error:
-        raise UnknownOption(error.name, (*error.known, *TEXTS, *SIDES)) from None
-    return Ask(**texts, size=(size["height"], size["width"]) if given else None, options=own)
+        raise UnknownOption(error.name, (*error.known, *COMMON)) from None
+    return Ask(
+        **texts,
+        size=(size["height"], size["width"]) if given else None,
+        scale=scale,
+        **kinds,
+        options=own,
+        max_output_pixels=max_output_pixels,
+    )
+
+
+def _scale(value: Any, sides: Sequence[str]) -> float:
+    """A checked output scale; 1 where none was given."""
+    if value is None:
+        return 1.0
+    if sides:
+        raise ValueError("scale and width and height exclude each other; give one of them")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 1 / MAX_SCALE <= value <= MAX_SCALE:
+        raise ValueError(f"scale must be a number from {1 / MAX_SCALE:g} to {MAX_SCALE:g}, got {value!r:.80}")
+    return float(value)
 
 
 def restore_bytes(
@@ -177,26 +232,71 @@ def restore_batch(
     """
     results: dict[int, bytes | SampleError] = {}
     requests: dict[int, Request] = {}
+    veils: dict[int, Request] = {}  # transparency, as gray pictures
+    parts: dict[int, Decoded] = {}
     for index, picture in enumerate(pictures):
         try:
-            requests[index] = Request(
-                key=picture.key,
-                image=decode(picture.data, limits, picture.key),
-                seed=picture.seed,
-                prompt=ask.prompt,
-                negative_prompt=ask.negative_prompt,
-                size=ask.size,
-                options=ask.options,
-            )
+            parts[index] = decode_parts(picture.data, limits, picture.key)
+            requests[index] = _request(picture, parts[index], ask, limits)
         except SampleError as error:
             results[index] = error
-    for index, restored in _restore(restorer, requests, cancelled).items():
-        if isinstance(restored, SampleError):
-            results[index] = restored
+            continue
+        alpha = parts[index].alpha
+        if alpha is not None and ask.alpha == "restore":
+            veils[index] = replace(requests[index], image=np.dstack([alpha] * 3), prompt="", negative_prompt="")
+    answers = _restore(restorer, requests, cancelled)
+    lifted = _restore(restorer, {i: v for i, v in veils.items() if isinstance(answers[i], Restored)}, cancelled)
+    for index, restored in answers.items():
+        veil = lifted.get(index)
+        if isinstance(restored, SampleError) or isinstance(veil, SampleError):
+            results[index] = restored if isinstance(restored, SampleError) else veil  # type: ignore[assignment]
         else:
-            text = png_text(identity, pictures[index], ask, restored)
-            results[index] = encode_png(restored.image, text)
+            image = _with_parts(restored.image, parts[index], ask, veil.image if veil is not None else None)
+            results[index] = encode_png(image, png_text(identity, pictures[index], ask, restored))
     return [results[index] for index in range(len(pictures))]
+
+
+def _request(picture: Picture, parts: Decoded, ask: Ask, limits: Limits) -> Request:
+    """What the restorer is asked; raises SampleError."""
+    image = flattened(parts) if ask.alpha == "flatten" else parts.image
+    size = ask.output_size(*image.shape[:2], picture.key)
+    reference = None
+    if picture.reference:
+        try:
+            reference = decode(picture.reference, limits, picture.key)
+        except SampleError as error:
+            raise SampleError(error.code, f"of the reference: {error.detail}", picture.key) from error
+    return Request(
+        key=picture.key,
+        image=image,
+        seed=picture.seed,
+        prompt=ask.prompt,
+        negative_prompt=ask.negative_prompt,
+        size=size if size != image.shape[:2] else None,
+        options=ask.options,
+        reference=reference,
+    )
+
+
+def _with_parts(image: Image, parts: Decoded, ask: Ask, veil: Image | None) -> Image:
+    """A restored picture [H, W, 3] as a gray one where its source is, and with its source's transparency.
+
+    Returns:
+        uint8 [H, W], [H, W, 2], [H, W, 3] or [H, W, 4], as encode_png takes it.
+    """
+    gray = parts.gray and ask.gray == "keep"
+    planes = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)] if gray else [image]
+    if parts.alpha is not None and ask.alpha != "flatten":
+        if veil is not None:
+            alpha = cv2.cvtColor(veil, cv2.COLOR_RGB2GRAY)
+        elif parts.alpha.shape == image.shape[:2]:
+            alpha = parts.alpha
+        else:
+            size = (image.shape[1], image.shape[0])
+            alpha = np.asarray(Pillow.fromarray(parts.alpha).resize(size, Pillow.Resampling.BICUBIC))
+        planes.append(alpha)
+    made = np.dstack(planes) if len(planes) > 1 else planes[0]
+    return np.ascontiguousarray(made).astype(np.uint8, copy=False)
 
 
 def png_text(identity: Identity, picture: Picture, ask: Ask, restored: Restored) -> dict[str, str]:
@@ -211,6 +311,7 @@ def png_text(identity: Identity, picture: Picture, ask: Ask, restored: Restored)
         "key": picture.key,
         "seed": str(picture.seed),
         "source_sha256": hashlib.sha256(picture.data).hexdigest(),
+        **({"reference_sha256": hashlib.sha256(picture.reference).hexdigest()} if picture.reference else {}),
         "options": json.dumps(ask.document(), sort_keys=True),
     }
 

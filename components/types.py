@@ -165,6 +165,7 @@ class Request:
         prompt, negative_prompt: text for guidance; "" is a legal prompt.
         size: (height, width) of the result; None keeps the input's.
         options: system-specific settings by name; unknown names are refused with the near one.
+        reference: optional second picture uint8 [H', W', 3] for options that ask for one, such as the HQ picture.
     """
 
     key: str
@@ -174,6 +175,7 @@ class Request:
     negative_prompt: str = ""
     size: tuple[int, int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    reference: Image | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

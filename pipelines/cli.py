@@ -294,6 +294,9 @@ def restore(
     out: RequiredOut,
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="With a picture's name it fixes every random bit.")] = 0,
+    reference: Annotated[
+        Path | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the restorer's options."""
@@ -307,7 +310,9 @@ def restore(
     folder, identity = model_identity(local_model(model))
     check_options(identity.system, options)
     with local_ray(), console.bar("restore") as progress:
-        result = restore_folder(folder, source, out, options=options, seed=seed, progress=progress)
+        result = restore_folder(
+            folder, source, out, options=options, seed=seed, progress=progress, references=reference
+        )
     line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
     console.result(plain(result), [line])
     raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)

@@ -28,6 +28,7 @@ from components.images import Limits, probe
 from components.naming import did_you_mean
 from components.options import OptionCheck, UnknownOption
 from components.restoring import (
+    CHOICES,
     MAX_PROMPT_CHARS,
     MAX_SEED,
     SIDES,
@@ -45,6 +46,8 @@ PARAMETERS: Mapping[str, type] = {
     "seed": int,  # default: from the key, as a batch job of seed 0 would
     **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(SIDES, int),
+    "scale": float,
+    **dict.fromkeys(CHOICES, str),
 }
 """Those of every system; any other is an option, which the system judges as it does in a batch job."""
 
@@ -104,7 +107,7 @@ class Backend(Protocol):
 
     async def health(self) -> tuple[str, str]: ...
 
-    async def restore(self, data: bytes, key: str, seed: int, ask: Ask) -> Answer: ...
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes) -> Answer: ...
 
 
 class Refusal(Exception):
@@ -145,16 +148,18 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: 
     async def restore(request: Request) -> Response:
         try:
             async with asyncio.timeout(limits.read_timeout_s):
-                data, given = await read_request(request, limits.max_bytes)
+                data, reference, given = await read_request(request, limits.max_bytes)
         except TimeoutError:
             raise Refusal(408, "read_timeout", f"the body did not arrive in {limits.read_timeout_s:g} s") from None
         except ClientDisconnect:
             return Response(status_code=499)  # nobody hears it; the log does
         key, seed, ask = read_parameters(given, limits, check)
         check_picture(data, ask, limits)
+        if reference:
+            check_picture(reference, None, limits)
         try:
             async with asyncio.timeout(limits.deadline_s):
-                answer = await backend.restore(data, key, seed, ask)
+                answer = await backend.restore(data, key, seed, ask, reference)
         except TimeoutError:
             raise Refusal(504, "deadline", f"not restored within {limits.deadline_s:g} s") from None
         except asyncio.CancelledError:
@@ -179,8 +184,8 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: 
     return app
 
 
-async def read_request(request: Request, max_bytes: int) -> tuple[bytes, dict[str, str]]:
-    """(picture bytes, parameters as text) of a request with a raw or a form body.
+async def read_request(request: Request, max_bytes: int) -> tuple[bytes, bytes, dict[str, str]]:
+    """(picture bytes, reference bytes or none, parameters as text) of a request with a raw or a form body.
 
     Raises:
         Refusal: too large, an unsupported body type, a broken form, or a parameter given twice.
@@ -190,8 +195,9 @@ async def read_request(request: Request, max_bytes: int) -> tuple[bytes, dict[st
     if declared.isdecimal() and int(declared) > max_bytes + FORM_OVERHEAD:
         raise _too_large(max_bytes)
     pairs = list(request.query_params.multi_items())
+    reference = b""
     if kind == "multipart/form-data":
-        data, fields = await _read_form(request, max_bytes)
+        data, reference, fields = await _read_form(request, max_bytes)
         pairs += fields
     elif kind == "" or kind == "application/octet-stream" or kind.startswith("image/"):
         data = b"".join([chunk async for chunk in _limited(request, max_bytes)])
@@ -201,7 +207,7 @@ async def read_request(request: Request, max_bytes: int) -> tuple[bytes, dict[st
     for name, value in pairs:
         if given.setdefault(name, value) != value:
             raise Refusal(422, "bad_parameter", f"{name[:80]} was given twice")
-    return data, given
+    return data, reference, given
 
 
 def read_parameters(given: Mapping[str, str], limits: ServeLimits, check: OptionCheck) -> tuple[str, int, Ask]:
@@ -215,7 +221,8 @@ def read_parameters(given: Mapping[str, str], limits: ServeLimits, check: Option
         try:
             values[name] = PARAMETERS[name](text) if name in PARAMETERS else _number_or_text(text)
         except ValueError:
-            raise Refusal(422, "bad_parameter", f"{name} must be a whole number, got {text[:40]!r}") from None
+            kind = "a number" if name == "scale" else "a whole number"
+            raise Refusal(422, "bad_parameter", f"{name} must be {kind}, got {text[:40]!r}") from None
     key = file_key(values.pop("key", "picture"))
     seed = values.pop("seed", None)
     if seed is None:
@@ -231,8 +238,8 @@ def read_parameters(given: Mapping[str, str], limits: ServeLimits, check: Option
         raise Refusal(422, "bad_parameter", str(error)) from error
 
 
-def check_picture(data: bytes, ask: Ask, limits: ServeLimits) -> None:
-    """Refuse by content and header, before the picture takes anybody's place.
+def check_picture(data: bytes, ask: Ask | None, limits: ServeLimits) -> None:
+    """Refuse by content and header, before the picture takes anybody's place; without an ask, a reference.
 
     Raises:
         Refusal: 415 no picture that we read; 422 broken, or more pixels than a limit, which is named.
@@ -245,22 +252,26 @@ def check_picture(data: bytes, ask: Ask, limits: ServeLimits) -> None:
             detail = f"{detail} (max_input_pixels)"
         code = "unsupported_type" if STATUS.get(error.code) == 415 else error.code
         raise Refusal(STATUS.get(error.code, 422), code, detail) from error
-    if ask.size is None and info.width * info.height > limits.max_output_pixels:
-        size = f"{info.width} x {info.height} pixels exceed max_output_pixels, which is {limits.max_output_pixels}"
-        raise Refusal(422, "too_large", f"{size}; ask for a smaller width and height")
+    try:
+        if ask is not None:
+            ask.output_size(info.height, info.width)
+    except SampleError as error:
+        hint = "; ask for a smaller width and height, or scale" if error.code == "too_large" else ""
+        raise Refusal(422, error.code, f"{error.detail}{hint}") from error
 
 
 FORM_OVERHEAD = 64 << 10  # ours: boundaries, part headers and a few short fields around the picture
 MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARS  # UTF-8
+FILES = ("image", "reference")
 MAX_FIELDS = 64  # ours: more than any system has options
 
 
-async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, list[tuple[str, str]]]:
-    """(picture bytes, other fields) of a form with one file, called image."""
+async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, bytes, list[tuple[str, str]]]:
+    """(picture bytes, reference bytes, other fields) of a form with a file called image, and perhaps a reference."""
     parser = MultiPartParser(
         request.headers,
         _limited(request, max_bytes + FORM_OVERHEAD),
-        max_files=1,
+        max_files=2,
         max_fields=MAX_FIELDS,
         max_part_size=MAX_FIELD_BYTES,
     )
@@ -272,15 +283,21 @@ async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, list[tupl
         upload = form.get("image")
         if not isinstance(upload, UploadFile):
             raise Refusal(422, "no_image", 'the form has no file field "image"')
-        data = await upload.read()
-        if len(data) > max_bytes:
+        data, second = await upload.read(), form.get("reference")
+        reference = await second.read() if isinstance(second, UploadFile) else b""
+        files = [name for name, value in form.multi_items() if isinstance(value, UploadFile)]
+        if len(set(files)) < len(files) or not set(files) <= set(FILES):
+            raise Refusal(422, "bad_form", f"a form holds the file image, and perhaps a reference, not {files}"[:200])
+        if "reference" in files and not reference:
+            raise Refusal(422, "empty", "the reference holds no bytes")
+        if len(data) + len(reference) > max_bytes:
             raise _too_large(max_bytes)
         fields = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
         name = (upload.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
         stem = name.rsplit(".", 1)[0] or name
         if stem and "key" not in dict(fields) and "key" not in request.query_params:
             fields.append(("key", stem))
-        return data, fields
+        return data, reference, fields
     finally:
         await form.close()
 

@@ -2,7 +2,7 @@
 
     <out>/KEY.png             results; text chunks say how each was made
     <out>/records.jsonl       a line per result: key, source, source_sha256, output, output_sha256, width, height,
-                              seconds, seed, model_digest, options_digest
+                              seconds, seed, model_digest, options_digest, and reference_sha256 where there is one
     <out>/quarantine.jsonl    a line per picture that could not be restored: key, source, stage, code, detail,
                               bytes_sha256
 
@@ -139,6 +139,7 @@ def restore_folder(
     num_gpus: float = 0.0,
     threads: int = THREADS,
     seeds: Mapping[str, int] | None = None,
+    references: Path | None = None,
 ) -> RestoreResult:
     """Restore every picture below `src` (or the one picture that it is) into `out`.
 
@@ -152,10 +153,10 @@ def restore_folder(
         on_ray: False runs in this process, with the same results.
         build_options: given to the system when the restorer is built (device, precision).
         num_gpus: GPUs of one worker, a fraction allowed.
-        threads: torch threads of one worker.
+        threads: torch threads of one worker. references: folder of second pictures by key, if options ask for them.
 
     Raises:
-        UsageError: no such model, no pictures, bad options, or a result would overwrite a file that is not ours.
+        UsageError: no such model, no pictures or references, bad options, or a result would overwrite a foreign file.
         RetryLater: another job works on `out`.
         Failure: `out` cannot be written, the model cannot be loaded, or nothing could be restored for one and the
             same reason.
@@ -168,10 +169,14 @@ def restore_folder(
     except ValueError as error:
         raise UsageError(str(error)) from error
     sources, ignored = list_pictures(src, out)
+    beside = list_pictures(references)[0] if references is not None else {}
+    if references is not None and not set(beside) & set(sources):
+        raise UsageError(f"no picture in {references} has the name of one in {src}")
     with _own_folder(out):
         job = Job(out.absolute())
         entries = [
             {"key": key, "path": str(path), "seed": (seeds or {}).get(key, picture_seed(seed, key))}
+            | ({"reference": str(beside[key])} if key in beside else {})
             for key, path in sources.items()
         ]
         done = job.open(sources)
@@ -365,11 +370,13 @@ class RestoreWorker:
             data = b""
             try:
                 data = self._read(Path(job["path"]))
-                if self._up_to_date(job, data):
+                reference = self._read(Path(job["reference"])) if "reference" in job else b""
+                if self._up_to_date(job, data, reference):
                     answers[job["key"]] = {"status": "skipped", "row": {"key": job["key"]}}
                 else:
                     probe(data, self.limits, job["key"])  # so that broken pictures do not wait for a model
-                    waiting.append((job, Picture(key=job["key"], data=data, seed=job["seed"])))
+                    picture = Picture(key=job["key"], data=data, seed=job["seed"], reference=reference)
+                    waiting.append((job, picture))
             except SampleError as error:
                 answers[job["key"]] = self._quarantined(job, error, data)
         if waiting and not self._loaded():
@@ -412,10 +419,15 @@ class RestoreWorker:
         except OSError as error:
             raise SampleError("unreadable", error.strerror or str(error)) from error
 
-    def _up_to_date(self, job: Mapping[str, Any], data: bytes) -> bool:
+    def _up_to_date(self, job: Mapping[str, Any], data: bytes, reference: bytes) -> bool:
         record = job["record"] or {}
-        names = ("model_digest", "options_digest", "seed", "source_sha256")
-        wanted = (self.identity.digest, self.ask.digest(), job["seed"], hashlib.sha256(data).hexdigest())
+        names = ("model_digest", "options_digest", "seed", "source_sha256", "reference_sha256")
+        known = (self.identity.digest, self.ask.digest(), job["seed"])
+        wanted = (
+            *known,
+            hashlib.sha256(data).hexdigest(),
+            hashlib.sha256(reference).hexdigest() if reference else None,
+        )
         if tuple(record.get(name) for name in names) != wanted:
             return False
         try:
@@ -458,6 +470,8 @@ class RestoreWorker:
             "model_digest": self.identity.digest,
             "options_digest": self.ask.digest(),
         }
+        if picture.reference:
+            row["reference_sha256"] = hashlib.sha256(picture.reference).hexdigest()
         return {"status": "restored", "row": row}
 
     def _quarantined(self, job: Mapping[str, Any], error: SampleError, data: bytes) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`restoray serve`: one model behind Ray Serve.
 
-    POST /v1/restore    a picture as the body (image/*) or as the file field "image" of a form; answers image/png
+    POST /v1/restore    a picture as the body (image/*) or as the file field "image" of a form, which may hold a second
+                        picture as "reference" for options that ask for one; answers image/png
     GET  /v1/model      name, system, digest, licence, permitted use, limits
     GET  /health        {"state": "STARTING" | "READY" | "SETUP_FAILED", "detail"}; 200 only when READY
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import json
 import logging
 import socket
@@ -81,7 +83,7 @@ class RestorerReplica:
         """ "" once the model is loaded, else why it could not be."""
         return self.broken
 
-    async def restore(self, data: bytes, key: str, seed: int, ask: Ask) -> Outcome:
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes = b"") -> Outcome:
         """Decode, restore and encode one picture; cancelling this call stops the work."""
         if self.restorer is None:
             return Outcome(code="setup_failed", detail=self.broken)
@@ -90,7 +92,7 @@ class RestorerReplica:
             restore_bytes,
             self.restorer,
             self.identity,
-            Picture(key=key, data=data, seed=seed),
+            Picture(key=key, data=data, seed=seed, reference=reference),
             ask,
             self.limits,
             stop.is_set,
@@ -135,7 +137,7 @@ class FrontDoor:
         except (RayError, ReplicaUnavailableError, BackPressureError) as error:
             self.detail = f"waiting for the model ({type(error).__name__})"  # the next look at /health tries again
 
-    async def restore(self, data: bytes, key: str, seed: int, ask: Ask) -> Outcome:
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes = b"") -> Outcome:
         """One picture through the restorer. Cancelling this (a client that left, a deadline) cancels the work.
 
         A picture over which the restorer dies is not tried again here: it may be the reason. Its sender may.
@@ -143,7 +145,7 @@ class FrontDoor:
         state, detail = await self.health()
         if state != "READY":
             return Outcome(code="setup_failed" if state == "SETUP_FAILED" else "starting", detail=detail)
-        response = self.restorer.restore.remote(data, key, seed, ask)
+        response = self.restorer.restore.remote(data, key, seed, ask, reference)
         try:
             outcome: Outcome = await response
         except BackPressureError:
@@ -274,7 +276,11 @@ def serve(
 
 
 def check_served(
-    url: str, picture_path: Path, expected_png: Path | bytes, timeout_s: float = 300.0
+    url: str,
+    picture_path: Path,
+    expected_png: Path | bytes,
+    timeout_s: float = 300.0,
+    reference_path: Path | None = None,
 ) -> dict[str, float]:
     """Send a picture with the key, seed and options that a batch result names; its bytes must come back.
 
@@ -282,6 +288,7 @@ def check_served(
         url: of the service.
         picture_path: the batch job's input.
         expected_png: the batch job's result.
+        reference_path: the batch job's reference of that picture, if it had one.
 
     Returns:
         bytes and seconds of the answer.
@@ -293,9 +300,10 @@ def check_served(
     text = read_png_text(expected)
     query = {"key": text["key"], "seed": text["seed"], **json.loads(text["options"])}
     start_s = time.perf_counter()
-    status, headers, body = post(
-        f"{url}/v1/restore?{urllib.parse.urlencode(query)}", picture_path.read_bytes(), timeout_s
-    )
+    sent, kind = picture_path.read_bytes(), "application/octet-stream"
+    if reference_path is not None:
+        sent, kind = _form({"image": sent, "reference": reference_path.read_bytes()})
+    status, headers, body = post(f"{url}/v1/restore?{urllib.parse.urlencode(query)}", sent, timeout_s, kind)
     seconds = time.perf_counter() - start_s
     if status != 200:
         raise Failure(f"the service refused {picture_path.name}: {status} {body[:300].decode('utf-8', 'replace')}")
@@ -306,13 +314,25 @@ def check_served(
     return {"bytes": float(len(body)), "seconds": seconds}
 
 
-def post(url: str, body: bytes, timeout_s: float) -> tuple[int, Message, bytes]:
+def _form(files: Mapping[str, bytes]) -> tuple[bytes, str]:
+    """(body, content type) of a form of file fields."""
+    mark = hashlib.sha256(b"".join(files.values())).hexdigest()
+    parts = [
+        f'--{mark}\r\nContent-Disposition: form-data; name="{name}"; filename="{name}"\r\n\r\n'.encode()
+        + data
+        + b"\r\n"
+        for name, data in files.items()
+    ]
+    return b"".join(parts) + f"--{mark}--\r\n".encode(), f"multipart/form-data; boundary={mark}"
+
+
+def post(url: str, body: bytes, timeout_s: float, kind: str = "application/octet-stream") -> tuple[int, Message, bytes]:
     """POST a picture; (status, headers, body), also of error answers. Proxies of the environment are not asked.
 
     Raises:
         Failure: no answer at all.
     """
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/octet-stream"})
+    request = urllib.request.Request(url, data=body, headers={"Content-Type": kind})
     return _exchange(request, timeout_s)
 
 

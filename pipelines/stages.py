@@ -92,7 +92,7 @@ class RestoreSettings:
         seed: of the degradation and of the restoration.
         short_side: pixels of the held-out pictures' short side.
         limit: pictures at most; 0 takes all.
-        options: of the restorer: steps, cfg_scale, ...
+        options: of the restorer: steps, cfg_scale, ...; reference=hq gives each picture its target.
     """
 
     preset: str = "realesrgan-nano"
@@ -380,6 +380,7 @@ def run_restore(context: StageContext) -> dict[str, Any]:
             seed=settings.seed,
             actors=min(2, len(os.sched_getaffinity(0))),
             progress=progress,
+            references=context.stage_dir / "hq" if settings.options.get("reference") == "hq" else None,
         )
     pictures = (path for name in ("hq", "lq", "restored") for path in (context.stage_dir / name).glob("*.png"))
     return {
@@ -414,6 +415,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
 
 def run_serve_check(context: StageContext) -> dict[str, Any]:
     """One picture through the service: its bytes must equal the batch result's."""
+    from components.images import read_png_text
     from pipelines.serve import check_served, start
 
     restored, model = context.find("restored"), context.find("model")
@@ -426,7 +428,9 @@ def run_serve_check(context: StageContext) -> dict[str, Any]:
         with start(model, timeout_s=timeout_s) as service:
             progress(1, 2, f"sending {pictures[0].name}")
             source = restored.parent / "lq" / pictures[0].name
-            answer = check_served(service.url, source, pictures[0], timeout_s=timeout_s)
+            options = json.loads(read_png_text(pictures[0].read_bytes())["options"])
+            hq = restored.parent / "hq" / pictures[0].name if options.get("reference") == "hq" else None
+            answer = check_served(service.url, source, pictures[0], timeout_s=timeout_s, reference_path=hq)
         progress(2, 2, "bytes equal")
     return {"picture": pictures[0].name, "equal": True, **answer}
 
@@ -434,7 +438,7 @@ def run_serve_check(context: StageContext) -> dict[str, Any]:
 VERBS: Mapping[str, Verb] = {
     "curate": Verb(run=run_curate, settings=CurateSettings, version=3, identity=curate_identity),
     "train": Verb(run=run_train, settings=TrainSettings, identity=train_identity, check=check_train),
-    "restore": Verb(run=run_restore, settings=RestoreSettings, version=2, check=check_restore),
+    "restore": Verb(run=run_restore, settings=RestoreSettings, version=3, check=check_restore),
     "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False, check=check_evaluate),
     "serve-check": Verb(run=run_serve_check, settings=ServeCheckSettings),
 }

@@ -111,11 +111,15 @@ class Prior:
             module.eval().requires_grad_(False)
         return self
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/factor, W/factor] (the mode, no sampling)."""
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/factor, W/factor].
+
+        The mode of the encoder's distribution, or with standard normal `noise` of the latents' shape a sample of it.
+        """
         if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
             return self.autoencoder.encode(images)
-        latents = self.autoencoder.encode(images).latent_dist.mode()  # type: ignore[operator]
+        found = self.autoencoder.encode(images).latent_dist  # type: ignore[operator]
+        latents = found.mode() if noise is None else found.mean + found.std * noise.to(found.mean)
         return latents * self.autoencoder.config["scaling_factor"]  # type: ignore[index]
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +19,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from PIL import Image as Pillow
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ from components.objectives.consistency import (
     ddim_step,
     pseudo_huber,
 )
-from components.priors.sdxl import Prior
+from components.priors.sdxl import ImageView, Prior
 from components.samplers.ddim import sample_ddim, sample_ddpm
 from components.samplers.guidance import distillation_guide
 from components.samplers.schedules import Schedule
@@ -42,13 +44,14 @@ from components.systems.instantir.perceptor import (
     copy_strictly,
     cross_attentions,
 )
+from components.systems.instantir.preprocess import ResizeRule, released_sizes, resize, view_pixels
 from components.systems.instantir.previewer import (
     previewer_deltas,
     previewer_enabled,
 )
 
-LATER = {"preprocess"}
-"""Modules of a later issue (command-line preprocessing). Anything else unknown fails."""
+LATER: set[str] = set()
+"""Modules of a later issue. Anything else unknown fails."""
 NO_TENSORS = {"pipeline_weights_unet_adapter", "pipeline_weights_aggregator", "pipeline_weights_lora"}
 """Weights for the other files."""
 OTHER_TESTS = {"instantir_distribution"}
@@ -310,7 +313,7 @@ def check_loop(golden: Golden) -> None:
         aggregator_stop=options.pop("control_guidance_end", 1.0),
         preview_start=options.pop("preview_start", 0.0),
         preview_stop=options.pop("preview_end", 1.0),
-        adaptive=options.pop("adastep_restore", False),
+        adaptive="released" if options.pop("adastep_restore", False) else "none",
     )
     assert not options, f"options without a counterpart: {sorted(options)}"
     side = [d * config["vae_scale_factor"] for d in lq.shape[-2:]]
@@ -364,7 +367,27 @@ def check_loop(golden: Golden) -> None:
         golden.check(f"steps/{name}", torch.stack(values))
 
 
+def check_preprocess(golden: Golden) -> None:
+    config = golden.config
+    numbers = [int(n) for n in re.findall(r"\d+", config["dino_processor"].split(",/255")[0])]
+    edge, crop = numbers[:2]  # "resize shortest edge 256 (PIL bicubic), centre crop 224, /255, ..."
+    image = golden.input("image_uint8_chw").permute(1, 2, 0).numpy()
+    view = ImageView(shortest_edge_px=edge, crop_px=crop)
+    golden.check("dino_pixel_values", view_pixels(image, view, "crop"))
+    rule = ResizeRule(**{k: config["resize"][k] for k in ("min_side", "max_side", "multiple")})
+    assert config["resize"]["mode"] == "PIL bilinear"
+    for row in golden.description["resize_table"]:
+        sizes = released_sizes(tuple(row["input_wh"]), row.get("width"), row.get("height"), rule)
+        assert [list(size) for size in sizes] == [row["runtime_wh"], row["output_wh"]], row
+    (width, height), _ = released_sizes((image.shape[1], image.shape[0]), rule=rule)
+    runtime = resize(image, (height, width), Pillow.Resampling.BILINEAR)[::4, ::4]  # as the json's `call` says
+    expected = golden.tensors["output/runtime_image_uint8_chw"]
+    assert (torch.from_numpy(runtime.copy()).permute(2, 0, 1).int() - expected.int()).abs().max() <= 1
+    golden.checked.add("output/runtime_image_uint8_chw")
+
+
 CHECKS: Mapping[str, Callable[[Golden], None]] = {
+    "preprocess": check_preprocess,
     "resampler": check_resampler,
     "attn_processor": check_attn_processor,
     "aggregator": check_aggregator,

@@ -143,5 +143,5 @@ def build_restorer(model: Model, device: str = "cpu", batch_size: int = 1, **def
 
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Restorer options that a resolved recipe settles; a model imported without a recipe takes the paper's."""
-    names = {"steps": "steps_at_restore", "cfg_scale": "cfg_scale"}
+    names = {"steps": "steps_at_restore", "cfg_scale": "cfg_scale", "reference_noise": "reference_noise"}
     return {option: recipe[key] for option, key in names.items() if key in recipe}

@@ -45,7 +45,8 @@ class Conditions:
         text: token embeddings [B, L, D].
         pooled: pooled text [B, P].
         time_ids: size ids, float [B, 6].
-        image_tokens: the picture encoder's tokens of the LQ picture [B, N, D'].
+        image_tokens: the picture encoder's tokens of the LQ picture [B, N, D'], or of P views of it [B, P, N, D']; the
+            Resampler takes each view by itself, and attention sees the tokens of all.
     """
 
     text: Tensor
@@ -213,6 +214,8 @@ class InstantIR:
         """The negative half of guidance: other text, no picture, same sizes."""
         text, pooled = self.prior.embed_prompts(negative_prompts)
         nothing = self.prior.null_image_tokens(len(text))
+        if given.image_tokens.ndim == 4:  # as often as there are views: attention over copies is attention over one
+            nothing = nothing.unsqueeze(1).expand(-1, given.image_tokens.shape[1], -1, -1)
         return Conditions(text=text, pooled=pooled, time_ids=given.time_ids, image_tokens=nothing)
 
 
@@ -246,8 +249,10 @@ def predict_noise(
 
 
 def _added(given: Conditions) -> dict[str, Any]:
+    tokens = given.image_tokens
     return {
         "text_embeds": given.pooled,
         "time_ids": given.time_ids,
-        "image_embeds": [given.image_tokens.unsqueeze(1)],  # diffusers: a list of adapters, [B, pictures, N, D]
+        # diffusers: a list of adapters, [B, pictures, N, D]
+        "image_embeds": [tokens if tokens.ndim == 4 else tokens.unsqueeze(1)],
     }

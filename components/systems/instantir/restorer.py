@@ -11,24 +11,38 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from components.color import transfer_colors
+from components.priors.tiling import TILE, decode_images, encode_images
 from components.randomness import generator
 from components.samplers.ddim import sample_ddim, sample_ddpm
 from components.samplers.schedules import Schedule
+from components.samplers.tiles import tile_boxes, tiled
 from components.systems.instantir.denoiser import InstantIRDenoiser
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.options import Options, parse_options
-from components.tensors import images_to_tensor, tensor_to_images
-from components.types import Cancelled, Image, OnStep, Request, Restored, SampleError, StepEvent
+from components.systems.instantir.preprocess import released_sizes, resize, view_pixels
+from components.systems.instantir.references import REFERENCE_NOISE
+from components.types import Box, Cancelled, Image, OnStep, Request, Restored, SampleError, StepEvent
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A request made ready: its options, and its picture enlarged and padded to what the networks take."""
+    """A request made ready.
+
+    Attributes:
+        index: its place among the requests.
+        image: the picture at the working size, padded to what the networks take.
+        seen: the same without padding.
+        hq: the reference, padded too; None where none is wanted.
+        size: (height, width) of the result.
+    """
 
     index: int
     request: Request
     options: Options
     image: Image
+    seen: Image
+    hq: Image | None
     size: tuple[int, int]
 
 
@@ -60,7 +74,8 @@ class InstantIRRestorer:
         """Restore in request order.
 
         Args:
-            requests: any sizes; `size` enlarges or shrinks by bicubic interpolation first.
+            requests: any sizes and aspects; `size` enlarges or shrinks by bicubic interpolation first. What is larger
+                than a tile is restored in tiles, in bounded memory beside the latents and the 8-bit pictures.
             on_step: told after each sampler step; steps are counted over all batches of this call.
             cancelled: asked before each step.
 
@@ -85,74 +100,123 @@ class InstantIRRestorer:
 
     def _prepare(self, index: int, request: Request) -> _Job:
         image = request.image
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        if not _is_picture(image):
             raise SampleError("bad_image", f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}", request.key)
         options = parse_options(request.options, self.defaults)
         height, width = request.size or image.shape[:2]
         if height < 1 or width < 1:
             raise SampleError("bad_size", f"size must be positive, got {height} x {width}", request.key)
-        if (height, width) != image.shape[:2]:
-            image = np.asarray(Pillow.fromarray(image).resize((width, height), Pillow.Resampling.BICUBIC))
-        return _Job(index, request, options, pad_to_multiple(image, self._multiple_px()), (height, width))
-
-    def _multiple_px(self) -> int:
-        """Picture sides must be multiples of this, so that UNet and aggregator halve evenly."""
-        return int(self.network.prior.factor * 2 ** (len(self.network.unet.config["block_out_channels"]) - 1))
+        work, how = _work_size(image, (height, width), options)
+        seen = resize(image, work, how)
+        hq = None
+        if options.reference == "hq":
+            if request.reference is None:  # the same sentence for every picture: a job without references ends at once
+                raise ValueError("reference hq needs the HQ picture of each input: give a reference with it")
+            if not _is_picture(request.reference):
+                raise SampleError("bad_image", "the reference is no uint8 [H, W, 3] picture", request.key)
+            hq = pad_to_multiple(resize(request.reference, work, how), self.network.prior.multiple_px)
+        padded = pad_to_multiple(seen, self.network.prior.multiple_px)
+        return _Job(index, request, options, padded, seen, hq, (height, width))
 
     def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """Jobs of one padded size and one set of options, in order of their first appearance."""
+        """Jobs of one working size and one set of options, in order of their first appearance."""
         groups: dict[Any, list[_Job]] = {}
         for job in jobs:
-            groups.setdefault((job.image.shape, job.options), []).append(job)
+            groups.setdefault((job.seen.shape, job.options), []).append(job)
         for group in groups.values():
             for first in range(0, len(group), self.batch_size):
                 yield group[first : first + self.batch_size]
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[_Job], on_step: OnStep, cancelled: Cancelled | None) -> list[Image]:
-        """Restored pictures of one batch, cropped to their size."""
+        """Restored pictures of one batch, at their sizes."""
         prior, options = self.network.prior, batch[0].options
-        images = images_to_tensor([job.image for job in batch]).to(prior.device)
-        lq = prior.encode(images)
-        positive, negative = self._conditions(batch, images)
-        timesteps = prior.schedule.timesteps(options.steps)
-        sigmas = prior.schedule.sampling_sigmas(timesteps).to(prior.device)
-        noise = self._noise(batch, "start", lq)
+        shape = (prior.latent_channels, *(side // prior.factor for side in batch[0].image.shape[:2]))
+        noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
+        lq = encode_images(prior, [job.image for job in batch], noise=noise)
+        hq = encode_images(prior, [job.hq for job in batch if job.hq is not None]) if batch[0].hq is not None else None
+        del noise
+        boxes = self._boxes(shape[1], shape[2], options)
+        positive, negative = self._conditions(batch, (boxes[0][2] * prior.factor, boxes[0][3] * prior.factor))
+        sigmas = prior.schedule.sampling_sigmas(prior.schedule.timesteps(options.steps)).to(prior.device)
+        latents = self._noise(batch, "start", shape)
         if options.start == "lq":
-            latents = lq + sigmas[0] * noise
+            latents = latents.mul_(sigmas[0]).add_(lq)
         else:
-            latents = Schedule.exploding(noise, sigmas[0].expand(len(lq)))
-        denoise = InstantIRDenoiser(self.network, lq, positive, negative, options.steps, options.loop)
+            latents = Schedule.exploding(latents, sigmas[0].expand(len(lq)))
+        whole = InstantIRDenoiser(
+            self.network,
+            lq,
+            positive,
+            negative,
+            options.steps,
+            options.loop,
+            hq=hq,
+            noise=lambda i: self._noise(batch, f"{REFERENCE_NOISE} {i}", shape),
+        )
+        denoise = tiled(whole, shape[1], shape[2], boxes, cancelled)
         if options.sampler == "ddim":
             clean = sample_ddim(denoise, latents, sigmas, on_step, cancelled)
         else:
-            clean = sample_ddpm(
-                denoise, latents, sigmas, lambda i: self._noise(batch, f"step {i}", lq), on_step, cancelled
-            )
-        pictures = tensor_to_images(prior.decode(clean))
-        return [
-            np.ascontiguousarray(picture[: job.size[0], : job.size[1]])
-            for job, picture in zip(batch, pictures, strict=True)
-        ]
+            step_noise = lambda i: self._noise(batch, f"step {i}", shape)  # noqa: E731
+            clean = sample_ddpm(denoise, latents, sigmas, step_noise, on_step, cancelled)
+        del whole, denoise, latents, lq, hq
+        return [_finished(job, picture) for job, picture in zip(batch, decode_images(prior, clean), strict=True)]
 
-    def _conditions(self, batch: Sequence[_Job], images: Tensor) -> tuple[Conditions, Conditions | None]:
-        """Positive and, with guidance, negative conditions."""
+    def _boxes(self, height: int, width: int, options: Options) -> list[Box]:
+        """Tiles of the latent grid; one where the picture is no larger than a tile."""
+        prior = self.network.prior
+        multiple = prior.multiple_px // prior.factor
+        side = options.tile_px // prior.factor if options.tile_px else TILE
+        side = max(multiple, side // multiple * multiple)
+        return tile_boxes(height, width, (side, side), options.tile_overlap, multiple)
+
+    def _conditions(self, batch: Sequence[_Job], size: tuple[int, int]) -> tuple[Conditions, Conditions | None]:
+        """Positive and, with guidance, negative conditions, for pictures or tiles of (height, width) pixels.
+
+        Every tile sees the tokens of the whole picture, and the size ids of a picture of the tile's size: crop offsets
+        and sizes of a large picture lie far outside of what a prior has seen (docs/decisions/0005).
+        """
         prior = self.network.prior
         text, pooled = prior.embed_prompts([job.request.prompt for job in batch])
-        height, width = images.shape[-2:]
-        sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(batch), -1)
+        sizes = torch.tensor([[*size, 0, 0, *size]]).expand(len(batch), -1)
+        views = torch.stack([view_pixels(job.seen, prior.view, batch[0].options.view) for job in batch])
+        tokens = prior.image_encoder(pixel_values=views.flatten(0, 1).to(prior.device)).last_hidden_state
         positive = Conditions(
-            text=text, pooled=pooled, time_ids=prior.time_ids(sizes), image_tokens=prior.embed_images(images)
+            text=text,
+            pooled=pooled,
+            time_ids=prior.time_ids(sizes),
+            image_tokens=tokens.unflatten(0, views.shape[:2]),
         )
         if not batch[0].options.loop.guided:
             return positive, None
         return positive, self.network.unconditional(positive, [job.request.negative_prompt for job in batch])
 
-    def _noise(self, batch: Sequence[_Job], name: str, like: Tensor) -> Tensor:
-        """Standard normal [B, C, h, w]; each picture's depends on its own seed only."""
-        shape = tuple(like.shape[1:])
+    def _noise(self, batch: Sequence[_Job], name: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal [B, *shape], drawn for the whole picture; each picture's depends on its own seed only."""
         rows = [generator(job.request.seed, name).standard_normal(shape, dtype=np.float32) for job in batch]
-        return torch.from_numpy(np.stack(rows)).to(like)
+        return torch.from_numpy(np.stack(rows) if len(rows) > 1 else rows[0][None]).to(self.network.prior.device)
+
+
+def _is_picture(image: Image) -> bool:
+    return image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and 0 not in image.shape
+
+
+def _work_size(image: Image, size: tuple[int, int], options: Options) -> tuple[tuple[int, int], Pillow.Resampling]:
+    """(height, width) at which the networks run before padding, and how a picture is brought to it."""
+    if options.resize == "released":
+        (width, height), _ = released_sizes((image.shape[1], image.shape[0]), size[1], size[0])
+        return (height, width), Pillow.Resampling.BILINEAR
+    ratio = max(1.0, options.min_side_px / min(size))
+    return (round(size[0] * ratio), round(size[1] * ratio)), Pillow.Resampling.BICUBIC
+
+
+def _finished(job: _Job, picture: Image) -> Image:
+    """Without its padding, with its colours transferred, at its size."""
+    height, width = job.seen.shape[:2]
+    picture = transfer_colors(np.ascontiguousarray(picture[:height, :width]), job.seen, job.options.color)
+    how = Pillow.Resampling.BILINEAR if job.options.resize == "released" else Pillow.Resampling.BICUBIC
+    return resize(picture, job.size, how)
 
 
 def pad_to_multiple(image: Image, multiple: int) -> Image:

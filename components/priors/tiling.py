@@ -1,0 +1,170 @@
+"""Autoencoders over pictures of any size: strips of tiles, from 8-bit pictures to latents and back.
+
+Neither the float picture nor an activation of the whole exists, so memory is bounded by a tile's, beside the latents
+and the 8-bit picture.
+
+    SpaceToDepthAutoencoder   tiles carry a halo as wide as the convolutions reach: equal to the whole but for rounding
+    AutoencoderKL             its group norms and its middle attention see the whole picture, so tiles cannot be exact:
+                              they overlap by twice the halo and are cross-faded over it
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.priors.autoencoder import SpaceToDepthAutoencoder
+from components.priors.sdxl import Prior
+from components.tensors import images_to_tensor, tensor_to_images
+from components.types import Image
+
+TILE = 128
+"""Latent pixels of a tile's side without its halo, ours; at most this goes through whole. SDXL: 1024 px."""
+
+FADE = 16
+"""AutoencoderKL: latent pixels of the cross-fade on each side of a border, and of the halo beyond it; ours."""
+
+
+def halo_of(prior: Prior, part: str) -> int:
+    """Latent pixels that a tile must see around itself; `part` is "encoder" or "decoder"."""
+    autoencoder = prior.autoencoder
+    if isinstance(autoencoder, SpaceToDepthAutoencoder):
+        residual = autoencoder.encode_residual if part == "encoder" else autoencoder.decode_residual
+        return 2 + 2 * len(residual.blocks)  # a 3x3 convolution on each end, two in each block
+    return 2 * FADE
+
+
+def encode_images(prior: Prior, images: Sequence[Image], tile: int = TILE, noise: Tensor | None = None) -> Tensor:
+    """Pictures of one size, uint8 [H, W, 3] -> scaled latents [B, C, H/factor, W/factor].
+
+    Args:
+        tile: latent pixels of a tile's side.
+        noise: standard normal of the result's shape: the latents are a sample with it; None takes the mode. An
+            autoencoder without a distribution gives the same either way.
+
+    Raises:
+        ValueError: sides that are no multiples of the prior's factor.
+    """
+    factor = prior.factor
+    height, width = images[0].shape[:2]
+    if height % factor or width % factor:
+        raise ValueError(f"sides must be multiples of {factor}, got {height} x {width}")
+
+    def encode(top: int, bottom: int, left: int, right: int) -> Tensor:
+        rows, columns = slice(top * factor, bottom * factor), slice(left * factor, right * factor)
+        pixels = images_to_tensor([image[rows, columns] for image in images]).to(prior.device)
+        return prior.encode(pixels, None if noise is None else noise[..., top:bottom, left:right])
+
+    size = (height // factor, width // factor)
+    if max(size) <= tile:
+        return encode(0, size[0], 0, size[1])
+    result = torch.zeros(len(images), prior.latent_channels, *size, device=prior.device)
+
+    def put(top: int, left: int, value: Tensor) -> None:
+        result[..., top : top + value.shape[-2], left : left + value.shape[-1]].add_(value)
+
+    _over_tiles(size, tile, halo_of(prior, "encoder"), _fade(prior), 1, encode, put)
+    return result
+
+
+def decode_images(prior: Prior, latents: Tensor, tile: int = TILE) -> list[Image]:
+    """Scaled latents [B, C, h, w] -> pictures uint8 [h factor, w factor, 3], clipped.
+
+    Args:
+        tile: latent pixels of a tile's side.
+    """
+    size = (latents.shape[-2], latents.shape[-1])
+    if max(size) <= tile:
+        return tensor_to_images(prior.decode(latents))
+    factor = prior.factor
+    fade = _fade(prior)
+    shape = (len(latents), size[0] * factor, size[1] * factor, 3)
+    pictures = np.zeros(shape, dtype=np.uint8)
+    # where tiles are cross-faded their sum must not be rounded twice, so a row of tiles is summed as float first
+    strip = np.zeros((len(latents), 0, shape[2], 3), dtype=np.float32)
+    strip_top = 0
+
+    def decode(top: int, bottom: int, left: int, right: int) -> Tensor:
+        return prior.decode(latents[..., top:bottom, left:right])
+
+    def put(top: int, left: int, value: Tensor) -> None:
+        nonlocal strip, strip_top
+        pixels = value.detach().to(torch.float32).permute(0, 2, 3, 1).cpu().numpy()
+        if top > strip_top:  # a new row of tiles: what lies above is complete
+            _settle(pictures, strip[:, : top - strip_top], strip_top)
+            strip, strip_top = strip[:, top - strip_top :], top
+        missing = pixels.shape[1] - strip.shape[1]
+        if missing > 0:
+            strip = np.concatenate([strip, np.zeros((len(latents), missing, shape[2], 3), np.float32)], axis=1)
+        strip[:, : pixels.shape[1], left : left + pixels.shape[2]] += pixels
+
+    _over_tiles(size, tile, halo_of(prior, "decoder"), fade, factor, decode, put)
+    _settle(pictures, strip, strip_top)
+    return list(pictures)
+
+
+def _settle(pictures: np.ndarray, strip: np.ndarray, top: int) -> None:
+    """Round finished rows [B, rows, W, 3] in [-1, 1] into the 8-bit pictures, as tensor_to_images does."""
+    for picture, rows in zip(pictures, strip, strict=True):
+        picture[top : top + len(rows)] = tensor_to_images(torch.from_numpy(rows).permute(2, 0, 1)[None])[0]
+
+
+def _fade(prior: Prior) -> int:
+    return 0 if isinstance(prior.autoencoder, SpaceToDepthAutoencoder) else FADE
+
+
+def _over_tiles(
+    size: tuple[int, int],
+    tile: int,
+    halo: int,
+    fade: int,
+    scale: int,
+    run: Callable[[int, int, int, int], Tensor],
+    put: Callable[[int, int, Tensor], None],
+) -> None:
+    """Run every tile with its halo, cut the halo off, weigh the cross-fade, and put the rest in its place.
+
+    Args:
+        size: of the grid in latent pixels, in which tile, halo and fade count too.
+        scale: the result's pixels for a latent pixel.
+        run: (top, bottom, left, right) -> [B, C, rows, columns] times scale.
+        put: (top, left, values) with places in the result's pixels; values of neighbours add up.
+    """
+    rows, columns = (_spans(length, tile) for length in size)
+    for top, bottom in rows:
+        for left, right in columns:
+            seen = (max(0, top - halo), min(size[0], bottom + halo), max(0, left - halo), min(size[1], right + halo))
+            kept = (max(0, top - fade), min(size[0], bottom + fade), max(0, left - fade), min(size[1], right + fade))
+            value = run(*seen)
+            value = value[
+                ...,
+                (kept[0] - seen[0]) * scale : (kept[1] - seen[0]) * scale,
+                (kept[2] - seen[2]) * scale : (kept[3] - seen[2]) * scale,
+            ]
+            if fade:
+                down = _ramp(kept[0], kept[1], top, bottom, size[0], fade, scale)
+                across = _ramp(kept[2], kept[3], left, right, size[1], fade, scale)
+                value = value * (down[:, None] * across[None]).to(value)
+            put(kept[0] * scale, kept[2] * scale, value)
+
+
+def _spans(length: int, tile: int) -> list[tuple[int, int]]:
+    """[start, end) of equal parts, none longer than `tile`."""
+    count = -(-length // tile)
+    edges = [i * length // count for i in range(count + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def _ramp(first: int, last: int, start: int, end: int, length: int, fade: int, scale: int) -> Tensor:
+    """Shares of a tile along one axis: rising over 2 fade around its start, falling around its end; 1 at the border."""
+    place = (torch.arange((last - first) * scale, dtype=torch.float32) + 0.5) / scale + first
+    share = torch.ones_like(place)
+    if start > 0:
+        share = share * ((place - (start - fade)) / (2 * fade)).clamp(0, 1)
+    if end < length:
+        share = share * (((end + fade) - place) / (2 * fade)).clamp(0, 1)
+    return share

@@ -1,0 +1,121 @@
+"""Latents of any size through a denoiser of one size: overlapping tiles, blended with Gaussian weights at every step.
+
+    clean(z) = sum_i w_i clean_i(z_i) / sum_i w_i        (Bar-Tal et al. 2023, Eq. 5, with weights instead of a mean)
+
+The sampler sees one denoiser and one latent: its noise is drawn for the whole latent, so that overlapping tiles look at
+the same noise, and it steps once, on the blended prediction. SUPIR steps each tile alone and blends what comes out,
+which is the same for DDIM, as that step is linear in the prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from components.types import Box, Cancellation, Cancelled, Denoiser
+
+VARIANCE = 0.01
+"""Of the weights, in squares of the tile's side: SUPIR's number. A seam at a tile's edge keeps 4e-6 of its height."""
+
+
+class Tileable(Protocol):
+    """A denoiser that can be cut: `tile` gives one that sees only its part of the spatial conditions."""
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def tile(self, box: Box) -> Denoiser: ...
+
+
+def tile_boxes(height: int, width: int, tile: tuple[int, int], overlap: float = 0.25, multiple: int = 1) -> list[Box]:
+    """Boxes of one size that cover a grid, in reading order, spread evenly with the last flush to the border.
+
+    Args:
+        height, width: of the grid.
+        tile: (height, width) of a tile at most; a side of the grid that is shorter is covered by one.
+        overlap: share of a tile that neighbours share at least, 0 up to 0.9.
+        multiple: boxes begin at multiples of it (a network that halves its input sees the same grid in every tile);
+            the grid's and the tile's sides must be multiples too.
+
+    Raises:
+        ValueError: sides that are no multiples, or an overlap outside its range.
+    """
+    if not 0 <= overlap <= 0.9:
+        raise ValueError(f"overlap must be between 0 and 0.9, got {overlap}")
+    rows = _starts(height, min(tile[0], height), overlap, multiple)
+    columns = _starts(width, min(tile[1], width), overlap, multiple)
+    return [(top, left, min(tile[0], height), min(tile[1], width)) for top in rows for left in columns]
+
+
+def _starts(length: int, tile: int, overlap: float, multiple: int) -> list[int]:
+    if tile < 1 or length % multiple or tile % multiple:
+        raise ValueError(f"sides must be positive multiples of {multiple}, got {length} in tiles of {tile}")
+    units, tile_units = length // multiple, tile // multiple
+    step = max(1, int(tile_units * (1 - overlap)))  # at most this far apart
+    count = -(-(units - tile_units) // step)
+    return [multiple * (i * (units - tile_units) // max(1, count)) for i in range(count + 1)]
+
+
+def gaussian_weights(height: int, width: int, variance: float = VARIANCE) -> Tensor:
+    """Weights of a tile, float64 [height, width], symmetric, 1 at most.
+
+    SUPIR centres its columns at (w - 1) / 2 but its rows at h / 2; here both are centred, so that a picture turned by
+    180 degrees is restored the same way.
+    """
+    sides = []
+    for side in (height, width):
+        place = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2) / side
+        sides.append(torch.exp(-place.square() / (2 * variance)))
+    return sides[0][:, None] * sides[1][None]
+
+
+def tiled(
+    denoise: Tileable, height: int, width: int, boxes: Sequence[Box], cancelled: Cancelled | None = None
+) -> Denoiser:
+    """A denoiser over [B, C, height, width] that asks the tiles of `denoise` in turn.
+
+    Memory grows with the latents and with what a tile remembers, not with a network's activations. A single box that
+    covers everything gives `denoise` itself.
+
+    Args:
+        denoise: cut with `denoise.tile(box)`, once for each box; the parts see all steps.
+        height, width: of the latents.
+        boxes: of one size, as by tile_boxes; they must cover the latents.
+        cancelled: asked before each tile, as a step over many tiles takes long.
+
+    Raises:
+        ValueError: the boxes differ in size, reach outside or leave a gap.
+    """
+    if len(boxes) == 1 and boxes[0] == (0, 0, height, width):
+        return denoise
+    if len({box[2:] for box in boxes}) != 1:
+        raise ValueError(f"tiles must have one size, got {sorted({box[2:] for box in boxes})}")
+    weights = gaussian_weights(*boxes[0][2:])
+    total = torch.zeros(height, width, dtype=torch.float64)
+    for box in boxes:
+        if min(box) < 0 or box[0] + box[2] > height or box[1] + box[3] > width:
+            raise ValueError(f"tile {box} reaches outside of {height} x {width}")
+        _part(total, box).add_(weights)
+    if not bool((total > 0).all()):
+        raise ValueError(f"the tiles leave gaps in {height} x {width}")
+    parts = [denoise.tile(box) for box in boxes]
+    # shares in float64: a float32 quotient of two weights of 1e-11 would be off in its last digits
+    shares = [(weights / _part(total, box)).to(torch.float32) for box in boxes]
+
+    def run(latents: Tensor, sigma: Tensor) -> Tensor:
+        blended = torch.zeros_like(latents)
+        for box, part, share in zip(boxes, parts, shares, strict=True):
+            if cancelled is not None and cancelled():
+                raise Cancellation("cancelled between two tiles")
+            _part(blended, box).add_(part(_part(latents, box).contiguous(), sigma) * share.to(latents))
+        return blended
+
+    return run
+
+
+def _part(tensor: Tensor, box: Box) -> Tensor:
+    """The view of [..., h, w] inside a box."""
+    top, left, height, width = box
+    return tensor[..., top : top + height, left : left + width]

@@ -1,0 +1,155 @@
+"""What tiling costs: seam scores, tiles against the whole, memory at 8K. A line of JSON for each.
+
+    python tests/benchmarks/bench_tiles.py seams --model DIR --pictures DIR [--look OUT]
+    python tests/benchmarks/bench_tiles.py whole --model DIR --pictures DIR --side 2048
+    python tests/benchmarks/bench_tiles.py memory --side 8192 --steps 2
+
+Without --model: InstantIR's parts untrained on the nano prior, which has a trained model's shapes and costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from components.images import decode, encode_png
+from components.priors.sdxl import load_prior
+from components.randomness import generator
+from components.samplers.tiles import tile_boxes
+from components.systems import build_restorer
+from components.systems.instantir.network import InstantIR
+from components.systems.instantir.restorer import InstantIRRestorer
+from components.types import Image, Request, StepEvent
+
+RESAMPLER = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 16}  # instantir-dcp-nano's
+
+
+def nano_restorer(model: Path | None) -> InstantIRRestorer:
+    """A trained model's restorer, or one of the nano prior with fresh parts whose Aggregator is awake."""
+    if model is not None:
+        restorer = build_restorer(model)
+        assert isinstance(restorer, InstantIRRestorer)
+        return restorer
+    network = InstantIR(load_prior("nano"), RESAMPLER, {"rank": 16, "alpha": 16.0}, aggregator=True)
+    assert network.aggregator is not None
+    with torch.no_grad():
+        for name, parameter in network.aggregator.named_parameters():
+            if not bool(parameter.any()):  # the joins start at zero, and would hide what tiles do to them
+                values = generator(5, name).standard_normal(tuple(parameter.shape), dtype=np.float32)
+                parameter.copy_(0.02 * torch.from_numpy(values))
+    return InstantIRRestorer(network, {"steps": 4, "cfg_scale": 1.0})
+
+
+def seam_score(picture: Image, borders: tuple[list[int], list[int]], width: int = 2) -> float:
+    """Mean step across tile borders over the mean step `width` pixels beside them; 1 where nothing shows.
+
+    Args:
+        picture: uint8 [H, W, 3].
+        borders: rows and columns at which a tile begins or ends.
+    """
+    levels = picture.astype(np.float64)
+    at, beside = [], []
+    for axis, places in enumerate(borders):
+        steps = np.abs(np.diff(levels, axis=axis)).mean(axis=2)
+        for place in places:
+            line = [steps.take(i, axis=axis).mean() for i in (place - 1, place - 1 - width, place - 1 + width)]
+            at.append(line[0])
+            beside.append((line[1] + line[2]) / 2)
+    return float(np.mean(at) / max(np.mean(beside), 1e-9))
+
+
+def borders_of(height: int, width: int, tile_px: int, overlap: float, multiple_px: int) -> tuple[list[int], list[int]]:
+    """Rows and columns of a picture at which the restorer's tiles begin or end, its outer edges left out."""
+    padded = (height + -height % multiple_px, width + -width % multiple_px)
+    boxes = tile_boxes(*padded, (tile_px, tile_px), overlap, multiple_px)
+    rows = {edge for top, _, h, _ in boxes for edge in (top, top + h) if 2 < edge < height - 3}
+    columns = {edge for _, left, _, w in boxes for edge in (left, left + w) if 2 < edge < width - 3}
+    return sorted(rows), sorted(columns)
+
+
+def ramp(side: int) -> Image:
+    """A slow colour ramp, along which the smallest step shows."""
+    y, x = np.mgrid[0:side, 0:side] / (side - 1)
+    return np.rint(255 * np.stack([0.2 + 0.6 * x, 0.3 + 0.5 * y, 0.8 - 0.5 * (x + y) / 2], -1)).astype(np.uint8)
+
+
+SOURCES = (("sky", "hq/roman-colosseum.jpg", (0.2, 1.0)), ("texture", "hq/the-spices-of-life.jpg", (0.5, 0.5)))
+"""Name, file below the shared pictures, and where the square lies (0 first, 1 last row or column)."""
+
+
+def pictures_of(folder: Path | None, side: int) -> dict[str, Image]:
+    """Ramp, sky and texture; the real ones are half-height squares of shared photographs."""
+    pictures = {"ramp": ramp(side)}
+    for name, file, place in SOURCES if folder is not None else ():
+        assert folder is not None
+        image = decode((folder / file).read_bytes())
+        size = min(image.shape[:2]) // 2
+        top, left = (int(f * (length - size)) for f, length in zip(place, image.shape[:2], strict=True))
+        pictures[name] = cv2.resize(
+            image[top : top + size, left : left + size], (side, side), interpolation=cv2.INTER_CUBIC
+        )
+    return pictures
+
+
+def peak_mib() -> float:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["seams", "whole", "memory"])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--look", type=Path)
+    parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--tile", type=int, default=512)
+    parser.add_argument("--overlap", type=float, default=0.25)
+    parser.add_argument("--steps", type=int, default=4)
+    given = parser.parse_args(arguments)
+    restorer = nano_restorer(given.model)
+    options = {"steps": given.steps, "tile_px": given.tile, "tile_overlap": given.overlap}
+    multiple = restorer.network.prior.multiple_px
+    if given.what == "memory":
+        before = peak_mib()
+        start = time.perf_counter()
+        image = np.tile(ramp(1024), (-(-given.side // 1024), -(-given.side // 1024), 1))[: given.side, : given.side]
+
+        def tell(event: StepEvent) -> None:
+            print(f"step {event.step} of {event.of}: {peak_mib() - before:.0f} MiB", file=sys.stderr, flush=True)
+
+        restorer.restore([Request(key="large", image=image, options=options)], tell)
+        seconds = time.perf_counter() - start
+        yield {"what": "memory", "side": given.side, "steps": given.steps, "peak_above_weights_mib": peak_mib() - before,
+               "seconds": seconds}  # fmt: skip
+        return
+    for name, image in pictures_of(given.pictures, given.side).items():
+        asked = Request(key=name, image=image, seed=1, options=options)
+        tiles = restorer.restore([asked])[0].image
+        whole_options = {**options, "tile_px": given.side}
+        whole = restorer.restore([Request(key=name, image=image, seed=1, options=whole_options)])[0].image
+        borders = borders_of(given.side, given.side, given.tile, given.overlap, multiple)
+        difference = np.abs(tiles.astype(float) - whole)
+        row = {"what": given.what, "picture": name, "side": given.side, "tile": given.tile, "overlap": given.overlap,
+               "seam": seam_score(tiles, borders), "seam_of_the_whole": seam_score(whole, borders),
+               "mean_difference": float(difference.mean()), "p99": float(np.quantile(difference, 0.99))}  # fmt: skip
+        if given.look is not None:
+            given.look.mkdir(parents=True, exist_ok=True)
+            for kind, picture in (("lq", image), ("tiles", tiles), ("whole", whole)):
+                (given.look / f"{name}-{kind}.png").write_bytes(encode_png(picture))
+        yield row
+
+
+if __name__ == "__main__":
+    for line in main(sys.argv[1:]):
+        print(json.dumps(line), flush=True)

@@ -1,0 +1,192 @@
+"""From bytes to PNG bytes: output scale, transparency, grayness, orientation, profiles and references."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+from PIL import ImageCms
+
+from components.images import Limits, decode, decode_parts, encode_png, flattened, spread_colors
+from components.randomness import generator
+from components.restoring import Identity, Picture, parse_ask, restore_batch
+from components.types import Cancelled, OnStep, Request, Restored, SampleError
+
+IDENTITY = Identity(name="enlarger", system="none", recipe="none", digest="0" * 64)
+
+
+@dataclass
+class Enlarger:
+    """A restorer that enlarges and tints, and remembers what it was asked."""
+
+    asked: list[Request] = field(default_factory=list)
+
+    def restore(
+        self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
+    ) -> list[Restored]:
+        self.asked += requests
+        answers = []
+        for request in requests:
+            height, width = request.size or request.image.shape[:2]
+            image = cv2.resize(request.image, (width, height), interpolation=cv2.INTER_NEAREST)
+            tinted = np.clip(image.astype(int) + np.array((9, 0, -9)), 0, 255).astype(np.uint8)
+            answers.append(Restored(key=request.key, image=tinted))
+        return answers
+
+
+def photo(height: int = 24, width: int = 32, name: str = "photo") -> np.ndarray:
+    return generator(0, name).integers(40, 210, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image: np.ndarray | Pillow.Image, kind: str = "PNG", **options: Any) -> bytes:
+    target = io.BytesIO()
+    picture = image if isinstance(image, Pillow.Image) else Pillow.fromarray(image)
+    picture.save(target, kind, **options)
+    return target.getvalue()
+
+
+def result(data: bytes, restorer: Enlarger | None = None, reference: bytes = b"", **options: Any) -> Pillow.Image:
+    picture = Picture(key="a", data=data, seed=5, reference=reference)
+    (png,) = restore_batch(restorer or Enlarger(), IDENTITY, [picture], parse_ask(options))
+    if isinstance(png, SampleError):
+        raise png
+    return Pillow.open(io.BytesIO(png))
+
+
+def test_a_scale_multiplies_the_size() -> None:
+    assert result(encoded(photo())).size == (32, 24)
+    assert result(encoded(photo()), scale=2).size == (64, 48)
+    assert result(encoded(photo(25, 31)), scale=1.5).size == (46, 38)  # rounded half to even, as Python does
+    assert result(encoded(photo()), width=40, height=40).size == (40, 40)
+    ask = parse_ask({"scale": 3})
+    assert ask.document() == {"scale": 3.0} and ask.digest() != parse_ask({}).digest()
+    assert parse_ask({"scale": 1, "alpha": "keep"}).document() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 2, "width": 8, "height": 8}, "exclude each other"),
+        ({"scale": 0}, "scale must be a number from 0.0625 to 16"),
+        ({"scale": "big"}, "scale must be a number"),
+        ({"scale": True}, "scale must be a number"),
+        ({"alpha": "drop"}, "alpha must be one of keep, restore, flatten"),
+        ({"gray": "no"}, "gray must be one of keep, color"),
+    ],
+)
+def test_wrong_wishes_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_ask(options)
+
+
+def test_a_result_beyond_the_budget_is_refused_for_its_picture_alone() -> None:
+    ask = parse_ask({"scale": 4}, max_output_pixels=16 * 24 * 32)
+    pictures = [Picture(key=k, data=encoded(photo(h)), seed=0) for k, h in (("fits", 24), ("large", 25))]
+    fits, large = restore_batch(Enlarger(), IDENTITY, pictures, ask)
+    assert isinstance(fits, bytes)
+    assert isinstance(large, SampleError) and large.code == "too_large"
+    assert "128 x 100 pixels exceed max_output_pixels, which is 12288" in large.detail
+
+
+def test_transparency_comes_back_untouched() -> None:
+    alpha = generator(1, "alpha").integers(0, 256, (24, 32), dtype=np.uint8)
+    restorer = Enlarger()
+    picture = result(encoded(np.dstack([photo(), alpha])), restorer)
+    assert picture.mode == "RGBA" and np.array_equal(np.asarray(picture)[..., 3], alpha)
+    visible = alpha > 0
+    assert np.array_equal(restorer.asked[0].image[visible], photo()[visible])
+    assert np.asarray(result(encoded(np.dstack([photo(), alpha])), scale=2)).shape == (48, 64, 4)
+    flat = Enlarger()
+    assert result(encoded(np.dstack([photo(), alpha])), flat, alpha="flatten").mode == "RGB"
+    assert np.array_equal(flat.asked[0].image, decode(encoded(np.dstack([photo(), alpha]))))
+
+
+def test_transparency_can_be_restored_as_a_picture_of_its_own() -> None:
+    alpha = np.full((24, 32), 100, np.uint8)
+    restorer = Enlarger()
+    picture = result(encoded(np.dstack([photo(), alpha])), restorer, alpha="restore", prompt="a cat", scale=2)
+    assert [request.prompt for request in restorer.asked] == ["a cat", ""]
+    assert np.array_equal(restorer.asked[1].image, np.dstack([alpha] * 3)) and restorer.asked[1].seed == 5
+    assert picture.size == (64, 48)
+    # the restorer's tint of (+9, 0, -9) in luma: 0.299 * 9 - 0.114 * 9 = 1.7
+    assert np.abs(np.asarray(picture)[..., 3].astype(int) - 102).max() <= 1
+
+
+def test_a_gray_picture_stays_gray() -> None:
+    gray = photo()[..., 0]
+    for data in (encoded(gray), encoded(np.dstack([gray] * 3)), encoded(gray, "JPEG", quality=95)):
+        picture = result(data)
+        assert picture.mode == "L"
+        assert np.abs(np.asarray(picture).astype(int) - decode(data)[..., 0]).max() <= 2
+        assert result(data, gray="color").mode == "RGB"
+    veiled = Pillow.fromarray(np.dstack([gray, np.full_like(gray, 7)]), "LA")
+    assert result(encoded(veiled)).mode == "LA"
+    assert result(encoded(photo())).mode == "RGB"
+    wide = (gray.astype(np.uint16) * 257).astype(np.uint16)
+    assert result(encoded(wide)).mode == "L"
+
+
+def test_orientation_is_honoured_for_colours_and_transparency() -> None:
+    exif = Pillow.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    alpha = generator(1, "alpha").integers(1, 256, (24, 32), dtype=np.uint8)
+    data = encoded(np.dstack([photo(), alpha]), "PNG", exif=exif)
+    picture = result(data, scale=2)
+    assert picture.size == (48, 64) and picture.getexif().get(0x0112) is None
+    parts = decode_parts(data)
+    assert parts.alpha is not None
+    assert np.array_equal(parts.alpha, np.rot90(alpha, -1)) and np.array_equal(parts.image, np.rot90(photo(), -1))
+
+
+def test_profiles_are_converted_as_decode_does() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for kind, options in (("PNG", {"icc_profile": profile}), ("JPEG", {}), ("WEBP", {"lossless": True})):
+        data = encoded(photo(), kind, **options)
+        assert np.array_equal(decode_parts(data).image, decode(data))
+
+
+def test_parts_show_what_decode_shows() -> None:
+    alpha = generator(1, "alpha").integers(0, 3, (24, 32), dtype=np.uint8) * 127
+    for image in (np.dstack([photo(), alpha]), photo(), photo()[..., 0], np.dstack([photo()[..., 0], alpha])):
+        data = encoded(image)
+        parts = decode_parts(data)
+        assert np.array_equal(flattened(parts), decode(data))
+        assert (parts.alpha is not None) == (image.ndim == 3 and image.shape[2] in (2, 4))
+        again = decode_parts(encode_png(image))
+        assert np.array_equal(flattened(again), decode(data))
+
+
+def test_hidden_colours_do_not_bleed() -> None:
+    image = np.zeros((40, 60, 3), np.uint8)  # black lies under the transparency, as editors leave it
+    image[:, :20] = (200, 40, 90)
+    alpha = np.zeros((40, 60), np.uint8)
+    alpha[:, :20] = 255
+    assert (spread_colors(image, alpha) == (200, 40, 90)).all()
+    assert (spread_colors(image, np.zeros_like(alpha)) == 255).all()
+    assert spread_colors(image, np.full_like(alpha, 1)) is image
+    mixed = spread_colors(photo(), (photo()[..., 0] > 100).astype(np.uint8))
+    seen = photo()[..., 0] > 100
+    assert np.array_equal(mixed[seen], photo()[seen])
+    low, high = photo()[seen].min(), photo()[seen].max()
+    assert mixed.min() >= low and mixed.max() <= high
+
+
+def test_a_reference_reaches_the_restorer_and_the_record() -> None:
+    restorer = Enlarger()
+    picture = result(encoded(photo()), restorer, encoded(photo(10, 12, "other")))
+    assert restorer.asked[0].reference is not None
+    assert np.array_equal(restorer.asked[0].reference, photo(10, 12, "other"))
+    assert len(picture.text["reference_sha256"]) == 64  # type: ignore[attr-defined]
+    with pytest.raises(SampleError, match="of the reference") as raised:
+        result(encoded(photo()), reference=b"<html>")
+    assert raised.value.code == "not_image"
+    limits = Limits(max_pixels=500)
+    bad = Picture(key="a", data=encoded(photo(10, 10)), seed=0, reference=encoded(photo()))
+    (answer,) = restore_batch(Enlarger(), IDENTITY, [bad], parse_ask({}), limits)
+    assert isinstance(answer, SampleError) and answer.code == "too_large"

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from components.options import OptionCheck
 from components.recipes import Recipe
+from components.systems.instantir import released as instantir_released
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.prior_recipe import PriorRecipe
+from components.systems.weights_io import Exported, Imported, Shapes, WeightsIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,7 @@ class System:
         measure: (objective, held-out batches) -> numbers for the model card; None for none.
         build_restorer: (model folder, keyword options) -> restorer; None where the system restores nothing by itself.
         check_options: judges and types a request's options without torch; None as build_restorer.
+        weights: reads and writes the weights that its authors published; None where there are none.
     """
 
     recipe: type[Recipe]
@@ -41,6 +44,7 @@ class System:
     measure: Callable[..., dict[str, float]] | None = None
     build_restorer: Callable[..., Restorer] | None = None
     check_options: OptionCheck | None = None
+    weights: WeightsIO | None = None
 
 
 # torch is imported by the builders, not here: listing recipes must stay fast
@@ -86,6 +90,24 @@ def _instantir_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return check_options(given)
 
 
+def _instantir_import(*args: Any, **kwargs: Any) -> Imported:
+    from components.systems.instantir.weights import import_weights
+
+    return import_weights(*args, **kwargs)
+
+
+def _instantir_export(*args: Any, **kwargs: Any) -> Exported:
+    from components.systems.instantir.weights import export_weights
+
+    return export_weights(*args, **kwargs)
+
+
+def _instantir_layout(*args: Any, **kwargs: Any) -> Shapes:
+    from components.systems.instantir.weights import expected_layout
+
+    return expected_layout(*args, **kwargs)
+
+
 SYSTEMS: dict[str, System] = {
     "prior": System(
         recipe=PriorRecipe,
@@ -103,6 +125,16 @@ SYSTEMS: dict[str, System] = {
         look=_instantir_look,
         build_restorer=_instantir_restorer,
         check_options=_instantir_options,
+        weights=WeightsIO(
+            published=instantir_released.PUBLISHED,
+            files=instantir_released.RELEASED,
+            spellings=instantir_released.SPELLINGS,
+            check_sizes=instantir_released.check_sizes,
+            find=instantir_released.find_files,
+            import_weights=_instantir_import,
+            export_weights=_instantir_export,
+            layout=_instantir_layout,
+        ),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""InstantIR's released files in and out: the published layout and counts, both ways to the byte, and every fault told."""
+"""InstantIR's released files in and out: the published layout and counts, to the byte, and every fault told."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_a_lora_given_twice_or_of_another_rank(golden, place) -> None:  # type: 
         import_weights(files, None, write=False, **given)
     files, given = place()
     given["sizes"] = {**given["sizes"], "lora": {"rank": 32}}
-    with pytest.raises(ModelError, match="looks like lora.rank=64: give these as KEY=VALUE"):
+    with pytest.raises(ModelError, match=r"looks like lora\.rank=64: give these as KEY=VALUE"):
         import_weights(files, None, write=False, **given)
 
 
@@ -408,7 +408,7 @@ def test_truncated_files_are_named(golden, tmp_path: Path) -> None:  # type: ign
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     torch.save({"epoch": torch.zeros(1), "weights": torch.zeros(2)}, tmp_path / "x.pt")
-    with pytest.raises(WeightsFileError, match="neither adapter, nor aggregator, nor LoRA.* epoch, weights"):
+    with pytest.raises(WeightsFileError, match=r"neither adapter, nor aggregator, nor LoRA.* epoch, weights"):
         import_weights([tmp_path / "x.pt"], None, write=False)
     torch.save({"image_proj": [1, 2]}, tmp_path / "y.pt")
     with pytest.raises(WeightsFileError, match="image_proj holds list"):
@@ -425,7 +425,7 @@ def test_two_files_for_one_part_are_refused(golden, place) -> None:  # type: ign
     shutil.copy(files[0], files[0].with_name("adapter_ckpt.pt"))
     with pytest.raises(ValueError, match=r"adapter.pt and adapter_ckpt.pt, both for the perceptor"):
         find_files(files[0].parent)
-    with pytest.raises(ValueError, match="looked for adapter.pt, adapter_ckpt.pt"):
+    with pytest.raises(ValueError, match=r"looked for adapter\.pt, adapter_ckpt\.pt"):
         find_files(files[0].parent.parent / "dino")
 
 
@@ -434,9 +434,9 @@ def test_sizes_are_judged_by_name_and_type() -> None:
         "resampler": {"dim": 48},
         "lora": {"alpha": 2.0},
     }
-    with pytest.raises(ValueError, match='Did you mean "resampler.num_queries"'):
+    with pytest.raises(ValueError, match=r'Did you mean "resampler\.num_queries"'):
         check_sizes({"resampler": {"num_querys": 3}})
-    with pytest.raises(ValueError, match="lora.rank must be positive"):
+    with pytest.raises(ValueError, match=r"lora\.rank must be positive"):
         check_sizes({"lora": {"rank": 0}})
 
 

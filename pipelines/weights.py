@@ -89,28 +89,35 @@ def import_weights(
     folder = out or weights_folder() / system
     from components.models import ModelError
 
-    options = {"prior": _as_place(prior), "image_encoder": _as_place(image_encoder), "sizes": sizes, "licence": licence}
-    try:
-        plan = weights.import_weights(files, folder, write=False, **options)
+    before: list[str] = []
+
+    def proceed(plan: Imported) -> bool:
         if dry_run:
-            return plan
-        if _check_target(folder, system, plan, overwrite):
-            return weights_as_imported(folder, plan)
-        _check_room(folder, files)
-        return weights.import_weights(files, folder, progress=progress, **options)
+            return False
+        before.extend(_imported_before(folder, system, plan, overwrite))
+        if not before:
+            _check_room(folder, files)
+        return not before
+
+    try:
+        result = weights.import_weights(
+            files,
+            folder,
+            prior=_as_place(prior),
+            image_encoder=_as_place(image_encoder),
+            sizes=sizes,
+            licence=licence,
+            proceed=proceed,
+            progress=progress,
+        )
     except ModelError as error:
         raise Failure(str(error)) from error
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def weights_as_imported(folder: Path, plan: Imported) -> Imported:
-    """The import that an earlier run finished."""
-    from components.models import load_model
-
-    model = load_model(folder)
-    notes = (*plan.notes, "imported before from the same files: nothing was done")
-    return dataclasses.replace(plan, model=str(folder), digest=model.digest, notes=notes)
+    if not before:
+        return result
+    notes = (*result.notes, "imported before from the same files: nothing was done")
+    return dataclasses.replace(result, model=str(folder), digest=before[0], notes=notes)
 
 
 def export_weights(
@@ -193,12 +200,16 @@ def layout_lines(shapes: Shapes) -> list[str]:
     return lines
 
 
-def _check_target(folder: Path, system: str, plan: Imported, overwrite: bool) -> bool:
-    """Whether these files were imported there before. Raises UsageError where something else is in the way."""
+def _imported_before(folder: Path, system: str, plan: Imported, overwrite: bool) -> list[str]:
+    """The digest of the model that these files were made into there before, whole; else nothing.
+
+    Raises:
+        UsageError: something else is in the way.
+    """
     from components.models import ModelError, file_sha256, load_model
 
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
+        return []
     try:
         model: Model | None = load_model(folder) if (folder / "model.json").is_file() else None
     except ModelError:
@@ -207,15 +218,13 @@ def _check_target(folder: Path, system: str, plan: Imported, overwrite: bool) ->
         raise UsageError(f"{folder} is there and is no model folder: choose another --out.")
     digests = {source.file: f"sha256:{source.sha256}" for source in plan.sources}
     same = model.info["system"] == system and model.info.get("parents") == digests and model.info["prior"] == plan.prior
-    parts = model.info["parts"].values()
-    files = [(model.path / part["file"], part["sha256"]) for part in parts]
-    if same and not overwrite and all(path.is_file() and file_sha256(path) == digest for path, digest in files):
-        return True
     if not same and not overwrite:
         raise UsageError(
             f"{folder} holds another model ({model.info['name']}): choose another --out, or give --overwrite."
         )
-    return False
+    parts = [(model.path / part["file"], part["sha256"]) for part in model.info["parts"].values()]
+    whole = all(path.is_file() and file_sha256(path) == digest for path, digest in parts)
+    return [model.digest] if same and whole and not overwrite else []
 
 
 def _check_room(folder: Path, files: Sequence[Path]) -> None:

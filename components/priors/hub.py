@@ -222,19 +222,20 @@ def variant_of(folder: Path, stem: str, precision: Precision) -> str:
 
 def _load(cls: Any, folder: Path, stem: str, precision: Precision) -> nn.Module:
     variant = variant_of(folder, stem, precision)
-    # diffusers and transformers name the argument differently
-    dtype = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
     try:
         model, info = cls.from_pretrained(
             folder,
             variant=variant or None,
             use_safetensors=True,
             output_loading_info=True,
-            **{dtype: DTYPES[precision]},
+            dtype=DTYPES[precision],
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be loaded ({_reason(error)})") from error
-    faults = [f"{kind} {sorted(map(str, info[kind]))}" for kind in ("missing_keys", "mismatched_keys") if info[kind]]
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    # older files of text encoders carry their position numbers, which are no weights
+    found = {kind: sorted(str(key) for key in info[kind] if not str(key).endswith("position_ids")) for kind in kinds}
+    faults = [f"{kind.replace('_', ' ')} {keys}" for kind, keys in found.items() if keys]
     if faults:  # both libraries would go on with random numbers in their place
         raise ModelError(f"{folder}: the weights do not fit its configuration: {'; '.join(faults)}")
     return model  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ class WeightsSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What an import did, or with `write=False` would do.
+    """What an import did, or would do.
 
     Attributes:
         model: the model folder; None where nothing was written. digest: its digest.
@@ -66,7 +66,8 @@ class WeightsIO:
         published: where the authors' weights are, in words.
         files: names of the released files by part.
         check_sizes: judges and types KEY=VALUE sizes without torch; raises ValueError.
-        import_weights: (files, out or None, prior=, image_encoder=, sizes=, name=, licence=, write=) -> Imported.
+        import_weights: (files, out or None, prior=, image_encoder=, sizes=, name=, licence=, proceed=, progress=)
+            -> Imported; `proceed` is asked after the checks and before anything is written.
         export_weights: (model folder, target folder, spelling=, form=, write=) -> Exported.
         layout: (prior=, image_encoder=, sizes=) -> every key and shape.
         spellings: choices of `spelling`, the default first.

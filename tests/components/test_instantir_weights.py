@@ -289,7 +289,7 @@ def test_an_adapter_without_modulation_gets_none(golden, place, tmp_path: Path) 
     plain["1.ln_k_ip.linear.bias"] = golden["ip_adapter"]["1.ln_k_ip.linear.bias"]
     files, given = place(tensors={"adapter.pt": {"image_proj": golden["image_proj"], "ip_adapter": plain}})
     with pytest.raises(ModelError, match=f"{len(added) - 1} missing: ip_adapter.1.ln_k_ip.linear.weight, "):
-        import_weights(files, None, write=False, **given)
+        import_weights(files, None, **given)
 
 
 def test_all_faults_of_all_files_are_told_at_once(golden, place) -> None:  # type: ignore[no-untyped-def]
@@ -305,7 +305,7 @@ def test_all_faults_of_all_files_are_told_at_once(golden, place) -> None:  # typ
     adapter = {"image_proj": image_proj, "ip_adapter": golden["ip_adapter"]}
     files, given = place(tensors={"adapter.pt": adapter, "aggregator.pt": aggregator})
     with pytest.raises(ModelError) as caught:
-        import_weights(files, None, write=False, **given)
+        import_weights(files, None, **given)
     first, second = str(caught.value).splitlines()
     assert "adapter.pt" in first and "aggregator.pt" in second
     assert "2 missing: image_proj.proj_in.bias, image_proj.norm_out.weight" in first
@@ -321,11 +321,11 @@ def test_a_lora_given_twice_or_of_another_rank(golden, place) -> None:  # type: 
     twice = {**golden["lora"], key.replace(".lora.down.", ".lora_A."): golden["lora"][key]}
     files, given = place(tensors={"previewer_lora_weights.bin": twice})
     with pytest.raises(ModelError, match="name the same tensor"):
-        import_weights(files, None, write=False, **given)
+        import_weights(files, None, **given)
     files, given = place()
     given["sizes"] = {**given["sizes"], "lora": {"rank": 32}}
     with pytest.raises(ModelError, match=r"looks like lora\.rank=64: give these as KEY=VALUE"):
-        import_weights(files, None, write=False, **given)
+        import_weights(files, None, **given)
 
 
 def test_alpha_in_a_lora_file_is_kept(golden, place, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -337,7 +337,7 @@ def test_alpha_in_a_lora_file_is_kept(golden, place, tmp_path: Path) -> None:  #
     alphas[f"{layers[0]}.alpha"] = torch.tensor(4.0)
     files, given = place(tensors={"previewer_lora_weights.bin": {**golden["lora"], **alphas}})
     with pytest.raises(ModelError, match=r"alpha differs between layers: \[4.0, 8.0\]"):
-        import_weights(files, None, write=False, **given)
+        import_weights(files, None, **given)
 
 
 def test_a_partial_set_says_what_is_missing(golden, place, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -350,7 +350,7 @@ def test_a_partial_set_says_what_is_missing(golden, place, tmp_path: Path) -> No
     with pytest.raises(ModelError, match="restoring needs aggregator too"):
         build_restorer(tmp_path / "m")
     with pytest.raises(ModelError, match=r"no adapter among .*previewer_lora_weights.bin.* adapter.pt"):
-        import_weights([f for f in files if "lora" in f.name], None, write=False, **given)
+        import_weights([f for f in files if "lora" in f.name], None, **given)
 
 
 # -- files that are not what they should be ----------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_truncated_files_are_named(golden, tmp_path: Path) -> None:  # type: ign
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     torch.save({"epoch": torch.zeros(1), "weights": torch.zeros(2)}, tmp_path / "x.pt")
     with pytest.raises(WeightsFileError, match=r"neither adapter, nor aggregator, nor LoRA.* epoch, weights"):
-        import_weights([tmp_path / "x.pt"], None, write=False)
+        import_weights([tmp_path / "x.pt"], None)
     torch.save({"image_proj": [1, 2]}, tmp_path / "y.pt")
     with pytest.raises(WeightsFileError, match="image_proj holds list"):
         read_tensors(tmp_path / "y.pt")

@@ -67,19 +67,19 @@ def import_weights(
     sizes: Mapping[str, Any] | None = None,
     name: str = "",
     licence: str = "",
-    write: bool = True,
+    proceed: Callable[[Imported], bool] = lambda plan: True,
     progress: Callable[[int, int, str], None] = lambda done, of, note: None,
 ) -> Imported:
     """Turn released files into a model folder.
 
     Args:
         files: one to three files; which is which is seen by the keys inside.
-        out: the folder to make; replaced as a whole, at the end.
+        out: the folder to make; replaced as a whole, at the end. None only checks.
         prior, image_encoder: what the weights sit on; default: what a sidecar says, else SDXL base and DINOv2-large.
         sizes: see released.check_sizes; default: what a sidecar says, else the published sizes.
         name: of the model; default: the folder's.
         licence: replaces what is said of the weights' licence.
-        write: False checks everything and writes nothing.
+        proceed: asked once everything was checked, with what would be imported; False writes nothing.
         progress: told (files done, files, file).
 
     Raises:
@@ -122,19 +122,12 @@ def import_weights(
         permitted_use=said.get("permitted_use") or _permitted_use(expected.shape),
         metrics=said.get("metrics") or {},
     )
-    model = None
-    if write:
-        if out is None:
-            raise ValueError("an import that writes needs a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        model = save_model(out, card, {f.part: {k: tensor for k, (_, tensor) in f.tensors.items()} for f in read})
-    progress(len(read), len(read), "")
     notes = [note for file in read for note in file.notes]
     if expected.shape.note:
         notes.append(f"{expected.shape.note}; bring them before restoring")
-    return Imported(
-        model=str(model.path) if model else None,
-        digest=model.digest if model else "",
+    result = Imported(
+        model=None,
+        digest="",
         sources=tuple(sources),
         prior=card.prior or {},
         licence=card.licence,
@@ -142,6 +135,12 @@ def import_weights(
         missing=tuple(f"{part} ({RELEASED[part]})" for part in PARTS if part not in present),
         notes=tuple(notes),
     )
+    if out is not None and proceed(result):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        model = save_model(out, card, {f.part: {k: tensor for k, (_, tensor) in f.tensors.items()} for f in read})
+        result = replace(result, model=str(model.path), digest=model.digest)
+    progress(len(read), len(read), "")
+    return result
 
 
 def export_weights(

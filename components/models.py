@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from components.naming import did_you_mean
+from components.places import stored_models, weights_folder
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "priors" / "weights"
@@ -57,6 +58,10 @@ class Model:
             raise ModelError(f"{self.path}: part {name!r} does not have the sha256 that model.json names")
         return load_file(file)
 
+    def parts(self) -> Mapping[str, dict[str, Tensor]]:
+        """All parts by name; each is checked and loaded when it is looked up, and kept by nobody."""
+        return _Parts(self)
+
     def file(self, name: str) -> Path:
         """Path of a small text file that came with the model, after its sha256 was checked.
 
@@ -69,6 +74,24 @@ class Model:
         if file_sha256(path) != self.info["files"][name]:
             raise ModelError(f"{self.path}: file {name!r} does not have the sha256 that model.json names")
         return path
+
+
+class _Parts(Mapping[str, dict[str, Tensor]]):
+    """A model's parts, one in memory at a time."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        if name not in self.model.info["parts"]:
+            raise KeyError(name)
+        return self.model.part(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model.info["parts"])
+
+    def __len__(self) -> int:
+        return len(self.model.info["parts"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +127,7 @@ def save_model(
     Args:
         path: the folder to make.
         card: everything but the parts.
-        parts: tensors by key, by part.
+        parts: tensors by key, by part; each part is looked up once, in turn, so a lazy mapping needs memory for one.
         files: text files by name.
         half: store floating point tensors as float16.
     """
@@ -112,11 +135,10 @@ def save_model(
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "parts").mkdir(parents=True)
     listed: dict[str, dict[str, str]] = {}
-    for name, tensors in sorted(parts.items()):
-        file = temporary / "parts" / f"{name}.safetensors"
-        # sorted and cloned: equal tensors give equal bytes, and views of one storage are allowed
-        stored = {key: _stored(tensors[key], half) for key in sorted(tensors)}
-        save_file(stored, file)
+    for name in sorted(parts):
+        tensors, file, seen = parts[name], temporary / "parts" / f"{name}.safetensors", set[int]()
+        # sorted: equal tensors give equal bytes
+        save_file({key: _stored(tensors[key], half, seen) for key in sorted(tensors)}, file)
         listed[name] = {"file": f"parts/{name}.safetensors", "sha256": file_sha256(file)}
     texts: dict[str, str] = {}
     for name, text in (files or {}).items():
@@ -137,21 +159,32 @@ def save_model(
     return load_model(path)
 
 
-def _stored(tensor: Tensor, half: bool) -> Tensor:
-    tensor = tensor.detach().to("cpu", copy=True).contiguous()
-    return tensor.half() if half and tensor.is_floating_point() else tensor
+def _stored(tensor: Tensor, half: bool, seen: set[int]) -> Tensor:
+    """As safetensors takes it; copied only where several tensors share memory, since parts can be gigabytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    if half and tensor.is_floating_point():
+        tensor = tensor.half()
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+        tensor = tensor.clone()
+    seen.add(tensor.untyped_storage().data_ptr())
+    return tensor
 
 
 def resolve_model(name: str | Path) -> Path:
-    """A model folder's path from a path or a shipped name. ModelError says the near or known names."""
-    path = Path(name)
-    if (path / "model.json").is_file():
-        return path
-    shipped = SHIPPED / str(name)
-    if (shipped / "model.json").is_file():
-        return shipped
-    near = did_you_mean(str(name), (p.parent.name for p in SHIPPED.glob("*/model.json")))
-    raise ModelError(f"{name}: neither a model folder (it would hold model.json) nor a shipped model. {near}")
+    """A model folder's path from a path, a shipped name or a name below RESTORAY_HOME/weights.
+
+    Raises:
+        ModelError: says what was looked at, and the near or known names.
+    """
+    for path in (Path(name), SHIPPED / str(name), weights_folder() / str(name)):
+        if (path / "model.json").is_file():
+            return path
+    near = did_you_mean(str(name), [*(p.parent.name for p in SHIPPED.glob("*/model.json")), *stored_models()])
+    raise ModelError(
+        f"{name}: neither a model folder (it would hold model.json) nor a shipped model, "
+        f"and none in {weights_folder()}. {near}"
+    )
 
 
 def load_model(name: str | Path) -> Model:

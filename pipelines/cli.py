@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from pipelines.cli_support import (
+    Command,
+    build_options,
     complete_captioner,
     complete_plan,
     complete_preset,
@@ -32,6 +33,7 @@ from pipelines.cli_support import (
     plan_lines,
     yaml_text,
 )
+from pipelines.cli_weights import weights
 from pipelines.console import Console
 from pipelines.errors import (
     EXIT_FAILURE,
@@ -55,22 +57,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Command(TyperCommand):
-    """A verb whose mistyped option dies with the near one named, as every other name does."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words after the verb."""
-        try:
-            return super().parse_args(ctx, args)
-        except Exception as error:  # the parser's own classes are private to typer
-            near = getattr(error, "possibilities", None)
-            if not near:
-                raise
-            raise UsageError(
-                f'no such option "{getattr(error, "option_name", "")}". Did you mean "{near[0]}"?'
-            ) from error
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes for this run only.")]
@@ -297,6 +283,8 @@ def restore(
     reference: Annotated[
         Path | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
     as_json: Json = False,
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the restorer's options."""
@@ -305,13 +293,22 @@ def restore(
     from pipelines.stages import check_options
 
     console = Console(silent=as_json)
-    options = parse_options(overrides or [])
+    options, build = parse_options(overrides or []), build_options(device, precision)
     list_pictures(source, out)
     folder, identity = model_identity(local_model(model))
     check_options(identity.system, options)
+    gpus = float(device == "cuda")
     with local_ray(), console.bar("restore") as progress:
         result = restore_folder(
-            folder, source, out, options=options, seed=seed, progress=progress, references=reference
+            folder,
+            source,
+            out,
+            options=options,
+            seed=seed,
+            progress=progress,
+            references=reference,
+            build_options=build,
+            num_gpus=gpus,
         )
     line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
     console.result(plain(result), [line])
@@ -457,6 +454,9 @@ def report(
     target = out or run_dir / "report.html"
     write_report(run_dir, target)
     Console(silent=as_json).result({"report": str(target)}, [str(target)])
+
+
+app.add_typer(weights)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

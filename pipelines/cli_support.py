@@ -8,14 +8,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand
 
 from pipelines.console import Console
-from pipelines.errors import EXIT_QUARANTINED, RestorayError, UsageError
+from pipelines.errors import EXIT_QUARANTINED, RestorayError, UsageError, unknown
 
 if TYPE_CHECKING:
     from components.corpora import CaptionSpec
     from pipelines.curate import CurateResult
     from pipelines.plans import PlanResult
+
+
+class Command(TyperCommand):
+    """A verb whose mistyped option dies with the near one named, as every other name does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words after the verb."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # the parser's own classes are private to typer
+            near = getattr(error, "possibilities", None)
+            if not near:
+                raise
+            raise UsageError(
+                f'no such option "{getattr(error, "option_name", "")}". Did you mean "{near[0]}"?'
+            ) from error
 
 
 # -- completion ------------------------------------------------------------------------------------------------------
@@ -109,6 +126,18 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         if "=" not in pair or pair.startswith("="):
             raise UsageError(f'"{pair}" is not key=value.')
     return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs))).items()}  # type: ignore[union-attr]
+
+
+def build_options(device: str, precision: str) -> dict[str, Any]:
+    """How a restorer is built, without what is the default anyway: records of earlier jobs say nothing of it.
+
+    Raises:
+        UsageError: a name that does not exist.
+    """
+    for kind, name, known in (("device", device, ("cpu", "cuda")), ("precision", precision, ("fp32", "bf16", "fp16"))):
+        if name not in known:
+            raise unknown(kind, name, known)
+    return {k: v for k, v, usual in (("device", device, "cpu"), ("precision", precision, "fp32")) if v != usual}
 
 
 def caption_spec(model: str, options: Mapping[str, Any]) -> CaptionSpec:

@@ -5,20 +5,11 @@ Nothing is read or made at import; folders are made by whoever writes to them.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-HOME_VARIABLE = "RESTORAY_HOME"
-
-
-def home() -> Path:
-    """The folder for weights, caches and runs: $RESTORAY_HOME, else ~/.restoray."""
-    return Path(os.environ.get(HOME_VARIABLE) or "~/.restoray").expanduser().absolute()
-
-
-def weights_folder() -> Path:
-    """Downloaded and imported weights."""
-    return home() / "weights"
+from components.places import HOME_VARIABLE as HOME_VARIABLE
+from components.places import home as home
+from components.places import weights_folder as weights_folder
 
 
 def cache_folder() -> Path:

@@ -2,7 +2,8 @@
 
     <out>/KEY.png             results; text chunks say how each was made
     <out>/records.jsonl       a line per result: key, source, source_sha256, output, output_sha256, width, height,
-                              seconds, seed, model_digest, options_digest, and reference_sha256 where there is one
+                              seconds, seed, model_digest, options_digest, reference_sha256 where there is one, and build
+                              (device and precision, if unusual)
     <out>/quarantine.jsonl    a line per picture that could not be restored: key, source, stage, code, detail,
                               bytes_sha256
 
@@ -189,6 +190,7 @@ def restore_folder(
             "out": str(job.out),
             "threads": threads,
             "others": actors - 1,
+            "build": dict(build_options or {}),
         }
         if on_ray:
             answers = _through_ray(rows, worker, batch_size, actors, num_gpus)
@@ -350,8 +352,9 @@ class RestoreWorker:
         out: str,
         threads: int = THREADS,
         others: int = 0,
+        build: Mapping[str, Any] | None = None,
     ) -> None:
-        self.factory, self.identity, self.ask, self.limits = factory, identity, ask, limits
+        self.factory, self.identity, self.ask, self.limits, self.build = factory, identity, ask, limits, build or {}
         self.out, self.threads, self.others = Path(out), threads, others
         self.restorer: Restorer | None = None
         self.broken = ""
@@ -428,7 +431,7 @@ class RestoreWorker:
             hashlib.sha256(data).hexdigest(),
             hashlib.sha256(reference).hexdigest() if reference else None,
         )
-        if tuple(record.get(name) for name in names) != wanted:
+        if tuple(record.get(name) for name in names) != wanted or (record.get("build") or {}) != self.build:
             return False
         try:
             return hashlib.sha256((self.out / record["output"]).read_bytes()).hexdigest() == record["output_sha256"]
@@ -469,6 +472,7 @@ class RestoreWorker:
             "seed": picture.seed,
             "model_digest": self.identity.digest,
             "options_digest": self.ask.digest(),
+            **({"build": self.build} if self.build else {}),
         }
         if picture.reference:
             row["reference_sha256"] = hashlib.sha256(picture.reference).hexdigest()

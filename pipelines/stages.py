@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.places import stored_models, weights_folder
 from pipelines.console import Console, Progress
 from pipelines.errors import Failure, UsageError, unknown
 from pipelines.home import package_folder
@@ -173,7 +174,7 @@ def check_degradation(preset: str, options: Mapping[str, Any]) -> None:
 
 def check_start(key: str, name: str) -> None:
     """Raises UsageError unless weights are a shipped model, something that exists, or a hub id (owner/name)."""
-    known = [path.parent.name for path in shipped_weights().glob("*/model.json")]
+    known = [*(path.parent.name for path in shipped_weights().glob("*/model.json")), *stored_models()]
     if name not in known and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise unknown(key, name, known)
 
@@ -245,7 +246,7 @@ def train_identity(settings: TrainSettings, recipe: Any, images: Path | None) ->
         start = str(getattr(recipe, name, "") or "")
         if not start:
             continue
-        for folder in (Path(start), shipped_weights() / start):
+        for folder in (Path(start), shipped_weights() / start, weights_folder() / start):
             if (folder / "model.json").is_file():
                 identity[name] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
                 break

@@ -486,7 +486,7 @@ def _write_model(
         name=recipe.name,
         system=recipe.system,
         recipe=identity(recipe),
-        prior={"id": prior.name, "digest": prior.digest} if prior is not None and recipe.system != "prior" else None,
+        prior=prior.source if prior is not None and recipe.system != "prior" else None,
         config=objective.config,
         parents={k: v.digest for k, v in parents.items()},
         data_manifest_digest=",".join(f"{k}:{v}" for k, v in sorted(inputs.data_digests.items())),

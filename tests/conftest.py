@@ -41,6 +41,16 @@ def images_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Facts of the papers and releases: layouts and costs as JSON."""
+    folder = ROOT.parent / "shared" / "reference"
+    if not folder.is_dir():
+        ABSENT.add(f"reference ({folder})")
+        pytest.skip(f"shared data is absent: looked at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The top of the checkout."""
     return ROOT

@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from components.models import SHIPPED, Model, ModelError, load_model, load_strictly
 from components.priors.autoencoder import SpaceToDepthAutoencoder
+from components.priors.hub import DTYPES, Precision, load_sdxl
+from components.priors.sdxl_config import DINOV2
 from components.samplers.schedules import Schedule
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-DINOV2 = "facebook/dinov2-large"  # InstantIR's choice (reference/instantir.md section 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class Prior:
         image_encoder: Dinov2Model; its last hidden state (class token first) is what the perceptor sees.
         schedule: the noise schedule it was trained with.
         view: how pictures are prepared for the image encoder.
+        image_encoder_name: folder or hub id of the image encoder, where it does not come with the prior.
     """
 
     name: str
@@ -64,6 +65,13 @@ class Prior:
     image_encoder: nn.Module
     schedule: Schedule
     view: ImageView = field(default_factory=ImageView)
+    image_encoder_name: str = ""
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What finds the prior again; a model trained on it records this."""
+        found = {"id": self.name, "digest": self.digest}
+        return found | ({"image_encoder": self.image_encoder_name} if self.image_encoder_name else {})
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -105,6 +113,22 @@ class Prior:
             module.to(device)
         return self
 
+    def in_precision(self, precision: Precision) -> Prior:
+        """Cast the networks; the autoencoder stays in fp32 unless it says that half precision does it no harm.
+
+        Latents and pictures stay in fp32 whatever the networks compute in: `encode` and `decode` answer in the type
+        that they are given.
+        """
+        for name, module in self.modules.items():
+            if name != "autoencoder" or not self._upcasts:
+                module.to(DTYPES[precision])
+        return self
+
+    @property
+    def _upcasts(self) -> bool:
+        config = getattr(self.autoencoder, "config", {})
+        return bool(config.get("force_upcast", True))
+
     def freeze(self) -> Prior:
         """Evaluation mode, no gradients."""
         for module in self.modules.values():
@@ -118,15 +142,20 @@ class Prior:
         """
         if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
             return self.autoencoder.encode(images)
-        found = self.autoencoder.encode(images).latent_dist  # type: ignore[operator]
-        latents = found.mode() if noise is None else found.mean + found.std * noise.to(found.mean)
-        return latents * self.autoencoder.config["scaling_factor"]  # type: ignore[index]
+        with torch.autocast(images.device.type, enabled=False):
+            seen = images.to(next(self.autoencoder.parameters()).dtype)
+            found = self.autoencoder.encode(seen).latent_dist  # type: ignore[operator]
+            latents = found.mode() if noise is None else found.mean + found.std * noise.to(found.mean)
+        return latents.to(images.dtype) * self.autoencoder.config["scaling_factor"]  # type: ignore[index]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> pictures [B, 3, H, W], not clipped."""
         if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
             return self.autoencoder.decode(latents)
-        return self.autoencoder.decode(latents / self.autoencoder.config["scaling_factor"]).sample  # type: ignore
+        with torch.autocast(latents.device.type, enabled=False):
+            scaled = latents / self.autoencoder.config["scaling_factor"]  # type: ignore[index]
+            images = self.autoencoder.decode(scaled.to(next(self.autoencoder.parameters()).dtype)).sample  # type: ignore
+        return images.to(latents.dtype)
 
     def embed_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> (token embeddings [B, L, D], pooled [B, P]): both penultimate layers joined (SDXL)."""
@@ -164,12 +193,13 @@ class Prior:
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, N, D], class token first, after the final norm."""
-        return self.image_encoder(pixel_values=self.view_images(images)).last_hidden_state
+        seen = self.view_images(images).to(next(self.image_encoder.parameters()).dtype)
+        return self.image_encoder(pixel_values=seen).last_hidden_state
 
     def null_image_tokens(self, batch: int) -> Tensor:
         """Tokens of "no picture": an all-zero normalised input (the mean colour) through the encoder."""
         crop = self.view.crop_px
-        blank = torch.zeros(1, 3, crop, crop, device=self.device)
+        blank = torch.zeros(1, 3, crop, crop, device=self.device, dtype=next(self.image_encoder.parameters()).dtype)
         return self.image_encoder(pixel_values=blank).last_hidden_state.expand(batch, -1, -1)
 
     def time_ids(self, sizes: Tensor) -> Tensor:
@@ -177,26 +207,30 @@ class Prior:
         return sizes.to(self.device, torch.float32)
 
 
-def load_prior(name: str | Path, device: str = "cpu", image_encoder: str = DINOV2) -> Prior:
+def load_prior(
+    name: str | Path, device: str = "cpu", image_encoder: str = DINOV2, precision: Precision = "fp32"
+) -> Prior:
     """Load a prior, frozen.
 
     Args:
-        name: a shipped name ("nano"), a model folder, or a diffusers folder or hub id of an SDXL pipeline.
+        name: a shipped name ("nano"), a model folder, or a diffusers folder or hub id of an SDXL pipeline; each also as
+            a name below RESTORAY_HOME/weights.
         device: where it goes.
         image_encoder: Dinov2 folder or hub id, used with a diffusers prior only.
+        precision: of the networks' weights; see Prior.in_precision.
 
     Raises:
-        ModelError: nothing usable under that name.
+        ModelError: nothing usable under that name; says what was tried.
     """
     try:
         model = load_model(name)
     except ModelError as error:
         if "nor a shipped model" not in str(error):
             raise
-        return load_diffusers_prior(str(name), image_encoder).to(device).freeze()
+        return load_diffusers_prior(str(name), image_encoder, precision, str(error)).to(device).freeze()
     if model.info["system"] != "prior":
         raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a prior")
-    return prior_from_model(model).to(device).freeze()
+    return prior_from_model(model).in_precision(precision).to(device).freeze()
 
 
 def prior_from_model(model: Model) -> Prior:
@@ -212,28 +246,15 @@ def prior_from_model(model: Model) -> Prior:
     return prior
 
 
-def load_diffusers_prior(name: str, image_encoder: str = DINOV2) -> Prior:
-    """An SDXL pipeline in diffusers' layout (folder or hub id), and a Dinov2 model in transformers' layout."""
-    from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+def load_diffusers_prior(
+    name: str, image_encoder: str = DINOV2, precision: Precision = "fp32", before: str = ""
+) -> Prior:
+    """An SDXL pipeline in diffusers' layout (folder or hub id), and a Dinov2 model in transformers' layout.
 
+    Raises:
+        ModelError: says what was tried; `before` is what was tried earlier.
+    """
     try:
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
-        autoencoder = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
-        encoders = (
-            CLIPTextModel.from_pretrained(name, subfolder="text_encoder", use_safetensors=True),
-            CLIPTextModelWithProjection.from_pretrained(name, subfolder="text_encoder_2", use_safetensors=True),
-        )
-        tokenizers = tuple(CLIPTokenizer.from_pretrained(name, subfolder=s) for s in ("tokenizer", "tokenizer_2"))
-        dino = AutoModel.from_pretrained(image_encoder, use_safetensors=True)
-    except OSError as error:
-        raise ModelError(f"{name}: no shipped prior, no model folder, and no SDXL pipeline either ({error})") from error
-    return Prior(
-        name=name,
-        digest="",
-        unet=unet,
-        autoencoder=autoencoder,
-        text_encoders=encoders,
-        tokenizers=tokenizers,
-        image_encoder=dino,
-        schedule=Schedule(),
-    )
+        return Prior(**load_sdxl(name, image_encoder, precision))
+    except ModelError as error:
+        raise ModelError(f"no SDXL pipeline: {error}{f' ({before})' if before else ''}") from error

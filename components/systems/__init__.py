@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from components.captions.views import View
 from components.options import OptionCheck
 from components.recipes import Recipe
+from components.systems.instantir import released as instantir_released
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.prior_recipe import PriorRecipe
+from components.systems.weights_io import Exported, Imported, Shapes, WeightsIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,7 @@ class System:
         precomputed: stage -> which columns its objective takes in an encoder's place ("latents", "embeddings").
         encoded_with: (recipe, parent folders by stage) -> the prior whose encoders these columns must come from.
         views: pictures of the system's own that a captioner may look at, by name; torch-free, called in data tasks.
+        weights: reads and writes the weights that its authors published; None where there are none.
     """
 
     recipe: type[Recipe]
@@ -48,6 +51,7 @@ class System:
     precomputed: Mapping[str, Sequence[str]] = field(default_factory=dict)
     encoded_with: Callable[[Any, Mapping[str, Path]], str] = lambda recipe, parents: str(recipe.prior)
     views: Mapping[str, View] = field(default_factory=dict)
+    weights: WeightsIO | None = None
 
 
 # torch is imported by the builders, not here: listing recipes must stay fast
@@ -93,6 +97,24 @@ def _instantir_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return check_options(given)
 
 
+def _instantir_import(*args: Any, **kwargs: Any) -> Imported:
+    from components.systems.instantir.weights import import_weights
+
+    return import_weights(*args, **kwargs)
+
+
+def _instantir_export(*args: Any, **kwargs: Any) -> Exported:
+    from components.systems.instantir.weights import export_weights
+
+    return export_weights(*args, **kwargs)
+
+
+def _instantir_layout(*args: Any, **kwargs: Any) -> Shapes:
+    from components.systems.instantir.weights import expected_layout
+
+    return expected_layout(*args, **kwargs)
+
+
 SYSTEMS: dict[str, System] = {
     "prior": System(
         recipe=PriorRecipe,
@@ -113,6 +135,16 @@ SYSTEMS: dict[str, System] = {
         build_restorer=_instantir_restorer,
         check_options=_instantir_options,
         precomputed=dict.fromkeys(("dcp", "previewer", "aggregator"), ("latents", "embeddings")),
+        weights=WeightsIO(
+            published=instantir_released.PUBLISHED,
+            files=instantir_released.RELEASED,
+            spellings=instantir_released.SPELLINGS,
+            check_sizes=instantir_released.check_sizes,
+            find=instantir_released.find_files,
+            import_weights=_instantir_import,
+            export_weights=_instantir_export,
+            layout=_instantir_layout,
+        ),
     ),
 }
 

@@ -19,8 +19,8 @@ from pipelines.console import Console, LinePrinter
 from pipelines.errors import UsageError
 
 VERBS = {"caption", "curate", "datasets", "degrade", "demo", "doctor", "evaluate", "recipes", "replay", "report"}
-VERBS |= {"restore", "run", "serve", "train"}
-LATER = {"analyze", "weights", "models", "trace"}
+VERBS |= {"restore", "run", "serve", "train", "weights"}
+LATER = {"analyze", "models", "trace"}
 
 
 def environment(repository: Path, tmp_path: Path) -> dict[str, str]:

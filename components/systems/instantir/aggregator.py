@@ -36,6 +36,10 @@ class Residuals(NamedTuple):
             scale = scale.view(-1, 1, 1, 1)
         return Residuals(tuple(r * scale for r in self.down), self.mid * scale)
 
+    def to(self, dtype: torch.dtype) -> Residuals:
+        """All in another type."""
+        return Residuals(tuple(r.to(dtype) for r in self.down), self.mid.to(dtype))
+
 
 class SpatialFeatureTransform(nn.Module):
     """preview (1 + mul(lq)) + add(lq), Eq. 6 (Wang et al. 2018)."""
@@ -58,9 +62,10 @@ class Aggregator(nn.Module):
     Args:
         config: the UNet's configuration.
         device: "cpu", or "meta" to look at shapes only. The copied part's memory comes uninitialised: load weights.
+        dtype: of the copied part; float32 for None.
     """
 
-    def __init__(self, config: Mapping[str, Any], device: str = "cpu") -> None:
+    def __init__(self, config: Mapping[str, Any], device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         super().__init__()
         # a perceptor in the UNet is none of ours, and a fresh UNet would refuse its entry
         bare = {**config, "encoder_hid_dim_type": None, "encoder_hid_dim": None}
@@ -78,7 +83,7 @@ class Aggregator(nn.Module):
         for module in self.modules():
             if hasattr(module, "attn2"):
                 module.attn2, module.norm2 = None, None  # type: ignore[assignment]
-        self.to_empty(device=device)
+        self.to(dtype).to_empty(device=device)  # cast while it is meta: a gigabyte of numbers is never there twice
         widths = _skip_widths(self)
         self.controlnet_down_blocks = nn.ModuleList(_join(width) for width in widths)
         self.controlnet_mid_block = _join(widths[-1])
@@ -94,7 +99,7 @@ class Aggregator(nn.Module):
         like = next(unet.parameters())
         # made on the CPU, so that the random start has the same bits on every device
         with seeded_init(seed, "aggregator"):
-            aggregator = cls(dict(unet.config), "meta" if like.is_meta else "cpu")
+            aggregator = cls(dict(unet.config), "meta" if like.is_meta else "cpu", like.dtype)
         aggregator.to(device=like.device, dtype=like.dtype)
         own = aggregator.state_dict()
         source = {name: value for name, value in base_state(unet).items() if name in own}

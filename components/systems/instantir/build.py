@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from components.models import Model, ModelError, resolve_model
+from components.priors.hub import Precision
 from components.priors.sdxl import Prior, load_prior
+from components.priors.sdxl_config import DINOV2
 from components.randomness import seeded_init
-from components.systems.instantir.network import InstantIR
+from components.systems.instantir.network import PARTS, InstantIR
 from components.systems.instantir.objectives import (
     AggregatorObjective,
     PerceptorObjective,
@@ -21,17 +23,25 @@ from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instantir.restorer import InstantIRRestorer
 
 
-def open_prior(recipe_prior: str, recorded: Mapping[str, str] | None, device: str) -> Prior:
+def open_prior(
+    recipe_prior: str, recorded: Mapping[str, str] | None, device: str, precision: Precision = "fp32"
+) -> Prior:
     """The prior that a model or recipe names; refuses another one than the parents were trained on.
+
+    Args:
+        recipe_prior: see load_prior.
+        recorded: what model.json says of it: id, digest ("" where it is not of ours), image_encoder.
+        device: where it goes.
+        precision: of its weights.
 
     Raises:
         ModelError: no such prior, or its digest is not the recorded one.
     """
     wanted = (recorded or {}).get("digest", "")
+    encoder = (recorded or {}).get("image_encoder") or DINOV2
     try:
-        prior = load_prior(
-            resolve_model(recipe_prior) if wanted else recipe_prior, device
-        )  # with a digest: never a hub
+        # with a digest: never a hub
+        prior = load_prior(resolve_model(recipe_prior) if wanted else recipe_prior, device, encoder, precision)
     except ModelError as error:
         if not wanted:
             raise
@@ -122,20 +132,35 @@ def _check_parts(stage: str, network: InstantIR, parent: Model | None) -> None:
 
 def network_of(model: Model, prior: Prior) -> InstantIR:
     """The networks of a model folder on its prior."""
-    parts = {name: model.part(name) for name in model.info["parts"]}
-    return InstantIR.from_parts(prior, model.info["config"], parts)
+    tokens = int(model.info["config"]["resampler"]["embedding_dim"])
+    if tokens != prior.image_token_dim:
+        raise ModelError(
+            f"{model.path}: its perceptor was trained on picture tokens of {tokens}, but the picture encoder "
+            f"{prior.image_encoder_name or prior.name} makes tokens of {prior.image_token_dim}: another DINOv2?"
+        )
+    return InstantIR.from_parts(prior, model.info["config"], model.parts())
 
 
-def build_restorer(model: Model, device: str = "cpu", batch_size: int = 1, **defaults: Any) -> InstantIRRestorer:
+def build_restorer(
+    model: Model, device: str = "cpu", batch_size: int = 1, precision: Precision = "fp32", **defaults: Any
+) -> InstantIRRestorer:
     """The restorer of a model folder.
 
     Args:
         model: a folder with perceptor, previewer and aggregator.
         device: where the networks go.
         batch_size: see InstantIRRestorer.
+        precision: of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
         defaults: options that replace the recipe's.
+
+    Raises:
+        ModelError: a part is missing, or the prior cannot be opened.
     """
-    prior = open_prior(str(model.info["prior"]["id"]), model.info["prior"], device)
+    lacking = [part for part in PARTS if part not in model.info["parts"]]
+    if lacking:  # before gigabytes are read
+        raise ModelError(f"{model.path}: restoring needs {' and '.join(lacking)} too, which the model does not have")
+    # on the CPU first: the parts are made there, in the wanted precision, and go to the device together
+    prior = open_prior(str(model.info["prior"]["id"]), model.info["prior"], "cpu", precision)
     network = network_of(model, prior)
     network.to(device)
     return InstantIRRestorer(network, {**restore_defaults(model.info["recipe"]), **defaults}, batch_size)

@@ -63,6 +63,15 @@ class Conditions:
             image_tokens=torch.cat([self.image_tokens, other.image_tokens]),
         )
 
+    def to(self, dtype: torch.dtype) -> Conditions:
+        """Embeddings and tokens in another type; the size ids stay in float32, since half precision rounds 1023."""
+        return Conditions(
+            text=self.text.to(dtype),
+            pooled=self.pooled.to(dtype),
+            time_ids=self.time_ids,
+            image_tokens=self.image_tokens.to(dtype),
+        )
+
 
 class InstantIR:
     """The bundle. It changes the prior's UNet in place, so a prior belongs to one bundle.
@@ -96,6 +105,11 @@ class InstantIR:
         if aggregator:
             self.add_aggregator(seed)
         self.freeze()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the networks compute in; latents outside stay as they are."""
+        return next(self.unet.parameters()).dtype
 
     @classmethod
     def from_parts(
@@ -208,7 +222,8 @@ class InstantIR:
         """
         if self.aggregator is None:
             raise ValueError("the network has no aggregator")
-        return self.aggregator(lq, timesteps, preview, given.pooled, given.time_ids)
+        # the Aggregator computes in the UNet's type, whatever the loop's latents have
+        return self.aggregator(lq.to(self.dtype), timesteps, preview.to(self.dtype), given.pooled, given.time_ids)
 
     def unconditional(self, given: Conditions, negative_prompts: list[str]) -> Conditions:
         """The negative half of guidance: other text, no picture, same sizes."""
@@ -233,8 +248,19 @@ def predict_noise(
     given: Conditions,
     residuals: Residuals | None = None,
 ) -> Tensor:
-    """One call of a UNet with a perceptor, with the LoRA as it stands: VP latents [B, C, h, w] -> noise, same shape."""
-    timesteps = timesteps.expand(len(latents))
+    """One call of a UNet with a perceptor, with the LoRA as it stands: VP latents [B, C, h, w] -> noise, same shape.
+
+    Everything goes in as the UNet's type and the answer comes back as the latents': a half-precision UNet under a
+    float32 loop.
+    """
+    dtype = next(unet.parameters()).dtype
+    timesteps, given, wanted, latents = (
+        timesteps.expand(len(latents)),
+        given.to(dtype),
+        latents.dtype,
+        latents.to(dtype),
+    )
+    residuals = residuals.to(dtype) if residuals else None
     temb = unet_embedding(unet, latents, timesteps, given)
     return unet(
         latents,
@@ -245,7 +271,7 @@ def predict_noise(
         down_block_additional_residuals=residuals.down if residuals else None,
         mid_block_additional_residual=residuals.mid if residuals else None,
         return_dict=False,
-    )[0]
+    )[0].to(wanted)
 
 
 def _added(given: Conditions) -> dict[str, Any]:

@@ -157,10 +157,22 @@ def previewer_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """The LoRA's weights under previewer_lora_weights.bin's names; the tensors are the modules' own."""
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(unet).items():
-        down, up = (".lora.down", ".lora.up") if name.endswith(_OLD_SPELLING) else (".lora_A", ".lora_B")
-        state[f"unet.{_file_name(name)}{down}.weight"] = _weight(layer.lora_A).detach()
-        state[f"unet.{_file_name(name)}{up}.weight"] = _weight(layer.lora_B).detach()
+        down, up = released_names(name)
+        state[down] = _weight(layer.lora_A).detach()
+        state[up] = _weight(layer.lora_B).detach()
     return state
+
+
+def released_names(layer: str) -> tuple[str, str]:
+    """Keys of a layer's down and up weights in previewer_lora_weights.bin, from the layer's name in the UNet."""
+    down, up = (".lora.down", ".lora.up") if layer.endswith(_OLD_SPELLING) else (".lora_A", ".lora_B")
+    return f"unet.{_file_name(layer)}{down}.weight", f"unet.{_file_name(layer)}{up}.weight"
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(layer, "A" or "B") of a LoRA file's key in any spelling; None for a key of another kind."""
+    layer, _, letter = _parameter_name(key).rpartition(" ")
+    return (layer, letter) if layer else None
 
 
 def load_previewer(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> None:

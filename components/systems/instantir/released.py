@@ -1,0 +1,92 @@
+"""InstantIR's released files by name, and the sizes that a file does not tell. Torch-free: judged early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.options import UnknownOption, typed_options
+
+PUBLISHED = "InstantX/InstantIR on the Hugging Face hub, folder models/"
+LICENCE = "apache-2.0 (card of InstantX/InstantIR)"
+
+RELEASED = {"perceptor": "adapter.pt", "previewer": "previewer_lora_weights.bin", "aggregator": "aggregator.pt"}
+"""Released file by part."""
+
+KNOWN_NAMES: Mapping[str, tuple[str, ...]] = {
+    "perceptor": ("adapter.pt", "adapter_ckpt.pt", "adapter.safetensors"),
+    "previewer": (
+        "previewer_lora_weights.bin",
+        "pytorch_lora_weights.bin",
+        "previewer_lora_weights.safetensors",
+        "pytorch_lora_weights.safetensors",
+    ),
+    "aggregator": ("aggregator.pt", "aggregator_ckpt.pt", "aggregator.safetensors"),
+}
+"""What a folder is searched for: published names, those of the training scripts, and twins as safetensors."""
+
+SIDECAR = "restoray.json"
+"""Written beside exported files: what they do not tell themselves (attention heads, alpha, licence, prior)."""
+
+SPELLINGS = ("released", "peft", "diffusers")
+"""released: .lora.down/.lora.up for attention projections, .lora_A/.lora_B elsewhere; the others one of the two."""
+
+_SIZES: Mapping[str, Mapping[str, type]] = {
+    "resampler": {
+        "dim": int,
+        "depth": int,
+        "dim_head": int,
+        "heads": int,
+        "num_queries": int,
+        "embedding_dim": int,
+        "output_dim": int,
+        "ff_mult": int,
+    },
+    "lora": {"rank": int, "alpha": float},
+}
+
+
+def check_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes {"resampler": {...}, "lora": {...}} in their types.
+
+    Raises:
+        ValueError: an unknown name (with the near one), a wrong type, or a size below 1.
+    """
+    checked: dict[str, Any] = {}
+    known = [f"{group}.{name}" for group, names in _SIZES.items() for name in names]
+    for group, values in given.items():
+        if group not in _SIZES or not isinstance(values, Mapping):
+            raise UnknownOption(str(group), known)
+        try:
+            checked[group] = typed_options(values, _SIZES[group])
+        except UnknownOption as error:
+            raise UnknownOption(f"{group}.{error.name}", known) from None
+        for name, value in checked[group].items():
+            if value <= 0 or (name != "alpha" and value < 1):
+                raise ValueError(f"{group}.{name} must be positive, got {value}")
+    return checked
+
+
+def find_files(place: Path) -> list[Path]:
+    """The weights files in a folder, or in models/ below it; a file stands for itself.
+
+    Raises:
+        ValueError: no such place, no weights in it, or two files for one part.
+    """
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise ValueError(f"{place} does not exist")
+    for folder in (place, place / "models"):
+        found = []
+        for part, names in KNOWN_NAMES.items():
+            here = [folder / name for name in names if (folder / name).is_file()]
+            if len(here) > 1:
+                told = " and ".join(path.name for path in here)
+                raise ValueError(f"{folder} holds {told}, both for the {part}: name the files one by one")
+            found += here
+        if found:
+            return found
+    looked = ", ".join(name for names in KNOWN_NAMES.values() for name in names)
+    raise ValueError(f"{place} holds no weights of InstantIR; looked for {looked}")

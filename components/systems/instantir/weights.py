@@ -1,0 +1,431 @@
+"""InstantIR's published weights, in and out: adapter.pt, previewer_lora_weights.bin, aggregator.pt <-> a model folder.
+
+Layouts: instantir.md section 6. An import compares every key and shape with what the prior's configuration asks for and
+tells all faults at once; an export writes float32 tensors under the released names, equal to the byte to what was read.
+Files stay mapped: neither way needs memory for more than one tensor at a time, except where numbers change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from components.models import ModelCard, ModelError, file_sha256, load_model, save_model
+from components.priors.hub import PriorShape, prior_shape
+from components.priors.sdxl_config import DINOV2, LICENCES, SDXL
+from components.systems.instantir.layout import Shape, layout, parameter_count
+from components.systems.instantir.network import PARTS
+from components.systems.instantir.perceptor import ResamplerConfig
+from components.systems.instantir.previewer import LoraSettings, released_names, split_key
+from components.systems.instantir.released import LICENCE, RELEASED, SIDECAR, SPELLINGS, check_sizes
+from components.systems.weights_io import Exported, Imported, WeightsSource
+from components.tensor_files import WeightsFileError, read_tensors
+
+PUBLISHED_DCP_PARAMETERS = 849_799_424
+"""Of the published adapter.pt: 82,695,424 + 767,104,000 (instantir.md section 1)."""
+
+Renamed = dict[str, tuple[str, Tensor]]
+"""Released name -> the file's own name, and the tensor."""
+
+
+@dataclass
+class _File:
+    """One file under the released names, and what was wrong with it so far."""
+
+    path: Path
+    part: str
+    tensors: Renamed
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Expected:
+    """What the files are compared with."""
+
+    shape: PriorShape
+    resampler: ResamplerConfig
+    lora: LoraSettings
+    layout: Mapping[str, Mapping[str, Shape]]
+
+
+def import_weights(
+    files: Sequence[Path],
+    out: Path | None,
+    *,
+    prior: str = "",
+    image_encoder: str = "",
+    sizes: Mapping[str, Any] | None = None,
+    name: str = "",
+    licence: str = "",
+    proceed: Callable[[Imported], bool] = lambda plan: True,
+    progress: Callable[[int, int, str], None] = lambda done, of, note: None,
+) -> Imported:
+    """Turn released files into a model folder.
+
+    Args:
+        files: one to three files; which is which is seen by the keys inside.
+        out: the folder to make; replaced as a whole, at the end. None only checks.
+        prior, image_encoder: what the weights sit on; default: what a sidecar says, else SDXL base and DINOv2-large.
+        sizes: see released.check_sizes; default: what a sidecar says, else the published sizes.
+        name: of the model; default: the folder's.
+        licence: replaces what is said of the weights' licence.
+        proceed: asked once everything was checked, with what would be imported; False writes nothing.
+        progress: told (files done, files, file).
+
+    Raises:
+        WeightsFileError: a file cannot be read or is none of InstantIR's.
+        ModelError: keys or shapes do not fit (all of them are named), no adapter is among the files, or no such prior.
+        ValueError: wrong sizes.
+    """
+    said = _sidecar(files)
+    expected = _expected(said, prior, image_encoder, sizes or {})
+    read = [_open(path) for path in files]
+    _check_parts(read)
+    sources = []
+    for number, file in enumerate(read):
+        progress(number, len(read), file.path.name)
+        _compare(file, expected)
+        sources.append(_source(file))
+    faulty = [file for file in read if file.faults]
+    if faulty:
+        raise ModelError("\n".join(_told(file, expected) for file in faulty))
+    lora = expected.lora
+    alphas = {file.alpha for file in read if file.alpha is not None}
+    if alphas:
+        lora = replace(lora, alpha=alphas.pop())
+    present = {file.part for file in read}
+    config = {
+        "resampler": asdict(expected.resampler),
+        "lora": lora.to_dict() if "previewer" in present else None,
+        "aggregator": "aggregator" in present,
+    }
+    published = sum(s.parameters for s in sources if s.part == "perceptor") == PUBLISHED_DCP_PARAMETERS
+    card = ModelCard(
+        name=name or said.get("name") or (out.name if out else "instantir"),
+        system="instantir",
+        recipe=said.get("recipe") or {},
+        prior=expected.shape.source(),
+        config=config,
+        parents={source.file: f"sha256:{source.sha256}" for source in sources},
+        data_manifest_digest=said.get("data_manifest_digest", ""),
+        licence=licence or said.get("licence") or (LICENCE if published else "unstated"),
+        permitted_use=said.get("permitted_use") or _permitted_use(expected.shape),
+        metrics=said.get("metrics") or {},
+    )
+    notes = [note for file in read for note in file.notes]
+    if expected.shape.note:
+        notes.append(f"{expected.shape.note}; bring them before restoring")
+    result = Imported(
+        model=None,
+        digest="",
+        sources=tuple(sources),
+        prior=card.prior or {},
+        licence=card.licence,
+        permitted_use=card.permitted_use,
+        missing=tuple(f"{part} ({RELEASED[part]})" for part in PARTS if part not in present),
+        notes=tuple(notes),
+    )
+    if out is not None and proceed(result):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        model = save_model(out, card, {f.part: {k: tensor for k, (_, tensor) in f.tensors.items()} for f in read})
+        result = replace(result, model=str(model.path), digest=model.digest)
+    progress(len(read), len(read), "")
+    return result
+
+
+def export_weights(
+    model: str | Path,
+    folder: Path,
+    *,
+    spelling: str = "released",
+    form: str = "pt",
+    write: bool = True,
+) -> Exported:
+    """Write a model folder's parts as the authors' tools read them: float32, released names.
+
+    A LoRA whose alpha is not 1 gets it multiplied into its up weights, since the released file says no alpha and the
+    tools take 1. Beside the weights goes restoray.json with what the files do not tell, for an import without options.
+
+    Args:
+        model: model folder or name.
+        folder: receives the files; each is renamed into place when it is whole.
+        spelling: of the LoRA's keys, see released.SPELLINGS.
+        form: "pt" (the released pickles) or "safetensors".
+        write: False only says what would be written.
+
+    Raises:
+        ModelError: no such model, or none of InstantIR.
+        ValueError: unknown spelling or form.
+    """
+    if spelling not in SPELLINGS or form not in ("pt", "safetensors"):
+        raise ValueError(f"spelling must be one of {', '.join(SPELLINGS)} and form pt or safetensors")
+    source = load_model(model)
+    if source.info["system"] != "instantir":
+        raise ModelError(f"{source.path}: holds a {source.info['system']} model, not one of InstantIR")
+    lora = dict(source.info["config"].get("lora") or {})
+    alpha, notes = float(lora.get("alpha", 1)), []
+    if lora and alpha != 1:
+        notes.append(f"the LoRA's alpha {alpha:g} was multiplied into its up weights: the released file holds no alpha")
+        lora["alpha"] = 1
+    if lora and lora.get("rank") != LoraSettings().rank:
+        notes.append(f"the LoRA's rank is {lora.get('rank')}; the released tools take {LoraSettings().rank}")
+    lacking = [part for part in PARTS if part not in source.info["parts"]]
+    if lacking:
+        notes.append(f"the model has no {' and no '.join(lacking)}")
+    files: dict[str, str] = {}
+    parameters = 0
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+    for part, tensors in source.parts().items():
+        tensors = _for_release(part, tensors, alpha, spelling)
+        parameters += sum(tensor.numel() for tensor in tensors.values())
+        name = RELEASED[part] if form == "pt" else f"{RELEASED[part].rpartition('.')[0]}.safetensors"
+        files[name] = ""
+        if write:
+            temporary = folder / f".{name}.writing"
+            if form == "pt":
+                torch.save(_nested(tensors) if part == "perceptor" else tensors, temporary)
+            else:
+                save_file(tensors, temporary)
+            os.replace(temporary, folder / name)
+            files[name] = file_sha256(folder / name)
+    told = ("name", "recipe", "prior", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
+    sidecar = {
+        "system": "instantir",
+        "exported_from": source.digest,
+        "config": {**source.info["config"], "lora": lora or None},
+        **{name: source.info.get(name) for name in told},
+    }
+    if write:
+        (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return Exported(folder=str(folder), files=files, parameters=parameters, notes=tuple(notes))
+
+
+def expected_layout(
+    prior: str = "", image_encoder: str = "", sizes: Mapping[str, Any] | None = None
+) -> dict[str, Mapping[str, Shape]]:
+    """Every key and shape by released file, for a prior and sizes as import_weights takes them."""
+    expected = _expected({}, prior, image_encoder, sizes or {})
+    return {RELEASED[part]: expected.layout[part] for part in PARTS}
+
+
+# -- what is expected --------------------------------------------------------------------------------------------------
+
+
+def _sidecar(files: Sequence[Path]) -> dict[str, Any]:
+    """What restoray.json beside the files says; {} where there is none."""
+    for folder in dict.fromkeys(path.parent for path in files):
+        path = folder / SIDECAR
+        if not path.is_file():
+            continue
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            if said["system"] == "instantir" and isinstance(said["config"]["resampler"], dict):
+                return dict(said)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeightsFileError(f"{path}: not as an export writes it ({type(error).__name__}: {error})") from error
+        raise WeightsFileError(f"{path}: describes a {said['system']} model, not one of InstantIR")
+    return {}
+
+
+def _expected(said: Mapping[str, Any], prior: str, image_encoder: str, sizes: Mapping[str, Any]) -> _Expected:
+    recorded, config = said.get("prior") or {}, said.get("config") or {}
+    shape = prior_shape(
+        prior or str(recorded.get("id") or SDXL), image_encoder or str(recorded.get("image_encoder") or DINOV2)
+    )
+    given = check_sizes(sizes)
+    resampler = {
+        "embedding_dim": shape.image_token_dim,
+        "output_dim": int(shape.unet["cross_attention_dim"]),
+        **(config.get("resampler") or {}),
+        **given.get("resampler", {}),
+    }
+    if resampler["embedding_dim"] != shape.image_token_dim:
+        raise ModelError(
+            f"resampler.embedding_dim is {resampler['embedding_dim']}, but the picture encoder of {shape.id} "
+            f"makes tokens of {shape.image_token_dim}: name the one that the weights were trained with"
+        )
+    lora = LoraSettings(**{**(config.get("lora") or {}), **given.get("lora", {})})
+    size = ResamplerConfig(**resampler)
+    return _Expected(shape=shape, resampler=size, lora=lora, layout=layout(shape.unet, resampler, lora.to_dict()))
+
+
+def _permitted_use(shape: PriorShape) -> str:
+    encoder = f", of its picture encoder: {LICENCES[shape.image_encoder]}" if shape.image_encoder in LICENCES else ""
+    return f"as the licences allow; of the prior {shape.id}: {LICENCES.get(shape.id, 'see there')}{encoder}"
+
+
+# -- what the files hold -----------------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> _File:
+    """Read a file, see which part it is, and put its keys under the released names."""
+    tensors = read_tensors(path)
+    if any(key.startswith("controlnet_down_blocks.") for key in tensors):
+        return _File(path, "aggregator", {key: (key, tensor) for key, tensor in tensors.items()})
+    if any(".lora" in key for key in tensors):
+        return _open_lora(path, tensors)
+    if any(key.startswith(("image_proj", "ip_adapter.", "adapter_modules.")) for key in tensors):
+        return _open_adapter(path, tensors)
+    few = ", ".join(sorted(tensors)[:3]) or "nothing"
+    raise WeightsFileError(f"{path}: neither adapter, nor aggregator, nor LoRA of InstantIR; it holds {few}, ...")
+
+
+def _open_adapter(path: Path, tensors: Mapping[str, Tensor]) -> _File:
+    """The published dictionary of two, or the older flat layout."""
+    file = _File(path, "perceptor", {})
+    older = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}
+    for key, tensor in tensors.items():
+        name = key
+        for prefix, released in older.items():
+            if key.startswith(prefix):
+                name = released + key.removeprefix(prefix)
+        _put(file, name, key, tensor)
+    return file
+
+
+def _open_lora(path: Path, tensors: Mapping[str, Tensor]) -> _File:
+    file, alphas = _File(path, "previewer", {}), set[float]()
+    for key, tensor in tensors.items():
+        if key.endswith(".alpha") and tensor.numel() == 1:
+            alphas.add(float(tensor))
+            continue
+        layer = split_key(key)
+        name = key if layer is None else released_names(layer[0])[layer[1] == "B"]
+        _put(file, name, key, tensor)
+    if len(alphas) > 1:
+        file.faults.append(f"alpha differs between layers: {sorted(alphas)}")
+    elif alphas:
+        file.alpha = alphas.pop()
+    return file
+
+
+def _put(file: _File, name: str, key: str, tensor: Tensor) -> None:
+    if name in file.tensors:
+        file.faults.append(f"{key} and {file.tensors[name][0]} name the same tensor")
+    file.tensors[name] = (key, tensor)
+
+
+def _check_parts(read: Sequence[_File]) -> None:
+    by_part: dict[str, Path] = {}
+    for file in read:
+        if file.part in by_part:
+            raise ModelError(f"{by_part[file.part]} and {file.path} both hold the {file.part}: give one of them")
+        by_part[file.part] = file.path
+    if "perceptor" not in by_part:
+        raise ModelError(
+            f"no adapter among {', '.join(str(path) for path in by_part.values())}: previewer and aggregator work "
+            f"with the adapter they were trained with, so give {RELEASED['perceptor']} too"
+        )
+
+
+def _compare(file: _File, expected: _Expected) -> None:
+    """Add every fault; fill in what an older adapter leaves out."""
+    wanted = expected.layout[file.part]
+    modulation = [key for key in wanted if ".ln_k_ip." in key or ".ln_v_ip." in key]
+    if file.part == "perceptor" and modulation and not any(".ln_" in key and "_ip." in key for key in file.tensors):
+        like = next(iter(file.tensors.values()))[1]
+        file.tensors |= {key: (key, torch.zeros(wanted[key], dtype=like.dtype)) for key in modulation}
+        file.notes.append(f"{file.path.name} holds no time modulation (ln): it was set to zero, as released")
+    missing = [key for key in wanted if key not in file.tensors]
+    unexpected = [key for name, (key, _) in file.tensors.items() if name not in wanted]
+    shared = [(name, *file.tensors[name]) for name in wanted if name in file.tensors]
+    misshapen = [
+        f"{key} is {list(tensor.shape)} instead of {list(wanted[name])}"
+        for name, key, tensor in shared
+        if tuple(tensor.shape) != wanted[name]
+    ]
+    untyped = [f"{key} is {tensor.dtype}" for _, key, tensor in shared if not tensor.is_floating_point()]
+    broken = [key for _, key, tensor in shared if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    for what, keys in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of the wrong shape", misshapen),
+        ("no floating point numbers", untyped),
+        ("with values that are no finite numbers", broken),
+    ):
+        if keys:
+            file.faults.append(f"{len(keys)} {what}: {', '.join(keys)}")
+
+
+def _source(file: _File) -> WeightsSource:
+    return WeightsSource(
+        file=file.path.name,
+        part=file.part,
+        sha256=file_sha256(file.path),
+        tensors=len(file.tensors),
+        parameters=sum(tensor.numel() for _, tensor in file.tensors.values()),
+    )
+
+
+def _told(file: _File, expected: _Expected) -> str:
+    wanted = expected.layout[file.part]
+    looks = _looks_like(file, expected)
+    return (
+        f"{file.path}: does not fit InstantIR's {RELEASED[file.part]} on the prior {expected.shape.id} "
+        f"({len(wanted)} tensors, {parameter_count(wanted):,} parameters): {'; '.join(file.faults)}"
+        f"{f'. The file looks like {looks}: give these as KEY=VALUE if that is meant' if looks else ''}"
+    )
+
+
+def _looks_like(file: _File, expected: _Expected) -> str:
+    """Sizes that the file's shapes tell where they are others than expected; the split into heads they do not tell."""
+    seen = {name: tuple(tensor.shape) for name, (_, tensor) in file.tensors.items()}
+    if file.part == "previewer":
+        ranks = {shape[0] for name, shape in seen.items() if name.endswith((".lora_A.weight", ".lora.down.weight"))}
+        rank = ranks.pop() if len(ranks) == 1 else expected.lora.rank
+        return f"lora.rank={rank}" if rank != expected.lora.rank else ""
+    needed = [f"image_proj.{n}" for n in ("latents", "layers.0.0.to_q.weight", "layers.0.1.1.weight")]
+    if file.part != "perceptor" or any(name not in seen or len(seen[name]) < 2 for name in needed):
+        return ""
+    latents, query, wide = (seen[name] for name in needed)
+    depth = len({name.split(".")[2] for name in seen if name.startswith("image_proj.layers.")})
+    found = {"dim": latents[-1], "depth": depth, "num_queries": latents[1], "ff_mult": wide[0] // latents[-1]}
+    ours = asdict(expected.resampler)
+    told = [f"resampler.{name}={value}" for name, value in found.items() if value != ours[name]]
+    if query[0] != ours["heads"] * ours["dim_head"]:
+        told.append(f"resampler.heads x resampler.dim_head = {query[0]}")
+    return " ".join(told)
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def _for_release(part: str, tensors: Mapping[str, Tensor], alpha: float, spelling: str) -> dict[str, Tensor]:
+    """A part's tensors in float32 under the released names, each with memory of its own."""
+    if part != "previewer":
+        return {name: tensor.float() for name, tensor in tensors.items()}
+    return {
+        name: tensor.float() * alpha if up and alpha != 1 else tensor.float()
+        for name, up, tensor in _spelt(tensors, spelling)
+    }
+
+
+def _spelt(tensors: Mapping[str, Tensor], spelling: str) -> Iterator[tuple[str, bool, Tensor]]:
+    endings = {"peft": (".lora_A.weight", ".lora_B.weight"), "diffusers": (".lora.down.weight", ".lora.up.weight")}
+    for key, tensor in tensors.items():
+        split = split_key(key)
+        if split is None:
+            raise ModelError(f"the previewer holds {key}, which is no LoRA weight")
+        layer, up = split[0], split[1] == "B"
+        name = released_names(layer)[up] if spelling == "released" else f"unet.{layer}{endings[spelling][up]}"
+        yield name, up, tensor
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """adapter.pt's two dictionaries."""
+    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        parts[head][rest] = tensor
+    return parts

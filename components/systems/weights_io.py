@@ -1,0 +1,84 @@
+"""What a system that reads and writes its authors' published weights tells the verb `restoray weights`. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Shapes of tensors by key, by released file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsSource:
+    """One file that was read.
+
+    Attributes:
+        file: its name. part: what it became. sha256: of its bytes. tensors, parameters: what it holds.
+    """
+
+    file: str
+    part: str
+    sha256: str
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What an import did, or would do.
+
+    Attributes:
+        model: the model folder; None where nothing was written. digest: its digest.
+        sources: the files read. prior: as model.json records it.
+        licence, permitted_use: as model.json records them.
+        missing: parts that restoring needs and no file gave.
+        notes: what people should know.
+    """
+
+    model: str | None
+    digest: str
+    sources: tuple[WeightsSource, ...]
+    prior: Mapping[str, str]
+    licence: str
+    permitted_use: str
+    missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote, or with `write=False` would write: files by name with their sha256 ("" if not written)."""
+
+    folder: str
+    files: Mapping[str, str]
+    parameters: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsIO:
+    """Published weights of a system, in and out.
+
+    Attributes:
+        published: where the authors' weights are, in words.
+        files: names of the released files by part.
+        check_sizes: judges and types KEY=VALUE sizes without torch; raises ValueError.
+        import_weights: (files, out or None, prior=, image_encoder=, sizes=, name=, licence=, proceed=, progress=)
+            -> Imported; `proceed` is asked after the checks and before anything is written.
+        export_weights: (model folder, target folder, spelling=, form=, write=) -> Exported.
+        layout: (prior=, image_encoder=, sizes=) -> every key and shape.
+        spellings: choices of `spelling`, the default first.
+        find: (folder or file) -> the weights files there; raises ValueError where there are none or too many.
+    """
+
+    published: str
+    files: Mapping[str, str]
+    check_sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    find: Callable[[Path], Sequence[Path]]
+    import_weights: Callable[..., Imported]
+    export_weights: Callable[..., Exported]
+    layout: Callable[..., Shapes]
+    spellings: tuple[str, ...] = field(default=("released",))

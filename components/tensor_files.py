@@ -1,0 +1,108 @@
+"""Weights files of other people: read without running what is in them, memory-mapped, every fault told in one sentence.
+
+Takes safetensors and torch's pickles (.pt, .pth, .bin, .ckpt), told apart by their first bytes. A pickle goes through
+torch's restricted reader: whatever is no tensor, number, text or container is refused before it can act.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from components.models import ModelError
+
+_HEAD_BYTES = 16
+
+
+class WeightsFileError(ModelError):
+    """A weights file cannot be used; the message names the file and the reason."""
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file by key; keys of nested dictionaries are joined by dots, a leading "module." is left out.
+
+    Nothing is copied: the tensors are views of the mapped file, so a file larger than memory opens.
+
+    Raises:
+        WeightsFileError: unreadable, truncated, no weights file, or a pickle that wants more than tensors.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+    except OSError as error:
+        raise WeightsFileError(f"{path}: {error.strerror or error}") from error
+    if head[8:9] == b"{":
+        return _without_wrapper(_read_safetensors(path))
+    return _without_wrapper(dict(_flat(_read_pickle(path, head), path)))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise WeightsFileError(f"{path}: damaged safetensors file ({_first_line(error)})") from error
+
+
+def _read_pickle(path: Path, head: bytes) -> Any:
+    zipped = head.startswith(b"PK")
+    if not zipped and not head.startswith(b"\x80"):
+        raise WeightsFileError(f"{path}: no weights file: {_looks_like(head)}")
+    try:
+        # torch's older format, not zipped, cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise WeightsFileError(
+            f"{path}: refused: it asks for more than tensors, and opening it in full could run any code "
+            f"({_unsafe_reason(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise WeightsFileError(f"{path}: damaged or truncated weights file ({_first_line(error)})") from error
+
+
+def _flat(value: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or not prefix:
+            raise WeightsFileError(f"{path}: {prefix or 'the whole file'} is no plain named tensor")
+        yield prefix, value.detach()
+        return
+    if not isinstance(value, Mapping):
+        raise WeightsFileError(f"{path}: {prefix or 'the whole file'} holds {type(value).__name__}, not a tensor")
+    for key, inner in value.items():
+        yield from _flat(inner, path, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _without_wrapper(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a data-parallel wrapper put in front of every key goes."""
+    if tensors and all(key.startswith("module.") for key in tensors):
+        return {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+def _looks_like(head: bytes) -> str:
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://"[:_HEAD_BYTES]):
+        return "it is a Git LFS pointer, the weights themselves were not fetched"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, as a failed download leaves it"
+    return f"its first bytes are {head[:8]!r}"
+
+
+def _unsafe_reason(error: Exception) -> str:
+    """The part of torch's long advice that says what the pickle wanted."""
+    found = re.search(
+        r"(Unsupported [^\n]*?|Trying to [^\n]*?|Can't [^\n]*?)(?: was not an allowed| Please|\.\s|\n|$)", str(error)
+    )
+    return found.group(1).strip() if found else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from pipelines import cli_analyze
 from pipelines.cli_support import (
+    Command,
     complete_captioner,
     complete_plan,
     complete_preset,
@@ -55,22 +56,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Command(TyperCommand):
-    """A verb whose mistyped option dies with the near one named, as every other name does."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words after the verb."""
-        try:
-            return super().parse_args(ctx, args)
-        except Exception as error:  # the parser's own classes are private to typer
-            near = getattr(error, "possibilities", None)
-            if not near:
-                raise
-            raise UsageError(
-                f'no such option "{getattr(error, "option_name", "")}". Did you mean "{near[0]}"?'
-            ) from error
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes for this run only.")]
@@ -377,6 +362,9 @@ def evaluate(
         plain(summary), [*(f"{name}: {text}" for name, text in summary.verdicts.items()), summary.verdict, str(out)]
     )
     raise typer.Exit(EXIT_QUARANTINED if summary.quarantined else 0)
+
+
+app.add_typer(cli_analyze.app, name="analyze")
 
 
 @app.command(cls=Command)

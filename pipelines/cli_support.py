@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand
 
 from pipelines.console import Console
 from pipelines.errors import EXIT_QUARANTINED, RestorayError, UsageError
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
     from components.corpora import CaptionSpec
     from pipelines.curate import CurateResult
     from pipelines.plans import PlanResult
+
+
+class Command(TyperCommand):
+    """A verb whose mistyped option dies with the near one named, as every other name does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words after the verb."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # the parser's own classes are private to typer
+            near = getattr(error, "possibilities", None)
+            if not near:
+                raise
+            raise UsageError(
+                f'no such option "{getattr(error, "option_name", "")}". Did you mean "{near[0]}"?'
+            ) from error
 
 
 # -- completion ------------------------------------------------------------------------------------------------------

@@ -18,9 +18,21 @@ from pipelines import cli
 from pipelines.console import Console, LinePrinter
 from pipelines.errors import UsageError
 
-VERBS = {"caption", "curate", "datasets", "degrade", "demo", "doctor", "evaluate", "recipes", "replay", "report"}
+VERBS = {
+    "analyze",
+    "caption",
+    "curate",
+    "datasets",
+    "degrade",
+    "demo",
+    "doctor",
+    "evaluate",
+    "recipes",
+    "replay",
+    "report",
+}
 VERBS |= {"restore", "run", "serve", "train"}
-LATER = {"analyze", "weights", "models", "trace"}
+LATER = {"weights", "models", "trace"}
 
 
 def environment(repository: Path, tmp_path: Path) -> dict[str, str]:

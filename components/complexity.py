@@ -14,7 +14,7 @@ from components.types import Image
 MEASURED_SIDE_PX = 128
 EDGE_FROM = 0.1  # change of luma (0..1) a pixel from which a pixel counts as an edge
 HUE_BINS = 36
-SEGMENT_SCALE, SEGMENT_SIGMA, SEGMENT_MIN_PX = 100.0, 0.5, 24
+SEGMENT_SCALE, SEGMENT_MIN_PX = 100.0, 24
 MEASURES = ("edges", "segments", "hues")
 
 
@@ -64,7 +64,8 @@ def _edges(small: np.ndarray) -> float:
 def _segments(small: np.ndarray) -> float:
     from skimage.segmentation import felzenszwalb
 
-    labels = felzenszwalb(small, scale=SEGMENT_SCALE, sigma=SEGMENT_SIGMA, min_size=SEGMENT_MIN_PX)
+    # not blurred: shrinking has done that already, and at a sharp border a blur makes segments of its own
+    labels = felzenszwalb(small, scale=SEGMENT_SCALE, sigma=0, min_size=SEGMENT_MIN_PX)
     return float(len(np.unique(labels)))
 
 

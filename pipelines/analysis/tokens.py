@@ -1,8 +1,8 @@
 """`restoray analyze tokens`: how often a degraded picture's tokens still find their own clean picture in a gallery.
 
 What Fig. 3a shows with ImageNet's labels, asked without labels: the encoder's tokens of a degraded picture are
-compared, by cosine, with those of all clean pictures (64 by default), for every single fault and strength. Chance is one over
-the gallery. `restoray analyze accuracy` is Fig. 3a itself.
+compared, by cosine, with those of all clean pictures (64 by default), for every single fault and strength. Chance is
+one over the gallery. `restoray analyze accuracy` is Fig. 3a itself.
 """
 
 from __future__ import annotations

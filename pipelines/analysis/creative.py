@@ -80,22 +80,17 @@ def analyze_creative(
         )
     level = lv.quality_levels(mixed)[-1]
     files, ignored = gallery_files(subject)
-    with study_folder(subject.out, NAME, {"gallery": len(files)}):
-        gallery = Gallery(subject, files)
-        captions = _captions(subject, files)
-        far = far_captions(captions, subject.seed)
-        settings = {
-            **runs.settings_of(subject),
-            "level": level.document(),
-            "stop": stop,
-            "gallery": gallery.digest,
-        }
+    gallery = Gallery(subject, files)
+    captions = _captions(subject, files)
+    far = far_captions(captions, subject.seed)
+    settings = {**runs.settings_of(subject), "level": level.document(), "stop": stop, "gallery": gallery.digest}
 
-        def measure(key: str, picture: Image) -> dict[str, Any]:
-            return _measure(subject, gallery, level, stop, key, picture, {"close": captions[key], "far": far[key]})
+    def measure(key: str, picture: Image) -> dict[str, Any]:
+        return _measure(subject, gallery, level, stop, key, picture, {"close": captions[key], "far": far[key]})
 
+    wanted = {key: runs.strip_name(key) for key in gallery.keys}
+    with study_folder(subject.out, NAME, settings):
         base = subject.images if subject.images.is_dir() else subject.images.parent
-        wanted = {key: runs.strip_name(key) for key in gallery.keys}
         found = measure_pictures(
             files, base.absolute(), subject.out, settings, subject.side_px, measure, progress, ignored, wanted
         )

@@ -6,7 +6,7 @@ picture whatever its strength, so that strengths are paired.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,20 +79,13 @@ def fault_levels() -> list[Level]:
 
 
 def all_levels(mixed: str, faults: bool = True) -> list[Level]:
-    """Both lists without doubles, the quality levels first."""
-    levels = {level.name: level for level in quality_levels(mixed)}
-    for level in fault_levels() if faults else []:
-        levels[level.name] = level
-    return list(levels.values())
+    """Both lists without doubles; the faults of a kind stand together, weak to strong."""
+    single = fault_levels() if faults else []
+    doubles = {level.name for level in single}
+    return [*(level for level in quality_levels(mixed) if level.name not in doubles), *single]
 
 
 def degraded(level: Level, picture: Image, seed: int, key: str) -> Image:
     """The uint8 picture at this level, the same size. The plan depends on seed and key alone."""
     degradation = build_degradation(level.preset, **level.options)
     return to_uint8(degradation.apply(to_float(picture), degradation.draw(seed, key, 0)))
-
-
-def check_levels(levels: Sequence[Level]) -> None:
-    """Build each once, so that a number out of range dies before a model is loaded."""
-    for level in levels:
-        build_degradation(level.preset, **level.options)

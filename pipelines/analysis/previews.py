@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from components.evaluation.statistics import Band, mean_band, psnr
+from components.evaluation.statistics import Band, mean_band, psnr, rms_levels
 from components.types import Image
 from pipelines.analysis import levels as lv
 from pipelines.analysis import runs
@@ -26,6 +26,7 @@ from pipelines.analysis.study import (
     column,
     json_bytes,
     measure_pictures,
+    numbers,
     picture_files,
     study_folder,
     write_csv,
@@ -112,7 +113,11 @@ def analyze_previews(
             run = runs.record_picture(subject, key, lq)
             values = runs.run_values(run, hq)
             restored = runs.decoded(subject, run.latents)[0]
-            found[level.name] = {**values, "psnr": psnr(restored, picture), "lq_rms": _rms(lq, picture)}
+            found[level.name] = {
+                **values,
+                "psnr": numbers([psnr(restored, picture)])[0],
+                "lq_rms": rms_levels(lq, picture),
+            }
             if key in chosen and level.name in quality:
                 strip.append(runs.strip_row(subject, run, [picture, lq]))
         files = {runs.strip_name(key): runs.strip_png(strip)} if strip else {}
@@ -125,12 +130,6 @@ def analyze_previews(
             files, base.absolute(), subject.out, settings, subject.side_px, measure, progress, ignored, wanted
         )
         return report_previews(subject, found, levels)
-
-
-def _rms(lq: Image, picture: Image) -> float:
-    from components.evaluation.statistics import rms_levels
-
-    return rms_levels(lq, picture)
 
 
 def report_previews(subject: Subject, found: Rows, levels: Sequence[lv.Level]) -> StudyResult:
@@ -189,7 +188,8 @@ def report_previews(subject: Subject, found: Rows, levels: Sequence[lv.Level]) -
         )
     captions = {row["key"]: [f"{row['key'][:40]}: {name}" for name in order] for row in rows}
     sheet = runs.strip_sheet(subject.out, rows, captions)
-    shown_steps = ", ".join(f"t={timesteps[step]}" for step in runs.strip_steps(len(timesteps)))
+    made = [value is not None for value in rows[0]["levels"][order[0]]["preview_error"]]
+    shown_steps = ", ".join(f"t={timesteps[step]}" for step in runs.strip_steps(len(timesteps), made))
     if sheet is not None:
         sections.append(
             Section(

@@ -107,21 +107,18 @@ def analyze_tokens(subject: Subject, mixed: str = "realesrgan", progress: Progre
     """Run the study; arguments and errors as analyze_previews."""
     levels = lv.all_levels(mixed)
     files, ignored = gallery_files(subject)
-    with study_folder(subject.out, NAME, {"gallery": len(files)}):
-        gallery = Gallery(subject, files)
-        settings = {
-            **{k: v for k, v in runs.settings_of(subject).items() if k != "options"},
-            "levels": [level.document() for level in levels],
-            "gallery": gallery.digest,
-        }
+    gallery = Gallery(subject, files)
+    settings = {
+        **{k: v for k, v in runs.settings_of(subject).items() if k != "options"},
+        "levels": [level.document() for level in levels],
+        "gallery": gallery.digest,
+    }
 
-        def measure(key: str, picture: Image) -> dict[str, Any]:
-            found = {
-                level.name: gallery.find(key, subject, lv.degraded(level, picture, subject.seed, key))
-                for level in levels
-            }
-            return {"levels": found}
+    def measure(key: str, picture: Image) -> dict[str, Any]:
+        lqs = {level.name: lv.degraded(level, picture, subject.seed, key) for level in levels}
+        return {"levels": {name: gallery.find(key, subject, lq) for name, lq in lqs.items()}}
 
+    with study_folder(subject.out, NAME, settings):
         base = subject.images if subject.images.is_dir() else subject.images.parent
         found = measure_pictures(
             files, base.absolute(), subject.out, settings, subject.side_px, measure, progress, ignored

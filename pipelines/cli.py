@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines import cli_analyze
 from pipelines.cli_support import (
     Command,
     build_options,
@@ -379,6 +380,9 @@ def evaluate(
         plain(summary), [*(f"{name}: {text}" for name, text in summary.verdicts.items()), summary.verdict, str(out)]
     )
     raise typer.Exit(EXIT_QUARANTINED if summary.quarantined else 0)
+
+
+app.add_typer(cli_analyze.app, name="analyze")
 
 
 @app.command(cls=Command)

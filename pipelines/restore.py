@@ -2,8 +2,7 @@
 
     <out>/KEY.png             results; text chunks say how each was made
     <out>/records.jsonl       a line per result: key, source, source_sha256, output, output_sha256, width, height,
-                              seconds, seed, model_digest, options_digest, reference_sha256 where there is one, and build
-                              (device and precision, if unusual)
+                              seconds, seed, model_digest, options_digest, reference_sha256, build (if unusual)
     <out>/quarantine.jsonl    a line per picture that could not be restored: key, source, stage, code, detail,
                               bytes_sha256
 
@@ -426,11 +425,8 @@ class RestoreWorker:
         record = job["record"] or {}
         names = ("model_digest", "options_digest", "seed", "source_sha256", "reference_sha256")
         known = (self.identity.digest, self.ask.digest(), job["seed"])
-        wanted = (
-            *known,
-            hashlib.sha256(data).hexdigest(),
-            hashlib.sha256(reference).hexdigest() if reference else None,
-        )
+        seen = hashlib.sha256(reference).hexdigest() if reference else None
+        wanted = (*known, hashlib.sha256(data).hexdigest(), seen)
         if tuple(record.get(name) for name in names) != wanted or (record.get("build") or {}) != self.build:
             return False
         try:

@@ -33,9 +33,10 @@ OWN_MARKS = {
     "done.json": ("digest", "outputs"),
     "index.json": ("digest", "splits"),
     "records.jsonl": ("output_sha256", "source_sha256"),
+    "study.json": ("study", "settings"),
 }
-"""Files, and fields in them (in their first row), by which the folder of a run, a stage, a corpus or a restoration is
-known: its pictures are outputs."""
+"""Files, and fields in them (in their first row), by which the folder of a run, a stage, a corpus, a restoration or a
+study is known: its pictures are outputs."""
 DEFAULT_HELD_OUT_FRACTION = 0.2  # for a user's folder given to a spec that names its held-out pictures
 
 SKIMAGE_CREDITS = {  # file: (licence, credit); the loaders' docstrings of scikit-image 0.26 state both

@@ -18,9 +18,9 @@ from pipelines import cli
 from pipelines.console import Console, LinePrinter
 from pipelines.errors import UsageError
 
-VERBS = {"caption", "curate", "datasets", "degrade", "demo", "doctor", "evaluate", "recipes", "replay", "report"}
-VERBS |= {"restore", "run", "serve", "train", "weights"}
-LATER = {"analyze", "models", "trace"}
+VERBS = {"analyze", "caption", "curate", "datasets", "degrade", "demo", "doctor", "evaluate", "recipes", "replay"}
+VERBS |= {"report", "restore", "run", "serve", "train", "weights"}
+LATER = {"models", "trace"}
 
 
 def environment(repository: Path, tmp_path: Path) -> dict[str, str]:

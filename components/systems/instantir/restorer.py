@@ -175,7 +175,7 @@ class InstantIRRestorer:
         """Positive and, with guidance, negative conditions, for pictures or tiles of (height, width) pixels.
 
         Every tile sees the tokens of the whole picture, and the size ids of a picture of the tile's size: crop offsets
-        and sizes of a large picture lie far outside of what a prior has seen (docs/decisions/0005).
+        and sizes of a large picture lie far outside of what a prior has seen (docs/decisions/0006).
         """
         prior = self.network.prior
         text, pooled = prior.embed_prompts([job.request.prompt for job in batch])

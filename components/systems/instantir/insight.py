@@ -1,0 +1,314 @@
+"""What InstantIR's previews do while a picture is restored: recorded runs, Fig. 4's distances, token retrieval.
+
+A run is recorded by wrapping its InstantIRDenoiser, so that what is measured is the sampling loop itself. Distances are
+root mean squares over latent elements, that is the paper's L2 norms divided by sqrt(C h w): pictures of any size share
+one scale. Eq. 7's delta is a ratio of squared norms and does not depend on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from components.randomness import generator
+from components.samplers.ddim import sample_ddim, sample_ddpm
+from components.samplers.schedules import Schedule
+from components.systems.instantir.denoiser import InstantIRDenoiser
+from components.systems.instantir.network import Conditions, InstantIR
+from components.systems.instantir.options import Options
+from components.systems.instantir.previewer import previewer_enabled
+from components.types import OnStep
+
+TOKEN_VIEWS = ("pooled", "whole", "class", "perceptor")
+"""How a picture's tokens become one vector: mean of the patch tokens; all tokens joined; the class token; and all of
+the Resampler's queries joined, which is what the UNet is told."""
+
+
+class Previewing(Protocol):
+    """What a recorder needs of a denoiser; InstantIRDenoiser is one."""
+
+    preview: Tensor | None
+    factor: Tensor
+    lq: Tensor
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor: ...
+
+
+class Recorder:
+    """A types.Denoiser that keeps what its inner one previews, predicts and adapts, step by step.
+
+    Args:
+        denoiser: driven by whoever calls the recorder; of a guided one the positive half's previews are kept.
+
+    Attributes:
+        previews, denoised: latents [B, C, h, w] of each step so far; a preview that was never made is zero.
+        renewed: whether the step made a preview of its own (not stale, and not the LQ latents standing in).
+        factors: the adaptive factor after each step [B].
+    """
+
+    def __init__(self, denoiser: Previewing) -> None:
+        self.denoiser = denoiser
+        self.previews: list[Tensor] = []
+        self.denoised: list[Tensor] = []
+        self.renewed: list[bool] = []
+        self.factors: list[Tensor] = []
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        before = self.denoiser.preview
+        clean = self.denoiser(latents, sigma)
+        preview = self.denoiser.preview
+        self.renewed.append(preview is not None and preview is not before and preview is not self.denoiser.lq)
+        self.previews.append(torch.zeros_like(clean) if preview is None else preview[-len(latents) :].clone())
+        self.denoised.append(clean)
+        self.factors.append(self.denoiser.factor.clone())
+        return clean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """A recorded run of n steps over B pictures.
+
+    Attributes:
+        timesteps: int64 [n], falling.
+        previews, denoised: [n, B, C, h, w].
+        renewed: bool [n]; where False the preview is an old one, or none.
+        factors: adaptive factors after each step [n, B].
+        latents: the result [B, C, h, w].
+    """
+
+    timesteps: Tensor
+    previews: Tensor
+    denoised: Tensor
+    renewed: Tensor
+    factors: Tensor
+    latents: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """Fig. 4 of one run, float64 [n, B] each; NaN where a preview that is needed was not made in that step.
+
+    Attributes:
+        to_denoised: (a) between preview and denoising mean.
+        change: (b) between this step's preview and the one before; NaN at the first step.
+        delta: (c) Eq. 7, (to_denoised / change)^2.
+    """
+
+    to_denoised: Tensor
+    change: Tensor
+    delta: Tensor
+
+
+def rms(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square of a - b over all but the leading dimensions [n, B] (or [B] of [B, C, h, w]), float64."""
+    difference = (a - b).to(torch.float64)
+    return difference.square().flatten(-3).mean(dim=-1).sqrt()
+
+
+def distances(run: Trajectory) -> Distances:
+    """The three curves of Fig. 4."""
+    fresh = run.renewed[:, None]
+    nothing = torch.full(run.previews.shape[:2], float("nan"), dtype=torch.float64, device=run.previews.device)
+    to_denoised = torch.where(fresh, rms(run.previews, run.denoised), nothing)
+    change = nothing.clone()
+    both = fresh[1:] & fresh[:-1]
+    change[1:] = torch.where(both, rms(run.previews[1:], run.previews[:-1]), nothing[1:])
+    return Distances(to_denoised=to_denoised, change=change, delta=(to_denoised / change).square())
+
+
+def errors(run: Trajectory, hq: Tensor) -> dict[str, Tensor]:
+    """Distances from the clean picture's latents [B, C, h, w]: of previews and denoising means [n, B], float64.
+
+    A preview that was not made in its step is NaN.
+    """
+    previews = rms(run.previews, hq[None].expand_as(run.previews))
+    previews = torch.where(run.renewed[:, None], previews, torch.full_like(previews, float("nan")))
+    return {"preview": previews, "denoised": rms(run.denoised, hq[None].expand_as(run.denoised))}
+
+
+@torch.inference_mode()
+def record(
+    network: InstantIR,
+    images: Tensor,
+    options: Options,
+    seeds: Sequence[int],
+    prompts: Sequence[str] | None = None,
+    negative_prompts: Sequence[str] | None = None,
+    on_step: OnStep | None = None,
+) -> Trajectory:
+    """Restore a batch as InstantIRRestorer does, and keep everything on the way.
+
+    Args:
+        network: with previewer and aggregator.
+        images: LQ pictures [B, 3, H, W] in [-1, 1]; sides multiples of the prior's `multiple_px`.
+        options: as of a request.
+        seeds: of each picture; the noise is the one that a request of that seed gets.
+        prompts, negative_prompts: B each; None for empty ones.
+
+    Raises:
+        ValueError: sides that do not fit, or lists of another length than B.
+    """
+    prior, batch = network.prior, len(images)
+    height, width = images.shape[-2:]
+    if height % prior.multiple_px or width % prior.multiple_px:
+        raise ValueError(f"sides must be multiples of {prior.multiple_px} px, got {height} x {width}")
+    prompts, negative_prompts = list(prompts or [""] * batch), list(negative_prompts or [""] * batch)
+    if not len(seeds) == len(prompts) == len(negative_prompts) == batch:
+        raise ValueError(f"{batch} pictures need as many seeds and prompts")
+    images = images.to(prior.device)
+    lq = prior.encode(images)
+    positive = conditions_of(network, images, prompts)
+    negative = network.unconditional(positive, negative_prompts) if options.loop.guided else None
+    timesteps = prior.schedule.timesteps(options.steps)
+    sigmas = prior.schedule.sampling_sigmas(timesteps).to(prior.device)
+
+    def noise(name: str) -> Tensor:
+        rows = [generator(seed, name).standard_normal(tuple(lq.shape[1:]), dtype=np.float32) for seed in seeds]
+        return torch.from_numpy(np.stack(rows)).to(lq)
+
+    start = noise("start")
+    latents = (
+        lq + sigmas[0] * start if options.start == "lq" else Schedule.exploding(start, sigmas[0].expand(len(start)))
+    )
+    recorder = Recorder(InstantIRDenoiser(network, lq, positive, negative, options.steps, options.loop))
+    if options.sampler == "ddim":
+        result = sample_ddim(recorder, latents, sigmas, on_step)
+    else:
+        result = sample_ddpm(recorder, latents, sigmas, lambda step: noise(f"step {step}"), on_step)
+    return Trajectory(
+        timesteps=timesteps,
+        previews=torch.stack(recorder.previews),
+        denoised=torch.stack(recorder.denoised),
+        renewed=torch.tensor(recorder.renewed, device=lq.device),
+        factors=torch.stack(recorder.factors),
+        latents=result,
+    )
+
+
+def conditions_of(network: InstantIR, images: Tensor, prompts: Sequence[str]) -> Conditions:
+    """What the UNet is told of pictures [B, 3, H, W] in [-1, 1] and their prompts."""
+    text, pooled = network.prior.embed_prompts(prompts)
+    height, width = images.shape[-2:]
+    sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(images), -1)
+    return Conditions(
+        text=text,
+        pooled=pooled,
+        time_ids=network.prior.time_ids(sizes),
+        image_tokens=network.prior.embed_images(images),
+    )
+
+
+@contextmanager
+def time_blind(network: InstantIR, timestep: int) -> Iterator[None]:
+    """Inside, the perceptor is told one and the same time step, whatever the true one is.
+
+    Only the embedding handed to the perceptor's processors is changed (its time term is exchanged, its text and size
+    terms stay); the UNet's own residual blocks and the Aggregator keep the true time. It is an ablation at inference:
+    a network trained without the input could do better.
+
+    Args:
+        timestep: 0 .. T - 1.
+
+    Raises:
+        ValueError: a time step outside of the schedule.
+    """
+    unet = network.unet
+    if not 0 <= timestep < network.prior.schedule.num_train_timesteps:
+        last = network.prior.schedule.num_train_timesteps - 1
+        raise ValueError(f"timestep must be between 0 and {last}, got {timestep}")
+
+    def term(latents: Tensor, timesteps: Tensor) -> Tensor:
+        return unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
+
+    def exchange(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        latents, timesteps = args[0], args[1]
+        told = dict(kwargs["cross_attention_kwargs"])
+        fixed = torch.full_like(timesteps, timestep)
+        told["temb"] = told["temb"] - term(latents, timesteps) + term(latents, fixed)
+        return args, {**kwargs, "cross_attention_kwargs": told}
+
+    handle = unet.register_forward_pre_hook(exchange, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def token_vectors(network: InstantIR, images: Tensor, views: Sequence[str] = TOKEN_VIEWS) -> dict[str, Tensor]:
+    """Unit vectors [B, D] of pictures [B, 3, H, W] in [-1, 1], by view of TOKEN_VIEWS.
+
+    Raises:
+        ValueError: an unknown view.
+    """
+    unknown = [name for name in views if name not in TOKEN_VIEWS]
+    if unknown:
+        raise ValueError(f"unknown token view {unknown[0]!r}; there are {', '.join(TOKEN_VIEWS)}")
+    tokens = network.prior.embed_images(images.to(network.prior.device))
+    found: dict[str, Tensor] = {}
+    for name in views:
+        if name == "pooled":
+            vector = tokens[:, 1:].mean(dim=1)
+        elif name == "class":
+            vector = tokens[:, 0]
+        elif name == "whole":
+            vector = tokens.flatten(1)
+        else:
+            vector = _perceived(network, tokens).flatten(1)
+        found[name] = F.normalize(vector.to(torch.float64), dim=-1)
+    return found
+
+
+def _perceived(network: InstantIR, tokens: Tensor) -> Tensor:
+    """The Resampler's queries [B, Q, D], as the base network sees them."""
+    if not network.has_previewer:
+        return network.perceptor.image_proj(tokens)
+    with previewer_enabled(network.unet, False):
+        return network.perceptor.image_proj(tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """How well n query pictures find their own in a gallery.
+
+    Attributes:
+        rank: int64 [n]; 1 is found. Ties count against the query.
+        similarity: cosine with its own, [n].
+        margin: that less the best of all others; positive is found. NaN in a gallery of one.
+    """
+
+    rank: Tensor
+    similarity: Tensor
+    margin: Tensor
+
+
+def retrieve(queries: Tensor, gallery: Tensor, own: Tensor) -> Retrieval:
+    """Cosine retrieval.
+
+    Args:
+        queries, gallery: unit vectors [n, D] and [m, D].
+        own: int64 [n], the gallery's row that each query belongs to.
+
+    Raises:
+        ValueError: shapes do not fit, or an own row outside of the gallery.
+    """
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1] or own.shape != queries.shape[:1]:
+        shapes = f"{tuple(queries.shape)}, {tuple(gallery.shape)} and {tuple(own.shape)}"
+        raise ValueError(f"queries [n, D], gallery [m, D] and own [n] do not fit: {shapes}")
+    if len(own) and not bool(((own >= 0) & (own < len(gallery))).all()):
+        raise ValueError(f"own rows must lie in 0..{len(gallery) - 1}, got {own.tolist()}")
+    cosines = queries @ gallery.T
+    mine = cosines.gather(1, own[:, None]).squeeze(1)
+    others = cosines.scatter(1, own[:, None], float("-inf"))
+    best = others.max(dim=1).values if len(gallery) > 1 else torch.full_like(mine, float("nan"))
+    return Retrieval(rank=1 + (others >= mine[:, None]).sum(dim=1), similarity=mine, margin=mine - best)

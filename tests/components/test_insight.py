@@ -1,0 +1,312 @@
+"""InstantIR's insight: closed forms of Fig. 4's distances, recorded runs, the time-blind perceptor, token retrieval."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from components.priors.nano import build_prior, build_tokenizer_json
+from components.randomness import generator
+from components.samplers.schedules import Schedule
+from components.systems.instantir.denoiser import InstantIRDenoiser
+from components.systems.instantir.insight import (
+    TOKEN_VIEWS,
+    Recorder,
+    Trajectory,
+    conditions_of,
+    distances,
+    errors,
+    record,
+    retrieve,
+    time_blind,
+    token_vectors,
+)
+from components.systems.instantir.network import InstantIR, unet_embedding
+from components.systems.instantir.options import LoopSettings, Options
+from components.systems.instantir.perceptor import cross_attentions
+from components.systems.instantir.restorer import InstantIRRestorer
+from components.tensors import images_to_tensor, tensor_to_images
+from components.types import Request
+
+TINY: dict[str, Any] = {
+    "autoencoder": {"factor": 4, "latent_channels": 4, "width": 8, "encoder_blocks": 1, "decoder_blocks": 1},
+    "unet": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "transformer_layers_per_block": [1, 1],
+        "attention_head_dim": [1, 2],
+        "cross_attention_dim": 16,
+        "norm_num_groups": 4,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 32,
+    },
+    "text_encoder": {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "text_length": 6,
+    "image_encoder": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "mlp_ratio": 2,
+        "patch_size": 8,
+        "image_size": 16,
+    },
+    "view": {"shortest_edge_px": 16, "crop_px": 16, "fit": "squash"},
+    "schedule": {},
+}
+
+
+@pytest.fixture(scope="module")
+def network() -> InstantIR:
+    """Whole, untrained, and with every part awake: layers that start at zero are given values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        prior = build_prior(TINY, build_tokenizer_json(["red", "blue", "sky"], TINY["text_length"])).freeze()
+    resampler = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 4, "ff_mult": 2}
+    made = InstantIR(prior, resampler, {"rank": 2, "alpha": 1}, aggregator=True)
+    assert made.aggregator is not None
+    with torch.no_grad():
+        for module in (made.unet, made.aggregator):
+            for name, parameter in module.named_parameters():
+                if not bool(parameter.any()):
+                    values = generator(5, name).standard_normal(tuple(parameter.shape), dtype=np.float32)
+                    parameter.copy_(0.1 * torch.from_numpy(values))
+    return made
+
+
+def picture(name: str, side: int = 16) -> np.ndarray:
+    return generator(2, name).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+class Scripted:
+    """A denoiser whose previews and clean latents are known: a preview of None repeats the one before."""
+
+    def __init__(self, previews: list[Tensor | None], clean: list[Tensor], lq: Tensor) -> None:
+        self.previews, self.clean, self.lq = previews, clean, lq
+        self.preview: Tensor | None = None
+        self.factor = torch.ones(len(lq))
+        self.step = 0
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        given = self.previews[self.step]
+        self.preview = self.preview if given is None else given
+        clean = self.clean[self.step]
+        self.step += 1
+        self.factor = torch.full((len(latents),), float(self.step))
+        return clean
+
+
+def played(scripted: Scripted, steps: int) -> Trajectory:
+    recorder = Recorder(scripted)
+    for _ in range(steps):
+        recorder(torch.zeros_like(scripted.lq), torch.ones(len(scripted.lq)))
+    return Trajectory(
+        timesteps=torch.arange(steps, 0, -1),
+        previews=torch.stack(recorder.previews),
+        denoised=torch.stack(recorder.denoised),
+        renewed=torch.tensor(recorder.renewed),
+        factors=torch.stack(recorder.factors),
+        latents=torch.zeros_like(scripted.lq),
+    )
+
+
+def constant(value: float, rows: int = 1) -> Tensor:
+    return torch.full((rows, 2, 3, 3), value)
+
+
+def test_distances_of_known_previews_have_closed_forms() -> None:
+    """Constant latents: a root mean square is the difference of the constants."""
+    run = played(Scripted([constant(1.0), constant(4.0), constant(3.5)], [constant(0.0)] * 3, constant(9.0)), 3)
+    found = distances(run)
+    assert found.to_denoised[:, 0].tolist() == [1.0, 4.0, 3.5]
+    assert math.isnan(found.change[0, 0])
+    assert found.change[1:, 0].tolist() == [3.0, 0.5]
+    assert found.delta[1:, 0].tolist() == pytest.approx([(4 / 3) ** 2, 49.0])
+    wrong = errors(run, constant(2.0))
+    assert wrong["preview"][:, 0].tolist() == [1.0, 2.0, 1.5]
+    assert wrong["denoised"][:, 0].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_distance_is_the_norm_over_the_root_of_its_elements() -> None:
+    """A second derivation with numpy, of pictures whose rows differ."""
+    parts = [torch.from_numpy(generator(1, f"{i}").standard_normal((2, 3, 4, 5))) for i in range(4)]
+    run = played(Scripted([parts[0], parts[1]], [parts[2], parts[3]], torch.zeros(2, 3, 4, 5)), 2)
+    found = distances(run)
+    for row in range(2):
+        norm = np.linalg.norm((parts[1] - parts[3])[row].numpy().ravel())
+        change = np.linalg.norm((parts[1] - parts[0])[row].numpy().ravel())
+        assert float(found.to_denoised[1, row]) == pytest.approx(norm / math.sqrt(60))
+        assert float(found.change[1, row]) == pytest.approx(change / math.sqrt(60))
+        assert float(found.delta[1, row]) == pytest.approx((norm / change) ** 2)
+
+
+def test_a_guided_run_keeps_the_positive_half() -> None:
+    both = torch.cat([constant(7.0), constant(1.0)])  # negative, positive
+    run = played(Scripted([both], [constant(0.0)], constant(5.0)), 1)
+    assert run.previews.shape == (1, 1, 2, 3, 3)
+    assert float(run.previews.mean()) == 1.0
+
+
+def test_a_preview_that_was_not_made_counts_for_nothing() -> None:
+    """Stale after the second step, and the LQ latents standing in at the fourth."""
+    lq = constant(8.0)
+    run = played(Scripted([constant(1.0), constant(2.0), None, lq], [constant(0.0)] * 4, lq), 4)
+    assert run.renewed.tolist() == [True, True, False, False]
+    found = distances(run)
+    assert torch.isnan(found.to_denoised[:, 0]).tolist() == [False, False, True, True]
+    assert torch.isnan(found.change[:, 0]).tolist() == [True, False, True, True]
+    assert torch.isnan(errors(run, lq)["preview"][:, 0]).tolist() == [False, False, True, True]
+    never = played(Scripted([None], [constant(3.0)], lq), 1)
+    assert never.renewed.tolist() == [False]
+    assert torch.isnan(distances(never).to_denoised).all()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_recorded_run_is_the_restorers_own(network: InstantIR, sampler: str) -> None:
+    """Same picture, seed and prompt: the recorded result decodes to the very bytes that the restorer returns."""
+    given = {"steps": 3, "sampler": sampler, "cfg_scale": 3.0}
+    image = picture("a")
+    request = Request(key="a", image=image, seed=11, prompt="red", negative_prompt="blue", options=given)
+    (restored,) = InstantIRRestorer(network).restore([request])
+    run = record(network, images_to_tensor([image]), Options(**given), [11], ["red"], ["blue"])  # type: ignore[arg-type]
+    with torch.inference_mode():
+        (pixels,) = tensor_to_images(network.prior.decode(run.latents))
+    assert np.array_equal(pixels, restored.image)
+    assert run.renewed.tolist() == [True] * 3
+    assert run.timesteps.tolist() == network.prior.schedule.timesteps(3).tolist()
+    assert float(run.previews[0].std()) > 0
+
+
+def test_delta_is_the_adaptive_factor(network: InstantIR) -> None:
+    """Eq. 7 here against the loop's own, in a run that it steers."""
+    prior = network.prior
+    with torch.inference_mode():
+        images = images_to_tensor([picture("a"), picture("b")])
+        lq = prior.encode(images)
+        given = conditions_of(network, images, ["", ""])
+        settings = LoopSettings(cfg_scale=1.0, adaptive=True)
+        recorder = Recorder(InstantIRDenoiser(network, lq, given, None, 3, settings))
+        sigmas = prior.schedule.sampling_sigmas(prior.schedule.timesteps(3))
+        latents = Schedule.exploding(torch.randn(lq.shape, generator=torch.Generator().manual_seed(0)), sigmas[:1])
+        for step in range(3):
+            clean = recorder(latents, sigmas[step].expand(2))
+            latents = clean + sigmas[step + 1] / sigmas[step] * (latents - clean)
+    run = Trajectory(
+        timesteps=torch.arange(3),
+        previews=torch.stack(recorder.previews),
+        denoised=torch.stack(recorder.denoised),
+        renewed=torch.tensor(recorder.renewed),
+        factors=torch.stack(recorder.factors),
+        latents=latents,
+    )
+    found = distances(run).delta[1:]
+    fresh = torch.tensor(recorder.renewed)[1:]
+    assert bool(fresh[0])
+    torch.testing.assert_close(found[fresh].float(), run.factors[1:][fresh], rtol=1e-4, atol=0)
+
+
+def test_record_refuses_what_does_not_fit(network: InstantIR) -> None:
+    with pytest.raises(ValueError, match="multiples of 8"):
+        record(network, torch.zeros(1, 3, 12, 16), Options(steps=1), [0])
+    with pytest.raises(ValueError, match="as many seeds"):
+        record(network, torch.zeros(2, 3, 16, 16), Options(steps=1), [0])
+
+
+def test_the_time_blind_perceptor_is_told_one_time_step(network: InstantIR) -> None:
+    """Every processor gets the fixed step's embedding, text and sizes as ever; the UNet's blocks the true one."""
+    prior, unet = network.prior, network.unet
+    with torch.inference_mode():
+        images = images_to_tensor([picture("a")])
+        given = conditions_of(network, images, ["red"])
+        latents = prior.encode(images)
+        true, fixed = torch.tensor([700]), torch.tensor([300])
+        told: list[Tensor] = []
+        blocks: list[Tensor] = []
+        hooks = [
+            attention.processor.ln_k_ip.register_forward_pre_hook(lambda _m, args: told.append(args[1].clone()))
+            for attention in cross_attentions(unet).values()
+        ]
+        hooks.append(
+            unet.mid_block.resnets[0].register_forward_pre_hook(lambda _m, args: blocks.append(args[1].clone()))
+        )
+        ordinary = network.preview(latents, true, given)
+        count = len(told)
+        with time_blind(network, 300):
+            blind = network.preview(latents, true, given)
+            same = network.preview(latents, fixed, given)
+        again = network.preview(latents, true, given)
+        plain = network.preview(latents, fixed, given)
+        for hook in hooks:
+            hook.remove()
+        expected = {t: unet_embedding(unet, latents, torch.tensor([t]), given) for t in (300, 700)}
+    assert count == len(cross_attentions(unet))
+    for place, timestep in ((0, 700), (1, 300), (2, 300), (3, 700), (4, 300)):
+        for embedding in told[place * count : (place + 1) * count]:
+            torch.testing.assert_close(embedding, expected[timestep], rtol=1e-4, atol=1e-5)
+    for place, timestep in enumerate((700, 700, 300, 700, 300)):
+        torch.testing.assert_close(blocks[place], expected[timestep], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(ordinary, blind)
+    assert torch.equal(ordinary, again)
+    torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_time_blind_refuses_a_step_outside_the_schedule_and_lets_go_after_an_error(network: InstantIR) -> None:
+    before = len(network.unet._forward_pre_hooks)
+    with pytest.raises(ValueError, match=r"0 and 999, got 1000"), time_blind(network, 1000):
+        pass
+    with pytest.raises(RuntimeError), time_blind(network, 5):
+        raise RuntimeError
+    assert len(network.unet._forward_pre_hooks) == before
+
+
+def test_retrieval_counts_what_is_nearer() -> None:
+    """Angles in the plane: cosines of known degrees."""
+
+    def at(*degrees: float) -> Tensor:
+        angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+    found = retrieve(at(10, 50, 170), at(0, 60, 90), torch.tensor([0, 0, 2]))
+    assert found.rank.tolist() == [1, 3, 1]
+    cos = [math.cos(math.radians(d)) for d in (10, 50, 80)]
+    assert found.similarity.tolist() == pytest.approx(cos)
+    others = [math.cos(math.radians(d)) for d in (50, 10, 110)]
+    assert found.margin.tolist() == pytest.approx([mine - other for mine, other in zip(cos, others, strict=True)])
+    tied = retrieve(at(45), at(0, 90), torch.tensor([0]))
+    assert tied.rank.tolist() == [2] or float(tied.margin[0]) != 0
+    alone = retrieve(at(10), at(0), torch.tensor([0]))
+    assert alone.rank.tolist() == [1]
+    assert math.isnan(float(alone.margin[0]))
+    with pytest.raises(ValueError, match=r"0\.\.2"):
+        retrieve(at(1), at(0, 60, 90), torch.tensor([3]))
+
+
+def test_equal_pictures_tie_against_the_query() -> None:
+    vectors = torch.eye(3, dtype=torch.float64)[[0, 0, 1]]
+    assert retrieve(vectors, vectors, torch.arange(3)).rank.tolist() == [2, 2, 1]
+
+
+def test_token_vectors_are_unit_and_find_themselves(network: InstantIR) -> None:
+    images = images_to_tensor([picture(name) for name in "abcd"])
+    vectors = token_vectors(network, images)
+    assert list(vectors) == list(TOKEN_VIEWS)
+    with torch.inference_mode():
+        tokens = network.prior.embed_images(images)
+    for name, found in vectors.items():
+        torch.testing.assert_close(found.norm(dim=1), torch.ones(4, dtype=torch.float64))
+        assert retrieve(found, found, torch.arange(4)).rank.tolist() == [1] * 4, name
+    mean = tokens[:, 1:].double().mean(dim=1)
+    torch.testing.assert_close(vectors["pooled"], mean / mean.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
+    assert vectors["perceptor"].shape == (4, 4 * 16)
+    with pytest.raises(ValueError, match="pooled"):
+        token_vectors(network, images, ["poled"])

@@ -182,20 +182,20 @@ def test_torn_files_of_a_killed_run_are_made_again(folder: Path, tmp_path: Path)
     assert curate(spec(folder), out).reused == 17
 
 
-@with_ray
+@in_process
 def test_kill_minus_nine_and_rerun(folder: Path, tmp_path: Path) -> None:
+    """With Ray it is a test of tests/cluster."""
     script = textwrap.dedent(f"""
         import os, signal, sys
-        sys.path.insert(0, {str(Path(curating.__file__).parents[1])!r})
         from pathlib import Path
+        from conftest import phase_in_process, task_in_process
         from tests_spec import spec
-        from pipelines.cluster import local_ray
-        from pipelines.curate import curate
+        from pipelines import curate
+        curate._run, curate._in_task = phase_in_process, task_in_process
         def progress(done, of=0, note=""):
             if note == "shards" and done == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-        with local_ray():
-            curate(spec, Path({str(tmp_path / "out")!r}), progress=progress)
+        curate.curate(spec, Path({str(tmp_path / "out")!r}), progress=progress)
     """)
     settings = f"""
 from components.corpora import *
@@ -203,7 +203,10 @@ spec = CorpusSpec(name="test", sources=[SourceSpec(kind="folder", path={str(fold
                   split=SplitSpec(held_out_fraction=0.2), shard_mib=0.04)
 """
     (tmp_path / "tests_spec.py").write_text(settings)
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(curating.__file__).parents[1]}"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}:{Path(__file__).parent}:{Path(curating.__file__).parents[1]}",
+    }
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=240)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
     assert not (tmp_path / "out" / "index.json").exists()
@@ -231,12 +234,15 @@ def hostile(data: bytes, filters: object, key: str) -> dict:
 
 
 @with_ray
-def test_a_picture_that_kills_or_hangs_its_process_costs_only_itself(folder: Path, tmp_path: Path) -> None:
+def test_a_picture_that_kills_or_hangs_its_process_costs_only_itself(
+    folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     before = curate(spec(folder, sample_timeout_s=2.0), tmp_path / "out", look_at=hostile)
     codes = {row["key"]: row["code"] for row in rows(tmp_path / "out" / "quarantine.jsonl")}
     mine = {"good3": "crashed", "good4": "timeout", "good5": "crashed", "good6": "out_of_memory"}
     assert codes == {key: code for key, code in {**EXPECTED, **mine}.items() if code}
     assert not list((tmp_path / "out" / "work" / "cursors").iterdir())
+    request.getfixturevalue("without_ray")
     # A better decoder comes: only what it may change is looked at again.
     after = replay(tmp_path / "out", codes=["crashed"])
     assert (after.accepted, after.rejected) == (before.accepted + 4, before.rejected - 4)  # timeout, memory: always

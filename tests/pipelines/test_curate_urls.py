@@ -10,16 +10,20 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from components.corpora import CorpusSpec, DownloadSpec, FilterSpec, SourceSpec
 from pipelines import shards
 from pipelines.curate import curate, quarantined, replay
+from pipelines.curation import journal, measure
+from pipelines.sources import Bytes, list_parts
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_ray")]
 
 
 def loopback() -> ModuleType:
@@ -105,3 +109,44 @@ def test_only_failures_are_fetched_again(server: web.Server, tmp_path: Path) -> 
     found = {row["key"]: row["sha256"] for row in corpus.rows()}
     assert found["late"] == hashlib.sha256(jpeg(61)).hexdigest()
     assert found["good3"] == hashlib.sha256(jpeg(3)).hexdigest()
+
+
+class Died(BaseException):
+    """The end of a process."""
+
+
+def test_a_death_keeps_the_bodies_that_were_looked_at(
+    server: web.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not fetched again, and what nothing refers to is removed."""
+    for number in range(6):
+        server.routes[f"/good{number}"] = web.whole(jpeg(number))
+    (tmp_path / "list.txt").write_text("".join(server.url(f"/good{n}") + "\n" for n in range(6)))
+    spec = CorpusSpec(
+        name="web",
+        sources=[SourceSpec(kind="urls", path=str(tmp_path / "list.txt"))],
+        filters=FilterSpec(min_side_px=16),
+        download=DownloadSpec(attempts=1, timeout_s=5, total_s=10, allow_hosts=["127.0.0.1"]),
+    )
+    out = tmp_path / "out"
+    (part,) = list_parts(spec, out).parts
+    monkeypatch.setattr(journal, "JOURNAL_ROWS", 1)
+    looked = []
+
+    def dying(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
+        looked.append(key)
+        if len(looked) == 4:
+            raise Died
+        return measure.look(data, filters, key)
+
+    with pytest.raises(Died):
+        measure.measure_part(part, spec, out, look_at=dying, run="1")
+    (out / "work" / "fetched" / f"{part.name}-1.bin").write_bytes(b"of another attempt")
+    asked = Counter(path for path, _ in server.requests)
+    summary = measure.measure_part(part, spec, out, look_at=dying, run="1")
+    assert (summary["rows"], summary["codes"], summary["fresh"]) == (6, {}, 3)
+    assert Counter(path for path, _ in server.requests) - asked == Counter({f"/good{n}": 1 for n in (3, 4, 5)})
+    rows = pq.read_table(measure.measured_path(out, part)).to_pylist()
+    assert [Bytes(spec, out).read(row["at"]) for row in rows] == [jpeg(n) for n in range(6)]
+    kept = {path.name for path in (out / "work" / "fetched").iterdir()}
+    assert kept == {f"{part.name}-0.bin", f"{part.name}-2.bin"}

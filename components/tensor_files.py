@@ -60,8 +60,8 @@ def _read_pickle(path: Path, head: bytes) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise WeightsFileError(
-            f"{path}: refused: it asks for more than tensors, and opening it in full could run any code "
-            f"({_unsafe_reason(error)})"
+            f"{path}: refused: torch's restricted reader does not take it ({_unsafe_reason(error)}), "
+            "and opening it in full could run any code"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise WeightsFileError(f"{path}: damaged or truncated weights file ({_first_line(error)})") from error
@@ -105,4 +105,4 @@ def _unsafe_reason(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0][:200]

@@ -87,7 +87,7 @@ def prior_shape(name: str, image_encoder: str = DINOV2) -> PriorShape:
             unet=config["unet"],
             image_token_dim=int(config["image_encoder"]["hidden_size"]),
         )
-    notes = []
+    notes: list[str] = []
     unet, prior_id = _known_config(name, "unet/config.json", {SDXL: SDXL_UNET}, notes)
     dino, encoder_id = _known_config(image_encoder, "config.json", {DINOV2: {"hidden_size": DINOV2_TOKEN_DIM}}, notes)
     if "cross_attention_dim" not in unet or "hidden_size" not in dino:
@@ -263,11 +263,14 @@ def _view(folder: Path) -> dict[str, Any]:
         if name in said and [round(float(v), 3) for v in said[name]] != list(ours):
             raise ModelError(f"{path}: {name} {said[name]} is not ImageNet's {list(ours)}")
     edge, crop = said.get("size", {}), said.get("crop_size", {})
-    given = {
-        "shortest_edge_px": edge.get("shortest_edge") if isinstance(edge, dict) else edge,
-        "crop_px": crop.get("height") if isinstance(crop, dict) else crop,
+    edge_px = edge.get("shortest_edge") if isinstance(edge, dict) else edge
+    crop_px = crop.get("height") if isinstance(crop, dict) else crop
+    usual = ImageView()
+    return {
+        "view": ImageView(
+            shortest_edge_px=int(edge_px or usual.shortest_edge_px), crop_px=int(crop_px or usual.crop_px)
+        )
     }
-    return {"view": ImageView(**{name: int(value) for name, value in given.items() if value})}
 
 
 def _schedule(folder: Path) -> Schedule:

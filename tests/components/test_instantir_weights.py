@@ -371,7 +371,7 @@ def test_a_pickle_that_runs_code_is_refused_before_it_does(place, tmp_path: Path
     files, given = place()
     for write in (
         lambda path: torch.save({"image_proj": Evil(proof)}, path),
-        lambda p: p.write_bytes(pickle.dumps(Evil(proof))),
+        lambda p: p.write_bytes(pickle.dumps(Evil(proof), protocol=2)),
     ):
         write(files[0])
         with pytest.raises(WeightsFileError, match=r"adapter.pt: refused: .*mkdir"):

@@ -130,8 +130,9 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
 
         restorer.restore([Request(key="large", image=image, options=options)], tell)
         seconds = time.perf_counter() - start
-        yield {"what": "memory", "side": given.side, "steps": given.steps, "peak_above_weights_mib": peak_mib() - before,
-               "seconds": seconds}  # fmt: skip
+        peak = peak_mib() - before
+        row = {"what": "memory", "side": given.side, "steps": given.steps, "tile": given.tile}
+        yield {**row, "peak_above_weights_mib": round(peak), "seconds": round(seconds)}
         return
     for name, image in pictures_of(given.pictures, given.side).items():
         asked = Request(key=name, image=image, seed=1, options=options)

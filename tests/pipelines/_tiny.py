@@ -73,6 +73,8 @@ class TinyRestorer:
                     image = cv2.bilateralFilter(image, 5, self.strength, 2.0)
                 if on_step is not None:
                     on_step(StepEvent(step=step, of=steps))
+            if request.reference is not None:
+                image = cv2.addWeighted(image, 0.5, cv2.resize(request.reference, (width, height)), 0.5, 0)
             amplitude = options.get("cfg_scale", 1.0) / 255
             dither = generator(request.seed, "dither").uniform(-amplitude, amplitude, image.shape)
             pixels = to_uint8((image / 255 + dither).astype(np.float32))

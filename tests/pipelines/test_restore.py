@@ -105,6 +105,25 @@ def test_results_records_and_quarantine(model: Path, pictures: Path, tmp_path: P
     assert not list(result.folder.glob(".*tmp*"))
 
 
+def test_references_lie_beside_by_name_and_decide_the_bits(model: Path, pictures: Path, tmp_path: Path) -> None:
+    beside, out = tmp_path / "hq", tmp_path / "out"
+    beside.mkdir()
+    (beside / "p1.png").write_bytes(encode_png(dead_leaves(96, 2, 0)))
+    run(model, pictures, out)
+    plain = outputs(out)
+    assert run(model, pictures, out, references=beside).restored == 1
+    changed = outputs(out)
+    assert [name for name in plain if plain[name] != changed[name]] == ["p1.png"]
+    known = {row["key"]: row.get("reference_sha256") for row in read_lines(out / "records.jsonl")}
+    assert known["p1"] == hashlib.sha256((beside / "p1.png").read_bytes()).hexdigest() and known["p2"] is None
+    assert run(model, pictures, out, references=beside).skipped == 6
+    (beside / "p1.png").write_bytes(encode_png(dead_leaves(96, 2, 1)))
+    assert run(model, pictures, out, references=beside).restored == 1
+    (beside / "p1.png").rename(beside / "other.png")
+    with pytest.raises(UsageError, match=r"no picture in .*hq has the name of one"):
+        run(model, pictures, out, references=beside)
+
+
 def test_the_seed_decides_the_bits(model: Path, pictures: Path, tmp_path: Path) -> None:
     first, again, other = (tmp_path / name for name in ("a", "b", "c"))
     run(model, pictures, first, seed=5)

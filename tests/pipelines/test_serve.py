@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import httpx
+import numpy as np
 import pytest
 from ray import cloudpickle
 
@@ -207,6 +208,27 @@ def test_bytes_equal_the_batch_job(served: Served, model: Path, tmp_path: Path) 
             check_served(served.url, source, other)
 
 
+def test_a_reference_and_a_scale_give_the_batch_jobs_bytes(served: Served, model: Path, tmp_path: Path) -> None:
+    rgba = np.dstack([dead_leaves(64, 7, 0), np.full((64, 64), 90, np.uint8)])
+    for name, image in (("in", rgba), ("hq", dead_leaves(80, 3, 0))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(encode_png(image))
+    source, hq = tmp_path / "in" / "a.png", tmp_path / "hq" / "a.png"
+    factory = functools.partial(tiny.build_tiny, model)
+    options = {"scale": 1.25, "alpha": "restore"}
+    result = restore_folder(
+        model, source.parent, tmp_path / "out", options, factory=factory, on_ray=False, references=hq.parent
+    )
+    assert check_served(served.url, source, result.folder / "a.png", reference_path=hq)["bytes"] > 0
+    with pytest.raises(Failure, match="differs"):
+        check_served(served.url, source, result.folder / "a.png")
+    for reference, problem in ((b"<html>", (415, "unsupported_type")), (b"", (422, "empty"))):
+        body, kind = form({}, [("image", "a.png", PICTURE), ("reference", "b.png", reference)])
+        assert ask(served, body, kind).problem == problem
+    body, kind = form({}, [("image", "a.png", PICTURE), ("other", "b.png", PICTURE)])
+    assert ask(served, body, kind).problem == (422, "bad_form")
+
+
 def test_the_form_and_the_raw_body_agree(served: Served) -> None:
     body, kind = form({"seed": "9", "steps": "2"}, [("image", "bird.final.png", PICTURE)])
     by_form = ask(served, body, kind)
@@ -238,6 +260,10 @@ def test_without_a_seed_the_key_decides(served: Served) -> None:
         ({"width": "40"}, "bad_parameter", "height"),
         ({"width": "0", "height": "40"}, "bad_parameter", "width"),
         ({"width": "300", "height": "300"}, "bad_parameter", "max_output_pixels"),
+        ({"scale": "2.5"}, "too_large", "max_output_pixels"),
+        ({"scale": "0"}, "bad_parameter", "scale"),
+        ({"scale": "2", "width": "40", "height": "40"}, "bad_parameter", "exclude"),
+        ({"alpha": "of"}, "bad_parameter", "flatten"),
         ({"prompt": "x" * 2001}, "bad_parameter", "2000"),
         ({"prompt": "a\x1b[31m"}, "bad_parameter", "control"),
         ({"sed": "1"}, "unknown_parameter", "seed"),

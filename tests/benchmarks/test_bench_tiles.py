@@ -1,0 +1,58 @@
+"""Tiles at nano size: seams, tiles against the whole, and memory, on real photographs where there are some."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).with_name("bench_tiles.py")
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_tiles", BENCH)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_score_finds_a_seam_and_nothing_else(bench: ModuleType) -> None:
+    """A step of 3 levels across a ramp of 1 level a pixel is (1 + 3) / 1."""
+    plain = np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (64, 1, 3))
+    assert bench.seam_score(plain, ([], [32])) == pytest.approx(1.0)
+    seam = plain.copy()
+    seam[:, 32:] += 3
+    assert bench.seam_score(seam, ([], [32])) == pytest.approx(4.0)
+    assert bench.seam_score(seam, ([], [16, 48])) == pytest.approx(1.0)
+    assert bench.borders_of(120, 200, 64, 0.25, 8) == (sorted({24, 64, 56, 88}), sorted({40, 64, 104, 88, 136, 152}))
+
+
+@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_no_seam_shows_on_ramp_sky_and_texture(bench: ModuleType, images_dir: Path) -> None:
+    rows = list(bench.main(["seams", "--pictures", str(images_dir), "--side", "768", "--tile", "384"]))
+    assert [row["picture"] for row in rows] == ["ramp", "sky", "texture"]
+    for row in rows:
+        assert row["seam"] <= 1.02 * max(1.0, row["seam_of_the_whole"]), row
+
+
+@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_memory_is_bounded_by_the_latents_not_by_the_picture() -> None:
+    """A process of its own, whose peak is its own; 4096 px here, 8192 in docs/benchmarks.md."""
+    command = [sys.executable, str(BENCH), "memory", "--side", "4096", "--steps", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCH.parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["peak_above_weights_mib"] <= 1024, row  # a quarter of the 4 GiB that 8192 px may take

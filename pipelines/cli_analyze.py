@@ -74,7 +74,7 @@ def previews(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Previews over the steps by input quality and type of degradation (the paper's Figs. 3b and 4)."""
+    """Previews over the steps by input quality and type of degradation (the paper's figures 3b and 4)."""
     settings = {"limit": limit, "side_px": side, "seed": seed, "mixed": mixed, "device": device}
     run_study("previews", model, images, out, overrides, as_json, faults=faults, **settings)
 
@@ -167,7 +167,7 @@ def accuracy(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """How well DINOv2 classifies degraded pictures (Fig. 3a); brings no weights and no pictures of its own."""
+    """How well DINOv2 classifies degraded pictures (figure 3a); brings no weights and no pictures of its own."""
     from pipelines.analysis.accuracy import analyze_accuracy
 
     console = Console(silent=as_json)

@@ -81,9 +81,10 @@ def load_recogniser(name: str, method: str, device: str = "cpu") -> Recogniser:
     kind = Dinov2ForImageClassification if method == "linear" else Dinov2Model
     try:
         processor = AutoImageProcessor.from_pretrained(name)
-        model, told = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        loaded: Any = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise RecognitionError(f"{name}: no DINOv2 weights with a preprocessor there ({error})") from error
+    model, told = loaded
     unexpected = set(told["unexpected_keys"]) - (
         {"classifier.weight", "classifier.bias"} if method == "nearest" else set()
     )

@@ -119,9 +119,9 @@ def _learn(recogniser: Recogniser, reference: Path, out: Path, numbers: Mapping[
     lacking = sorted(set(numbers) - set(by_class))
     if lacking:
         raise UsageError(f"{reference} has no pictures of {len(lacking)} classes, first {lacking[0]!r}")
-    learned = {}
+    learned: dict[int, torch.Tensor] = {}
     for number, name in enumerate(sorted(by_class)):
-        vectors = []
+        vectors: list[torch.Tensor] = []
         for key, path in by_class[name]:
             if len(vectors) == REFERENCES:
                 break

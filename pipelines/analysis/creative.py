@@ -242,7 +242,7 @@ def report_creative(subject: Subject, found: Rows, stop: float) -> StudyResult:
     chosen = [rows[order[i]] for i in np.unique(np.linspace(0, len(rows) - 1, 6).round().astype(int))]
     captions = {
         row["key"]: [
-            f"{row['key'][:32]} (margin {row['score']['margin'] or 0:+.3f}): {text or 'no prompt'}"
+            f"{row['key'][:32]} (margin {row['score']['margin'] or 0:+.3f})\n{text or 'no prompt'}"
             for text in ("", *(row["prompts"][name] for name in PROMPTS))
         ]
         for row in chosen

@@ -76,7 +76,7 @@ def _panel(axis: Any, panel: Panel) -> None:
     axis.set_title(panel.title, fontsize=10, color=INK, loc="left")
     axis.set_xlabel(panel.x_label, fontsize=9, color=SOFT)
     axis.set_ylabel(panel.y_label, fontsize=9, color=SOFT)
-    axis.tick_params(labelsize=8, colors=SOFT)
+    axis.tick_params(which="both", labelsize=8, colors=SOFT)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -96,6 +96,9 @@ def _panel(axis: Any, panel: Panel) -> None:
         axis.set_yscale("log")
     if panel.ticks:
         axis.set_xticks(panel.x, panel.ticks)
+    if len(panel.x) > 1:  # the whole axis, also where a curve begins late
+        margin = 0.04 * float(np.ptp(panel.x))
+        axis.set_xlim(float(panel.x.min()) - margin, float(panel.x.max()) + margin)
     if panel.reverse:
         axis.invert_xaxis()
     if len(panel.lines) > 1 or panel.reference is not None:

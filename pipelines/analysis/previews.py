@@ -40,7 +40,12 @@ CURVES = {
     "delta": "(c) relative distance, Eq. 7",
     "preview_error": "preview to the clean latents",
 }
-Y_LABELS = {"to_denoised": "RMS in latents", "change": "RMS in latents", "delta": "delta", "preview_error": "RMS"}
+Y_LABELS = {
+    "to_denoised": "RMS in latents",
+    "change": "RMS in latents",
+    "delta": "delta",
+    "preview_error": "RMS in latents",
+}
 RATIOS = frozenset({"delta"})  # averaged as logarithms: a mean of ratios belongs to their few largest
 NAME = "previews"
 

@@ -261,7 +261,7 @@ def report_crowded(subject: Subject, found: Rows) -> StudyResult:
     chosen = [rows[order[i]] for i in np.unique(np.linspace(0, len(rows) - 1, 8).round().astype(int))]
     captions = {
         row["key"]: [
-            f"{row['key'][:36]}: complexity {joint[rows.index(row)]:.2f}, gain {row['outcome']['gain'] or 0:+.1f} dB"
+            f"{row['key'][:36]}\ncomplexity {joint[rows.index(row)]:.2f}, gain {row['outcome']['gain'] or 0:+.1f} dB"
         ]
         for row in chosen
     }

@@ -98,7 +98,7 @@ class Recipe:
     sources: dict[str, float] = field(default_factory=lambda: {"corpus": 1.0})  # input name (or dead_leaves): weight
     captioner: str = "manifest"  # "" (none), manifest, tags, or column:NAME
     degradation: DegradationChoice = field(default_factory=DegradationChoice)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the forward passes; weights and autoencoder stay float32
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema_decay: float = 0.0  # 0: off
     checkpoint_every: int = 1000  # steps

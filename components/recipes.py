@@ -131,7 +131,7 @@ class Recipe:
     latents: str = ""  # column of precomputed latents, which the autoencoder then need not encode
     embeddings: str = ""  # column of precomputed prompts, which the text encoders then need not embed
     degradation: DegradationChoice = field(default_factory=DegradationChoice)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the forward passes; weights and autoencoder stay float32
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema_decay: float = 0.0  # 0: off
     checkpoint_every: int = 1000  # steps

@@ -45,6 +45,7 @@ def train_step(
     lr: float,
     clip_norm: float,
     precision: str = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, float]:
     """Run all phases of one step over the micro-batches, which advance in lockstep.
 
@@ -54,15 +55,22 @@ def train_step(
         optimizers: one for each trainable.
         lr: learning rate of this step.
         clip_norm: largest gradient norm of a trainable.
-        precision: "bf16" runs the forward passes under autocast.
+        precision: "bf16" or "fp16" run the forward passes under autocast.
+        scaler: what build_scaler gave for this precision; kept from step to step.
 
     Returns:
         The losses' metrics, averaged over micro-batches and workers, `<trainable>/grad_norm`, and `bad_steps`:
         trainables left as they were because their gradient was not finite (averaged, so the same on every worker).
+        With a scaler also `loss_scale`, and `bad_steps` counts from a scale of 1 downwards only: above, an overflow is
+        how the scaler finds its scale.
 
     Raises:
         RuntimeError: micro-batches disagree about the phase, naming both.
+        ValueError: "fp16" without a scaler: most gradients would be zero.
     """
+    if precision == "fp16" and scaler is None:
+        raise ValueError("fp16 needs a gradient scaler: see build_scaler")
+    scale = scaler.get_scale() if scaler else 1.0
     metrics: dict[str, Tensor] = {}
     report: dict[str, float] = {"bad_steps": 0.0}
     phases = [objective.phases(batch, noise) for batch, noise in batches]
@@ -76,36 +84,61 @@ def train_step(
                 continue
             name, loss = item
             names.append(name)
-            (loss.value / len(phases)).backward()  # type: ignore[no-untyped-call]
+            value = loss.value / len(phases)
+            (scaler.scale(value) if scaler else value).backward()  # type: ignore[no-untyped-call]
             for key, value in loss.metrics.items():
                 metrics[key] = metrics.get(key, torch.zeros((), device=value.device)) + value.detach() / len(phases)
         if len(set(names)) > 1:
             raise RuntimeError(f"micro-batches are in different phases: {names}")
         if not names[0]:
             break
-        report |= _step(names[0], optimizers[names[0]], lr, clip_norm, report)
+        report |= _step(names[0], optimizers[names[0]], lr, clip_norm, report, scaler)
         # a phase's loss may reach another phase's weights (a score that judges a generator): that is not their gradient
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+    if scaler:
+        scaler.update()
+        report["loss_scale"] = scale
+        if scale > 1:
+            report["bad_steps"] = 0.0
     return {**{k: float(v) for k, v in average(metrics).items()}, **report}
 
 
 def _step(
-    name: str, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, report: Mapping[str, float]
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    clip_norm: float,
+    report: Mapping[str, float],
+    scaler: torch.amp.GradScaler | None,
 ) -> dict[str, float]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average_gradients(parameters)
+    if scaler:
+        scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm))
     bad = not math.isfinite(norm)
     if not bad:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if scaler:
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
     return {f"{name}/grad_norm": norm, "bad_steps": report["bad_steps"] + bad}
 
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What the forward passes compute in, by the recipe's precision; "fp32" has none."""
+
+
 def _autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
+
+
+def build_scaler(precision: str, device: str) -> torch.amp.GradScaler | None:
+    """The scaler that fp16 gradients need, with torch's own numbers (65,536 at first); None for other precisions."""
+    return torch.amp.GradScaler(torch.device(device).type) if precision == "fp16" else None
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -191,9 +224,17 @@ class Ema:
 
 
 def training_state(
-    objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer], ema: Ema | None, step: int, position: int
+    objective: Objective,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    ema: Ema | None,
+    step: int,
+    position: int,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Any]:
-    """Everything that a resumed run needs: tensors and plain numbers only, so it loads with weights_only."""
+    """Everything that a resumed run needs: tensors and plain numbers only, so it loads with weights_only.
+
+    "trainables" are the weights as trained, "ema" their average, which the model folder gets.
+    """
     return {
         "step": step,
         "position": position,
@@ -203,12 +244,17 @@ def training_state(
         },
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "ema": ema.shadow if ema else {},
+        "scaler": scaler.state_dict() if scaler else {},
     }
 
 
 @torch.no_grad()
 def restore_state(
-    state: Mapping[str, Any], objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer], ema: Ema | None
+    state: Mapping[str, Any],
+    objective: Objective,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    ema: Ema | None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> int:
     """Undo `training_state`; returns the step to go on with. Raises ValueError naming keys that do not fit."""
     for name, module in objective.trainables.items():
@@ -220,7 +266,12 @@ def restore_state(
             parameter.copy_(saved[key])
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
+    if scaler and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
     if ema:
+        if set(state["ema"]) != set(ema.shadow):
+            differ = sorted(set(state["ema"]) ^ set(ema.shadow))[:8]
+            raise ValueError(f"checkpoint does not fit the average of the weights: keys {differ} differ")
         for key, value in state["ema"].items():
             ema.shadow[key].copy_(value)
     return int(state["step"])

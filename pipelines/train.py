@@ -66,10 +66,7 @@ def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Any = None) -
 
     unknown = sorted(set(recipe.sources) - set(inputs.corpora) - {DEAD_LEAVES})
     if unknown:
-        raise UsageError(
-            f"{recipe.name}: sources names {unknown}, but the inputs are {sorted(inputs.corpora)}: "
-            f"give --input {unknown[0]}=FOLDER."
-        )
+        raise UsageError(f"{recipe.name}: {missing_corpora(unknown, sorted(inputs.corpora))}")
     sources = [
         (name if name == DEAD_LEAVES else str(inputs.corpora[name]), weight) for name, weight in recipe.sources.items()
     ]
@@ -94,6 +91,28 @@ def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Any = None) -
         degradation_options=dict(recipe.degradation.options),
         degrade_on=recipe.degradation.degrade_on,
     )
+
+
+def missing_corpora(missing: Sequence[str], given: Sequence[str]) -> str:
+    """One sentence for each corpus that a recipe's sources name and no input brings: how to get it.
+
+    A name of the catalogue tells its own command; what lies under a name is the user's choice, any corpus will do.
+    """
+    from pipelines.catalogue import entry_of, load_spec
+    from pipelines.home import shipped
+
+    told = [f"sources names {', '.join(missing)}, and the inputs bring {', '.join(given) or 'no corpus'}."]
+    for name in missing:
+        if name in shipped("datasets"):
+            entry = entry_of(load_spec(name))
+            wanted = "; ".join(f"{need.key} takes {need.what}" for need in entry.needs if need.what)
+            told.append(
+                f"{name}: {entry.description} ({entry.homepage or 'no homepage'}). Curate it with: {entry.command}"
+                f"{f' ({wanted})' if wanted else ''}; then add --input {name}=CORPUS."
+            )
+        else:
+            told.append(f"{name}: add --input {name}=CORPUS, any curated corpus (restoray curate).")
+    return " ".join(told)
 
 
 def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
@@ -161,6 +180,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
         UsageError: see check_inputs.
         Failure: the run ended without a model; the message says why and that a rerun resumes.
     """
+    import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -171,6 +191,11 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
     out.mkdir(parents=True, exist_ok=True)
     placement = recipe.placement
     use_gpu = placement.gpus_per_worker > 0
+    if use_gpu and not ray.cluster_resources().get("GPU"):
+        raise UsageError(
+            f"{recipe.name} asks for {placement.gpus_per_worker:g} GPU for each worker, and Ray sees none: "
+            "placement.gpus_per_worker=0 trains on the CPU."
+        )
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": placement.gpus_per_worker} if use_gpu else {})
     scaling = ScalingConfig(num_workers=placement.workers, use_gpu=use_gpu, resources_per_worker=resources)
     loop: dict[str, Any] = {
@@ -295,7 +320,15 @@ def worker(config: dict[str, Any]) -> None:
     from components.randomness import Noise
     from components.systems import SYSTEMS
     from components.tensors import collate
-    from components.training import Ema, average, build_optimizers, evaluate_loss, restore_state, train_step
+    from components.training import (
+        Ema,
+        average,
+        build_optimizers,
+        build_scaler,
+        evaluate_loss,
+        restore_state,
+        train_step,
+    )
     from pipelines.feed import rank_batches
     from pipelines.stream import heldout_rows, target_plan
 
@@ -320,12 +353,13 @@ def worker(config: dict[str, Any]) -> None:
     objective = SYSTEMS[recipe.system].build_objective(recipe, parents, _examples(stream), device=device)
     optimizers = build_optimizers(objective, recipe.optimizer)
     ema = Ema(objective.trainables, recipe.ema_decay) if recipe.ema_decay else None
+    scaler = build_scaler(recipe.precision, device)
     start = 0
     checkpoint = ray_train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location=device)
-        start = restore_state(state, objective, optimizers, ema)
+        start = restore_state(state, objective, optimizers, ema, scaler)
 
     log = Log(out, active=rank == 0)
     local = recipe.batch_size // world
@@ -362,7 +396,13 @@ def worker(config: dict[str, Any]) -> None:
         waited = time.time() - began
         lr = recipe.optimizer.lr_at(step, recipe.steps)
         metrics = train_step(
-            objective, step_batches, optimizers, lr=lr, clip_norm=recipe.optimizer.clip_norm, precision=recipe.precision
+            objective,
+            step_batches,
+            optimizers,
+            lr=lr,
+            clip_norm=recipe.optimizer.clip_norm,
+            precision=recipe.precision,
+            scaler=scaler,
         )
         if ema:
             ema.update(step)
@@ -384,7 +424,7 @@ def worker(config: dict[str, Any]) -> None:
         if done == recipe.steps and rank == 0:
             _write_model(objective, recipe, inputs, parents, ema, out, heldout)
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
-            _checkpoint(objective, optimizers, ema, done, recipe.batch_size, rank)
+            _checkpoint(objective, optimizers, ema, scaler, done, recipe.batch_size, rank)
 
 
 class Log:
@@ -498,7 +538,9 @@ def _write_model(
         save_model(out / MODEL, card, objective.parts(), getattr(objective, "files", None))
 
 
-def _checkpoint(objective: Objective, optimizers: Any, ema: Any, step: int, batch_size: int, rank: int) -> None:
+def _checkpoint(
+    objective: Objective, optimizers: Any, ema: Any, scaler: Any, step: int, batch_size: int, rank: int
+) -> None:
     """Report step and position to Ray Train; rank 0 adds the state. All ranks must come here."""
     import torch
     from ray import train as ray_train
@@ -510,5 +552,6 @@ def _checkpoint(objective: Objective, optimizers: Any, ema: Any, step: int, batc
         ray_train.report(report)
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(training_state(objective, optimizers, ema, step, step * batch_size), Path(folder) / "state.pt")
+        state = training_state(objective, optimizers, ema, step, step * batch_size, scaler)
+        torch.save(state, Path(folder) / "state.pt")
         ray_train.report(report, checkpoint=ray_train.Checkpoint.from_directory(folder))

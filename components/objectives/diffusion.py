@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,21 @@ def clean_weights(schedule: Schedule, maximum: float) -> Tensor:
     return weights / weights.mean()
 
 
+def importance_weights(steps: int, strength: float) -> Tensor:
+    """Weight of each time step's loss, float32 [steps] with mean 1: 1 - strength cos(pi t / steps).
+
+    More for noisy steps, less for clean ones. InstantIR's released trainers have it as an option, off, with a strength
+    of 0.5 (instantir.md section 7).
+
+    Raises:
+        ValueError: strength outside [0, 1).
+    """
+    if not 0 <= strength < 1:
+        raise ValueError(f"timestep_importance must be in [0, 1), got {strength}")
+    weights = 1 - strength * torch.cos(math.pi * torch.arange(steps, dtype=torch.float64) / steps)
+    return (weights / weights.mean()).to(torch.float32)
+
+
 def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
     """Noise whose channel means vary: noise + strength * offset, for noise [B, C, h, w] and offset [B, C, 1, 1].
 
@@ -93,11 +109,22 @@ class WeightedEpsilon:
         schedule: the prior's.
         max_clean_weight: see clean_weights; 1 is the plain loss.
         noise_offset: see offset_noise; 0 is plain noise.
+        timestep_importance: see importance_weights, which multiply the others; 0 is none.
     """
 
-    def __init__(self, schedule: Schedule, max_clean_weight: float = 1.0, noise_offset: float = 0.0) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        max_clean_weight: float = 1.0,
+        noise_offset: float = 0.0,
+        timestep_importance: float = 0.0,
+    ) -> None:
         self.schedule, self.noise_offset = schedule, noise_offset
         self.weights = clean_weights(schedule, max_clean_weight)
+        importance = importance_weights(schedule.num_train_timesteps, timestep_importance)
+        if timestep_importance:
+            self.weights = self.weights * importance
+            self.weights = self.weights / self.weights.mean()
 
     def noisy(self, clean: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy latents and target noise, both like `clean` [B, C, h, w], and timesteps [B].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from components.randomness import Noise, seeded_init
 from components.recipes import Optimizer
-from components.training import Ema, build_optimizers, restore_state, train_step, training_state
+from components.training import Ema, build_optimizers, build_scaler, restore_state, train_step, training_state
 from components.types import Batch, Loss
 
 SETTINGS = Optimizer(lr=0.1, weight_decay=0.0)
@@ -85,6 +86,53 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported() -> None
     assert metrics["bad_steps"] == 1 and float(objective.a.weight.detach()) == 0
 
 
+def half(objective: TwoPlayers, value: float, scaler: Any, optimizers: Any = None) -> dict[str, float]:
+    """A step in fp16's way; the players' weights are float32 and the loss is too, so that scaling is all there is."""
+    optimizers = optimizers or build_optimizers(objective, SETTINGS)
+    return train_step(objective, [batch(value)], optimizers, lr=0.1, clip_norm=1e9, precision="fp16", scaler=scaler)
+
+
+def test_scaled_gradients_give_the_step_of_plain_ones() -> None:
+    """The scale is a power of two: it changes no bit of a float32 gradient, once it is taken out again."""
+    plain, scaled = TwoPlayers(), TwoPlayers()
+    train_step(plain, [batch(0.5)], build_optimizers(plain, SETTINGS), lr=0.1, clip_norm=1e9)
+    metrics = half(scaled, 0.5, build_scaler("fp16", "cpu"))
+    assert metrics["loss_scale"] == 65536 and metrics["generator/grad_norm"] == 1.0
+    assert torch.equal(plain.a.weight, scaled.a.weight) and torch.equal(plain.b.weight, scaled.b.weight)
+
+
+def test_an_overflow_halves_the_scale_and_is_bad_only_at_scale_one() -> None:
+    objective, scaler = TwoPlayers(), build_scaler("fp16", "cpu")
+    assert scaler is not None
+    seen = []
+    for _ in range(18):
+        metrics = half(objective, float("inf"), scaler)
+        seen.append((metrics["loss_scale"], metrics["bad_steps"] > 0))
+    assert seen == [(2.0 ** (16 - n), n >= 16) for n in range(18)]
+    assert float(objective.a.weight.detach()) == 0
+
+
+def test_the_loss_scale_is_part_of_a_checkpoint() -> None:
+    objective, scaler = TwoPlayers(), build_scaler("fp16", "cpu")
+    optimizers = build_optimizers(objective, SETTINGS)
+    half(objective, float("inf"), scaler, optimizers)
+    buffer = io.BytesIO()
+    torch.save(training_state(objective, optimizers, None, 1, 1, scaler), buffer)
+    buffer.seek(0)
+    state, fresh = torch.load(buffer, weights_only=True), build_scaler("fp16", "cpu")
+    assert fresh is not None
+    restore_state(state, objective, optimizers, None, fresh)
+    assert fresh.get_scale() == 32768
+    del state["scaler"]  # as checkpoints of earlier versions
+    assert restore_state(state, objective, optimizers, None, fresh) == 1
+
+
+def test_fp16_without_a_scaler_is_refused_and_others_have_none() -> None:
+    with pytest.raises(ValueError, match="gradient scaler"):
+        half(TwoPlayers(), 1.0, None)
+    assert build_scaler("bf16", "cpu") is None and build_scaler("fp32", "cpu") is None
+
+
 def test_micro_batches_in_different_phases_are_an_error() -> None:
     class Uneven(TwoPlayers):
         def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
@@ -123,6 +171,14 @@ def test_a_checkpoint_of_something_else_is_refused() -> None:
     objective = TwoPlayers()
     with pytest.raises(ValueError, match="does not fit 'generator'"):
         restore_state({"trainables": {"generator": {"other": torch.zeros(1)}}}, objective, {}, None)
+
+
+def test_a_checkpoint_without_the_average_is_refused_where_one_is_kept() -> None:
+    objective = TwoPlayers()
+    optimizers = build_optimizers(objective, SETTINGS)
+    state = training_state(objective, optimizers, None, 3, 3)
+    with pytest.raises(ValueError, match="average of the weights"):
+        restore_state(state, objective, optimizers, Ema(objective.trainables, 0.9))
 
 
 def test_ema_stands_in_only_while_applied() -> None:

@@ -18,6 +18,7 @@ import pytest
 from pipelines import plans
 from pipelines.console import Console
 from pipelines.errors import Failure, RetryLater, UsageError
+from pipelines.home import shipped
 from pipelines.plans import PlanResult, load_plan, read_done, run_lock, run_plan, stage_digest
 from pipelines.stages import StageContext, Verb
 from pipelines.tracking import resolve
@@ -363,11 +364,21 @@ def test_what_an_earlier_driver_left_unpublished_is_published(
 # -- the shipped plans
 
 
-@pytest.mark.parametrize("name", ["demo", "nano-prior"])
+@pytest.mark.parametrize("name", sorted(shipped("plans")))
 def test_shipped_plans_resolve(name: str) -> None:
     plan = load_plan(name)
     assert plan.stages[0].verb == "curate"
     assert len({stage.folder for stage in plan.stages}) == len(plan.stages)
+
+
+def test_instantir_nano_is_the_demo_with_averaged_weights_more_steps_and_no_service() -> None:
+    demo, plan = ({s.name: s for s in load_plan(n).stages} for n in ("demo", "instantir-nano"))
+    assert set(demo) - set(plan) == {"service"} and list(plan) == [name for name in demo if name != "service"]
+    for stage in ("dcp", "previewer", "aggregator"):
+        assert plan[stage].recipe.ema_decay > 0 and plan[stage].recipe.steps > demo[stage].recipe.steps
+        changed = {k for k in demo[stage].resolved if plan[stage].resolved[k] != demo[stage].resolved[k]}
+        assert changed == {"ema_decay", "steps"}
+    assert plan["restored"].settings == demo["restored"].settings
 
 
 def test_user_pictures_give_another_corpus(tmp_path: Path) -> None:

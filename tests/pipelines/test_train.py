@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from components.images import encode_png
 from components.models import load_model
@@ -16,7 +17,7 @@ from components.recipes import Recipe, load_recipe
 from components.synthetic import dead_leaves
 from pipelines.curate import curate
 from pipelines.errors import Failure, UsageError
-from pipelines.train import ORDER, Tail, TrainInputs, is_whole, read_metrics, read_order, train
+from pipelines.train import ORDER, Tail, TrainInputs, is_whole, read_metrics, read_order, stream_config, train
 
 TINY = [
     "resolution=32",
@@ -27,6 +28,7 @@ TINY = [
     "evaluate_every=4",
     "heldout_triples=4",
     "steps_at_restore=1",
+    "ema_decay=0.5",
     "resampler_dim=16",
     "resampler_depth=1",
     "resampler_head_dim=8",
@@ -71,6 +73,15 @@ def test_a_stage_ends_in_a_model_metrics_and_pictures(dcp: Path) -> None:
     assert np.isfinite(list(series["loss"].values())).all()
     assert model.info["metrics"]["heldout/perceptor/end"] == series["heldout/perceptor"][4]
     assert sorted(p.name for p in (dcp / "samples").iterdir()) == ["step-000000.png", "step-000004.png"]
+
+
+def test_the_model_is_the_average_and_the_checkpoint_keeps_both(dcp: Path) -> None:
+    saved = load_model(dcp / "model").part("perceptor")
+    state = torch.load(sorted(dcp.glob("ray/**/state.pt"))[-1], weights_only=True)
+    assert state["step"] == 4
+    raw = state["trainables"]["perceptor"]
+    assert set(raw) == set(saved) and all(torch.equal(state["ema"][f"perceptor.{k}"], v) for k, v in saved.items())
+    assert sum(not torch.equal(raw[k], v) for k, v in saved.items()) > 0.9 * len(saved)
 
 
 def test_two_workers_see_the_same_samples_in_the_same_order(dcp: Path, corpus: Path, tmp_path: Path) -> None:
@@ -146,8 +157,31 @@ def test_the_priors_stages_train(stage: str, corpus: Path, tmp_path: Path) -> No
 
 
 def test_a_source_that_is_no_input_dies_at_once(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"sources names \['corpus'\]"):
+    with pytest.raises(UsageError, match=r"sources names corpus, and the inputs bring other.*--input corpus=CORPUS"):
         train(recipe("instantir-dcp-nano"), TrainInputs(corpora={"other": corpus}), tmp_path)
+
+
+def test_a_missing_corpus_of_the_catalogue_says_how_to_curate_it(corpus: Path, tmp_path: Path) -> None:
+    """All of a mixture's missing corpora at once, each with its command; those that are there are not told."""
+    given = TrainInputs(corpora={"div2k": corpus, "lsdir": corpus})
+    with pytest.raises(UsageError) as told:
+        stream_config(load_recipe("instantir-aggregator"), given)
+    said = str(told.value)
+    assert "sources names ffhq, flickr2k, and the inputs bring div2k, lsdir." in said
+    for name in ("ffhq", "flickr2k"):
+        assert f"restoray curate {name} sources.0.path=DIR --out CORPUS" in said and f"--input {name}=CORPUS" in said
+    assert "restoray curate div2k" not in said
+    both = TrainInputs(corpora=dict.fromkeys(("div2k", "lsdir", "ffhq", "flickr2k"), corpus))
+    assert len(stream_config(load_recipe("instantir-aggregator"), both).sources) == 4
+
+
+def test_a_recipe_that_asks_for_a_gpu_dies_where_there_is_none(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Ray sees none: placement\.gpus_per_worker=0 trains on the CPU"):
+        train(
+            recipe("instantir-dcp-nano", "placement.gpus_per_worker=1"),
+            TrainInputs(corpora={"corpus": corpus}),
+            tmp_path,
+        )
 
 
 def test_the_tail_hands_over_whole_lines_only(tmp_path: Path) -> None:

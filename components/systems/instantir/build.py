@@ -12,6 +12,7 @@ from components.priors.hub import Precision
 from components.priors.sdxl import Prior, load_prior
 from components.priors.sdxl_config import DINOV2
 from components.randomness import seeded_init
+from components.systems.instantir.checkpointing import checkpoint_gradients
 from components.systems.instantir.network import PARTS, InstantIR
 from components.systems.instantir.objectives import (
     AggregatorObjective,
@@ -85,7 +86,7 @@ def build_objective(
     }
     with seeded_init(recipe.seed, "instantir"):
         if parent is None:
-            network = InstantIR(prior, resampler, seed=recipe.seed)
+            network = InstantIR(prior, resampler, seed=recipe.seed, time_modulation=recipe.time_modulation)
         else:
             network = network_of(parent, prior)
         _check_parts(recipe.stage, network, parent)
@@ -93,13 +94,19 @@ def build_objective(
             network.add_previewer({"rank": recipe.lora_rank, "alpha": recipe.lora_alpha}, seed=recipe.seed)
         if recipe.stage == "aggregator" and network.aggregator is None:
             network.add_aggregator(seed=recipe.seed)
+    network.perceptor_scale = recipe.perceptor_scale
     network.to(device)
+    checkpoint_gradients(network, recipe.gradient_checkpointing)
     dropout = {
         "image_dropout": recipe.image_dropout,
         "text_dropout": recipe.text_dropout,
         "both_dropout": recipe.both_dropout,
     }
-    weighting = {"max_clean_weight": recipe.max_clean_weight, "noise_offset": recipe.noise_offset}
+    weighting = {
+        "max_clean_weight": recipe.max_clean_weight,
+        "noise_offset": recipe.noise_offset,
+        "timestep_importance": recipe.timestep_importance,
+    }
     objective: StageObjective
     if recipe.stage == "dcp":
         objective = PerceptorObjective(network, **dropout, **weighting)
@@ -113,7 +120,14 @@ def build_objective(
             **dropout,
         )
     else:
-        objective = AggregatorObjective(network, **dropout, **weighting)
+        objective = AggregatorObjective(
+            network,
+            reference=recipe.reference,
+            reference_noise=recipe.reference_noise,
+            preview_cfg_scale=recipe.preview_cfg_scale,
+            **dropout,
+            **weighting,
+        )
     return objective
 
 
@@ -167,6 +181,10 @@ def build_restorer(
 
 
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Restorer options that a resolved recipe settles; a model imported without a recipe takes the paper's."""
+    """Restorer options that a resolved recipe settles; a model imported without a recipe takes the paper's.
+
+    A model is restored with the references that it was trained on.
+    """
     names = {"steps": "steps_at_restore", "cfg_scale": "cfg_scale", "reference_noise": "reference_noise"}
-    return {option: recipe[key] for option, key in names.items() if key in recipe}
+    options = {option: recipe[key] for option, key in names.items() if key in recipe}
+    return options | ({"reference": "lq"} if recipe.get("reference") == "lq" else {})

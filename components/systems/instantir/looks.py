@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from components.randomness import Noise
+from components.recipes import as_dict
 from components.samplers.ddim import sample_ddim
 from components.samplers.guidance import guide
 from components.samplers.schedules import Schedule
+from components.systems.instantir.build import restore_defaults
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.objectives import StageObjective
 from components.systems.instantir.recipe import InstantIRRecipe
@@ -30,8 +32,7 @@ def look(objective: StageObjective, recipe: InstantIRRecipe, lq: Tensor, prompts
     network = objective.network
     with torch.no_grad(), kept_trainable(objective.trainables.values()):
         if network.aggregator is not None:
-            options = {"steps": recipe.steps_at_restore, "cfg_scale": recipe.cfg_scale}
-            restorer = InstantIRRestorer(network, options)
+            restorer = InstantIRRestorer(network, restore_defaults(as_dict(recipe)))
             requests = [
                 Request(key=f"sample {i}", image=image, seed=seed + i, prompt=prompt)
                 for i, (image, prompt) in enumerate(zip(tensor_to_images(lq), prompts, strict=True))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -16,6 +16,7 @@ from torch import Tensor
 from components.objectives.consistency import consistency_output
 from components.systems.instantir.aggregator import Aggregator, Residuals, aggregator_state, load_aggregator
 from components.systems.instantir.perceptor import (
+    PerceptorAttnProcessor,
     install_perceptor,
     load_perceptor,
     perceptor_of,
@@ -82,6 +83,8 @@ class InstantIR:
         lora: LoraSettings fields; None for no previewer (yet).
         aggregator: whether there is one.
         seed: fixes the random start of all parts.
+        time_modulation: whether the perceptor's keys and values follow the time step (Eq. 4).
+        perceptor_scale: Eq. 3's w, the released model's 1; 0 leaves the perceptor out.
     """
 
     def __init__(
@@ -91,6 +94,8 @@ class InstantIR:
         lora: Mapping[str, Any] | None = None,
         aggregator: bool = False,
         seed: int = 0,
+        time_modulation: bool = True,
+        perceptor_scale: float = 1.0,
     ) -> None:
         size = dict(resampler)
         if "embedding_dim" not in size:
@@ -98,7 +103,8 @@ class InstantIR:
         if "output_dim" not in size:
             size["output_dim"] = prior.unet.config["cross_attention_dim"]
         self.prior = prior
-        self.perceptor = install_perceptor(prior.unet, size, seed)
+        self.perceptor = install_perceptor(prior.unet, size, seed, time_modulation)
+        self.perceptor_scale = perceptor_scale
         self.aggregator: Aggregator | None = None
         if lora is not None:
             self.add_previewer(lora, seed)
@@ -120,8 +126,15 @@ class InstantIR:
         Raises:
             ValueError: parts are missing, unknown or do not fit.
         """
-        lora = config.get("lora")
-        network = cls(prior, config["resampler"], lora, bool(config.get("aggregator")))
+        network = cls(
+            prior,
+            config["resampler"],
+            config.get("lora"),
+            bool(config.get("aggregator")),
+            # folders of the first format's first writers do not say, and have both
+            time_modulation=bool(config.get("time_modulation", True)),
+            perceptor_scale=float(config.get("perceptor_scale", 1.0)),
+        )
         expected = set(network.parts())
         if set(parts) != expected:
             raise ValueError(f"an InstantIR of this config has the parts {sorted(expected)}, got {sorted(parts)}")
@@ -131,6 +144,24 @@ class InstantIR:
     @property
     def unet(self) -> UNet2DConditionModel:
         return self.prior.unet
+
+    @property
+    def time_modulation(self) -> bool:
+        """See PerceptorAttnProcessor."""
+        return all(p.time_modulation for p in self._processors())
+
+    @property
+    def perceptor_scale(self) -> float:
+        """Eq. 3's w, the same in every layer."""
+        return float(self._processors()[0].scale)
+
+    @perceptor_scale.setter
+    def perceptor_scale(self, scale: float) -> None:
+        for processor in self._processors():
+            processor.scale = scale
+
+    def _processors(self) -> list[PerceptorAttnProcessor]:
+        return [cast(PerceptorAttnProcessor, p) for p in self.perceptor.ip_adapter.values()]
 
     @property
     def has_previewer(self) -> bool:
@@ -168,6 +199,8 @@ class InstantIR:
             "resampler": resampler_config(self.perceptor),
             "lora": lora_settings_of(self.unet).to_dict() if self.has_previewer else None,
             "aggregator": self.aggregator is not None,
+            "time_modulation": self.time_modulation,
+            "perceptor_scale": self.perceptor_scale,
         }
 
     def parts(self) -> dict[str, dict[str, Tensor]]:

@@ -1,14 +1,15 @@
 """What InstantIR's three training stages minimise: perceptor, previewer, aggregator (instantir.md section 7).
 
 Each objective frees one part of the bundle and leaves the rest frozen. All randomness comes from the Noise handed to
-`phases`, by these names: "timestep" (or "index"), "noise", "conditions" (which are dropped) and "guidance".
+`phases`, by these names: "timestep" (or "index"), "noise", "conditions" (which are dropped), "guidance" (the teacher's
+or the previews' scale) and "reference_noise".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from components.objectives.consistency import (
 )
 from components.objectives.diffusion import WeightedEpsilon, check_dropout, drop_conditions, replace_rows
 from components.objectives.precomputed import clean_latents, embed_nothing, embedded_prompts, repeated
-from components.samplers.guidance import distillation_guide
+from components.samplers.guidance import distillation_guide, guide
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.previewer import previewer_of
+from components.systems.instantir.references import noised_reference
 from components.types import Batch, Loss
 
 if TYPE_CHECKING:
@@ -119,10 +121,10 @@ class PerceptorObjective(StageObjective):
     Args:
         network: the bundle, without a previewer (its LoRA would sit inside the layers that train).
         image_dropout, text_dropout, both_dropout: released 0.05 each; the paper drops the picture in 15 %.
-        max_clean_weight, noise_offset: see objectives.diffusion; 1 and 0 are Eq. 1.
+        max_clean_weight, noise_offset, timestep_importance: see objectives.diffusion; 1, 0 and 0 are Eq. 1.
 
     Raises:
-        ValueError: there is a previewer, or impossible probabilities.
+        ValueError: there is a previewer, the perceptor is left out (perceptor_scale 0), or impossible probabilities.
     """
 
     def __init__(
@@ -134,12 +136,15 @@ class PerceptorObjective(StageObjective):
         both_dropout: float = 0.05,
         max_clean_weight: float = 1.0,
         noise_offset: float = 0.0,
+        timestep_importance: float = 0.0,
     ) -> None:
         if network.has_previewer:
             raise ValueError("the perceptor is trained before there is a previewer")
+        if network.perceptor_scale == 0:
+            raise ValueError("a perceptor that is left out (perceptor_scale 0) cannot be trained")
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "perceptor", network.perceptor, dropout)
-        self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset)
+        self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset, timestep_importance)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise."""
@@ -228,10 +233,14 @@ class AggregatorObjective(StageObjective):
         network: the bundle with a (trained) previewer and an aggregator.
         image_dropout, text_dropout, both_dropout: released 0, 0.85 and 0.15: the text is always empty. The LQ latents
             are never dropped.
-        max_clean_weight, noise_offset: see objectives.diffusion; 1 and 0 are Eq. 1.
+        max_clean_weight, noise_offset, timestep_importance: see objectives.diffusion; 1, 0 and 0 are Eq. 1.
+        reference: what stands beside the LQ latents: the frozen Previewer's output, or ("lq") the LQ latents once
+            more, which is the model without previews.
+        reference_noise: the reference carries fresh noise of the time step (section 4.4, last row of Table 2a).
+        preview_cfg_scale: above 1 previews are guided, with a scale drawn from 1 .. this (a released option, off).
 
     Raises:
-        ValueError: previewer or aggregator is missing, or impossible probabilities.
+        ValueError: previewer or aggregator is missing, impossible probabilities, or settings outside their range.
     """
 
     def __init__(
@@ -243,12 +252,22 @@ class AggregatorObjective(StageObjective):
         both_dropout: float = 0.15,
         max_clean_weight: float = 1.0,
         noise_offset: float = 0.0,
+        timestep_importance: float = 0.0,
+        reference: Literal["preview", "lq"] = "preview",
+        reference_noise: bool = False,
+        preview_cfg_scale: float = 1.0,
     ) -> None:
         if network.aggregator is None or not network.has_previewer:
             raise ValueError("the aggregator's stage needs a network with a previewer and an aggregator")
+        if reference not in ("preview", "lq"):
+            raise ValueError(f"reference must be preview or lq, got {reference!r}")
+        if preview_cfg_scale < 1:
+            raise ValueError(f"preview_cfg_scale must be at least 1, got {preview_cfg_scale}")
+        self.reference, self.reference_noise = reference, reference_noise
+        self.preview_cfg_scale = preview_cfg_scale
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "aggregator", network.aggregator, dropout)
-        self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset)
+        self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset, timestep_importance)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise, with residuals."""
@@ -256,6 +275,23 @@ class AggregatorObjective(StageObjective):
         noisy, target, timesteps = self.loss.noisy(clean, noise)
         with torch.no_grad():
             lq = network.prior.encode(batch.lq)
-            preview = network.preview(noisy, timesteps, given)
-        residuals = network.residuals(lq, timesteps, preview, given)
+            reference = self._reference(lq, noisy, timesteps, given, noise)
+        residuals = network.residuals(lq, timesteps, reference, given)
         yield "aggregator", self.loss(network.denoise_eps(noisy, timesteps, given, residuals), target, timesteps)
+
+    @torch.no_grad()
+    def _reference(self, lq: Tensor, noisy: Tensor, timesteps: Tensor, given: Conditions, noise: Noise) -> Tensor:
+        """What the Aggregator sees beside the LQ latents, [B, C, h, w]."""
+        if self.reference == "lq":
+            reference = lq
+        else:
+            reference = self.network.preview(noisy, timesteps, given)
+            if self.preview_cfg_scale > 1:
+                # a preview is affine in the predicted noise: guiding previews is guiding the noise they come from
+                nothing = self.network.unconditional(given, [""] * len(lq))
+                scale = noise.uniform("guidance", 1.0, self.preview_cfg_scale).to(lq.dtype).view(-1, 1, 1, 1)
+                reference = guide(self.network.preview(noisy, timesteps, nothing), reference, scale)
+        if self.reference_noise:
+            fresh = noise.normal("reference_noise", tuple(lq.shape[1:])).to(lq.dtype)
+            reference = noised_reference(self.network.prior.schedule, reference, fresh, timesteps)
+        return reference

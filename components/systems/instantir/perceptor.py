@@ -137,13 +137,21 @@ class PerceptorAttnProcessor(nn.Module):
         embedding_width: E, width of the UNet's embedding.
         num_tokens: Q, needed for the joined form only.
         scale: Eq. 3's w.
+        time_modulation: Eq. 4's; without it shift and scale are learnt constants, the linear layers' biases. Their
+            weights then stay as they are (zero in a new perceptor), so that files keep their layout and meaning.
     """
 
     def __init__(
-        self, width: int, cross_attention_dim: int, embedding_width: int, num_tokens: int, scale: float = 1.0
+        self,
+        width: int,
+        cross_attention_dim: int,
+        embedding_width: int,
+        num_tokens: int,
+        scale: float = 1.0,
+        time_modulation: bool = True,
     ) -> None:
         super().__init__()
-        self.num_tokens, self.scale = num_tokens, scale
+        self.num_tokens, self.scale, self.time_modulation = num_tokens, scale, time_modulation
         self.to_k_ip = nn.Linear(cross_attention_dim, width, bias=False)
         self.to_v_ip = nn.Linear(cross_attention_dim, width, bias=False)
         self.ln_k_ip = AdaLayerNorm(width, embedding_width)
@@ -151,6 +159,8 @@ class PerceptorAttnProcessor(nn.Module):
 
     def keys_and_values(self, tokens: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
         """Modulated keys and values [B, Q, W] of picture tokens [B, Q, cross_attention_dim]."""
+        if not self.time_modulation:
+            temb = torch.zeros_like(temb)
         return self.ln_k_ip(self.to_k_ip(tokens), temb), self.ln_v_ip(self.to_v_ip(tokens), temb)
 
     # __call__, not forward: diffusers reads the signature of __call__ to decide which arguments to pass on
@@ -198,7 +208,10 @@ class Perceptor(nn.Module):
 
 
 def install_perceptor(
-    unet: UNet2DConditionModel, resampler: ResamplerConfig | Mapping[str, Any], seed: int = 0
+    unet: UNet2DConditionModel,
+    resampler: ResamplerConfig | Mapping[str, Any],
+    seed: int = 0,
+    time_modulation: bool = True,
 ) -> Perceptor:
     """Put a new Resampler and processors into a UNet (in place) and return them.
 
@@ -208,6 +221,7 @@ def install_perceptor(
         unet: SDXL-shaped, without a perceptor.
         resampler: its size; output_dim must be the UNet's cross_attention_dim.
         seed: fixes the random start.
+        time_modulation: see PerceptorAttnProcessor.
 
     Raises:
         ValueError: widths do not fit, or there is a perceptor already.
@@ -223,7 +237,9 @@ def install_perceptor(
     with seeded_init(seed, "perceptor"):
         image_proj = Resampler(config)
         for attention in cross_attentions(unet).values():
-            processor = PerceptorAttnProcessor(attention.inner_dim, text_dim, embedding_width, config.num_queries)
+            processor = PerceptorAttnProcessor(
+                attention.inner_dim, text_dim, embedding_width, config.num_queries, time_modulation=time_modulation
+            )
             processor.to(device=like.device, dtype=like.dtype)
             processor.to_k_ip.weight.data.copy_(_base(attention.to_k).weight.data)
             processor.to_v_ip.weight.data.copy_(_base(attention.to_v).weight.data)

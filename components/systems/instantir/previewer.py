@@ -142,7 +142,7 @@ def lora_layers(unet: UNet2DConditionModel) -> dict[str, LoraLayer]:
 def previewer_enabled(unet: UNet2DConditionModel, enabled: bool = True) -> Iterator[None]:
     """Inside, the UNet's calls carry the LoRA (or, with enabled=False, do not); after, as it was before.
 
-    A backward pass may run outside, except with gradient checkpointing, which repeats the call.
+    A backward pass may run outside; gradient checkpointing, which repeats calls, takes care of it (checkpointing.py).
     """
     layers = list(lora_layers(unet).values())
     before = not layers[0].disable_adapters

@@ -23,6 +23,13 @@ class InstantIRRecipe(Recipe):
         huber_c: constant of the Huber distance.
         teacher_cfg_scale: range of the guided teacher step's scale; empty for no guidance.
         teacher_timesteps: points of the teacher's DDIM grid.
+        timestep_importance: dcp and aggregator: a of loss weights 1 - a cos(pi t / T); released: an option of 0.5, off.
+        time_modulation: dcp: whether keys and values follow the time step (Eq. 4); later stages keep what dcp had.
+        perceptor_scale: Eq. 3's w, of this stage and of what it makes; released 1, and 0 leaves the perceptor out.
+        reference: aggregator: "preview", or "lq" for a model without previews; its restorer follows.
+        reference_noise: aggregator: fresh noise on the reference (section 4.4, last row of Table 2a).
+        preview_cfg_scale: aggregator: above 1 previews are guided with a scale from 1 .. this (released option, off).
+        gradient_checkpointing: activations are computed again instead of kept: less memory, a third more work.
         steps_at_restore, cfg_scale: how held-out pictures are restored while training.
     """
 
@@ -42,6 +49,13 @@ class InstantIRRecipe(Recipe):
     huber_c: float = 0.001
     teacher_cfg_scale: list[float] = field(default_factory=list)
     teacher_timesteps: int = 50
+    timestep_importance: float = 0.0
+    time_modulation: bool = True
+    perceptor_scale: float = 1.0
+    reference: Literal["preview", "lq"] = "preview"
+    reference_noise: bool = False
+    preview_cfg_scale: float = 1.0
+    gradient_checkpointing: bool = False
     steps_at_restore: int = 30  # section 4.1: 30 DDIM steps
     cfg_scale: float = 7.0  # section 4.1
 
@@ -54,6 +68,16 @@ class InstantIRRecipe(Recipe):
             raise RecipeError(f"max_clean_weight must be at least 1, got {self.max_clean_weight}")
         if self.image_dropout + self.text_dropout + self.both_dropout > 1:
             raise RecipeError("image_dropout + text_dropout + both_dropout must not exceed 1")
+        if not 0 <= self.timestep_importance < 1:
+            raise RecipeError(f"timestep_importance must be in [0, 1), got {self.timestep_importance}")
+        if self.perceptor_scale < 0 or (self.stage == "dcp" and self.perceptor_scale == 0):
+            raise RecipeError(
+                f"perceptor_scale must be at least 0, above 0 where the perceptor trains, got {self.perceptor_scale}"
+            )
+        if self.preview_cfg_scale < 1:
+            raise RecipeError(f"preview_cfg_scale must be at least 1, got {self.preview_cfg_scale}")
+        if self.reference == "lq" and self.preview_cfg_scale > 1:
+            raise RecipeError("preview_cfg_scale guides previews, and reference lq has none")
         if self.teacher_cfg_scale and (
             len(self.teacher_cfg_scale) != 2 or self.teacher_cfg_scale[0] > self.teacher_cfg_scale[1]
         ):

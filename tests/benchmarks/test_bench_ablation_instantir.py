@@ -1,0 +1,65 @@
+"""The ablation's script: its arithmetic on made-up scores, its split, and all arms at the smallest size."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """The script, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location(
+        "bench_ablation", Path(__file__).with_name("bench_ablation_instantir.py")
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def made_up(arm: str, seed: int, psnr: list[float]) -> dict[str, Any]:
+    scores = {f"p{n}": {"psnr": value, "ssim": 0.5, "piqe": 40.0} for n, value in enumerate(psnr)}
+    return {"arm": arm, "seed": seed, "scores": scores}
+
+
+def test_differences_are_paired_by_picture_and_averaged_over_seeds(bench: Any, tmp_path: Path) -> None:
+    rows = [made_up("full", 0, [20, 30]), made_up("full", 1, [22, 32])]
+    rows += [made_up("no-time", 0, [20, 31]), made_up("no-time", 1, [22, 33])]
+    lines = bench.summary(rows)
+    (line,) = [each for each in lines if (each["arm"], each["metric"]) == ("no-time", "psnr")]
+    assert line["mean"] == 26.5 and line["seeds"] == [25.5, 27.5]
+    assert line["difference"] == 0.5  # pictures differ by 0 and 1, each the mean over two seeds
+    low, high = line["interval"]
+    assert 0 <= low < 0.5 < high <= 1, "the interval is over pictures, not over seeds"
+    assert "| no-time | 26.50 (25.50 to 27.50)<br>+0.50 [" in bench.table(lines)
+    bench.plot(lines, tmp_path / "images" / "plot.png")
+    assert (tmp_path / "images" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_held_out_photograph_lends_no_detail_to_training(bench: Any) -> None:
+    train, held = bench.split()
+    names = {path.stem.split("-detail-")[0] for path in train}
+    assert len(held) >= 6 and len(train) > 2 * len(held)
+    assert not names & {path.stem for path in held}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_every_arm_trains_and_is_scored(bench: Any, tmp_path: Path) -> None:
+    """One step a stage; a second call makes nothing again; arms that restore differently give other pictures."""
+    arguments = ["--out", str(tmp_path), "--size", "32", "--batch", "2", "--seeds", "1", "--threads", "1"]
+    arguments += ["--dcp", "1", "--previewer", "1", "--aggregator", "1"]
+    bench.main(arguments)
+    first = (tmp_path / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert [row["arm"] for row in rows] == ["lq", *bench.ARMS]
+    means = [sum(s["psnr"] for s in row["scores"].values()) for row in rows]
+    assert len(set(means)) == len(rows)
+    assert not list((tmp_path / "work").iterdir())
+    bench.main(arguments)
+    assert (tmp_path / "results.jsonl").read_text() == first

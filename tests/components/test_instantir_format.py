@@ -1,0 +1,117 @@
+"""A model folder as the first demo wrote it: it must load, restore to the same picture, and train on.
+
+fixtures/instantir-format-1/record.json was written once, by the code that landed the first demo, and never again:
+model.json of a model and of its prior (the smallest size that has every part), and the names and shapes of all tensors.
+Their values are no matter of the format; they are made here from raw Philox words, and `restored.png` is what that code
+made of the picture below with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FIXTURE = Path(__file__).parent / "fixtures" / "instantir-format-1"
+DECODER = 1 / 16
+IMAGE_SIZE, SEED, PROMPT = (16, 24), 3, "red"
+
+
+def words(name: str, count: int) -> np.ndarray:
+    """float64 [count] in [-1, 1), the same on every machine and in every numpy."""
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+    return (np.random.Philox(key=key).random_raw(count) >> np.uint64(40)) / 2.0**23 - 1
+
+
+def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor that keeps activations in range: norms' scales about 1, weights by their fan-in, the rest small.
+
+    A UNet of such weights removes no noise: the decoder's last layers are made small, so that pictures are not clipped.
+    """
+    drawn = words(name, int(np.prod(shape))).reshape(shape)
+    if len(shape) > 1:
+        drawn = drawn * (3 / np.prod(shape[1:])) ** 0.5
+    elif name.endswith(".weight"):
+        drawn = 1 + 0.1 * drawn
+    else:
+        drawn = 0.1 * drawn
+    last = name.startswith(("autoencoder.decode_linear", "autoencoder.decode_residual.conv_out"))
+    return (drawn * (DECODER if last else 1)).astype(np.float32)
+
+
+def picture() -> np.ndarray:
+    """uint8 [16, 24, 3]."""
+    return (words("picture", 3 * IMAGE_SIZE[0] * IMAGE_SIZE[1]).reshape(*IMAGE_SIZE, 3) * 127 + 128).astype(np.uint8)
+
+
+def write_folder(folder: Path, record: Mapping[str, Any]) -> None:
+    """model.json, parts/ and files/ as 0001-the-house.md describes them, with safetensors and none of our code."""
+    from safetensors.numpy import save_file
+
+    card = json.loads(json.dumps(record["model.json"]))
+    (folder / "parts").mkdir(parents=True)
+    for part, layout in record["layouts"].items():
+        file = folder / card["parts"][part]["file"]
+        save_file({name: values(f"{part}.{name}", tuple(shape)) for name, shape in layout.items()}, file)
+        card["parts"][part]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for name, text in record["files"].items():
+        (folder / "files").mkdir(exist_ok=True)
+        (folder / "files" / name).write_text(text, encoding="utf-8")
+        card["files"][name] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "model.json").write_text(json.dumps(card))
+
+
+def write_model(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Prior and model below `folder`; the model names its prior by place and digest, as training wrote them."""
+    from components.models import load_model
+
+    write_folder(folder / "prior", record["prior"])
+    write_folder(folder / "model", record["model"])
+    card = folder / "model" / "model.json"
+    info = json.loads(card.read_text())
+    info["prior"] = {"id": str(folder / "prior"), "digest": load_model(folder / "prior").digest}
+    card.write_text(json.dumps(info))
+    return folder / "model"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path, json.loads((FIXTURE / "record.json").read_text()))
+
+
+def test_it_loads_and_restores_the_same_picture(model: Path) -> None:
+    from components.images import decode
+    from components.systems import build_restorer
+    from components.types import Request
+
+    (answer,) = build_restorer(model).restore([Request(key="a", image=picture(), seed=SEED, prompt=PROMPT)])
+    recorded = decode((FIXTURE / "restored.png").read_bytes()).astype(int)
+    assert recorded.std() > 20, "a flat picture would prove nothing"
+    difference = np.abs(answer.image - recorded)
+    assert difference.max() <= 1, "float rounding of another machine may move a value by one level, no more"
+
+
+def test_training_goes_on_from_it(model: Path) -> None:
+    from components.models import load_model
+    from components.recipes import load_recipe
+    from components.systems.instantir.build import build_objective
+
+    saved = load_model(model)
+    objective = build_objective(load_recipe("instantir-aggregator-nano"), {"previewer": saved})
+    assert objective.network.time_modulation and objective.network.perceptor_scale == 1
+    parts = objective.parts()
+    assert set(parts) == {"perceptor", "previewer", "aggregator"}
+    for part, tensors in parts.items():
+        assert {k: v.tolist() for k, v in tensors.items()} == {k: v.tolist() for k, v in saved.part(part).items()}
+
+
+def test_the_first_demos_prior_still_ships() -> None:
+    """Models record the prior that they were trained on by digest: another `nano` would orphan every demo's model."""
+    from components.models import load_model
+
+    assert load_model("nano").digest == "f2255415fe6766dcd7750b8ed62b240b861a9cd28926ca6bc8f148982f38704b"

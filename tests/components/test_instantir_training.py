@@ -1,0 +1,385 @@
+"""InstantIR's training stages: references, weights, left-out parts, averaged weights, half precision, checkpointing."""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from components.objectives.consistency import consistency_output
+from components.objectives.diffusion import WeightedEpsilon, importance_weights
+from components.priors.nano import build_prior, build_tokenizer_json
+from components.priors.sdxl import Prior, load_prior
+from components.randomness import Noise
+from components.recipes import Optimizer, load_recipe
+from components.samplers.schedules import Schedule
+from components.systems.instantir.build import build_objective, restore_defaults
+from components.systems.instantir.checkpointing import checkpoint_gradients
+from components.systems.instantir.network import InstantIR, predict_noise
+from components.systems.instantir.objectives import AggregatorObjective, PerceptorObjective, PreviewerObjective
+from components.systems.instantir.previewer import previewer_enabled
+from components.systems.instantir.references import noised_reference
+from components.training import Ema, build_optimizers, build_scaler, restore_state, train_step, training_state
+from components.types import Batch
+
+
+def _by_path(name: str) -> Any:
+    """Helpers that test_instantir.py has already; tests are no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny = _by_path("test_instantir")
+batch, conditions, tensor, wake = tiny.batch, tiny.conditions, tiny.tensor, tiny.wake
+STAGES = ("perceptor", "previewer", "aggregator")
+KINDS = {"perceptor": PerceptorObjective, "previewer": PreviewerObjective, "aggregator": AggregatorObjective}
+
+
+def make_prior() -> Prior:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        prior = build_prior(tiny.TINY, build_tokenizer_json(["red", "blue", "sky"], tiny.TINY["text_length"]))
+    return prior.freeze()
+
+
+def make_network(stage: str = "aggregator", **more: Any) -> InstantIR:
+    """All parts that a stage has, every layer awake."""
+    lora = tiny.LORA if stage != "perceptor" else None
+    network = InstantIR(make_prior(), tiny.RESAMPLER, lora, aggregator=stage == "aggregator", **more)
+    wake(network)
+    return network
+
+
+def loss_of(objective: Any, rows: Batch) -> Any:
+    ((_, loss),) = objective.phases(rows, Noise(0, rows.positions))
+    return loss
+
+
+# ----------------------------------------------------------------------------------------------- the diffusion loss
+
+
+def test_importance_weights_are_the_released_ones() -> None:
+    """1 - cos(pi t / T) / 2, over its mean; half the weight at t = 0 and half as much again at the end."""
+    weights = importance_weights(1000, 0.5)
+    mean = 1 - 0.5 / 1000  # the cosines of t and T - t cancel, but for that of t = 0
+    assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
+    assert [float(weights[t]) for t in (0, 500, 250)] == pytest.approx(
+        [0.5 / mean, 1 / mean, (1 - 0.5 * 2**-0.5) / mean], rel=1e-5
+    )
+    assert torch.equal(importance_weights(1000, 0.0), torch.ones(1000))
+    with pytest.raises(ValueError, match="timestep_importance"):
+        importance_weights(1000, 1.0)
+
+
+def test_importance_weighs_each_sample_by_its_time_step() -> None:
+    prediction, target, timesteps = tensor(2, 4, 4, 4), tensor(2, 4, 4, 4, name="y"), torch.tensor([0, 999])
+    plain, weighted = WeightedEpsilon(Schedule()), WeightedEpsilon(Schedule(), timestep_importance=0.5)
+    each = (prediction - target).square().flatten(1).mean(1)
+    by_hand = (each * importance_weights(1000, 0.5)[timesteps]).mean()
+    torch.testing.assert_close(weighted(prediction, target, timesteps).value, by_hand)
+    assert torch.equal(plain(prediction, target, timesteps).value, each.mean())
+
+
+# --------------------------------------------------------------------------------------------- what the aggregator sees
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[AggregatorObjective, Tensor, Tensor]]:
+    """(objective, LQ latents, reference) as the Aggregator was called with them in one phase."""
+
+    def look(**settings: Any) -> tuple[AggregatorObjective, Tensor, Tensor]:
+        objective, calls = AggregatorObjective(make_network(), **settings), []
+        aggregator = objective.network.aggregator
+        assert aggregator is not None
+        handle = aggregator.register_forward_pre_hook(lambda _, given: calls.append((given[0], given[2])))
+        loss_of(objective, batch())
+        handle.remove()
+        ((lq, reference),) = calls
+        return objective, lq, reference
+
+    return look
+
+
+def drawn(objective: AggregatorObjective) -> tuple[Noise, Any, Tensor, Tensor]:
+    """(noise, conditions, noisy latents, timesteps) of the batch, drawn once more."""
+    noise = Noise(0, batch().positions)
+    clean, given = objective.clean_latents(batch()), objective.conditions(batch(), noise)
+    timesteps = noise.integers("timestep", 0, 1000)
+    return (
+        noise,
+        given,
+        Schedule().add_noise(clean, noise.normal("noise", tuple(clean.shape[1:])), timesteps),
+        timesteps,
+    )
+
+
+def test_the_reference_is_the_frozen_previewers_output(seen: Any) -> None:
+    objective, lq, reference = seen()
+    _, given, noisy, timesteps = drawn(objective)
+    torch.testing.assert_close(reference, objective.network.preview(noisy, timesteps, given))
+    torch.testing.assert_close(lq, objective.network.prior.encode(batch().lq))
+
+
+def test_without_previews_the_lq_latents_stand_in(seen: Any) -> None:
+    _, lq, reference = seen(reference="lq")
+    assert torch.equal(reference, lq)
+
+
+def test_a_noised_reference_has_fresh_noise_of_the_time_step(seen: Any) -> None:
+    _, _, plain = seen()
+    objective, _, reference = seen(reference_noise=True)
+    noise, _, _, timesteps = drawn(objective)
+    alpha = Schedule().alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    fresh = noise.normal("reference_noise", tuple(plain.shape[1:]))
+    torch.testing.assert_close(reference, alpha.sqrt() * plain + (1 - alpha).sqrt() * fresh)
+    assert not torch.allclose(fresh, noise.normal("noise", tuple(plain.shape[1:])))
+    torch.testing.assert_close(noised_reference(Schedule(), plain, fresh, timesteps), reference)
+
+
+def test_guided_previews_are_the_guided_noise_s(seen: Any) -> None:
+    """Scale from U[1, CFG]; guiding previews is guiding the noise that they come from."""
+    objective, _, reference = seen(preview_cfg_scale=5.0)
+    noise, given, noisy, timesteps = drawn(objective)
+    network = objective.network
+    scale = noise.uniform("guidance", 1.0, 5.0).view(-1, 1, 1, 1)
+    assert bool((scale > 1).all()) and bool((scale < 5).all())
+    with torch.no_grad(), previewer_enabled(network.unet):
+        positive = predict_noise(network.unet, noisy, timesteps, given)
+        negative = predict_noise(network.unet, noisy, timesteps, network.unconditional(given, [""] * 3))
+    eps = negative + scale * (positive - negative)
+    expected = consistency_output(Schedule(), noisy, eps, timesteps)
+    torch.testing.assert_close(reference, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_stage_refuses_settings_outside_their_range() -> None:
+    for settings in ({"preview_cfg_scale": 0.5}, {"reference": "hq"}, {"timestep_importance": 1.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
+            AggregatorObjective(make_network(), **settings)
+
+
+# ------------------------------------------------------------------------------------------------- parts left out
+
+
+def test_without_time_modulation_keys_and_values_are_the_same_at_every_time() -> None:
+    tokens, early, late = tensor(2, 4, 16), tensor(2, 32), tensor(2, 32, name="late")
+    for modulated in (True, False):
+        processor = next(iter(make_network("perceptor", time_modulation=modulated).perceptor.ip_adapter.values()))
+        for one, other in zip(
+            processor.keys_and_values(tokens, early), processor.keys_and_values(tokens, late), strict=True
+        ):
+            assert torch.equal(one, other) != modulated
+
+
+def test_a_perceptor_without_time_learns_constants_and_keeps_the_files_meaning() -> None:
+    """Its modulation's weights stay zero, so that tools which do modulate compute the same from its files."""
+    network = InstantIR(make_prior(), tiny.RESAMPLER, time_modulation=False)
+    objective = PerceptorObjective(network)
+    optimizers = build_optimizers(objective, Optimizer(lr=1e-2))
+    for step in range(3):
+        train_step(objective, [(batch(), Noise(step, batch().positions))], optimizers, lr=1e-2, clip_norm=1.0)
+    linears = [p.ln_k_ip.linear for p in network.perceptor.ip_adapter.values()]
+    assert not any(bool(linear.weight.any()) for linear in linears)
+    assert all(bool(linear.bias.any()) for linear in linears)
+    config = network.config()
+    assert config["time_modulation"] is False
+    same = InstantIR.from_parts(make_prior(), config, network.parts())
+    released = InstantIR.from_parts(make_prior(), {**config, "time_modulation": True}, network.parts())
+    assert not same.time_modulation and released.time_modulation
+    latents, timesteps, given = tensor(2, 4, 4, 4), torch.tensor([3, 900]), conditions(network, 2)
+    eps = network.denoise_eps(latents, timesteps, given)
+    assert torch.equal(same.denoise_eps(latents, timesteps, given), eps)
+    torch.testing.assert_close(released.denoise_eps(latents, timesteps, given), eps)
+
+
+def test_without_the_perceptor_the_picture_tokens_have_no_say() -> None:
+    network = make_network(perceptor_scale=0.0)
+    assert network.config()["perceptor_scale"] == 0
+    again = InstantIR.from_parts(make_prior(), network.config(), network.parts())
+    given = conditions(network, 2)
+    other = replace(given, image_tokens=given.image_tokens * 2)
+    latents, timesteps = tensor(2, 4, 4, 4), torch.tensor([3, 900])
+    for each in (network, again):
+        assert torch.equal(
+            each.denoise_eps(latents, timesteps, given), each.denoise_eps(latents, timesteps, other)
+        ) and torch.equal(each.preview(latents, timesteps, given), each.preview(latents, timesteps, other))
+    with pytest.raises(ValueError, match="cannot be trained"):
+        PerceptorObjective(make_network("perceptor", perceptor_scale=0.0))
+
+
+def test_a_model_is_restored_with_the_references_it_was_trained_on() -> None:
+    assert restore_defaults({"steps_at_restore": 4, "cfg_scale": 2.0}) == {"steps": 4, "cfg_scale": 2.0}
+    assert restore_defaults({"reference": "lq"}) == {"preview_start": 1.0}
+    assert restore_defaults({"reference": "preview", "reference_noise": True}) == {"reference_noise": True}
+
+
+def test_the_recipes_switches_reach_the_network() -> None:
+    """The dcp recipe's through build_objective, at nano size."""
+    overrides = [
+        "time_modulation=false",
+        "perceptor_scale=0.5",
+        "timestep_importance=0.5",
+        "gradient_checkpointing=true",
+    ]
+    recipe = load_recipe("instantir-dcp-nano", [*overrides, "max_clean_weight=1"])
+    objective = build_objective(recipe, {})
+    assert objective.config["time_modulation"] is False and objective.config["perceptor_scale"] == 0.5
+    assert torch.equal(objective.loss.weights, WeightedEpsilon(Schedule(), timestep_importance=0.5).weights)
+    assert all(m.gradient_checkpointing for m in objective.network.unet.down_blocks)
+
+
+# ------------------------------------------------------------------------------------------ gradient checkpointing
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors made inside: alive now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        torch.utils._pytree.tree_map_only(Tensor, self._count, result)
+        return result
+
+    def _count(self, made: Tensor) -> None:
+        storage = made.untyped_storage()
+        number, size = id(storage), storage.nbytes()
+        if number not in self.known:
+            self.known.add(number)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._gone, number, size)
+
+    def _gone(self, number: int, size: int) -> None:
+        self.known.discard(number)
+        self.alive -= size
+
+
+def gradients(objective: Any, rows: Batch, checkpointed: bool) -> dict[str, Tensor]:
+    """Of the trained part's parameters; the backward pass runs after the phase is over, as in train_step."""
+    checkpoint_gradients(objective.network, checkpointed)
+    (module,) = objective.trainables.values()
+    module.zero_grad(set_to_none=True)
+    loss_of(objective, rows).value.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpointed_gradients_are_the_plain_ones(stage: str) -> None:
+    """Also the previewer's, whose LoRA is off again when its calls are repeated."""
+    objective = KINDS[stage](make_network(stage))
+    plain, repeated = (gradients(objective, batch(), checkpointed) for checkpointed in (False, True))
+    assert set(plain) == set(repeated) and len(plain) > 10
+    for name, gradient in plain.items():
+        torch.testing.assert_close(repeated[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def nano_rows(size: int) -> Batch:
+    """Two rows of noise at the nano prior's size."""
+    pictures = tensor(2, 3, size, size).clamp(-1, 1)
+    sizes = torch.tensor([[size, size, 0, 0, size, size]]).expand(2, -1)
+    return replace(batch(2), hq=pictures, lq=pictures, sizes=sizes)
+
+
+def test_checkpointing_lowers_the_peak_of_memory_at_nano() -> None:
+    """Activations are two thirds of the peak at 64 px; the rest is gradients of the perceptor and its own copies."""
+    resampler = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 4}
+    objective = PerceptorObjective(InstantIR(load_prior("nano"), resampler))
+    peaks = []
+    for checkpointed in (False, True):
+        memory = PeakMemory()
+        with memory:
+            gradients(objective, nano_rows(64), checkpointed)
+        peaks.append(memory.peak)
+    assert peaks[1] < 0.7 * peaks[0], peaks
+
+
+# ---------------------------------------------------------------------------------------------- half precision, EMA
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_half_precision_gives_nearly_the_same_loss_and_a_step(stage: str, precision: str) -> None:
+    losses = {}
+    for chosen in ("fp32", precision):
+        objective = KINDS[stage](make_network(stage))
+        optimizers, scaler = build_optimizers(objective, Optimizer()), build_scaler(chosen, "cpu")
+        before = {n: p.detach().clone() for n, p in objective.trainables[stage].named_parameters()}
+        report = train_step(
+            objective,
+            [(batch(), Noise(0, batch().positions))],
+            optimizers,
+            lr=1e-3,
+            clip_norm=1.0,
+            precision=chosen,
+            scaler=scaler,
+        )
+        losses[chosen] = report["loss"]
+        assert report["bad_steps"] == 0
+        moved = [n for n, p in objective.trainables[stage].named_parameters() if not torch.equal(p, before[n])]
+        assert len(moved) > 0.9 * len(before)
+        assert all(p.dtype == torch.float32 for p in objective.trainables[stage].parameters())
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+def test_the_autoencoder_never_computes_in_half_precision() -> None:
+    prior = make_prior()
+    latents = prior.encode(batch().hq)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(prior.encode(batch().hq), latents)
+        assert torch.equal(prior.decode(latents), make_prior().decode(latents))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_averaged_weights_survive_a_resume_and_are_what_is_saved(stage: str) -> None:
+    """Two steps, a checkpoint, two more: a fresh objective that takes the checkpoint ends on the same bits."""
+
+    def train(objective: Any, optimizers: Any, ema: Ema, first: int, last: int) -> None:
+        for step in range(first, last):
+            train_step(objective, [(batch(), Noise(step, batch().positions))], optimizers, lr=1e-2, clip_norm=1.0)
+            ema.update(step)
+
+    def start() -> tuple[Any, Any, Ema]:
+        objective = KINDS[stage](make_network(stage))
+        return objective, build_optimizers(objective, Optimizer()), Ema(objective.trainables, 0.5)
+
+    straight = start()
+    train(*straight, 0, 2)
+    state = deepcopy(training_state(*straight, 2, 2))
+    train(*straight, 2, 4)
+    resumed = start()
+    assert restore_state(state, *resumed) == 2
+    train(*resumed, 2, 4)
+
+    raw = {name: value.clone() for name, value in straight[0].parts()[stage].items()}
+    with straight[2].applied():
+        saved = {name: value.clone() for name, value in straight[0].parts()[stage].items()}
+    with resumed[2].applied():
+        again = {name: value.clone() for name, value in resumed[0].parts()[stage].items()}
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+    assert sum(not torch.equal(saved[name], raw[name]) for name in saved) > 0.9 * len(saved)
+    assert all(torch.equal(value, raw[name]) for name, value in straight[0].parts()[stage].items())
+    # second derivation: decay (1 + step) / (10 + step) while it is below 0.5, from the very start
+    parameter = next(n for n, p in straight[0].trainables[stage].named_parameters() if bool((p != 0).all()))
+    follow = start()
+    average = dict(follow[0].trainables[stage].named_parameters())[parameter].detach().clone()
+    for step in range(4):
+        train(*follow, step, step + 1)
+        decay = (1 + step) / (10 + step)
+        value = dict(follow[0].trainables[stage].named_parameters())[parameter].detach()
+        average = decay * average + (1 - decay) * value
+    torch.testing.assert_close(straight[2].shadow[f"{stage}.{parameter}"], average)

@@ -220,7 +220,7 @@ def test_without_the_perceptor_the_picture_tokens_have_no_say() -> None:
 
 def test_a_model_is_restored_with_the_references_it_was_trained_on() -> None:
     assert restore_defaults({"steps_at_restore": 4, "cfg_scale": 2.0}) == {"steps": 4, "cfg_scale": 2.0}
-    assert restore_defaults({"reference": "lq"}) == {"preview_start": 1.0}
+    assert restore_defaults({"reference": "lq"}) == {"reference": "lq"}
     assert restore_defaults({"reference": "preview", "reference_noise": True}) == {"reference_noise": True}
 
 

@@ -100,9 +100,11 @@ class Prior:
         """Picture sides must be multiples of this, so that the UNet halves evenly."""
         return self.factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
-    def to(self, device: str | torch.device) -> Prior:
-        for module in self.modules.values():
-            module.to(device)
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Prior:
+        """Onto a device and, with `dtype`, into another precision; the autoencoder keeps its own, as SDXL's needs
+        float32."""
+        for name, module in self.modules.items():
+            module.to(device=device, dtype=None if name == "autoencoder" else dtype)
         return self
 
     def freeze(self) -> Prior:
@@ -160,12 +162,13 @@ class Prior:
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, N, D], class token first, after the final norm."""
-        return self.image_encoder(pixel_values=self.view_images(images)).last_hidden_state
+        seen = self.view_images(images).to(next(self.image_encoder.parameters()).dtype)
+        return self.image_encoder(pixel_values=seen).last_hidden_state
 
     def null_image_tokens(self, batch: int) -> Tensor:
         """Tokens of "no picture": an all-zero normalised input (the mean colour) through the encoder."""
         crop = self.view.crop_px
-        blank = torch.zeros(1, 3, crop, crop, device=self.device)
+        blank = torch.zeros(1, 3, crop, crop, device=self.device, dtype=next(self.image_encoder.parameters()).dtype)
         return self.image_encoder(pixel_values=blank).last_hidden_state.expand(batch, -1, -1)
 
     def time_ids(self, sizes: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from components.models import Model, ModelError, resolve_model
 from components.priors.sdxl import Prior, load_prior
 from components.randomness import seeded_init
+from components.systems.instantir.fast import Speed
 from components.systems.instantir.network import InstantIR
 from components.systems.instantir.objectives import (
     AggregatorObjective,
@@ -19,6 +21,8 @@ from components.systems.instantir.objectives import (
 )
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instantir.restorer import InstantIRRestorer
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def open_prior(recipe_prior: str, recorded: Mapping[str, str] | None, device: str) -> Prior:
@@ -126,19 +130,34 @@ def network_of(model: Model, prior: Prior) -> InstantIR:
     return InstantIR.from_parts(prior, model.info["config"], parts)
 
 
-def build_restorer(model: Model, device: str = "cpu", batch_size: int = 1, **defaults: Any) -> InstantIRRestorer:
+def build_restorer(
+    model: Model,
+    device: str = "cpu",
+    batch_size: int = 1,
+    precision: str = "fp32",
+    speed: Mapping[str, Any] | None = None,
+    **defaults: Any,
+) -> InstantIRRestorer:
     """The restorer of a model folder.
 
     Args:
         model: a folder with perceptor, previewer and aggregator.
         device: where the networks go.
         batch_size: see InstantIRRestorer.
+        precision: "fp32" or "bf16"; of the networks but the autoencoder, which stays in float32.
+        speed: settings of fast.Speed by name.
         defaults: options that replace the recipe's.
+
+    Raises:
+        ValueError: another precision, or an unknown or wrong setting.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r:.80}")
     prior = open_prior(str(model.info["prior"]["id"]), model.info["prior"], device)
     network = network_of(model, prior)
-    network.to(device)
-    return InstantIRRestorer(network, {**restore_defaults(model.info["recipe"]), **defaults}, batch_size)
+    network.to(device, PRECISIONS[precision])
+    defaults = {**restore_defaults(model.info["recipe"]), **defaults}
+    return InstantIRRestorer(network, defaults, batch_size, Speed.of(speed or {}))
 
 
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:

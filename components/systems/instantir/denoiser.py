@@ -14,7 +14,7 @@ from torch import Tensor
 from components.samplers.guidance import guide
 from components.samplers.schedules import Schedule
 from components.systems.instantir.aggregator import Residuals
-from components.systems.instantir.network import Conditions, InstantIR
+from components.systems.instantir.network import Conditions, LoopNetworks
 from components.systems.instantir.options import LoopSettings
 from components.types import Box, Condition
 
@@ -26,7 +26,7 @@ class InstantIRDenoiser:
     """A types.Denoiser for B pictures.
 
     Args:
-        network: with previewer and aggregator.
+        network: with previewer and aggregator; an InstantIR, or a fast.FastRun, which does the same for less.
         lq: LQ latents [B, C, h, w].
         positive, negative: conditions of B rows each; `negative` may be None without guidance.
         steps: number of calls to come.
@@ -46,7 +46,7 @@ class InstantIRDenoiser:
 
     def __init__(
         self,
-        network: InstantIR,
+        network: LoopNetworks,
         lq: Tensor,
         positive: Conditions,
         negative: Conditions | None,
@@ -68,6 +68,9 @@ class InstantIRDenoiser:
         self.eps = torch.zeros_like(lq)
         self.factor = torch.ones(self.batch, device=lq.device, dtype=lq.dtype)
         self.applied = torch.ones(self.halves * self.batch, device=lq.device, dtype=lq.dtype)
+        self._features: Residuals | None = None
+        self._aggregated = 0
+        self._previewed: int | None = None
         self._residuals: Residuals | None = None
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
@@ -96,16 +99,27 @@ class InstantIRDenoiser:
 
     def _control(self, noisy: Tensor, timesteps: Tensor) -> Residuals | None:
         """This step's residuals, already scaled."""
-        scale = self.settings.scale_at(self.step, self.steps)
+        settings, network = self.settings, self.network
+        scale = settings.scale_at(self.step, self.steps)
         self.applied = self.factor.clamp(0.0, scale).repeat(self.halves)
-        if bool((self.applied > SKIP_AT_MOST).any()):
-            if self.settings.previews_at(self.step, self.steps):
-                self.preview = self.network.preview(noisy, timesteps, self.given)
-            else:
-                self.preview = self.lq
-            self._residuals = self.network.residuals(self.lq, timesteps, self.preview, self.given)
+        # without the adaptive factor the host knows the scale: asking the device would stop its queue in every step
+        if settings.adaptive:
+            runs = bool((self.applied > SKIP_AT_MOST).any())
+        else:
+            runs = min(1.0, scale) > SKIP_AT_MOST
+        if runs:
+            if not settings.previews_at(self.step, self.steps):
+                self.preview, self._previewed = self.lq, None
+            elif self._previewed is None or self.step >= self._previewed + settings.preview_every:
+                self.preview, self._previewed = network.preview(noisy, timesteps, self.given), self.step
+            assert self.preview is not None
+            if self._features is None or self.step >= self._aggregated + settings.aggregator_every:
+                self._features = network.residuals(self.lq, timesteps, self.preview, self.given)
+                self._aggregated = self.step
+            self._residuals = self._features
         # as released: a step that skips the Aggregator scales the residuals of the step before once more
-        self._residuals = self._residuals.scaled(self.applied) if self._residuals is not None else None
+        if self._residuals is not None and (settings.adaptive or scale != 1.0):
+            self._residuals = self._residuals.scaled(self.applied)
         return self._residuals
 
     def _positive_preview(self) -> Tensor:

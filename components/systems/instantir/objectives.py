@@ -21,6 +21,7 @@ from components.objectives.consistency import (
 )
 from components.objectives.diffusion import WeightedEpsilon, check_dropout, drop_conditions, replace_rows
 from components.samplers.guidance import distillation_guide
+from components.systems.instantir.fast import FastInstantIR, Speed
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.previewer import previewer_of
 from components.types import Batch, Loss
@@ -211,6 +212,7 @@ class AggregatorObjective(StageObjective):
         image_dropout, text_dropout, both_dropout: released 0, 0.85 and 0.15: the text is always empty. The LQ latents
             are never dropped.
         max_clean_weight, noise_offset: see objectives.diffusion; 1 and 0 are Eq. 1.
+        speed: how the frozen networks are made fast; None for the plain forward passes.
 
     Raises:
         ValueError: previewer or aggregator is missing, or impossible probabilities.
@@ -225,16 +227,19 @@ class AggregatorObjective(StageObjective):
         both_dropout: float = 0.15,
         max_clean_weight: float = 1.0,
         noise_offset: float = 0.0,
+        speed: Speed | None = None,
     ) -> None:
         if network.aggregator is None or not network.has_previewer:
             raise ValueError("the aggregator's stage needs a network with a previewer and an aggregator")
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "aggregator", network.aggregator, dropout)
         self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset)
+        self.fast = None if speed is None else FastInstantIR(network, speed)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise, with residuals."""
-        network, clean, given = self.network, self.clean_latents(batch), self.conditions(batch, noise)
+        network = self.network if self.fast is None else self.fast.run()
+        clean, given = self.clean_latents(batch), self.conditions(batch, noise)
         noisy, target, timesteps = self.loss.noisy(clean, noise)
         with torch.no_grad():
             lq = network.prior.encode(batch.lq)

@@ -37,9 +37,11 @@ class LoopSettings:
         preview_start, preview_stop: shares of the steps between which previews are made; outside, the LQ latents
             stand in for the preview.
         adaptive: scale the residuals by the adaptive factor of the step before (AdaRes, as released).
+        preview_every, aggregator_every: steps between two previews, and between two calls of the Aggregator; what lies
+            between takes the last ones. 1 is exact; above, time is saved for a stated error (docs/benchmarks.md).
 
     Raises:
-        ValueError: a share outside 0 .. 1, or a negative scale.
+        ValueError: a share outside 0 .. 1, a negative scale, or an interval below 1.
     """
 
     cfg_scale: float = 7.0
@@ -49,8 +51,13 @@ class LoopSettings:
     preview_start: float = 0.0
     preview_stop: float = 1.0
     adaptive: bool = False
+    preview_every: int = 1
+    aggregator_every: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("preview_every", "aggregator_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("guidance_rescale", "aggregator_stop", "preview_start", "preview_stop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -87,6 +94,7 @@ class Options:
         aggregator_stop: share of the steps after which the aggregator stops; 0.6 to 0.8 for creative restoration.
         aggregator_scale: multiplies the aggregator's residuals.
         guidance_rescale: share of the guided prediction brought back to the unguided one's contrast.
+        preview_every, aggregator_every: see LoopSettings; 1 is exact.
 
     Raises:
         ValueError: a value outside its range.
@@ -100,6 +108,8 @@ class Options:
     aggregator_stop: float = 1.0
     aggregator_scale: float = 1.0
     guidance_rescale: float = 0.0
+    preview_every: int = 1
+    aggregator_every: int = 1
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -116,4 +126,6 @@ class Options:
             aggregator_scale=self.aggregator_scale,
             aggregator_stop=self.aggregator_stop,
             preview_start=self.preview_start,
+            preview_every=self.preview_every,
+            aggregator_every=self.aggregator_every,
         )

@@ -15,6 +15,7 @@ from components.randomness import generator
 from components.samplers.ddim import sample_ddim, sample_ddpm
 from components.samplers.schedules import Schedule
 from components.systems.instantir.denoiser import InstantIRDenoiser
+from components.systems.instantir.fast import FastInstantIR, Speed
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.options import Options, parse_options
 from components.tensors import images_to_tensor, tensor_to_images
@@ -41,18 +42,26 @@ class InstantIRRestorer:
         batch_size: pictures of one size and of equal options that go through the networks together. With 1, a picture's
             bytes are the same whatever else is asked for, which is why the service and the batch job agree to the byte;
             above, convolutions and matrix products may round differently, by about 1e-6 before rounding to 8 bit.
+        speed: how the networks are made fast. The network's weights must stand still while this object is used.
 
     Raises:
         ValueError: a part is missing, or a default is unknown or out of range.
     """
 
-    def __init__(self, network: InstantIR, defaults: Mapping[str, Any] | None = None, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        network: InstantIR,
+        defaults: Mapping[str, Any] | None = None,
+        batch_size: int = 1,
+        speed: Speed | None = None,
+    ) -> None:
         if network.aggregator is None or not network.has_previewer:
             raise ValueError("restoring needs a network with a previewer and an aggregator")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.network, self.batch_size = network.freeze(), batch_size
         self.defaults = parse_options(defaults or {}, Options())
+        self.fast = FastInstantIR(self.network, speed)
 
     def restore(
         self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
@@ -122,14 +131,14 @@ class InstantIRRestorer:
             latents = lq + sigmas[0] * noise
         else:
             latents = Schedule.exploding(noise, sigmas[0].expand(len(lq)))
-        denoise = InstantIRDenoiser(self.network, lq, positive, negative, options.steps, options.loop)
+        denoise = InstantIRDenoiser(self.fast.run(), lq, positive, negative, options.steps, options.loop)
         if options.sampler == "ddim":
             clean = sample_ddim(denoise, latents, sigmas, on_step, cancelled)
         else:
             clean = sample_ddpm(
                 denoise, latents, sigmas, lambda i: self._noise(batch, f"step {i}", lq), on_step, cancelled
             )
-        pictures = tensor_to_images(prior.decode(clean))
+        pictures = tensor_to_images(self.fast.decode(clean))
         return [
             np.ascontiguousarray(picture[: job.size[0], : job.size[1]])
             for job, picture in zip(batch, pictures, strict=True)

@@ -104,7 +104,8 @@ class Prior:
         """Onto a device and, with `dtype`, into another precision; the autoencoder keeps its own, as SDXL's needs
         float32."""
         for name, module in self.modules.items():
-            module.to(device=device, dtype=None if name == "autoencoder" else dtype)
+            # torch's own: diffusers' warns of casting even where it keeps no module in float32
+            nn.Module.to(module, device=device, dtype=None if name == "autoencoder" else dtype)
         return self
 
     def freeze(self) -> Prior:

@@ -4,6 +4,7 @@
     python tests/benchmarks/bench_instantir.py --quick --device cuda     # how fast bf16 matrix products are here
     python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile whole
     python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile blocks --train
+    python tests/benchmarks/bench_instantir.py --model runs/demo/NAME/model   # what reuse costs a trained model
 
 All sizes run through the same code. Weights are random and made on the device: nothing is downloaded. "obvious" is a
 loop as one writes it with diffusers: LoRA switched through peft, DDIMScheduler, guidance as a batch of two, the UNet's
@@ -115,7 +116,8 @@ def build_network(size: Size, device: str, dtype: torch.dtype) -> InstantIR:
         finally:
             torch.set_default_dtype(before)
         prior.autoencoder.float()
-        network = InstantIR(prior, size.resampler, dict(size.lora), aggregator=True)
+        with torch.device(device):
+            network = InstantIR(prior, size.resampler, dict(size.lora), aggregator=True)
         network.to(device, dtype)
         if device != "meta":
             _wake(network)
@@ -462,6 +464,35 @@ def _shape_text(network: InstantIR, size: Size) -> None:
 # -------------------------------------------------------------------------------------------------------------- measure
 
 
+def measure_reuse(model: Path, device: str = "cpu", count: int = 4, steps: int = 12) -> list[dict[str, Any]]:
+    """PSNR of pictures that a trained model restores with previews or features reused, against its exact ones."""
+    import numpy as np
+
+    from components.degradations import build_degradation
+    from components.images import to_float, to_uint8
+    from components.synthetic import dead_leaves
+    from components.systems import build_restorer
+    from components.types import Request
+
+    restorer, degradation = build_restorer(model, device=device), build_degradation("realesrgan-nano")
+    poor = []
+    for k in range(count):
+        hq = dead_leaves(128, 0, k)
+        poor.append(to_uint8(degradation.apply(to_float(hq), degradation.draw(0, str(k), k))))
+
+    def restored(**options: int) -> Any:
+        asked = [Request(key=str(k), image=p, options={"steps": steps, **options}) for k, p in enumerate(poor)]
+        return np.stack([r.image for r in restorer.restore(asked)]).astype(np.float64)
+
+    exact, rows = restored(), []
+    for previews, features in ((2, 1), (3, 1), (2, 2), (3, 3)):
+        error = np.square(restored(preview_every=previews, aggregator_every=features) - exact).mean(axis=(1, 2, 3))
+        decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
+        row = {"what": "reuse", "steps": steps, "preview_every": previews, "aggregator_every": features}
+        rows.append({**row, "psnr_db": round(float(decibels.mean()), 1), "worst_db": round(float(decibels.min()), 1)})
+    return rows
+
+
 def take_turns(
     arms: Mapping[str, Callable[[], torch.Tensor]], device: str, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
@@ -527,6 +558,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="the Aggregator's train step instead of sampling")
     parser.add_argument("--batch", type=int, default=STAGE_BATCH, help="of the train step")
     parser.add_argument("--checkpoint", action="store_true", help="train step: recompute blocks in the backward pass")
+    parser.add_argument("--model", type=Path, help="a trained model folder: the error of reuse instead of timings")
     parser.add_argument("--quick", action="store_true", help="the ceiling only")
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
     given = parser.parse_args()
@@ -551,6 +583,10 @@ def main() -> None:
 
         tell(measure_ceiling(given.device, 8192 if given.device == "cuda" else 1024))
         if given.quick:
+            return
+        if given.model is not None:
+            for row in measure_reuse(given.model, given.device):
+                tell(row)
             return
         for name in given.size or ("nano", "middle"):
             measured = (

@@ -39,6 +39,7 @@ def test_both_train_steps_have_the_same_loss(bench: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_real_size_costs_what_the_reference_counted(bench: Any) -> None:
     """instantir.md section 10: 40.93 TFLOP a step at 1024 with guidance, by torch's counter on the meta device."""
     assert bench.count_step_flops(bench.sizes()["sdxl"]) == pytest.approx(40.93, rel=0.01)

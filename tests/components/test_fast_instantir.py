@@ -193,10 +193,12 @@ def test_what_a_run_settles_is_computed_once(network: InstantIR) -> None:
         texts += [block.attn2.to_k for block in transformers_of(unet)]
         resamplers.append(unet.encoder_hid_proj.image_projection_layers[0])
     layers, text, seen = len(texts) // 2, Calls(texts), Calls(resamplers)
+    times = Calls([unet.time_embedding for unet in (fast.base.network, fast.previewer.network)])
     run, given = fast.run(), conditions(2)
     with torch.no_grad():
         call_all(run, given, 3)
         assert (text.count, seen.count) == (layers, 2)
+        assert times.count == 3, "Previewer and UNet of a step share the embedding"
         call_all(fast.run(), given, 1)
     assert (text.count, seen.count) == (2 * layers, 4), "another run starts anew"
 
@@ -343,6 +345,8 @@ def test_the_networks_are_captured_without_a_break(
 
 
 def _captured(real: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile with the backend that only captures."""
+
     def captured(function: Any, *, fullgraph: bool, dynamic: bool, mode: Any, recompile_limit: int) -> Any:
         return real(function, fullgraph=fullgraph, dynamic=dynamic, recompile_limit=recompile_limit, backend="eager")
 

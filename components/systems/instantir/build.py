@@ -22,7 +22,7 @@ from components.systems.instantir.objectives import (
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instantir.restorer import InstantIRRestorer
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # weights come in float32
 
 
 def open_prior(recipe_prior: str, recorded: Mapping[str, str] | None, device: str) -> Prior:

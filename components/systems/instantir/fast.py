@@ -174,7 +174,7 @@ class FastInstantIR:
         self.aggregator = None
         if network.aggregator is not None:
             self.aggregator = self._walkable(network.aggregator, self._walk_aggregator)
-        self._decode = compiler(_decode)
+        self._decode = self._compiler(fullgraph=False)(_decode)  # diffusers' own forward: a break costs little
 
     def run(self) -> FastRun:
         """An object for one run, empty at first."""
@@ -208,10 +208,10 @@ class FastInstantIR:
         """Whether the LoRA changes a layer whose name holds one of `parts`."""
         return any(part in f".{name}." for name in self._covered for part in parts)
 
-    def _compiler(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def _compiler(self, fullgraph: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         if self.speed.compile == "off":
             return lambda function: function
-        settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": self.speed.compile_mode or None}
+        settings: dict[str, Any] = {"fullgraph": fullgraph, "dynamic": False, "mode": self.speed.compile_mode or None}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             settings["recompile_limit"] = 64  # SDXL's resnets come in 17 shapes, and torch gives up at 8
         return lambda function: torch.compile(function, **settings)
@@ -243,15 +243,14 @@ class FastRun:
         self, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None = None
     ) -> Tensor:
         """As InstantIR.denoise_eps."""
-        return self._predict(self.fast.base, latents, timesteps.expand(len(latents)), given, residuals)
+        return self._predict(self.fast.base, latents, timesteps, given, residuals)
 
     def preview(self, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor:
         """As InstantIR.preview. Raises ValueError where there is no previewer."""
         if self.fast.previewer is None:
             raise ValueError("the network has no previewer")
-        timesteps = timesteps.expand(len(latents))
         eps = self._predict(self.fast.previewer, latents, timesteps, given, None)
-        return consistency_output(self.prior.schedule, latents, eps, timesteps)
+        return consistency_output(self.prior.schedule, latents, eps, timesteps.expand(len(latents)))
 
     def residuals(self, lq: Tensor, timesteps: Tensor, preview: Tensor, given: Conditions) -> Residuals:
         """As InstantIR.residuals."""
@@ -297,7 +296,7 @@ class FastRun:
         if self._last is not None and name == "" and self._last[0] is timesteps and self._last[1] is given:
             return self._last[2]
         added = self._keep(given).once(f"added {name}", lambda: _added(source, given))
-        embedded = _time(source, timesteps) + added
+        embedded = _time(source, timesteps.expand(len(added))) + added
         if name == "":
             self._last = (timesteps, given, embedded)
         return embedded

@@ -67,6 +67,7 @@ check: setup
 
 bench: setup
 	@$(QUIET_ENV) $(PY) tests/benchmarks/bench_nano.py $(ARGS)
+	@$(QUIET_ENV) $(PY) tests/benchmarks/bench_instantir.py
 
 lock: setup
 	$(UV_ENV) $(PY) -m uv pip compile pyproject.toml --extra dev --universal --generate-hashes \

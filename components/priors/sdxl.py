@@ -108,9 +108,12 @@ class Prior:
         """Picture sides must be multiples of this, so that the UNet halves evenly."""
         return self.factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
-    def to(self, device: str | torch.device) -> Prior:
-        for module in self.modules.values():
-            module.to(device)
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Prior:
+        """Onto a device and, with `dtype`, into another precision; the autoencoder keeps its own, as SDXL's needs
+        float32."""
+        for name, module in self.modules.items():
+            # torch's own: diffusers' warns of casting even where it keeps no module in float32
+            nn.Module.to(module, device=device, dtype=None if name == "autoencoder" else dtype)
         return self
 
     def in_precision(self, precision: Precision) -> Prior:

@@ -71,15 +71,19 @@ def encode_images(prior: Prior, images: Sequence[Image], tile: int = TILE, noise
     return result
 
 
-def decode_images(prior: Prior, latents: Tensor, tile: int = TILE) -> list[Image]:
+def decode_images(
+    prior: Prior, latents: Tensor, tile: int = TILE, decode: Callable[[Tensor], Tensor] | None = None
+) -> list[Image]:
     """Scaled latents [B, C, h, w] -> pictures uint8 [h factor, w factor, 3], clipped.
 
     Args:
         tile: latent pixels of a tile's side.
+        decode: instead of Prior.decode, for example compiled.
     """
+    decoded = decode or prior.decode
     size = (latents.shape[-2], latents.shape[-1])
     if max(size) <= tile:
-        return tensor_to_images(prior.decode(latents))
+        return tensor_to_images(decoded(latents))
     factor = prior.factor
     fade = _fade(prior)
     shape = (len(latents), size[0] * factor, size[1] * factor, 3)
@@ -88,8 +92,8 @@ def decode_images(prior: Prior, latents: Tensor, tile: int = TILE) -> list[Image
     strip = np.zeros((len(latents), 0, shape[2], 3), dtype=np.float32)
     strip_top = 0
 
-    def decode(top: int, bottom: int, left: int, right: int) -> Tensor:
-        return prior.decode(latents[..., top:bottom, left:right])
+    def decode_part(top: int, bottom: int, left: int, right: int) -> Tensor:
+        return decoded(latents[..., top:bottom, left:right])
 
     def put(top: int, left: int, value: Tensor) -> None:
         nonlocal strip, strip_top
@@ -102,7 +106,7 @@ def decode_images(prior: Prior, latents: Tensor, tile: int = TILE) -> list[Image
             strip = np.concatenate([strip, np.zeros((len(latents), missing, shape[2], 3), np.float32)], axis=1)
         strip[:, : pixels.shape[1], left : left + pixels.shape[2]] += pixels
 
-    _over_tiles(size, tile, halo_of(prior, "decoder"), fade, factor, decode, put)
+    _over_tiles(size, tile, halo_of(prior, "decoder"), fade, factor, decode_part, put)
     _settle(pictures, strip, strip_top)
     return list(pictures)
 

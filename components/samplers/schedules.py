@@ -57,18 +57,29 @@ class Schedule:
         """Noise levels in VE form, float32 [T], rising."""
         return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
 
+    @cached_property
+    def _by_device(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
+
+    def _on(self, name: Literal["alphas_cumprod", "sigmas"], device: torch.device) -> Tensor:
+        """A table on a device, copied once: a copy in every step would make the host wait for the device."""
+        if (name, device) not in self._by_device:
+            with torch.inference_mode(False):  # a table made inside inference mode would refuse to train later
+                self._by_device[name, device] = getattr(self, name).to(device)
+        return self._by_device[name, device]
+
     def alpha(self, timesteps: Tensor, ndim: int = 1) -> Tensor:
         """alphas_cumprod at int64 timesteps [B], on their device, shaped [B, 1, ...] with `ndim` dimensions."""
-        values = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        values = self._on("alphas_cumprod", timesteps.device)[timesteps]
         return values.view(-1, *[1] * (ndim - 1))
 
     def sigma(self, timesteps: Tensor) -> Tensor:
         """VE noise level at int64 timesteps [B] or [] -> float32 of the same shape."""
-        return self.sigmas.to(timesteps.device)[timesteps]
+        return self._on("sigmas", timesteps.device)[timesteps]
 
     def timestep_of(self, sigma: Tensor) -> Tensor:
         """The nearest discrete time step of each VE noise level: float [B] -> int64 [B]."""
-        return (self.sigmas.to(sigma.device)[None] - sigma[:, None]).abs().argmin(dim=1)
+        return (self._on("sigmas", sigma.device)[None] - sigma[:, None]).abs().argmin(dim=1)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents in VP form; clean and noise [B, ...], timesteps int64 [B]."""

@@ -36,7 +36,8 @@ from components.samplers.guidance import distillation_guide
 from components.samplers.schedules import Schedule
 from components.systems.instantir.aggregator import Aggregator, Residuals, load_aggregator
 from components.systems.instantir.denoiser import InstantIRDenoiser, LoopSettings
-from components.systems.instantir.network import Conditions, InstantIR, predict_noise, unet_embedding
+from components.systems.instantir.fast import FastInstantIR, Speed
+from components.systems.instantir.network import Conditions, InstantIR, LoopNetworks, predict_noise, unet_embedding
 from components.systems.instantir.perceptor import (
     PerceptorAttnProcessor,
     Resampler,
@@ -60,12 +61,17 @@ OTHER_TESTS = {"instantir_distribution"}
 
 @dataclass
 class Golden:
-    """One golden file; `check` compares an output and ticks it off."""
+    """One golden file; `check` compares an output and ticks it off. With `speed`, the fast networks are checked."""
 
     folder: Path
     description: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     checked: set[str] = field(default_factory=set)
+    speed: Speed | None = None
+
+    def calls(self, network: InstantIR) -> LoopNetworks:
+        """The networks as they are, or made fast."""
+        return network if self.speed is None else FastInstantIR(network, self.speed).run()
 
     def input(self, name: str) -> Tensor:
         return self.tensors[f"input/{name}"]
@@ -217,21 +223,22 @@ def check_preview(golden: Golden) -> None:
     latents, timestep = golden.input("sample"), golden.input("timestep")
     with previewer_enabled(network.unet):
         golden.check("noise_pred", predict_noise(network.unet, latents, timestep, given))
-    golden.check("preview_latent", network.preview(latents, timestep, given))
+    golden.check("preview_latent", golden.calls(network).preview(latents, timestep, given))
 
 
 def check_unet_step(golden: Golden) -> None:
     network, given = tiny_network(golden, aggregator=True), conditions(golden)
+    calls = golden.calls(network)
     latents, timestep = golden.input("sample"), golden.input("timestep")
     golden.check("temb", unet_embedding(network.unet, latents, timestep.expand(len(latents)), given))
     golden.check("ip_tokens", network.perceptor.image_proj(given.image_tokens))
-    golden.check("noise_pred_no_aggregator", network.denoise_eps(latents, timestep, given))
-    residuals = network.residuals(golden.input("lq_latent"), timestep, golden.input("preview_latent"), given)
+    golden.check("noise_pred_no_aggregator", calls.denoise_eps(latents, timestep, given))
+    residuals = calls.residuals(golden.input("lq_latent"), timestep, golden.input("preview_latent"), given)
     check_residuals(golden, "aggregator/", residuals)
-    golden.check("noise_pred", network.denoise_eps(latents, timestep, given, residuals))
+    golden.check("noise_pred", calls.denoise_eps(latents, timestep, given, residuals))
     for name in [n for n in golden.tensors if n.startswith("output/noise_pred_scale")]:
         scaled = residuals.scaled(float(name.removeprefix("output/noise_pred_scale")))
-        golden.check(name.removeprefix("output/"), network.denoise_eps(latents, timestep, given, scaled))
+        golden.check(name.removeprefix("output/"), calls.denoise_eps(latents, timestep, given, scaled))
 
 
 def check_schedulers(golden: Golden) -> None:
@@ -333,7 +340,7 @@ def check_loop(golden: Golden) -> None:
             time_ids=time_ids,
             image_tokens=tokens[:batch],
         )
-    denoiser = InstantIRDenoiser(network, lq, positive, negative, steps, settings)
+    denoiser = InstantIRDenoiser(golden.calls(network), lq, positive, negative, steps, settings)
     sigmas = schedule.sampling_sigmas(timesteps)
     start = lq + sigmas[0] * noise if from_lq else Schedule.exploding(noise, sigmas[0].expand(batch))
     torch.testing.assert_close(
@@ -422,5 +429,25 @@ def test_golden(kind: str, golden_dir: Path) -> None:
     assert found
     for path, description in found:
         golden = Golden(golden_dir, description, load_file(path.with_suffix(".safetensors")))
+        CHECKS[kind](golden)
+        assert not golden.unchecked(), f"{path.name}: outputs nobody checked: {sorted(golden.unchecked())}"
+
+
+SPEEDS = {
+    "merged": Speed(merge_previewer="on"),
+    "toggled": Speed(merge_previewer="off"),
+    "channels-last": Speed(merge_previewer="on", join=False, channels_last="on"),
+}
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize("kind", ["preview", "unet_step", "loop"])
+@torch.no_grad()
+def test_golden_fast(kind: str, speed: str, golden_dir: Path) -> None:
+    """Every file about the networks and every loop, through the fast path in each of its forms."""
+    found = [(p, d) for p, d in descriptions(golden_dir) if kind_of(d["module"]) == kind]
+    assert found
+    for path, description in found:
+        golden = Golden(golden_dir, description, load_file(path.with_suffix(".safetensors")), speed=SPEEDS[speed])
         CHECKS[kind](golden)
         assert not golden.unchecked(), f"{path.name}: outputs nobody checked: {sorted(golden.unchecked())}"

@@ -131,7 +131,7 @@ class Aggregator(nn.Module):
         Raises:
             ValueError: shapes differ, sides do not halve evenly, or another cat_dim.
         """
-        self._check(lq, preview, cat_dim)
+        self.check_pair(lq, preview, cat_dim)
         temb = self.embedding(timesteps.expand(len(lq)), text_embeds, time_ids, lq.dtype)
         sample = torch.cat([self.conv_in(lq), self.ref_conv_in(preview)], dim=cat_dim)
         features = [sample]
@@ -150,7 +150,8 @@ class Aggregator(nn.Module):
         extra = torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1).to(dtype)
         return self.time_embedding(self.time_proj(timesteps).to(dtype)) + self.add_embedding(extra)
 
-    def _check(self, lq: Tensor, preview: Tensor, cat_dim: int) -> None:
+    def check_pair(self, lq: Tensor, preview: Tensor, cat_dim: int) -> None:
+        """Raises ValueError where LQ latents and preview cannot be joined; see forward."""
         if cat_dim not in (-2, -1):
             raise ValueError(f"cat_dim must be -2 (height) or -1 (width), got {cat_dim}")
         if lq.shape != preview.shape:

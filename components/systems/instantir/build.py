@@ -13,6 +13,7 @@ from components.priors.sdxl import Prior, load_prior
 from components.priors.sdxl_config import DINOV2
 from components.randomness import seeded_init
 from components.systems.instantir.checkpointing import checkpoint_gradients
+from components.systems.instantir.fast import Speed
 from components.systems.instantir.network import PARTS, InstantIR
 from components.systems.instantir.objectives import (
     AggregatorObjective,
@@ -156,7 +157,12 @@ def network_of(model: Model, prior: Prior) -> InstantIR:
 
 
 def build_restorer(
-    model: Model, device: str = "cpu", batch_size: int = 1, precision: Precision = "fp32", **defaults: Any
+    model: Model,
+    device: str = "cpu",
+    batch_size: int = 1,
+    precision: Precision = "fp32",
+    speed: Mapping[str, Any] | None = None,
+    **defaults: Any,
 ) -> InstantIRRestorer:
     """The restorer of a model folder.
 
@@ -165,19 +171,22 @@ def build_restorer(
         device: where the networks go.
         batch_size: see InstantIRRestorer.
         precision: of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
+        speed: settings of fast.Speed by name.
         defaults: options that replace the recipe's.
 
     Raises:
         ModelError: a part is missing, or the prior cannot be opened.
+        ValueError: an unknown or wrong setting of speed.
     """
     lacking = [part for part in PARTS if part not in model.info["parts"]]
     if lacking:  # before gigabytes are read
         raise ModelError(f"{model.path}: restoring needs {' and '.join(lacking)} too, which the model does not have")
+    wanted = Speed.of(speed or {})
     # on the CPU first: the parts are made there, in the wanted precision, and go to the device together
     prior = open_prior(str(model.info["prior"]["id"]), model.info["prior"], "cpu", precision)
     network = network_of(model, prior)
     network.to(device)
-    return InstantIRRestorer(network, {**restore_defaults(model.info["recipe"]), **defaults}, batch_size)
+    return InstantIRRestorer(network, {**restore_defaults(model.info["recipe"]), **defaults}, batch_size, wanted)
 
 
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:

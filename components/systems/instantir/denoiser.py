@@ -18,7 +18,7 @@ from torch import Tensor
 from components.samplers.guidance import guide
 from components.samplers.schedules import Schedule
 from components.systems.instantir.aggregator import Residuals
-from components.systems.instantir.network import Conditions, InstantIR
+from components.systems.instantir.network import Conditions, LoopNetworks
 from components.systems.instantir.options import LoopSettings
 from components.systems.instantir.references import noised_reference
 from components.types import Box, Condition
@@ -72,7 +72,7 @@ class InstantIRDenoiser:
     """A types.Denoiser for B pictures.
 
     Args:
-        network: with previewer and aggregator.
+        network: with previewer and aggregator; an InstantIR, or a fast.FastRun, which does the same for less.
         lq: LQ latents [B, C, h, w].
         positive, negative: conditions of B rows each; `negative` may be None without guidance.
         steps: number of calls to come.
@@ -95,7 +95,7 @@ class InstantIRDenoiser:
 
     def __init__(
         self,
-        network: InstantIR,
+        network: LoopNetworks,
         lq: Tensor,
         positive: Conditions,
         negative: Conditions | None,
@@ -133,6 +133,9 @@ class InstantIRDenoiser:
         self.preview: Tensor | None = None
         self.eps: Tensor | None = None
         self.applied = torch.ones(self.halves * self.batch, device=lq.device, dtype=lq.dtype)
+        self._features: Residuals | None = None
+        self._aggregated = 0
+        self._previewed: int | None = None
         self._residuals: Residuals | None = None
         self._compared: Tensor | None = None  # the last preview that entered the adaptive factor [B, C, h, w]
         self._renewed = False  # whether the Previewer ran in this step
@@ -160,7 +163,7 @@ class InstantIRDenoiser:
             self._compare(before, clean)
         if self.box is None:
             self.eps = eps
-        elif not self.settings.released_rules:
+        elif not self.settings.released_rules and self.settings.preview_every == 1:
             self.preview = None  # a tile's memory is one of many; what AdaRes compares is kept apart
         self.step += 1
         return clean
@@ -181,25 +184,37 @@ class InstantIRDenoiser:
         settings, rows = self.settings, self.halves * self.batch
         self._renewed = False
         scale = settings.scale_at(self.step, self.steps)
-        factor = self.adaptive.at(self.step)
-        if settings.adaptive == "released" or settings.released_rules:
-            capped = factor if settings.adaptive == "released" else torch.ones_like(factor)
+        factor, scaling = self.adaptive.at(self.step), settings.adaptive == "released"
+        if scaling or settings.released_rules:
+            capped = factor if scaling else torch.ones_like(factor)
             self.applied = capped.clamp(0.0, scale).repeat(self.halves)
         else:
             self.applied = torch.full((rows,), scale, device=factor.device, dtype=factor.dtype)
-        # under AdaRes the factor must stay defined: a preview is made even for rows whose residuals weigh nothing
-        wanted = scale > 0 if settings.adaptive == "released" else bool((self.applied > 0).any())
+        # Without the adaptive factor the host knows the scale: asking the device would stop its queue in every step.
+        # With it, as ours, a preview is made even for rows whose residuals weigh nothing: the factor must stay defined.
+        wanted = scale > 0
         if settings.released_rules:
-            wanted = bool((self.applied > SKIP_AT_MOST).any())
+            wanted = bool((self.applied > SKIP_AT_MOST).any()) if scaling else min(1.0, scale) > SKIP_AT_MOST
         if wanted:
-            lq = self._both("lq")
-            reference = self._reference(noisy, timesteps, factor)
-            residuals = self.network.residuals(lq, timesteps, reference, self.given).scaled(self.applied)
+            residuals = self._aggregate(noisy, timesteps, factor)
+            if scaling or scale != 1.0:
+                residuals = residuals.scaled(self.applied)
             self._residuals = residuals if settings.released_rules else None
             return residuals
         # as released: a step that skips the Aggregator scales the residuals of the step before once more
-        self._residuals = self._residuals.scaled(self.applied) if self._residuals is not None else None
+        if self._residuals is not None:
+            self._residuals = self._residuals.scaled(self.applied)
         return self._residuals
+
+    def _aggregate(self, noisy: Tensor, timesteps: Tensor, factor: Tensor) -> Residuals:
+        """The Aggregator's residuals before any scale; those of an earlier step between two calls of it."""
+        if self._features is not None and self.step < self._aggregated + self.settings.aggregator_every:
+            return self._features
+        reference = self._reference(noisy, timesteps, factor)
+        features = self.network.residuals(self._both("lq"), timesteps, reference, self.given)
+        if self.settings.aggregator_every > 1:
+            self._features, self._aggregated = features, self.step
+        return features
 
     def _reference(self, noisy: Tensor, timesteps: Tensor, factor: Tensor) -> Tensor:
         """What the Aggregator sees beside the LQ latents [H, C, h, w]."""
@@ -207,12 +222,16 @@ class InstantIRDenoiser:
         if settings.reference == "hq":
             self.preview = self._both("hq")
         elif settings.reference == "lq" or not settings.previews_at(self.step, self.steps):
-            self.preview = self._both("lq")
+            self.preview, self._previewed = self._both("lq"), None
+        elif self._previewed is not None and self.step < self._previewed + settings.preview_every:
+            pass  # the last one serves once more
         elif settings.reference == "mean":
             eps = network.denoise_eps(noisy, timesteps, self.given)
-            self.preview = network.prior.schedule.x0_from_eps(noisy, eps, timesteps)
+            self.preview, self._previewed = network.prior.schedule.x0_from_eps(noisy, eps, timesteps), self.step
         else:
-            self.preview, self._renewed = network.preview(noisy, timesteps, self.shown), True
+            self.preview, self._previewed = network.preview(noisy, timesteps, self.shown), self.step
+            self._renewed = True
+        assert self.preview is not None
         reference = self.preview
         if settings.adaptive == "paper":
             delta = (factor.clamp(0.0, 1.0) if settings.adaptive_clamp else factor).repeat(self.halves)
@@ -242,7 +261,7 @@ class InstantIRDenoiser:
         return self.condition.tensors[name].repeat(self.halves, 1, 1, 1)
 
 
-def _shown_to_the_previewer(network: InstantIR, given: Conditions, reference: str) -> Conditions:
+def _shown_to_the_previewer(network: LoopNetworks, given: Conditions, reference: str) -> Conditions:
     """The Previewer's conditions: each half's own, without its text, or without text and picture."""
     if reference not in ("preview_dcp", "preview_unconditional"):
         return given

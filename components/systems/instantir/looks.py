@@ -15,6 +15,7 @@ from components.samplers.ddim import sample_ddim
 from components.samplers.guidance import guide
 from components.samplers.schedules import Schedule
 from components.systems.instantir.build import restore_defaults
+from components.systems.instantir.fast import Speed
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.objectives import StageObjective
 from components.systems.instantir.recipe import InstantIRRecipe
@@ -32,7 +33,9 @@ def look(objective: StageObjective, recipe: InstantIRRecipe, lq: Tensor, prompts
     network = objective.network
     with torch.no_grad(), kept_trainable(objective.trainables.values()):
         if network.aggregator is not None:
-            restorer = InstantIRRestorer(network, restore_defaults(as_dict(recipe)))
+            # nothing derived from weights that still change, and their memory left as it is
+            plain = Speed(merge_previewer="off", join=False, channels_last="off")
+            restorer = InstantIRRestorer(network, restore_defaults(as_dict(recipe)), speed=plain)
             requests = [
                 Request(key=f"sample {i}", image=image, seed=seed + i, prompt=prompt)
                 for i, (image, prompt) in enumerate(zip(tensor_to_images(lq), prompts, strict=True))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -74,6 +74,23 @@ class Conditions:
         )
 
 
+class LoopNetworks(Protocol):
+    """What a sampling loop asks of the networks; InstantIR and fast.FastRun both are this."""
+
+    @property
+    def prior(self) -> Prior: ...
+
+    def preview(self, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor: ...
+
+    def residuals(self, lq: Tensor, timesteps: Tensor, preview: Tensor, given: Conditions) -> Residuals: ...
+
+    def denoise_eps(
+        self, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None = None
+    ) -> Tensor: ...
+
+    def unconditional(self, given: Conditions, negative_prompts: list[str]) -> Conditions: ...
+
+
 class InstantIR:
     """The bundle. It changes the prior's UNet in place, so a prior belongs to one bundle.
 
@@ -102,7 +119,7 @@ class InstantIR:
             size["embedding_dim"] = prior.image_token_dim
         if "output_dim" not in size:
             size["output_dim"] = prior.unet.config["cross_attention_dim"]
-        self.prior = prior
+        self.prior: Prior = prior
         self.perceptor = install_perceptor(prior.unet, size, seed, time_modulation)
         self.perceptor_scale = perceptor_scale
         self.aggregator: Aggregator | None = None
@@ -187,10 +204,11 @@ class InstantIR:
             self.aggregator.eval().requires_grad_(False)
         return self
 
-    def to(self, device: str | torch.device) -> InstantIR:
-        self.prior.to(device)
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> InstantIR:
+        """Onto a device and, with `dtype`, into another precision; see Prior.to."""
+        self.prior.to(device, dtype)
         if self.aggregator is not None:
-            self.aggregator.to(device)
+            self.aggregator.to(device=device, dtype=dtype)
         return self
 
     def config(self) -> dict[str, Any]:

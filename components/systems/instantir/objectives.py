@@ -23,7 +23,8 @@ from components.objectives.consistency import (
 from components.objectives.diffusion import WeightedEpsilon, check_dropout, drop_conditions, replace_rows
 from components.objectives.precomputed import clean_latents, embed_nothing, embedded_prompts, repeated
 from components.samplers.guidance import distillation_guide, guide
-from components.systems.instantir.network import Conditions, InstantIR
+from components.systems.instantir.fast import FastInstantIR, Speed
+from components.systems.instantir.network import Conditions, InstantIR, LoopNetworks
 from components.systems.instantir.previewer import previewer_of
 from components.systems.instantir.references import noised_reference
 from components.types import Batch, Loss
@@ -238,6 +239,7 @@ class AggregatorObjective(StageObjective):
             more, which is the model without previews.
         reference_noise: the reference carries fresh noise of the time step (section 4.4, last row of Table 2a).
         preview_cfg_scale: above 1 previews are guided, with a scale drawn from 1 .. this (a released option, off).
+        speed: how the frozen networks are made fast; None for the plain forward passes.
 
     Raises:
         ValueError: previewer or aggregator is missing, impossible probabilities, or settings outside their range.
@@ -256,6 +258,7 @@ class AggregatorObjective(StageObjective):
         reference: Literal["preview", "lq"] = "preview",
         reference_noise: bool = False,
         preview_cfg_scale: float = 1.0,
+        speed: Speed | None = None,
     ) -> None:
         if network.aggregator is None or not network.has_previewer:
             raise ValueError("the aggregator's stage needs a network with a previewer and an aggregator")
@@ -268,30 +271,40 @@ class AggregatorObjective(StageObjective):
         dropout = Dropout(image=image_dropout, text=text_dropout, both=both_dropout)
         super().__init__(network, "aggregator", network.aggregator, dropout)
         self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset, timestep_importance)
+        self.fast = None if speed is None else FastInstantIR(network, speed)
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise, with residuals."""
-        network, clean, given = self.network, self.clean_latents(batch), self.conditions(batch, noise)
+        network: LoopNetworks = self.network if self.fast is None else self.fast.run()
+        clean, given = self.clean_latents(batch), self.conditions(batch, noise)
         noisy, target, timesteps = self.loss.noisy(clean, noise)
         with torch.no_grad():
             lq = network.prior.encode(batch.lq)
-            reference = self._reference(lq, noisy, timesteps, given, noise)
+            reference = self._reference(network, lq, noisy, timesteps, given, noise)
         residuals = network.residuals(lq, timesteps, reference, given)
         yield "aggregator", self.loss(network.denoise_eps(noisy, timesteps, given, residuals), target, timesteps)
 
     @torch.no_grad()
-    def _reference(self, lq: Tensor, noisy: Tensor, timesteps: Tensor, given: Conditions, noise: Noise) -> Tensor:
+    def _reference(
+        self,
+        network: LoopNetworks,
+        lq: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        given: Conditions,
+        noise: Noise,
+    ) -> Tensor:
         """What the Aggregator sees beside the LQ latents, [B, C, h, w]."""
         if self.reference == "lq":
             reference = lq
         else:
-            reference = self.network.preview(noisy, timesteps, given)
+            reference = network.preview(noisy, timesteps, given)
             if self.preview_cfg_scale > 1:
                 # a preview is affine in the predicted noise: guiding previews is guiding the noise they come from
-                nothing = self.network.unconditional(given, [""] * len(lq))
+                nothing = network.unconditional(given, [""] * len(lq))
                 scale = noise.uniform("guidance", 1.0, self.preview_cfg_scale).to(lq.dtype).view(-1, 1, 1, 1)
-                reference = guide(self.network.preview(noisy, timesteps, nothing), reference, scale)
+                reference = guide(network.preview(noisy, timesteps, nothing), reference, scale)
         if self.reference_noise:
             fresh = noise.normal("reference_noise", tuple(lq.shape[1:])).to(lq.dtype)
-            reference = noised_reference(self.network.prior.schedule, reference, fresh, timesteps)
+            reference = noised_reference(network.prior.schedule, reference, fresh, timesteps)
         return reference

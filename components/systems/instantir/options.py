@@ -88,9 +88,11 @@ class LoopSettings:
             the residuals of the step before, scaled once more; a factor over an unrenewed preview is infinite; and no
             scale exceeds 1, as the factor of 1 caps it. Otherwise only a scale of 0 leaves the Aggregator out, nothing
             is reused, a factor that cannot be renewed stays, and a scale is what it says.
+        preview_every, aggregator_every: steps between two previews, and between two calls of the Aggregator; what lies
+            between takes the last ones. 1 is exact; above, time is saved for a stated error (docs/benchmarks.md).
 
     Raises:
-        ValueError: a share outside 0 .. 1, a negative scale, or options that exclude each other.
+        ValueError: a share outside 0 .. 1, a negative scale, an interval below 1, or options that exclude each other.
     """
 
     cfg_scale: float = 7.0
@@ -105,8 +107,13 @@ class LoopSettings:
     reference: Reference = "preview"
     reference_noise: bool = False
     released_rules: bool = True
+    preview_every: int = 1
+    aggregator_every: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("preview_every", "aggregator_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("guidance_rescale", "aggregator_start", "aggregator_stop", "preview_start", "preview_stop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -171,6 +178,7 @@ class Options:
         tile_px: pictures with a longer side are restored in tiles of this side; 0 takes 128 latents (1024 px at SDXL's
             factor of 8).
         tile_overlap: share of a tile that neighbours share at least.
+        preview_every, aggregator_every: see LoopSettings; 1 is exact.
 
     Raises:
         ValueError: a value outside its range, or options that exclude each other.
@@ -198,6 +206,8 @@ class Options:
     min_side_px: int = 0
     tile_px: int = 0
     tile_overlap: float = 0.25
+    preview_every: int = 1
+    aggregator_every: int = 1
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -229,4 +239,6 @@ class Options:
             reference=self.reference,
             reference_noise=self.reference_noise,
             released_rules=self.preset == "released",
+            preview_every=self.preview_every,
+            aggregator_every=self.aggregator_every,
         )

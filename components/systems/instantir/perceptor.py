@@ -122,7 +122,7 @@ class AdaLayerNorm(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B, Q, W], embedding [B, E] -> [B, Q, W]."""
         shift, scale = self.linear(F.silu(embedding)).unsqueeze(1).chunk(2, dim=-1)
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return normalised(x) * (1 + scale) + shift
 
 
 class PerceptorAttnProcessor(nn.Module):
@@ -183,7 +183,7 @@ class PerceptorAttnProcessor(nn.Module):
             text = encoder_hidden_states[:, : -self.num_tokens]
             tokens = encoder_hidden_states[:, -self.num_tokens :]
         tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # [B, pictures, Q, D]: tokens of all pictures
-        query = _heads(attn.to_q(hidden_states), attn.heads)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
         attended = _attend(query, attn.to_k(text), attn.to_v(text))
         if self.scale != 0:
             key, value = self.keys_and_values(tokens, temb)
@@ -337,14 +337,20 @@ def resampler_config(perceptor: Perceptor) -> dict[str, int]:
     return asdict(perceptor.image_proj.config)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+def normalised(x: Tensor) -> Tensor:
+    """AdaLayerNorm's normalisation over the last dimension, which no embedding enters."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, L, heads d] -> [B, heads, L, d]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query [B, heads, L, d]; key and value [B, S, W] -> [B, L, W]."""
     heads = query.shape[1]
-    attended = F.scaled_dot_product_attention(query, _heads(key, heads), _heads(value, heads))
+    attended = F.scaled_dot_product_attention(query, split_heads(key, heads), split_heads(value, heads))
     return attended.transpose(1, 2).flatten(2)
 
 

@@ -210,17 +210,21 @@ def lora_settings_of(unet: UNet2DConditionModel) -> LoraSettings:
 
 
 @torch.no_grad()
-def previewer_deltas(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """What the LoRA adds to each layer's weight, (alpha / rank) up @ down, by the layer's name in the UNet.
+def each_previewer_delta(unet: UNet2DConditionModel) -> Iterator[tuple[str, Tensor]]:
+    """(layer's name in the UNet, what the LoRA adds to its weight: (alpha / rank) up @ down), one layer at a time.
 
-    For a convolution `down` is k x k with the layer's stride and padding and `up` is 1 x 1.
+    In float32, however the weights are kept. For a convolution `down` is k x k with the layer's stride and padding and
+    `up` is 1 x 1.
     """
-    deltas: dict[str, Tensor] = {}
     for name, layer in lora_layers(unet).items():
-        down, up = _weight(layer.lora_A), _weight(layer.lora_B)
+        down, up = _weight(layer.lora_A).detach().float(), _weight(layer.lora_B).detach().float()
         delta = up.flatten(1) @ down.flatten(1)
-        deltas[name] = (delta * layer.scaling[ADAPTER]).view(len(up), *down.shape[1:])
-    return deltas
+        yield name, (delta * layer.scaling[ADAPTER]).view(len(up), *down.shape[1:])
+
+
+def previewer_deltas(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """each_previewer_delta, all at once."""
+    return dict(each_previewer_delta(unet))
 
 
 def _lora_modules(unet: UNet2DConditionModel) -> Iterator[tuple[str, LoraLayer]]:

@@ -18,6 +18,7 @@ from components.samplers.ddim import sample_ddim, sample_ddpm
 from components.samplers.schedules import Schedule
 from components.samplers.tiles import tile_boxes, tiled
 from components.systems.instantir.denoiser import InstantIRDenoiser
+from components.systems.instantir.fast import FastInstantIR, Speed
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.options import Options, parse_options
 from components.systems.instantir.preprocess import released_sizes, resize, view_pixels
@@ -55,18 +56,26 @@ class InstantIRRestorer:
         batch_size: pictures of one size and of equal options that go through the networks together. With 1, a picture's
             bytes are the same whatever else is asked for, which is why the service and the batch job agree to the byte;
             above, convolutions and matrix products may round differently, by about 1e-6 before rounding to 8 bit.
+        speed: how the networks are made fast. The network's weights must stand still while this object is used.
 
     Raises:
         ValueError: a part is missing, or a default is unknown or out of range.
     """
 
-    def __init__(self, network: InstantIR, defaults: Mapping[str, Any] | None = None, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        network: InstantIR,
+        defaults: Mapping[str, Any] | None = None,
+        batch_size: int = 1,
+        speed: Speed | None = None,
+    ) -> None:
         if network.aggregator is None or not network.has_previewer:
             raise ValueError("restoring needs a network with a previewer and an aggregator")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.network, self.batch_size = network.freeze(), batch_size
         self.defaults = parse_options(defaults or {}, Options())
+        self.fast = FastInstantIR(self.network, speed)
 
     def restore(
         self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
@@ -145,7 +154,7 @@ class InstantIRRestorer:
         else:
             latents = Schedule.exploding(latents, sigmas[0].expand(len(lq)))
         whole = InstantIRDenoiser(
-            self.network,
+            self.fast.run(),
             lq,
             positive,
             negative,
@@ -161,7 +170,8 @@ class InstantIRRestorer:
             step_noise = lambda i: self._noise(batch, f"step {i}", shape)  # noqa: E731
             clean = sample_ddpm(denoise, latents, sigmas, step_noise, on_step, cancelled)
         del whole, denoise, latents, lq, hq
-        return [_finished(job, picture) for job, picture in zip(batch, decode_images(prior, clean), strict=True)]
+        pictures = decode_images(prior, clean, decode=self.fast.decode)
+        return [_finished(job, picture) for job, picture in zip(batch, pictures, strict=True)]
 
     def _boxes(self, height: int, width: int, options: Options) -> list[Box]:
         """Tiles of the latent grid; one where the picture is no larger than a tile."""

@@ -1,0 +1,499 @@
+"""InstantIR's networks made ready for many calls under the same conditions: the same numbers for less work.
+
+Two objects. `FastInstantIR` belongs to a bundle whose weights stand still and holds what follows from the weights
+alone: the UNet without LoRA wrappers (its parameters are the bundle's own), a second one with the Previewer merged in
+where memory allows, joined weight matrices, compiled blocks. `FastRun` belongs to one run (a picture, a batch, all
+tiles of a picture) and holds what follows from its conditions: text keys and values of every cross-attention, the
+Resampler's tokens and the picture's keys and values before modulation, the embedding of pooled text and sizes. Only the
+modulation by time is left to each step. A run offers preview, residuals and denoise_eps as InstantIR does, so a
+denoiser takes either.
+
+Nothing is hidden in the modules: drop the object and the bundle is as it was (but for the memory layout of its
+convolutions under channels_last).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from components.naming import did_you_mean
+from components.objectives.consistency import consistency_output
+from components.systems.instantir.aggregator import Residuals
+from components.systems.instantir.network import Conditions, InstantIR
+from components.systems.instantir.perceptor import normalised, split_heads
+from components.systems.instantir.previewer import each_previewer_delta, lora_layers, previewer_enabled
+from components.systems.instantir.walk import (
+    Blocks,
+    Context,
+    Inputs,
+    check_walkable,
+    resnets_of,
+    transformers_of,
+    walk_aggregator,
+    walk_unet,
+)
+
+if TYPE_CHECKING:
+    from components.priors.sdxl import Prior
+
+KEPT_CONDITIONS = 8
+"""Conditions whose keys and values a run keeps; the longest unused go first. A step of any mode needs at most three."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How a bundle is made fast. Results agree to rounding whatever is chosen.
+
+    Attributes:
+        merge_previewer: "on" keeps a second copy of the layers that the LoRA changes, with it merged in; "off" switches
+            the LoRA on and off in the one UNet; "auto" merges where the copy takes at most half of the device's free
+            memory (a quarter of the machine's on a CPU). Below float32 a merged weight is rounded once.
+        join: join the self-attentions' query, key and value weights, and all projections of the embedding, into single
+            matrices (a copy of 1.5 GB at SDXL size in bf16; the merged UNet's needs none).
+        compile: "blocks" compiles each kind of block once (torch.compile), "whole" each network as one graph (minutes
+            at SDXL size, least overhead), "off" neither.
+        compile_mode: torch.compile's mode, for example "max-autotune-no-cudagraphs"; "" for the default.
+        channels_last: memory layout of the convolutions; "auto" is on wherever there is a GPU.
+        checkpoint: for training: keep only the blocks' inputs for the backward pass and compute the rest again; not
+            with compile "whole".
+
+    Raises:
+        ValueError: a value outside its set.
+    """
+
+    merge_previewer: Literal["auto", "on", "off"] = "auto"
+    join: bool = True
+    compile: Literal["off", "blocks", "whole"] = "off"
+    compile_mode: str = ""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        for name, wanted in get_type_hints(Speed).items():
+            value = getattr(self, name)
+            if get_args(wanted) and value not in get_args(wanted):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(wanted))}, got {value!r:.80}")
+        for name in ("join", "checkpoint"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
+        if self.checkpoint and self.compile == "whole":
+            raise ValueError("checkpoint goes with compile off or blocks")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Speed:
+        """From settings by name. Raises ValueError for an unknown name, with the near one."""
+        names = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise ValueError(f"unknown speed setting {name!r:.80}. {did_you_mean(str(name), names)}")
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class Walkable:
+    """A UNet or aggregator with what was derived from its weights.
+
+    Attributes:
+        network: the module that is walked.
+        project: the embedding after SiLU [B, E] -> its part for each resnet, then the modulation of keys and of values
+            [B, 2 W] for each cross-attention.
+        fused: see walk.Inputs.
+        walk: walk_unet or walk_aggregator, perhaps compiled.
+        inside: context in which the network is used (LoRA on).
+    """
+
+    network: Any
+    project: Callable[[Tensor], Sequence[Tensor]]
+    fused: Sequence[Tensor | None]
+    walk: Callable[..., Any]
+    inside: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.network.conv_in.weight.dtype
+        return dtype
+
+
+class FastInstantIR:
+    """See the module's docstring.
+
+    Args:
+        network: frozen, on its device and in its precision; its perceptor, previewer and UNet must not change any more
+            (make another object after loading weights). An aggregator that trains is used as it stands at each call.
+        speed: what is done.
+
+    Attributes:
+        merged: whether the Previewer is merged.
+
+    Raises:
+        ValueError: the UNet is not built as SDXL's.
+    """
+
+    def __init__(self, network: InstantIR, speed: Speed | None = None) -> None:
+        self.network, self.speed = network, speed or Speed()
+        check_walkable(network.unet)
+        self._covered = tuple(lora_layers(network.unet)) if network.has_previewer else ()
+        device = network.prior.device
+        self.channels_last = self.speed.channels_last == "on" or (
+            self.speed.channels_last == "auto" and device.type != "cpu"
+        )
+        if self.channels_last:
+            for module in (network.unet, network.aggregator, network.prior.autoencoder):
+                if module is not None:
+                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        compiler = self._compiler()
+        blocks = Blocks().wrapped(compiler) if self.speed.compile == "blocks" else Blocks()
+        if self.speed.checkpoint:
+            blocks = blocks.wrapped(_computed_again)
+
+        def walk(function: Callable[..., Any]) -> Callable[..., Any]:
+            def walked(*arguments: Any, **named: Any) -> Any:
+                return function(*arguments, **named, blocks=blocks)
+
+            return compiler(walked) if self.speed.compile == "whole" else walked
+
+        self._walk_unet, self._walk_aggregator = walk(walk_unet), walk(walk_aggregator)
+        self.base = self._walkable(bare_unet(network.unet), self._walk_unet)
+        self.merged = network.has_previewer and self._merges(device)
+        self.previewer = self._previewer() if network.has_previewer else None
+        self.aggregator = None
+        if network.aggregator is not None:
+            self.aggregator = self._walkable(network.aggregator, self._walk_aggregator)
+        self._decode = self._compiler(fullgraph=False)(_decode)  # diffusers' own forward: a break costs little
+
+    def run(self) -> FastRun:
+        """An object for one run, empty at first."""
+        return FastRun(self)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As Prior.decode, compiled with the rest. An autoencoder that tiles by itself is left to it."""
+        prior = self.network.prior
+        whole = isinstance(prior.autoencoder, AutoencoderKL) and not prior.autoencoder.use_tiling
+        if self.speed.compile == "off" or not whole:
+            return prior.decode(latents)
+        return self._decode(prior.autoencoder, latents / prior.autoencoder.config["scaling_factor"])  # type: ignore[index]
+
+    def _merges(self, device: torch.device) -> bool:
+        if self.speed.merge_previewer != "auto":
+            return self.speed.merge_previewer == "on"
+        return merged_bytes(self.network.unet) <= memory_to_spare(device)
+
+    def _previewer(self) -> Walkable:
+        unet = self.network.unet
+        if self.merged:
+            return self._walkable(merged_unet(unet, self.channels_last), self._walk_unet, owned=True)
+        # with the wrappers in place: neither joined nor compiled, since the wrappers decide in Python what they do
+        return Walkable(unet, *_apart(unet), walk_unet, lambda: previewer_enabled(unet))
+
+    def _walkable(self, network: Any, walk: Callable[..., Any], owned: bool = False) -> Walkable:
+        still = not any(parameter.requires_grad for parameter in network.parameters())
+        return Walkable(network, *(_joined(network, owned) if self.speed.join and still else _apart(network)), walk)
+
+    def lora_covers(self, parts: tuple[str, ...]) -> bool:
+        """Whether the LoRA changes a layer whose name holds one of `parts`."""
+        return any(part in f".{name}." for name in self._covered for part in parts)
+
+    def _compiler(self, fullgraph: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        if self.speed.compile == "off":
+            return lambda function: function
+        settings: dict[str, Any] = {"fullgraph": fullgraph, "dynamic": False, "mode": self.speed.compile_mode or None}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            settings["recompile_limit"] = 64  # SDXL's resnets come in 17 shapes, and torch gives up at 8
+        return lambda function: torch.compile(function, **settings)
+
+
+class FastRun:
+    """One run's share of a FastInstantIR: the three calls of a step, with what its conditions settle kept.
+
+    Conditions are recognised by identity, and their tensors must not be changed in place: hand in the same object in
+    every step. Latents come and go in their own precision, whatever the networks'. Gradients pass through `latents`,
+    `preview` and `residuals` only.
+    """
+
+    def __init__(self, fast: FastInstantIR) -> None:
+        self.fast, self.network = fast, fast.network
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        self._last: tuple[Tensor, Conditions, Tensor] | None = None
+
+    @property
+    def prior(self) -> Prior:
+        """The bundle's."""
+        return self.network.prior
+
+    def unconditional(self, given: Conditions, negative_prompts: list[str]) -> Conditions:
+        """As InstantIR.unconditional."""
+        return self.network.unconditional(given, negative_prompts)
+
+    def denoise_eps(
+        self, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None = None
+    ) -> Tensor:
+        """As InstantIR.denoise_eps."""
+        return self._predict(self.fast.base, latents, timesteps, given, residuals)
+
+    def preview(self, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor:
+        """As InstantIR.preview. Raises ValueError where there is no previewer."""
+        if self.fast.previewer is None:
+            raise ValueError("the network has no previewer")
+        eps = self._predict(self.fast.previewer, latents, timesteps, given, None)
+        return consistency_output(self.prior.schedule, latents, eps, timesteps.expand(len(latents)))
+
+    def residuals(self, lq: Tensor, timesteps: Tensor, preview: Tensor, given: Conditions) -> Residuals:
+        """As InstantIR.residuals."""
+        walkable = self.fast.aggregator
+        if walkable is None:
+            raise ValueError("the network has no aggregator")
+        added = self._keep(given).once("added to aggregator", lambda: _added(walkable, given))
+        embedded = F.silu(_time(walkable, timesteps.expand(len(lq))) + added)
+        shifts = list(walkable.project(embedded))
+        inputs = Inputs(shifts, [None] * len(walkable.fused), walkable.fused)
+        layout = self._layout
+        return walkable.walk(walkable.network, layout(lq, walkable), layout(preview, walkable), inputs)
+
+    def _predict(
+        self, walkable: Walkable, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None
+    ) -> Tensor:
+        with walkable.inside():
+            embedded = F.silu(self._embedding(walkable, timesteps, given))
+            parts = list(walkable.project(embedded))
+            texts, pictures = self._texts(walkable, given), self._pictures(walkable, given)
+            shifts = parts[: -2 * len(texts)]
+            if not self.network.time_modulation:  # see PerceptorAttnProcessor: what is left are the biases
+                parts = list(walkable.project(torch.zeros_like(embedded)))
+            modulations = parts[-2 * len(texts) :]
+            contexts = [
+                Context(
+                    *text, _modulated(key, modulations[2 * i], heads), _modulated(value, modulations[2 * i + 1], heads)
+                )
+                for i, (text, (key, value, heads)) in enumerate(zip(texts, pictures, strict=True))
+            ]
+            if residuals is not None:
+                residuals = residuals.to(walkable.dtype)
+            inputs = Inputs(shifts, contexts, walkable.fused)
+            eps = walkable.walk(walkable.network, self._layout(latents, walkable), inputs, residuals)
+        return eps.to(latents.dtype)
+
+    def _layout(self, latents: Tensor, walkable: Walkable) -> Tensor:
+        """Latents as the network wants them."""
+        latents = latents.to(walkable.dtype)
+        return latents.contiguous(memory_format=torch.channels_last) if self.fast.channels_last else latents
+
+    def _embedding(self, walkable: Walkable, timesteps: Tensor, given: Conditions) -> Tensor:
+        """The UNet's whole embedding [B, E]; Previewer and UNet of one step share it, as the LoRA leaves it alone."""
+        source, name = self._source(walkable, "embedding", (".time_embedding.", ".add_embedding."))
+        if self._last is not None and name == "" and self._last[0] is timesteps and self._last[1] is given:
+            return self._last[2]
+        added = self._keep(given).once(f"added {name}", lambda: _added(source, given))
+        embedded = _time(source, timesteps.expand(len(added))) + added
+        if name == "":
+            self._last = (timesteps, given, embedded)
+        return embedded
+
+    def _texts(self, walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor]]:
+        """The text's keys and values of each cross-attention; both UNets' are the same unless a LoRA covers them."""
+        source, name = self._source(walkable, "text", (".attn2.to_k.", ".attn2.to_v."))
+        return self._keep(given).once(f"text {name}", lambda: _text_keys(source, given))
+
+    def _pictures(self, walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor, int]]:
+        """The picture's normalised keys and values of each cross-attention, before modulation."""
+        name = "previewer" if walkable is self.fast.previewer else ""
+        return self._keep(given).once(f"picture {name}", lambda: _picture_keys(walkable, given))
+
+    def _source(self, walkable: Walkable, what: str, parts: tuple[str, ...]) -> tuple[Walkable, str]:
+        """(network to compute with, name to keep it under): the base's for both where the LoRA leaves it alone."""
+        if walkable is self.fast.previewer and self.fast.lora_covers(parts):
+            return walkable, "previewer"
+        return self.fast.base, ""
+
+    def _keep(self, given: Conditions) -> _Kept:
+        kept = self._kept.get(id(given))
+        if kept is None:
+            kept = self._kept[id(given)] = _Kept(given)
+            if len(self._kept) > KEPT_CONDITIONS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(id(given))
+        return kept
+
+
+@dataclass
+class _Kept:
+    """What was computed from one Conditions object, which is held so that its identity stays its own."""
+
+    given: Conditions
+    values: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self.values:
+            self.values[name] = make()
+        return self.values[name]
+
+
+def bare_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The UNet without LoRA wrappers: other module objects around the same parameters, so no weight is copied."""
+    return _without_wrappers(unet)  # type: ignore[return-value]
+
+
+def _without_wrappers(module: nn.Module) -> nn.Module:
+    """A module tree with objects and parameter tables of its own, in which what peft wrapped stands in its place."""
+    if isinstance(module, LoraLayer):
+        module = module.get_base_layer()
+    bare = copy.copy(module)
+    bare._parameters = dict(module._parameters)
+    bare._modules = {n: None if m is None else _without_wrappers(m) for n, m in module._modules.items()}
+    return bare
+
+
+@torch.no_grad()
+def merged_unet(unet: UNet2DConditionModel, channels_last: bool = False) -> UNet2DConditionModel:
+    """bare_unet with the LoRA merged in: the layers that it changes are copies, all others the bundle's own.
+
+    Sums are made in float32 and rounded once to the weights' precision.
+    """
+    bare = bare_unet(unet)
+    for name, delta in each_previewer_delta(unet):
+        layer: Any = bare.get_submodule(name)
+        merged = (layer.weight.float() + delta).to(layer.weight.dtype)
+        if channels_last and merged.ndim == 4:
+            merged = merged.contiguous(memory_format=torch.channels_last)
+        layer.weight = nn.Parameter(merged, requires_grad=False)
+    return bare
+
+
+def merged_bytes(unet: UNet2DConditionModel) -> int:
+    """Memory that merged_unet takes: the weights of all layers that carry the LoRA."""
+    weights = [layer.get_base_layer().weight for layer in lora_layers(unet).values()]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def memory_to_spare(device: torch.device) -> int:
+    """Bytes that a merged copy may take: half of a GPU's free memory, a quarter of all on a CPU, elsewhere none."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    if device.type != "cpu":
+        return 0
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return 0
+
+
+def _projections(network: Any) -> list[nn.Linear]:
+    """Layers that the embedding goes through: each resnet's, then the modulations of each cross-attention."""
+    layers: list[Any] = [resnet.time_emb_proj for resnet in resnets_of(network)]
+    for block in transformers_of(network):
+        if block.attn2 is not None:
+            processor: Any = block.attn2.processor
+            layers += [processor.ln_k_ip.linear, processor.ln_v_ip.linear]
+    return layers
+
+
+def _apart(network: Any) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor | None]]:
+    """(project, fused) of a Walkable with every layer called by itself, so that weights may change and LoRA acts."""
+    layers = _projections(network)
+    return lambda embedded: [layer(embedded) for layer in layers], [None] * len(transformers_of(network))
+
+
+@torch.no_grad()
+def _joined(network: Any, owned: bool) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor | None]]:
+    """(project, fused) of a Walkable with one product for all projections, and one for query, key and value.
+
+    Where the network is `owned`, its layers then look into the joined matrices, which so cost no memory.
+    """
+    layers = _projections(network)
+    weight, bias = _in_one(layers, owned), torch.cat([layer.bias.detach() for layer in layers])
+    sizes = [layer.out_features for layer in layers]
+    fused: list[Tensor | None] = []
+    for block in transformers_of(network):
+        three: list[Any] = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
+        fused.append(_in_one(three, owned) if all(layer.bias is None for layer in three) else None)
+    return lambda embedded: F.linear(embedded, weight, bias).split(sizes, dim=-1), fused
+
+
+def _in_one(layers: Sequence[nn.Linear], owned: bool) -> Tensor:
+    """The layers' weights below each other [sum of outputs, inputs]."""
+    joined = torch.cat([layer.weight.detach() for layer in layers])
+    if owned:
+        for layer, part in zip(layers, joined.split([layer.out_features for layer in layers]), strict=True):
+            layer.weight = nn.Parameter(part, requires_grad=False)
+    return joined
+
+
+def _computed_again(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, its inner values thrown away after the forward pass and made again for the backward one."""
+
+    def run(*arguments: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return function(*arguments)
+        return checkpoint(function, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _decode(autoencoder: Any, latents: Tensor) -> Tensor:
+    """AutoencoderKL's decoding of unscaled latents, without its wrapping."""
+    if autoencoder.post_quant_conv is not None:
+        latents = autoencoder.post_quant_conv(latents)
+    decoded: Tensor = autoencoder.decoder(latents)
+    return decoded
+
+
+def _time(walkable: Walkable, timesteps: Tensor) -> Tensor:
+    """The time's part of the embedding [B, E] for timesteps [B]."""
+    network = walkable.network
+    embedded: Tensor = network.time_embedding(network.time_proj(timesteps).to(walkable.dtype))
+    return embedded
+
+
+def _added(walkable: Walkable, given: Conditions) -> Tensor:
+    """The part of the embedding [B, E] that pooled text and sizes settle."""
+    network = walkable.network
+    sizes = network.add_time_proj(given.time_ids.flatten()).view(len(given.pooled), -1)
+    added: Tensor = network.add_embedding(
+        torch.cat([given.pooled, sizes.to(given.pooled.dtype)], dim=-1).to(walkable.dtype)
+    )
+    return added
+
+
+def _text_keys(walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor]]:
+    """The text's keys and values [B, heads, S, d] of each cross-attention."""
+    text, keys = given.text.to(walkable.dtype), []
+    for block in transformers_of(walkable.network):
+        attention: Any = block.attn2
+        heads = attention.heads
+        keys.append((split_heads(attention.to_k(text), heads), split_heads(attention.to_v(text), heads)))
+    return keys
+
+
+def _picture_keys(walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor, int]]:
+    """The picture's keys and values [B, Q, W] of each cross-attention, normalised but not modulated, and its heads."""
+    resampler = walkable.network.encoder_hid_proj.image_projection_layers[0]
+    tokens, keys = given.image_tokens.to(walkable.dtype), []
+    if tokens.ndim == 4:  # [B, views, N, D]: each view has queries of its own
+        tokens = resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).flatten(1, 2)
+    else:
+        tokens = resampler(tokens)
+    for block in transformers_of(walkable.network):
+        attention: Any = block.attn2
+        key, value = attention.processor.to_k_ip(tokens), attention.processor.to_v_ip(tokens)
+        keys.append((normalised(key), normalised(value), attention.heads))
+    return keys
+
+
+def _modulated(normed: Tensor, modulation: Tensor, heads: int) -> Tensor:
+    """AdaLayerNorm after its normalisation: normed [B, Q, W], modulation [B, 2 W] -> [B, heads, Q, d]."""
+    shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
+    return split_heads(normed * (1 + scale) + shift, heads)

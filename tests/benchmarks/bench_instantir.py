@@ -1,0 +1,602 @@
+"""InstantIR's sampling loop and Aggregator training step beside the same written the obvious way, on one machine.
+
+    python tests/benchmarks/bench_instantir.py                           # CPU, nano and middle size; part of make bench
+    python tests/benchmarks/bench_instantir.py --quick --device cuda     # how fast bf16 matrix products are here
+    python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile whole
+    python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile blocks --train
+    python tests/benchmarks/bench_instantir.py --model runs/demo/NAME/model   # what reuse costs a trained model
+
+All sizes run through the same code. Weights are random and made on the device: nothing is downloaded. "obvious" is a
+loop as one writes it with diffusers: LoRA switched through peft, DDIMScheduler, guidance as a batch of two, the UNet's
+own forward, everything computed in every call. "ours" is InstantIRDenoiser over FastInstantIR. Arms take turns; medians
+of CPU time (on a card: of wall time, the device waited for) are reported; a line is void where an arm spreads over
+25 %. `difference` is the largest difference of the arms' latents over their largest value. Reuse arms say their PSNR.
+
+It needs torch, numpy, diffusers, transformers, tokenizers, peft and safetensors, and of this project only components/.
+On a machine that has torch alone, carry the others as wheels (pip download --no-deps ...), install them with
+`pip install --no-index --no-deps --target SITE *.whl`, and run with PYTHONPATH=SITE:. from the repository's root. The
+compiled runs at SDXL size spend minutes compiling: give --rounds 3, and one of --compile or --train a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from components.systems.instantir.fast import Speed
+    from components.systems.instantir.network import Conditions, InstantIR
+
+MAX_SPREAD = 0.25
+STAGE_BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One set of shapes. `latent_px` is the latents' side; the prior's configuration is priors.nano's form."""
+
+    prior: Mapping[str, Any]
+    resampler: Mapping[str, int]
+    lora: Mapping[str, int]
+    latent_px: int
+    steps: int
+
+
+def sizes() -> dict[str, Size]:
+    """By name: the shipped nano prior's shapes, a middle one where arithmetic dominates, and SDXL's."""
+    from components.priors.nano import NANO
+
+    nano_resampler = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 16}
+    middle = {
+        **NANO["unet"],
+        "block_out_channels": [128, 192, 256],
+        "attention_head_dim": [2, 3, 4],
+        "norm_num_groups": 32,
+    }
+    sdxl = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    return {
+        "nano": Size(prior=NANO, resampler=nano_resampler, lora={"rank": 16, "alpha": 16}, latent_px=32, steps=4),
+        "middle": Size(
+            prior={**NANO, "unet": middle},
+            resampler=nano_resampler,
+            lora={"rank": 16, "alpha": 16},
+            latent_px=64,
+            steps=2,
+        ),
+        "sdxl": Size(
+            prior={**NANO, "unet": sdxl, "text_length": 77},
+            resampler={"embedding_dim": 1024, "output_dim": 2048},
+            lora={"rank": 64, "alpha": 1},
+            latent_px=128,
+            steps=30,
+        ),
+    }
+
+
+def build_network(size: Size, device: str, dtype: torch.dtype) -> InstantIR:
+    """A whole InstantIR of random weights made on the device, layers that start at zero given small values.
+
+    At SDXL size the autoencoder is SDXL's and the picture encoder DINOv2-large; the text encoders stay small, since
+    they run once, and text of the right shape stands in for theirs.
+    """
+    import torch
+
+    from components.systems.instantir.network import InstantIR
+
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[] if device != "cuda" else [torch.cuda.current_device()]):
+        torch.manual_seed(0)
+        try:
+            torch.set_default_dtype(dtype)  # never twice the memory
+            with torch.device(device):
+                prior = _prior(size)
+        finally:
+            torch.set_default_dtype(before)
+        prior.autoencoder.float()
+        with torch.device(device):
+            network = InstantIR(prior, size.resampler, dict(size.lora), aggregator=True)
+        network.to(device, dtype)
+        if device != "meta":
+            _wake(network)
+    return network
+
+
+def _prior(size: Size) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import Dinov2Config, Dinov2Model
+
+    from components.priors.nano import build_prior, build_tokenizer_json
+    from components.priors.sdxl import ImageView
+
+    prior = build_prior(size.prior, build_tokenizer_json(["red", "blue"], int(size.prior["text_length"])))
+    if size.resampler.get("embedding_dim") == 1024:
+        prior.autoencoder = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            scaling_factor=0.13025,
+        )
+        prior.image_encoder = Dinov2Model(
+            Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518)
+        )
+        prior.view = ImageView()
+    return prior
+
+
+def _wake(network: InstantIR) -> None:
+    """Zero-initialised layers would make the LoRA and the aggregator add nothing, and equality mean nothing."""
+    import torch
+
+    with torch.no_grad():
+        for module in (network.unet, network.aggregator):
+            assert module is not None
+            for parameter in module.parameters():
+                if not bool(parameter.any()):
+                    parameter.normal_(std=0.02)
+
+
+def make_inputs(
+    network: InstantIR, size: Size, dtype: torch.dtype, batch: int = 1
+) -> tuple[Conditions, Conditions, torch.Tensor, torch.Tensor]:
+    """(positive, negative, LQ latents, start noise) of random values."""
+    import torch
+
+    from components.systems.instantir.network import Conditions
+
+    unet, device = size.prior["unet"], network.prior.device
+    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(1)
+
+    def random(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=kind, generator=generator)
+
+    side = size.latent_px * network.prior.factor
+    ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=device).expand(batch, -1)
+    tokens = (network.prior.view.crop_px // int(network.prior.image_encoder.config.patch_size)) ** 2 + 1  # type: ignore
+    made = [
+        Conditions(
+            text=random(batch, size.prior["text_length"], unet["cross_attention_dim"]),
+            pooled=random(batch, pooled),
+            time_ids=ids,
+            image_tokens=random(batch, tokens, network.prior.image_token_dim),
+        )
+        for _ in range(2)
+    ]
+    shape = (batch, network.prior.latent_channels, size.latent_px, size.latent_px)
+    lq, noise = random(*shape, kind=torch.float32), random(*shape, kind=torch.float32)
+    return made[0], made[1], lq, noise
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def obvious_loop(
+    network: InstantIR,
+    positive: Conditions,
+    negative: Conditions,
+    lq: torch.Tensor,
+    noise: torch.Tensor,
+    steps: int,
+    cfg_scale: float = 7.0,
+) -> torch.Tensor:
+    """InstantIR's loop as one writes it with diffusers and peft; returns the last latents."""
+    import torch
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    from components.systems.instantir.network import predict_noise
+
+    unet, dtype = network.unet, network.unet.dtype
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    scheduler.set_timesteps(steps, device=lq.device)
+    lq = lq.to(dtype)
+    latents = scheduler.add_noise(lq, noise.to(dtype), scheduler.timesteps[:1])
+    given = negative.joined(positive)
+    lq_twice = torch.cat([lq, lq])
+    for t in scheduler.timesteps:
+        twice = torch.cat([latents, latents])
+        times = t.expand(len(twice))
+        unet.enable_adapters()
+        eps = predict_noise(unet, twice, times, given)
+        unet.disable_adapters()
+        alpha = scheduler.alphas_cumprod.to(lq.device)[t]
+        clean = (twice - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+        scaled = t * 10.0
+        preview = clean * scaled / (scaled**2 + 0.25).sqrt() + twice * 0.25 / (scaled**2 + 0.25)
+        residuals = network.residuals(lq_twice, times, preview.to(dtype), given)
+        eps = predict_noise(unet, twice, times, given, residuals)
+        without, with_ = eps.chunk(2)
+        eps = without + cfg_scale * (with_ - without)
+        latents = scheduler.step(eps, t, latents).prev_sample
+    return latents
+
+
+def our_loop(
+    fast: Any,
+    positive: Conditions,
+    negative: Conditions,
+    lq: torch.Tensor,
+    noise: torch.Tensor,
+    steps: int,
+    **settings: Any,
+) -> torch.Tensor:
+    """The same with the product's own parts, a new run each time as for a new picture."""
+    from components.samplers.ddim import sample_ddim
+    from components.systems.instantir.denoiser import InstantIRDenoiser
+    from components.systems.instantir.options import LoopSettings
+
+    schedule = fast.network.prior.schedule
+    sigmas = schedule.sampling_sigmas(schedule.timesteps(steps)).to(lq.device)
+    denoise = InstantIRDenoiser(fast.run(), lq, positive, negative, steps, LoopSettings(cfg_scale=7.0, **settings))
+    return sample_ddim(denoise, lq + sigmas[0] * noise, sigmas)
+
+
+def count_step_flops(size: Size) -> float:
+    """TFLOP of one obvious step with guidance, by torch's counter on the meta device (attention is two products)."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad():
+        network = build_network(size, "meta", torch.float32)
+        positive, negative, lq, _ = make_inputs(network, size, torch.float32)
+        given, lq = negative.joined(positive), torch.cat([lq, lq])
+        times = torch.zeros(2, dtype=torch.int64, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            network.preview(lq, times, given)
+            residuals = network.residuals(lq, times, lq, given)
+            network.denoise_eps(lq, times, given, residuals)
+    return counter.get_total_flops() / 1e12
+
+
+def measure_sampling(
+    name: str, device: str = "cpu", rounds: int = 5, speed: Speed | None = None, reuse: bool = True
+) -> list[dict[str, Any]]:
+    """Rows for the obvious loop, ours, and ours with previews or features reused."""
+    import torch
+
+    from components.systems.instantir.fast import FastInstantIR, Speed
+
+    size = sizes()[name]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.inference_mode():
+        network = build_network(size, device, dtype)
+        inputs = make_inputs(network, size, dtype)
+    speed = speed or Speed()
+    fast = FastInstantIR(network, speed)
+    arms: dict[str, Callable[[], torch.Tensor]] = {
+        "obvious": lambda: obvious_loop(network, *inputs, size.steps),
+        "ours": lambda: our_loop(fast, *inputs, size.steps),
+    }
+    if reuse:
+        arms["ours, preview_every 2"] = lambda: our_loop(fast, *inputs, size.steps, preview_every=2)
+        arms["ours, preview and aggregator every 2"] = lambda: our_loop(
+            fast, *inputs, size.steps, preview_every=2, aggregator_every=2
+        )
+    with torch.inference_mode():
+        seconds, results = take_turns(arms, device, rounds)
+    exact, tflop = results["ours"].float(), count_step_flops(size) * size.steps
+    rows = []
+    for arm, times in seconds.items():
+        row = {"what": "sampling", "size": name, "arm": arm, "steps": size.steps, **summary(times, device)}
+        row |= {"ratio_to_obvious": round(statistics.median(seconds["obvious"]) / statistics.median(times), 2)}
+        row |= {
+            "tflop": round(tflop, 3),
+            "merged": fast.merged,
+            "compile": speed.compile if arm != "obvious" else "off",
+        }
+        if arm == "obvious":
+            row["difference"] = float((results[arm].float() - exact).abs().max() / exact.abs().max())
+        elif arm != "ours":
+            row["psnr_to_exact_db"] = round(psnr(results[arm].float(), exact), 1)
+        if arm in ("obvious", "ours") and device == "cuda":
+            row["tflop_per_s"] = round(tflop / statistics.median(times), 1)
+        rows.append(row)
+    if device == "cuda":
+        rows.append({"what": "once", "size": name, **measure_once(network, fast, inputs[2], device, rounds)})
+    return rows
+
+
+def measure_once(network: InstantIR, fast: Any, lq: torch.Tensor, device: str, rounds: int) -> dict[str, Any]:
+    """Seconds of what a picture costs besides its steps: picture encoder, encode, decode plain and ours."""
+    import torch
+
+    prior, side = network.prior, lq.shape[-1] * network.prior.factor
+    with torch.inference_mode():
+        picture = torch.zeros(1, 3, side, side, device=device)
+        arms: dict[str, Callable[[], torch.Tensor]] = {
+            "see": lambda: prior.embed_images(picture),
+            "encode": lambda: prior.encode(picture),
+            "decode": lambda: prior.decode(lq),
+            "decode_ours": lambda: fast.decode(lq),
+        }
+        seconds, _ = take_turns(arms, device, rounds)
+    return {f"{name}_s": round(statistics.median(times), 4) for name, times in seconds.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def measure_training(
+    name: str, device: str = "cpu", rounds: int = 5, speed: Speed | None = None, batch_size: int = STAGE_BATCH
+) -> list[dict[str, Any]]:
+    """Rows for the Aggregator's train step, forward passes plain and fast; the model's work by torch's counter.
+
+    Frozen networks are bf16 on a card and the Aggregator float32 under autocast. Recomputation is not counted.
+    """
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from components.randomness import Noise
+    from components.recipes import Optimizer
+    from components.systems.instantir.fast import Speed
+    from components.systems.instantir.objectives import AggregatorObjective
+    from components.training import build_optimizers, train_step
+    from components.types import Batch
+
+    size, card = sizes()[name], device == "cuda"
+    network = build_network(size, device, torch.bfloat16 if card else torch.float32)
+    assert network.aggregator is not None
+    network.aggregator.float()
+    side, positions = size.latent_px * network.prior.factor, np.arange(batch_size)
+    pictures = [torch.from_numpy(values).to(device) for values in _pictures(batch_size, side)]
+    batch = Batch(
+        keys=[str(p) for p in positions],
+        positions=positions,
+        hq=pictures[0],
+        lq=pictures[1],
+        prompts=[""] * batch_size,
+        sizes=torch.tensor([[side, side, 0, 0, side, side]]).expand(batch_size, -1),
+    )
+    _shape_text(network, size)
+    speed = speed or Speed()
+    if speed.checkpoint:
+        _checkpoint_plainly(network)
+    objectives = {
+        "plain": AggregatorObjective(network),
+        "ours": AggregatorObjective(network, speed=speed),
+    }
+    precision = "bf16" if card else "fp32"
+    losses: dict[str, float] = {}
+
+    def step(arm: str) -> Callable[[], torch.Tensor]:
+        objective, noise = objectives[arm], Noise(0, positions, device)
+        optimizers = build_optimizers(objective, Optimizer())
+
+        def run() -> torch.Tensor:
+            # a rate of zero: every step of every arm then does the same work on the same weights
+            metrics = train_step(objective, [(batch, noise)], optimizers, lr=0.0, clip_norm=1.0, precision=precision)
+            losses[arm] = metrics["loss"]
+            return torch.tensor(metrics["loss"])
+
+        return run
+
+    # the model's own work: LoRA merged where it is, nothing computed twice
+    objectives["counted"] = AggregatorObjective(network, speed=replace(speed, compile="off", checkpoint=False))
+    with FlopCounterMode(display=False) as counter:
+        step("counted")()
+    del objectives["counted"]
+    tflop = counter.get_total_flops() / 1e12
+    seconds, _ = take_turns({arm: step(arm) for arm in objectives}, device, rounds)
+    rows = []
+    for arm, times in seconds.items():
+        row = {"what": "aggregator train step", "size": name, "arm": arm, "batch": batch_size, **summary(times, device)}
+        row |= {"ratio_to_plain": round(statistics.median(seconds["plain"]) / statistics.median(times), 2)}
+        row |= {"loss": losses[arm], "tflop": round(tflop, 4), "compile": speed.compile if arm == "ours" else "off"}
+        if card:
+            row |= {"tflop_per_s": round(tflop / statistics.median(times), 1)}
+            row |= {"samples_per_s": round(batch_size / statistics.median(times), 2)}
+            row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+        rows.append(row)
+    return rows
+
+
+def _checkpoint_plainly(network: InstantIR) -> None:
+    """Gradient checkpointing in diffusers' own blocks, for the plain arm."""
+    import functools
+
+    from torch.utils.checkpoint import checkpoint
+
+    for module in (network.unet, network.aggregator):
+        assert module is not None
+        for block in module.modules():
+            if hasattr(block, "gradient_checkpointing"):
+                block.gradient_checkpointing = True  # type: ignore[assignment]
+                block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)  # type: ignore
+
+
+def _pictures(count: int, side: int) -> Sequence[Any]:
+    from components.randomness import generator
+
+    made = [generator(0, "bench", k).uniform(-1, 1, (count, 3, side, side)).astype("float32") for k in range(2)]
+    return made
+
+
+def _shape_text(network: InstantIR, size: Size) -> None:
+    """At SDXL size the small text encoders' output is repeated to the widths that the UNet takes."""
+    prior, unet = network.prior, size.prior["unet"]
+    pooled_dim = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    embed = prior.embed_prompts
+
+    def widened(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        text, pooled = embed(prompts)
+        text = text.repeat(1, 1, math.ceil(unet["cross_attention_dim"] / text.shape[-1]))
+        pooled = pooled.repeat(1, math.ceil(pooled_dim / pooled.shape[-1]))
+        return text[..., : unet["cross_attention_dim"]], pooled[..., :pooled_dim]
+
+    prior.embed_prompts = widened  # type: ignore[method-assign]
+
+
+# -------------------------------------------------------------------------------------------------------------- measure
+
+
+def measure_reuse(model: Path, device: str = "cpu", count: int = 4, steps: int = 12) -> list[dict[str, Any]]:
+    """PSNR of pictures that a trained model restores with previews or features reused, against its exact ones."""
+    import numpy as np
+
+    from components.degradations import build_degradation
+    from components.images import to_float, to_uint8
+    from components.synthetic import dead_leaves
+    from components.systems import build_restorer
+    from components.types import Request
+
+    restorer, degradation = build_restorer(model, device=device), build_degradation("realesrgan-nano")
+    poor = []
+    for k in range(count):
+        hq = dead_leaves(128, 0, k)
+        poor.append(to_uint8(degradation.apply(to_float(hq), degradation.draw(0, str(k), k))))
+
+    def restored(**options: int) -> Any:
+        asked = [Request(key=str(k), image=p, options={"steps": steps, **options}) for k, p in enumerate(poor)]
+        return np.stack([r.image for r in restorer.restore(asked)]).astype(np.float64)
+
+    exact, rows = restored(), []
+    for previews, features in ((2, 1), (3, 1), (2, 2), (3, 3)):
+        error = np.square(restored(preview_every=previews, aggregator_every=features) - exact).mean(axis=(1, 2, 3))
+        decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
+        row = {"what": "reuse", "steps": steps, "preview_every": previews, "aggregator_every": features}
+        rows.append({**row, "psnr_db": round(float(decibels.mean()), 1), "worst_db": round(float(decibels.min()), 1)})
+    return rows
+
+
+def take_turns(
+    arms: Mapping[str, Callable[[], torch.Tensor]], device: str, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    """Seconds of each arm over interleaved rounds after a warm-up, and each arm's last result."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    results: dict[str, torch.Tensor] = {}
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    for round_ in range(rounds + 1):
+        for name, run in arms.items():
+            synchronise(device)
+            start = clock()
+            results[name] = run()
+            synchronise(device)
+            if round_:
+                seconds[name].append(clock() - start)
+    return seconds, results
+
+
+def summary(times: Sequence[float], device: str) -> dict[str, Any]:
+    """Median, spread over the median, and whether the spread voids the line."""
+    median = statistics.median(times)
+    spread = (max(times) - min(times)) / median
+    clock = "median_s" if device == "cuda" else "median_cpu_s"
+    return {clock: round(median, 4), "spread": round(spread, 3), "void": spread > MAX_SPREAD}
+
+
+def psnr(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Of latents, against the exact ones' range."""
+    error = float((result - exact).square().mean())
+    return math.inf if error == 0 else 10 * math.log10(float(exact.max() - exact.min()) ** 2 / error)
+
+
+def measure_ceiling(device: str, side: int = 8192, rounds: int = 20) -> dict[str, Any]:
+    """TFLOP/s of a square bf16 matrix product (float32 on a CPU): what all other rates are shares of."""
+    import torch
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds, _ = take_turns({"product": lambda: one @ other}, device, rounds)
+    median = statistics.median(seconds["product"])
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {"what": "ceiling", "device": name, "side": side, "tflop_per_s": round(2 * side**3 / median / 1e12, 2)}
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure and print one JSON line each, appended to bench.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", action="append", choices=sorted(sizes()), help="repeat; default nano and middle")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", default="off", choices=["off", "blocks", "whole"])
+    parser.add_argument("--compile-mode", default="")
+    parser.add_argument("--merge-previewer", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--train", action="store_true", help="the Aggregator's train step instead of sampling")
+    parser.add_argument("--batch", type=int, default=STAGE_BATCH, help="of the train step")
+    parser.add_argument("--checkpoint", action="store_true", help="train step: recompute blocks in the backward pass")
+    parser.add_argument("--model", type=Path, help="a trained model folder: the error of reuse instead of timings")
+    parser.add_argument("--quick", action="store_true", help="the ceiling only")
+    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    import torch
+
+    from components.systems.instantir.fast import Speed
+
+    torch.set_num_threads(given.threads)
+    speed = Speed(
+        merge_previewer=given.merge_previewer,
+        compile=given.compile,
+        compile_mode=given.compile_mode,
+        checkpoint=given.checkpoint,
+    )
+    with given.out.open("a", encoding="utf-8") as stream:
+
+        def tell(row: Mapping[str, Any]) -> None:
+            for line in (print, stream.write):
+                line(json.dumps(row) + ("" if line is print else "\n"))
+            stream.flush()
+
+        tell(measure_ceiling(given.device, 8192 if given.device == "cuda" else 1024))
+        if given.quick:
+            return
+        if given.model is not None:
+            for row in measure_reuse(given.model, given.device):
+                tell(row)
+            return
+        for name in given.size or ("nano", "middle"):
+            measured = (
+                measure_training(name, given.device, given.rounds, speed, given.batch)
+                if given.train
+                else measure_sampling(name, given.device, given.rounds, speed)
+            )
+            for row in measured:
+                tell(row)
+
+
+if __name__ == "__main__":
+    main()

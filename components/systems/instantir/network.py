@@ -77,6 +77,8 @@ class LoopNetworks(Protocol):
         self, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None = None
     ) -> Tensor: ...
 
+    def unconditional(self, given: Conditions, negative_prompts: list[str]) -> Conditions: ...
+
 
 class InstantIR:
     """The bundle. It changes the prior's UNet in place, so a prior belongs to one bundle.

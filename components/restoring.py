@@ -259,7 +259,7 @@ def restore_batch(
 def _request(picture: Picture, parts: Decoded, ask: Ask, limits: Limits) -> Request:
     """What the restorer is asked; raises SampleError."""
     image = flattened(parts) if ask.alpha == "flatten" else parts.image
-    size = ask.output_size(*image.shape[:2], picture.key)
+    size = ask.output_size(image.shape[0], image.shape[1], picture.key)
     reference = None
     if picture.reference:
         try:

@@ -235,6 +235,7 @@ def test_reuse_leaves_calls_out(network: InstantIR, previews: int, features: int
     class Counting:
         prior = network.prior
         denoise_eps = staticmethod(run.denoise_eps)
+        unconditional = staticmethod(run.unconditional)
 
         def preview(self, *arguments: Any) -> Tensor:
             counted["preview"] += 1
@@ -347,8 +348,8 @@ def test_the_networks_are_captured_without_a_break(
 def _captured(real: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile with the backend that only captures."""
 
-    def captured(function: Any, *, fullgraph: bool, dynamic: bool, mode: Any, recompile_limit: int) -> Any:
-        return real(function, fullgraph=fullgraph, dynamic=dynamic, recompile_limit=recompile_limit, backend="eager")
+    def captured(function: Any, *, fullgraph: bool, dynamic: bool, mode: Any) -> Any:
+        return real(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
 
     return captured
 

@@ -89,17 +89,20 @@ def picture(name: str, side: int = 16) -> np.ndarray:
 
 
 class Scripted:
-    """A denoiser whose previews and clean latents are known: a preview of None repeats the one before."""
+    """A denoiser whose previews and clean latents are known: a preview of None repeats the one before, and the LQ latents
+    stand in for one."""
 
     def __init__(self, previews: list[Tensor | None], clean: list[Tensor], lq: Tensor) -> None:
         self.previews, self.clean, self.lq = previews, clean, lq
         self.preview: Tensor | None = None
+        self.renewed = False
         self.factor = torch.ones(len(lq))
         self.step = 0
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
         given = self.previews[self.step]
         self.preview = self.preview if given is None else given
+        self.renewed = given is not None and given is not self.lq
         clean = self.clean[self.step]
         self.step += 1
         self.factor = torch.full((len(latents),), float(self.step))
@@ -188,19 +191,18 @@ def test_a_recorded_run_is_the_restorers_own(network: InstantIR, sampler: str) -
 
 
 def test_delta_is_the_adaptive_factor(network: InstantIR) -> None:
-    """Eq. 7 here against the loop's own, which is kept from skipping a preview."""
+    """Eq. 7 here against the loop's own, by the rules that skip no preview."""
     prior = network.prior
     with torch.inference_mode():
         images = images_to_tensor([picture("a"), picture("b")])
         lq = prior.encode(images)
         given = conditions_of(network, images, ["", ""])
-        settings = LoopSettings(cfg_scale=1.0, adaptive=True)
+        settings = LoopSettings(cfg_scale=1.0, adaptive="released", released_rules=False)
         denoiser = InstantIRDenoiser(network, lq, given, None, 3, settings)
         recorder = Recorder(denoiser)
         sigmas = prior.schedule.sampling_sigmas(prior.schedule.timesteps(3))
         latents = Schedule.exploding(torch.randn(lq.shape, generator=torch.Generator().manual_seed(0)), sigmas[:1])
         for step in range(3):
-            denoiser.factor = torch.ones(2)
             clean = recorder(latents, sigmas[step].expand(2))
             latents = clean + sigmas[step + 1] / sigmas[step] * (latents - clean)
     run = Trajectory(

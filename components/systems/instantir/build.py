@@ -98,12 +98,12 @@ def build_objective(
     network.perceptor_scale = recipe.perceptor_scale
     network.to(device)
     checkpoint_gradients(network, recipe.gradient_checkpointing)
-    dropout = {
+    dropout: dict[str, Any] = {
         "image_dropout": recipe.image_dropout,
         "text_dropout": recipe.text_dropout,
         "both_dropout": recipe.both_dropout,
     }
-    weighting = {
+    weighting: dict[str, Any] = {
         "max_clean_weight": recipe.max_clean_weight,
         "noise_offset": recipe.noise_offset,
         "timestep_importance": recipe.timestep_importance,

@@ -87,6 +87,7 @@ class InstantIRDenoiser:
             remember what they must.
         eps: the last guided noise prediction [B, C, h, w]; None before the first, and in tiles.
         applied: the scale applied to the residuals in the last step [H].
+        renewed: whether the Previewer ran in the last step.
 
     Raises:
         ValueError: guidance without `negative`, a list of scales of another length than `steps`, or a reference that
@@ -138,7 +139,7 @@ class InstantIRDenoiser:
         self._previewed: int | None = None
         self._residuals: Residuals | None = None
         self._compared: Tensor | None = None  # the last preview that entered the adaptive factor [B, C, h, w]
-        self._renewed = False  # whether the Previewer ran in this step
+        self.renewed = False
 
     @property
     def factor(self) -> Tensor:
@@ -182,7 +183,7 @@ class InstantIRDenoiser:
     def _control(self, noisy: Tensor, timesteps: Tensor) -> Residuals | None:
         """This step's residuals, already scaled."""
         settings, rows = self.settings, self.halves * self.batch
-        self._renewed = False
+        self.renewed = False
         scale = settings.scale_at(self.step, self.steps)
         factor, scaling = self.adaptive.at(self.step), settings.adaptive == "released"
         if scaling or settings.released_rules:
@@ -230,7 +231,7 @@ class InstantIRDenoiser:
             self.preview, self._previewed = network.prior.schedule.x0_from_eps(noisy, eps, timesteps), self.step
         else:
             self.preview, self._previewed = network.preview(noisy, timesteps, self.shown), self.step
-            self._renewed = True
+            self.renewed = True
         assert self.preview is not None
         reference = self.preview
         if settings.adaptive == "paper":
@@ -250,7 +251,7 @@ class InstantIRDenoiser:
         As released, stand-ins and stale previews count as previews; otherwise only what the Previewer made in this
         step does. Before the first there are zeros (Alg. 1, line 2).
         """
-        if not (self._renewed or self.settings.released_rules):
+        if not (self.renewed or self.settings.released_rules):
             return
         assert self.preview is not None
         self._compared = self.preview[-self.batch :]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -165,7 +164,11 @@ class FastInstantIR:
             def walked(*arguments: Any, **named: Any) -> Any:
                 return function(*arguments, **named, blocks=blocks)
 
-            return compiler(walked) if self.speed.compile == "whole" else walked
+            def by_blocks(*arguments: Any, **named: Any) -> Any:
+                with _many_shapes():
+                    return walked(*arguments, **named)
+
+            return {"off": walked, "blocks": by_blocks, "whole": compiler(walked)}[self.speed.compile]
 
         self._walk_unet, self._walk_aggregator = walk(walk_unet), walk(walk_aggregator)
         self.base = self._walkable(bare_unet(network.unet), self._walk_unet)
@@ -212,8 +215,6 @@ class FastInstantIR:
         if self.speed.compile == "off":
             return lambda function: function
         settings: dict[str, Any] = {"fullgraph": fullgraph, "dynamic": False, "mode": self.speed.compile_mode or None}
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            settings["recompile_limit"] = 64  # SDXL's resnets come in 17 shapes, and torch gives up at 8
         return lambda function: torch.compile(function, **settings)
 
 
@@ -375,7 +376,8 @@ def merged_unet(unet: UNet2DConditionModel, channels_last: bool = False) -> UNet
 
 def merged_bytes(unet: UNet2DConditionModel) -> int:
     """Memory that merged_unet takes: the weights of all layers that carry the LoRA."""
-    weights = [layer.get_base_layer().weight for layer in lora_layers(unet).values()]
+    layers: list[Any] = [layer.get_base_layer() for layer in lora_layers(unet).values()]
+    weights = [layer.weight for layer in layers]
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
@@ -441,6 +443,13 @@ def _computed_again(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return checkpoint(function, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
 
     return run
+
+
+def _many_shapes() -> contextlib.AbstractContextManager[Any]:
+    """Lets one function be compiled for every shape: SDXL's resnets come in 17, and torch gives up at 8."""
+    import torch._dynamo.config  # a second's import, for those who compile
+
+    return torch._dynamo.config.patch(recompile_limit=64)  # type: ignore[no-any-return, attr-defined]
 
 
 def _decode(autoencoder: Any, latents: Tensor) -> Tensor:

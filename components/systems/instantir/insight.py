@@ -35,8 +35,10 @@ class Previewing(Protocol):
     """What a recorder needs of a denoiser; InstantIRDenoiser is one."""
 
     preview: Tensor | None
-    factor: Tensor
-    lq: Tensor
+    renewed: bool
+
+    @property
+    def factor(self) -> Tensor: ...
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor: ...
 
@@ -61,10 +63,9 @@ class Recorder:
         self.factors: list[Tensor] = []
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        before = self.denoiser.preview
         clean = self.denoiser(latents, sigma)
         preview = self.denoiser.preview
-        self.renewed.append(preview is not None and preview is not before and preview is not self.denoiser.lq)
+        self.renewed.append(self.denoiser.renewed)
         self.previews.append(torch.zeros_like(clean) if preview is None else preview[-len(latents) :].clone())
         self.denoised.append(clean)
         self.factors.append(self.denoiser.factor.clone())

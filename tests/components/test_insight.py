@@ -89,8 +89,7 @@ def picture(name: str, side: int = 16) -> np.ndarray:
 
 
 class Scripted:
-    """A denoiser whose previews and clean latents are known: a preview of None repeats the one before, and the LQ latents
-    stand in for one."""
+    """A denoiser whose previews and clean latents are known: None repeats the preview before, LQ stands in for one."""
 
     def __init__(self, previews: list[Tensor | None], clean: list[Tensor], lq: Tensor) -> None:
         self.previews, self.clean, self.lq = previews, clean, lq

@@ -50,6 +50,9 @@ from components.systems.instantir.walk import (
 if TYPE_CHECKING:
     from components.priors.sdxl import Prior
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+"""Tables of a module that copy.copy would share."""
+
 KEPT_CONDITIONS = 8
 """Conditions whose keys and values a run keeps; the longest unused go first. A step of any mode needs at most three."""
 
@@ -354,6 +357,8 @@ def _without_wrappers(module: nn.Module) -> nn.Module:
         module = module.get_base_layer()
     bare = copy.copy(module)
     bare._parameters = dict(module._parameters)
+    for name in HOOKS:  # who watches one of the two does not watch the other
+        setattr(bare, name, OrderedDict(getattr(module, name)))
     bare._modules = {n: None if m is None else _without_wrappers(m) for n, m in module._modules.items()}
     return bare
 

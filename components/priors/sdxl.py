@@ -112,22 +112,22 @@ class Prior:
         return self
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/factor, W/factor] (the mode, no sampling).
-
-        Never under autocast: SDXL's autoencoder overflows in half precision (its config says force_upcast).
-        """
+        """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/factor, W/factor] (the mode, no sampling)."""
+        if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
+            return self.autoencoder.encode(images)
         with torch.autocast(images.device.type, enabled=False):
-            if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
-                return self.autoencoder.encode(images)
-            latents = self.autoencoder.encode(images).latent_dist.mode()  # type: ignore[operator]
-            return latents * self.autoencoder.config["scaling_factor"]  # type: ignore[index]
+            seen = images.to(next(self.autoencoder.parameters()).dtype)
+            latents = self.autoencoder.encode(seen).latent_dist.mode()  # type: ignore[operator]
+        return latents.to(images.dtype) * self.autoencoder.config["scaling_factor"]  # type: ignore[index]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> pictures [B, 3, H, W], not clipped; never under autocast, see encode."""
+        """Scaled latents -> pictures [B, 3, H, W], not clipped."""
+        if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
+            return self.autoencoder.decode(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
-                return self.autoencoder.decode(latents)
-            return self.autoencoder.decode(latents / self.autoencoder.config["scaling_factor"]).sample  # type: ignore
+            scaled = latents / self.autoencoder.config["scaling_factor"]  # type: ignore[index]
+            images = self.autoencoder.decode(scaled.to(next(self.autoencoder.parameters()).dtype)).sample  # type: ignore
+        return images.to(latents.dtype)
 
     def embed_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> (token embeddings [B, L, D], pooled [B, P]): both penultimate layers joined (SDXL)."""

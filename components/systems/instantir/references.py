@@ -9,6 +9,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from components.samplers.schedules import Schedule
 
+REFERENCE_NOISE = "reference"
+"""Name of the fresh noise in training."""
+
 
 def noised_reference(schedule: Schedule, preview: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """A preview with fresh noise of its time step, as the current latents have it (InstantIR Table 2a, last row).

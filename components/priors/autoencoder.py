@@ -72,13 +72,15 @@ class SpaceToDepthAutoencoder(nn.Module):
         """Scaled latents. Raises ValueError where a side is no multiple of the factor."""
         if images.shape[-1] % self.factor or images.shape[-2] % self.factor:
             raise ValueError(f"sides must be multiples of {self.factor}, got {tuple(images.shape[-2:])}")
-        patches = F.pixel_unshuffle(images, self.factor)
-        return (self.encode_linear(patches) + self.encode_residual(patches)) * self.scaling_factor
+        with torch.autocast(images.device.type, enabled=False):  # as SDXL's own: never in half precision while training
+            patches = F.pixel_unshuffle(images, self.factor)
+            return (self.encode_linear(patches) + self.encode_residual(patches)) * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures, not clipped."""
-        latents = latents / self.scaling_factor
-        return F.pixel_shuffle(self.decode_linear(latents) + self.decode_residual(latents), self.factor)
+        with torch.autocast(latents.device.type, enabled=False):
+            latents = latents / self.scaling_factor
+            return F.pixel_shuffle(self.decode_linear(latents) + self.decode_residual(latents), self.factor)
 
     @torch.no_grad()
     def set_principal_components(self, images: Tensor, whitening: float = 0.5) -> None:

@@ -142,24 +142,23 @@ class Prior:
         """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/factor, W/factor].
 
         The mode of the encoder's distribution, or with standard normal `noise` of the latents' shape a sample of it.
-        Never under autocast: SDXL's autoencoder overflows in half precision (its config says force_upcast).
         """
+        if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
+            return self.autoencoder.encode(images)
         with torch.autocast(images.device.type, enabled=False):
-            if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
-                return self.autoencoder.encode(images)
             seen = images.to(next(self.autoencoder.parameters()).dtype)
             found = self.autoencoder.encode(seen).latent_dist  # type: ignore[operator]
             latents = found.mode() if noise is None else found.mean + found.std * noise.to(found.mean)
-            return latents.to(images.dtype) * self.autoencoder.config["scaling_factor"]  # type: ignore[index]
+        return latents.to(images.dtype) * self.autoencoder.config["scaling_factor"]  # type: ignore[index]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> pictures [B, 3, H, W], not clipped; never under autocast, see encode."""
+        """Scaled latents -> pictures [B, 3, H, W], not clipped."""
+        if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
+            return self.autoencoder.decode(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
-                return self.autoencoder.decode(latents)
             scaled = latents / self.autoencoder.config["scaling_factor"]  # type: ignore[index]
             images = self.autoencoder.decode(scaled.to(next(self.autoencoder.parameters()).dtype)).sample  # type: ignore
-            return images.to(latents.dtype)
+        return images.to(latents.dtype)
 
     def embed_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> (token embeddings [B, L, D], pooled [B, P]): both penultimate layers joined (SDXL)."""

@@ -229,7 +229,7 @@ def test_a_step_never_waits_for_the_device(network: InstantIR) -> None:
 
 @pytest.mark.parametrize(("previews", "features", "start"), [(1, 1, 0.0), (2, 1, 0.0), (3, 2, 0.0), (2, 2, 0.4)])
 def test_reuse_leaves_calls_out(network: InstantIR, previews: int, features: int, start: float) -> None:
-    """Over six steps: features every `features` steps, and a preview for them unless one of the last `previews` is there."""
+    """Over six steps: features every `features` steps, with a preview of their own or one that is young enough."""
     run, counted = FastInstantIR(network).run(), {"preview": 0, "residuals": 0}
 
     class Counting:

@@ -27,7 +27,7 @@ from components.systems.instantir.checkpointing import checkpoint_gradients
 from components.systems.instantir.network import InstantIR, predict_noise
 from components.systems.instantir.objectives import AggregatorObjective, PerceptorObjective, PreviewerObjective
 from components.systems.instantir.previewer import previewer_enabled
-from components.systems.instantir.references import noised_reference
+from components.systems.instantir.references import REFERENCE_NOISE, noised_reference
 from components.training import Ema, build_optimizers, build_scaler, restore_state, train_step, training_state
 from components.types import Batch
 
@@ -142,7 +142,7 @@ def test_a_noised_reference_has_fresh_noise_of_the_time_step(seen: Any) -> None:
     objective, _, reference = seen(reference_noise=True)
     noise, _, _, timesteps = drawn(objective)
     alpha = Schedule().alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    fresh = noise.normal("reference_noise", tuple(plain.shape[1:]))
+    fresh = noise.normal(REFERENCE_NOISE, tuple(plain.shape[1:]))
     torch.testing.assert_close(reference, alpha.sqrt() * plain + (1 - alpha).sqrt() * fresh)
     assert not torch.allclose(fresh, noise.normal("noise", tuple(plain.shape[1:])))
     torch.testing.assert_close(noised_reference(Schedule(), plain, fresh, timesteps), reference)
@@ -289,23 +289,23 @@ def test_checkpointed_gradients_are_the_plain_ones(stage: str) -> None:
 
 
 def nano_rows(size: int) -> Batch:
-    """Two rows of noise at the nano prior's size."""
+    """Two rows of noise, `size` pixels a side."""
     pictures = tensor(2, 3, size, size).clamp(-1, 1)
     sizes = torch.tensor([[size, size, 0, 0, size, size]]).expand(2, -1)
     return replace(batch(2), hq=pictures, lq=pictures, sizes=sizes)
 
 
 def test_checkpointing_lowers_the_peak_of_memory_at_nano() -> None:
-    """Activations are two thirds of the peak at 64 px; the rest is gradients of the perceptor and its own copies."""
+    """At 128 px activations are most of the peak (51 MiB, 21 with checkpointing); the rest is gradients, twice."""
     resampler = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 4}
     objective = PerceptorObjective(InstantIR(load_prior("nano"), resampler))
     peaks = []
     for checkpointed in (False, True):
         memory = PeakMemory()
         with memory:
-            gradients(objective, nano_rows(64), checkpointed)
+            gradients(objective, nano_rows(128), checkpointed)
         peaks.append(memory.peak)
-    assert peaks[1] < 0.7 * peaks[0], peaks
+    assert peaks[1] < 0.5 * peaks[0], peaks
 
 
 # ---------------------------------------------------------------------------------------------- half precision, EMA

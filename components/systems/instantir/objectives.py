@@ -2,7 +2,7 @@
 
 Each objective frees one part of the bundle and leaves the rest frozen. All randomness comes from the Noise handed to
 `phases`, by these names: "timestep" (or "index"), "noise", "conditions" (which are dropped), "guidance" (the teacher's
-or the previews' scale) and "reference_noise".
+or the previews' scale) and references.REFERENCE_NOISE.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from components.samplers.guidance import distillation_guide, guide
 from components.systems.instantir.fast import FastInstantIR, Speed
 from components.systems.instantir.network import Conditions, InstantIR, LoopNetworks
 from components.systems.instantir.previewer import previewer_of
-from components.systems.instantir.references import noised_reference
+from components.systems.instantir.references import REFERENCE_NOISE, noised_reference
 from components.types import Batch, Loss
 
 if TYPE_CHECKING:
@@ -305,6 +305,6 @@ class AggregatorObjective(StageObjective):
                 scale = noise.uniform("guidance", 1.0, self.preview_cfg_scale).to(lq.dtype).view(-1, 1, 1, 1)
                 reference = guide(network.preview(noisy, timesteps, nothing), reference, scale)
         if self.reference_noise:
-            fresh = noise.normal("reference_noise", tuple(lq.shape[1:])).to(lq.dtype)
+            fresh = noise.normal(REFERENCE_NOISE, tuple(lq.shape[1:])).to(lq.dtype)
             reference = noised_reference(network.prior.schedule, reference, fresh, timesteps)
         return reference

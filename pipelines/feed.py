@@ -7,9 +7,10 @@ of the rows does not depend on the number of tasks, workers or machines.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
@@ -30,7 +31,11 @@ BLOCK_BYTES = 40 << 20
 """Of pixels in one block of the object store, at most. Ours: measured, 64 rows a block cost a tenth less than 32."""
 
 BLOCK_ROWS = 64
-TASK_ROWS = 128  # of one Ray task: enough to be worth its scheduling
+TASK_ROWS, TASK_BYTES = 256, 160 << 20
+"""Of one Ray task, at most. Ours: measured, about a fifth of a second passes between two tasks of a worker, so that
+tasks of 128 small rows left workers idle half of the time (256: two fifths) at 3 % more CPU time a row. All that a task
+makes may have to wait for the task before it, so that its pixels are bounded too."""
+
 STRETCH_TASKS = 1024  # planned at a time: Ray Data plans all tasks of a dataset before it starts the first
 LEAD_BATCHES = 64  # before a stretch ends, the next one is started
 
@@ -111,21 +116,34 @@ def in_turn(parts: Sequence[Callable[[], Iterator[Made]]], length: int, lead: in
     """The items of several iterators one after the other; each is opened, in a thread, while the last items of the one
     before it are consumed.
 
+    Whoever stops early does not wait for a part that is being opened: its thread is a daemon, since what it waits for
+    (a Ray that has been shut down) may never come, and an executor's thread then kept the whole process from ending.
+
     Args:
         parts: open an iterator each, which may take long.
         length: items of each part; the last one may have less.
         lead: so many items before the end of a part the next one is opened.
     """
-    pool = ThreadPoolExecutor(max_workers=1)
-    try:
-        opened = [pool.submit(parts[0])]
-        for number in range(len(parts)):
-            for place, item in enumerate(opened.pop().result()):
-                if place == max(0, length - lead) and number + 1 < len(parts):
-                    opened.append(pool.submit(parts[number + 1]))
-                yield item
-    finally:
-        pool.shutdown(wait=False)
+    opened = _in_thread(parts[0])
+    for number in range(len(parts)):
+        for place, item in enumerate(opened.result()):
+            if place == max(0, length - lead) and number + 1 < len(parts):
+                opened = _in_thread(parts[number + 1])
+            yield item
+
+
+def _in_thread(work: Callable[[], Made]) -> Future[Made]:
+    """What `work` returns or raises, some time later."""
+    future: Future[Made] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is taken, which else waits forever
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="stretch").start()
+    return future
 
 
 def rank_dataset(
@@ -207,7 +225,7 @@ def block_rows(config: StreamConfig, micro: int, share: int) -> tuple[int, int]:
     else:
         most = max(1, min(fits, BLOCK_ROWS) // micro)
         rows = micro * max(n for n in range(1, most + 1) if not config.buckets or (share // micro) % n == 0)
-    return rows, rows * max(1, TASK_ROWS // rows)
+    return rows, rows * max(1, min(TASK_ROWS, TASK_BYTES // _row_bytes(config)) // rows)
 
 
 def _row_bytes(config: StreamConfig) -> int:

@@ -201,6 +201,7 @@ class _Shard:
     def __init__(self, split: Split, number: int) -> None:
         batch = split.batch(number)
         self.path, self.start = split.folder / split.shards[number]["name"], split.starts[number]
+        self.split_samples = len(split)
         self.keys, self.captions = batch.column("key"), batch.column("caption")
         self.offsets, self.sizes = batch.column("offset").to_numpy(), batch.column("size").to_numpy()
         self._file: FileIO | None = None
@@ -272,7 +273,7 @@ def _first_usable(config: StreamConfig, position: int, source: str, candidates: 
         try:
             if captioner == NEGATIVE and not caption.strip():
                 raise SampleError("no_prompt", "a negative sample without its negative prompt teaches its faults", key)
-            resized, original = _picture(config, source, shard, number, key, position)
+            resized, original = _picture(config, shard, number, key, position)
         except SampleError as error:
             failures.append(f"[{error.code}] {key}: {error.detail}")
             continue
@@ -285,14 +286,15 @@ def _first_usable(config: StreamConfig, position: int, source: str, candidates: 
 
 
 def _picture(
-    config: StreamConfig, source: str, shard: _Shard, number: int, key: str, position: int
+    config: StreamConfig, shard: _Shard, number: int, key: str, position: int
 ) -> tuple[Image, tuple[int, int]]:
     """A sample resized as its row needs it, uint8 and perhaps read-only, and its original (height, width).
 
     Decoding and resizing a photograph costs four times what all else about a small row does, so a small split stays.
     """
-    margin, split = config.short_side or config.resolution, _corpus(source).split(config.split)
-    fits = len(split) * max(1, len(config.buckets)) * 3 * margin**2 <= CACHE_BYTES and config.scale == (1.0, 1.0)
+    margin = config.short_side or config.resolution
+    pixels = shard.split_samples * max(1, len(config.buckets)) * margin**2
+    fits = 3 * pixels <= CACHE_BYTES and config.scale == (1.0, 1.0)
     name = (shard.path, number, size_at(config, position), margin, config.resolution, config.small) if fits else ()
     if name in _pictures:
         _pictures.move_to_end(name)
@@ -377,7 +379,7 @@ def _row(
         "prompt": caption,
         # SDXL's size ids: original height and width, crop top and left, target height and width
         "sizes": np.array([*original, *corner, *hq.shape[:2]], dtype=np.int64),
-        "plan": json.dumps(plan, sort_keys=True),
+        "plan": json.dumps(plan, sort_keys=True) if plan else "{}",
         "replaced": replaced,
         "uncaptioned": "",
     }

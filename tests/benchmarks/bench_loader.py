@@ -10,20 +10,31 @@ square and packs uint8 batches [32, 448, 448, 3]; nothing is degraded or caption
     webdataset  torch's DataLoader with 2 workers, decoded and batched in the workers, shards shuffled
     ours        the stream under Ray Data as a trainer reads it: 2 tasks, shuffled samples, `rank_batches`
 
-Each arm runs in a process of its own, arms in turn, round after round. The process says when an epoch ends; this one
-then sums the CPU time of its whole tree (Ray's daemons and workers too) and its memory (proportional set size). The
-first epoch starts the workers and is not counted. The stream's cache of small splits is off, since 2,000 pictures do
-not fit it. Printed: medians over rounds, ratios, spread; void where an arm spreads over 25 %.
+Counted of each arm: from the end of the first epoch, which starts the workers, to the end of the last, the CPU time of
+the arm's process and of all its descendants, so Ray's daemons and bookkeeping actors too, and the memory at each half
+epoch (proportional set size). The arm's process says when an epoch ends, and stays until it has been measured, since
+it takes its workers along. Arms take turns, round after round, so that what else the machine does hits all alike.
+Printed: medians over rounds, ratios, spread; void where an arm spreads over 25 %.
+
+To know beside the numbers:
+- The consumer takes batches as fast as they come and does not touch the pixels.
+- webdataset shuffles shards only and gives pixels only; the stream shuffles all samples and gives names, texts, sizes.
+- The stream's cache of small splits is off, since 2,000 pictures do not fit it.
+- A new stretch of the stream (`feed.STRETCH_TASKS`: each 262,144 rows here) costs CPU time once more. It falls outside
+  the epochs measured; `--stretch` makes stretches shorter to measure it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +45,8 @@ import psutil
 
 MAX_SPREAD = 0.25
 BATCH, WORKERS = 32, 2
+STORE_MIB = 1024
+STRETCH = "BENCH_LOADER_STRETCH"  # reaches the arm's process
 
 
 def jpegs(count: int, side: int, photos: Path | None) -> Iterator[bytes]:
@@ -106,15 +119,16 @@ def webdataset(folder: Path, cut: int) -> Iterator[np.ndarray]:
 
 def ours(folder: Path, cut: int) -> Iterator[np.ndarray]:
     """As `restoray train` reads."""
+    from pipelines import feed
     from pipelines.cluster import local_ray
-    from pipelines.feed import rank_batches
     from pipelines.shards import open_corpus
     from pipelines.stream import StreamConfig
 
     side = int(open_corpus(folder).split("train").locate(0)[1]["width"]) or cut
+    feed.STRETCH_TASKS = int(os.environ.get(STRETCH, feed.STRETCH_TASKS))
     config = StreamConfig(sources=((str(folder), 1.0),), seed=1, resolution=cut, short_side=side, flip=False)
-    with local_ray(object_store_mib=1024):
-        for columns in rank_batches(config, 0, BATCH << 20, BATCH, tasks=WORKERS):
+    with local_ray(object_store_mib=STORE_MIB):
+        for columns in feed.rank_batches(config, 0, BATCH << 20, BATCH, tasks=WORKERS):
             yield columns["hq"]
 
 
@@ -141,6 +155,7 @@ def consume(arm: str, folder: Path, cut: int, samples: int, epochs: int) -> None
         while marks and seen >= marks[0]:
             print(f"seen {marks.pop(0)}", flush=True)
         if not marks:
+            sys.stdin.readline()  # until this has been measured: who ends takes its workers along
             return
 
 
@@ -156,13 +171,17 @@ def run(arm: str, folder: Path, cut: int, samples: int, epochs: int) -> dict[str
     given = ["--arm", arm, "--corpus", str(folder), "--cut", str(cut), "--samples", str(samples)]
     command = [sys.executable, __file__, *given, "--epochs", str(epochs)]
     root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
         tree, clock, memory = psutil.Process(process.pid), [], []
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("seen "):
-                clock.append((cpu_seconds(tree), time.perf_counter()))
-                memory.append(megabytes(tree))
+        assert process.stdin is not None and process.stdout is not None
+        with Meter(tree) as meter:
+            for line in process.stdout:
+                if line.startswith("seen "):
+                    clock.append((meter.cpu_seconds(), time.perf_counter()))
+                    memory.append(megabytes(tree))
+                if len(clock) == 2 * epochs:
+                    break
+        process.stdin.close()
     if process.returncode or len(clock) != 2 * epochs:
         raise SystemExit(f"arm {arm} ended with {process.returncode} after {len(clock)} half epochs")
     (cpu, wall), count = (np.subtract(clock[-1], clock[1])), samples * (epochs - 1)
@@ -174,33 +193,65 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    """Of a process and its descendants, also of those that have ended."""
-    total = 0.0
-    for member in family(process):
-        try:
-            times = member.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-        except psutil.Error:  # it ended meanwhile, and its parent has its time
-            continue
-    return total
+class Meter:
+    """CPU time of a process and all its descendants, also of those that have ended.
+
+    Ray's raylet does not collect the times of its workers, so that a worker's time is gone with it: each is read every
+    PERIOD seconds, and the last reading stays.
+    """
+
+    PERIOD = 0.5  # seconds; so much of a worker's last time is missed at most
+
+    def __init__(self, process: psutil.Process) -> None:
+        self.process, self.stop, self.lock = process, threading.Event(), threading.Lock()
+        self.seconds: dict[tuple[int, float], float] = {}
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Meter:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while not self.stop.wait(self.PERIOD):
+            self.cpu_seconds()
+
+    def cpu_seconds(self) -> float:
+        """Until now, of all that have been seen."""
+        with self.lock:
+            try:
+                for member in family(self.process):
+                    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                        times = member.cpu_times()
+                        self.seconds[member.pid, member.create_time()] = times.user + times.system
+            except psutil.NoSuchProcess:
+                pass
+            return sum(self.seconds.values())
 
 
 def megabytes(process: psutil.Process) -> dict[str, float]:
-    """Proportional set size: of all, of the processes that hold rows, and of the largest of these by itself.
+    """Proportional set size: of all; shared memory in it (the object store, or torch's batches); Ray's own processes.
 
-    Rows are held by the consumer and what its loader started to make them; the rest is Ray's daemons and idle workers.
+    Ray's own are its daemons and Ray Data's bookkeeping actors, less shared memory: what they take does not depend on
+    the stream. `worker` is the largest of the others, less shared memory.
     """
-    found: dict[str, float] = {"all": 0.0, "rows": 0.0, "largest_private": 0.0}
+    found: dict[str, float] = {"all": 0.0, "shared": 0.0, "ray": 0.0, "worker": 0.0}
     for member in family(process):
         try:
-            memory, name = member.memory_full_info(), " ".join(member.cmdline())
-        except psutil.Error:
+            text, name = Path(f"/proc/{member.pid}/smaps_rollup").read_text(), " ".join(member.cmdline())
+        except (OSError, psutil.Error):
             continue
-        found["all"] += memory.pss / 1e6
-        if not any(part in name for part in ("ray/", "ray::IDLE", "ray::_", "Agent")):
-            found["rows"] += memory.pss / 1e6
-            found["largest_private"] = max(found["largest_private"], memory.uss / 1e6)
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()[1:]}
+        whole, shared = (1.024e-3 * kilobytes.get(part, 0) for part in ("Pss", "Pss_Shmem"))
+        found["all"] += whole
+        found["shared"] += shared
+        if any(part in name for part in ("/site-packages/ray/", "ray::_", "Agent")):
+            found["ray"] += whole - shared
+        else:
+            found["worker"] = max(found["worker"], whole - shared)
     return found
 
 
@@ -224,17 +275,19 @@ def measure(
                 found[arm].append(run(arm, folder, cut, samples, epochs))
     row: dict[str, Any] = {"samples": samples, "side": side, "cut": cut, "rounds": rounds, "epochs": epochs}
     for arm, results in found.items():
-        cpu = [result["cpu_ms"] for result in results]
+        cpu = [float(result["cpu_ms"]) for result in results]
         middle = statistics.median(cpu)
         row[arm] = {
             "cpu_ms": round(middle, 3),
             "spread": round((max(cpu) - min(cpu)) / middle, 3),
+            "cpu_ms_by_round": [round(value, 3) for value in cpu],
             "wall_ms": round(statistics.median(result["wall_ms"] for result in results), 3),
             "peak_mb": [
                 {name: round(statistics.median(result["peaks"][epoch][name] for result in results)) for name in peak}
                 for epoch, peak in enumerate(results[0]["peaks"])
             ],
         }
+    row["store_mb"] = round(STORE_MIB * 1.048576)
     row["void"] = max(row[arm]["spread"] for arm in arms) > MAX_SPREAD
     if "ours" in arms:
         row |= {f"ours_over_{arm}": round(row["ours"]["cpu_ms"] / row[arm]["cpu_ms"], 3) for arm in arms[:-1]}
@@ -246,9 +299,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, help="a folder of photographs; default dead leaves")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=3, help="the first is not counted")
+    parser.add_argument("--epochs", type=int, default=6, help="the first is not counted")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--cut", type=int, default=448)
+    parser.add_argument("--stretch", type=int, help="tasks of a stretch of the stream")
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
     parser.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
@@ -256,6 +310,8 @@ def main() -> None:
     if given.arm:
         consume(given.arm, given.corpus, given.cut, given.samples, given.epochs)
         return
+    if given.stretch:
+        os.environ[STRETCH] = str(given.stretch)
     row = measure(given.samples, cut=given.cut, rounds=given.rounds, epochs=given.epochs, photos=given.photos)
     print(json.dumps(row))
     with given.out.open("a") as stream:

@@ -31,6 +31,12 @@ def test_an_int_and_its_text_are_different_parts(seed: int, position: int) -> No
     assert stream_key(seed, position) != stream_key(seed, str(position))
 
 
+@given(st.integers(0, 2**40), st.integers(-1, 2**40))
+def test_a_generator_is_numpys_philox_with_the_key(seed: int, position: int) -> None:
+    numpys = np.random.Generator(np.random.Philox(key=stream_key(seed, position, "x")))
+    assert np.array_equal(generator(seed, position, "x").integers(0, 2**63, 9), numpys.integers(0, 2**63, 9))
+
+
 def test_normal_is_standard() -> None:
     values = Noise(0, np.arange(64)).normal("x", (1000,))
     assert abs(float(values.mean())) < 0.02 and abs(float(values.std()) - 1) < 0.02

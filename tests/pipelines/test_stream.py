@@ -8,6 +8,8 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +284,46 @@ def test_one_and_two_workers_see_the_same_rows_in_the_same_global_order(config: 
     assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
     assert all(same(row, load_row(config, int(row["position"]))) for row in alone[::7])
     assert alone[0]["sizes"].dtype == np.int64
+
+
+def test_parts_follow_each_other_and_an_error_of_opening_one_reaches_the_consumer() -> None:
+    opened: list[int] = []
+
+    def part(number: int) -> Iterator[int]:
+        opened.append(number)
+        if number == 3:
+            raise Failure("part 3")
+        return iter(range(10 * number, 10 * number + 4))
+
+    items = feed.in_turn([partial(part, number) for number in range(4)], 4, lead=2)
+    assert [next(items) for _ in range(2)] == [0, 1]
+    assert opened == [0]
+    assert [next(items) for _ in range(10)] == [2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
+    with pytest.raises(Failure, match="part 3"):
+        next(items)
+
+
+def test_a_consumer_may_leave_while_the_next_part_is_opened() -> None:
+    code = """
+import threading
+from pipelines.feed import in_turn
+never, started = threading.Event(), threading.Event()
+items = in_turn([lambda: iter(range(4)), lambda: started.set() or never.wait()], 4, lead=3)
+assert [next(items) for _ in range(3)] == [0, 1, 2] and started.wait(30)
+"""
+    folder = Path(stream.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder, timeout=60).returncode == 0
+
+
+def test_tasks_of_large_rows_are_bounded_by_their_pixels() -> None:
+    def per_task(resolution: int, degradation: str = "") -> tuple[int, int]:
+        config = StreamConfig(sources=(("dead_leaves", 1.0),), seed=0, resolution=resolution, degradation=degradation)
+        return feed.block_rows(config, 8, 8)
+
+    assert per_task(64) == (64, 256)
+    assert per_task(448) == (64, 256)  # 448 * 448 * 3 * 256 = 154,140,672 bytes
+    assert per_task(1024) == (8, 48)  # 3 MiB a row: 13 fit a block, 53 a task
+    assert per_task(1024, "realesrgan") == (4, 24)  # 6 MiB a row: 6 fit a block, 26 a task
 
 
 @pytest.mark.slow

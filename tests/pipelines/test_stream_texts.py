@@ -103,13 +103,13 @@ def test_prompts_do_not_depend_on_what_is_asked_together(config: StreamConfig) -
 
 
 def test_a_picture_without_words_stays_and_says_why(config: StreamConfig) -> None:
-    dark = [n for n in range(12) if load_row(config, n)["hq"].mean() < 110]
-    assert dark
-    asked = replace(config, captioning=asking(Pool(mute=lambda image: float(image.mean()) < 110)))
+    means = [float(load_row(config, n)["hq"].mean()) for n in range(12)]
+    limit = sorted(means)[6]
+    asked = replace(config, captioning=asking(Pool(mute=lambda image: float(image.mean()) < limit)))
     for n in range(12):
         row, plain = load_row(asked, n), load_row(config, n)
         assert row["key"] == plain["key"]
-        if n in dark and not plain["prompt"].strip():
+        if means[n] < limit and not plain["prompt"].strip():
             assert row["prompt"] == "" and row["uncaptioned"].startswith(f"[empty_caption] {row['key']}: the captioner")
         else:
             assert row["prompt"] and row["uncaptioned"] == ""
@@ -209,7 +209,7 @@ def test_a_mixture_reaches_the_stream_by_its_names(tmp_path: Path, corpus: str) 
 
     drawn = [source_of(stream, position)[0] for position in range(2048)]
     assert (drawn.count(corpus), drawn.count(negatives)) == (2038, 10)
-    with pytest.raises(UsageError, match="--input supir-negatives=FOLDER"):
+    with pytest.raises(UsageError, match="--input supir-negatives="):
         check_inputs(recipe, TrainInputs(corpora={"supir-20m": Path(corpus)}))
     with pytest.raises(UsageError, match="no held-out picture"):
         check_inputs(

@@ -280,7 +280,7 @@ class AggregatorObjective(StageObjective):
         noisy, target, timesteps = self.loss.noisy(clean, noise)
         with torch.no_grad():
             lq = network.prior.encode(batch.lq)
-            reference = self._reference(network, lq, noisy, timesteps, given, noise)
+            reference = self._reference(network, batch, lq, noisy, timesteps, given, noise)
         residuals = network.residuals(lq, timesteps, reference, given)
         yield "aggregator", self.loss(network.denoise_eps(noisy, timesteps, given, residuals), target, timesteps)
 
@@ -288,6 +288,7 @@ class AggregatorObjective(StageObjective):
     def _reference(
         self,
         network: LoopNetworks,
+        batch: Batch,
         lq: Tensor,
         noisy: Tensor,
         timesteps: Tensor,
@@ -301,7 +302,8 @@ class AggregatorObjective(StageObjective):
             reference = network.preview(noisy, timesteps, given)
             if self.preview_cfg_scale > 1:
                 # a preview is affine in the predicted noise: guiding previews is guiding the noise they come from
-                nothing = network.unconditional(given, [""] * len(lq))
+                blank = self.network.prior.null_image_tokens(len(lq))
+                nothing = replace(self.without_text(given, batch), image_tokens=blank)
                 scale = noise.uniform("guidance", 1.0, self.preview_cfg_scale).to(lq.dtype).view(-1, 1, 1, 1)
                 reference = guide(network.preview(noisy, timesteps, nothing), reference, scale)
         if self.reference_noise:

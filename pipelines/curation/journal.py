@@ -84,19 +84,29 @@ class Journal:
                 path.unlink(missing_ok=True)
 
 
-def read_journals(folder: Path, name: str, rules: str, run: str, retry: Collection[str]) -> list[pa.Table]:
-    """Rows of earlier attempts by the same rules, oldest first; of earlier runs without those to be tried again."""
-    tables = []
+def read_journals(
+    folder: Path, name: str, facts: Mapping[str, str], retry: Collection[str]
+) -> tuple[list[pa.Table], list[pa.Table]]:
+    """Rows of earlier attempts by the same rules, oldest first: all, and those at the part as it is now.
+
+    Args:
+        facts: "rules", "run" and "part" of this attempt.
+        retry: codes of rows that an attempt of another run leaves to this one.
+    """
+    found, same_part = [], []
     for path in sorted(folder.glob(f"{name}.*.arrows"), key=lambda path: int(path.suffixes[-2][1:])):
         try:
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-                facts = {key.decode(): value.decode() for key, value in (stream.schema.metadata or {}).items()}
+                told = {key.decode(): value.decode() for key, value in (stream.schema.metadata or {}).items()}
                 table = pa.Table.from_batches(list(_whole(stream)), stream.schema.remove_metadata())
         except (OSError, pa.ArrowException):  # nothing of it got to the disk
             continue
-        if facts.get("rules") == rules:
-            tables.append(table if run and facts.get("run") == run else without(table, retry))
-    return tables
+        if told.get("rules") != facts["rules"]:
+            continue
+        found.append(table if facts["run"] and told.get("run") == facts["run"] else without(table, retry))
+        if told.get("part") == facts["part"]:
+            same_part.append(found[-1])
+    return found, same_part
 
 
 def _whole(stream: Any) -> Iterator[pa.RecordBatch]:

@@ -137,13 +137,17 @@ def measure_part(
     patience = spec.sample_timeout_s + (spec.download.attempts * (spec.download.total_s + 60) if is_urls else 0)
     guard = Guard(out / "work" / "cursors", part.name, patience)
     journals = out / "work" / "partial"
-    attempts = journal.read_journals(journals, part.name, rules, run, retry)
+    facts = {"rules": rules, "run": run, "part": part.digest}
+    attempts, at_this = journal.read_journals(journals, part.name, facts, retry)
     earlier = _earlier_rows(path, before, rules, retry)
-    seen = journal.Journal(journals, part.name, SCHEMA, {"rules": rules, "run": run}, eager=bool(guard.deaths))
+    known = journal.Known([*earlier, *attempts])
+    if guard.hopeless:  # what was seen of it is all that there will be
+        known = journal.Known([*(earlier if before and before["part"] == part.digest else []), *at_this])
+    seen = journal.Journal(journals, part.name, SCHEMA, facts, eager=bool(guard.deaths))
     done, fresh, bodies = False, 0, set()
     try:
         with journal.Output(path, SCHEMA) as output:
-            for row, is_fresh in _rows(part, spec, out, guard, attempts, earlier, seen, look_at):
+            for row, is_fresh in _rows(part, spec, out, guard, known, seen, look_at):
                 output.add(row)
                 fresh += is_fresh
                 if is_urls and row["at"]:
@@ -163,15 +167,13 @@ def _rows(
     spec: CorpusSpec,
     out: Path,
     guard: Guard,
-    attempts: list[pa.Table],
-    earlier: list[pa.Table],
+    known: journal.Known,
     seen: journal.Journal,
     look_at: Look,
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """(row, whether it was measured now) of all candidates of a part, in its order."""
-    known = journal.Known([*earlier, *attempts])
-    if guard.hopeless:  # what the attempts got to see is kept
-        yield from ((row, True) for row in journal.Known(attempts))
+    if guard.hopeless:
+        yield from ((row, False) for row in known)
         problem = SampleError("crashed", "the process that read it died again and again", part.name)
         yield _row(Candidate(id=part.name[:24], key=part.name, source=part.name, problem=problem)), True
         return

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 JOB = Path(__file__).parent / "_curation_job.py"
 TARS, PER_TAR, LOOSE = 6, 60, 200
+JOB_TIMEOUT_S = 800  # a busy machine takes minutes to start three nodes
 
 
 def load_job() -> Any:
@@ -83,9 +84,18 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def run_job(source: Path, out: Path, victim: str, phase: str) -> subprocess.CompletedProcess[bytes]:
     top = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(top), "OMP_NUM_THREADS": "1"}
+    # Ray gives a node 30 s to start, which a busy machine does not make for three of them.
+    environment = {**os.environ, "PYTHONPATH": str(top), "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "240"}
     command = [sys.executable, str(JOB), str(source), str(out), victim, phase]
-    return subprocess.run(command, env=environment, capture_output=True, timeout=400)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as job:
+        try:
+            told, errors = job.communicate(timeout=JOB_TIMEOUT_S)
+        except BaseException:
+            os.killpg(job.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, job.returncode, told, errors)
 
 
 @pytest.mark.full

@@ -147,6 +147,13 @@ def test_a_part_that_cannot_be_read_to_its_end_keeps_what_was_seen(
     summary = measure.measure_part(part, spec, out, look_at=Looker(), run="1")
     assert (summary["rows"], summary["codes"]) == (11, {"crashed": 1})
     assert [row["key"] for row in rows_of(out, part)] == [*(f"p{n:02d}" for n in range(10)), part.name]
+    # The next run tries again, and should that die as well, nothing that was known is lost.
+    (cursors / f"{part.name}.json").write_text(json.dumps({"": [3, 0]}))
+    again = measure.measure_part(part, spec, out, ["crashed"], Looker(), run="2")
+    assert (again["rows"], again["codes"], again["fresh"]) == (11, {"crashed": 1}, 1)
+    last = Looker()
+    assert measure.measure_part(part, spec, out, ["crashed"], last, run="3")["codes"] == {}
+    assert last.seen == [f"p{n:02d}" for n in range(10, 30)]
 
 
 def peak_of(folder: Path, count: int) -> int:

@@ -151,7 +151,7 @@ def test_creative_restoration_stops_aggregator_and_previewer_late(awake: Instant
     assert [r is not None for r in run.residuals] == [True, True, False, False]
     late = Watched(awake, replace(OURS, aggregator_start=0.5), steps=4)  # the released pipeline fails here
     assert [r is not None for r in late.residuals] == [False, False, True, True]
-    window = Watched(awake, replace(OURS, preview_start=0.3, preview_stop=0.7), steps=4)
+    window = Watched(awake, replace(OURS, preview_start=0.3, preview_stop=0.8), steps=4)
     is_lq = [close(reference, LQ.repeat(2, 1, 1, 1)) for reference in window.references]
     assert is_lq == [True, True, False, True]
 

@@ -50,7 +50,7 @@ def test_no_seam_shows_on_ramp_sky_and_texture(bench: ModuleType, images_dir: Pa
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 def test_memory_is_bounded_by_the_latents_not_by_the_picture() -> None:
-    """A process of its own, whose peak is its own; 4096 px here, 8192 in docs/benchmarks.md."""
+    """A process of its own, whose peak is its own; 4096 px here; the benchmark does 8192."""
     command = [sys.executable, str(BENCH), "memory", "--side", "4096", "--steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCH.parents[2])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -74,7 +74,7 @@ def resize(image: Image, size: tuple[int, int], how: Pillow.Resampling) -> Image
     """uint8 [H, W, 3] at (height, width), through Pillow; the same size comes back untouched."""
     if image.shape[:2] == size:
         return image
-    return np.asarray(Pillow.fromarray(image).resize((size[1], size[0]), how))
+    return np.array(Pillow.fromarray(image).resize((size[1], size[0]), how))
 
 
 def view_pixels(image: Image, view: ImageView, fit: Fit) -> Tensor:

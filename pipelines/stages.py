@@ -425,7 +425,7 @@ def run_serve_check(context: StageContext) -> dict[str, Any]:
 VERBS: Mapping[str, Verb] = {
     "curate": Verb(run=run_curate, settings=CurateSettings, version=3, identity=curate_identity),
     "train": Verb(run=run_train, settings=TrainSettings, identity=train_identity, check=check_train),
-    "restore": Verb(run=run_restore, settings=RestoreSettings, version=2, check=check_restore),
+    "restore": Verb(run=run_restore, settings=RestoreSettings, version=3, check=check_restore),
     "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False, check=check_evaluate),
     "serve-check": Verb(run=run_serve_check, settings=ServeCheckSettings),
 }

@@ -21,8 +21,9 @@ KEY := $(shell cat requirements.lock pyproject.toml Makefile 2>/dev/null | cksum
 STAMP := .venv/.restoray-$(KEY)
 
 UV_ENV := UV_NO_CONFIG=1 VIRTUAL_ENV="$(CURDIR)/.venv"
-# Two processes share the tests, a file each: many tests wait for Ray, and most work on one core.
+# Two processes share the tests, a file each, with one thread of torch each: most tests work on one core or wait for Ray.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
+ONE_THREAD := OMP_NUM_THREADS=1
 QUIET_ENV := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 .PHONY: help setup demo test test-full check bench lock clean
@@ -54,7 +55,7 @@ demo: setup
 	@$(QUIET_ENV) $(BIN)/restoray demo --out $(OUT) $(ARGS)
 
 test: setup
-	@$(QUIET_ENV) timeout --kill-after=30 $(TEST_MINUTES)m $(PY) -m pytest $(SHARED) -m "not full" $(ARGS)
+	@$(QUIET_ENV) $(ONE_THREAD) timeout --kill-after=30 $(TEST_MINUTES)m $(PY) -m pytest $(SHARED) -m "not full" $(ARGS)
 
 test-full: setup
 	@$(QUIET_ENV) $(PY) -m pytest $(ARGS)
@@ -63,7 +64,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy components pipelines
-	@$(QUIET_ENV) $(PY) -m pytest -q $(SHARED) -m "not slow and not full" $(ARGS)
+	@$(QUIET_ENV) $(ONE_THREAD) $(PY) -m pytest -q $(SHARED) -m "not slow and not full" $(ARGS)
 
 bench: setup
 	@$(QUIET_ENV) $(PY) tests/benchmarks/bench_nano.py $(ARGS)

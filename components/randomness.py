@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +29,8 @@ def stream_key(seed: int, *parts: int | str) -> int:
 
 def generator(seed: int, *parts: int | str) -> np.random.Generator:
     """A numpy generator for (seed, parts): Philox with `stream_key` as its key. Cheap: about 10 microseconds."""
-    return np.random.Generator(np.random.Philox(_Key(stream_key(seed, *parts))))
+    key: Any = _Key(stream_key(seed, *parts))  # numpy takes an ISeedSequence, its types do not say so
+    return np.random.Generator(np.random.Philox(key))
 
 
 class _Key(np.random.bit_generator.ISeedSequence):

@@ -102,7 +102,8 @@ def test_training_goes_on_from_it(model: Path) -> None:
     from components.systems.instantir.build import build_objective
 
     saved = load_model(model)
-    objective = build_objective(load_recipe("instantir-aggregator-nano"), {"previewer": saved})
+    recipe = load_recipe("instantir-aggregator-nano", [f"prior={saved.info['prior']['id']}"])
+    objective = build_objective(recipe, {"previewer": saved})
     assert objective.network.time_modulation and objective.network.perceptor_scale == 1
     parts = objective.parts()
     assert set(parts) == {"perceptor", "previewer", "aggregator"}

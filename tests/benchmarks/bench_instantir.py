@@ -1,8 +1,7 @@
 """InstantIR's sampling loop and Aggregator training step beside the same written the obvious way, on one machine.
 
     python tests/benchmarks/bench_instantir.py                           # CPU, nano and middle size; part of make bench
-    python tests/benchmarks/bench_instantir.py --quick --device cuda     # how fast bf16 matrix products are here
-    python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile whole
+    python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile whole    # --quick: the ceiling alone
     python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile blocks --train
     python tests/benchmarks/bench_instantir.py --model runs/demo/NAME/model   # what reuse costs a trained model
 
@@ -13,9 +12,8 @@ of CPU time (on a card: of wall time, the device waited for) are reported; a lin
 25 %. `difference` is the largest difference of the arms' latents over their largest value. Reuse arms say their PSNR.
 
 It needs torch, numpy, diffusers, transformers, tokenizers, peft and safetensors, and of this project only components/.
-On a machine that has torch alone, carry the others as wheels (pip download --no-deps ...), install them with
-`pip install --no-index --no-deps --target SITE *.whl`, and run with PYTHONPATH=SITE:. from the repository's root. The
-compiled runs at SDXL size spend minutes compiling: give --rounds 3, and one of --compile or --train a call.
+Elsewhere carry them as wheels, `pip install --no-index --no-deps --target SITE *.whl`, and run with PYTHONPATH=SITE:.
+from the root. Compiled runs at SDXL size spend minutes compiling: --rounds 3, and one of --compile or --train a call.
 """
 
 from __future__ import annotations

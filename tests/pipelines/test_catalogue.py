@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from components.corpora import CorpusSpec, load_corpus_spec
+from components.recipes import load_mixture
 from pipelines import catalogue
 from pipelines.errors import UsageError
 from pipelines.home import shipped
@@ -117,8 +118,10 @@ def test_the_supir_recipe() -> None:
     assert len(spec.sources) == 2 and "in-the-wild" in spec.sources[1].path
     assert spec.caption is not None and spec.caption.model == "llava"
     assert spec.caption.prompt == "Describe this image and its style in a very detailed manner."
-    notes = " ".join(catalogue.describe("supir-20m").notes)
-    assert "20,000,000 : 70,000 : 100,000" in notes and "supir-negatives" in notes
+    assert "supir-negatives" in " ".join(catalogue.describe("supir-20m").notes)
+    mixture = load_mixture("supir")
+    assert mixture["sources"] == {"supir-20m": 20_000_000 + 70_000, "supir-negatives": 100_000}  # sec. 4.1
+    assert mixture["captioners"] == {"supir-negatives": "negative"}
 
 
 # --- a missing path ---------------------------------------------------------------------------------------------------

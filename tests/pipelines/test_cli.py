@@ -177,7 +177,7 @@ def test_bad_input_is_one_sentence(
         (["restore", "empty", "--model", "nano", "-o", "x"], "holds no pictures"),
         (["restore", "one", "--model", "nanoo", "-o", "x"], 'Did you mean "nano"'),
         (["serve", "--model", "nanoo"], 'Did you mean "nano"'),
-        (["train", "instantir-dcp-nano", "-o", "x"], "give --input corpus=FOLDER"),
+        (["train", "instantir-dcp-nano", "-o", "x"], "add --input corpus=CORPUS"),
         (["train", "instantir-dcp-nano", "-o", "x", "-i", "corpus=empty"], "neither a corpus"),
     ],
 )

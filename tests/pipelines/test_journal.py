@@ -175,7 +175,9 @@ def test_memory_does_not_grow_with_a_tar(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(journal, "ROWS", 128)
     monkeypatch.setattr(journal, "JOURNAL_ROWS", 64)
     peak_of(tmp_path / "warm", 100)
-    assert peak_of(tmp_path / "large", 1300) - peak_of(tmp_path / "small", 300) < 300 * 1000
+    # other threads of the process (Ray's, in a run of all tests) allocate too: the least of a few is the tar's own
+    large, small = (min(peak_of(tmp_path / f"{n}-{turn}", n) for turn in range(3)) for n in (1300, 300))
+    assert large - small < 300 * 1000
 
 
 @pytest.mark.full

@@ -285,10 +285,11 @@ TINY += ["resampler_queries=4"]
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_stage_trains_on_the_mixture_with_captions_made_meanwhile(
     ray_session: None, tmp_path: Path, corpus: str
 ) -> None:
-    from ray.util.state import list_actors
+    from ray._private.state import actors
 
     negatives = make_corpus(tmp_path / "negatives", [POOR] * 3, kind="poor")
     cache = tmp_path / "cache"
@@ -305,5 +306,5 @@ def test_a_stage_trains_on_the_mixture_with_captions_made_meanwhile(
     kept = {line["picture"]: line["caption"] for path in cache.rglob("*.jsonl") for line in read_lines(path)}
     for hq, prompt in zip(expected["hq"], expected["prompt"], strict=True):
         assert (kept.get(picture_sha256(hq)) == describe(hq)) == (prompt == described(hq))
-    alive = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if "Captioner" in actor.class_name]
+    alive = [a for a in actors().values() if a["State"] == "ALIVE" and "Captioner" in a["ActorClassName"]]
     assert alive == []  # the pool went with the run

@@ -45,8 +45,7 @@ def reference_dir() -> Path:
     """Facts of the papers and releases: layouts and costs as JSON."""
     folder = ROOT.parent / "shared" / "reference"
     if not folder.is_dir():
-        ABSENT.add(f"reference ({folder})")
-        pytest.skip(f"shared data is absent: looked at {folder}")
+        pytest.skip(f"{ABSENT}: looked at {folder}")
     return folder
 
 

@@ -20,6 +20,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
@@ -159,7 +160,7 @@ class FastInstantIR:
                 if module is not None:
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compiler = self._compiler()
-        blocks = Blocks().wrapped(compiler) if self.speed.compile == "blocks" else Blocks()
+        blocks = Blocks().wrapped(lambda f: _by_kind(f, compiler)) if self.speed.compile == "blocks" else Blocks()
         if self.speed.checkpoint:
             blocks = blocks.wrapped(_computed_again)
 
@@ -167,11 +168,7 @@ class FastInstantIR:
             def walked(*arguments: Any, **named: Any) -> Any:
                 return function(*arguments, **named, blocks=blocks)
 
-            def by_blocks(*arguments: Any, **named: Any) -> Any:
-                with _many_shapes():
-                    return walked(*arguments, **named)
-
-            return {"off": walked, "blocks": by_blocks, "whole": compiler(walked)}[self.speed.compile]
+            return compiler(walked) if self.speed.compile == "whole" else walked
 
         self._walk_unet, self._walk_aggregator = walk(walk_unet), walk(walk_aggregator)
         self.base = self._walkable(bare_unet(network.unet), self._walk_unet)
@@ -280,10 +277,8 @@ class FastRun:
                 parts = list(walkable.project(torch.zeros_like(embedded)))
             modulations = parts[-2 * len(texts) :]
             contexts = [
-                Context(
-                    *text, _modulated(key, modulations[2 * i], heads), _modulated(value, modulations[2 * i + 1], heads)
-                )
-                for i, (text, (key, value, heads)) in enumerate(zip(texts, pictures, strict=True))
+                Context(*text, *picture, modulations[2 * i], modulations[2 * i + 1])
+                for i, (text, picture) in enumerate(zip(texts, pictures, strict=True))
             ]
             if residuals is not None:
                 residuals = residuals.to(walkable.dtype)
@@ -312,7 +307,7 @@ class FastRun:
         source, name = self._source(walkable, "text", (".attn2.to_k.", ".attn2.to_v."))
         return self._keep(given).once(f"text {name}", lambda: _text_keys(source, given))
 
-    def _pictures(self, walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor, int]]:
+    def _pictures(self, walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor]]:
         """The picture's normalised keys and values of each cross-attention, before modulation."""
         name = "previewer" if walkable is self.fast.previewer else ""
         return self._keep(given).once(f"picture {name}", lambda: _picture_keys(walkable, given))
@@ -450,11 +445,29 @@ def _computed_again(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _many_shapes() -> contextlib.AbstractContextManager[Any]:
-    """Lets one function be compiled for every shape: SDXL's resnets come in 17, and torch gives up at 8."""
-    import torch._dynamo.config  # a second's import, for those who compile
+def _by_kind(function: Callable[..., Tensor], compiler: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A block's function compiled once for each kind of block and shape, and found again by a dictionary.
 
-    return torch._dynamo.config.patch(recompile_limit=64)  # type: ignore[no-any-return, attr-defined]
+    torch keeps what it compiled with the function's code: it would try the guards of all kinds in turn in every call
+    (SDXL's networks have about 50), and give up compiling after a few. So each kind gets a copy of the code.
+    """
+    compiled: dict[Hashable, Callable[..., Tensor]] = {}
+    kinds: dict[int, tuple[nn.Module, Hashable]] = {}  # holds the module, so that its id stays its own
+
+    def run(block: nn.Module, *arguments: Any) -> Tensor:
+        known = kinds.get(id(block))
+        if known is None:
+            shapes = tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters())
+            known = kinds[id(block)] = (block, hash((type(block), shapes)))
+        shape = tuple(None if a is None else a.shape for a in arguments if a is None or isinstance(a, Tensor))
+        key = (known[1], shape, torch.is_grad_enabled(), torch.is_autocast_enabled(arguments[0].device.type))
+        if key not in compiled:
+            code = function.__code__.replace(co_name=f"{function.__name__}_{len(compiled)}")
+            copied = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+            compiled[key] = compiler(copied)
+        return compiled[key](block, *arguments)
+
+    return run
 
 
 def _decode(autoencoder: Any, latents: Tensor) -> Tensor:
@@ -492,8 +505,8 @@ def _text_keys(walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tens
     return keys
 
 
-def _picture_keys(walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor, int]]:
-    """The picture's keys and values [B, Q, W] of each cross-attention, normalised but not modulated, and its heads."""
+def _picture_keys(walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor]]:
+    """The picture's keys and values [B, Q, W] of each cross-attention, normalised but not modulated."""
     resampler = walkable.network.encoder_hid_proj.image_projection_layers[0]
     tokens, keys = given.image_tokens.to(walkable.dtype), []
     if tokens.ndim == 4:  # [B, views, N, D]: each view has queries of its own
@@ -503,11 +516,5 @@ def _picture_keys(walkable: Walkable, given: Conditions) -> list[tuple[Tensor, T
     for block in transformers_of(walkable.network):
         attention: Any = block.attn2
         key, value = attention.processor.to_k_ip(tokens), attention.processor.to_v_ip(tokens)
-        keys.append((normalised(key), normalised(value), attention.heads))
+        keys.append((normalised(key), normalised(value)))
     return keys
-
-
-def _modulated(normed: Tensor, modulation: Tensor, heads: int) -> Tensor:
-    """AdaLayerNorm after its normalisation: normed [B, Q, W], modulation [B, 2 W] -> [B, heads, Q, d]."""
-    shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
-    return split_heads(normed * (1 + scale) + shift, heads)

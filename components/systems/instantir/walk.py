@@ -11,7 +11,7 @@ Shapes: B batch, L tokens of the latents, S tokens attended to, C channels, E em
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +26,20 @@ from components.systems.instantir.perceptor import split_heads
 
 
 class Context(NamedTuple):
-    """What a cross-attention attends to, heads apart [B, heads, S, d]: the text's keys and values, the picture's."""
+    """What a cross-attention attends to.
+
+    Attributes:
+        text_key, text_value: the text's, heads apart [B, heads, S, d].
+        key, value: the picture's [B, Q, W], normalised but not modulated.
+        key_modulation, value_modulation: shift, then scale, of the picture's at this time step [B, 2 W].
+    """
 
     text_key: Tensor
     text_value: Tensor
     key: Tensor
     value: Tensor
+    key_modulation: Tensor
+    value_modulation: Tensor
 
 
 class Inputs(NamedTuple):
@@ -49,8 +57,15 @@ class Inputs(NamedTuple):
     fused: Sequence[Tensor | None]
 
 
-def resnet_block(block: Any, x: Tensor, shift: Tensor) -> Tensor:
-    """One ResnetBlock2D, its time projection already done: x [B, C, h, w], shift [B, C'] -> [B, C', h, w]."""
+def resnet_block(
+    block: Any, x: Tensor, shift: Tensor, skip: Tensor | None = None, added: Tensor | None = None
+) -> Tensor:
+    """One ResnetBlock2D, its time projection already done: x [B, C, h, w], shift [B, C'] -> [B, C', h, w].
+
+    On the way up it is given a `skip` to join to x, perhaps with a residual that is `added` to it.
+    """
+    if skip is not None:
+        x = torch.cat([x, skip if added is None else skip + added], dim=1)
     hidden = block.conv1(F.silu(block.norm1(x))) + shift[:, :, None, None]
     hidden = block.conv2(F.silu(block.norm2(hidden)))
     return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x))
@@ -74,10 +89,37 @@ def transformer_block(block: Any, x: Tensor, context: Context | None, fused: Ten
         attended = F.scaled_dot_product_attention(query, context.text_key, context.text_value)
         scale = attention.processor.scale
         if scale != 0:
-            attended = attended + scale * F.scaled_dot_product_attention(query, context.key, context.value)
+            key = modulated(context.key, context.key_modulation, attention.heads)
+            value = modulated(context.value, context.value_modulation, attention.heads)
+            attended = attended + scale * F.scaled_dot_product_attention(query, key, value)
         x = x + attention.to_out[0](attended.transpose(1, 2).flatten(2))
     hidden, gate = block.ff.net[0].proj(block.norm3(x)).chunk(2, dim=-1)
     return x + block.ff.net[2](hidden * F.gelu(gate))
+
+
+def modulated(normed: Tensor, modulation: Tensor, heads: int) -> Tensor:
+    """AdaLayerNorm after its normalisation: normed [B, Q, W], modulation [B, 2 W] -> [B, heads, Q, d]."""
+    shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
+    return split_heads(normed * (1 + scale) + shift, heads)
+
+
+def enter_block(model: Any, x: Tensor) -> Tensor:
+    """The start of a Transformer2DModel: [B, C, h, w] -> tokens [B, h w, C]."""
+    hidden = model.norm(x)
+    if not model.use_linear_projection:
+        hidden = model.proj_in(hidden)
+    hidden = hidden.flatten(2).transpose(1, 2)
+    return model.proj_in(hidden) if model.use_linear_projection else hidden
+
+
+def leave_block(model: Any, hidden: Tensor, x: Tensor) -> Tensor:
+    """The end of a Transformer2DModel that was given x: tokens [B, h w, C] and x [B, C, h, w] -> as x."""
+    if model.use_linear_projection:
+        hidden = model.proj_out(hidden)
+    hidden = hidden.transpose(1, 2).unflatten(2, x.shape[-2:])
+    if not model.use_linear_projection:
+        hidden = model.proj_out(hidden)
+    return x + hidden
 
 
 def join_block(join: Any, lq: Tensor, preview: Tensor) -> Tensor:
@@ -89,13 +131,15 @@ def join_block(join: Any, lq: Tensor, preview: Tensor) -> Tensor:
 class Blocks:
     """The functions that the walks are made of, plain or compiled."""
 
-    resnet: Callable[[Any, Tensor, Tensor], Tensor] = resnet_block
+    resnet: Callable[..., Tensor] = resnet_block
+    enter: Callable[[Any, Tensor], Tensor] = enter_block
     transformer: Callable[[Any, Tensor, Context | None, Tensor | None], Tensor] = transformer_block
+    leave: Callable[[Any, Tensor, Tensor], Tensor] = leave_block
     join: Callable[[Any, Tensor, Tensor], Tensor] = join_block
 
     def wrapped(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Blocks:
-        """All three through `wrap` (a compiler)."""
-        return replace(self, resnet=wrap(self.resnet), transformer=wrap(self.transformer), join=wrap(self.join))
+        """All through `wrap` (a compiler)."""
+        return replace(self, **{f.name: wrap(getattr(self, f.name)) for f in fields(self)})
 
 
 def walk_unet(
@@ -113,13 +157,15 @@ def walk_unet(
     blocks, shifts, rest = blocks or Blocks(), iter(inputs.shifts), zip(inputs.contexts, inputs.fused, strict=True)
     x, skips = _walk_down(unet, unet.conv_in(latents), shifts, rest, blocks)
     x = _walk_mid(unet.mid_block, x, shifts, rest, blocks)
+    added: list[Tensor | None] = [None] * len(skips)
     if residuals is not None:
-        skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=True)]
-        x = x + residuals.mid
+        if len(residuals.down) != len(skips):
+            raise ValueError(f"{len(residuals.down)} residuals for {len(skips)} skips")
+        added, x = list(residuals.down), x + residuals.mid
     for block in unet.up_blocks:
         attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
         for resnet, attention in zip(block.resnets, attentions, strict=True):
-            x = blocks.resnet(resnet, torch.cat([x, skips.pop()], dim=1), next(shifts))
+            x = blocks.resnet(resnet, x, next(shifts), skips.pop(), added.pop())
             x = _spatial(attention, x, rest, blocks)
         if block.upsamplers is not None:
             x = block.upsamplers[0].conv(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
@@ -202,22 +248,11 @@ def _spatial(model: Any, x: Tensor, rest: Iterator[Any], blocks: Blocks) -> Tens
     """One Transformer2DModel (None passes through): [B, C, h, w] -> the same."""
     if model is None:
         return x
-    height, width = x.shape[-2:]
-    hidden = model.norm(x)
-    if not model.use_linear_projection:
-        hidden = model.proj_in(hidden)
-    hidden = hidden.flatten(2).transpose(1, 2)
-    if model.use_linear_projection:
-        hidden = model.proj_in(hidden)
+    hidden = blocks.enter(model, x)
     for block in model.transformer_blocks:
         context, fused = next(rest)
         hidden = blocks.transformer(block, hidden, context, fused)
-    if model.use_linear_projection:
-        hidden = model.proj_out(hidden)
-    hidden = hidden.transpose(1, 2).unflatten(2, (height, width))
-    if not model.use_linear_projection:
-        hidden = model.proj_out(hidden)
-    return x + hidden
+    return blocks.leave(model, hidden, x)
 
 
 def _walked(network: Any) -> Iterator[nn.Module]:

@@ -19,6 +19,9 @@ import typer
 from pipelines import cli_analyze
 from pipelines.cli_support import (
     Command,
+    Compile,
+    Device,
+    Precision,
     build_options,
     complete_captioner,
     complete_plan,
@@ -284,8 +287,9 @@ def restore(
     reference: Annotated[
         Path | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    compiled: Compile = "off",
     as_json: Json = False,
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the restorer's options."""
@@ -294,7 +298,7 @@ def restore(
     from pipelines.stages import check_options
 
     console = Console(silent=as_json)
-    options, build = parse_options(overrides or []), build_options(device, precision)
+    options, build = parse_options(overrides or []), build_options(device, precision, compiled)
     list_pictures(source, out)
     folder, identity = model_identity(local_model(model))
     check_options(identity.system, options)
@@ -392,15 +396,26 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    compiled: Compile = "off",
 ) -> None:
     """Serve a model: POST /v1/restore, GET /health."""
     from pipelines.cluster import local_ray
     from pipelines.restore import model_identity
     from pipelines.serve import serve as serve_model
 
+    build = build_options(device, precision, compiled)
     folder, _ = model_identity(local_model(model))
     with local_ray():
-        serve_model(folder, host=host, port=port, on_ready=lambda url: typer.echo(f"ready: {url}"))
+        serve_model(
+            folder,
+            host=host,
+            port=port,
+            on_ready=lambda url: typer.echo(f"ready: {url}"),
+            build_options=build,
+            num_gpus=float(device == "cuda"),
+        )
 
 
 @app.command(cls=Command)

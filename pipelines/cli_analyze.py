@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli_support import Command, complete_preset, local_model, parse_options, plain
+from pipelines.cli_support import Command, Device, complete_preset, local_model, parse_options, plain
 from pipelines.console import Console
 from pipelines.errors import EXIT_QUARANTINED
 
@@ -30,7 +30,6 @@ Seed = Annotated[int, typer.Option(help="With a picture's name it fixes every ra
 Mixed = Annotated[
     str, typer.Option(autocompletion=complete_preset, help="Preset of the mixed degradation; realesrgan-nano at nano.")
 ]
-Device = Annotated[str, typer.Option(help="Where the networks run: cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and no progress.")]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -128,16 +128,37 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs))).items()}  # type: ignore[union-attr]
 
 
-def build_options(device: str, precision: str) -> dict[str, Any]:
+COMPILE = ("off", "autoencoder", "blocks", "whole")
+"""What of a restorer's networks goes through torch.compile, from nothing to all."""
+
+Device = Annotated[str, typer.Option(help="Where the networks run: cpu or cuda.")]
+Precision = Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")]
+Compile = Annotated[
+    str,
+    typer.Option(
+        "--compile",
+        help=f"What goes through torch.compile: {', '.join(COMPILE)}. Minutes at first, then faster; bits may differ.",
+    ),
+]
+
+
+def build_options(device: str, precision: str, compiled: str = "off") -> dict[str, Any]:
     """How a restorer is built, without what is the default anyway: records of earlier jobs say nothing of it.
 
     Raises:
         UsageError: a name that does not exist.
     """
-    for kind, name, known in (("device", device, ("cpu", "cuda")), ("precision", precision, ("fp32", "bf16", "fp16"))):
+    devices, precisions = ("cpu", "cuda"), ("fp32", "bf16", "fp16")
+    for kind, name, known in (
+        ("device", device, devices),
+        ("precision", precision, precisions),
+        ("compile", compiled, COMPILE),
+    ):
         if name not in known:
             raise unknown(kind, name, known)
-    return {k: v for k, v, usual in (("device", device, "cpu"), ("precision", precision, "fp32")) if v != usual}
+    options: dict[str, Any] = {"device": device, "precision": precision, "speed": {"compile": compiled}}
+    usual = {"device": "cpu", "precision": "fp32", "speed": {"compile": "off"}}
+    return {k: v for k, v in options.items() if v != usual[k]}
 
 
 def caption_spec(model: str, options: Mapping[str, Any]) -> CaptionSpec:

@@ -5,7 +5,7 @@ What is brought along was rounded to float16 (relative 2**-11), and so is all th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def clean_latents(prior: Prior, batch: Batch) -> Tensor:
-    """Scaled latents of the targets [B, C, h, w]; only rows that bring none are encoded."""
+def clean_latents(prior: Prior, batch: Batch, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Scaled latents of the targets [B, C, h, w]; only rows that bring none are encoded.
+
+    Args:
+        encode: instead of Prior.encode, for example compiled.
+    """
+    encode = encode or prior.encode
     if batch.latents is None:
-        return prior.encode(batch.hq)
+        return encode(batch.hq)
     if not batch.latents_missing:
         return batch.latents
     rows = torch.tensor(list(batch.latents_missing), device=batch.hq.device)
-    return batch.latents.index_copy(0, rows, prior.encode(batch.hq[rows]).to(batch.latents.dtype))
+    return batch.latents.index_copy(0, rows, encode(batch.hq[rows]).to(batch.latents.dtype))
 
 
 @torch.no_grad()

@@ -1,19 +1,18 @@
-"""InstantIR's sampling loop and Aggregator training step beside the same written the obvious way, on one machine.
+"""InstantIR's sampling loop beside the same written the obvious way; bench_instantir_training.py has the train step.
 
     python tests/benchmarks/bench_instantir.py                           # CPU, nano and middle size; part of make bench
-    python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile whole    # --quick: the ceiling alone
-    python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile blocks --train
+    python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile blocks  # --quick: the ceiling alone
     python tests/benchmarks/bench_instantir.py --model runs/demo/NAME/model   # what reuse costs a trained model
 
 All sizes run through the same code. Weights are random and made on the device: nothing is downloaded. "obvious" is a
 loop as one writes it with diffusers: LoRA switched through peft, DDIMScheduler, guidance as a batch of two, the UNet's
 own forward, everything computed in every call. "ours" is InstantIRDenoiser over FastInstantIR. Arms take turns; medians
-of CPU time (on a card: of wall time, the device waited for) are reported; a line is void where an arm spreads over
-25 %. `difference` is the largest difference of the arms' latents over their largest value. Reuse arms say their PSNR.
+of CPU time (on a card: of wall time, the device waited for, and "obvious" before the others) are reported; a line is
+void where an arm spreads over 25 %. `difference` is the arms' latents' largest over their largest value.
 
 It needs torch, numpy, diffusers, transformers, tokenizers, peft and safetensors, and of this project only components/.
-Elsewhere carry them as wheels, `pip install --no-index --no-deps --target SITE *.whl`, and run with PYTHONPATH=SITE:.
-from the root. Compiled runs at SDXL size spend minutes compiling: --rounds 3, and one of --compile or --train a call.
+Elsewhere carry wheels, `pip install --no-index --no-deps --target SITE *.whl`, and run with PYTHONPATH=SITE:. from the
+root. Compiling takes a minute or two at SDXL size: --rounds 3.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from components.systems.instantir.network import Conditions, InstantIR
 
 MAX_SPREAD = 0.25
-STAGE_BATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,11 +290,14 @@ def measure_sampling(
         network = build_network(size, device, dtype)
         inputs = make_inputs(network, size, dtype)
     speed = speed or Speed()
+    arms: dict[str, Callable[[], torch.Tensor]] = {"obvious": lambda: obvious_loop(network, *inputs, size.steps)}
+    before: tuple[Any, Any] = ({}, {})
+    if device == "cuda":  # by itself, before ours lays out the weights as the other is slower with
+        with torch.inference_mode():
+            before = take_turns(arms, device, rounds)
+        arms = {}
     fast = FastInstantIR(network, speed)
-    arms: dict[str, Callable[[], torch.Tensor]] = {
-        "obvious": lambda: obvious_loop(network, *inputs, size.steps),
-        "ours": lambda: our_loop(fast, *inputs, size.steps),
-    }
+    arms["ours"] = lambda: our_loop(fast, *inputs, size.steps)
     if reuse:
         arms["ours, preview_every 2"] = lambda: our_loop(fast, *inputs, size.steps, preview_every=2)
         arms["ours, preview and aggregator every 2"] = lambda: our_loop(
@@ -304,16 +305,14 @@ def measure_sampling(
         )
     with torch.inference_mode():
         seconds, results = take_turns(arms, device, rounds)
+    seconds, results = before[0] | seconds, before[1] | results
     exact, tflop = results["ours"].float(), count_step_flops(size) * size.steps
     rows = []
     for arm, times in seconds.items():
         row = {"what": "sampling", "size": name, "arm": arm, "steps": size.steps, **summary(times, device)}
         row |= {"ratio_to_obvious": round(statistics.median(seconds["obvious"]) / statistics.median(times), 2)}
-        row |= {
-            "tflop": round(tflop, 3),
-            "merged": fast.merged,
-            "compile": speed.compile if arm != "obvious" else "off",
-        }
+        row |= {"tflop": round(tflop, 3), "merged": fast.merged}
+        row |= {"compile": speed.compile if arm != "obvious" else "off"}
         if arm == "obvious":
             row["difference"] = float((results[arm].float() - exact).abs().max() / exact.abs().max())
         elif arm != "ours":
@@ -327,7 +326,7 @@ def measure_sampling(
 
 
 def measure_once(network: InstantIR, fast: Any, lq: torch.Tensor, device: str, rounds: int) -> dict[str, Any]:
-    """Seconds of what a picture costs besides its steps: picture encoder, encode, decode plain and ours."""
+    """Seconds of what a picture costs besides its steps: picture encoder, encode and decode, plain and ours."""
     import torch
 
     prior, side = network.prior, lq.shape[-1] * network.prior.factor
@@ -336,127 +335,12 @@ def measure_once(network: InstantIR, fast: Any, lq: torch.Tensor, device: str, r
         arms: dict[str, Callable[[], torch.Tensor]] = {
             "see": lambda: prior.embed_images(picture),
             "encode": lambda: prior.encode(picture),
+            "encode_ours": lambda: fast.encode(picture),
             "decode": lambda: prior.decode(lq),
             "decode_ours": lambda: fast.decode(lq),
         }
         seconds, _ = take_turns(arms, device, rounds)
     return {f"{name}_s": round(statistics.median(times), 4) for name, times in seconds.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-def measure_training(
-    name: str, device: str = "cpu", rounds: int = 5, speed: Speed | None = None, batch_size: int = STAGE_BATCH
-) -> list[dict[str, Any]]:
-    """Rows for the Aggregator's train step, forward passes plain and fast; the model's work by torch's counter.
-
-    Frozen networks are bf16 on a card and the Aggregator float32 under autocast. Recomputation is not counted.
-    """
-    from dataclasses import replace
-
-    import numpy as np
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from components.randomness import Noise
-    from components.recipes import Optimizer
-    from components.systems.instantir.fast import Speed
-    from components.systems.instantir.objectives import AggregatorObjective
-    from components.training import build_optimizers, train_step
-    from components.types import Batch
-
-    size, card = sizes()[name], device == "cuda"
-    network = build_network(size, device, torch.bfloat16 if card else torch.float32)
-    assert network.aggregator is not None
-    network.aggregator.float()
-    side, positions = size.latent_px * network.prior.factor, np.arange(batch_size)
-    pictures = [torch.from_numpy(values).to(device) for values in _pictures(batch_size, side)]
-    batch = Batch(
-        keys=[str(p) for p in positions],
-        positions=positions,
-        hq=pictures[0],
-        lq=pictures[1],
-        prompts=[""] * batch_size,
-        sizes=torch.tensor([[side, side, 0, 0, side, side]]).expand(batch_size, -1),
-    )
-    _shape_text(network, size)
-    speed = speed or Speed()
-    if speed.checkpoint:
-        _checkpoint_plainly(network)
-    objectives = {
-        "plain": AggregatorObjective(network),
-        "ours": AggregatorObjective(network, speed=speed),
-    }
-    precision = "bf16" if card else "fp32"
-    losses: dict[str, float] = {}
-
-    def step(arm: str) -> Callable[[], torch.Tensor]:
-        objective, noise = objectives[arm], Noise(0, positions, device)
-        optimizers = build_optimizers(objective, Optimizer())
-
-        def run() -> torch.Tensor:
-            # a rate of zero: every step of every arm then does the same work on the same weights
-            metrics = train_step(objective, [(batch, noise)], optimizers, lr=0.0, clip_norm=1.0, precision=precision)
-            losses[arm] = metrics["loss"]
-            return torch.tensor(metrics["loss"])
-
-        return run
-
-    # the model's own work: LoRA merged where it is, nothing computed twice
-    objectives["counted"] = AggregatorObjective(network, speed=replace(speed, compile="off", checkpoint=False))
-    with FlopCounterMode(display=False) as counter:
-        step("counted")()
-    del objectives["counted"]
-    tflop = counter.get_total_flops() / 1e12
-    seconds, _ = take_turns({arm: step(arm) for arm in objectives}, device, rounds)
-    rows = []
-    for arm, times in seconds.items():
-        row = {"what": "aggregator train step", "size": name, "arm": arm, "batch": batch_size, **summary(times, device)}
-        row |= {"ratio_to_plain": round(statistics.median(seconds["plain"]) / statistics.median(times), 2)}
-        row |= {"loss": losses[arm], "tflop": round(tflop, 4), "compile": speed.compile if arm == "ours" else "off"}
-        if card:
-            row |= {"tflop_per_s": round(tflop / statistics.median(times), 1)}
-            row |= {"samples_per_s": round(batch_size / statistics.median(times), 2)}
-            row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
-        rows.append(row)
-    return rows
-
-
-def _checkpoint_plainly(network: InstantIR) -> None:
-    """Gradient checkpointing in diffusers' own blocks, for the plain arm."""
-    import functools
-
-    from torch.utils.checkpoint import checkpoint
-
-    for module in (network.unet, network.aggregator):
-        assert module is not None
-        for block in module.modules():
-            if hasattr(block, "gradient_checkpointing"):
-                block.gradient_checkpointing = True  # type: ignore[assignment]
-                block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)  # type: ignore
-
-
-def _pictures(count: int, side: int) -> Sequence[Any]:
-    from components.randomness import generator
-
-    made = [generator(0, "bench", k).uniform(-1, 1, (count, 3, side, side)).astype("float32") for k in range(2)]
-    return made
-
-
-def _shape_text(network: InstantIR, size: Size) -> None:
-    """At SDXL size the small text encoders' output is repeated to the widths that the UNet takes."""
-    prior, unet = network.prior, size.prior["unet"]
-    pooled_dim = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    embed = prior.embed_prompts
-
-    def widened(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        text, pooled = embed(prompts)
-        text = text.repeat(1, 1, math.ceil(unet["cross_attention_dim"] / text.shape[-1]))
-        pooled = pooled.repeat(1, math.ceil(pooled_dim / pooled.shape[-1]))
-        return text[..., : unet["cross_attention_dim"]], pooled[..., :pooled_dim]
-
-    prior.embed_prompts = widened  # type: ignore[method-assign]
 
 
 # -------------------------------------------------------------------------------------------------------------- measure
@@ -550,12 +434,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", default="off", choices=["off", "blocks", "whole"])
+    parser.add_argument("--compile", default="off", choices=["off", "autoencoder", "blocks", "whole"])
     parser.add_argument("--compile-mode", default="")
+    parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--merge-previewer", default="auto", choices=["auto", "on", "off"])
-    parser.add_argument("--train", action="store_true", help="the Aggregator's train step instead of sampling")
-    parser.add_argument("--batch", type=int, default=STAGE_BATCH, help="of the train step")
-    parser.add_argument("--checkpoint", action="store_true", help="train step: recompute blocks in the backward pass")
     parser.add_argument("--model", type=Path, help="a trained model folder: the error of reuse instead of timings")
     parser.add_argument("--quick", action="store_true", help="the ceiling only")
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
@@ -570,7 +452,7 @@ def main() -> None:
         merge_previewer=given.merge_previewer,
         compile=given.compile,
         compile_mode=given.compile_mode,
-        checkpoint=given.checkpoint,
+        graphs=given.graphs,
     )
     with given.out.open("a", encoding="utf-8") as stream:
 
@@ -587,12 +469,7 @@ def main() -> None:
                 tell(row)
             return
         for name in given.size or ("nano", "middle"):
-            measured = (
-                measure_training(name, given.device, given.rounds, speed, given.batch)
-                if given.train
-                else measure_sampling(name, given.device, given.rounds, speed)
-            )
-            for row in measured:
+            for row in measure_sampling(name, given.device, given.rounds, speed):
                 tell(row)
 
 

@@ -12,14 +12,23 @@ import pytest
 from components.systems.instantir.fast import Speed
 
 
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_instantir", Path(__file__).with_name("bench_instantir.py"))
+def _by_path(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
+    sys.modules[spec.name] = module  # its dataclass looks itself up, and the other script imports it
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    return _by_path("bench_instantir")
+
+
+@pytest.fixture(scope="module")
+def training(bench: Any) -> Any:
+    return _by_path("bench_instantir_training")
 
 
 @pytest.mark.slow
@@ -32,8 +41,10 @@ def test_both_loops_arrive_at_the_same_latents(bench: Any) -> None:
 
 
 @pytest.mark.slow
-def test_both_train_steps_have_the_same_loss(bench: Any) -> None:
-    plain, ours = bench.measure_training("nano", rounds=1, speed=Speed(checkpoint=True), batch_size=1)
+@pytest.mark.parametrize("given_latents", [False, True])
+def test_both_train_steps_have_the_same_loss(training: Any, given_latents: bool) -> None:
+    speed = Speed(checkpoint=True)
+    plain, ours = training.measure_training("nano", rounds=1, speed=speed, batch_size=1, given_latents=given_latents)
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-4)
     assert plain["tflop"] > 0
 

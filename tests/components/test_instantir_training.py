@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from components.models import ModelCard, save_model
 from components.objectives.consistency import consistency_output
 from components.objectives.diffusion import WeightedEpsilon, importance_weights
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior, load_prior
 from components.randomness import Noise
-from components.recipes import Optimizer, load_recipe
+from components.recipes import Optimizer, RecipeError, load_recipe
 from components.samplers.schedules import Schedule
 from components.systems.instantir.build import build_objective, restore_defaults
 from components.systems.instantir.checkpointing import checkpoint_gradients
@@ -334,6 +335,32 @@ def test_half_precision_gives_nearly_the_same_loss_and_a_step(stage: str, precis
         assert len(moved) > 0.9 * len(before)
         assert all(p.dtype == torch.float32 for p in objective.trainables[stage].parameters())
     assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+def test_frozen_networks_in_half_precision_leave_the_models_own_parts_whole(tmp_path: Path) -> None:
+    """Through recipes and model folders: what the stage hands on of earlier stages is theirs to the bit."""
+    dcp = build_objective(load_recipe("instantir-dcp-nano"), {})
+    wake(dcp.network)
+    dcp.network.add_previewer({"rank": 2, "alpha": 1})
+    card = ModelCard(name="previewer", system="instantir", config=dcp.network.config(), prior=dcp.prior.source)
+    parent = save_model(tmp_path / "previewer", card, dcp.network.parts())
+    recipe = load_recipe("instantir-aggregator-nano", ["frozen_precision=bf16"])
+    objective = build_objective(recipe, {"previewer": parent})
+    assert objective.network.unet.dtype == torch.bfloat16
+    assert {p.dtype for p in objective.network.aggregator.parameters()} == {torch.float32}
+    rows = nano_rows(64)
+    optimizers = build_optimizers(objective, Optimizer(lr=1e-3))
+    metrics = train_step(objective, [(rows, Noise(0, rows.positions))], optimizers, lr=1e-3, clip_norm=1.0)
+    whole = build_objective(load_recipe("instantir-aggregator-nano"), {"previewer": parent})
+    expected = float(loss_of(whole, rows).value.detach())
+    assert metrics["loss"] == pytest.approx(expected, rel=0.02)
+    parts = objective.parts()
+    for name in ("perceptor", "previewer"):
+        before = parent.part(name)
+        assert set(parts[name]) == set(before)
+        assert all(torch.equal(parts[name][key], value) for key, value in before.items())
+    with pytest.raises(RecipeError, match="stage aggregator"):
+        load_recipe("instantir-dcp-nano", ["frozen_precision=bf16"])
 
 
 def test_the_autoencoder_never_computes_in_half_precision() -> None:

@@ -175,6 +175,9 @@ def test_names_die_with_the_near_one() -> None:
         export_weights("instantir", "nano", Path("x"), spelling="relesed")
     with pytest.raises(UsageError, match='unknown precision "fp61"'):
         build_options("cpu", "fp61")
+    with pytest.raises(UsageError, match='Did you mean "blocks"'):
+        build_options("cpu", "fp32", "block")
+    assert build_options("cpu", "fp32", "blocks") == {"speed": {"compile": "blocks"}}
     assert build_options("cpu", "fp32") == {} and build_options("cuda", "bf16") == {
         "device": "cuda",
         "precision": "bf16",

@@ -96,8 +96,15 @@ def build_objective(
         if recipe.stage == "aggregator" and network.aggregator is None:
             network.add_aggregator(seed=recipe.seed)
     network.perceptor_scale = recipe.perceptor_scale
+    inherited: dict[str, Any] = {}
+    if recipe.frozen_precision != "fp32" and parent is not None:
+        inherited = {name: parent.part(name) for name in ("perceptor", "previewer")}
+        prior.in_precision(recipe.frozen_precision)
     network.to(device)
-    checkpoint_gradients(network, recipe.gradient_checkpointing)
+    speed = Speed(compile=recipe.compile, checkpoint=recipe.gradient_checkpointing)
+    fast = recipe.compile != "off" or recipe.frozen_precision != "fp32"
+    if not fast:
+        checkpoint_gradients(network, recipe.gradient_checkpointing)
     dropout: dict[str, Any] = {
         "image_dropout": recipe.image_dropout,
         "text_dropout": recipe.text_dropout,
@@ -126,6 +133,8 @@ def build_objective(
             reference=recipe.reference,
             reference_noise=recipe.reference_noise,
             preview_cfg_scale=recipe.preview_cfg_scale,
+            speed=speed if fast else None,
+            inherited=inherited,
             **dropout,
             **weighting,
         )

@@ -20,6 +20,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -31,6 +32,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from components.cuda_graphs import Function, Graphed, can_record
 from components.naming import did_you_mean
 from components.objectives.consistency import consistency_output
 from components.systems.instantir.aggregator import Residuals
@@ -68,12 +70,14 @@ class Speed:
             memory (a quarter of the machine's on a CPU). Below float32 a merged weight is rounded once.
         join: join the self-attentions' query, key and value weights, and all projections of the embedding, into single
             matrices (a copy of 1.5 GB at SDXL size in bf16; the merged UNet's needs none).
-        compile: "blocks" compiles each kind of block once (torch.compile), "whole" each network as one graph (minutes
-            at SDXL size, least overhead), "off" neither.
+        compile: what goes through torch.compile: "autoencoder" alone (seconds), "blocks", each kind of block of the
+            networks once too (a minute or two at SDXL size), "whole", each network as one (minutes), or "off".
         compile_mode: torch.compile's mode, for example "max-autotune-no-cudagraphs"; "" for the default.
         channels_last: memory layout of the convolutions; "auto" is on wherever there is a GPU.
         checkpoint: for training: keep only the blocks' inputs for the backward pass and compute the rest again; not
             with compile "whole".
+        graphs: record each network's call as a CUDA graph, so that Python starts one thing instead of thousands; costs
+            the values of a call as memory for each size of latents. "auto": on a GPU with compile "blocks" or "whole".
 
     Raises:
         ValueError: a value outside its set.
@@ -81,10 +85,11 @@ class Speed:
 
     merge_previewer: Literal["auto", "on", "off"] = "auto"
     join: bool = True
-    compile: Literal["off", "blocks", "whole"] = "off"
+    compile: Literal["off", "autoencoder", "blocks", "whole"] = "off"
     compile_mode: str = ""
     channels_last: Literal["auto", "on", "off"] = "auto"
     checkpoint: bool = False
+    graphs: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         for name, wanted in get_type_hints(Speed).items():
@@ -95,7 +100,7 @@ class Speed:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
         if self.checkpoint and self.compile == "whole":
-            raise ValueError("checkpoint goes with compile off or blocks")
+            raise ValueError("checkpoint does not go with compile whole")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Speed:
@@ -178,18 +183,42 @@ class FastInstantIR:
         if network.aggregator is not None:
             self.aggregator = self._walkable(network.aggregator, self._walk_aggregator)
         self._decode = self._compiler(fullgraph=False)(_decode)  # diffusers' own forward: a break costs little
+        self._encode = self._compiler(fullgraph=False)(_encode)
+        self.graphs = self.speed.graphs == "on" or (
+            self.speed.graphs == "auto" and self.speed.compile in ("blocks", "whole")
+        )
+        self._graphed: dict[str, Graphed] = {}
 
     def run(self) -> FastRun:
         """An object for one run, empty at first."""
         return FastRun(self)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """As Prior.decode, compiled with the rest. An autoencoder that tiles by itself is left to it."""
+    def call(self, name: str, function: Function, changing: Sequence[Tensor], standing: Sequence[Tensor]) -> Any:
+        """The results of one network's call, recorded where that is wanted and possible."""
+        if not (self.graphs and can_record(self.network.prior.device)):
+            return function(changing, standing)
+        if name not in self._graphed:
+            self._graphed[name] = Graphed(function)
+        return self._graphed[name](changing, standing, self.network.time_modulation)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """As Prior.encode, compiled with the rest."""
         prior = self.network.prior
-        whole = isinstance(prior.autoencoder, AutoencoderKL) and not prior.autoencoder.use_tiling
-        if self.speed.compile == "off" or not whole:
+        if noise is not None or not self._compiles(prior.autoencoder):
+            return prior.encode(images, noise)
+        with torch.autocast(images.device.type, enabled=False):
+            return self._encode(prior.autoencoder, images) * prior.autoencoder.config["scaling_factor"]  # type: ignore
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As Prior.decode, compiled with the rest."""
+        prior = self.network.prior
+        if not self._compiles(prior.autoencoder):
             return prior.decode(latents)
         return self._decode(prior.autoencoder, latents / prior.autoencoder.config["scaling_factor"])  # type: ignore[index]
+
+    def _compiles(self, autoencoder: nn.Module) -> bool:
+        """Whether an autoencoder is compiled: one that tiles by itself is left to do so."""
+        return self.speed.compile != "off" and isinstance(autoencoder, AutoencoderKL) and not autoencoder.use_tiling
 
     def _merges(self, device: torch.device) -> bool:
         if self.speed.merge_previewer != "auto":
@@ -260,31 +289,29 @@ class FastRun:
             raise ValueError("the network has no aggregator")
         added = self._keep(given).once("added to aggregator", lambda: _added(walkable, given))
         embedded = F.silu(_time(walkable, timesteps.expand(len(lq))) + added)
-        shifts = list(walkable.project(embedded))
-        inputs = Inputs(shifts, [None] * len(walkable.fused), walkable.fused)
-        layout = self._layout
-        return walkable.walk(walkable.network, layout(lq, walkable), layout(preview, walkable), inputs)
+        changing = (embedded, self._layout(lq, walkable), self._layout(preview, walkable))
+        *down, mid = self.fast.call("aggregator", partial(_aggregate, walkable), changing, ())
+        return Residuals(tuple(down), mid)
 
     def _predict(
         self, walkable: Walkable, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None
     ) -> Tensor:
-        with walkable.inside():
+        with walkable.inside(), _own_precision(walkable):
             embedded = F.silu(self._embedding(walkable, timesteps, given))
-            parts = list(walkable.project(embedded))
-            texts, pictures = self._texts(walkable, given), self._pictures(walkable, given)
-            shifts = parts[: -2 * len(texts)]
-            if not self.network.time_modulation:  # see PerceptorAttnProcessor: what is left are the biases
-                parts = list(walkable.project(torch.zeros_like(embedded)))
-            modulations = parts[-2 * len(texts) :]
-            contexts = [
-                Context(*text, *picture, modulations[2 * i], modulations[2 * i + 1])
-                for i, (text, picture) in enumerate(zip(texts, pictures, strict=True))
-            ]
+            changing = [embedded, self._layout(latents, walkable)]
             if residuals is not None:
                 residuals = residuals.to(walkable.dtype)
-            inputs = Inputs(shifts, contexts, walkable.fused)
-            eps = walkable.walk(walkable.network, self._layout(latents, walkable), inputs, residuals)
-        return eps.to(latents.dtype)
+                changing += [*residuals.down, residuals.mid]
+            name = "previewer" if walkable is self.fast.previewer else "base"
+            standing = self._keep(given).once(f"standing {name}", lambda: self._standing(walkable, given))
+            function = partial(_predict, walkable, self.network)
+            (eps,) = self.fast.call(name, function, changing, standing)
+        return eps.to(latents.dtype)  # type: ignore[no-any-return]
+
+    def _standing(self, walkable: Walkable, given: Conditions) -> list[Tensor]:
+        """The first four of Context for each cross-attention, one after the other."""
+        texts, pictures = self._texts(walkable, given), self._pictures(walkable, given)
+        return [tensor for text, picture in zip(texts, pictures, strict=True) for tensor in (*text, *picture)]
 
     def _layout(self, latents: Tensor, walkable: Walkable) -> Tensor:
         """Latents as the network wants them."""
@@ -434,6 +461,17 @@ def _in_one(layers: Sequence[nn.Linear], owned: bool) -> Tensor:
     return joined
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _own_precision(walkable: Walkable) -> contextlib.AbstractContextManager[Any]:
+    """Networks below float32 compute as they are: autocast would only take their norms to float32 and back."""
+    device = walkable.network.conv_in.weight.device.type
+    below = walkable.dtype != torch.float32 and _autocasts(device)
+    return torch.autocast(device, enabled=False) if below else contextlib.nullcontext()
+
+
 def _computed_again(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function, its inner values thrown away after the forward pass and made again for the backward one."""
 
@@ -460,7 +498,7 @@ def _by_kind(function: Callable[..., Tensor], compiler: Callable[..., Any]) -> C
             shapes = tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters())
             known = kinds[id(block)] = (block, hash((type(block), shapes)))
         shape = tuple(None if a is None else a.shape for a in arguments if a is None or isinstance(a, Tensor))
-        key = (known[1], shape, torch.is_grad_enabled(), torch.is_autocast_enabled(arguments[0].device.type))
+        key = (known[1], shape, torch.is_grad_enabled(), _autocasts(arguments[0].device.type))
         if key not in compiled:
             code = function.__code__.replace(co_name=f"{function.__name__}_{len(compiled)}")
             copied = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
@@ -476,6 +514,40 @@ def _decode(autoencoder: Any, latents: Tensor) -> Tensor:
         latents = autoencoder.post_quant_conv(latents)
     decoded: Tensor = autoencoder.decoder(latents)
     return decoded
+
+
+def _encode(autoencoder: Any, images: Tensor) -> Tensor:
+    """The mode of AutoencoderKL's posterior, unscaled, without its wrapping."""
+    moments = autoencoder.encoder(images.to(autoencoder.dtype))
+    if autoencoder.quant_conv is not None:
+        moments = autoencoder.quant_conv(moments)
+    found: Tensor = moments.chunk(2, dim=1)[0].to(images.dtype)
+    return found
+
+
+def _predict(
+    walkable: Walkable, network: InstantIR, changing: Sequence[Tensor], standing: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """A UNet's call: (embedding after SiLU, latents, perhaps residuals), see FastRun._standing -> (noise,)."""
+    embedded, latents, *added = changing
+    parts, count = list(walkable.project(embedded)), 2 * len(walkable.fused)
+    shifts = parts[:-count]
+    if not network.time_modulation:  # see PerceptorAttnProcessor: what is left are the biases
+        parts = list(walkable.project(torch.zeros_like(embedded)))
+    modulations = parts[-count:]
+    contexts = [
+        Context(*standing[4 * i : 4 * i + 4], *modulations[2 * i : 2 * i + 2]) for i in range(len(walkable.fused))
+    ]
+    residuals = Residuals(tuple(added[:-1]), added[-1]) if added else None
+    return (walkable.walk(walkable.network, latents, Inputs(shifts, contexts, walkable.fused), residuals),)
+
+
+def _aggregate(walkable: Walkable, changing: Sequence[Tensor], standing: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The aggregator's call: (embedding after SiLU, LQ latents, preview) -> residuals, the middle's last."""
+    embedded, lq, preview = changing
+    inputs = Inputs(list(walkable.project(embedded)), [None] * len(walkable.fused), walkable.fused)
+    residuals = walkable.walk(walkable.network, lq, preview, inputs)
+    return [*residuals.down, residuals.mid]
 
 
 def _time(walkable: Walkable, timesteps: Tensor) -> Tensor:

@@ -239,7 +239,8 @@ class AggregatorObjective(StageObjective):
             more, which is the model without previews.
         reference_noise: the reference carries fresh noise of the time step (section 4.4, last row of Table 2a).
         preview_cfg_scale: above 1 previews are guided, with a scale drawn from 1 .. this (a released option, off).
-        speed: how the frozen networks are made fast; None for the plain forward passes.
+        speed: how the networks are made fast; None for the plain forward passes.
+        inherited: parts of the finished model as they were before the frozen networks were rounded to half precision.
 
     Raises:
         ValueError: previewer or aggregator is missing, impossible probabilities, or settings outside their range.
@@ -259,6 +260,7 @@ class AggregatorObjective(StageObjective):
         reference_noise: bool = False,
         preview_cfg_scale: float = 1.0,
         speed: Speed | None = None,
+        inherited: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         if network.aggregator is None or not network.has_previewer:
             raise ValueError("the aggregator's stage needs a network with a previewer and an aggregator")
@@ -272,14 +274,21 @@ class AggregatorObjective(StageObjective):
         super().__init__(network, "aggregator", network.aggregator, dropout)
         self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset, timestep_importance)
         self.fast = None if speed is None else FastInstantIR(network, speed)
+        self._encode = network.prior.encode if self.fast is None else self.fast.encode
+        self._inherited = dict(inherited or {})
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """See StageObjective.parts."""
+        return super().parts() | {name: dict(part) for name, part in self._inherited.items()}
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise, with residuals."""
         network: LoopNetworks = self.network if self.fast is None else self.fast.run()
-        clean, given = self.clean_latents(batch), self.conditions(batch, noise)
+        clean = clean_latents(self.network.prior, batch, self._encode)
+        given = self.conditions(batch, noise)
         noisy, target, timesteps = self.loss.noisy(clean, noise)
         with torch.no_grad():
-            lq = network.prior.encode(batch.lq)
+            lq = self._encode(batch.lq)
             reference = self._reference(network, batch, lq, noisy, timesteps, given, noise)
         residuals = network.residuals(lq, timesteps, reference, given)
         yield "aggregator", self.loss(network.denoise_eps(noisy, timesteps, given, residuals), target, timesteps)

@@ -30,6 +30,8 @@ class InstantIRRecipe(Recipe):
         reference_noise: aggregator: fresh noise on the reference (section 4.4, last row of Table 2a).
         preview_cfg_scale: aggregator: above 1 previews are guided with a scale from 1 .. this (released option, off).
         gradient_checkpointing: activations are computed again instead of kept: less memory, a third more work.
+        compile: aggregator: what goes through torch.compile, see fast.Speed.
+        frozen_precision: aggregator: what the frozen networks' weights are kept in; the model's own parts stay whole.
         steps_at_restore, cfg_scale: how held-out pictures are restored while training.
     """
 
@@ -56,6 +58,8 @@ class InstantIRRecipe(Recipe):
     reference_noise: bool = False
     preview_cfg_scale: float = 1.0
     gradient_checkpointing: bool = False
+    compile: Literal["off", "autoencoder", "blocks"] = "off"
+    frozen_precision: Literal["bf16", "fp16", "fp32"] = "fp32"
     steps_at_restore: int = 30  # section 4.1: 30 DDIM steps
     cfg_scale: float = 7.0  # section 4.1
 
@@ -76,6 +80,8 @@ class InstantIRRecipe(Recipe):
             )
         if self.preview_cfg_scale < 1:
             raise RecipeError(f"preview_cfg_scale must be at least 1, got {self.preview_cfg_scale}")
+        if self.stage != "aggregator" and (self.compile != "off" or self.frozen_precision != "fp32"):
+            raise RecipeError(f"compile and frozen_precision are for stage aggregator, not {self.stage}")
         if self.reference == "lq" and self.preview_cfg_scale > 1:
             raise RecipeError("preview_cfg_scale guides previews, and reference lq has none")
         if self.teacher_cfg_scale and (

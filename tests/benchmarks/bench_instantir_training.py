@@ -1,0 +1,188 @@
+"""The Aggregator's train step with plain and fast forward passes, and what share of the device's ceiling it reaches.
+
+    python tests/benchmarks/bench_instantir_training.py                                    # CPU, nano size
+    python tests/benchmarks/bench_instantir_training.py --size sdxl --device cuda --compile autoencoder --batch 4
+
+Sizes, networks and clocks are bench_instantir.py's. On a card frozen networks are bf16, as the shipped recipe has them,
+and the Aggregator float32 under autocast. The work is the model's own, by torch's counter; nothing recomputed counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench_instantir import Size, build_network, measure_ceiling, sizes, summary, take_turns
+
+if TYPE_CHECKING:
+    import torch
+
+    from components.systems.instantir.fast import Speed
+    from components.systems.instantir.network import InstantIR
+
+STAGE_BATCH = 2
+
+
+def measure_training(
+    name: str,
+    device: str = "cpu",
+    rounds: int = 5,
+    speed: Speed | None = None,
+    batch_size: int = STAGE_BATCH,
+    half_autoencoder: bool = False,
+    given_latents: bool = False,
+) -> list[dict[str, Any]]:
+    """Rows for the Aggregator's train step, forward passes plain and fast; the model's work by torch's counter.
+
+    With `half_autoencoder`, it is one that half precision does no harm (as sdxl-vae-fp16-fix) and runs in it; with
+    `given_latents`, targets come encoded (`restoray precompute`) and only LQ pictures are encoded.
+    """
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from components.randomness import Noise
+    from components.recipes import Optimizer
+    from components.systems.instantir.fast import Speed
+    from components.systems.instantir.objectives import AggregatorObjective
+    from components.training import build_optimizers, train_step
+    from components.types import Batch
+
+    size, card = sizes()[name], device == "cuda"
+    network = build_network(size, device, torch.bfloat16 if card else torch.float32)
+    assert network.aggregator is not None
+    network.aggregator.float()
+    if half_autoencoder:
+        torch.nn.Module.to(network.prior.autoencoder, dtype=network.dtype)
+    side, positions = size.latent_px * network.prior.factor, np.arange(batch_size)
+    pictures = [torch.from_numpy(values).to(device) for values in _pictures(batch_size, side)]
+    batch = Batch(
+        keys=[str(p) for p in positions],
+        positions=positions,
+        hq=pictures[0],
+        lq=pictures[1],
+        prompts=[""] * batch_size,
+        sizes=torch.tensor([[side, side, 0, 0, side, side]]).expand(batch_size, -1),
+    )
+    if given_latents:
+        with torch.no_grad():
+            batch = replace(batch, latents=network.prior.encode(batch.hq))
+    _shape_text(network, size)
+    speed = speed or Speed()
+    if speed.checkpoint:
+        _checkpoint_plainly(network)
+    objectives = {
+        "plain": AggregatorObjective(network),
+        "ours": AggregatorObjective(network, speed=speed),
+    }
+    precision = "bf16" if card else "fp32"
+    losses: dict[str, float] = {}
+
+    def step(arm: str) -> Callable[[], torch.Tensor]:
+        objective, noise = objectives[arm], Noise(0, positions, device)
+        optimizers = build_optimizers(objective, Optimizer())
+
+        def run() -> torch.Tensor:
+            # a rate of zero: every step of every arm then does the same work on the same weights
+            metrics = train_step(objective, [(batch, noise)], optimizers, lr=0.0, clip_norm=1.0, precision=precision)
+            losses[arm] = metrics["loss"]
+            return torch.tensor(metrics["loss"])
+
+        return run
+
+    # the model's own work: LoRA merged where it is, nothing computed twice
+    objectives["counted"] = AggregatorObjective(network, speed=replace(speed, compile="off", checkpoint=False))
+    with FlopCounterMode(display=False) as counter:
+        step("counted")()
+    del objectives["counted"]
+    tflop = counter.get_total_flops() / 1e12
+    seconds, _ = take_turns({arm: step(arm) for arm in objectives}, device, rounds)
+    rows = []
+    for arm, times in seconds.items():
+        row = {"what": "aggregator train step", "size": name, "arm": arm, "batch": batch_size, **summary(times, device)}
+        row |= {"ratio_to_plain": round(statistics.median(seconds["plain"]) / statistics.median(times), 2)}
+        row |= {"loss": losses[arm], "tflop": round(tflop, 4), "compile": speed.compile if arm == "ours" else "off"}
+        if card:
+            row |= {"tflop_per_s": round(tflop / statistics.median(times), 1)}
+            row |= {"samples_per_s": round(batch_size / statistics.median(times), 2)}
+            row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+        rows.append(row)
+    return rows
+
+
+def _checkpoint_plainly(network: InstantIR) -> None:
+    """Gradient checkpointing in diffusers' own blocks, for the plain arm."""
+    import functools
+
+    from torch.utils.checkpoint import checkpoint
+
+    for module in (network.unet, network.aggregator):
+        assert module is not None
+        for block in module.modules():
+            if hasattr(block, "gradient_checkpointing"):
+                block.gradient_checkpointing = True  # type: ignore[assignment]
+                block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)  # type: ignore
+
+
+def _pictures(count: int, side: int) -> Sequence[Any]:
+    from components.randomness import generator
+
+    return [generator(0, "bench", k).uniform(-1, 1, (count, 3, side, side)).astype("float32") for k in range(2)]
+
+
+def _shape_text(network: InstantIR, size: Size) -> None:
+    """At SDXL size the small text encoders' output is repeated to the widths that the UNet takes."""
+    prior, unet = network.prior, size.prior["unet"]
+    pooled_dim = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    embed = prior.embed_prompts
+
+    def widened(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        text, pooled = embed(prompts)
+        text = text.repeat(1, 1, math.ceil(unet["cross_attention_dim"] / text.shape[-1]))
+        pooled = pooled.repeat(1, math.ceil(pooled_dim / pooled.shape[-1]))
+        return text[..., : unet["cross_attention_dim"]], pooled[..., :pooled_dim]
+
+    prior.embed_prompts = widened  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """Measure and print one JSON line each, appended to bench.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="nano", choices=sorted(sizes()))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=STAGE_BATCH)
+    parser.add_argument("--compile", default="off", choices=["off", "autoencoder", "blocks"])
+    parser.add_argument("--checkpoint", action="store_true", help="recompute blocks in the backward pass")
+    parser.add_argument("--half-autoencoder", action="store_true", help="the autoencoder in bf16 too")
+    parser.add_argument("--given-latents", action="store_true", help="targets' latents come with the batch")
+    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    import torch
+
+    from components.systems.instantir.fast import Speed
+
+    torch.set_num_threads(given.threads)
+    speed = Speed(compile=given.compile, checkpoint=given.checkpoint)
+    rows = [measure_ceiling(given.device, 8192 if given.device == "cuda" else 1024)]
+    rows += measure_training(
+        given.size, given.device, given.rounds, speed, given.batch, given.half_autoencoder, given.given_latents
+    )
+    with given.out.open("a", encoding="utf-8") as stream:
+        for row in rows:
+            print(json.dumps(row))
+            stream.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

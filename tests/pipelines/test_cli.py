@@ -286,7 +286,11 @@ def processes_of(session: int) -> list[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("ending", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 130, marks=pytest.mark.full), (signal.SIGKILL, -9)],
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 130, marks=pytest.mark.full),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.full),  # tests/pipelines/test_curate.py kills in make test
+    ],
 )
 def test_interrupted_it_leaves_no_process_and_goes_on(
     repository: Path, tmp_path: Path, ending: signal.Signals, code: int

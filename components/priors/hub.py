@@ -106,7 +106,8 @@ def load_sdxl(name: str, image_encoder: str = DINOV2, precision: Precision = "fp
     """The parts of a Prior from an SDXL pipeline's folder or hub id and a Dinov2 model: keyword arguments of Prior.
 
     The weights go straight into the wanted precision: no copy in fp32 is made first. The autoencoder stays in fp32
-    where its configuration says `force_upcast` (SDXL's own overflows in half precision).
+    where its configuration says `force_upcast` (SDXL's own overflows in half precision). Without a name there is no
+    picture encoder: not every system has a use for one.
 
     Raises:
         ModelError: names what was looked for and not found, or what is not of SDXL's shape.
@@ -134,7 +135,10 @@ def load_sdxl(name: str, image_encoder: str = DINOV2, precision: Precision = "fp
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"{folder / part}: no tokenizer ({first_line(error)})") from error
     _check_sdxl(folder, loaded)
-    encoder, encoder_id, view = _load_image_encoder(image_encoder, precision)
+    encoder: nn.Module = nn.Identity()
+    encoder_id, view = "", dict[str, Any]()
+    if image_encoder:
+        encoder, encoder_id, view = _load_image_encoder(image_encoder, precision)
     return {
         "name": found_id,
         "digest": "",

@@ -206,7 +206,7 @@ def load_prior(
         name: a shipped name ("nano"), a model folder, or a diffusers folder or hub id of an SDXL pipeline; each also as
             a name below RESTORAY_HOME/weights.
         device: where it goes.
-        image_encoder: Dinov2 folder or hub id, used with a diffusers prior only.
+        image_encoder: Dinov2 folder or hub id, used with a diffusers prior only; "" for none.
         precision: of the networks' weights; see Prior.in_precision.
 
     Raises:

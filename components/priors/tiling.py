@@ -32,7 +32,8 @@ FADE = 16
 class LatentPrior(Protocol):
     """A prior as far as its autoencoder goes; `encode` and `decode` as Prior's."""
 
-    autoencoder: nn.Module
+    @property
+    def autoencoder(self) -> nn.Module: ...
 
     @property
     def device(self) -> torch.device: ...

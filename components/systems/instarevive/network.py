@@ -225,6 +225,9 @@ class OneStepGenerator(nn.Module):
             raise ValueError(f"timestep must be below {steps}, got {settings.timestep}")
         self.predictor, self.settings = predictor, settings
         self.timestep = nearest_timestep(predictor.schedule) if settings.timestep < 0 else settings.timestep
+        alpha = predictor.schedule.alphas_cumprod[self.timestep]
+        # plain numbers: a table that is looked up on the device would break a compiled step in two
+        self.signal, self.noise = float(alpha.sqrt()), float((1 - alpha).sqrt())
         self.align = aligning_conv(predictor.latent_channels, settings.kernel) if settings.input == "noise" else None
 
     @property
@@ -250,7 +253,7 @@ class OneStepGenerator(nn.Module):
         latents = self.joined(lq, noise)
         timesteps = torch.full((len(lq),), self.timestep, device=lq.device)
         eps = self.predictor.predict_eps(latents, timesteps, given)
-        return self.schedule.x0_from_eps(latents, eps, timesteps)
+        return (latents - self.noise * eps) / self.signal
 
     def joined(self, lq: Tensor, noise: Tensor | None) -> Tensor:
         """What the predictor sees in the place of noisy latents; see forward."""

@@ -195,7 +195,7 @@ else:
 
 
 def descriptions(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
-    """Path, module and contents of each file; the module is what follows "instarevive_", perhaps with more behind it."""
+    """Path, module and contents of each file; the module follows "instarevive_", perhaps with more behind it."""
     known = {*CHECKS, *OTHER_TESTS, *LATER}
     for path in sorted(folder.glob("instarevive_*.json")):
         name = path.stem.removeprefix("instarevive_")

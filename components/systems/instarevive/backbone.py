@@ -195,4 +195,6 @@ def network_like(config: Mapping[str, Any], precision: Precision = "fp32") -> nn
     Raises:
         ValueError: an unknown family, or a configuration of another shape.
     """
-    return build_network(str(config["family"]), config["network"]).to(DTYPES[precision]).eval().requires_grad_(False)
+    network = build_network(str(config["family"]), config["network"])
+    # torch's own: diffusers' warns of every cast
+    return nn.Module.to(network, dtype=DTYPES[precision]).eval().requires_grad_(False)

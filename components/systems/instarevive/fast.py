@@ -39,6 +39,9 @@ class Speed:
         channels_last: memory layout of the convolutions; "auto" is on wherever there is a GPU.
         graphs: capture each call, for each shape, in a CUDA graph; "auto" is on wherever there is a GPU and a call is
             compiled. Shapes that come once pay for the capture: leave it off for pictures of many sizes.
+        autoencoder: "kept" leaves it in its own precision, which for SDXL's is float32; "bf16" casts it: bfloat16 has
+            float32's range, so what overflows in half precision does not overflow here, and a 1024 picture is decoded
+            in a fraction of the time.
 
     Raises:
         ValueError: a value outside its set.
@@ -48,6 +51,7 @@ class Speed:
     compile_mode: str = ""
     channels_last: Literal["auto", "on", "off"] = "auto"
     graphs: Literal["auto", "on", "off"] = "off"
+    autoencoder: Literal["kept", "bf16"] = "kept"
 
     def __post_init__(self) -> None:
         for name, wanted in get_type_hints(Speed).items():
@@ -68,8 +72,8 @@ class Speed:
 class FastOneStep:
     """Encode, one step and decode of a generator on its prior; a tiling.LatentPrior itself.
 
-    Compiling and the memory layout change the modules in place, and graphs read the weights where they lie: make this
-    for networks that do not train any more.
+    Compiling, the memory layout and a cast autoencoder change the modules in place, and graphs read the weights where
+    they lie: make this for networks that do not train any more.
 
     Args:
         generator: on its device and in its precision.
@@ -83,6 +87,8 @@ class FastOneStep:
     def __init__(self, generator: OneStepGenerator, prior: LatentPrior, speed: Speed | None = None) -> None:
         self.generator, self.prior, self.speed = generator, prior, speed or Speed()
         self.autoencoder = prior.autoencoder
+        if self.speed.autoencoder == "bf16":
+            nn.Module.to(self.autoencoder, dtype=torch.bfloat16)  # torch's own: diffusers' warns of every cast
         card = self.device.type == "cuda"
         if self.speed.graphs == "on" and not card:
             raise ValueError(f"graphs need a CUDA device, the networks are on {self.device}")

@@ -7,6 +7,7 @@ of all work (reference, section 8); a graph replays all kernels of a call at onc
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -96,12 +97,17 @@ class FastOneStep:
             for module in (generator, prior.autoencoder):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         calls: Sequence[Callable[..., Tensor]] = (prior.encode, self._generate, prior.decode)
+        graphs = self.speed.graphs == "on" or (self.speed.graphs == "auto" and card and self.speed.compile != "off")
+        # a graph is of one shape anyway, so what it holds is compiled for that shape alone, which runs faster
+        options: dict[str, Any] = {"mode": self.speed.compile_mode or None, "dynamic": False if graphs else None}
         if self.speed.compile == "blocks":
             for module in (generator, prior.autoencoder):
-                compile_blocks(module, self.speed.compile_mode)
+                compile_blocks(module, **options)
         elif self.speed.compile == "whole":
-            calls = [torch.compile(call, mode=self.speed.compile_mode or None) for call in calls]
-        if self.speed.graphs == "on" or (self.speed.graphs == "auto" and card and self.speed.compile != "off"):
+            calls = [torch.compile(call, **options) for call in calls]
+        if self.speed.compile != "off":
+            calls = [_many_shapes(call) for call in calls]
+        if graphs:
             calls = [Graphed(call) for call in calls]
         self._encode, self._step, self._decode = calls
 
@@ -143,12 +149,24 @@ class FastOneStep:
         return self.generator(lq, given, noise)  # type: ignore[no-any-return]
 
 
-def compile_blocks(module: nn.Module, mode: str = "") -> int:
-    """Compile every block of BLOCKS where it stands; returns how many there are."""
+def compile_blocks(module: nn.Module, **options: Any) -> int:
+    """Compile every block of BLOCKS where it stands, with torch.compile's options; returns how many there are."""
     found = [block for block in module.modules() if isinstance(block, BLOCKS)]
     for block in found:
-        block.compile(mode=mode or None)
+        block.compile(**options)
     return len(found)
+
+
+def _many_shapes(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A call inside which one function is compiled for every shape: blocks come in over 20, and torch stops at 8."""
+    import torch._dynamo.config  # a second's import, for those who compile
+
+    @functools.wraps(call)
+    def inside(*arguments: Any) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=64):  # type: ignore[attr-defined]
+            return call(*arguments)
+
+    return inside
 
 
 class Graphed:

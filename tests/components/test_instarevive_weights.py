@@ -138,7 +138,8 @@ def test_a_generator_with_noise_has_two_files(tmp_path: Path) -> None:
     back = load_model(str(done.model))
     assert back.info["config"] == model.info["config"] and back.info["prior"] == model.info["prior"]
     for part in ("generator", "align"):
-        assert all(torch.equal(value, model.part(part)[key]) for key, value in back.part(part).items())
+        before = model.part(part)
+        assert all(torch.equal(value, before[key]) for key, value in back.part(part).items())
     with pytest.raises(ValueError, match="no file for align"):
         import_weights([tmp_path / "out" / "InstaRevive_v1.ckpt"], None)
 

@@ -123,7 +123,9 @@ def check_dsm(golden: Golden) -> None:
     for name in [n for n in of(golden, "output") if n.startswith("fake/grad_")]:
         gradient = parameters[name.removeprefix("fake/grad_")].grad
         assert gradient is not None
-        compare(golden, name, gradient, **close)
+        # grad_atol is of the latents' small gradient; the record of these is 4e-7 of 0.8 away from a float64 run
+        largest = float(of(golden, "output")[name].abs().max())
+        compare(golden, name, gradient, tolerance["grad_rtol"] * largest, 0.0)
 
 
 def check_tmax(golden: Golden) -> None:

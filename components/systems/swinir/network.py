@@ -65,6 +65,8 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:
 class WindowAttention(nn.Module):
     """Self-attention inside windows with a learned bias for each relative position."""
 
+    relative_position_index: Tensor
+
     def __init__(self, dim: int, window: int, heads: int) -> None:
         super().__init__()
         self.heads = heads

@@ -33,8 +33,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from components.randomness import Noise
     from components.systems.instarevive.fast import FastOneStep, Speed
     from components.systems.instarevive.network import Conditions
+    from components.types import Batch
 
 MAX_SPREAD = 0.25
 
@@ -334,6 +336,119 @@ def _goals(case: Case, batch: int, median: float) -> dict[str, Any]:
     return found
 
 
+# ------------------------------------------------------------------------------------------------------------- update
+
+
+def measure_update(
+    size: str, device: str = "cpu", batch: int = 1, rounds: int = 3, fake: str = "full", checkpoint: bool = True
+) -> dict[str, Any]:
+    """A row for a whole training step of the three networks: generator and fake score, both with their optimiser.
+
+    Shapes are generate512's. Trained weights are float32, forward passes under bf16 on a card; the autoencoder is in
+    bf16 there. The regression is LPIPS's network of random weights, which costs what the real one does.
+
+    Args:
+        fake: "full" or "lora".
+        checkpoint: activations of networks and decoder are computed again in the backward pass.
+    """
+    import torch
+
+    from components.recipes import Optimizer
+    from components.training import build_optimizers, train_step
+
+    card = device == "cuda"
+    case = cases()["generate512"][size]
+    if card:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    objective = build_update(case, device, fake, checkpoint)
+    optimizers = build_optimizers(objective, Optimizer())
+    given = update_batch(case, device, batch)
+    last: dict[str, float] = {}
+
+    def step() -> torch.Tensor:
+        # a rate of zero: every step then does the same work on the same weights
+        last.update(
+            train_step(objective, [given], optimizers, lr=0.0, clip_norm=1.0, precision="bf16" if card else "fp32")
+        )
+        return torch.tensor(last["loss_fake"])
+
+    times, _ = repeat(step, device, rounds)
+    trained = {
+        name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in objective.trainables.items()
+    }
+    row = {"what": "update", "size": size, "fake": fake, "checkpoint": checkpoint, "batch": batch}
+    row |= {**summary(times, device), "images_per_s": round(batch / statistics.median(times), 3), "trained": trained}
+    row |= {"losses": {name: round(last[name], 5) for name in ("loss_regression", "loss_dsm", "loss_fake")}}
+    if card:
+        row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+    return row
+
+
+def build_update(case: Case, device: str, fake: str, checkpoint: bool) -> Any:
+    """The product's objective around a case's random networks: generator a copy of the prior, real and fake score."""
+    import torch
+
+    from components.objectives.regression import VggLpips
+    from components.randomness import seeded_init
+    from components.systems.instarevive.network import OneStepGenerator
+    from components.systems.instarevive.objective import InstaReviveObjective
+    from components.systems.instarevive.scores import build_scores
+    from components.systems.instarevive.settings import Distillation
+
+    card = device == "cuda"
+    _, backbone = build_case(case, device, torch.float32, torch.bfloat16 if card else torch.float32)
+    generator = OneStepGenerator(backbone.predictor(copied=True))
+    real, trained = build_scores(backbone.predictor(), fake, rank=64)  # type: ignore[arg-type]
+    if checkpoint:
+        for predictor in (generator.predictor, trained):
+            predictor.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    with seeded_init(0, "lpips"):
+        perceptual = VggLpips().to(device)
+    for name, parameter in perceptual.named_parameters():
+        if name.startswith("lin"):
+            parameter.data.abs_()  # as the learned ones: a distance must not be negative
+    settings = Distillation(fake=fake, checkpoint_decoder=checkpoint)  # type: ignore[arg-type]
+    return InstaReviveObjective(
+        generator, real, trained, backbone, RandomTexts(case, device), settings, perceptual=perceptual
+    )
+
+
+class RandomTexts:
+    """objective.Texts of random embeddings: as those of a text encoder that ran before."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device = case, device
+
+    def conditions(self, batch: Batch, dropped: torch.Tensor) -> Conditions:
+        return make_inputs(self.case, self.device, len(batch))[0]
+
+    def nothing(self, batch: Batch) -> Conditions:
+        given = self.conditions(batch, batch.sizes)
+        return replace(given, text=-given.text)  # another text, or guidance would have nothing to tell apart
+
+
+def update_batch(case: Case, device: str, batch: int) -> tuple[Batch, Noise]:
+    """Random pairs, and their noise."""
+    import numpy as np
+    import torch
+
+    from components.randomness import Noise
+    from components.types import Batch
+
+    positions, side = np.arange(batch), case.side_px
+    _, pictures = make_inputs(case, device, 2 * batch)
+    made = Batch(
+        keys=[str(p) for p in positions],
+        positions=positions,
+        hq=pictures[:batch],
+        lq=pictures[batch:],
+        prompts=[""] * batch,
+        sizes=torch.tensor([[side, side, 0, 0, side, side]], device=device).expand(batch, -1),
+    )
+    return made, Noise(0, positions, device)
+
+
 # ------------------------------------------------------------------------------------------------------------- timing
 
 
@@ -377,7 +492,7 @@ def main() -> None:
     """Measure and print one JSON line each, appended to bench.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     whats = [*cases(), "update"]
-    parser.add_argument("--what", action="append", choices=whats, help="repeat; default both sizes of a step")
+    parser.add_argument("--what", action="append", choices=whats, help="repeat; default all")
     parser.add_argument("--size", default="", choices=["", "nano", "real"], help="default: nano on a CPU, else real")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch", action="append", type=int, help="repeat; default 1")
@@ -387,6 +502,7 @@ def main() -> None:
     parser.add_argument("--compile", default="off", choices=["off", "on", "whole"], help="on compiles blocks")
     parser.add_argument("--compile-mode", default="")
     parser.add_argument("--graphs", default="", choices=["", "on", "off"], help="default: on with a card")
+    parser.add_argument("--no-checkpoint", action="store_true", help="update: keep activations")
     parser.add_argument("--autotune", action="store_true", help="let cuDNN try its convolutions, in all arms")
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
     given = parser.parse_args()
@@ -414,8 +530,13 @@ def main() -> None:
             stream.flush()
 
         tell({"what": "device", "device": torch.cuda.get_device_name() if card else "cpu", "torch": torch.__version__})
-        for what in given.what or list(cases()):
-            batches = given.batch or [1]
+        batches = given.batch or [1]
+        for what in given.what or whats:
+            if what == "update":
+                for fake in ("full", "lora"):
+                    for batch in batches:
+                        tell(measure_update(size, given.device, batch, given.rounds, fake, not given.no_checkpoint))
+                continue
             for row in measure_generate(what, size, given.device, batches, given.rounds, speed, given.chunk):
                 tell(row)
 

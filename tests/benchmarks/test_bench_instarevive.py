@@ -30,6 +30,14 @@ def test_both_arms_make_the_same_pictures(bench: Any, what: str) -> None:
     assert min(calls[f"{name}_s"] for name in ("encode", "generate", "decode")) > 0
 
 
+def test_both_kinds_of_fake_score_are_updated(bench: Any) -> None:
+    full = bench.measure_update("nano", rounds=1)
+    lora = bench.measure_update("nano", rounds=1, fake="lora", checkpoint=False)
+    assert full["trained"]["fake_score"] == full["trained"]["generator"] > lora["trained"]["fake_score"] > 0
+    # the fake score starts as the real one either way, and what is computed again is the same
+    assert lora["losses"] == pytest.approx(full["losses"], rel=1e-3)
+
+
 def test_real_sizes_cost_what_the_reference_counted(bench: Any) -> None:
     """instarevive.md section 8, at 512: DiT with 300 tokens 1.289, encoder 1.117, decoder 2.515 TFLOP."""
     counted = bench.count_flops(bench.cases()["generate512"]["real"])

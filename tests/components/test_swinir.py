@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from components.images import decode_parts, encode_png, read_png_text
 from components.models import ModelCard, ModelError, load_model, save_model
 from components.randomness import Noise, generator
 from components.recipes import RecipeError, load_recipe
+from components.restoring import Identity, Picture, parse_ask, restore_batch
 from components.systems import SYSTEMS
 from components.systems import build_restorer as build_any
 from components.systems.swinir.config import SwinIRConfig
@@ -245,7 +247,8 @@ def test_training_lowers_the_held_out_loss_and_beats_the_input() -> None:
     assert after < 0.3 * before and metrics["bad_steps"] == 0
     found = measure(objective, heldout)
     assert found["psnr_heldout"] > found["psnr_heldout_lq"] + 1
-    shown = look(objective, recipe, heldout[0].lq, [""] * 8, 0)
+    with torch.no_grad():
+        shown = look(objective, recipe, heldout[0].lq, [""] * 8, 0)
     assert shown.shape == heldout[0].lq.shape
     assert float((shown - heldout[0].hq).square().mean()) < float((heldout[0].lq - heldout[0].hq).square().mean())
 
@@ -332,6 +335,19 @@ def test_the_restorer_answers_requests(network: SwinIR) -> None:
             check_options(wrong)
     with pytest.raises(ValueError, match="must be equal"):
         SwinIRRestorer(SwinIR(SwinIRConfig(**{**TINY, "sf": 2})))
+
+
+def test_bytes_go_in_and_a_png_comes_out(network: SwinIR) -> None:
+    """Through what `restoray restore` and the service call: another size, transparency kept, a broken one told."""
+    image = np.dstack([picture(20, 24), np.full((20, 24), 128, np.uint8)])
+    pictures = [Picture(key="a", data=encode_png(image), seed=1), Picture(key="b", data=b"no picture", seed=1)]
+    identity = Identity(name="m", system="swinir", recipe="swinir-nano", digest="0")
+    ask = parse_ask({"scale": 2, "tile_px": 32}, check_options)
+    png, refused = restore_batch(SwinIRRestorer(network, {"min_side_px": 0}), identity, pictures, ask)
+    assert isinstance(png, bytes) and isinstance(refused, SampleError)
+    parts = decode_parts(png)
+    assert parts.image.shape == (40, 48, 3) and parts.alpha is not None and int(parts.alpha.mean()) == 128
+    assert read_png_text(png)["system"] == "swinir"
 
 
 # ---------------------------------------------------------------------------------------------------- published weights

@@ -6,7 +6,8 @@ Two phases a step, each with an optimiser of its own, on the same generated late
     fake_score   mean square error of the noise that it predicts on the generator's latents
 
 All randomness comes from the Noise handed to `phases`, by these names: "text_dropout", "generator" (where the generator
-takes noise), "score_timestep", "score_noise", "fake_timestep" and "fake_noise".
+takes noise), "score_timestep", "score_noise", "fake_timestep" and "fake_noise" (with " 1" and so on behind the last two
+in further steps of the fake score).
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ class InstaReviveObjective:
         return self._parts() if self._parts is not None else {"generator": dict(self.generator.state_dict())}
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
-        """Yield ("generator", loss), and with score matching ("fake_score", loss).
+        """Yield ("generator", loss), and with score matching ("fake_score", loss) as often as fake_steps says.
 
         Metrics: t_max, alpha, distance, loss_regression (with loss_perceptual, loss_l2 where both are there), loss_dsm;
         loss_fake.
@@ -200,9 +201,10 @@ class InstaReviveObjective:
         # a phase's graph is gone once its loss was stepped: nothing of it may reach the next one
         detached = latents.detach()
         yield "generator", Loss(value=value.mean(), metrics={k: v.detach().mean() for k, v in named.items()})
-        if self.fake is not None:
-            fake_loss = self._fake_loss(detached, given, control.t_max, noise)
-            yield "fake_score", Loss(value=fake_loss, metrics={"loss_fake": fake_loss.detach()})
+        steps = settings.fake_steps if training else 1  # held-out losses of a phase add up
+        for step in range(steps if settings.score else 0):
+            fake_loss = self._fake_loss(detached, given, control.t_max, noise, f" {step}" if step else "")
+            yield "fake_score", Loss(value=fake_loss, metrics={"loss_fake": fake_loss.detach() / steps})
 
     def _generate(self, batch: Batch, given: Conditions, noise: Noise) -> Tensor:
         """The generator's clean latents [B, C, h, w], with gradients."""
@@ -278,14 +280,17 @@ class InstaReviveObjective:
             eps_fake = self.fake.predict_eps(noisy, t, given)
         return score_matching_loss(latents, score_gap(self.schedule, clean, noisy, t, eps_real, eps_fake))
 
-    def _fake_loss(self, latents: Tensor, given: Conditions, t_max: Tensor, noise: Noise) -> Tensor:
-        """The fake score's own training on detached latents [B, C, h, w] (section 5.3), one number."""
+    def _fake_loss(self, latents: Tensor, given: Conditions, t_max: Tensor, noise: Noise, suffix: str = "") -> Tensor:
+        """The fake score's own training on detached latents [B, C, h, w] (section 5.3), one number.
+
+        `suffix` to the noise's names tells the steps of one batch apart.
+        """
         assert self.fake is not None
         if self.settings.fake_range == "same":
-            t = draw_timesteps(noise.uniform("fake_timestep"), t_max, self.settings.t_share)
+            t = draw_timesteps(noise.uniform(f"fake_timestep{suffix}"), t_max, self.settings.t_share)
         else:  # at step 0 a flow-matching prior has no noise at all
-            t = noise.integers("fake_timestep", 1, self.schedule.num_train_timesteps)
-        eps = noise.normal("fake_noise", tuple(latents.shape[1:])).to(latents)
+            t = noise.integers(f"fake_timestep{suffix}", 1, self.schedule.num_train_timesteps)
+        eps = noise.normal(f"fake_noise{suffix}", tuple(latents.shape[1:])).to(latents)
         noisy = self.schedule.add_noise(latents, eps, t)
         return epsilon_loss(self.fake.predict_eps(noisy, t, given), eps).mean()
 

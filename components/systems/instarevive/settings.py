@@ -36,6 +36,8 @@ class Distillation:
         lora_rank: of that change.
         fake_range: times of the fake score's training: "full", or the "same" as the generator's, as long as T_max
             stands there.
+        fake_steps: steps of the fake score after each of the generator's, with noise of their own; released 1. A
+            generator that moves fast needs more, or it follows a score of what it made long ago (DMD2 has 5).
         checkpoint_decoder: the decoder's activations are computed again instead of kept.
     """
 
@@ -60,6 +62,7 @@ class Distillation:
     fake: Literal["full", "lora"] = "full"
     lora_rank: int = 64
     fake_range: Literal["full", "same"] = "full"
+    fake_steps: int = 1
     checkpoint_decoder: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +76,7 @@ class Distillation:
             ("t_high", self.t_high, 0, None),
             ("t_floor", self.t_floor, 1, None),
             ("lora_rank", self.lora_rank, 1, None),
+            ("fake_steps", self.fake_steps, 1, None),
             ("t_share", self.t_share, 0, 1),
             ("fixed_alpha", self.fixed_alpha, 0, 1),
             ("text_dropout", self.text_dropout, 0, 1),

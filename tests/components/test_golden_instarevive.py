@@ -184,19 +184,14 @@ CHECKS: dict[str, Callable[[Golden], None]] = {
     "generator": check_generator,
     "inference": check_inference,
     "colorfix": check_colorfix,
+    **training_checks(),
 }
-
-LATER: set[str] = set()
-"""Modules whose checks are not written yet. Anything else unknown fails."""
-if Path(__file__).with_name("_golden_instarevive_training.py").is_file():
-    CHECKS |= training_checks()
-else:
-    LATER |= {"swinir", "dsm", "tmax"}
+"""By module. Anything else fails."""
 
 
 def descriptions(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
     """Path, module and contents of each file; the module follows "instarevive_", perhaps with more behind it."""
-    known = {*CHECKS, *OTHER_TESTS, *LATER}
+    known = {*CHECKS, *OTHER_TESTS}
     for path in sorted(folder.glob("instarevive_*.json")):
         name = path.stem.removeprefix("instarevive_")
         module = next((module for module in known if name.startswith(f"{module}_")), name)
@@ -205,7 +200,7 @@ def descriptions(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
 
 def test_every_golden_file_is_known(golden_dir: Path) -> None:
     modules = {module for _, module, _ in descriptions(golden_dir)}
-    assert modules - set(CHECKS) - OTHER_TESTS <= LATER
+    assert modules - set(CHECKS) - OTHER_TESTS == set()
     assert set(CHECKS) - modules == set(), "a check without a golden file"
 
 

@@ -403,8 +403,8 @@ def test_progress_and_cancellation() -> None:
     [
         ({"windw": "equal"}, 'Did you mean "window"'),
         ({"window": "cosine"}, "gaussian, equal"),
-        ({"tile_px": 10}, "between 64 and 8192"),
-        ({"tile_overlap": 0.9}, "between 0 and 0.75"),
+        ({"tile_px": 10}, "between 16 and 8192"),
+        ({"tile_overlap": 0.95}, "between 0 and 0.9"),
         ({"min_side_px": -1}, "between 0 and 4096"),
         ({"coarse": 3}, "true or false"),
     ],

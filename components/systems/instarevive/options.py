@@ -98,10 +98,10 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.min_side_px <= 4096:
             raise ValueError(f"min_side_px must be between 0 and 4096, got {self.min_side_px}")
-        if self.tile_px != 0 and not 64 <= self.tile_px <= 8192:
-            raise ValueError(f"tile_px must be 0 or between 64 and 8192, got {self.tile_px}")
-        if not 0 <= self.tile_overlap <= 0.75:
-            raise ValueError(f"tile_overlap must be between 0 and 0.75, got {self.tile_overlap}")
+        if self.tile_px != 0 and not 16 <= self.tile_px <= 8192:
+            raise ValueError(f"tile_px must be 0 or between 16 and 8192, got {self.tile_px}")
+        if not 0 <= self.tile_overlap <= 0.9:
+            raise ValueError(f"tile_overlap must be between 0 and 0.9, got {self.tile_overlap}")
 
     @property
     def released(self) -> bool:

@@ -248,7 +248,7 @@ def measure_generate(
     rows = []
     networks = build_case(case, device, dtype, image_dtype)
     arms = {"plain": FastOneStep(*networks, plain_speed)}
-    plain = {b: _timed(arms, case, device, b, rounds, 0) for b in batches}
+    plain = {b: _timed(arms, case, device, b, rounds, chunk) for b in batches}
     # the same modules are made fast in place, so the plain arm comes first
     arms = {"ours": FastOneStep(*networks, speed)}
     for batch in batches:

@@ -273,6 +273,16 @@ def center_crop(image: Image, height: int, width: int) -> Image:
     return crop(image, (image.shape[0] - height) // 2, (image.shape[1] - width) // 2, height, width)
 
 
+def pad_to_multiple(image: Image, multiple: int) -> Image:
+    """The picture [H, W, 3] with mirrored rows and columns below and to the right, up to multiples of `multiple`."""
+    height, width = image.shape[:2]
+    below, right = -height % multiple, -width % multiple
+    if not below and not right:
+        return image
+    # "reflect" cannot mirror a single row without repeating it; "symmetric" can, and meets no seam worse
+    return np.pad(image, ((0, below), (0, right), (0, 0)), mode="reflect" if min(height, width) > 1 else "symmetric")
+
+
 def to_float(image: Image) -> Image:
     """uint8 0..255 to float32 0..1; float32 passes through."""
     if image.dtype == np.uint8:

@@ -26,10 +26,14 @@ class WeightsFileError(ModelError):
     """A weights file cannot be used; the message names the file and the reason."""
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, inside: str = "") -> dict[str, Tensor]:
     """Tensors of a file by key; keys of nested dictionaries are joined by dots, a leading "module." is left out.
 
     Nothing is copied: the tensors are views of the mapped file, so a file larger than memory opens.
+
+    Args:
+        inside: a dictionary of that name in a pickle is all that is read, if there is one: training checkpoints keep
+            the weights in "state_dict", beside counters that are no tensors.
 
     Raises:
         WeightsFileError: unreadable, truncated, no weights file, or a pickle that wants more than tensors.
@@ -41,7 +45,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsFileError(f"{path}: {error.strerror or error}") from error
     if head[8:9] == b"{":
         return _without_wrapper(_read_safetensors(path))
-    return _without_wrapper(dict(_flat(_read_pickle(path, head), path)))
+    value = _read_pickle(path, head)
+    if inside and isinstance(value, Mapping) and isinstance(value.get(inside), Mapping):
+        value = value[inside]
+    return _without_wrapper(dict(_flat(value, path)))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

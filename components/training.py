@@ -233,7 +233,8 @@ def training_state(
 ) -> dict[str, Any]:
     """Everything that a resumed run needs: tensors and plain numbers only, so it loads with weights_only.
 
-    "trainables" are the weights as trained, "ema" their average, which the model folder gets.
+    "trainables" are the weights as trained, "ema" their average, which the model folder gets, "progress" the numbers
+    that an objective found on its way, if it has an attribute of that name.
     """
     return {
         "step": step,
@@ -245,6 +246,7 @@ def training_state(
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "ema": ema.shadow if ema else {},
         "scaler": scaler.state_dict() if scaler else {},
+        "progress": dict(getattr(objective, "progress", {})),
     }
 
 
@@ -268,6 +270,8 @@ def restore_state(
         optimizer.load_state_dict(state["optimizers"][name])
     if scaler and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
+    if state.get("progress"):
+        objective.progress.update(state["progress"])  # type: ignore[attr-defined]
     if ema:
         if set(state["ema"]) != set(ema.shadow):
             differ = sorted(set(state["ema"]) ^ set(ema.shadow))[:8]

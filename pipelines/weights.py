@@ -175,7 +175,8 @@ def imported_lines(result: Imported) -> list[str]:
         f"sha256 {source.sha256}"
         for source in result.sources
     ]
-    lines += [f"prior: {result.prior['id']}", f"licence: {result.licence}", f"permitted use: {result.permitted_use}"]
+    lines += [f"prior: {result.prior['id']}"] if result.prior else []
+    lines += [f"licence: {result.licence}", f"permitted use: {result.permitted_use}"]
     lines += [f"note: {note}" for note in result.notes]
     if result.missing:
         lines.append(f"missing for restoring: {', '.join(result.missing)}")
@@ -217,7 +218,8 @@ def _imported_before(folder: Path, system: str, plan: Imported, overwrite: bool)
     if model is None:
         raise UsageError(f"{folder} is there and is no model folder: choose another --out.")
     digests = {source.file: f"sha256:{source.sha256}" for source in plan.sources}
-    same = model.info["system"] == system and model.info.get("parents") == digests and model.info["prior"] == plan.prior
+    prior = model.info["prior"] or {}  # a system without one records null
+    same = model.info["system"] == system and model.info.get("parents") == digests and prior == plan.prior
     if not same and not overwrite:
         raise UsageError(
             f"{folder} holds another model ({model.info['name']}): choose another --out, or give --overwrite."

@@ -7,9 +7,48 @@ components of real patches; a residual network on each side adds what the linear
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def autoencoder_factor(autoencoder: nn.Module) -> int:
+    """Pixels of a latent pixel's side, of an AutoencoderKL or a SpaceToDepthAutoencoder."""
+    if isinstance(autoencoder, SpaceToDepthAutoencoder):
+        return autoencoder.factor
+    return 2 ** (len(_config(autoencoder)["block_out_channels"]) - 1)
+
+
+def encode_pixels(autoencoder: nn.Module, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/factor, W/factor], in the pictures' type.
+
+    The mode of the encoder's distribution, or with standard normal `noise` of the latents' shape a sample of it; an
+    autoencoder without a distribution gives the same either way.
+    """
+    if isinstance(autoencoder, SpaceToDepthAutoencoder):
+        return autoencoder.encode(images)
+    with torch.autocast(images.device.type, enabled=False):
+        seen = images.to(next(autoencoder.parameters()).dtype)
+        found = autoencoder.encode(seen).latent_dist  # type: ignore[operator]
+        latents = found.mode() if noise is None else found.mean + found.std * noise.to(found.mean)
+    return latents.to(images.dtype) * _config(autoencoder)["scaling_factor"]  # type: ignore[no-any-return]
+
+
+def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """Scaled latents [B, C, h, w] -> pictures [B, 3, H, W], not clipped, in the latents' type."""
+    if isinstance(autoencoder, SpaceToDepthAutoencoder):
+        return autoencoder.decode(latents)
+    with torch.autocast(latents.device.type, enabled=False):
+        scaled = latents / _config(autoencoder)["scaling_factor"]
+        images = autoencoder.decode(scaled.to(next(autoencoder.parameters()).dtype)).sample  # type: ignore[operator]
+    return images.to(latents.dtype)  # type: ignore[no-any-return]
+
+
+def _config(autoencoder: nn.Module) -> Mapping[str, Any]:
+    return autoencoder.config  # type: ignore[return-value]
 
 
 class ResidualBlock(nn.Module):

@@ -106,7 +106,8 @@ def load_sdxl(name: str, image_encoder: str = DINOV2, precision: Precision = "fp
     """The parts of a Prior from an SDXL pipeline's folder or hub id and a Dinov2 model: keyword arguments of Prior.
 
     The weights go straight into the wanted precision: no copy in fp32 is made first. The autoencoder stays in fp32
-    where its configuration says `force_upcast` (SDXL's own overflows in half precision).
+    where its configuration says `force_upcast` (SDXL's own overflows in half precision). Without a name there is no
+    picture encoder: not every system has a use for one.
 
     Raises:
         ModelError: names what was looked for and not found, or what is not of SDXL's shape.
@@ -116,7 +117,7 @@ def load_sdxl(name: str, image_encoder: str = DINOV2, precision: Precision = "fp
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     folder, found_id = find_folder(name, _SDXL_FILES, _SDXL_SMALL, _WEIGHTS, precision)
-    upcast = bool(_json(folder / "vae" / "config.json").get("force_upcast", True))
+    upcast = bool(read_json(folder / "vae" / "config.json").get("force_upcast", True))
     classes = {
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
@@ -124,7 +125,7 @@ def load_sdxl(name: str, image_encoder: str = DINOV2, precision: Precision = "fp
         "text_encoder_2": CLIPTextModelWithProjection,
     }
     loaded = {
-        part: _load(cls, folder / part, _WEIGHTS[part], "fp32" if part == "vae" and upcast else precision)
+        part: load_part(cls, folder / part, _WEIGHTS[part], "fp32" if part == "vae" and upcast else precision)
         for part, cls in classes.items()
     }
     tokenizers = []
@@ -132,9 +133,12 @@ def load_sdxl(name: str, image_encoder: str = DINOV2, precision: Precision = "fp
         try:
             tokenizers.append(CLIPTokenizer.from_pretrained(folder / part))
         except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"{folder / part}: no tokenizer ({_reason(error)})") from error
+            raise ModelError(f"{folder / part}: no tokenizer ({first_line(error)})") from error
     _check_sdxl(folder, loaded)
-    encoder, encoder_id, view = _load_image_encoder(image_encoder, precision)
+    encoder: nn.Module = nn.Identity()
+    encoder_id, view = "", dict[str, Any]()
+    if image_encoder:
+        encoder, encoder_id, view = _load_image_encoder(image_encoder, precision)
     return {
         "name": found_id,
         "digest": "",
@@ -201,7 +205,7 @@ def find_folder(
                 return folder, name
             tried.append(f"on the hub it lacks {', '.join(lacking)}")
         except (OSError, ValueError, HfHubHTTPError) as error:
-            tried.append(f"the hub did not give it ({_reason(error)})")
+            tried.append(f"the hub did not give it ({first_line(error)})")
     raise ModelError(f"{name}: no such model: {'; '.join(dict.fromkeys(tried))}")
 
 
@@ -220,7 +224,12 @@ def variant_of(folder: Path, stem: str, precision: Precision) -> str:
     raise ModelError(f"{folder}: no weights, looked for {', '.join(names)}{hint}")
 
 
-def _load(cls: Any, folder: Path, stem: str, precision: Precision) -> nn.Module:
+def load_part(cls: Any, folder: Path, stem: str, precision: Precision) -> nn.Module:
+    """One network of diffusers or transformers from its folder.
+
+    Raises:
+        ModelError: no weights, or weights that do not fit the configuration; every key is named.
+    """
     variant = variant_of(folder, stem, precision)
     try:
         model, info = cls.from_pretrained(
@@ -231,7 +240,7 @@ def _load(cls: Any, folder: Path, stem: str, precision: Precision) -> nn.Module:
             dtype=DTYPES[precision],
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder}: cannot be loaded ({_reason(error)})") from error
+        raise ModelError(f"{folder}: cannot be loaded ({first_line(error)})") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     # older files of text encoders carry their position numbers, which are no weights
     found = {kind: sorted(str(key) for key in info[kind] if not str(key).endswith("position_ids")) for kind in kinds}
@@ -245,10 +254,10 @@ def _load_image_encoder(name: str, precision: Precision) -> tuple[nn.Module, str
     from transformers import Dinov2Model
 
     folder, found_id = find_folder(name, ("config.json",), ("*.json",), {"": "model"}, precision)
-    kind = _json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     if kind != "dinov2":
         raise ModelError(f"{folder}: the picture encoder must be a dinov2 without register tokens, this is {kind!r}")
-    return _load(Dinov2Model, folder, "model", precision), found_id, _view(folder)
+    return load_part(Dinov2Model, folder, "model", precision), found_id, _view(folder)
 
 
 def _view(folder: Path) -> dict[str, Any]:
@@ -258,7 +267,7 @@ def _view(folder: Path) -> dict[str, Any]:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return {}
-    said = _json(path)
+    said = read_json(path)
     for name, ours in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
         if name in said and [round(float(v), 3) for v in said[name]] != list(ours):
             raise ModelError(f"{path}: {name} {said[name]} is not ImageNet's {list(ours)}")
@@ -277,7 +286,7 @@ def _schedule(folder: Path) -> Schedule:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return Schedule()
-    said = _json(path)
+    said = read_json(path)
     if said.get("prediction_type", "epsilon") != "epsilon":
         raise ModelError(f"{path}: the prior must predict noise (epsilon), this one predicts {said['prediction_type']}")
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
@@ -310,7 +319,7 @@ def _known_config(
     """A configuration from a folder or the hub's cache, or what is known of it; and the name that finds it again."""
     try:
         folder, found = find_folder(name, (file,), (file,), {})
-        return _json(folder / file), found
+        return read_json(folder / file), found
     except ModelError:
         if name not in known:
             raise
@@ -357,15 +366,17 @@ def _names(stem: str, variant: str) -> tuple[str, ...]:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration file. Raises ModelError where there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {_reason(error)}") from error
+        raise ModelError(f"{path}: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path}: no configuration")
     return found
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -17,7 +17,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from components.models import SHIPPED, Model, ModelError, load_model, load_strictly
-from components.priors.autoencoder import SpaceToDepthAutoencoder
+from components.priors.autoencoder import autoencoder_factor, decode_latents, encode_pixels
 from components.priors.hub import DTYPES, Precision, load_sdxl
 from components.priors.sdxl_config import DINOV2
 from components.samplers.schedules import Schedule
@@ -99,9 +99,7 @@ class Prior:
     @property
     def factor(self) -> int:
         """Pixels of a latent pixel's side."""
-        if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
-            return self.autoencoder.factor
-        return 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)  # type: ignore[index, arg-type]
+        return autoencoder_factor(self.autoencoder)
 
     @property
     def multiple_px(self) -> int:
@@ -143,22 +141,11 @@ class Prior:
 
         The mode of the encoder's distribution, or with standard normal `noise` of the latents' shape a sample of it.
         """
-        if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
-            return self.autoencoder.encode(images)
-        with torch.autocast(images.device.type, enabled=False):
-            seen = images.to(next(self.autoencoder.parameters()).dtype)
-            found = self.autoencoder.encode(seen).latent_dist  # type: ignore[operator]
-            latents = found.mode() if noise is None else found.mean + found.std * noise.to(found.mean)
-        return latents.to(images.dtype) * self.autoencoder.config["scaling_factor"]  # type: ignore[index]
+        return encode_pixels(self.autoencoder, images, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> pictures [B, 3, H, W], not clipped."""
-        if isinstance(self.autoencoder, SpaceToDepthAutoencoder):
-            return self.autoencoder.decode(latents)
-        with torch.autocast(latents.device.type, enabled=False):
-            scaled = latents / self.autoencoder.config["scaling_factor"]  # type: ignore[index]
-            images = self.autoencoder.decode(scaled.to(next(self.autoencoder.parameters()).dtype)).sample  # type: ignore
-        return images.to(latents.dtype)
+        return decode_latents(self.autoencoder, latents)
 
     def embed_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> (token embeddings [B, L, D], pooled [B, P]): both penultimate layers joined (SDXL)."""
@@ -219,7 +206,7 @@ def load_prior(
         name: a shipped name ("nano"), a model folder, or a diffusers folder or hub id of an SDXL pipeline; each also as
             a name below RESTORAY_HOME/weights.
         device: where it goes.
-        image_encoder: Dinov2 folder or hub id, used with a diffusers prior only.
+        image_encoder: Dinov2 folder or hub id, used with a diffusers prior only; "" for none.
         precision: of the networks' weights; see Prior.in_precision.
 
     Raises:

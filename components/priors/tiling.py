@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from components.priors.autoencoder import SpaceToDepthAutoencoder
-from components.priors.sdxl import Prior
 from components.tensors import images_to_tensor, tensor_to_images
 from components.types import Image
 
@@ -29,7 +29,27 @@ FADE = 16
 """AutoencoderKL: latent pixels of the cross-fade on each side of a border, and of the halo beyond it; ours."""
 
 
-def halo_of(prior: Prior, part: str) -> int:
+class LatentPrior(Protocol):
+    """A prior as far as its autoencoder goes; `encode` and `decode` as Prior's."""
+
+    @property
+    def autoencoder(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def factor(self) -> int: ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+def halo_of(prior: LatentPrior, part: str) -> int:
     """Latent pixels that a tile must see around itself; `part` is "encoder" or "decoder"."""
     autoencoder = prior.autoencoder
     if isinstance(autoencoder, SpaceToDepthAutoencoder):
@@ -38,7 +58,7 @@ def halo_of(prior: Prior, part: str) -> int:
     return 2 * FADE
 
 
-def encode_images(prior: Prior, images: Sequence[Image], tile: int = TILE, noise: Tensor | None = None) -> Tensor:
+def encode_images(prior: LatentPrior, images: Sequence[Image], tile: int = TILE, noise: Tensor | None = None) -> Tensor:
     """Pictures of one size, uint8 [H, W, 3] -> scaled latents [B, C, H/factor, W/factor].
 
     Args:
@@ -72,7 +92,7 @@ def encode_images(prior: Prior, images: Sequence[Image], tile: int = TILE, noise
 
 
 def decode_images(
-    prior: Prior, latents: Tensor, tile: int = TILE, decode: Callable[[Tensor], Tensor] | None = None
+    prior: LatentPrior, latents: Tensor, tile: int = TILE, decode: Callable[[Tensor], Tensor] | None = None
 ) -> list[Image]:
     """Scaled latents [B, C, h, w] -> pictures uint8 [h factor, w factor, 3], clipped.
 
@@ -84,16 +104,32 @@ def decode_images(
     size = (latents.shape[-2], latents.shape[-1])
     if max(size) <= tile:
         return tensor_to_images(decoded(latents))
-    factor = prior.factor
-    fade = _fade(prior)
-    shape = (len(latents), size[0] * factor, size[1] * factor, 3)
-    pictures = np.zeros(shape, dtype=np.uint8)
-    # where tiles are cross-faded their sum must not be rounded twice, so a row of tiles is summed as float first
-    strip = np.zeros((len(latents), 0, shape[2], 3), dtype=np.float32)
-    strip_top = 0
 
     def decode_part(top: int, bottom: int, left: int, right: int) -> Tensor:
         return decoded(latents[..., top:bottom, left:right])
+
+    return paint(len(latents), size, tile, halo_of(prior, "decoder"), _fade(prior), prior.factor, decode_part)
+
+
+def paint(
+    batch: int,
+    size: tuple[int, int],
+    tile: int,
+    halo: int,
+    fade: int,
+    scale: int,
+    run: Callable[[int, int, int, int], Tensor],
+) -> list[Image]:
+    """Pictures uint8 [H, W, 3] put together of tiles; of floating point numbers only a row of tiles exists at a time.
+
+    Args:
+        batch: pictures.
+        size, tile, halo, fade, scale, run: see _over_tiles; `run` gives [B, 3, rows, columns] in [-1, 1].
+    """
+    pictures = np.zeros((batch, size[0] * scale, size[1] * scale, 3), dtype=np.uint8)
+    # where tiles are cross-faded their sum must not be rounded twice, so a row of tiles is summed as float first
+    strip = np.zeros((batch, 0, size[1] * scale, 3), dtype=np.float32)
+    strip_top = 0
 
     def put(top: int, left: int, value: Tensor) -> None:
         nonlocal strip, strip_top
@@ -103,10 +139,10 @@ def decode_images(
             strip, strip_top = strip[:, top - strip_top :], top
         missing = pixels.shape[1] - strip.shape[1]
         if missing > 0:
-            strip = np.concatenate([strip, np.zeros((len(latents), missing, shape[2], 3), np.float32)], axis=1)
+            strip = np.concatenate([strip, np.zeros((batch, missing, *strip.shape[2:]), np.float32)], axis=1)
         strip[:, : pixels.shape[1], left : left + pixels.shape[2]] += pixels
 
-    _over_tiles(size, tile, halo_of(prior, "decoder"), fade, factor, decode_part, put)
+    _over_tiles(size, tile, halo, fade, scale, run, put)
     _settle(pictures, strip, strip_top)
     return list(pictures)
 
@@ -117,7 +153,7 @@ def _settle(pictures: np.ndarray, strip: np.ndarray, top: int) -> None:
         picture[top : top + len(rows)] = tensor_to_images(torch.from_numpy(rows).permute(2, 0, 1)[None])[0]
 
 
-def _fade(prior: Prior) -> int:
+def _fade(prior: LatentPrior) -> int:
     return 0 if isinstance(prior.autoencoder, SpaceToDepthAutoencoder) else FADE
 
 

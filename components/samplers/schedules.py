@@ -130,3 +130,56 @@ class Schedule:
     def exploding(latents: Tensor, sigma: Tensor) -> Tensor:
         """VP latents [B, ...] at sigma [B] -> VE latents."""
         return latents * (1 + sigma.square()).sqrt().view(-1, *[1] * (latents.ndim - 1))
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Times of a flow-matching prior in the terms of Schedule: x = (1 - t) clean + t noise (Esser et al. 2024, Eq. 13).
+
+    Attributes:
+        num_train_timesteps: T; step i stands for the time i / T before the shift, so that the last one still has a
+            share of the clean latents.
+        shift: moves times towards noise, t' = shift t / (1 + (shift - 1) t); 3 for SD3, 1 for none.
+
+    Raises:
+        ValueError: T < 1 or a shift that is not positive.
+    """
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_train_timesteps < 1 or self.shift <= 0:
+            raise ValueError(f"num_train_timesteps must be at least 1 and shift positive, got {self}")
+
+    @cached_property
+    def times(self) -> Tensor:
+        """Shares of noise, float32 [T], rising from 0."""
+        plain = torch.arange(self.num_train_timesteps, dtype=torch.float64) / self.num_train_timesteps
+        return (self.shift * plain / (1 + (self.shift - 1) * plain)).to(torch.float32)
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """Noise over signal, float32 [T], rising: levels in VE form."""
+        return self.times / (1 - self.times)
+
+    def _time(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        return self.times.to(timesteps.device)[timesteps].view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """Noise over signal at int64 timesteps [B] or [] -> float32 of the same shape."""
+        return self.sigmas.to(timesteps.device)[timesteps]
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents; clean and noise [B, ...], timesteps int64 [B]."""
+        time = self._time(timesteps, clean)
+        return (1 - time) * clean + time * noise
+
+    def x0_from_eps(self, noisy: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents that a noise prediction implies, from noisy ones [B, ...] and int64 timesteps [B]."""
+        time = self._time(timesteps, noisy)
+        return (noisy - time * eps) / (1 - time)
+
+    def eps_from_velocity(self, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise that a predicted velocity (noise - clean) implies."""
+        return noisy + (1 - self._time(timesteps, noisy)) * velocity

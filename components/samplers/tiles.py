@@ -9,7 +9,7 @@ which is the same for DDIM, as that step is linear in the prediction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -71,8 +71,18 @@ def gaussian_weights(height: int, width: int, variance: float = VARIANCE) -> Ten
     return sides[0][:, None] * sides[1][None]
 
 
+def equal_weights(height: int, width: int) -> Tensor:
+    """Ones, float64 [height, width]: a plain mean where tiles overlap, as InstaRevive's released tools take it."""
+    return torch.ones(height, width, dtype=torch.float64)
+
+
 def tiled(
-    denoise: Tileable, height: int, width: int, boxes: Sequence[Box], cancelled: Cancelled | None = None
+    denoise: Tileable,
+    height: int,
+    width: int,
+    boxes: Sequence[Box],
+    cancelled: Cancelled | None = None,
+    weigh: Callable[[int, int], Tensor] = gaussian_weights,
 ) -> Denoiser:
     """A denoiser over [B, C, height, width] that asks the tiles of `denoise` in turn.
 
@@ -84,6 +94,7 @@ def tiled(
         height, width: of the latents.
         boxes: of one size, as by tile_boxes; they must cover the latents.
         cancelled: asked before each tile, as a step over many tiles takes long.
+        weigh: (height, width) of a tile -> its positive weights, float64.
 
     Raises:
         ValueError: the boxes differ in size, reach outside or leave a gap.
@@ -92,7 +103,7 @@ def tiled(
         return denoise
     if len({box[2:] for box in boxes}) != 1:
         raise ValueError(f"tiles must have one size, got {sorted({box[2:] for box in boxes})}")
-    weights = gaussian_weights(*boxes[0][2:])
+    weights = weigh(*boxes[0][2:])
     total = torch.zeros(height, width, dtype=torch.float64)
     for box in boxes:
         if min(box) < 0 or box[0] + box[2] > height or box[1] + box[3] > width:

@@ -12,7 +12,11 @@ from components.options import OptionCheck
 from components.recipes import Recipe
 from components.systems.instantir import released as instantir_released
 from components.systems.instantir.recipe import InstantIRRecipe
+from components.systems.instarevive import released as instarevive_released
+from components.systems.instarevive.recipe import InstaReviveRecipe
 from components.systems.prior_recipe import PriorRecipe
+from components.systems.swinir import released as swinir_released
+from components.systems.swinir.recipe import SwinIRRecipe
 from components.systems.weights_io import Exported, Imported, Shapes, WeightsIO
 
 if TYPE_CHECKING:
@@ -115,6 +119,96 @@ def _instantir_layout(*args: Any, **kwargs: Any) -> Shapes:
     return expected_layout(*args, **kwargs)
 
 
+def _instarevive_objective(*args: Any, **kwargs: Any) -> Objective:
+    from components.systems.instarevive.training import build_objective
+
+    return build_objective(*args, **kwargs)
+
+
+def _instarevive_look(*args: Any, **kwargs: Any) -> Tensor:
+    from components.systems.instarevive.training import look
+
+    return look(*args, **kwargs)
+
+
+def _instarevive_restorer(*args: Any, **kwargs: Any) -> Restorer:
+    from components.systems.instarevive.build import build_restorer
+
+    return build_restorer(*args, **kwargs)
+
+
+def _instarevive_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    from components.systems.instarevive.options import check_options
+
+    return check_options(given)
+
+
+def _instarevive_import(*args: Any, **kwargs: Any) -> Imported:
+    from components.systems.instarevive.weights import import_weights
+
+    return import_weights(*args, **kwargs)
+
+
+def _instarevive_export(*args: Any, **kwargs: Any) -> Exported:
+    from components.systems.instarevive.weights import export_weights
+
+    return export_weights(*args, **kwargs)
+
+
+def _instarevive_layout(*args: Any, **kwargs: Any) -> Shapes:
+    from components.systems.instarevive.weights import expected_layout
+
+    return expected_layout(*args, **kwargs)
+
+
+def _swinir_objective(*args: Any, **kwargs: Any) -> Objective:
+    from components.systems.swinir.objective import build_objective
+
+    return build_objective(*args, **kwargs)
+
+
+def _swinir_look(*args: Any, **kwargs: Any) -> Tensor:
+    from components.systems.swinir.objective import look
+
+    return look(*args, **kwargs)
+
+
+def _swinir_measure(*args: Any, **kwargs: Any) -> dict[str, float]:
+    from components.systems.swinir.objective import measure
+
+    return measure(*args, **kwargs)
+
+
+def _swinir_restorer(*args: Any, **kwargs: Any) -> Restorer:
+    from components.systems.swinir.restorer import build_restorer
+
+    return build_restorer(*args, **kwargs)
+
+
+def _swinir_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    from components.systems.swinir.options import check_options
+
+    return check_options(given)
+
+
+def _swinir_import(*args: Any, **kwargs: Any) -> Imported:
+    from components.systems.swinir.weights import import_weights
+
+    return import_weights(*args, **kwargs)
+
+
+def _swinir_export(*args: Any, **kwargs: Any) -> Exported:
+    from components.systems.swinir.weights import export_weights
+
+    return export_weights(*args, **kwargs)
+
+
+def _swinir_layout(*args: Any, **kwargs: Any) -> Shapes:
+    from components.systems.swinir.weights import expected_layout
+
+    return expected_layout(*args, **kwargs)
+
+
 SYSTEMS: dict[str, System] = {
     "prior": System(
         recipe=PriorRecipe,
@@ -144,6 +238,42 @@ SYSTEMS: dict[str, System] = {
             import_weights=_instantir_import,
             export_weights=_instantir_export,
             layout=_instantir_layout,
+        ),
+    ),
+    "instarevive": System(
+        recipe=InstaReviveRecipe,
+        stages={"onestep": 1},
+        build_objective=_instarevive_objective,
+        look=_instarevive_look,
+        build_restorer=_instarevive_restorer,
+        check_options=_instarevive_options,
+        precomputed={"onestep": ("latents", "embeddings")},
+        weights=WeightsIO(
+            published=instarevive_released.PUBLISHED,
+            files=instarevive_released.RELEASED,
+            check_sizes=instarevive_released.check_sizes,
+            find=instarevive_released.find_files,
+            import_weights=_instarevive_import,
+            export_weights=_instarevive_export,
+            layout=_instarevive_layout,
+        ),
+    ),
+    "swinir": System(
+        recipe=SwinIRRecipe,
+        stages={"restorer": 1},
+        build_objective=_swinir_objective,
+        look=_swinir_look,
+        measure=_swinir_measure,
+        build_restorer=_swinir_restorer,
+        check_options=_swinir_options,
+        weights=WeightsIO(
+            published=swinir_released.PUBLISHED,
+            files=swinir_released.RELEASED,
+            check_sizes=swinir_released.check_sizes,
+            find=swinir_released.find_files,
+            import_weights=_swinir_import,
+            export_weights=_swinir_export,
+            layout=_swinir_layout,
         ),
     ),
 }

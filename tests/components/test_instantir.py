@@ -14,6 +14,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
+from components.images import pad_to_multiple
 from components.objectives.consistency import boundary_scalings, consistency_output, pseudo_huber
 from components.objectives.diffusion import drop_conditions
 from components.options import UnknownOption
@@ -28,7 +29,7 @@ from components.systems.instantir.objectives import AggregatorObjective, Percept
 from components.systems.instantir.options import LoopSettings, Options, check_options, parse_options
 from components.systems.instantir.perceptor import ResamplerConfig, install_perceptor, perceptor_of
 from components.systems.instantir.previewer import install_previewer, previewer_enabled, previewer_of
-from components.systems.instantir.restorer import InstantIRRestorer, pad_to_multiple
+from components.systems.instantir.restorer import InstantIRRestorer
 from components.types import Batch, Cancellation, Request, SampleError, StepEvent
 
 TINY: dict[str, Any] = {

@@ -36,7 +36,7 @@ from components.systems.instantir.network import Conditions, InstantIR
 from components.tensors import images_to_tensor, tensor_to_images
 from pipelines.cli_support import build_options
 from pipelines.errors import Failure, UsageError
-from pipelines.weights import export_weights, import_weights, layout, layout_lines, weights_of
+from pipelines.weights import export_weights, import_weights, imported_lines, layout, layout_lines, weights_of
 
 KEY, SIDE = "oakland-zoo-otters", (64, 96)
 TEXT_LENGTH = 16
@@ -238,6 +238,26 @@ def test_the_layout_is_told_for_a_prior() -> None:
     assert shapes["adapter.pt"]["image_proj.proj_in.weight"] == (64, 64)
     lines = layout_lines(shapes)
     assert lines[0].startswith("adapter.pt: ") and "  image_proj.proj_in.weight [64, 64]" in lines
+
+
+def test_a_system_without_a_prior_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SwinIR's file in and out by the verb: nothing is said of a prior, and the second import does nothing."""
+    from components.systems.swinir.config import SwinIRConfig
+    from components.systems.swinir.network import build_swinir
+
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "home"))
+    size: dict[str, Any] = {"embed_dim": 12, "depths": [2], "num_heads": [2], "window_size": 4, "img_size": 8}
+    network = build_swinir(SwinIRConfig(**size))
+    torch.save(network.state_dict(), tmp_path / "general_swinir_v1.ckpt")
+    first = import_weights("swinir", [tmp_path])
+    assert not any("prior" in line for line in imported_lines(first)) and first.model is not None
+    assert "nothing was done" in import_weights("swinir", [tmp_path]).notes[-1]
+    export_weights("swinir", "swinir", tmp_path / "out")
+    written = torch.load(tmp_path / "out" / "general_swinir_v1.ckpt", weights_only=True)
+    assert all(torch.equal(value, written[key]) for key, value in network.state_dict().items())
+    assert layout("swinir")["general_swinir_v1.ckpt"]["conv_first.1.weight"] == (180, 192, 3, 3)
+    with pytest.raises(UsageError, match="no prior"):
+        import_weights("swinir", [tmp_path], tmp_path / "m", prior="nano")
 
 
 # -- SDXL's own classes ------------------------------------------------------------------------------------------------

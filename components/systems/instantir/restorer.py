@@ -12,6 +12,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from components.color import transfer_colors
+from components.images import pad_to_multiple
 from components.priors.tiling import TILE, decode_images, encode_images
 from components.randomness import generator
 from components.samplers.ddim import sample_ddim, sample_ddpm
@@ -227,16 +228,6 @@ def _finished(job: _Job, picture: Image) -> Image:
     picture = transfer_colors(np.ascontiguousarray(picture[:height, :width]), job.seen, job.options.color)
     how = Pillow.Resampling.BILINEAR if job.options.resize == "released" else Pillow.Resampling.BICUBIC
     return resize(picture, job.size, how)
-
-
-def pad_to_multiple(image: Image, multiple: int) -> Image:
-    """The picture [H, W, 3] with mirrored rows and columns below and to the right, up to multiples of `multiple`."""
-    height, width = image.shape[:2]
-    below, right = -height % multiple, -width % multiple
-    if not below and not right:
-        return image
-    # "reflect" cannot mirror a single row without repeating it; "symmetric" can, and meets no seam worse
-    return np.pad(image, ((0, below), (0, right), (0, 0)), mode="reflect" if min(height, width) > 1 else "symmetric")
 
 
 def _info(job: _Job) -> dict[str, str]:

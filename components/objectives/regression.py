@@ -1,0 +1,188 @@
+"""What pulls a one-step generator to the picture itself: LPIPS, a loss that needs no weights, or plain L2.
+
+    lpips     distance of VGG-16 features, learned weights (Zhang et al. 2018); InstaRevive's appendix. Weights: files.
+    pyramid   mean absolute difference of the bands of a Laplacian pyramid (Bojanowski et al. 2018, Eq. 3), summed
+    l2        mean square of latents, InstaRevive Eq. 4
+
+All are per sample and grow with the error only, not with the picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.models import load_strictly
+from components.priors.hub import find_folder
+from components.tensor_files import WeightsFileError, read_tensors
+
+Regression = Literal["perceptual", "l2", "both"]
+
+PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
+"""(restored, clean), both [B, 3, H, W] in [-1, 1] or a little outside -> float32 [B]."""
+
+# ------------------------------------------------------------------------------------------------ without weights
+
+
+def pyramid_distance(prediction: Tensor, target: Tensor, levels: int = 5) -> Tensor:
+    """Sum over the bands of a Laplacian pyramid of the mean absolute difference: [B, C, H, W] -> float32 [B].
+
+    The paper weighs the sum over band j by 4^j, which is the mean over it, as a band has 4^j times fewer pixels. The
+    last band is the coarse picture.
+
+    Args:
+        prediction, target: pictures of one size.
+        levels: bands at most; halving ends where a side would fall below 2 pixels.
+    """
+    # linear in the picture, so the pyramid of the difference is the difference of the pyramids
+    left = prediction.float() - target.float()
+    total = left.new_zeros(len(left))
+    for _ in range(levels - 1):
+        if min(left.shape[-2:]) < 4:
+            break
+        coarse = F.avg_pool2d(_blurred(left), 2, ceil_mode=True, count_include_pad=False)
+        enlarged = F.interpolate(coarse, left.shape[-2:], mode="bilinear", align_corners=False)
+        total = total + (left - enlarged).abs().flatten(1).mean(dim=1)
+        left = coarse
+    return total + left.abs().flatten(1).mean(dim=1)
+
+
+def _blurred(x: Tensor) -> Tensor:
+    """[1, 2, 1] / 4 along both sides, edges repeated."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    across = (padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 4
+    return (across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]) / 4
+
+
+def latent_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean square error per sample: [B, ...] -> float32 [B] (InstaRevive Eq. 4, with the mean for the sum)."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ LPIPS
+
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+"""ImageNet's mean and deviation for pictures in [-1, 1], as LPIPS has them."""
+
+VGG_CONVS: Mapping[int, tuple[int, int]] = {
+    0: (3, 64),
+    2: (64, 64),
+    5: (64, 128),
+    7: (128, 128),
+    10: (128, 256),
+    12: (256, 256),
+    14: (256, 256),
+    17: (256, 512),
+    19: (512, 512),
+    21: (512, 512),
+    24: (512, 512),
+    26: (512, 512),
+    28: (512, 512),
+}
+"""(channels in, out) of VGG-16's convolutions by their number among torchvision's `features`."""
+
+TAPS: Mapping[int, int] = {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}
+"""Convolutions whose rectified output is compared, and the number of its learned weights."""
+
+
+class VggLpips(nn.Module):
+    """LPIPS on VGG-16 (version 0.1). Frozen: gradients flow to the pictures only.
+
+    Its tensors are named features.<i>.weight, features.<i>.bias (torchvision's numbers) and lin<k>.weight [1, C, 1, 1].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.ModuleDict(
+            {str(number): nn.Conv2d(*channels, 3, padding=1) for number, channels in VGG_CONVS.items()}
+        )
+        for conv, tap in TAPS.items():
+            self.add_module(f"lin{tap}", nn.Conv2d(VGG_CONVS[conv][1], 1, 1, bias=False))
+        self.requires_grad_(False)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Distance of pictures [B, 3, H, W] in [-1, 1], sides of 16 px or more -> float32 [B]."""
+        with torch.autocast(prediction.device.type, enabled=False):
+            total = prediction.new_zeros(len(prediction), dtype=torch.float32)
+            both = self._seen(torch.cat([prediction.float(), target.float()]))
+            for tap, features in both:
+                unit = features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+                mine, wanted = unit.chunk(2)
+                total = total + self.get_submodule(f"lin{tap}")((mine - wanted).square()).mean(dim=(1, 2, 3))
+            return total
+
+    def _seen(self, images: Tensor) -> Iterable[tuple[int, Tensor]]:
+        shift, scale = (images.new_tensor(v).view(1, 3, 1, 1) for v in (SHIFT, SCALE))
+        x = (images - shift) / scale
+        before = -2
+        for number in VGG_CONVS:
+            if number - before > 2:  # a pooling stands between
+                x = F.max_pool2d(x, 2)
+            x = F.relu(self.features[str(number)](x))
+            if number in TAPS:
+                yield TAPS[number], x
+            before = number
+
+
+def load_lpips(place: str | Path, device: str = "cpu") -> VggLpips:
+    """LPIPS with the weights of a file, of a folder, or of a repository on the hub.
+
+    One file may hold everything, or several a part each: torchvision's VGG-16 (vgg16-397923af.pth) and the learned
+    weights (LPIPS_v0.1_vgg.pth). Keys of torchvision, of the lpips package and of its copies are known; the classifier
+    and layers that are not needed are passed over.
+
+    Args:
+        place: a file, a folder, a name below RESTORAY_HOME/weights, or a hub id.
+        device: where it goes.
+
+    Raises:
+        ModelError: nothing there, a file that cannot be read, or tensors that are missing, double or misshapen (all of
+            them are named).
+    """
+    path = Path(place).expanduser()
+    if path.is_file():
+        files = [path]
+    else:
+        patterns = tuple(f"*{suffix}" for suffix in _SUFFIXES)
+        folder, _ = find_folder(str(place), (), patterns, {})
+        files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+        if not files:
+            raise WeightsFileError(f"{folder}: no weights, looked for {', '.join(patterns)}")
+    found: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for file in files:
+        for key, tensor in read_tensors(file, inside="state_dict").items():
+            name = _lpips_name(key)
+            if name is None:
+                unknown.append(key)
+            elif name and name in found and not torch.equal(found[name], tensor):
+                raise WeightsFileError(f"{file}: {key} says something else than a file before it")
+            elif name:
+                found[name] = tensor
+    if unknown:
+        raise WeightsFileError(f"{files[0].parent}: no weights of LPIPS on VGG-16; unexpected {sorted(unknown)[:8]}")
+    network = VggLpips()
+    load_strictly(network, found, f"{place}: LPIPS")
+    if any(bool((value < 0).any()) for key, value in found.items() if key.startswith("lin")):
+        raise WeightsFileError(f"{place}: learned weights of LPIPS are not negative, these are")
+    return network.to(device).eval()
+
+
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+
+def _lpips_name(key: str) -> str | None:
+    """Our name of a tensor; "" for one that is not needed, None for one that nobody knows."""
+    if found := re.fullmatch(r"(?:net\.)?(?:vgg\.)?(?:features|slice\d)\.(\d+)\.(weight|bias)", key):
+        return f"features.{found[1]}.{found[2]}" if int(found[1]) in VGG_CONVS else None
+    if found := re.fullmatch(r"lins?\.?(\d)(?:\.model)?(?:\.1)?\.weight", key):
+        return f"lin{found[1]}.weight" if int(found[1]) in TAPS.values() else None
+    if re.match(r"(classifier\.|(?:scaling_layer\.)?(?:shift|scale)$)", key):
+        return ""
+    return None

@@ -1,0 +1,157 @@
+"""Distribution matching between two scores, and InstaRevive's dynamic control of it (Zhu et al. 2025, section 3.2).
+
+    x_t = signal_t x + noise_t eps                   x: latents that a generator made
+    gradient of KL(generated, real) by x ~ weight (noise_t / signal_t) (eps_real - eps_fake)            (Eq. 5)
+    T_max = sigma^-1[kappa d(x_hq, x)],  t ~ U[0.02 T_max, T_max]                                        (Eqs. 6, 7)
+    loss = alpha L_reg + (1 - alpha) lambda L_dsm,  alpha linear in T_max
+
+The gradient is that of DMD (Yin et al. 2023) as PixArt-sigma's one-step trainer has it: its factor noise / signal and
+its weight take the place of omega(t), which the paper leaves open (instarevive.md section 5.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+WEIGHT_EPS = 1e-5
+
+Reduction = Literal["mean", "sum"]
+
+
+class NoiseMap(Protocol):
+    """How a prior mixes latents and noise at its discrete time steps: Schedule, FlowSchedule."""
+
+    @property
+    def num_train_timesteps(self) -> int: ...
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise over signal, float32 [T], rising."""
+
+    def sigma(self, timesteps: Tensor) -> Tensor: ...
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
+
+    def x0_from_eps(self, noisy: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreGap:
+    """What two scores say of the same noisy latents.
+
+    Attributes:
+        coeff: (noise / signal) (eps_real - eps_fake) [B, C, h, w]: clean latents of the fake minus those of the real.
+        weight: 1 over the mean distance between x and the real score's clean latents, [B, 1, 1, 1].
+        clean_real: the real score's clean latents [B, C, h, w].
+    """
+
+    coeff: Tensor
+    weight: Tensor
+    clean_real: Tensor
+
+
+@torch.no_grad()
+def score_gap(
+    schedule: NoiseMap, latents: Tensor, noisy: Tensor, timesteps: Tensor, eps_real: Tensor, eps_fake: Tensor
+) -> ScoreGap:
+    """Compare the scores' noise predictions, in float32.
+
+    Args:
+        schedule: of both scores.
+        latents: x [B, C, h, w].
+        noisy: x_t, same shape.
+        timesteps: int64 [B].
+        eps_real: the frozen score's prediction, guided.
+        eps_fake: the trained score's, unguided.
+    """
+    latents, noisy, eps_real, eps_fake = (t.detach().float() for t in (latents, noisy, eps_real, eps_fake))
+    ratio = schedule.sigma(timesteps).view(-1, *[1] * (latents.ndim - 1))
+    clean_real = schedule.x0_from_eps(noisy, eps_real, timesteps)
+    dims = tuple(range(1, latents.ndim))
+    weight = 1 / ((latents - clean_real).abs().mean(dim=dims, keepdim=True) + WEIGHT_EPS)
+    return ScoreGap(coeff=ratio * (eps_real - eps_fake), weight=weight, clean_real=clean_real)
+
+
+def score_matching_loss(latents: Tensor, gap: ScoreGap) -> Tensor:
+    """Mean square of x minus its own moved copy, per sample: [B, C, h, w] -> float32 [B].
+
+    The mean over the batch has the gradient (2 / N) weight coeff by x, N being all elements.
+    """
+    latents = latents.float()
+    target = (latents - gap.weight * gap.coeff).detach()
+    return (latents - target).square().flatten(1).mean(dim=1)
+
+
+def squared_distances(prediction: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Squared distance of each sample, without gradient, [B, ...] -> float32 [B].
+
+    Args:
+        prediction, target: clean latents.
+        reduction: over a sample's elements. "sum" is Eq. 7 as printed: with latents of thousands of elements T_max then
+            stands at its end from the start on. "mean" is what the paper's reasoning about sigma^2 I asks for.
+
+    Raises:
+        ValueError: another reduction.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
+    squares = (prediction.detach().float() - target.detach().float()).square().flatten(1)
+    return squares.mean(dim=1) if reduction == "mean" else squares.sum(dim=1)
+
+
+def noise_levels(schedule: NoiseMap) -> Tensor:
+    """Share of the noise at each time step, of unit variance in all: float64 [T], rising.
+
+    s / sqrt(1 + s^2) of noise over signal s. For variance-preserving priors it is their own sigma_t; a flow-matching
+    prior reaches the same noise over signal at another time, which is what the inversion has to find.
+    """
+    ratio = schedule.sigmas.double()
+    return ratio / (1 + ratio.square()).sqrt()
+
+
+def largest_timesteps(schedule: NoiseMap, level: Tensor, floor: int = 1) -> Tensor:
+    """T_max: the smallest time step whose noise reaches a level (Eq. 6), int64 of level's shape.
+
+    Args:
+        schedule: the prior's.
+        level: kappa d, at least 0; what no step reaches gets the last one.
+        floor: T_max is not below it, so that times still have a range.
+    """
+    table = noise_levels(schedule).to(level.device)
+    found = torch.searchsorted(table, level.detach().double().contiguous())
+    last = schedule.num_train_timesteps - 1
+    return found.clamp(min(max(1, floor), last), last)
+
+
+def smallest_timesteps(t_max: Tensor, share: float = 0.02) -> Tensor:
+    """The range's lower end, max(1, ceil(share T_max)), int64 of its shape."""
+    # 0.07 * 100 is a hair above 7 in floats, which must not count
+    return torch.ceil(t_max.double() * share - 1e-9).long().clamp_min(1)
+
+
+def draw_timesteps(uniform: Tensor, t_max: Tensor, share: float = 0.02) -> Tensor:
+    """Whole time steps, uniform from smallest_timesteps to T_max, both included: int64 [B].
+
+    Args:
+        uniform: [B] in [0, 1].
+        t_max: int64 [B], or [] for all.
+        share: lower end over upper end.
+    """
+    low = smallest_timesteps(t_max, share)
+    drawn = low + (uniform.double() * (t_max - low + 1)).floor().long()
+    return torch.minimum(drawn, t_max)  # a uniform number may be rounded up to 1
+
+
+def regression_share(t_max: Tensor, low: float = 0.0, high: float = 1000.0) -> Tensor:
+    """alpha, the weight of the regression: T_max mapped from [low, high] to [0, 1], clipped; float32 of its shape.
+
+    Raises:
+        ValueError: an empty range.
+    """
+    if not low < high:
+        raise ValueError(f"the range of T_max must have low < high, got {low} and {high}")
+    return ((t_max.double() - low) / (high - low)).clamp(0, 1).to(torch.float32)

@@ -1,0 +1,200 @@
+"""What a generator stands on: autoencoder, text encoders, schedule and start weights, alike for all families."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.models import ModelError, resolve_model
+from components.naming import did_you_mean
+from components.priors.hub import DTYPES, Precision
+from components.priors.one_text import OneTextPrior, load_one_text_prior
+from components.priors.one_text_config import PIXART, SD21
+from components.priors.sdxl import Prior, load_prior
+from components.priors.sdxl_config import SDXL
+from components.systems.instarevive.network import (
+    FAMILIES,
+    Conditions,
+    EpsPredictor,
+    Family,
+    Prediction,
+    build_network,
+    join,
+    latent_multiple,
+)
+
+PRIORS: Mapping[str, str] = {"pixart": PIXART, "sd": SD21, "sdxl": SDXL, "nano": "nano"}
+"""The prior of each family where none is named."""
+
+KEPT_PROMPTS = 32
+"""Embedded prompts that are kept: most jobs say the same of every picture, and T5-XXL takes longer than the rest."""
+
+
+@dataclass(kw_only=True)
+class Backbone:
+    """A prior of any family; a tiling.LatentPrior.
+
+    Attributes:
+        family: see network.Family.
+        prior: frozen.
+    """
+
+    family: Family
+    prior: Prior | OneTextPrior
+    _kept: OrderedDict[str, Conditions] = field(default_factory=OrderedDict, repr=False)
+
+    @property
+    def network(self) -> nn.Module:
+        """The prior's own noise predictor."""
+        return self.prior.unet if isinstance(self.prior, Prior) else self.prior.network
+
+    @network.setter
+    def network(self, network: Any) -> None:
+        if isinstance(self.prior, Prior):
+            self.prior.unet = network
+        else:
+            self.prior.network = network
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        return self.prior.autoencoder
+
+    @property
+    def prediction(self) -> Prediction:
+        return "epsilon" if isinstance(self.prior, Prior) else self.prior.prediction
+
+    @property
+    def source(self) -> dict[str, str]:
+        """As model.json records a prior."""
+        return self.prior.source
+
+    @property
+    def device(self) -> torch.device:
+        return self.prior.device
+
+    @property
+    def factor(self) -> int:
+        return self.prior.factor
+
+    @property
+    def latent_channels(self) -> int:
+        return self.prior.latent_channels
+
+    @property
+    def multiple_px(self) -> int:
+        """Picture sides must be multiples of this for the network."""
+        return self.factor * latent_multiple(self.network.config)  # type: ignore[arg-type]
+
+    def to(self, device: str | torch.device) -> Backbone:
+        self.prior.to(device)
+        self._kept.clear()
+        return self
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents; see priors.autoencoder.encode_pixels."""
+        return self.prior.encode(images, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> pictures, not clipped."""
+        return self.prior.decode(latents)
+
+    def conditions(self, prompts: Sequence[str], sizes: Tensor) -> Conditions:
+        """What a network of this family is told.
+
+        Each prompt is embedded by itself, so that a picture's conditions do not depend on its neighbours; the last ones
+        are kept.
+
+        Args:
+            prompts: B texts.
+            sizes: int64 [B, 6], see types.Batch.
+
+        Raises:
+            ValueError: the prior has no text encoder and does not know a prompt.
+        """
+        parts = []
+        for prompt in prompts:
+            if prompt not in self._kept:
+                self._kept[prompt] = self._embedded(prompt)
+                if len(self._kept) > KEPT_PROMPTS:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(prompt)
+            parts.append(self._kept[prompt])
+        return join(parts).with_sizes(sizes.to(self.device, torch.float32))
+
+    def _embedded(self, prompt: str) -> Conditions:
+        # kept embeddings may be asked for by a training step next, which inference tensors would break
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            text, second = self.prior.embed_prompts([prompt])
+        if isinstance(self.prior, Prior):
+            return Conditions(text=text, pooled=second)
+        return Conditions(text=text, mask=second)
+
+    def predictor(self, *, mask_as_bias: bool = False, copied: bool = False) -> EpsPredictor:
+        """The prior's network as a noise predictor: itself, or a copy with gradients, to be trained."""
+        network = copy.deepcopy(self.network).requires_grad_(True) if copied else self.network
+        return EpsPredictor(network, self.prior.schedule, self.prediction, mask_as_bias)
+
+    def config(self) -> dict[str, Any]:
+        """As model.json keeps it: what builds the network again, without the prior."""
+        arguments: Mapping[str, Any] = self.network.config  # type: ignore[assignment]
+        network = {k: v for k, v in arguments.items() if not k.startswith("_")}
+        return {
+            "family": self.family,
+            "network": network,
+            "schedule": asdict(self.prior.schedule),
+            "prediction": self.prediction,
+        }
+
+
+def open_backbone(
+    family: str,
+    name: str = "",
+    recorded: Mapping[str, str] | None = None,
+    precision: Precision = "fp32",
+    *,
+    with_network: bool = True,
+) -> Backbone:
+    """A backbone on the CPU, frozen.
+
+    Args:
+        family: one of network.FAMILIES.
+        name: of its prior; "" for the family's own: a diffusers folder or hub id, for nano a model folder.
+        recorded: what a trained model says of its prior; another digest is refused.
+        precision: of its weights.
+        with_network: False where other weights replace the prior's own, which then need not be there.
+
+    Raises:
+        ModelError: an unknown family, no such prior, or another one than recorded.
+    """
+    if family not in FAMILIES:
+        raise ModelError(f"unknown generator family {family!r}. {did_you_mean(str(family), FAMILIES)}")
+    name = name or PRIORS[family]
+    prior: Prior | OneTextPrior
+    if family in ("sdxl", "nano"):
+        digest = (recorded or {}).get("digest", "")
+        prior = load_prior(resolve_model(name) if digest else name, image_encoder="", precision=precision)
+        if digest and prior.digest != digest:
+            raise ModelError(
+                f"prior {name!r} has digest {prior.digest[:12]}, but the model was trained on {digest[:12]}: "
+                "bring that prior back, or train the model again"
+            )
+    else:
+        prior = load_one_text_prior(name, family, precision, with_network=with_network)  # type: ignore[arg-type]
+    return Backbone(family=family, prior=prior)  # type: ignore[arg-type]
+
+
+def network_like(config: Mapping[str, Any], precision: Precision = "fp32") -> nn.Module:
+    """An untrained network of a model folder's config, frozen.
+
+    Raises:
+        ValueError: an unknown family, or a configuration of another shape.
+    """
+    network = build_network(str(config["family"]), config["network"])
+    # torch's own: diffusers' warns of every cast
+    return nn.Module.to(network, dtype=DTYPES[precision]).eval().requires_grad_(False)

@@ -1,0 +1,144 @@
+"""Builders: from a model folder to its generator and restorer, and back to the parts of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.models import Model, ModelError, load_model, load_strictly
+from components.priors.hub import DTYPES, Precision
+from components.samplers.schedules import Schedule
+from components.systems.instarevive.backbone import Backbone, network_like, open_backbone
+from components.systems.instarevive.fast import Speed
+from components.systems.instarevive.network import EpsPredictor, OneStep, OneStepGenerator
+from components.systems.instarevive.restorer import Coarse, InstaReviveRestorer
+from components.systems.swinir.weights import network_of as swinir_of
+
+NEEDED = ("family", "network", "schedule", "prediction", "one_step")
+"""What model.json's config must say."""
+
+
+def generator_config(
+    backbone: Backbone, generator: OneStepGenerator, coarse: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What model.json keeps of a generator.
+
+    Args:
+        coarse: the coarse restorer that it was trained behind: {"id": name or folder, "digest": of its model folder}.
+    """
+    return {
+        **backbone.config(),
+        "mask_as_bias": generator.predictor.mask_as_bias,
+        "one_step": asdict(generator.settings),
+        "coarse": dict(coarse) if coarse else None,
+    }
+
+
+def generator_parts(generator: OneStepGenerator) -> dict[str, dict[str, Tensor]]:
+    """Parts of a model folder: the network under the released names, and the aligning convolution if any."""
+    parts = {"generator": dict(generator.predictor.network.state_dict())}
+    if generator.align is not None:
+        parts["align"] = dict(generator.align.state_dict())
+    return parts
+
+
+def load_generator(model: Model, precision: Precision = "fp32") -> OneStepGenerator:
+    """The generator of a model folder, on the CPU, frozen.
+
+    Raises:
+        ModelError: the folder lacks something, or keys or shapes do not fit its config; all are named.
+    """
+    config = model.info["config"]
+    lacking = [name for name in NEEDED if name not in config]
+    if lacking or "generator" not in model.info["parts"]:
+        what = f"no {', '.join(lacking)} in its config" if lacking else "no part generator"
+        raise ModelError(f"{model.path}: no InstaRevive model: {what}")
+    try:
+        network = network_like(config, precision)
+        predictor = EpsPredictor(
+            network, Schedule(**config["schedule"]), config["prediction"], bool(config.get("mask_as_bias", False))
+        )
+        generator = OneStepGenerator(predictor, OneStep(**config["one_step"]))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{model.path}: its config makes no generator: {error}") from error
+    load_strictly(network, model.part("generator"), f"{model.path}: part generator")
+    if generator.align is not None:
+        load_strictly(generator.align, model.part("align"), f"{model.path}: part align")
+    return generator.eval().requires_grad_(False)
+
+
+def open_coarse(name: str, digest: str = "", precision: Precision = "fp32") -> Coarse:
+    """A coarse restorer from the model folder of a SwinIR, frozen.
+
+    Args:
+        name: a folder, or a name below RESTORAY_HOME/weights.
+        digest: the one that a generator was trained behind; "" for any.
+
+    Raises:
+        ModelError: no such model, another system's, or another digest.
+    """
+    model = load_model(name)
+    if model.info["system"] != "swinir":
+        raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a coarse restorer (swinir)")
+    if digest and model.digest != digest:
+        raise ModelError(
+            f"coarse restorer {name!r} has digest {model.digest[:12]}, but the generator was trained behind "
+            f"{digest[:12]}: bring that one back, or name another with coarse_model"
+        )
+    network = swinir_of(model).to(DTYPES[precision]).eval().requires_grad_(False)
+    return Coarse(network, network.config.multiple_px)
+
+
+def build_restorer(
+    model: Model,
+    device: str = "cpu",
+    batch_size: int = 1,
+    precision: Precision = "fp32",
+    speed: Mapping[str, Any] | None = None,
+    coarse_model: str = "",
+    **defaults: Any,
+) -> InstaReviveRestorer:
+    """The restorer of a model folder.
+
+    Args:
+        model: a folder with a generator.
+        device: where the networks go.
+        batch_size: see InstaReviveRestorer.
+        precision: of the networks' weights; latents and noise stay in float32, and fp16 keeps a KL autoencoder in fp32.
+        speed: settings of fast.Speed by name.
+        coarse_model: another coarse restorer than the recorded one; "none" for none.
+        defaults: options that replace the recipe's.
+
+    Raises:
+        ModelError: a part is missing, or prior or coarse restorer cannot be opened.
+        ValueError: an unknown or wrong setting of speed, or option.
+    """
+    wanted = Speed.of(speed or {})
+    generator = load_generator(model, precision)
+    config, prior = model.info["config"], model.info.get("prior") or {}
+    backbone = open_backbone(config["family"], str(prior.get("id", "")), prior, precision, with_network=False)
+    if backbone.latent_channels != generator.predictor.latent_channels:
+        raise ModelError(
+            f"{model.path}: its generator takes latents of {generator.predictor.latent_channels} channels, the prior "
+            f"{backbone.source['id']} makes {backbone.latent_channels}"
+        )
+    backbone.network = generator.predictor.network  # the prior's own is not needed beside it
+    recorded = config.get("coarse") or {}
+    coarse = None
+    if coarse_model != "none" and (coarse_model or recorded):
+        named = coarse_model or str(recorded["id"])
+        coarse = open_coarse(named, "" if coarse_model else str(recorded.get("digest", "")), precision)
+        coarse.network.to(device)
+    backbone.to(device)
+    generator.to(torch.device(device))
+    usual = {**restore_defaults(model.info.get("recipe") or {}), **defaults}
+    return InstaReviveRestorer(generator, backbone, coarse, usual, batch_size, wanted)
+
+
+def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Restorer options that a resolved recipe settles: what lies in its `restore_options`."""
+    return dict(recipe.get("restore_options") or {})

@@ -1,0 +1,209 @@
+"""A generator and its autoencoder made ready for many pictures: memory layout, compilation, CUDA graphs.
+
+The three calls of a restoration (encode, one step, decode) are short enough for the launching of kernels to take longer
+than the kernels, at a batch of one. Compiling fuses norms and activations, most of all in the decoder, which does half
+of all work (reference, section 8); a graph replays all kernels of a call at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from components.naming import did_you_mean
+from components.priors.tiling import LatentPrior
+from components.systems.instarevive.network import Conditions, OneStepGenerator
+
+KEPT_GRAPHS = 4
+"""Shapes of a call whose graphs are kept; each holds the memory of its activations."""
+
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+"""What "blocks" compiles: nearly all of the work, in few different forms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How the networks are made fast. Results agree to rounding whatever is chosen.
+
+    Attributes:
+        compile: "blocks" compiles each kind of block once (torch.compile; tens of seconds), "whole" each of the three
+            calls (minutes), "off" neither.
+        compile_mode: torch.compile's mode; "" for the default.
+        channels_last: memory layout of the convolutions; "auto" is on wherever there is a GPU.
+        graphs: capture each call, for each shape, in a CUDA graph; "auto" is on wherever there is a GPU and a call is
+            compiled. Shapes that come once pay for the capture: leave it off for pictures of many sizes.
+        autoencoder: "kept" leaves it in its own precision, which for SDXL's is float32; "bf16" casts it: bfloat16 has
+            float32's range, so what overflows in half precision does not overflow here, and a 1024 picture is decoded
+            in a fraction of the time.
+
+    Raises:
+        ValueError: a value outside its set.
+    """
+
+    compile: Literal["off", "blocks", "whole"] = "off"
+    compile_mode: str = ""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    graphs: Literal["auto", "on", "off"] = "off"
+    autoencoder: Literal["kept", "bf16"] = "kept"
+
+    def __post_init__(self) -> None:
+        for name, wanted in get_type_hints(Speed).items():
+            value = getattr(self, name)
+            if get_args(wanted) and value not in get_args(wanted):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(wanted))}, got {value!r:.80}")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Speed:
+        """From settings by name. Raises ValueError for an unknown name, with the near one."""
+        names = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise ValueError(f"unknown speed setting {name!r:.80}. {did_you_mean(str(name), names)}")
+        return cls(**given)
+
+
+class FastOneStep:
+    """Encode, one step and decode of a generator on its prior; a tiling.LatentPrior itself.
+
+    Compiling, the memory layout and a cast autoencoder change the modules in place, and graphs read the weights where
+    they lie: make this for networks that do not train any more.
+
+    Args:
+        generator: on its device and in its precision.
+        prior: whose latents it restores.
+        speed: what is done.
+
+    Raises:
+        ValueError: graphs without a CUDA device.
+    """
+
+    def __init__(self, generator: OneStepGenerator, prior: LatentPrior, speed: Speed | None = None) -> None:
+        self.generator, self.prior, self.speed = generator, prior, speed or Speed()
+        self.autoencoder = prior.autoencoder
+        if self.speed.autoencoder == "bf16":
+            nn.Module.to(self.autoencoder, dtype=torch.bfloat16)  # torch's own: diffusers' warns of every cast
+        card = self.device.type == "cuda"
+        if self.speed.graphs == "on" and not card:
+            raise ValueError(f"graphs need a CUDA device, the networks are on {self.device}")
+        if self.speed.channels_last == "on" or (self.speed.channels_last == "auto" and self.device.type != "cpu"):
+            for module in (generator, prior.autoencoder):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        calls: Sequence[Callable[..., Tensor]] = (prior.encode, self._generate, prior.decode)
+        graphs = self.speed.graphs == "on" or (self.speed.graphs == "auto" and card and self.speed.compile != "off")
+        # a graph is of one shape anyway, so what it holds is compiled for that shape alone, which runs faster
+        options: dict[str, Any] = {"mode": self.speed.compile_mode or None, "dynamic": False if graphs else None}
+        if self.speed.compile == "blocks":
+            for module in (generator, prior.autoencoder):
+                compile_blocks(module, **options)
+        elif self.speed.compile == "whole":
+            calls = [torch.compile(call, **options) for call in calls]
+        if self.speed.compile != "off":
+            calls = [_many_shapes(call) for call in calls]
+        if graphs:
+            calls = [Graphed(call) for call in calls]
+        self._encode, self._step, self._decode = calls
+
+    @property
+    def device(self) -> torch.device:
+        return self.prior.device
+
+    @property
+    def factor(self) -> int:
+        return self.prior.factor
+
+    @property
+    def latent_channels(self) -> int:
+        return self.prior.latent_channels
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See Prior.encode; with noise it is left to the prior."""
+        return self._encode(images) if noise is None else self.prior.encode(images, noise)
+
+    def generate(self, lq: Tensor, given: Conditions, noise: Tensor | None = None) -> Tensor:
+        """See OneStepGenerator.forward."""
+        return self._step(lq, noise, *(getattr(given, name) for name in Conditions.__dataclass_fields__))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See Prior.decode."""
+        return self._decode(latents)
+
+    def _generate(
+        self,
+        lq: Tensor,
+        noise: Tensor | None,
+        text: Tensor,
+        mask: Tensor | None,
+        pooled: Tensor | None,
+        time_ids: Tensor | None,
+    ) -> Tensor:
+        """generate with tensors alone, as graphs want it."""
+        given = Conditions(text=text, mask=mask, pooled=pooled, time_ids=time_ids)
+        return self.generator(lq, given, noise)  # type: ignore[no-any-return]
+
+
+def compile_blocks(module: nn.Module, **options: Any) -> int:
+    """Compile every block of BLOCKS where it stands, with torch.compile's options; returns how many there are."""
+    found = [block for block in module.modules() if isinstance(block, BLOCKS)]
+    for block in found:
+        block.compile(**options)
+    return len(found)
+
+
+def _many_shapes(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A call inside which one function is compiled for every shape: blocks come in over 20, and torch stops at 8."""
+    import torch._dynamo.config  # a second's import, for those who compile
+
+    @functools.wraps(call)
+    def inside(*arguments: Any) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=64):  # type: ignore[attr-defined]
+            return call(*arguments)
+
+    return inside
+
+
+class Graphed:
+    """A function of tensors (or None) replayed from CUDA graphs, one for each set of shapes.
+
+    Args:
+        function: reads its arguments and weights on the device only, and never asks the device for a number.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self._kept: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = OrderedDict()
+
+    @torch.inference_mode()
+    def __call__(self, *arguments: Tensor | None) -> Tensor:
+        key = tuple(None if a is None else (a.shape, a.dtype, a.device) for a in arguments)
+        if key not in self._kept:
+            self._kept[key] = self._captured(arguments)
+            if len(self._kept) > KEPT_GRAPHS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        graph, inputs, result = self._kept[key]
+        for place, argument in zip(inputs, arguments, strict=True):
+            if place is not None and argument is not None:
+                place.copy_(argument)
+        graph.replay()
+        return result.clone()
+
+    def _captured(self, arguments: Sequence[Tensor | None]) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
+        inputs = [None if argument is None else argument.clone() for argument in arguments]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what compiles, and what libraries set up, must happen before
+            for _ in range(3):
+                self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.function(*inputs)
+        return graph, inputs, result

@@ -1,0 +1,50 @@
+"""Recipe of InstaRevive's training. Torch-free, so that recipes list fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from components.recipes import Recipe, RecipeError
+from components.systems.instarevive.options import check_options
+from components.systems.instarevive.settings import Distillation
+
+
+@dataclass(kw_only=True)
+class InstaReviveRecipe(Recipe):
+    """Distils a prior into a restoring generator of one step (arXiv 2504.00508); its one stage is "onestep".
+
+    Attributes:
+        family: shape of the prior's network, see network.Family; `prior` names a prior of that shape.
+        timestep, input, kernel: see network.OneStep.
+        mask_as_bias: see network.EpsPredictor; a generator that goes on from weights trained so.
+        warm_start: a model folder of InstaRevive whose generator goes on, for tasks that start from another task's
+            weights; "" starts from the prior's own. Both scores start from the prior's in any case: a generator of one
+            step is a poor score network (reference, section 5.1).
+        coarse: model folder of the frozen coarse restorer (swinir) in front; "" for none.
+        distillation: see Distillation.
+        gradient_checkpointing: activations are computed again instead of kept: less memory, a third more work.
+        restore_options: options that the trained model restores with, see options.Options.
+    """
+
+    family: Literal["pixart", "sd", "sdxl", "nano"] = "pixart"
+    timestep: int = -1
+    input: Literal["lq", "noise"] = "lq"
+    kernel: int = 1
+    mask_as_bias: bool = False
+    warm_start: str = ""
+    coarse: str = ""
+    distillation: Distillation = field(default_factory=Distillation)
+    gradient_checkpointing: bool = False
+    restore_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.timestep < -1 or self.kernel not in (1, 3):
+            raise RecipeError(f"needs timestep >= -1 and kernel 1 or 3, got {self.timestep} and {self.kernel}")
+        if self.embeddings and self.family in ("pixart", "sd"):
+            raise RecipeError(f"precomputed embeddings are those of SDXL's shape: family {self.family} embeds its own")
+        try:
+            check_options(self.restore_options)
+        except ValueError as error:
+            raise RecipeError(f"restore_options: {error}") from error

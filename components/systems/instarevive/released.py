@@ -1,0 +1,113 @@
+"""InstaRevive's released file by name, and what a file does not tell of its network. Torch-free: judged early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from components.options import UnknownOption, typed_options
+
+PUBLISHED = (
+    "InstaRevive_v1.ckpt, as EternalEvan/InstaRevive links it; its coarse restorers: restoray weights import swinir"
+)
+LICENCE = "MIT (code of EternalEvan/InstaRevive) on CreativeML OpenRAIL++-M (weights of PixArt-alpha)"
+
+RELEASED = {"generator": "InstaRevive_v1.ckpt", "align": "InstaRevive_v1_align.ckpt"}
+"""File by part. The second is ours: the released generator takes no noise and has no aligning convolution."""
+
+KNOWN_NAMES: Mapping[str, tuple[str, ...]] = {
+    part: (name, f"{Path(name).stem}.safetensors") for part, name in RELEASED.items()
+}
+"""What a folder is searched for."""
+
+SIDECAR = "restoray.json"
+"""Written beside exported files: what they do not tell themselves (family, heads, time step, prior, licence)."""
+
+_KINDS: Mapping[str, Any] = {
+    "family": Literal["pixart", "sd", "sdxl", "nano"],
+    "prediction": Literal["epsilon", "v_prediction"],
+    "mask_as_bias": bool,
+    "timestep": int,
+    "input": Literal["lq", "noise"],
+    "kernel": int,
+}
+_NUMBERS = (
+    "addition_time_embed_dim",
+    "attention_head_dim",
+    "caption_channels",
+    "cross_attention_dim",
+    "in_channels",
+    "interpolation_scale",
+    "layers_per_block",
+    "norm_num_groups",
+    "num_attention_heads",
+    "num_layers",
+    "out_channels",
+    "patch_size",
+    "projection_class_embeddings_input_dim",
+    "sample_size",
+    "transformer_layers_per_block",
+)
+_LISTS = ("attention_head_dim", "block_out_channels", "transformer_layers_per_block")
+_TEXTS = ("down_block_types", "up_block_types")
+
+
+def check_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes in their types: names of _KINDS, coarse=MODEL, and network.NAME=NUMBER in diffusers' words.
+
+    Raises:
+        ValueError: an unknown name (with the near one), a wrong type, or a size below 1.
+    """
+    network, coarse = given.get("network", {}), given.get("coarse", "")
+    inner = dict.fromkeys([*_NUMBERS, *_LISTS, *_TEXTS])
+    known = (*_KINDS, "coarse", *(f"network.{name}" for name in inner))
+    try:
+        checked = typed_options({k: v for k, v in given.items() if k not in ("network", "coarse")}, _KINDS)
+    except UnknownOption as error:
+        raise UnknownOption(error.name, known) from None
+    if not isinstance(coarse, str):
+        raise ValueError(f"coarse must name a model folder, got {coarse!r:.80}")
+    if coarse:
+        checked["coarse"] = coarse
+    if not isinstance(network, Mapping):
+        raise UnknownOption("network", known)
+    for name, value in network.items():
+        if name not in inner:
+            raise UnknownOption(f"network.{name}", known)
+        _check_size(str(name), value)
+    return checked | ({"network": dict(network)} if network else {})
+
+
+def _check_size(name: str, value: Any) -> None:
+    many = isinstance(value, Sequence) and not isinstance(value, str)
+    if name in _TEXTS:
+        if not many or not all(isinstance(v, str) for v in value):
+            raise ValueError(f"network.{name} must be a list of block names, got {value!r:.80}")
+        return
+    values = value if many and name in _LISTS else [value] if name in _NUMBERS else []
+    if not values or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values):
+        kind = "a list of positive whole numbers" if name not in _NUMBERS else "a positive whole number"
+        raise ValueError(f"network.{name} must be {kind}, got {value!r:.80}")
+
+
+def find_files(place: Path) -> list[Path]:
+    """The weights files in a folder; a file stands for itself.
+
+    Raises:
+        ValueError: no such place, no generator in it, or two files for one part.
+    """
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise ValueError(f"{place} does not exist")
+    found = []
+    for part, names in KNOWN_NAMES.items():
+        here = [place / name for name in names if (place / name).is_file()]
+        if len(here) > 1:
+            told = " and ".join(path.name for path in here)
+            raise ValueError(f"{place} holds {told}, both for the {part}: name the files one by one")
+        found += here
+    if not found or found[0].name not in KNOWN_NAMES["generator"]:
+        raise ValueError(f"{place} holds no generator of InstaRevive; looked for {', '.join(KNOWN_NAMES['generator'])}")
+    return found

@@ -1,0 +1,168 @@
+"""Builds the distillation of a recipe: generator, real and fake score around one backbone; and pictures to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.models import Model, ModelError, load_model
+from components.objectives.regression import load_lpips
+from components.priors.sdxl import Prior
+from components.recipes import as_dict
+from components.systems.instarevive.backbone import Backbone, open_backbone
+from components.systems.instarevive.build import (
+    generator_config,
+    generator_parts,
+    load_generator,
+    open_coarse,
+    restore_defaults,
+)
+from components.systems.instarevive.fast import Speed
+from components.systems.instarevive.network import Conditions, EpsPredictor, OneStep, OneStepGenerator, ScoreNetwork
+from components.systems.instarevive.objective import InstaReviveObjective, PriorTexts, Texts
+from components.systems.instarevive.recipe import InstaReviveRecipe
+from components.systems.instarevive.restorer import Coarse, InstaReviveRestorer
+from components.systems.instarevive.scores import build_scores
+from components.tensors import images_to_tensor, tensor_to_images
+from components.types import Batch, Request
+
+
+class BackboneTexts:
+    """objective.Texts by the frozen text encoder of any backbone.
+
+    Args:
+        backbone: embeds the prompts of each batch.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def conditions(self, batch: Batch, dropped: Tensor) -> Conditions:
+        gone = dropped.tolist()
+        prompts = ["" if empty else prompt for prompt, empty in zip(batch.prompts, gone, strict=True)]
+        return self.backbone.conditions(prompts, batch.sizes)
+
+    def nothing(self, batch: Batch) -> Conditions:
+        return self.backbone.conditions([""] * len(batch), batch.sizes)
+
+
+class BackboneObjective(InstaReviveObjective):
+    """The distillation of a recipe, with what its restorer needs while it trains.
+
+    Attributes:
+        backbone: frozen. coarse_restorer: what stands in front, None for nothing.
+    """
+
+    backbone: Backbone
+    coarse_restorer: Coarse | None
+
+
+def build_objective(
+    recipe: InstaReviveRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> BackboneObjective:
+    """The objective of stage "onestep".
+
+    Args:
+        recipe: resolved recipe.
+        parents: at most one model folder of InstaRevive, in the place of recipe.warm_start.
+        examples: unused; other systems look at pictures while they are built.
+        device: where the networks go.
+
+    Raises:
+        ModelError: prior, start, coarse restorer or LPIPS cannot be opened, or do not belong together.
+    """
+    if recipe.stage != "onestep":
+        raise ValueError(f"no stage {recipe.stage!r}; there is onestep")
+    start = next(iter(parents.values()), None)
+    if start is None and recipe.warm_start:
+        start = load_model(recipe.warm_start)
+    backbone = open_backbone(recipe.family, recipe.prior, start.info.get("prior") if start else None)
+    one_step = OneStep(timestep=recipe.timestep, input=recipe.input, kernel=recipe.kernel)
+    generator = OneStepGenerator(backbone.predictor(mask_as_bias=recipe.mask_as_bias, copied=True), one_step)
+    if start is not None:
+        _continue_from(generator, start)
+    coarse, recorded = None, None
+    if recipe.coarse:
+        folder = load_model(recipe.coarse)
+        # a folder's whole path, so that the trained model finds it from anywhere; other names as they are
+        place = str(folder.path.resolve()) if Path(recipe.coarse).is_dir() else recipe.coarse
+        coarse, recorded = open_coarse(recipe.coarse), {"id": place, "digest": folder.digest}
+        coarse.network.to(device)
+    config = generator_config(backbone, generator, recorded)
+    backbone.to(device)
+    generator.to(torch.device(device))
+    settings = recipe.distillation
+    real: ScoreNetwork = backbone.predictor()
+    fake: EpsPredictor | None = None
+    if settings.score:
+        real, fake = build_scores(backbone.predictor(), settings.fake, settings.lora_rank, recipe.seed)
+    if recipe.gradient_checkpointing:
+        for predictor in (generator.predictor, *([fake] if fake else [])):
+            predictor.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    texts: Texts = PriorTexts(backbone.prior) if isinstance(backbone.prior, Prior) else BackboneTexts(backbone)
+    objective = BackboneObjective(
+        generator,
+        real,
+        fake,
+        backbone,
+        texts,
+        settings,
+        coarse=coarse,
+        perceptual=load_lpips(settings.lpips, device) if settings.lpips else None,
+        config=config,
+        parts=lambda: generator_parts(generator),
+        prior=backbone,
+    )
+    objective.backbone, objective.coarse_restorer = backbone, coarse
+    return objective
+
+
+def _continue_from(generator: OneStepGenerator, start: Model) -> None:
+    """Copy the weights of an InstaRevive model folder; an aligning convolution that it lacks keeps its own start.
+
+    Raises:
+        ModelError: another system's model, or one of another shape.
+    """
+    if start.info["system"] != "instarevive":
+        raise ModelError(f"{start.path}: holds a {start.info['system']} model, not one of InstaRevive to go on from")
+    before = load_generator(start)
+    _copy(before.predictor.network, generator.predictor.network, start)
+    if before.align is not None and generator.align is not None:
+        _copy(before.align, generator.align, start)
+
+
+def _copy(source: nn.Module, target: nn.Module, model: Model) -> None:
+    had, wanted = source.state_dict(), target.state_dict()
+    differ = sorted(k for k in {*had, *wanted} if k not in had or k not in wanted or had[k].shape != wanted[k].shape)
+    if differ:
+        raise ModelError(f"{model.path}: is of another shape than the prior's network: {', '.join(differ)}")
+    target.load_state_dict(had)
+
+
+def look(
+    objective: BackboneObjective, recipe: InstaReviveRecipe, lq: Tensor, prompts: Sequence[str], seed: int
+) -> Tensor:
+    """LQ pictures [B, 3, H, W] in [-1, 1] restored by the generator in training; same shape and range."""
+    generator = objective.generator
+    assert isinstance(generator, OneStepGenerator)
+    training = generator.training
+    options: dict[str, Any] = restore_defaults(as_dict(recipe))
+    options["inpaint"] = "none"  # a sheet has no masks
+    # nothing that changes weights which still learn, or their memory
+    plain = Speed(channels_last="off")
+    restorer = InstaReviveRestorer(generator, objective.backbone, objective.coarse_restorer, options, speed=plain)
+    requests = [
+        Request(key=f"sample {i}", image=image, seed=seed + i, prompt=prompt)
+        for i, (image, prompt) in enumerate(zip(tensor_to_images(lq), prompts, strict=True))
+    ]
+    try:
+        return images_to_tensor([restored.image for restored in restorer.restore(requests)])
+    finally:
+        generator.train(training)

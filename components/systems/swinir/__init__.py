@@ -1,0 +1,1 @@
+"""SwinIR as DiffBIR trains it: the coarse restorer in front of InstaRevive, and a system by itself."""

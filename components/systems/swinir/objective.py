@@ -1,0 +1,116 @@
+"""What the coarse restorer minimises, and how it is looked at and measured while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.models import Model, load_model, resolve_model
+from components.randomness import Noise
+from components.systems.swinir.config import SwinIRConfig
+from components.systems.swinir.network import SwinIR, build_swinir, drop_path
+from components.systems.swinir.recipe import SwinIRRecipe
+from components.systems.swinir.released import PART, check_sizes
+from components.systems.swinir.weights import network_of, parameters_of
+from components.types import Batch, Loss
+
+
+class SwinIRObjective:
+    """Summed square error between restored and clean picture, both in [0, 1] (instarevive.md section 3).
+
+    Args:
+        network: all of it trains.
+        drop_rate: see network.drop_path.
+    """
+
+    def __init__(self, network: SwinIR, drop_rate: float = 0.1) -> None:
+        self.network, self.drop_rate = network.train().requires_grad_(True), drop_rate
+        self.trainables: Mapping[str, nn.Module] = {PART: network}
+        self.config: Mapping[str, Any] = network.config.to_dict()
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The network's parameters under the released keys."""
+        return {PART: parameters_of(self.network)}
+
+    def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        """One phase. Without gradients (held-out losses) no branch is left out.
+
+        Draws "drop_path <block> <branch>". Metrics: loss (mean square error) and psnr, in dB, of pictures in [0, 1].
+        """
+        kept = drop_path(self.drop_rate, self.network.depth, noise.uniform) if torch.is_grad_enabled() else None
+        hq, lq = (to_unit(side) for side in (batch.hq, batch.lq))
+        value = F.mse_loss(restore(self.network, lq, kept).float(), hq, reduction="sum")
+        mean = value.detach() / hq.numel()
+        yield PART, Loss(value=value, metrics={"loss": mean, "psnr": -10 * torch.log10(mean.clamp_min(1e-10))})
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Pictures in [-1, 1] -> [0, 1]."""
+    return (images + 1) / 2
+
+
+def restore(network: SwinIR, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] of any size -> the same size, not clipped.
+
+    Sides are padded by repeating the border up to config.multiple_px, below and to the right, and cut again.
+    """
+    height, width = images.shape[-2:]
+    multiple = network.config.multiple_px
+    padding = (0, -width % multiple, 0, -height % multiple)
+    seen = F.pad(images, padding, mode="replicate") if any(padding) else images
+    return network(seen, kept)[..., :height, :width]
+
+
+def build_objective(
+    recipe: SwinIRRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> SwinIRObjective:
+    """The objective of the one stage.
+
+    Args:
+        recipe: resolved recipe.
+        parents: none: there is no stage before.
+        examples: unused.
+        device: where the network goes.
+
+    Raises:
+        ModelError: warm_start names no usable SwinIR.
+        ValueError: sizes that make no network, or whose output is not of the picture's size.
+    """
+    if recipe.warm_start:
+        network = network_of(load_model(resolve_model(recipe.warm_start)))
+        network.gradient_checkpointing = recipe.gradient_checkpointing
+    else:
+        config = SwinIRConfig(**check_sizes(recipe.size))
+        network = build_swinir(config, recipe.seed, recipe.gradient_checkpointing)
+    check_same_size(network.config)
+    return SwinIRObjective(network.to(device), recipe.drop_path)
+
+
+def check_same_size(config: SwinIRConfig) -> None:
+    """Raises ValueError for a network whose output is not of its input's size: it restores nothing here."""
+    if config.sf != config.unshuffle_scale:
+        raise ValueError(f"sf and unshuffle_scale must be equal, got {config.sf} and {config.unshuffle_scale}")
+
+
+def look(objective: SwinIRObjective, recipe: SwinIRRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
+    """LQ pictures [B, 3, H, W] in [-1, 1], restored; same shape and range, not clipped."""
+    return restore(objective.network, to_unit(lq)) * 2 - 1
+
+
+@torch.no_grad()
+def measure(objective: SwinIRObjective, heldout: Sequence[Batch]) -> dict[str, float]:
+    """Mean PSNR over held-out pictures, dB, of what is restored and of the LQ pictures themselves."""
+    found: dict[str, list[Tensor]] = {"psnr_heldout": [], "psnr_heldout_lq": []}
+    for batch in heldout:
+        hq, lq = to_unit(batch.hq), to_unit(batch.lq)
+        for name, image in (("psnr_heldout", restore(objective.network, lq)), ("psnr_heldout_lq", lq)):
+            error = (image.clamp(0, 1) - hq).square().flatten(1).mean(1)
+            found[name].append(-10 * torch.log10(error.clamp_min(1e-10)))
+    return {name: float(torch.cat(values).mean()) for name, values in found.items()}

@@ -1,0 +1,54 @@
+"""What a request may ask of the coarse restorer. Torch-free: judged before a job starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_type_hints
+
+from components.options import typed_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Settings of a restoration.
+
+    Attributes:
+        min_side_px: a picture whose result would have a shorter short side is enlarged to it for the network, and
+            brought back; DiffBIR and InstaRevive have 512. 0 leaves sizes alone.
+        tile_px: side of a tile; larger pictures are restored in tiles. Rounded down to what the network takes.
+        tile_overlap: share of a tile that neighbours share at least.
+    """
+
+    min_side_px: int = 512
+    tile_px: int = 1024
+    tile_overlap: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_side_px <= 4096:
+            raise ValueError(f"option min_side_px must be between 0 and 4096, got {self.min_side_px}")
+        if self.tile_px < 1:
+            raise ValueError(f"option tile_px must be at least 1, got {self.tile_px}")
+        if not 0 <= self.tile_overlap <= 0.9:
+            raise ValueError(f"option tile_overlap must be between 0 and 0.9, got {self.tile_overlap}")
+
+
+def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options in their own types; see components.options.OptionCheck.
+
+    Raises:
+        ValueError: an unknown name (with the near one), a wrong type, or a value outside its range.
+    """
+    values = typed_options(given, get_type_hints(Options))
+    replace(Options(), **values)  # checks the ranges
+    return values
+
+
+def parse_options(given: Mapping[str, Any], defaults: Options) -> Options:
+    """Options by name on top of defaults; raises as check_options."""
+    return replace(defaults, **typed_options(given, get_type_hints(Options)))
+
+
+def told(options: Options) -> dict[str, str]:
+    """For a PNG's text chunks."""
+    return {name: str(value) for name, value in asdict(options).items()}

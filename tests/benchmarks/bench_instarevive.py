@@ -1,0 +1,545 @@
+"""InstaRevive's one step at the papers' sizes: encode, generate and decode, plain and fast; and its training update.
+
+    python tests/benchmarks/bench_instarevive.py                                         # CPU, nano sizes
+    python tests/benchmarks/bench_instarevive.py --device cuda --what generate512 --compile on --batch 1 --batch 16
+    python tests/benchmarks/bench_instarevive.py --device cuda --what generate1024 --compile on --batch 1 --batch 8
+    python tests/benchmarks/bench_instarevive.py --device cuda --what update --batch 4
+
+All sizes run through the same code. Weights are random and made on the device: nothing is downloaded. generate512 is
+PixArt's DiT (611M) with the autoencoder of Stable Diffusion on 512 x 512, told 300 tokens; generate1024 SDXL's UNet and
+autoencoder on 1024 x 1024, 77 tokens; on a CPU both are small networks of the same kind. "plain" is the product's code
+as it stands in bfloat16, "ours" the same through fast.FastOneStep: channels last, blocks compiled (--compile on), calls
+replayed from CUDA graphs (--graphs on), the autoencoder in bfloat16. Arms take turns; medians of wall time on a card
+(the device waited for), of CPU time elsewhere; a line is void where an arm spreads over 25 %. `difference` is the
+largest difference of the arms' pictures over the largest value, `psnr_db` of ours against plain.
+
+It needs torch, numpy, diffusers, transformers, peft, safetensors and omegaconf, and of this project components/.
+Compiling blocks takes about a minute a size; --compile off --graphs on has most of the gain at a batch of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from components.randomness import Noise
+    from components.systems.instarevive.fast import FastOneStep, Speed
+    from components.systems.instarevive.network import Conditions
+    from components.types import Batch
+
+MAX_SPREAD = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One set of shapes.
+
+    Attributes:
+        family: of the generator. network, autoencoder: diffusers' arguments.
+        side_px: of the pictures. tokens: of a prompt, told_tokens of them no padding (0: there is no mask).
+        latency_s: most seconds at a batch of one. images_per_s: least rate at any batch. 0: no goal.
+    """
+
+    family: str
+    network: Mapping[str, Any]
+    autoencoder: Mapping[str, Any]
+    side_px: int
+    tokens: int
+    told_tokens: int = 0
+    latency_s: float = 0.0
+    images_per_s: float = 0.0
+
+
+def cases() -> dict[str, dict[str, Case]]:
+    """By --what, by size: "nano" for a CPU, "real" for a card."""
+    from components.priors.nano import NANO
+    from components.priors.one_text_config import PIXART_DIT, SD_VAE
+    from components.priors.sdxl_config import SDXL_UNET
+
+    small_vae = {**SD_VAE, "block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8}
+    small_dit = {
+        **PIXART_DIT,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "num_layers": 4,
+        "cross_attention_dim": 64,
+        "caption_channels": 64,
+        "sample_size": 16,
+    }
+    small_unet = {**NANO["unet"], "in_channels": 4, "out_channels": 4}
+    dit = Case(
+        family="pixart",
+        network=PIXART_DIT,
+        autoencoder=SD_VAE,
+        side_px=512,
+        tokens=300,
+        told_tokens=28,
+        latency_s=0.025,
+        images_per_s=60,
+    )
+    unet = Case(
+        family="sdxl",
+        network=SDXL_UNET,
+        autoencoder={**SD_VAE, "scaling_factor": 0.13025, "sample_size": 1024},
+        side_px=1024,
+        tokens=77,
+        latency_s=0.2,
+        images_per_s=8,
+    )
+    none: dict[str, Any] = {"latency_s": 0.0, "images_per_s": 0.0, "autoencoder": small_vae, "side_px": 128}
+    return {
+        "generate512": {"real": dit, "nano": replace(dit, network=small_dit, tokens=16, told_tokens=5, **none)},
+        "generate1024": {"real": unet, "nano": replace(unet, network=small_unet, tokens=16, **none)},
+    }
+
+
+def build_case(case: Case, device: str, dtype: torch.dtype, image_dtype: torch.dtype) -> tuple[Any, Any]:
+    """(generator, backbone) of random weights made on the device, networks in dtype, the autoencoder in image_dtype."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from torch import nn
+
+    from components.priors.one_text import OneTextPrior
+    from components.priors.sdxl import Prior
+    from components.samplers.schedules import Schedule
+    from components.systems.instarevive.backbone import Backbone
+    from components.systems.instarevive.network import EpsPredictor, OneStepGenerator, build_network
+
+    schedule = (
+        Schedule(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear") if case.family == "pixart" else Schedule()
+    )
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[] if device != "cuda" else [torch.cuda.current_device()]):
+        torch.manual_seed(0)
+        try:
+            torch.set_default_dtype(dtype)  # never twice the memory
+            with torch.device(device):
+                network = nn.Module.to(build_network(case.family, case.network), dtype=dtype)
+            torch.set_default_dtype(image_dtype)
+            with torch.device(device):
+                plain = {k: tuple(v) if isinstance(v, list) else v for k, v in case.autoencoder.items()}
+                autoencoder = nn.Module.to(AutoencoderKL(**plain), dtype=image_dtype)
+        finally:
+            torch.set_default_dtype(before)
+    prior: Any
+    if case.family == "pixart":
+        prior = OneTextPrior(
+            name="random",
+            digest="",
+            network=network,
+            autoencoder=autoencoder,
+            text_encoder=None,
+            tokenizer=None,
+            schedule=schedule,
+        )
+    else:
+        prior = Prior(
+            name="random",
+            digest="",
+            unet=network,  # type: ignore[arg-type]
+            autoencoder=autoencoder,
+            text_encoders=(nn.Identity(), nn.Identity()),
+            tokenizers=(),
+            image_encoder=nn.Identity(),
+            schedule=schedule,
+        )
+    prior.freeze()
+    return OneStepGenerator(EpsPredictor(network, schedule)).eval(), Backbone(family=case.family, prior=prior)  # type: ignore
+
+
+def make_inputs(case: Case, device: str, batch: int) -> tuple[Conditions, torch.Tensor]:
+    """Random conditions and pictures [batch, 3, H, W] in [-1, 1]."""
+    import torch
+
+    from components.systems.instarevive.network import Conditions
+
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    pictures = random(batch, 3, case.side_px, case.side_px).clamp(-1, 1)
+    if case.family == "pixart":
+        mask = None
+        if case.told_tokens:
+            mask = (torch.arange(case.tokens, device=device) < case.told_tokens).float().expand(batch, -1).contiguous()
+        return Conditions(text=random(batch, case.tokens, case.network["caption_channels"]), mask=mask), pictures
+    pooled = case.network["projection_class_embeddings_input_dim"] - 6 * case.network["addition_time_embed_dim"]
+    size = torch.tensor([[case.side_px, case.side_px, 0, 0, case.side_px, case.side_px]], device=device)
+    return (
+        Conditions(
+            text=random(batch, case.tokens, case.network["cross_attention_dim"]),
+            pooled=random(batch, pooled),
+            time_ids=size.float().expand(batch, -1).contiguous(),
+        ),
+        pictures,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- one step
+
+
+def count_flops(case: Case) -> dict[str, float]:
+    """TFLOP of a picture's encode, generate and decode, by torch's counter on the meta device."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counted = {}
+    with torch.no_grad():
+        generator, backbone = build_case(case, "meta", torch.float32, torch.float32)
+        given, pictures = make_inputs(case, "meta", 1)
+        side = case.side_px // backbone.factor
+        latents = torch.empty(1, backbone.latent_channels, side, side, device="meta")
+        calls: dict[str, Callable[[], Any]] = {
+            "encode": lambda: backbone.autoencoder.encode(pictures),
+            "generate": lambda: generator(latents, given),
+            "decode": lambda: backbone.autoencoder.decode(latents),
+        }
+        for name, call in calls.items():
+            with FlopCounterMode(display=False) as counter:
+                call()
+            counted[name] = counter.get_total_flops() / 1e12
+    return counted
+
+
+def one_step(fast: FastOneStep, given: Conditions, pictures: torch.Tensor, chunk: int = 0) -> torch.Tensor:
+    """Pictures through encoder, generator and decoder; the autoencoder sees `chunk` of them at a time (0: all)."""
+    import torch
+
+    chunk = chunk or len(pictures)
+    lq = torch.cat([fast.encode(part) for part in pictures.split(chunk)])
+    clean = fast.generate(lq, given)
+    return torch.cat([fast.decode(part) for part in clean.split(chunk)])
+
+
+def measure_generate(
+    what: str,
+    size: str,
+    device: str = "cpu",
+    batches: Sequence[int] = (1,),
+    rounds: int = 5,
+    speed: Speed | None = None,
+    chunk: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows for the plain arm and ours at each batch, and for the three calls by themselves at the first batch."""
+    import torch
+
+    from components.systems.instarevive.fast import FastOneStep, Speed
+
+    case = cases()[what][size]
+    card = device == "cuda"
+    dtype = torch.bfloat16 if card else torch.float32
+    # as the product loads them: SDXL's autoencoder stays in float32 unless Speed says otherwise
+    image_dtype = dtype if case.family == "pixart" else torch.float32
+    plain_speed = Speed(channels_last="off")
+    speed = speed or Speed(channels_last="on", autoencoder="bf16" if card else "kept")
+    tflop = count_flops(case)
+    rows = []
+    networks = build_case(case, device, dtype, image_dtype)
+    arms = {"plain": FastOneStep(*networks, plain_speed)}
+    plain = {b: _timed(arms, case, device, b, rounds, chunk) for b in batches}
+    # the same modules are made fast in place, so the plain arm comes first
+    arms = {"ours": FastOneStep(*networks, speed)}
+    for batch in batches:
+        ours = _timed(arms, case, device, batch, rounds, chunk)
+        for arm, (times, result, once_s, peak) in (("plain", plain[batch]["plain"]), ("ours", ours["ours"])):
+            median = statistics.median(times)
+            row = {"what": what, "size": size, "arm": arm, "batch": batch, **summary(times, device)}
+            row |= {"images_per_s": round(batch / median, 2), "once_s": round(once_s, 1)}
+            row |= {"tflop": round(sum(tflop.values()) * batch, 4)}
+            row |= {
+                "compile": speed.compile if arm == "ours" else "off",
+                "graphs": arm == "ours" and speed.graphs == "on",
+            }
+            if arm == "ours":
+                exact = plain[batch]["plain"][1]
+                row |= {"difference": float((result - exact).abs().max() / exact.abs().max())}
+                row |= {"psnr_db": round(psnr(result, exact), 1)}
+                row |= {"ratio_to_plain": round(statistics.median(plain[batch]["plain"][0]) / median, 2)}
+            if card:
+                row |= {"tflop_per_s": round(sum(tflop.values()) * batch / median, 1), "peak_gib": round(peak, 1)}
+            rows.append({**row, **_goals(case, batch, median)})
+    rows.append(
+        {
+            "what": f"{what} calls",
+            "size": size,
+            "arm": "ours",
+            "batch": batches[0],
+            **_calls(arms["ours"], case, device, batches[0], rounds, tflop),
+        }
+    )
+    return rows
+
+
+def _timed(
+    arms: Mapping[str, FastOneStep], case: Case, device: str, batch: int, rounds: int, chunk: int
+) -> dict[str, tuple[list[float], torch.Tensor, float, float]]:
+    """(seconds, pictures as float32 on the CPU, seconds of the first call, peak GiB) of each arm."""
+    import torch
+
+    given, pictures = make_inputs(case, device, batch)
+    found = {}
+    with torch.inference_mode():
+        for name, fast in arms.items():
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            one_step(fast, given, pictures, chunk)
+            synchronise(device)
+            once_s = time.perf_counter() - started
+            times, result = repeat(lambda fast=fast: one_step(fast, given, pictures, chunk), device, rounds)  # type: ignore
+            peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+            found[name] = (times, result.float().cpu(), once_s, peak)
+    return found
+
+
+def _calls(
+    fast: FastOneStep, case: Case, device: str, batch: int, rounds: int, tflop: Mapping[str, float]
+) -> dict[str, Any]:
+    """Median seconds of each call by itself, and what it computes a second."""
+    import torch
+
+    given, pictures = make_inputs(case, device, batch)
+    row: dict[str, Any] = {}
+    with torch.inference_mode():
+        lq = fast.encode(pictures)
+        calls: dict[str, Callable[[], torch.Tensor]] = {
+            "encode": lambda: fast.encode(pictures),
+            "generate": lambda: fast.generate(lq, given),
+            "decode": lambda: fast.decode(lq),
+        }
+        for name, call in calls.items():
+            times, _ = repeat(call, device, rounds)
+            row[f"{name}_s"] = round(statistics.median(times), 5)
+            row[f"{name}_tflop"] = round(tflop[name] * batch, 4)
+    return row
+
+
+def _goals(case: Case, batch: int, median: float) -> dict[str, Any]:
+    """Whether the case's goals are reached, where it has any that this batch can tell."""
+    found: dict[str, Any] = {}
+    if case.latency_s and batch == 1:
+        found |= {"goal_s": case.latency_s, "latency_reached": median <= case.latency_s}
+    if case.images_per_s:
+        found |= {"goal_images_per_s": case.images_per_s, "rate_reached": batch / median >= case.images_per_s}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- update
+
+
+def measure_update(
+    size: str, device: str = "cpu", batch: int = 1, rounds: int = 3, fake: str = "full", checkpoint: bool = True
+) -> dict[str, Any]:
+    """A row for a whole training step of the three networks: generator and fake score, both with their optimiser.
+
+    Shapes are generate512's. Trained weights are float32, forward passes under bf16 on a card; the autoencoder is in
+    bf16 there. The regression is LPIPS's network of random weights, which costs what the real one does.
+
+    Args:
+        fake: "full" or "lora".
+        checkpoint: activations of networks and decoder are computed again in the backward pass.
+    """
+    import torch
+
+    from components.recipes import Optimizer
+    from components.training import build_optimizers, train_step
+
+    card = device == "cuda"
+    case = cases()["generate512"][size]
+    if card:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    objective = build_update(case, device, fake, checkpoint)
+    optimizers = build_optimizers(objective, Optimizer())
+    given = update_batch(case, device, batch)
+    last: dict[str, float] = {}
+
+    def step() -> torch.Tensor:
+        # a rate of zero: every step then does the same work on the same weights
+        last.update(
+            train_step(objective, [given], optimizers, lr=0.0, clip_norm=1.0, precision="bf16" if card else "fp32")
+        )
+        return torch.tensor(last["loss_fake"])
+
+    times, _ = repeat(step, device, rounds)
+    trained = {
+        name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in objective.trainables.items()
+    }
+    row = {"what": "update", "size": size, "fake": fake, "checkpoint": checkpoint, "batch": batch}
+    row |= {**summary(times, device), "images_per_s": round(batch / statistics.median(times), 3), "trained": trained}
+    row |= {"losses": {name: round(last[name], 5) for name in ("loss_regression", "loss_dsm", "loss_fake")}}
+    if card:
+        row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+    return row
+
+
+def build_update(case: Case, device: str, fake: str, checkpoint: bool) -> Any:
+    """The product's objective around a case's random networks: generator a copy of the prior, real and fake score."""
+    import torch
+
+    from components.objectives.regression import VggLpips
+    from components.randomness import seeded_init
+    from components.systems.instarevive.network import OneStepGenerator
+    from components.systems.instarevive.objective import InstaReviveObjective
+    from components.systems.instarevive.scores import build_scores
+    from components.systems.instarevive.settings import Distillation
+
+    card = device == "cuda"
+    _, backbone = build_case(case, device, torch.float32, torch.bfloat16 if card else torch.float32)
+    generator = OneStepGenerator(backbone.predictor(copied=True))
+    real, trained = build_scores(backbone.predictor(), fake, rank=64)  # type: ignore[arg-type]
+    if checkpoint:
+        for predictor in (generator.predictor, trained):
+            predictor.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    with seeded_init(0, "lpips"):
+        perceptual = VggLpips().to(device)
+    for name, parameter in perceptual.named_parameters():
+        if name.startswith("lin"):
+            parameter.data.abs_()  # as the learned ones: a distance must not be negative
+    settings = Distillation(fake=fake, checkpoint_decoder=checkpoint)  # type: ignore[arg-type]
+    return InstaReviveObjective(
+        generator, real, trained, backbone, RandomTexts(case, device), settings, perceptual=perceptual
+    )
+
+
+class RandomTexts:
+    """objective.Texts of random embeddings: as those of a text encoder that ran before."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device = case, device
+
+    def conditions(self, batch: Batch, dropped: torch.Tensor) -> Conditions:
+        return make_inputs(self.case, self.device, len(batch))[0]
+
+    def nothing(self, batch: Batch) -> Conditions:
+        given = self.conditions(batch, batch.sizes)
+        return replace(given, text=-given.text)  # another text, or guidance would have nothing to tell apart
+
+
+def update_batch(case: Case, device: str, batch: int) -> tuple[Batch, Noise]:
+    """Random pairs, and their noise."""
+    import numpy as np
+    import torch
+
+    from components.randomness import Noise
+    from components.types import Batch
+
+    positions, side = np.arange(batch), case.side_px
+    _, pictures = make_inputs(case, device, 2 * batch)
+    made = Batch(
+        keys=[str(p) for p in positions],
+        positions=positions,
+        hq=pictures[:batch],
+        lq=pictures[batch:],
+        prompts=[""] * batch,
+        sizes=torch.tensor([[side, side, 0, 0, side, side]], device=device).expand(batch, -1),
+    )
+    return made, Noise(0, positions, device)
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+def repeat(call: Callable[[], torch.Tensor], device: str, rounds: int) -> tuple[list[float], torch.Tensor]:
+    """Seconds of each of `rounds` calls after one that is not counted, and the last result."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    seconds = []
+    result = call()
+    for _ in range(rounds):
+        synchronise(device)
+        start = clock()
+        result = call()
+        synchronise(device)
+        seconds.append(clock() - start)
+    return seconds, result
+
+
+def summary(times: Sequence[float], device: str) -> dict[str, Any]:
+    """Median, spread over the median, and whether the spread voids the line."""
+    median = statistics.median(times)
+    spread = (max(times) - min(times)) / median
+    clock = "median_s" if device == "cuda" else "median_cpu_s"
+    return {clock: round(median, 5), "spread": round(spread, 3), "void": spread > MAX_SPREAD}
+
+
+def psnr(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Of pictures, against the exact ones' range."""
+    error = float((result - exact).square().mean())
+    return math.inf if error == 0 else 10 * math.log10(float(exact.max() - exact.min()) ** 2 / error)
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure and print one JSON line each, appended to bench.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    whats = [*cases(), "update"]
+    parser.add_argument("--what", action="append", choices=whats, help="repeat; default all")
+    parser.add_argument("--size", default="", choices=["", "nano", "real"], help="default: nano on a CPU, else real")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--batch", action="append", type=int, help="repeat; default 1")
+    parser.add_argument("--chunk", type=int, default=0, help="pictures that the autoencoder sees at a time; 0: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", default="off", choices=["off", "on", "whole"], help="on compiles blocks")
+    parser.add_argument("--compile-mode", default="")
+    parser.add_argument("--graphs", default="", choices=["", "on", "off"], help="default: on with a card")
+    parser.add_argument("--no-checkpoint", action="store_true", help="update: keep activations")
+    parser.add_argument("--autotune", action="store_true", help="let cuDNN try its convolutions, in all arms")
+    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    import torch
+
+    from components.systems.instarevive.fast import Speed
+
+    torch.set_num_threads(given.threads)
+    torch.backends.cudnn.benchmark = given.autotune
+    card = given.device == "cuda"
+    speed = Speed(
+        compile={"on": "blocks"}.get(given.compile, given.compile),  # type: ignore[arg-type]
+        compile_mode=given.compile_mode,
+        channels_last="on",
+        graphs=given.graphs or ("on" if card else "off"),
+        autoencoder="bf16" if card else "kept",
+    )
+    size = given.size or ("real" if card else "nano")
+    with given.out.open("a", encoding="utf-8") as stream:
+
+        def tell(row: Mapping[str, Any]) -> None:
+            for line in (print, stream.write):
+                line(json.dumps(row) + ("" if line is print else "\n"))
+            stream.flush()
+
+        tell({"what": "device", "device": torch.cuda.get_device_name() if card else "cpu", "torch": torch.__version__})
+        batches = given.batch or [1]
+        for what in given.what or whats:
+            if what == "update":
+                for fake in ("full", "lora"):
+                    for batch in batches:
+                        tell(measure_update(size, given.device, batch, given.rounds, fake, not given.no_checkpoint))
+                continue
+            for row in measure_generate(what, size, given.device, batches, given.rounds, speed, given.chunk):
+                tell(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""From a recipe to a trained folder and back: the distillation built on the shipped nano prior."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from components.models import Model, ModelCard, ModelError, load_model, save_model
+from components.randomness import Noise
+from components.recipes import Optimizer, RecipeError, as_dict
+from components.systems import SYSTEMS, build_restorer
+from components.systems.instarevive.network import OneStepGenerator
+from components.systems.instarevive.recipe import InstaReviveRecipe
+from components.systems.instarevive.settings import Distillation
+from components.systems.instarevive.training import BackboneObjective, BackboneTexts, build_objective, look
+from components.systems.swinir.config import SwinIRConfig
+from components.systems.swinir.network import build_swinir
+from components.training import build_optimizers, train_step
+from components.types import Batch, Request
+
+
+def recipe(**changes: Any) -> InstaReviveRecipe:
+    usual = {"family": "nano", "prior": "nano", "steps": 3, "batch_size": 2, "resolution": 64, "short_side": 64}
+    return InstaReviveRecipe(name="test", system="instarevive", stage="onestep", **{**usual, **changes})
+
+
+def batch(side: int = 64) -> Batch:
+    rows = np.random.default_rng(0).uniform(-1, 1, (2, 2, 3, 8, 8)).astype(np.float32)
+    hq, lq = (torch.nn.functional.interpolate(torch.from_numpy(part), (side, side), mode="bicubic") for part in rows)
+    return Batch(
+        keys=["a", "b"],
+        positions=np.arange(2),
+        hq=hq.clamp(-1, 1),
+        lq=lq.clamp(-1, 1),
+        prompts=["red", ""],
+        sizes=torch.tensor([[side, side, 0, 0, side, side]]).expand(2, -1),
+    )
+
+
+def train(objective: BackboneObjective, steps: int = 2) -> dict[str, float]:
+    optimizers = build_optimizers(objective, Optimizer())
+    metrics = {}
+    for step in range(steps):
+        noise = Noise(0, np.arange(2) + 2 * step)
+        metrics = train_step(objective, [(batch(), noise)], optimizers, lr=1e-4, clip_norm=1.0)
+    return metrics
+
+
+def saved(objective: BackboneObjective, made: InstaReviveRecipe, path: Path) -> Model:
+    card = ModelCard(
+        name=path.name,
+        system="instarevive",
+        recipe=as_dict(made),
+        prior=objective.prior.source,
+        config=objective.config,
+    )
+    return save_model(path, card, objective.parts())
+
+
+def coarse_model(path: Path) -> Model:
+    config = SwinIRConfig(img_size=8, embed_dim=12, depths=[1], num_heads=[2], window_size=4, sf=4, unshuffle_scale=4)
+    card = ModelCard(name="coarse", system="swinir", config=config.to_dict())
+    return save_model(path, card, {"swinir": dict(build_swinir(config).named_parameters())})
+
+
+@pytest.mark.parametrize("changes", [{}, {"input": "noise"}, {"distillation": Distillation(fake="lora", lora_rank=4)}])
+def test_a_recipe_trains_and_its_folder_restores(changes: dict[str, Any], tmp_path: Path) -> None:
+    coarse = coarse_model(tmp_path / "coarse")
+    made = recipe(coarse=str(coarse.path), restore_options={"color": "wavelet"}, **changes)
+    objective = build_objective(made, {})
+    before = {k: v.clone() for k, v in objective.parts()["generator"].items()}
+    metrics = train(objective)
+    assert {"t_max", "alpha", "loss_regression", "loss_dsm", "loss_fake"} <= set(metrics)
+    after = objective.parts()["generator"]
+    assert not all(torch.equal(before[key], value) for key, value in after.items())
+    assert not [key for key in after if "lora" in key]
+    seen = look(objective, made, batch().lq, ["red", ""], seed=0)
+    assert seen.shape == (2, 3, 64, 64)
+    model = saved(objective, made, tmp_path / "model")
+    restorer = build_restorer(model.path)
+    image = np.zeros((40, 52, 3), dtype=np.uint8)
+    result = restorer.restore([Request(key="k", image=image)])[0]
+    assert result.image.shape == image.shape and result.info["color"] == "wavelet"
+    assert model.info["config"]["coarse"] == {"id": str(coarse.path.resolve()), "digest": coarse.digest}
+    # its look while training is what the folder restores
+    from components.tensors import images_to_tensor, tensor_to_images
+
+    (again,) = restorer.restore([Request(key="k", image=tensor_to_images(batch().lq)[0], prompt="red", seed=0)])
+    assert (images_to_tensor([again.image]) - seen[:1]).abs().max() < 0.02
+
+
+def test_looking_leaves_training_as_it_was() -> None:
+    objective = build_objective(recipe(), {})
+    objective.generator.train()
+    with torch.no_grad():
+        look(objective, recipe(), batch().lq, ["", ""], seed=0)
+    assert objective.generator.training and all(p.requires_grad for p in objective.generator.parameters())
+    train(objective, 1)
+
+
+def test_a_generator_goes_on_from_another_folder(tmp_path: Path) -> None:
+    first = build_objective(recipe(), {})
+    train(first)
+    model = saved(first, recipe(), tmp_path / "first")
+    second = build_objective(recipe(warm_start=str(model.path), input="noise"), {})
+    assert isinstance(second.generator, OneStepGenerator)
+    went_on = second.parts()["generator"]
+    assert all(torch.equal(value, went_on[key]) for key, value in model.part("generator").items())
+    prior_network = second.backbone.network.state_dict()  # the scores start from the prior's own
+    assert any(not torch.equal(value, went_on[key]) for key, value in prior_network.items())
+    with pytest.raises(ModelError, match="not one of InstaRevive"):
+        build_objective(recipe(warm_start="nano"), {})
+    other = ModelCard(name="x", system="instarevive", prior=dict(model.info["prior"]), config=model.info["config"])
+    small = {**model.info["config"]["network"], "block_out_channels": [16, 24, 32]}
+    narrow = save_model(tmp_path / "narrow", other, {"generator": dict(narrower(small).state_dict())})
+    info = load_model(narrow.path)
+    info.info["config"]["network"].update(small)  # type: ignore[attr-defined]
+    with pytest.raises(ModelError, match="another shape than the prior's network"):
+        build_objective(recipe(), {"start": info})
+
+
+def narrower(config: dict[str, Any]) -> torch.nn.Module:
+    from components.systems.instarevive.network import build_network
+
+    return build_network("nano", config)
+
+
+def test_regression_alone_has_no_fake_score() -> None:
+    objective = build_objective(recipe(distillation=Distillation(score=False)), {})
+    assert set(objective.trainables) == {"generator"}
+    assert "loss_dsm" not in train(objective, 1)
+
+
+def test_texts_of_a_backbone_are_those_of_its_prior() -> None:
+    objective = build_objective(recipe(gradient_checkpointing=True), {})
+    given = batch()
+    dropped = torch.tensor([True, False])
+    for texts in (objective.texts, BackboneTexts(objective.backbone)):
+        found, nothing = texts.conditions(given, dropped), texts.nothing(given)
+        torch.testing.assert_close(found.text[0], nothing.text[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.text, nothing.text, atol=1e-5, rtol=1e-5)  # both prompts are empty now
+    train(objective, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kernel": 2}, "kernel 1 or 3"),
+        ({"timestep": -3}, "timestep >= -1"),
+        ({"family": "pixart", "embeddings": "text"}, "embeds its own"),
+        ({"restore_options": {"windw": "equal"}}, 'Did you mean "window"'),
+    ],
+)
+def test_wrong_recipes_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        recipe(**changes)
+
+
+def test_the_system_is_registered() -> None:
+    system = SYSTEMS["instarevive"]
+    assert system.stages == {"onestep": 1} and system.weights is not None
+    assert system.check_options is not None and system.check_options({"tile_px": 512.0}) == {"tile_px": 512}
+    layout = system.weights.layout(sizes={})
+    assert sum(torch.Size(s).numel() for s in layout["InstaRevive_v1.ckpt"].values()) == 610_856_096
+    assert asdict(recipe())["distillation"]["kappa"] == 1.5

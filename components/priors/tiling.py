@@ -91,22 +91,18 @@ def encode_images(prior: LatentPrior, images: Sequence[Image], tile: int = TILE,
     return result
 
 
-def decode_images(
-    prior: LatentPrior, latents: Tensor, tile: int = TILE, decode: Callable[[Tensor], Tensor] | None = None
-) -> list[Image]:
+def decode_images(prior: LatentPrior, latents: Tensor, tile: int = TILE) -> list[Image]:
     """Scaled latents [B, C, h, w] -> pictures uint8 [h factor, w factor, 3], clipped.
 
     Args:
         tile: latent pixels of a tile's side.
-        decode: instead of Prior.decode, for example compiled.
     """
-    decoded = decode or prior.decode
     size = (latents.shape[-2], latents.shape[-1])
     if max(size) <= tile:
-        return tensor_to_images(decoded(latents))
+        return tensor_to_images(prior.decode(latents))
 
     def decode_part(top: int, bottom: int, left: int, right: int) -> Tensor:
-        return decoded(latents[..., top:bottom, left:right])
+        return prior.decode(latents[..., top:bottom, left:right])
 
     return paint(len(latents), size, tile, halo_of(prior, "decoder"), _fade(prior), prior.factor, decode_part)
 

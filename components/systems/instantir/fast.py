@@ -21,7 +21,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
@@ -30,12 +29,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from components.cuda_graphs import Function, Graphed, can_record
 from components.naming import did_you_mean
 from components.objectives.consistency import consistency_output
 from components.systems.instantir.aggregator import Residuals
+from components.systems.instantir.block_calls import autocasts, by_kind, computed_again
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.perceptor import normalised, split_heads
 from components.systems.instantir.previewer import each_previewer_delta, lora_layers, previewer_enabled
@@ -165,9 +164,9 @@ class FastInstantIR:
                 if module is not None:
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compiler = self._compiler()
-        blocks = Blocks().wrapped(lambda f: _by_kind(f, compiler)) if self.speed.compile == "blocks" else Blocks()
+        blocks = Blocks().wrapped(lambda f: by_kind(f, compiler)) if self.speed.compile == "blocks" else Blocks()
         if self.speed.checkpoint:
-            blocks = blocks.wrapped(_computed_again)
+            blocks = blocks.wrapped(computed_again)
 
         def walk(function: Callable[..., Any]) -> Callable[..., Any]:
             def walked(*arguments: Any, **named: Any) -> Any:
@@ -188,6 +187,23 @@ class FastInstantIR:
             self.speed.graphs == "auto" and self.speed.compile in ("blocks", "whole")
         )
         self._graphed: dict[str, Graphed] = {}
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        """The prior's, as are the next three: a tiling.LatentPrior."""
+        return self.network.prior.autoencoder
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.prior.device
+
+    @property
+    def factor(self) -> int:
+        return self.network.prior.factor
+
+    @property
+    def latent_channels(self) -> int:
+        return self.network.prior.latent_channels
 
     def run(self) -> FastRun:
         """An object for one run, empty at first."""
@@ -461,51 +477,11 @@ def _in_one(layers: Sequence[nn.Linear], owned: bool) -> Tensor:
     return joined
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _own_precision(walkable: Walkable) -> contextlib.AbstractContextManager[Any]:
     """Networks below float32 compute as they are: autocast would only take their norms to float32 and back."""
     device = walkable.network.conv_in.weight.device.type
-    below = walkable.dtype != torch.float32 and _autocasts(device)
+    below = walkable.dtype != torch.float32 and autocasts(device)
     return torch.autocast(device, enabled=False) if below else contextlib.nullcontext()
-
-
-def _computed_again(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, its inner values thrown away after the forward pass and made again for the backward one."""
-
-    def run(*arguments: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return function(*arguments)
-        return checkpoint(function, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
-
-    return run
-
-
-def _by_kind(function: Callable[..., Tensor], compiler: Callable[..., Any]) -> Callable[..., Tensor]:
-    """A block's function compiled once for each kind of block and shape, and found again by a dictionary.
-
-    torch keeps what it compiled with the function's code: it would try the guards of all kinds in turn in every call
-    (SDXL's networks have about 50), and give up compiling after a few. So each kind gets a copy of the code.
-    """
-    compiled: dict[Hashable, Callable[..., Tensor]] = {}
-    kinds: dict[int, tuple[nn.Module, Hashable]] = {}  # holds the module, so that its id stays its own
-
-    def run(block: nn.Module, *arguments: Any) -> Tensor:
-        known = kinds.get(id(block))
-        if known is None:
-            shapes = tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters())
-            known = kinds[id(block)] = (block, hash((type(block), shapes)))
-        shape = tuple(None if a is None else a.shape for a in arguments if a is None or isinstance(a, Tensor))
-        key = (known[1], shape, torch.is_grad_enabled(), _autocasts(arguments[0].device.type))
-        if key not in compiled:
-            code = function.__code__.replace(co_name=f"{function.__name__}_{len(compiled)}")
-            copied = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-            compiled[key] = compiler(copied)
-        return compiled[key](block, *arguments)
-
-    return run
 
 
 def _decode(autoencoder: Any, latents: Tensor) -> Tensor:

@@ -143,8 +143,9 @@ class InstantIRRestorer:
         prior, options = self.network.prior, batch[0].options
         shape = (prior.latent_channels, *(side // prior.factor for side in batch[0].image.shape[:2]))
         noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
-        lq = encode_images(prior, [job.image for job in batch], noise=noise)
-        hq = encode_images(prior, [job.hq for job in batch if job.hq is not None]) if batch[0].hq is not None else None
+        lq = encode_images(self.fast, [job.image for job in batch], noise=noise)
+        references = [job.hq for job in batch if job.hq is not None]
+        hq = encode_images(self.fast, references) if references else None
         del noise
         boxes = self._boxes(shape[1], shape[2], options)
         positive, negative = self._conditions(batch, (boxes[0][2] * prior.factor, boxes[0][3] * prior.factor))
@@ -171,7 +172,7 @@ class InstantIRRestorer:
             step_noise = lambda i: self._noise(batch, f"step {i}", shape)  # noqa: E731
             clean = sample_ddpm(denoise, latents, sigmas, step_noise, on_step, cancelled)
         del whole, denoise, latents, lq, hq
-        pictures = decode_images(prior, clean, decode=self.fast.decode)
+        pictures = decode_images(self.fast, clean)
         return [_finished(job, picture) for job, picture in zip(batch, pictures, strict=True)]
 
     def _boxes(self, height: int, width: int, options: Options) -> list[Box]:

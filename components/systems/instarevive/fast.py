@@ -8,7 +8,6 @@ of all work (reference, section 8); a graph replays all kernels of a call at onc
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
@@ -18,12 +17,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from components.cuda_graphs import Graphed, can_record
 from components.naming import did_you_mean
 from components.priors.tiling import LatentPrior
 from components.systems.instarevive.network import Conditions, OneStepGenerator
-
-KEPT_GRAPHS = 4
-"""Shapes of a call whose graphs are kept; each holds the memory of its activations."""
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 """What "blocks" compiles: nearly all of the work, in few different forms."""
@@ -108,7 +105,7 @@ class FastOneStep:
         if self.speed.compile != "off":
             calls = [_many_shapes(call) for call in calls]
         if graphs:
-            calls = [Graphed(call) for call in calls]
+            calls = [_Recorded(call) for call in calls]
         self._encode, self._step, self._decode = calls
 
     @property
@@ -169,41 +166,24 @@ def _many_shapes(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return inside
 
 
-class Graphed:
-    """A function of tensors (or None) replayed from CUDA graphs, one for each set of shapes.
+class _Recorded:
+    """A call of tensors or None, recorded as CUDA graphs for each set of those that are there."""
 
-    Args:
-        function: reads its arguments and weights on the device only, and never asks the device for a number.
-    """
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        self._call = call
+        self._graphed: dict[tuple[bool, ...], Graphed] = {}
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
-        self._kept: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = OrderedDict()
-
-    @torch.inference_mode()
     def __call__(self, *arguments: Tensor | None) -> Tensor:
-        key = tuple(None if a is None else (a.shape, a.dtype, a.device) for a in arguments)
-        if key not in self._kept:
-            self._kept[key] = self._captured(arguments)
-            if len(self._kept) > KEPT_GRAPHS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        graph, inputs, result = self._kept[key]
-        for place, argument in zip(inputs, arguments, strict=True):
-            if place is not None and argument is not None:
-                place.copy_(argument)
-        graph.replay()
-        return result.clone()
+        present = tuple(argument is not None for argument in arguments)
+        given = [argument for argument in arguments if argument is not None]
+        if not can_record(given[0].device):
+            return self._call(*arguments)
+        if present not in self._graphed:
+            self._graphed[present] = Graphed(functools.partial(self._filled, present))
+        return self._graphed[present](given, ())[0]
 
-    def _captured(self, arguments: Sequence[Tensor | None]) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
-        inputs = [None if argument is None else argument.clone() for argument in arguments]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what compiles, and what libraries set up, must happen before
-            for _ in range(3):
-                self.function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = self.function(*inputs)
-        return graph, inputs, result
+    def _filled(
+        self, present: Sequence[bool], changing: Sequence[Tensor], standing: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        rest = iter(changing)
+        return (self._call(*(next(rest) if there else None for there in present)),)

@@ -189,7 +189,7 @@ class InstaReviveRestorer:
         if batch[0].missing is not None:
             known = encode_images(self.fast, images) if use_coarse else lq
             clean = torch.where(self._missing_latents(batch, F.adaptive_max_pool2d), clean, known)
-        pictures = decode_images(self.fast, clean, decode=self.fast.decode)
+        pictures = decode_images(self.fast, clean)
         finished = []
         for job, picture, source in zip(batch, pictures, seen, strict=True):
             height, width = job.inside

@@ -18,9 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from components.randomness import seeded_init
 from components.systems.swinir.config import RGB_MEAN, SwinIRConfig
 
-FEATURES = 64
-"""Width of the upsampling part, fixed in the published network."""
-
 MASKED = -100.0
 """Added to the logits of two places that are no neighbours in the picture, only in the shifted window."""
 
@@ -192,7 +189,7 @@ class SwinIR(nn.Module):
     def __init__(self, config: SwinIRConfig = SwinIRConfig(), gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.gradient_checkpointing = config, gradient_checkpointing
-        dim, scale = config.embed_dim, config.unshuffle_scale
+        dim, scale, wide = config.embed_dim, config.unshuffle_scale, config.features
         self.conv_first = nn.Sequential(
             nn.PixelUnshuffle(scale), nn.Conv2d(config.in_chans * scale**2, dim, 3, padding=1)
         )
@@ -202,12 +199,12 @@ class SwinIR(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
         self.conv_after_body = last_conv(dim, config.resi_connection)
-        self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, FEATURES, 3, padding=1), nn.LeakyReLU())
+        self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, wide, 3, padding=1), nn.LeakyReLU())
         self.stages = [f"conv_up{i + 1}" for i in range(config.sf.bit_length() - 1)]
         for name in self.stages:
-            self.add_module(name, nn.Conv2d(FEATURES, FEATURES, 3, padding=1))
-        self.conv_hr = nn.Conv2d(FEATURES, FEATURES, 3, padding=1)
-        self.conv_last = nn.Conv2d(FEATURES, config.in_chans, 3, padding=1)
+            self.add_module(name, nn.Conv2d(wide, wide, 3, padding=1))
+        self.conv_hr = nn.Conv2d(wide, wide, 3, padding=1)
+        self.conv_last = nn.Conv2d(wide, config.in_chans, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

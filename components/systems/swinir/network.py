@@ -74,11 +74,15 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, windows, N, C]; mask [windows, N, N] is added to the logits."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        windows, places = x.shape[1:3]
+        parts = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        if mask is not None:
-            bias = bias + mask[:, None].to(bias)
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        bias = bias.expand(windows, -1, -1, -1) if mask is None else bias + mask[:, None].to(bias)
+        # windows count as heads: four dimensions are what fused kernels take, and one bias serves the whole batch
+        query, key, value = parts.flatten(2, 3).unbind(0)
+        added = bias.flatten(0, 1)[None].to(query.dtype)
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
+        seen = seen.view(len(x), windows, self.heads, places, -1)
         return self.proj(seen.transpose(2, 3).flatten(3))
 
 

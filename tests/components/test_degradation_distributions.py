@@ -202,8 +202,15 @@ def tiers(name: str) -> list[bool]:
 CASES = [(name, faithful) for name in recorded() for faithful in tiers(name)]
 
 
+QUICK = [
+    # realesrgan without its sharpening: a third of a minute each, and at 800 draws in make test-full
+    pytest.param(name, faithful, marks=[pytest.mark.full] if name == "realesrgan_nosharpen" else [])
+    for name, faithful in CASES
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "faithful"), CASES)
+@pytest.mark.parametrize(("name", "faithful"), QUICK)
 def test_summaries_draws_and_discriminator(name: str, faithful: bool, golden_dir: Path) -> None:
     """At 150 draws a picture the discriminator is noisy (degradation.md: 0.49 to 0.53 for nothing): 0.02 is added."""
     assert name in RECIPES, f"no recipe reproduces {name}: name its preset in RECIPES"

@@ -440,8 +440,15 @@ SPEEDS = {
 }
 
 
-@pytest.mark.parametrize("speed", SPEEDS)
-@pytest.mark.parametrize("kind", ["preview", "unet_step", "loop"])
+FAST = [
+    # the loops take a minute more: one of the forms in make test
+    pytest.param(kind, speed, marks=[pytest.mark.full] if kind == "loop" and speed != "merged" else [])
+    for kind in ("preview", "unet_step", "loop")
+    for speed in SPEEDS
+]
+
+
+@pytest.mark.parametrize(("kind", "speed"), FAST)
 @torch.no_grad()
 def test_golden_fast(kind: str, speed: str, golden_dir: Path) -> None:
     """Every file about the networks and every loop, through the fast path in each of its forms."""

@@ -474,7 +474,8 @@ def toy(size: int, first: int, side: int = 32) -> Batch:
     )
 
 
-@pytest.mark.parametrize("fake", ["full", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fake", [pytest.param("full", marks=pytest.mark.full), "lora"])
 def test_training_the_nano_prior_to_one_step_works(nano: Prior, fake: Any) -> None:
     """Held-out regression and distance fall, T_max with them; the fake score learns; EMA holds both trainables."""
     settings = Distillation(fake=fake, lora_rank=4, regression="both", l2_weight=0.5, weight=0.1, fake_steps=2)
@@ -492,7 +493,7 @@ def test_training_the_nano_prior_to_one_step_works(nano: Prior, fake: Any) -> No
         return {k: float(v) for loss in losses.values() for k, v in loss.metrics.items()}
 
     before, logged = measured(), []
-    for step in range(16):
+    for step in range(12):
         rows = toy(4, 4 * step)
         logged.append(train_step(objective, [(rows, Noise(0, rows.positions))], optimizers, lr=1e-4, clip_norm=1.0))
         ema.update(step)

@@ -173,6 +173,7 @@ def test_a_plot_is_a_png_and_equal_numbers_give_equal_bytes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full  # half a minute; the studies' parts are in tests/components/test_insight.py
 def test_previews_resume_and_quarantine(model: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = analyze("previews", model, folder, out, side_px=SIDE, mixed="realesrgan-nano", faults=False)

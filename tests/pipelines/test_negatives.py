@@ -240,7 +240,8 @@ def test_the_pictures_are_a_folder_source_with_captions(whole: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full  # half a minute each; that pools give the same bytes is in test_columns.py too
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_of_ray_make_the_same_bits_as_one_process(
     ray_session: None, corpus: Path, whole: Path, tmp_path: Path, workers: int
 ) -> None:

@@ -64,7 +64,8 @@ def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Any = None) -
     """What the data workers need to know of a recipe; UsageError for a source that is no input."""
     from pipelines.stream_config import DEAD_LEAVES, StreamConfig
 
-    unknown = sorted(set(recipe.sources) - set(inputs.corpora) - {DEAD_LEAVES})
+    named = {*recipe.sources, *([recipe.unpaired] if recipe.unpaired else [])}
+    unknown = sorted(named - set(inputs.corpora) - {DEAD_LEAVES})
     if unknown:
         raise UsageError(f"{recipe.name}: {missing_corpora(unknown, sorted(inputs.corpora))}")
     sources = [
@@ -87,7 +88,10 @@ def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Any = None) -
         captioning=captioning,
         latents=recipe.latents,
         embeddings=recipe.embeddings,
-        degradation=recipe.degradation.preset,
+        degradation="" if recipe.pairs or recipe.unpaired else recipe.degradation.preset,
+        pairs=recipe.pairs,
+        unpaired=str(inputs.corpora[recipe.unpaired]) if recipe.unpaired else "",
+        prompt=recipe.prompt,
         degradation_options=dict(recipe.degradation.options),
         degrade_on=recipe.degradation.degrade_on,
     )
@@ -144,6 +148,10 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
             f"{recipe.name}: there is no held-out picture to measure with ({named}): "
             "a corpus needs at least 2 usable pictures."
         )
+    if recipe.unpaired:
+        splits = open_corpus(stream.unpaired).splits
+        if SPLIT not in splits or not len(splits[SPLIT]):
+            raise UsageError(f"{recipe.name}: {stream.unpaired} holds no picture out, and its inputs are measured too.")
     if recipe.latents or recipe.embeddings:
         _check_precomputed(recipe, inputs, stream)
 

@@ -160,6 +160,9 @@ def check_recipe(recipe: Any) -> None:
         check_start("prior", recipe.prior)
     if getattr(recipe, "warm_start", ""):
         check_start("warm_start", recipe.warm_start)
+    for key in ("coarse", "teacher"):
+        if getattr(recipe, key, ""):
+            check_start(key, getattr(recipe, key), hub=False)
 
 
 def check_degradation(preset: str, options: Mapping[str, Any]) -> None:
@@ -172,10 +175,10 @@ def check_degradation(preset: str, options: Mapping[str, Any]) -> None:
         raise UsageError(str(error)) from error
 
 
-def check_start(key: str, name: str) -> None:
-    """Raises UsageError unless weights are a shipped model, something that exists, or a hub id (owner/name)."""
+def check_start(key: str, name: str, hub: bool = True) -> None:
+    """Raises UsageError unless weights are a shipped model, something that exists, or (with hub) an id owner/name."""
     known = [*(path.parent.name for path in shipped_weights().glob("*/model.json")), *stored_models()]
-    if name not in known and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if name not in known and not Path(name).exists() and not (hub and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise unknown(key, name, known)
 
 
@@ -242,7 +245,7 @@ def train_identity(settings: TrainSettings, recipe: Any, images: Path | None) ->
     """The weights that training starts from, or asks for captions, where they lie on this machine; a hub id is known by
     its name alone."""
     identity: dict[str, Any] = {}
-    for name in ("prior", "warm_start"):
+    for name in ("prior", "warm_start", "coarse", "teacher"):
         start = str(getattr(recipe, name, "") or "")
         if not start:
             continue

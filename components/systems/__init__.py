@@ -14,6 +14,7 @@ from components.systems.instantir import released as instantir_released
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instarevive import released as instarevive_released
 from components.systems.instarevive.recipe import InstaReviveRecipe
+from components.systems.instarevive.views import CoarseView
 from components.systems.prior_recipe import PriorRecipe
 from components.systems.swinir import released as swinir_released
 from components.systems.swinir.recipe import SwinIRRecipe
@@ -40,7 +41,8 @@ class System:
         check_options: judges and types a request's options without torch; None as build_restorer.
         precomputed: stage -> which columns its objective takes in an encoder's place ("latents", "embeddings").
         encoded_with: (recipe, parent folders by stage) -> the prior whose encoders these columns must come from.
-        views: pictures of the system's own that a captioner may look at, by name; torch-free, called in data tasks.
+        views: pictures of the system's own that a captioner may look at, by name; torch-free, called in data tasks. One
+            that looks through a model of the recipe's has `for_recipe(recipe)`, which gives the view to use.
         weights: reads and writes the weights that its authors published; None where there are none.
     """
 
@@ -248,6 +250,7 @@ SYSTEMS: dict[str, System] = {
         build_restorer=_instarevive_restorer,
         check_options=_instarevive_options,
         precomputed={"onestep": ("latents", "embeddings")},
+        views={"coarse": CoarseView()},
         weights=WeightsIO(
             published=instarevive_released.PUBLISHED,
             files=instarevive_released.RELEASED,

@@ -13,10 +13,11 @@ in further steps of the fake score).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -191,7 +192,11 @@ class InstaReviveObjective:
         target = clean_latents(self.autoencoder, batch)  # type: ignore[arg-type]
         latents = self._generate(batch, given, noise)
         control = self._control(latents, target, training)
-        regression, metrics = self._regression(latents, target, batch)
+        if settings.regression == "none":
+            zero = torch.zeros_like(control.alpha)
+            control, regression, metrics = replace(control, alpha=zero), latents.new_zeros(len(batch)), {}
+        else:
+            regression, metrics = self._regression(latents, target, batch)
         value = regression
         if settings.score:
             matching = self._score_loss(latents, given, self.texts.nothing(batch), control.t_max, noise)
@@ -207,11 +212,23 @@ class InstaReviveObjective:
             yield "fake_score", Loss(value=fake_loss, metrics={"loss_fake": fake_loss.detach() / steps})
 
     def _generate(self, batch: Batch, given: Conditions, noise: Noise) -> Tensor:
-        """The generator's clean latents [B, C, h, w], with gradients."""
+        """The generator's clean latents [B, C, h, w], with gradients; with inpaint the input's where it is whole.
+
+        Raises:
+            ValueError: inpaint, and a batch without masks.
+        """
         lq = self.lq_latents(batch)
         wants = bool(getattr(self.generator, "wants_noise", False))
         start = noise.normal("generator", tuple(lq.shape[1:])).to(lq) if wants else None
-        return self.generator(lq, given, start)  # type: ignore[no-any-return]
+        latents: Tensor = self.generator(lq, given, start)
+        if not self.settings.inpaint:
+            return latents
+        if batch.masks is None:
+            raise ValueError("inpaint needs masks of what is missing: degrade with strokes")
+        with torch.no_grad():
+            known = lq if self.coarse is None else self.autoencoder.encode(batch.lq)
+            missing = F.adaptive_max_pool2d(batch.masks, latents.shape[-2:]) > 0  # as the restorer has it
+        return torch.where(missing, latents, known)
 
     @torch.no_grad()
     def lq_latents(self, batch: Batch) -> Tensor:

@@ -44,6 +44,10 @@ class InstaReviveRecipe(Recipe):
             raise RecipeError(f"needs timestep >= -1 and kernel 1 or 3, got {self.timestep} and {self.kernel}")
         if self.embeddings and self.family in ("pixart", "sd"):
             raise RecipeError(f"precomputed embeddings are those of SDXL's shape: family {self.family} embeds its own")
+        if self.distillation.inpaint and self.degradation.preset != "strokes":
+            raise RecipeError("distillation.inpaint needs masks of what is missing: degradation.preset=strokes")
+        if self.unpaired and self.distillation.regression != "none":
+            raise RecipeError("unpaired inputs show other things than the targets: distillation.regression=none")
         try:
             check_options(self.restore_options)
         except ValueError as error:

@@ -29,7 +29,8 @@ class Distillation:
         weight: lambda, of the score matching.
         cfg_scale: guidance of the real score; 1 is none.
         text_dropout: probability of an empty prompt, so that guidance has one to go by and prompts may be left out.
-        regression: "perceptual" (LPIPS where `lpips` names weights, else the pyramid), "l2" of latents, or "both".
+        regression: "perceptual" (LPIPS where `lpips` names weights, else the pyramid), "l2" of latents, "both", or
+            "none" for targets that show other things than the inputs (recipe's `unpaired`): scores alone then teach.
         lpips: file, folder or hub id of LPIPS's weights; see objectives.regression.load_lpips.
         perceptual_weight, l2_weight: of the two.
         fake: "full" trains a copy of the real score, "lora" a low-rank change of it, which needs less memory.
@@ -38,6 +39,8 @@ class Distillation:
             stands there.
         fake_steps: steps of the fake score after each of the generator's, with noise of their own; released 1. A
             generator that moves fast needs more, or it follows a score of what it made long ago (DMD2 has 5).
+        inpaint: keep what the restorer keeps: latents without a missing pixel come from the input, so that losses and
+            scores see the filled-in picture, and gradients its missing part. The paper masks at inference only.
         checkpoint_decoder: the decoder's activations are computed again instead of kept.
     """
 
@@ -55,7 +58,7 @@ class Distillation:
     weight: float = 1.0
     cfg_scale: float = 3.0
     text_dropout: float = 0.1
-    regression: Literal["perceptual", "l2", "both"] = "perceptual"
+    regression: Literal["perceptual", "l2", "both", "none"] = "perceptual"
     lpips: str = ""
     perceptual_weight: float = 1.0
     l2_weight: float = 1.0
@@ -63,6 +66,7 @@ class Distillation:
     lora_rank: int = 64
     fake_range: Literal["full", "same"] = "full"
     fake_steps: int = 1
+    inpaint: bool = False
     checkpoint_decoder: bool = False
 
     def __post_init__(self) -> None:
@@ -86,7 +90,7 @@ class Distillation:
                 raise RecipeError(f"{name} must be {span}, got {value}")
         for name, known in (
             ("reduction", ("mean", "sum")),
-            ("regression", ("perceptual", "l2", "both")),
+            ("regression", ("perceptual", "l2", "both", "none")),
             ("fake", ("full", "lora")),
             ("fake_range", ("full", "same")),
         ):
@@ -94,5 +98,7 @@ class Distillation:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.t_high and self.t_low >= self.t_high:
             raise RecipeError(f"t_low must be below t_high, got {self.t_low} and {self.t_high}")
-        if not self.score and not self.dynamic and self.fixed_alpha == 0:
-            raise RecipeError("without score and with fixed_alpha 0 there is nothing to learn from")
+        if not self.score and ((not self.dynamic and self.fixed_alpha == 0) or self.regression == "none"):
+            raise RecipeError(
+                "without score, and with fixed_alpha 0 or without regression, there is nothing to learn from"
+            )

@@ -154,7 +154,8 @@ def look(
     assert isinstance(generator, OneStepGenerator)
     training = generator.training
     options: dict[str, Any] = restore_defaults(as_dict(recipe))
-    options["inpaint"] = "none"  # a sheet has no masks
+    # a sheet has no masks, but the strokes that inpainting is trained on are white
+    options["inpaint"] = "white" if recipe.distillation.inpaint else "none"
     # nothing that changes weights which still learn, or their memory
     plain = Speed(channels_last="off")
     restorer = InstaReviveRestorer(generator, objective.backbone, objective.coarse_restorer, options, speed=plain)

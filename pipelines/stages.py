@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from components.places import stored_models, weights_folder
 from pipelines.console import Console, Progress
 from pipelines.errors import Failure, UsageError, unknown
-from pipelines.home import package_folder
+from pipelines.home import package_folder, shipped
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -160,6 +160,8 @@ def check_recipe(recipe: Any) -> None:
         check_start("prior", recipe.prior)
     if getattr(recipe, "warm_start", ""):
         check_start("warm_start", recipe.warm_start)
+    if getattr(recipe, "distil", False) and not recipe.teacher:
+        raise UsageError(f"{recipe.name}: whose steps are to be distilled? Name a trained model: teacher=MODEL.")
     for key in ("coarse", "teacher"):
         if getattr(recipe, key, ""):
             check_start(key, getattr(recipe, key), hub=False)
@@ -179,6 +181,11 @@ def check_start(key: str, name: str, hub: bool = True) -> None:
     """Raises UsageError unless weights are a shipped model, something that exists, or (with hub) an id owner/name."""
     known = [*(path.parent.name for path in shipped_weights().glob("*/model.json")), *stored_models()]
     if name not in known and not Path(name).exists() and not (hub and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        if name in shipped("recipes"):
+            raise UsageError(
+                f"{key} {name} is not there: train it (restoray train {name}) and name its folder with {key}=MODEL, "
+                f"or leave it out with {key}=."
+            )
         raise unknown(key, name, known)
 
 

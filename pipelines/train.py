@@ -126,14 +126,15 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
         UsageError: the model that the stage goes on from is missing or of another stage, a source is no input or no
             corpus, no source holds a picture out, or precomputed columns are not what the stage would compute.
     """
-    from components.systems import parent_stage
+    from components.systems import SYSTEMS, parent_stage
     from pipelines.heldout import SPLIT
     from pipelines.shards import open_corpus
     from pipelines.stream_config import DEAD_LEAVES, captioner_of
     from pipelines.stream_texts import NEGATIVE
 
     wanted, given = parent_stage(recipe), sorted(inputs.parents)
-    if given != ([wanted] if wanted else []):
+    start = SYSTEMS[recipe.system].continues.get(recipe.stage)
+    if given != ([wanted] if wanted else []) and given != [start]:
         raise UsageError(
             f"{recipe.name}: stage {recipe.stage} goes on from "
             f"{f'the model of stage {wanted}' if wanted else 'no model'}, "
@@ -187,6 +188,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
     Raises:
         UsageError: see check_inputs.
         Failure: the run ended without a model; the message says why and that a rerun resumes.
+        GateFailed: the model is there, and worse than its teacher.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -232,6 +234,10 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
             raise _ended_early(recipe, error) from error
     if result.error is not None or not (out / MODEL / "model.json").is_file():
         raise _ended_early(recipe, result.error)
+    if getattr(recipe, "teacher", ""):
+        from pipelines.gate import pass_gate
+
+        pass_gate(recipe, inputs, out)
     return TrainResult(model=out / MODEL, heldout=heldout_losses(out / METRICS), seconds=time.time() - started)
 
 

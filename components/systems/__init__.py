@@ -34,6 +34,7 @@ class System:
         recipe: dataclass of its recipes.
         stages: training stages and the integer version of each: raise it when a code change alters what a stage makes.
         follows: stage -> the stage whose model it goes on from; a stage that is not named starts from the recipe alone.
+        continues: stage -> the stage whose model may be given as its start, in the place of the recipe's warm start.
         build_objective: (recipe, parent models by stage, callable for example pictures or None, device=) -> objective.
         look: (objective, recipe, LQ pictures, prompts, seed) -> pictures to look at while it trains; None for none.
         measure: (objective, held-out batches) -> numbers for the model card; None for none.
@@ -50,6 +51,7 @@ class System:
     stages: Mapping[str, int]
     build_objective: Callable[..., Objective]
     follows: Mapping[str, str] = field(default_factory=dict)
+    continues: Mapping[str, str] = field(default_factory=dict)
     look: Callable[..., Tensor] | None = None
     measure: Callable[..., dict[str, float]] | None = None
     build_restorer: Callable[..., Restorer] | None = None
@@ -125,6 +127,12 @@ def _instarevive_objective(*args: Any, **kwargs: Any) -> Objective:
     from components.systems.instarevive.training import build_objective
 
     return build_objective(*args, **kwargs)
+
+
+def _instarevive_encoded_with(*args: Any) -> str:
+    from components.systems.instarevive.training import encoded_with
+
+    return encoded_with(*args)
 
 
 def _instarevive_look(*args: Any, **kwargs: Any) -> Tensor:
@@ -245,11 +253,13 @@ SYSTEMS: dict[str, System] = {
     "instarevive": System(
         recipe=InstaReviveRecipe,
         stages={"onestep": 1},
+        continues={"onestep": "onestep"},
         build_objective=_instarevive_objective,
         look=_instarevive_look,
         build_restorer=_instarevive_restorer,
         check_options=_instarevive_options,
         precomputed={"onestep": ("latents", "embeddings")},
+        encoded_with=_instarevive_encoded_with,
         views={"coarse": CoarseView()},
         weights=WeightsIO(
             published=instarevive_released.PUBLISHED,

@@ -49,7 +49,7 @@ def test_inpainting_keeps_known_latents_and_learns_the_missing_ones(prior: Any) 
     next(phases)[1].value.backward()
     gradient = held.latents.grad
     assert gradient is not None and gradient[..., 0, 0].abs().min() > 0
-    assert gradient.abs().sum() == gradient[..., 0, 0].abs().sum()
+    assert (gradient != 0).sum() == gradient[..., 0, 0].numel(), "what is known has no gradient"
     with pytest.raises(ValueError, match="needs masks"):
         next(objective.phases(rows, objectives.Noise(0, rows.positions)))
 

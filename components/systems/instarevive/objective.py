@@ -129,6 +129,8 @@ class InstaReviveObjective:
         texts: frozen.
         settings: see Distillation; with `lpips` set, hand its network over as `perceptual`.
         coarse: the frozen coarse restorer in front; None for none.
+        picture_embedder: pictures [B, 3, H, W] in [-1, 1] -> embeddings [B, D] of the inputs that the real score is
+            told beside the text (identity.py); None for none.
         perceptual: loss on decoded pictures; default: the pyramid, which needs no weights.
         config: architecture for model.json.
         parts: gives all parts of the model folder; default: the generator's tensors as part "generator".
@@ -151,6 +153,7 @@ class InstaReviveObjective:
         settings: Distillation | None = None,
         *,
         coarse: Coarse | None = None,
+        picture_embedder: Callable[[Tensor], Tensor] | None = None,
         perceptual: PerceptualLoss | None = None,
         config: Mapping[str, Any] | None = None,
         parts: Callable[[], Mapping[str, Mapping[str, Tensor]]] | None = None,
@@ -165,6 +168,7 @@ class InstaReviveObjective:
             raise ValueError(f"real and fake score have different schedules: {real.schedule} and {fake.schedule}")
         self.generator, self.real, self.fake = generator, real, fake
         self.autoencoder, self.texts, self.coarse = autoencoder, texts, coarse
+        self.picture_embedder = picture_embedder
         self.perceptual = perceptual or pyramid_distance
         self.schedule = real.schedule
         self.prior, self.config = prior, config or {}
@@ -199,7 +203,8 @@ class InstaReviveObjective:
             regression, metrics = self._regression(latents, target, batch)
         value = regression
         if settings.score:
-            matching = self._score_loss(latents, given, self.texts.nothing(batch), control.t_max, noise)
+            told, empty = self._told(batch, given)
+            matching = self._score_loss(latents, told, empty, control.t_max, noise)
             value = control.alpha * regression + (1 - control.alpha) * settings.weight * matching
             metrics["loss_dsm"] = matching
         named = {"t_max": control.t_max.float(), "alpha": control.alpha, "distance": control.distance, **metrics}
@@ -279,6 +284,14 @@ class InstaReviveObjective:
             terms["loss_l2"] = settings.l2_weight * latent_distance(latents, target)
         total = torch.stack(list(terms.values())).sum(dim=0)
         return total, {"loss_regression": total, **(terms if len(terms) > 1 else {})}
+
+    def _told(self, batch: Batch, given: Conditions) -> tuple[Conditions, Conditions]:
+        """Conditions and the empty ones for the scores, with what an IP-Adapter is told: nothing is zeros there."""
+        empty = self.texts.nothing(batch)
+        if self.picture_embedder is None:
+            return given, empty
+        image = self.picture_embedder(batch.lq)
+        return replace(given, image=image), replace(empty, image=torch.zeros_like(image))
 
     def _score_loss(self, latents: Tensor, given: Conditions, empty: Conditions, t_max: Tensor, noise: Noise) -> Tensor:
         """L_dsm per sample [B]: the real score guided, the fake one not (section 5.2)."""

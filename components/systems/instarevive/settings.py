@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from components.recipes import RecipeError
+
+
+@dataclass(kw_only=True)
+class Gate:
+    """How far a distilled student may fall behind its teacher, on held-out pictures one by one.
+
+    Attributes:
+        psnr_db: largest mean loss of PSNR.
+        perceptual: largest mean loss of `metric`, as a share of the teacher's mean.
+        metric: the perceptual one, by pyiqa's name; the default needs no download ("lpips" fetches weights).
+        pictures: held-out pictures at most.
+        teacher_options: the teacher's restorer options (steps, guidance): what it is worth depends on them.
+    """
+
+    psnr_db: float = 0.5
+    perceptual: float = 0.02
+    metric: str = "gmsd"
+    pictures: int = 64
+    teacher_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if min(self.psnr_db, self.perceptual) < 0 or self.pictures < 1:
+            raise RecipeError("gate needs psnr_db and perceptual of at least 0, and a picture")
+        if self.metric in ("", "psnr"):
+            raise RecipeError(f"gate.metric must be a second metric beside psnr, got {self.metric!r}")
 
 
 @dataclass(kw_only=True)

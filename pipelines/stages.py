@@ -90,6 +90,7 @@ class RestoreSettings:
 
     Attributes:
         preset, preset_options: the degradation, as in components.degradations.
+        pairs: column of the corpus with each picture's own input, instead of a degradation (preset none).
         seed: of the degradation and of the restoration.
         short_side: pixels of the held-out pictures' short side.
         limit: pictures at most; 0 takes all.
@@ -98,6 +99,7 @@ class RestoreSettings:
 
     preset: str = "realesrgan-nano"
     preset_options: dict[str, Any] = field(default_factory=dict)
+    pairs: str = ""
     seed: int = 0
     short_side: int = 256
     limit: int = 0
@@ -215,6 +217,8 @@ def check_train(settings: TrainSettings, recipe: Any, above: Sequence[Any]) -> N
 def check_restore(settings: RestoreSettings, recipe: Any, above: Sequence[Any]) -> None:
     """Of a restore stage: the degradation, and the options by the system of the model that it restores with."""
     check_degradation(settings.preset, settings.preset_options)
+    if settings.pairs and settings.preset != "none":
+        raise UsageError(f"pairs={settings.pairs}: the inputs of pairs are not degraded again: preset=none.")
     check_options(above[-1].system if above else "", settings.options)
 
 
@@ -381,6 +385,7 @@ def run_restore(context: StageContext) -> dict[str, Any]:
         seed=settings.seed,
         short_side=settings.short_side,
         limit=settings.limit or None,
+        pairs=settings.pairs,
     )
     with context.console.bar(context.name) as progress:
         result = restore_folder(

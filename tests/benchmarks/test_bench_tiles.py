@@ -44,6 +44,7 @@ def test_no_seam_shows_on_ramp_sky_and_texture(bench: ModuleType, images_dir: Pa
     assert [row["picture"] for row in rows] == ["ramp", "sky", "texture"]
     for row in rows:
         assert row["seam"] <= 1.02 * max(1.0, row["seam_of_the_whole"]), row
+        assert row["seam_in_step"] <= 1.02, row
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ TINY: dict[str, Any] = {
     "window_size": 4,
     "sf": 4,
     "unshuffle_scale": 4,
+    "features": 16,
 }
 
 

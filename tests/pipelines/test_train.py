@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from components.recipes import Recipe, load_recipe
 from components.synthetic import dead_leaves
 from pipelines.curate import curate
 from pipelines.errors import Failure, UsageError
+from pipelines.rows import read_lines
 from pipelines.train import ORDER, Tail, TrainInputs, is_whole, read_metrics, read_order, stream_config, train
 
 TINY = [
@@ -55,55 +57,82 @@ def corpus(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dcp(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stage's folder after one run on one worker."""
+    """The stage's folder after one run on one worker; a minute of Ray Train, so for tests of make test-full only."""
     out = tmp_path_factory.mktemp("dcp")
     train(recipe("instantir-dcp-nano"), TrainInputs(corpora={"corpus": corpus}), out)
     return out
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """A stage that ran on two workers, failed at its very end, and went on from step 2 on one worker."""
+
+    out: Path
+    first: list[dict[str, Any]]
+    again: list[dict[str, Any]]
+    losses: dict[int, float]
+
+
+@pytest.fixture(scope="module")
+def resumed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Resumed:
+    """The fault is injected after step 4: its model cannot be written, and the last checkpoint is step 2's."""
+    out, inputs = tmp_path_factory.mktemp("resumed"), TrainInputs(corpora={"corpus": corpus})
+    more = ("placement.workers=2", "placement.cpus_per_worker=0.5", "placement.max_failures=0")
+    (out / ".model.writing").write_text("in the way")
+    with pytest.raises(Failure, match=r"ended early.*run it again to resume"):
+        train(recipe("instantir-dcp-nano", *more), inputs, out)
+    (out / ".model.writing").unlink()
+    first, losses = read_lines(out / ORDER), dict(read_metrics(out / "metrics.jsonl")["loss"])
+    train(recipe("instantir-dcp-nano"), inputs, out)
+    return Resumed(out, first, read_lines(out / ORDER)[len(first) :], losses)
+
+
 pytestmark = pytest.mark.slow
 
 
-def test_a_stage_ends_in_a_model_metrics_and_pictures(dcp: Path) -> None:
-    model = load_model(dcp / "model")
+def test_a_stage_ends_in_a_model_metrics_and_pictures(resumed: Resumed) -> None:
+    model = load_model(resumed.out / "model")
     assert model.info["system"] == "instantir" and set(model.info["parts"]) == {"perceptor"}
     assert model.info["prior"]["id"] == "nano" and model.info["recipe"]["steps"] == 4
-    series = read_metrics(dcp / "metrics.jsonl")
+    series = read_metrics(resumed.out / "metrics.jsonl")
     assert sorted(series["loss"]) == [1, 2, 3, 4] and sorted(series["heldout/perceptor"]) == [0, 4]
     assert np.isfinite(list(series["loss"].values())).all()
     assert model.info["metrics"]["heldout/perceptor/end"] == series["heldout/perceptor"][4]
-    assert sorted(p.name for p in (dcp / "samples").iterdir()) == ["step-000000.png", "step-000004.png"]
+    assert sorted(p.name for p in (resumed.out / "samples").iterdir()) == ["step-000000.png", "step-000004.png"]
 
 
-def test_the_model_is_the_average_and_the_checkpoint_keeps_both(dcp: Path) -> None:
-    saved = load_model(dcp / "model").part("perceptor")
-    state = torch.load(sorted(dcp.glob("ray/**/state.pt"))[-1], weights_only=True)
+def test_the_model_is_the_average_and_the_checkpoint_keeps_both(resumed: Resumed) -> None:
+    saved = load_model(resumed.out / "model").part("perceptor")
+    state = torch.load(sorted(resumed.out.glob("ray/**/state.pt"))[-1], weights_only=True)
     assert state["step"] == 4
     raw = state["trainables"]["perceptor"]
     assert set(raw) == set(saved) and all(torch.equal(state["ema"][f"perceptor.{k}"], v) for k, v in saved.items())
     assert sum(not torch.equal(raw[k], v) for k, v in saved.items()) > 0.9 * len(saved)
 
 
-def test_two_workers_stop_and_one_goes_on_in_the_same_order(dcp: Path, corpus: Path, tmp_path: Path) -> None:
-    """Stopped by an injected fault after step 2's checkpoint; the rerun begins there, on another number of workers."""
-    inputs = TrainInputs(corpora={"corpus": corpus})
-    more = ("placement.workers=2", "placement.cpus_per_worker=0.5", "placement.max_failures=0", "evaluate_every=100")
-    (tmp_path / ".model.writing").write_text("in the way")  # the last step cannot write its model
-    with pytest.raises(Failure, match=r"ended early.*run it again to resume"):
-        train(recipe("instantir-dcp-nano", *more), inputs, tmp_path)
-    (tmp_path / ".model.writing").unlink()
-    lines = [json.loads(line) for line in (tmp_path / ORDER).read_text().splitlines()]
-    assert {line["rank"] for line in lines} == {0, 1}
-    assert read_order(tmp_path) == read_order(dcp) and list(read_order(dcp)) == list(range(16))
-    one, both = read_metrics(dcp / "metrics.jsonl")["loss"], read_metrics(tmp_path / "metrics.jsonl")["loss"]
-    # sums of four samples' gradients against two sums of two: float32 rounding, grown over four steps
-    assert both[1] == pytest.approx(one[1], rel=1e-5) and both[4] == pytest.approx(one[4], rel=1e-3)
-    train(recipe("instantir-dcp-nano"), inputs, tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / ORDER).read_text().splitlines()[len(lines) :]]
-    assert [(row["step"], row["rank"]) for row in rows] == [(3, 0), (4, 0)]
-    assert read_order(tmp_path) == read_order(dcp)
-    again = read_metrics(tmp_path / "metrics.jsonl")["loss"]
-    assert again[4] == pytest.approx(one[4], rel=1e-3)
+def test_two_workers_stop_and_one_goes_on_in_the_same_order(resumed: Resumed) -> None:
+    """Steps 3 and 4 were taken by two workers, lost, and taken again by one: the same samples, the same losses."""
+    assert {row["rank"] for row in resumed.first} == {0, 1}
+    assert [(row["step"], row["rank"]) for row in resumed.again] == [(3, 0), (4, 0)]
+    assert list(read_order(resumed.out)) == list(range(16))
+
+    def batch_of(rows: list[dict[str, Any]], step: int) -> dict[int, str]:
+        taken = [row for row in rows if row["step"] == step]
+        return {p: k for row in taken for p, k in zip(row["positions"], row["keys"], strict=True)}
+
+    after = read_metrics(resumed.out / "metrics.jsonl")["loss"]
+    for step in (3, 4):
+        assert batch_of(resumed.first, step) == batch_of(resumed.again, step)
+        # sums of four samples' gradients against two sums of two: float32 rounding, grown over a step
+        assert after[step] == pytest.approx(resumed.losses[step], rel=1e-3)
+
+
+@pytest.mark.full  # a minute of Ray Train; see above
+def test_two_workers_see_the_same_samples_in_the_same_order(dcp: Path, resumed: Resumed) -> None:
+    assert read_order(resumed.out) == read_order(dcp)
+    one = read_metrics(dcp / "metrics.jsonl")["loss"]
+    assert resumed.losses[1] == pytest.approx(one[1], rel=1e-5)
+    assert resumed.losses[4] == pytest.approx(one[4], rel=1e-3)
 
 
 @pytest.mark.full  # a minute of Ray Train; that a rerun goes on where the first stopped is in the test above

@@ -29,6 +29,7 @@ class SwinIRConfig:
         resi_connection: convolution at a group's end: "1conv", or "3conv" (a thinner one of three).
         unshuffle: always true: without it the network would run at the picture's size.
         unshuffle_scale: the picture's side over the feature grid's.
+        features: width of the upsampling part, which costs most of a small network's time; 64 where it is published.
 
     Raises:
         ValueError: sizes that make no network; says which.
@@ -48,6 +49,7 @@ class SwinIRConfig:
     resi_connection: str = "1conv"
     unshuffle: bool = True
     unshuffle_scale: int = 8
+    features: int = 64
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "depths", tuple(self.depths))

@@ -18,9 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from components.randomness import seeded_init
 from components.systems.swinir.config import RGB_MEAN, SwinIRConfig
 
-FEATURES = 64
-"""Width of the upsampling part, fixed in the published network."""
-
 MASKED = -100.0
 """Added to the logits of two places that are no neighbours in the picture, only in the shifted window."""
 
@@ -77,11 +74,15 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, windows, N, C]; mask [windows, N, N] is added to the logits."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        windows, places = x.shape[1:3]
+        parts = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        if mask is not None:
-            bias = bias + mask[:, None].to(bias)
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        bias = bias.expand(windows, -1, -1, -1) if mask is None else bias + mask[:, None].to(bias)
+        # windows count as heads: four dimensions are what fused kernels take, and one bias serves the whole batch
+        query, key, value = parts.flatten(2, 3).unbind(0)
+        added = bias.flatten(0, 1)[None].to(query.dtype)
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
+        seen = seen.view(len(x), windows, self.heads, places, -1)
         return self.proj(seen.transpose(2, 3).flatten(3))
 
 
@@ -192,7 +193,7 @@ class SwinIR(nn.Module):
     def __init__(self, config: SwinIRConfig = SwinIRConfig(), gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.gradient_checkpointing = config, gradient_checkpointing
-        dim, scale = config.embed_dim, config.unshuffle_scale
+        dim, scale, wide = config.embed_dim, config.unshuffle_scale, config.features
         self.conv_first = nn.Sequential(
             nn.PixelUnshuffle(scale), nn.Conv2d(config.in_chans * scale**2, dim, 3, padding=1)
         )
@@ -202,12 +203,12 @@ class SwinIR(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
         self.conv_after_body = last_conv(dim, config.resi_connection)
-        self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, FEATURES, 3, padding=1), nn.LeakyReLU())
+        self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, wide, 3, padding=1), nn.LeakyReLU())
         self.stages = [f"conv_up{i + 1}" for i in range(config.sf.bit_length() - 1)]
         for name in self.stages:
-            self.add_module(name, nn.Conv2d(FEATURES, FEATURES, 3, padding=1))
-        self.conv_hr = nn.Conv2d(FEATURES, FEATURES, 3, padding=1)
-        self.conv_last = nn.Conv2d(FEATURES, config.in_chans, 3, padding=1)
+            self.add_module(name, nn.Conv2d(wide, wide, 3, padding=1))
+        self.conv_hr = nn.Conv2d(wide, wide, 3, padding=1)
+        self.conv_last = nn.Conv2d(wide, config.in_chans, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

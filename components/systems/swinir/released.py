@@ -30,6 +30,7 @@ _NUMBERS: Mapping[str, type] = {
     "sf": int,
     "img_range": float,
     "unshuffle_scale": int,
+    "features": int,
 }
 _LISTS = ("depths", "num_heads")
 

@@ -264,6 +264,7 @@ def _config(path: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Any])
         "window_size": window,
         "mlp_ratio": inner / first[0],
         "sf": 2 ** max(1, steps),
+        "features": shapes.get("conv_last.weight", (0, usual.features))[1],
         "unshuffle_scale": round((first[1] / usual.in_chans) ** 0.5),
         "resi_connection": "3conv" if "layers.0.conv.0.weight" in shapes else "1conv",
     }

@@ -10,7 +10,6 @@ Teachers of any system will do: all that is asked of one is that it restores.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,9 +116,20 @@ def pass_gate(
         limit=gate.pictures,
         pairs=recipe.pairs,
     )
-    options: Mapping[str, Mapping[str, Any]] = {"teacher": gate.teacher_options, "student": {}}
-    for arm, model in zip(ARMS, (recipe.teacher, student), strict=True):
-        restore_folder(model, folder / "lq", folder / arm, options[arm], seed=SEED, on_ray=on_ray, progress=progress)
+    gpu = recipe.placement.gpus_per_worker > 0 and on_ray
+    arms = ((recipe.teacher, gate.teacher_options), (student, gate.student_options))
+    for arm, (model, options) in zip(ARMS, arms, strict=True):
+        restore_folder(
+            model,
+            folder / "lq",
+            folder / arm,
+            options,
+            seed=SEED,
+            on_ray=on_ray,
+            progress=progress,
+            build_options={"device": "cuda"} if gpu else {},
+            num_gpus=float(gpu),
+        )
     result = compare(folder, gate)
     document = {**asdict(result), "passed": result.passed, "teacher": str(recipe.teacher), "verdict": result.sentence()}
     replace_file(folder / VERDICT, (json.dumps(document, indent=1) + "\n").encode())

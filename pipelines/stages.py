@@ -183,9 +183,11 @@ def check_start(key: str, name: str, hub: bool = True) -> None:
     """Raises UsageError unless weights are a shipped model, something that exists, or (with hub) an id owner/name."""
     known = [*(path.parent.name for path in shipped_weights().glob("*/model.json")), *stored_models()]
     if name not in known and not Path(name).exists() and not (hub and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
-        if name in shipped("recipes"):
+        makes = [f"restoray train {name}"] if name in shipped("recipes") else []
+        makes += [f"restoray weights import {name}"] if name in ("instarevive", "swinir") else []
+        if makes and key in ("warm_start", "coarse"):
             raise UsageError(
-                f"{key} {name} is not there: train it (restoray train {name}) and name its folder with {key}=MODEL, "
+                f"{key} {name} is not there: make it ({' or '.join(makes)}), name another folder with {key}=MODEL, "
                 f"or leave it out with {key}=."
             )
         raise unknown(key, name, known)

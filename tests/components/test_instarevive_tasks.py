@@ -72,6 +72,7 @@ def test_unpaired_targets_teach_through_the_scores_alone(prior: Any) -> None:
     [
         (["distillation.inpaint=true", "degradation.preset=x4"], "degradation.preset=strokes"),
         (["degradation.preset=none", "unpaired=day"], "distillation.regression=none"),
+        (["degradation.preset=none", "unpaired=day", "teacher=nano"], "leave teacher or unpaired out"),
         (["distillation.regression=none", "distillation.score=false"], "nothing to learn from"),
         (["pairs=lq"], "degradation.preset is none"),
         (["degradation.preset=none", "pairs=lq", "unpaired=day"], "the other is empty"),

@@ -169,7 +169,8 @@ class EpsPredictor(nn.Module):
 
     def _added(self, given: Conditions, dtype: torch.dtype) -> dict[str, Any] | None:
         """What the network takes beside text and time step."""
-        if self.network.config.get("encoder_hid_dim_type") == "ip_image_proj":  # type: ignore[union-attr, operator]
+        # an attribute and no item: diffusers notes a loaded adapter so
+        if getattr(self.network.config, "encoder_hid_dim_type", None) == "ip_image_proj":
             if given.image is None:
                 raise ValueError("a network with an IP-Adapter needs picture embeddings with the conditions")
             return {**(self._sized(given, dtype) or {}), "image_embeds": [given.image.to(dtype)[:, None]]}

@@ -62,6 +62,10 @@ class InstaReviveRecipe(Recipe):
             raise RecipeError("an IP-Adapter sits on the real score of a UNet: family sdxl, sd or nano, and score true")
         if self.distillation.inpaint and self.degradation.preset != "strokes":
             raise RecipeError("distillation.inpaint needs masks of what is missing: degradation.preset=strokes")
+        if self.unpaired and self.teacher:
+            raise RecipeError(
+                "a student is judged by targets, and unpaired inputs have none: leave teacher or unpaired out"
+            )
         if self.unpaired and self.distillation.regression != "none":
             raise RecipeError("unpaired inputs show other things than the targets: distillation.regression=none")
         try:

@@ -17,7 +17,8 @@ class Gate:
         perceptual: largest mean loss of `metric`, as a share of the teacher's mean.
         metric: the perceptual one, by pyiqa's name; the default needs no download ("lpips" fetches weights).
         pictures: held-out pictures at most.
-        teacher_options: the teacher's restorer options (steps, guidance): what it is worth depends on them.
+        teacher_options, student_options: of their restorers (steps, guidance, prompt): what a teacher is worth depends
+            on them. Neither has a prompt of its own.
     """
 
     psnr_db: float = 0.5
@@ -25,6 +26,7 @@ class Gate:
     metric: str = "gmsd"
     pictures: int = 64
     teacher_options: dict[str, Any] = field(default_factory=dict)
+    student_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if min(self.psnr_db, self.perceptual) < 0 or self.pictures < 1:

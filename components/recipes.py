@@ -253,6 +253,8 @@ def resolve(schema: type[Any], document: Any, overrides: Sequence[str], what: st
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise RecipeError(f"override {override!r} is not key=value")
+    # "key=" empties a text; YAML would read nothing at all there
+    overrides = [f'{override}""' if override.index("=") == len(override) - 1 else override for override in overrides]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), document, OmegaConf.from_dotlist(list(overrides)))
         missing = OmegaConf.missing_keys(merged)

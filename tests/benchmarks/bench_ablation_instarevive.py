@@ -265,7 +265,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_title(name.replace("_", ", "), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
-    figure.axes[0].legend(fontsize=7)
+    figure.axes[2].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

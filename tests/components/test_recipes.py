@@ -122,6 +122,12 @@ def test_wrong_overrides_name_the_key(overrides: list[str], message: str) -> Non
         load_recipe("instantir-dcp-nano", overrides)
 
 
+def test_nothing_behind_an_override_empties_a_text() -> None:
+    assert load_recipe("instarevive-bsr", ["coarse=", "missing_captions.model="]).missing_captions.model == ""
+    with pytest.raises(RecipeError, match="steps"):
+        load_recipe("instarevive-bsr", ["steps="])
+
+
 def test_a_wrong_name_suggests_the_near_one() -> None:
     with pytest.raises(RecipeError, match='Did you mean "instantir-dcp-nano"'):
         load_recipe("instantir-dcp-nanoo")

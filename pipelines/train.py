@@ -214,6 +214,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
         "parents": {k: str(v) for k, v in inputs.parents.items()},
         "data_digests": dict(inputs.data_digests),
         "out": str(out),
+        "folder": os.getcwd(),
     }
     with running_captioners(recipe) as captioning, Tail(out / METRICS, on_metrics), _own_interrupts():
         trainer = TorchTrainer(
@@ -355,6 +356,8 @@ def worker(config: dict[str, Any]) -> None:
         data_digests=config["data_digests"],
     )
     out = Path(config["out"])
+    with contextlib.suppress(OSError):  # models that a recipe names by relative paths lie there
+        os.chdir(config["folder"])
     # one core stays free for the data tasks: threads that wait for a preempted sibling made steps 3.5 times slower
     threads = recipe.placement.threads or max(1, (len(os.sched_getaffinity(0)) - 1) // world)
     torch.set_num_threads(threads)

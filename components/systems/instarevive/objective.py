@@ -196,9 +196,9 @@ class InstaReviveObjective:
         target = clean_latents(self.autoencoder, batch)  # type: ignore[arg-type]
         latents = self._generate(batch, given, noise)
         control = self._control(latents, target, training)
+        regression, metrics = latents.new_zeros(len(batch)), dict[str, Tensor]()
         if settings.regression == "none":
-            zero = torch.zeros_like(control.alpha)
-            control, regression, metrics = replace(control, alpha=zero), latents.new_zeros(len(batch)), {}
+            control = replace(control, alpha=torch.zeros_like(control.alpha))
         else:
             regression, metrics = self._regression(latents, target, batch)
         value = regression

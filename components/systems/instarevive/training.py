@@ -89,7 +89,8 @@ def build_objective(
     start = next(iter(parents.values()), None)
     if start is None and recipe.warm_start:
         start = load_model(recipe.warm_start)
-    family, prior, recorded_prior = recipe.family, recipe.prior, start.info.get("prior") if start else None
+    family: str = recipe.family
+    prior, recorded_prior = recipe.prior, start.info.get("prior") if start else None
     if recipe.teacher:
         family, prior, recorded_prior = teachers_prior(load_model(recipe.teacher))
     elif recipe.distil:

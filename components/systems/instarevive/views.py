@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ class CoarseView:
         """
         if not recipe.coarse:
             raise ValueError("the coarse view needs a coarse restorer: name one with coarse=MODEL, or choose another")
-        return replace(self, model=str(recipe.coarse))
+        folder = Path(recipe.coarse)  # data tasks have another current folder
+        return replace(self, model=str(folder.absolute()) if folder.is_dir() else str(recipe.coarse))
 
     def __call__(self, hq: Image | None, lq: Image | None, preview: Image | None) -> Image:
         """The preview where there is one, else the coarse restoration of lq, uint8 [H, W, 3]; SampleError "no_view"."""

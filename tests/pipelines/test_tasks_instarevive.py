@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from components.images import encode_png, to_float, to_uint8
-from components.models import load_model
+from components.models import Model, ModelCard, ModelError, load_model, save_model
 from components.randomness import Noise
-from components.recipes import load_recipe
+from components.recipes import as_dict, load_recipe
 from components.synthetic import dead_leaves
 from components.systems import SYSTEMS
 from components.tensors import collate
@@ -161,3 +161,43 @@ def test_a_trained_model_is_distilled_and_judged(ray_session: None, tmp_path: Pa
     assert told["passed"] and len(told["pictures"]) == 2
     again = pass_gate(recipe, TrainInputs(corpora=corpora), out, on_ray=False)
     assert [one.loss for one in again.judgements] == [one["loss"] for one in told["judgements"]]
+
+
+def test_a_student_is_built_on_its_teachers_prior_and_passes_the_gate(tmp_path: Path) -> None:
+    """InstantIR as it starts, of several steps, and a student of one: without Ray, all else as it is."""
+    parent: dict[str, Any] = {}
+    small = ["resolution=32", "short_side=48", "batch_size=2", "steps=1", "resampler_depth=1", "lora_rank=2"]
+    for stage in ("dcp", "previewer", "aggregator"):
+        own: Any = load_recipe(f"instantir-{stage}-nano", [*small, "steps_at_restore=2"])
+        parent = {stage: saved(SYSTEMS["instantir"].build_objective(own, parent), own, tmp_path / stage)}
+    teacher = parent["aggregator"].path
+    corpora = {"corpus": make_corpus(tmp_path / "corpus")}
+    wide = [
+        "gate.psnr_db=50",
+        "gate.perceptual=100",
+        "gate.pictures=2",
+        "resolution=32",
+        "short_side=48",
+        "family=pixart",
+    ]
+    recipe: Any = load_recipe("distil-onestep-nano", [f"teacher={teacher}", "prior=nowhere", *wide])
+    objective = SYSTEMS["instarevive"].build_objective(recipe, {})
+    student = saved(objective, recipe, tmp_path / "out" / "model")
+    assert student.info["prior"] == load_model(teacher).info["prior"], "the recipe's own prior and family do not count"
+    assert SYSTEMS["instarevive"].encoded_with(recipe, {}) == "nano"
+    result = pass_gate(recipe, TrainInputs(corpora=corpora), tmp_path / "out", on_ray=False)
+    assert result.passed and len(result.pictures) == 2
+    unsound = load_model("nano")
+    with pytest.raises(ModelError, match="there is no score to distil"):
+        SYSTEMS["instarevive"].build_objective(load_recipe("distil-onestep-nano", [f"teacher={unsound.path}"]), {})
+
+
+def saved(objective: Any, recipe: Any, path: Path) -> Model:
+    card = ModelCard(
+        name=path.name,
+        system=recipe.system,
+        recipe=as_dict(recipe),
+        prior=objective.prior.source,
+        config=objective.config,
+    )
+    return save_model(path, card, objective.parts(), getattr(objective, "files", None))

@@ -283,7 +283,8 @@ class PrecomputeSpec:
 class PairSpec:
     """Targets and inputs that belong together: a benchmark's, or those of a training set that nothing has to degrade.
 
-    Pictures are matched by their order: the n-th name of one folder belongs to the n-th of the other.
+    Pictures are matched by their names without suffix; where no name stands in both folders, by their order: the n-th
+    name of one folder then belongs to the n-th of the other.
 
     Attributes:
         hq: folder of the targets; "" for real pictures without reference.

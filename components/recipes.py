@@ -131,6 +131,9 @@ class Recipe:
     latents: str = ""  # column of precomputed latents, which the autoencoder then need not encode
     embeddings: str = ""  # column of precomputed prompts, which the text encoders then need not embed
     degradation: DegradationChoice = field(default_factory=DegradationChoice)
+    pairs: str = ""  # column with each picture's own input ("lq" where curation wrote it); nothing then degrades
+    unpaired: str = ""  # name of an input whose pictures are the LQ side: they show other things than the targets
+    prompt: str = ""  # what a row's prompt says, with its caption in the place of {caption}; "": the caption alone
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the forward passes; weights and autoencoder stay float32
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema_decay: float = 0.0  # 0: off
@@ -161,6 +164,14 @@ class Recipe:
             if captioner not in CAPTIONERS and not captioner.startswith("column:"):
                 near = did_you_mean(captioner, [name for name in CAPTIONERS if name])
                 raise RecipeError(f'unknown captioner "{captioner}". {near}'.rstrip())
+        ready = bool(self.pairs) + bool(self.unpaired)
+        if ready > 1 or (ready and self.degradation.preset != "none"):
+            raise RecipeError(
+                "lq comes from pairs, from another input (unpaired), or from a degradation: "
+                "with either of the first two the other is empty, and degradation.preset is none"
+            )
+        if self.prompt and self.embeddings:
+            raise RecipeError("precomputed embeddings are those of the captions alone: leave prompt or embeddings out")
         if not 0 <= self.ema_decay < 1:
             raise RecipeError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
@@ -242,6 +253,8 @@ def resolve(schema: type[Any], document: Any, overrides: Sequence[str], what: st
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise RecipeError(f"override {override!r} is not key=value")
+    # "key=" empties a text; YAML would read nothing at all there
+    overrides = [f'{override}""' if override.index("=") == len(override) - 1 else override for override in overrides]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), document, OmegaConf.from_dotlist(list(overrides)))
         missing = OmegaConf.missing_keys(merged)

@@ -10,7 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components.degradations.masks import mask_of
 from components.types import Batch, Image, Plan
+
+OVERSHOOT = 0.5
+"""What an interpolation may leave 0..1 by, and more; pictures of -1..1 leave it by 1."""
 
 PRECOMPUTED = {
     "latents": {"latents": "latents"},
@@ -20,8 +24,18 @@ PRECOMPUTED = {
 
 
 def images_to_tensor(images: Sequence[Image]) -> Tensor:
-    """Pictures of one size, uint8 or float in [0, 1] -> float32 [B, 3, H, W] in [-1, 1]."""
+    """Pictures of one size, uint8 or float in [0, 1] -> float32 [B, 3, H, W] in [-1, 1].
+
+    Raises:
+        ValueError: floats far outside [0, 1]: of -1..1 or 0..255, which would come out as another picture.
+    """
     stacked = torch.from_numpy(np.ascontiguousarray(np.stack(images)))
+    if stacked.is_floating_point() and stacked.numel():
+        low, high = (float(bound) for bound in stacked.aminmax())
+        if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+            raise ValueError(
+                f"pictures of floats must lie in 0..1, got {low:.4g}..{high:.4g}: are they of -1..1 or 0..255?"
+            )
     scale = 127.5 if stacked.dtype == torch.uint8 else 0.5
     return stacked.permute(0, 3, 1, 2).to(torch.float32).div(scale).sub(1.0).contiguous()
 
@@ -53,9 +67,22 @@ def collate(
         lq=lq,
         prompts=[str(p) for p in columns["prompt"]],
         plans=plans,
+        masks=_masks(plans, hq),
         sizes=torch.from_numpy(np.stack(list(columns["sizes"])).astype(np.int64)).to(device),
         **_precomputed(columns, device),
     )
+
+
+def _masks(plans: Sequence[Plan], hq: Tensor) -> Tensor | None:
+    """What the plans' strokes cover, as Batch.masks; None where no plan has any."""
+    height, width = hq.shape[-2:]
+    covered = [any(op.get("op") == "strokes" for op in plan.get("ops", ())) for plan in plans]
+    if not any(covered):
+        return None
+    drawn = [mask_of(plan, height, width) if has else None for plan, has in zip(plans, covered, strict=True)]
+    blank = np.zeros((height, width), bool)
+    stacked = np.stack([blank if mask is None else mask for mask in drawn])
+    return torch.from_numpy(stacked).to(hq)[:, None]
 
 
 def _precomputed(columns: Mapping[str, Any], device: str) -> dict[str, Any]:

@@ -274,7 +274,12 @@ def train(
     check_inputs(resolved, folders)
     with train_folder(resolved, folders, out), local_ray(), console.bar(resolved.name) as progress:
         result = train_stage(resolved, folders, out, on_metrics=step_progress(progress, resolved.steps))
-    console.result(plain(result), [f"model: {result.model}"])
+    lines = [f"model: {result.model}"]
+    if getattr(resolved, "teacher", ""):  # it has passed its gate, or nobody would be here
+        from pipelines.gate import register
+
+        lines.append(f"registered as {resolved.name}, version {register(resolved, out)}; {out / 'gate' / 'gate.json'}")
+    console.result(plain(result), lines)
 
 
 @app.command(cls=Command)

@@ -376,9 +376,14 @@ def _through_ray(
 
 
 def checked_value(job: ColumnJob, value: object) -> Outcome:
-    """A worker's value as the column stores it, or why it cannot: not_text, wrong_shape, not_finite, out_of_range."""
+    """A worker's value as the column stores it, or why not: not_text, not_bytes, wrong_shape, not_finite, out_of_range.
+
+    The bytes of a picture are the worker's to judge.
+    """
     if isinstance(value, SampleError):
         return value
+    if job.kind == "picture":
+        return value if isinstance(value, bytes) else SampleError("not_bytes", f"got {type(value).__name__}")
     if job.kind == "text":
         if not isinstance(value, str):
             return SampleError("not_text", f"expected text, got {type(value).__name__}")
@@ -425,6 +430,8 @@ def _arrow_values(job: ColumnJob, values: Sequence[Value | None]) -> pa.Array:
     """Values of one shard as an Arrow array with nulls."""
     if job.kind == "text":
         return pa.array(values, pa.string())
+    if job.kind == "picture":
+        return pa.array(values, pa.large_binary())  # a shard of inputs may exceed 2 GiB
     kind = pa.from_numpy_dtype(np.dtype(job.dtype))
     if job.kind == "float":
         return pa.array([None if value is None else np.dtype(job.dtype).type(value) for value in values], kind)

@@ -1,4 +1,4 @@
-"""Columns of a finished corpus: captions, scores, embeddings, latents; a value for every sample (decision 0004).
+"""Columns of a finished corpus: captions, scores, embeddings, inputs; a value for every sample (decision 0004).
 
     columns/<name>/column.json            {"format", "name", "kind", "corpus", "producer", "producer_digest", "shape",
                                           "dtype", "samples", "given", "quarantined", "splits": {split: [{"name",
@@ -41,13 +41,14 @@ from pipelines.shards import Corpus, open_corpus
 
 FORMAT = 1
 FOLDER = "columns"
-KINDS = ("text", "float", "array")
+KINDS = ("text", "float", "array", "picture")
+UNTYPED = ("text", "picture")  # kinds without a dtype
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RETRIED = frozenset({"failed", "missing_shard", "truncated"})
 """Codes of rows that an unfinished column tries again: another run may do better."""
 
-Value = str | float | np.ndarray
+Value = str | float | bytes | np.ndarray
 Worker = Callable[[Sequence[Image], Sequence[str]], Sequence[Value | SampleError]]
 """(uint8 pictures [H, W, 3], their keys) -> a value each, or why there is none. What it raises costs one picture."""
 Given = Callable[[Mapping[str, Any]], Value | None]
@@ -83,9 +84,9 @@ class ColumnJob:
             raise UsageError(f'"{self.name}" cannot name a column: letters a-z, digits, "-" and "_", at most 64.')
         if self.kind not in KINDS:
             raise unknown("kind of column", self.kind, KINDS)
-        if self.kind != "array" and (self.shape or (self.kind == "text" and self.dtype)):
+        if self.kind != "array" and (self.shape or (self.kind in UNTYPED and self.dtype)):
             raise UsageError(f"a column of kind {self.kind} has no shape of its own, got {self.shape} {self.dtype}.")
-        if self.kind != "text" and self.dtype not in DTYPES:
+        if self.kind not in UNTYPED and self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.kind == "float" and not self.dtype.startswith("float"):
             raise UsageError(f"a column of kind float needs a float dtype, got {self.dtype}.")
@@ -173,7 +174,7 @@ def compute_column(
     Args:
         corpus_dir: a curated corpus; not changed.
         name: of the column.
-        kind: text (str), float (one finite number), array (finite, all of one shape).
+        kind: text (str), float (one finite number), array (finite, all of one shape), picture (the bytes of a file).
         producer: what computes the values, as JSON: model, revision, prompt, digest. It decides what is repeated.
         factory: makes the worker, in each process that needs one; picklable.
         shape, dtype: of a sample's array; a float column has a dtype only ("float32" where none is said).

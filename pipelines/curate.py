@@ -30,6 +30,7 @@ from pipelines import shards
 from pipelines.catalogue import load_spec
 from pipelines.console import Progress, no_progress
 from pipelines.curation import measure, score, select, write
+from pipelines.curation.extras import add_columns
 from pipelines.curation.watch import forget_the_living, last_sign_of_life, watched
 from pipelines.errors import Failure, RestorayError, RetryLater, UsageError, unknown
 from pipelines.rows import end_torn_line, iter_lines, replace_file
@@ -156,7 +157,7 @@ def _curate(
             write.remove_leftovers(out, entries.values())
             _remove_stale(out, {part.name for part in listing.parts})
             _save_spec(spec, out / "spec.yaml")
-            _add_columns(spec, out, tell)
+            add_columns(spec, out, tell)
             report = _report(spec, bounds, [name for name, _ in contents], chosen, out, digest, started)
         except OSError as error:
             raise Failure(f"{error.filename or out} cannot be written: {error.strerror or error}.") from error
@@ -431,19 +432,6 @@ def _make_negatives(spec: CorpusSpec, out: Path, tell: Progress) -> None:
         settings = asdict(source.negatives)
         count, prior = settings.pop("count"), settings.pop("prior")
         make_negatives(Path(source.path), prior, negatives_folder(source, out), count, progress=tell, **settings)
-
-
-def _add_columns(spec: CorpusSpec, out: Path, tell: Progress) -> None:
-    """Captions, embeddings and latents, where the spec asks for them."""
-    if spec.caption is not None:
-        from pipelines.caption import caption_corpus
-
-        caption_corpus(out, spec.caption, progress=tell)
-    if spec.precompute is not None:
-        from pipelines.precompute import precompute
-
-        settings = asdict(spec.precompute)
-        precompute(out, settings.pop("prior"), progress=tell, **settings)
 
 
 def _in_task(function: Callable[..., Any], *arguments: Any) -> Any:

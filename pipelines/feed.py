@@ -177,7 +177,8 @@ def rank_dataset(
 
     count = rank_count(start, stop, batch_size, rank, world)
     absolute = tuple((s if s == DEAD_LEAVES else str(Path(s).absolute()), weight) for s, weight in config.sources)
-    config = replace(config, sources=absolute)  # a worker's current folder may be another one
+    unpaired = config.unpaired and str(Path(config.unpaired).absolute())
+    config = replace(config, sources=absolute, unpaired=unpaired)  # a worker's current folder may be another one
     check_stream(config)
     per_block, per_task = block_rows(config, micro or batch_size // world, batch_size // world)
     where = {"start": start, "batch_size": batch_size, "rank": rank, "world": world}

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+
 from components.degradations import build_degradation
 from components.images import center_crop, decode, encode_png, resize_short_side, to_float, to_uint8
 from components.restoring import file_key
-from components.types import Degradation, SampleError
+from components.types import Degradation, Image, SampleError
+from pipelines.columns import Column, open_column
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, UsageError
 from pipelines.rows import read_lines, replace_file, write_lines
@@ -46,6 +50,7 @@ def prepare_heldout(
     seed: int = 0,
     short_side: int = 256,
     limit: int | None = None,
+    pairs: str = "",
     progress: Progress | None = None,
 ) -> Heldout:
     """Write degraded pairs of a corpus' held-out pictures; what is already there and right stays as it is.
@@ -55,6 +60,7 @@ def prepare_heldout(
         seed: of the degradation; the picture's place in the split is its position.
         short_side: pixels; each picture is resized to it and cropped in the middle to multiples of 16.
         limit: first so many pictures only.
+        pairs: column of the corpus with each picture's own input, which then is not degraded: preset is "none".
 
     Raises:
         UsageError: no corpus, no held-out pictures, unknown preset or option, a short side below 16.
@@ -77,9 +83,11 @@ def prepare_heldout(
         "options": dict(preset_options or {}),
         "seed": seed,
         "short_side": short_side,
+        **({"pairs": pairs} if pairs else {}),
     }
     settings = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     hq, lq, records = out / "hq", out / "lq", out / "heldout.jsonl"
+    inputs = open_column(corpus, pairs) if pairs else None
     tell = progress or no_progress
     rows: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
@@ -98,7 +106,8 @@ def prepare_heldout(
             else:
                 try:
                     data = read_sample(corpus, SPLIT, position)
-                    pair = _make_pair(data, key, degradation, seed, position, short_side, out)
+                    own = _own_input(inputs, position, key) if inputs else None
+                    pair = _make_pair(data, key, degradation, seed, position, short_side, out, own)
                     rows.append({**pair, "settings": settings})
                 except SampleError as error:
                     reason = {"stage": "heldout", "code": error.code, "detail": error.detail, "bytes_sha256": ""}
@@ -118,20 +127,40 @@ def prepare_heldout(
 
 
 def _make_pair(
-    data: bytes, key: str, degradation: Degradation, seed: int, position: int, short_side: int, out: Path
+    data: bytes,
+    key: str,
+    degradation: Degradation,
+    seed: int,
+    position: int,
+    short_side: int,
+    out: Path,
+    own: Image | None = None,
 ) -> dict[str, Any]:
-    """Write one pair; returns its record."""
+    """Write one pair, of the picture and its own input or what the degradation makes of it; returns its record."""
     target = resize_short_side(decode(data, key=key), short_side)
+    if own is not None:
+        how = cv2.INTER_AREA if own.shape[0] > target.shape[0] else cv2.INTER_CUBIC
+        own = np.asarray(cv2.resize(own, target.shape[1::-1], interpolation=how), np.uint8)
     height, width = (side // SIDE_MULTIPLE * SIDE_MULTIPLE for side in target.shape[:2])
     target = center_crop(target, height, width)
     plan = degradation.draw(seed, key, position)
-    degraded = to_uint8(degradation.apply(to_float(target), plan))
+    if own is None:
+        degraded = to_uint8(degradation.apply(to_float(target), plan))
+    else:
+        degraded = center_crop(own, height, width)
     digests = {}
     for name, image in (("hq", target), ("lq", degraded)):
         png = encode_png(image, {"software": "restoray", "key": key})
         replace_file(out / name / f"{key}.png", png)
         digests[f"{name}_sha256"] = hashlib.sha256(png).hexdigest()
     return {"key": key, "position": position, **digests, "plan": dict(plan)}
+
+
+def _own_input(inputs: Column, position: int, key: str) -> Image:
+    data = inputs.value(SPLIT, position)
+    if not isinstance(data, bytes):
+        raise SampleError("no_pair", f"no input belongs to it in column {inputs.name}", key)
+    return decode(data, key=key)
 
 
 def _intact(out: Path, row: Mapping[str, Any]) -> bool:

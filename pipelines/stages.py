@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from components.places import stored_models, weights_folder
 from pipelines.console import Console, Progress
 from pipelines.errors import Failure, UsageError, unknown
-from pipelines.home import package_folder
+from pipelines.home import package_folder, shipped
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -90,6 +90,7 @@ class RestoreSettings:
 
     Attributes:
         preset, preset_options: the degradation, as in components.degradations.
+        pairs: column of the corpus with each picture's own input, instead of a degradation (preset none).
         seed: of the degradation and of the restoration.
         short_side: pixels of the held-out pictures' short side.
         limit: pictures at most; 0 takes all.
@@ -98,6 +99,7 @@ class RestoreSettings:
 
     preset: str = "realesrgan-nano"
     preset_options: dict[str, Any] = field(default_factory=dict)
+    pairs: str = ""
     seed: int = 0
     short_side: int = 256
     limit: int = 0
@@ -160,6 +162,11 @@ def check_recipe(recipe: Any) -> None:
         check_start("prior", recipe.prior)
     if getattr(recipe, "warm_start", ""):
         check_start("warm_start", recipe.warm_start)
+    if getattr(recipe, "distil", False) and not recipe.teacher:
+        raise UsageError(f"{recipe.name}: whose steps are to be distilled? Name a trained model: teacher=MODEL.")
+    for key in ("coarse", "teacher"):
+        if getattr(recipe, key, ""):
+            check_start(key, getattr(recipe, key), hub=False)
 
 
 def check_degradation(preset: str, options: Mapping[str, Any]) -> None:
@@ -172,10 +179,17 @@ def check_degradation(preset: str, options: Mapping[str, Any]) -> None:
         raise UsageError(str(error)) from error
 
 
-def check_start(key: str, name: str) -> None:
-    """Raises UsageError unless weights are a shipped model, something that exists, or a hub id (owner/name)."""
+def check_start(key: str, name: str, hub: bool = True) -> None:
+    """Raises UsageError unless weights are a shipped model, something that exists, or (with hub) an id owner/name."""
     known = [*(path.parent.name for path in shipped_weights().glob("*/model.json")), *stored_models()]
-    if name not in known and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if name not in known and not Path(name).exists() and not (hub and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        makes = [f"restoray train {name}"] if name in shipped("recipes") else []
+        makes += [f"restoray weights import {name}"] if name in ("instarevive", "swinir") else []
+        if makes and key in ("warm_start", "coarse"):
+            raise UsageError(
+                f"{key} {name} is not there: make it ({' or '.join(makes)}), name another folder with {key}=MODEL, "
+                f"or leave it out with {key}=."
+            )
         raise unknown(key, name, known)
 
 
@@ -205,6 +219,8 @@ def check_train(settings: TrainSettings, recipe: Any, above: Sequence[Any]) -> N
 def check_restore(settings: RestoreSettings, recipe: Any, above: Sequence[Any]) -> None:
     """Of a restore stage: the degradation, and the options by the system of the model that it restores with."""
     check_degradation(settings.preset, settings.preset_options)
+    if settings.pairs and settings.preset != "none":
+        raise UsageError(f"pairs={settings.pairs}: the inputs of pairs are not degraded again: preset=none.")
     check_options(above[-1].system if above else "", settings.options)
 
 
@@ -242,7 +258,7 @@ def train_identity(settings: TrainSettings, recipe: Any, images: Path | None) ->
     """The weights that training starts from, or asks for captions, where they lie on this machine; a hub id is known by
     its name alone."""
     identity: dict[str, Any] = {}
-    for name in ("prior", "warm_start"):
+    for name in ("prior", "warm_start", "coarse", "teacher"):
         start = str(getattr(recipe, name, "") or "")
         if not start:
             continue
@@ -371,6 +387,7 @@ def run_restore(context: StageContext) -> dict[str, Any]:
         seed=settings.seed,
         short_side=settings.short_side,
         limit=settings.limit or None,
+        pairs=settings.pairs,
     )
     with context.console.bar(context.name) as progress:
         result = restore_folder(

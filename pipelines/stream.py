@@ -93,6 +93,7 @@ def load_row(config: StreamConfig, position: int) -> Row:
     (place,) = _places(config, [position])
     row = _load(config, position, place)
     _caption_rows(config, [row], [place])
+    row["prompt"] = _prompt(config, row["prompt"])
     return row | {name: np.ascontiguousarray(row[name]) for name in ("hq", "lq") if name in row}
 
 
@@ -118,6 +119,7 @@ def load_columns(config: StreamConfig, positions: Sequence[int] | np.ndarray) ->
         sizes[n] = row["sizes"]
     if config.captioning:
         caption_missing(config.captioning, {**texts, **pixels, **extra}, _askable(config, places))
+    texts["prompt"][:] = [_prompt(config, text) for text in texts["prompt"]]
     return {**texts, **pixels, **extra, "sizes": sizes, "position": np.array(positions, np.int64)}
 
 
@@ -141,7 +143,7 @@ def heldout_rows(config: StreamConfig, count: int) -> list[Row]:
                 _first_usable(fixed, p, source, ((p + k) % n for k in range(min(n, ATTEMPTS)))) for p in range(count)
             ]
             _caption_rows(fixed, rows, [(source, p, -1) for p in range(count)])
-            return rows
+            return [row | {"prompt": _prompt(fixed, row["prompt"])} for row in rows]
     raise Failure(f"none of {', '.join(name for name, _ in config.sources)} holds any picture out.")
 
 
@@ -176,6 +178,10 @@ def check_stream(config: StreamConfig, model_digest: str = "") -> None:
         captioner = captioner_of(config, source)
         if captioner.startswith(COLUMN) and _column(source, captioner.removeprefix(COLUMN)).kind != "text":
             raise UsageError(f"captioner {captioner}: that column of {source} holds no text.")
+        if config.pairs and _column(source, config.pairs).kind != "picture":
+            raise UsageError(f"pairs={config.pairs}: that column of {source} holds no pictures.")
+    if config.unpaired and not len(_corpus(config.unpaired).split(config.split)):
+        raise Failure(f"split {config.split} of {config.unpaired} is empty.")
     words = {source: captioner_of(config, source) for source, _ in config.sources}
     settings = {item.name: getattr(config, item.name) for item in fields(config)}
     check_columns(precomputed(config), settings, words, _column, model_digest)
@@ -255,7 +261,8 @@ def _load(config: StreamConfig, position: int, place: Place) -> Row:
         picture = dead_leaves(max(height, width), config.seed, position)
         name = f"dead-leaves-{config.seed}-{position}"
         cut, captioner = picture[:height, :width], captioner_of(config, source)
-        row = _row(config, position, name, cut, picture.shape[:2], (0, 0), captioner, "", "")
+        lq = _unpaired(config, position) if config.unpaired else None
+        row = _row(config, position, name, cut, picture.shape[:2], (0, 0), captioner, "", "", lq)
         return row | precomputed(config).values(source, config.split, -1)
     reserves = (int(_order(source, config).samples([own + RESERVE * k])[0]) for k in range(1, ATTEMPTS))
     return _first_usable(config, position, source, chain([sample], reserves))
@@ -274,13 +281,16 @@ def _first_usable(config: StreamConfig, position: int, source: str, candidates: 
             if captioner == NEGATIVE and not caption.strip():
                 raise SampleError("no_prompt", "a negative sample without its negative prompt teaches its faults", key)
             resized, original = _picture(config, shard, number, key, position)
+            corner, cut = _cut(config, position, resized)
+            lq = _own_input(config, source, sample, key, position, resized) if config.pairs else None
         except SampleError as error:
             failures.append(f"[{error.code}] {key}: {error.detail}")
             continue
         if captioner.startswith(COLUMN):
             caption = str(_column(source, captioner.removeprefix(COLUMN)).value(config.split, sample) or "")
-        corner, cut = _cut(config, position, resized)
-        row = _row(config, position, key, cut, original, corner, captioner, caption, "; ".join(failures))
+        if config.unpaired:
+            lq = _unpaired(config, position)
+        row = _row(config, position, key, cut, original, corner, captioner, caption, "; ".join(failures), lq)
         return row | precomputed(config).values(source, config.split, sample)
     raise Failure(f"position {position}: {len(failures)} samples in turn are broken, the last one {failures[-1]}.")
 
@@ -356,9 +366,10 @@ def _row(
     captioner: str,
     caption: str,
     replaced: str,
+    lq: Image | None = None,
 ) -> Row:
-    """Degrade, caption, and put the fields together."""
-    lq: Image | None = hq
+    """Degrade (unless lq is given), caption, and put the fields together."""
+    lq = hq if lq is None else lq
     plan: Mapping[str, Any] = {}
     if config.degradation:
         degradation = _degradation(config.degradation, _options(config))
@@ -383,6 +394,54 @@ def _row(
         "replaced": replaced,
         "uncaptioned": "",
     }
+
+
+def _own_input(config: StreamConfig, source: str, sample: int, key: str, position: int, hq: Image) -> Image:
+    """The input that belongs to a sample, cut as its target is.
+
+    Args:
+        hq: the target, resized and not yet cut.
+
+    Raises:
+        SampleError: there is none ("no_pair"), or it cannot be decoded.
+    """
+    data = _column(source, config.pairs).value(config.split, sample)
+    if data is None:
+        raise SampleError("no_pair", f"no input belongs to it in column {config.pairs}", key)
+    picture = decode(data, STORED_LIMITS, key)
+    height, width = hq.shape[:2]
+    if picture.shape[:2] != (height, width):  # as its target was resized, to the very same pixels
+        how = cv2.INTER_AREA if picture.shape[0] > height else cv2.INTER_CUBIC
+        picture = np.asarray(cv2.resize(picture, (width, height), interpolation=how), np.uint8)
+    return _cut(config, position, picture)[1]
+
+
+def _unpaired(config: StreamConfig, position: int) -> Image:
+    """The picture of the other corpus that stands at a position, cut to the row's size.
+
+    Raises:
+        Failure: ATTEMPTS samples in turn could not be used.
+    """
+    folder, error = config.unpaired, None
+    # of an order of its own: equal ones of two corpora would marry the n-th of one to the n-th of the other for ever
+    order = _order(folder, replace(config, seed=config.seed + 1)) if config.split != "held_out" else None
+    count = len(_corpus(folder).split(config.split))
+    for attempt in range(ATTEMPTS):
+        where = position + attempt * RESERVE
+        sample = int(order.samples([where])[0]) if order else (position + attempt) % count
+        shard = _shard_of(folder, config.split, sample)
+        number = sample - shard.start
+        try:
+            picture = _picture(config, shard, number, shard.keys[number].as_py(), position)[0]
+        except SampleError as problem:
+            error = problem
+            continue
+        return _cut(config, position, picture)[1]
+    raise Failure(f"position {position}: {ATTEMPTS} inputs in turn are broken, the last one {error}.")
+
+
+def _prompt(config: StreamConfig, caption: str) -> str:
+    return config.prompt.replace("{caption}", caption) if config.prompt else caption
 
 
 def _caption_rows(config: StreamConfig, rows: Sequence[Row], places: Sequence[Place]) -> None:

@@ -34,6 +34,11 @@ class StreamConfig:
         degradation: preset of components.degradations; "" leaves lq equal to hq.
         degradation_options: changes to the preset.
         degrade_on: "stream" (in the data workers) or "device" (in collate, by the batched back end).
+        pairs: column of the corpora with each picture's own input (pipelines.pairs); "" for none. Both sides are cut
+            alike, and nothing degrades them.
+        unpaired: corpus folder whose pictures are the inputs, in an order of their own: lq and hq then show different
+            things; "" for none.
+        prompt: what a row's prompt is made of, with its words in the place of {caption}; "" takes them alone.
         captioner: "tags" (measured on the crop), "manifest" (the corpus's captions), "column:NAME" (a text column of
             the corpus; "" where it holds none), "negative" (the negative prompts that stand in the manifest; a sample
             without one is refused), or "" for none.
@@ -57,6 +62,9 @@ class StreamConfig:
     degradation: str = ""
     degradation_options: Mapping[str, Any] = field(default_factory=dict)
     degrade_on: str = "stream"
+    pairs: str = ""
+    unpaired: str = ""
+    prompt: str = ""
     captioner: str = ""
     captioners: Sequence[str] = ()
     captioning: Captioning | None = None
@@ -89,6 +97,10 @@ class StreamConfig:
         for name, value, known in named:
             if value not in known:
                 raise unknown(name, value, known)
+        if sum(map(bool, (self.pairs, self.unpaired, self.degradation))) > 1:
+            raise UsageError("a stream's lq comes from pairs, from another corpus (unpaired), or from a degradation.")
+        if self.pairs and DEAD_LEAVES in [source for source, _ in self.sources]:
+            raise UsageError("dead leaves have no inputs of their own: leave them out where lq comes from pairs.")
         if self.captioners and len(self.captioners) != len(self.sources):
             raise UsageError(f"captioners must be as many as the {len(self.sources)} sources, or none.")
         for captioner in (self.captioner, *self.captioners):
@@ -98,7 +110,7 @@ class StreamConfig:
     @property
     def degrades(self) -> bool:
         """Whether rows carry an lq that differs from hq."""
-        return bool(self.degradation) and self.degrade_on == "stream"
+        return bool(self.pairs or self.unpaired or (self.degradation and self.degrade_on == "stream"))
 
 
 def captioner_of(config: StreamConfig, source: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from components.captions.views import View, find_view, view_lq
+from components.captions.views import View, needs_lq, view_for
 from components.types import Image, SampleError
 from pipelines.errors import UsageError
 
@@ -46,7 +46,7 @@ class Captioning:
 
     @property
     def needs_lq(self) -> bool:
-        return self.view is view_lq
+        return needs_lq(self.view)
 
     def write(self, keys: Sequence[str], hqs: Sequence[Image], lqs: Sequence[Image | None]) -> list[tuple[str, str]]:
         """(caption, "") of each row, or ("", "[code] key: why there is none")."""
@@ -114,11 +114,11 @@ def check_missing_captions(recipe: Recipe) -> None:
 
     asked = recipe.missing_captions
     try:
-        find_view(asked.view, SYSTEMS[recipe.system].views)
+        view = view_for(recipe, asked.view, SYSTEMS[recipe.system].views)
     except ValueError as error:
         raise UsageError(f"missing_captions.view: {error}") from error
     model = asked.model
-    if model and asked.view == "lq" and recipe.degradation.degrade_on == "device":
+    if model and needs_lq(view) and recipe.degradation.degrade_on == "device":
         raise UsageError("missing_captions.view: lq is made on the device, where no captioner sees it: choose hq.")
     if model and model not in PRESETS and not Path(model).expanduser().is_dir() and not HUB_ID.fullmatch(model):
         raise UsageError(
@@ -165,6 +165,6 @@ def running_captioners(recipe: Recipe) -> Iterator[Captioning | None]:
     cache = Path(placement.caption_cache).expanduser().absolute() if placement.caption_cache else None
     pool = start_captioner_pool(spec, cache or cache_folder() / "captions", placement.cpus_per_captioner)
     try:
-        yield Captioning(pool=pool, view=find_view(asked.view, SYSTEMS[recipe.system].views))
+        yield Captioning(pool=pool, view=view_for(recipe, asked.view, SYSTEMS[recipe.system].views))
     finally:
         pool.close()

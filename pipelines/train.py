@@ -64,7 +64,8 @@ def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Any = None) -
     """What the data workers need to know of a recipe; UsageError for a source that is no input."""
     from pipelines.stream_config import DEAD_LEAVES, StreamConfig
 
-    unknown = sorted(set(recipe.sources) - set(inputs.corpora) - {DEAD_LEAVES})
+    named = {*recipe.sources, *([recipe.unpaired] if recipe.unpaired else [])}
+    unknown = sorted(named - set(inputs.corpora) - {DEAD_LEAVES})
     if unknown:
         raise UsageError(f"{recipe.name}: {missing_corpora(unknown, sorted(inputs.corpora))}")
     sources = [
@@ -87,7 +88,10 @@ def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Any = None) -
         captioning=captioning,
         latents=recipe.latents,
         embeddings=recipe.embeddings,
-        degradation=recipe.degradation.preset,
+        degradation="" if recipe.pairs or recipe.unpaired else recipe.degradation.preset,
+        pairs=recipe.pairs,
+        unpaired=str(inputs.corpora[recipe.unpaired]) if recipe.unpaired else "",
+        prompt=recipe.prompt,
         degradation_options=dict(recipe.degradation.options),
         degrade_on=recipe.degradation.degrade_on,
     )
@@ -122,14 +126,15 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
         UsageError: the model that the stage goes on from is missing or of another stage, a source is no input or no
             corpus, no source holds a picture out, or precomputed columns are not what the stage would compute.
     """
-    from components.systems import parent_stage
+    from components.systems import SYSTEMS, parent_stage
     from pipelines.heldout import SPLIT
     from pipelines.shards import open_corpus
     from pipelines.stream_config import DEAD_LEAVES, captioner_of
     from pipelines.stream_texts import NEGATIVE
 
     wanted, given = parent_stage(recipe), sorted(inputs.parents)
-    if given != ([wanted] if wanted else []):
+    start = SYSTEMS[recipe.system].continues.get(recipe.stage)
+    if given != ([wanted] if wanted else []) and given != [start]:
         raise UsageError(
             f"{recipe.name}: stage {recipe.stage} goes on from "
             f"{f'the model of stage {wanted}' if wanted else 'no model'}, "
@@ -144,6 +149,10 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
             f"{recipe.name}: there is no held-out picture to measure with ({named}): "
             "a corpus needs at least 2 usable pictures."
         )
+    if recipe.unpaired:
+        splits = open_corpus(stream.unpaired).splits
+        if SPLIT not in splits or not len(splits[SPLIT]):
+            raise UsageError(f"{recipe.name}: {stream.unpaired} holds no picture out, and its inputs are measured too.")
     if recipe.latents or recipe.embeddings:
         _check_precomputed(recipe, inputs, stream)
 
@@ -179,6 +188,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
     Raises:
         UsageError: see check_inputs.
         Failure: the run ended without a model; the message says why and that a rerun resumes.
+        GateFailed: the model is there, and worse than its teacher.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -204,6 +214,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
         "parents": {k: str(v) for k, v in inputs.parents.items()},
         "data_digests": dict(inputs.data_digests),
         "out": str(out),
+        "folder": os.getcwd(),
     }
     with running_captioners(recipe) as captioning, Tail(out / METRICS, on_metrics), _own_interrupts():
         trainer = TorchTrainer(
@@ -224,6 +235,10 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
             raise _ended_early(recipe, error) from error
     if result.error is not None or not (out / MODEL / "model.json").is_file():
         raise _ended_early(recipe, result.error)
+    if getattr(recipe, "teacher", ""):
+        from pipelines.gate import pass_gate
+
+        pass_gate(recipe, inputs, out)
     return TrainResult(model=out / MODEL, heldout=heldout_losses(out / METRICS), seconds=time.time() - started)
 
 
@@ -341,6 +356,8 @@ def worker(config: dict[str, Any]) -> None:
         data_digests=config["data_digests"],
     )
     out = Path(config["out"])
+    with contextlib.suppress(OSError):  # models that a recipe names by relative paths lie there
+        os.chdir(config["folder"])
     # one core stays free for the data tasks: threads that wait for a preempted sibling made steps 3.5 times slower
     threads = recipe.placement.threads or max(1, (len(os.sched_getaffinity(0)) - 1) // world)
     torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ adapter paper the LQ itself. Such pictures are a system's own: it passes its vie
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from components.naming import did_you_mean
 from components.types import Image, SampleError
@@ -44,6 +44,22 @@ def find_view(name: str, more: Mapping[str, View] | None = None) -> View:
     if name not in known:
         raise ValueError(f"unknown view {name!r}. {did_you_mean(name, known)}")
     return known[name]
+
+
+def view_for(recipe: Any, name: str, more: Mapping[str, View] | None = None) -> View:
+    """`find_view`, settled for a recipe: a system's view may look through a model that the recipe names.
+
+    Raises:
+        ValueError: an unknown name, or a recipe that lacks what the view needs.
+    """
+    view = find_view(name, more)
+    settle = getattr(view, "for_recipe", None)
+    return settle(recipe) if settle is not None else view
+
+
+def needs_lq(view: View) -> bool:
+    """Whether a view shows the input or what a model makes of it."""
+    return view is view_lq or bool(getattr(view, "needs_lq", False))
 
 
 def _present(image: Image | None, name: str) -> Image:

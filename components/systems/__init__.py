@@ -14,6 +14,7 @@ from components.systems.instantir import released as instantir_released
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instarevive import released as instarevive_released
 from components.systems.instarevive.recipe import InstaReviveRecipe
+from components.systems.instarevive.views import CoarseView
 from components.systems.prior_recipe import PriorRecipe
 from components.systems.swinir import released as swinir_released
 from components.systems.swinir.recipe import SwinIRRecipe
@@ -33,6 +34,7 @@ class System:
         recipe: dataclass of its recipes.
         stages: training stages and the integer version of each: raise it when a code change alters what a stage makes.
         follows: stage -> the stage whose model it goes on from; a stage that is not named starts from the recipe alone.
+        continues: stage -> the stage whose model may be given as its start, in the place of the recipe's warm start.
         build_objective: (recipe, parent models by stage, callable for example pictures or None, device=) -> objective.
         look: (objective, recipe, LQ pictures, prompts, seed) -> pictures to look at while it trains; None for none.
         measure: (objective, held-out batches) -> numbers for the model card; None for none.
@@ -40,7 +42,8 @@ class System:
         check_options: judges and types a request's options without torch; None as build_restorer.
         precomputed: stage -> which columns its objective takes in an encoder's place ("latents", "embeddings").
         encoded_with: (recipe, parent folders by stage) -> the prior whose encoders these columns must come from.
-        views: pictures of the system's own that a captioner may look at, by name; torch-free, called in data tasks.
+        views: pictures of the system's own that a captioner may look at, by name; torch-free, called in data tasks. One
+            that looks through a model of the recipe's has `for_recipe(recipe)`, which gives the view to use.
         weights: reads and writes the weights that its authors published; None where there are none.
     """
 
@@ -48,6 +51,7 @@ class System:
     stages: Mapping[str, int]
     build_objective: Callable[..., Objective]
     follows: Mapping[str, str] = field(default_factory=dict)
+    continues: Mapping[str, str] = field(default_factory=dict)
     look: Callable[..., Tensor] | None = None
     measure: Callable[..., dict[str, float]] | None = None
     build_restorer: Callable[..., Restorer] | None = None
@@ -123,6 +127,12 @@ def _instarevive_objective(*args: Any, **kwargs: Any) -> Objective:
     from components.systems.instarevive.training import build_objective
 
     return build_objective(*args, **kwargs)
+
+
+def _instarevive_encoded_with(*args: Any) -> str:
+    from components.systems.instarevive.training import encoded_with
+
+    return encoded_with(*args)
 
 
 def _instarevive_look(*args: Any, **kwargs: Any) -> Tensor:
@@ -243,11 +253,14 @@ SYSTEMS: dict[str, System] = {
     "instarevive": System(
         recipe=InstaReviveRecipe,
         stages={"onestep": 1},
+        continues={"onestep": "onestep"},
         build_objective=_instarevive_objective,
         look=_instarevive_look,
         build_restorer=_instarevive_restorer,
         check_options=_instarevive_options,
         precomputed={"onestep": ("latents", "embeddings")},
+        encoded_with=_instarevive_encoded_with,
+        views={"coarse": CoarseView()},
         weights=WeightsIO(
             published=instarevive_released.PUBLISHED,
             files=instarevive_released.RELEASED,

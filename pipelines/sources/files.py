@@ -324,5 +324,6 @@ def for_folder(spec: CorpusSpec, folder: Path) -> CorpusSpec:
         name=Path(os.path.abspath(folder)).name or spec.name,  # "..", too, has a name
         licence="as their owner says",
         sources=[SourceSpec(kind="folder", path=os.path.abspath(folder))],
+        pairs=[],  # those of the spec are other pictures'
         split=SplitSpec(held_out_fraction=fraction),
     )

@@ -9,6 +9,7 @@ import pytest
 from components.recipes import MIXTURES, RecipeError, identity, load_mixture, load_recipe, recipe_names
 from components.systems import SYSTEMS
 from components.systems.instantir.recipe import InstantIRRecipe
+from components.systems.instarevive.recipe import InstaReviveRecipe
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -17,7 +18,8 @@ def test_every_shipped_recipe_resolves_under_its_own_name(name: str) -> None:
     assert recipe.name == name
     # a system of one stage need not name it
     wanted = f"{recipe.system}-{recipe.stage}" if len(SYSTEMS[recipe.system].stages) > 1 else recipe.system
-    assert name.startswith(wanted)
+    # a distillation is called after what it does to the models of any system
+    assert name.startswith("distil-" if getattr(recipe, "distil", False) else wanted)
 
 
 def test_the_papers_numbers_stand_in_the_recipes() -> None:
@@ -30,6 +32,26 @@ def test_the_papers_numbers_stand_in_the_recipes() -> None:
     assert (previewer.distance, previewer.teacher_cfg_scale) == ("l2", [])  # Eq. 5
     assert dcp.sources == previewer.sources == {"journeydb": 1.0}  # section 4.2
     assert set(aggregator.sources) == {"div2k", "lsdir", "flickr2k", "ffhq"}
+
+
+def test_instarevives_numbers_stand_in_the_recipes() -> None:
+    tasks = ("bsr", "bfr", "saltpepper", "derain", "lowlight", "inpaint", "cartoon", "daynight")
+    recipes = {task: load_recipe(f"instarevive-{task}") for task in tasks}
+    for recipe in recipes.values():
+        assert isinstance(recipe, InstaReviveRecipe)
+        assert (recipe.batch_size, recipe.resolution, recipe.family, recipe.input) == (32, 512, "pixart", "noise")
+        assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (1e-6, 1e-2)  # section 4.1
+        assert (recipe.distillation.kappa, recipe.distillation.weight, recipe.distillation.t_share) == (1.5, 1.0, 0.02)
+    steps = {task: recipe.steps for task, recipe in recipes.items()}
+    assert (steps["bsr"], steps["bfr"], steps["saltpepper"], steps["cartoon"]) == (35_000, 25_000, 8_000, 10_000)
+    assert steps["lowlight"] == steps["inpaint"] == steps["daynight"] == 10_000  # app. A.3
+    starts = {task: getattr(recipe, "warm_start", None) for task, recipe in recipes.items()}
+    assert starts["bsr"] == starts["bfr"] == "" and starts["lowlight"] == "instarevive"
+    assert starts["inpaint"] == starts["cartoon"] == "instarevive-bfr"
+    assert {task for task, recipe in recipes.items() if recipe.pairs} == {"derain", "lowlight", "cartoon"}
+    released = load_recipe("instarevive-bsr-released")
+    assert isinstance(released, InstaReviveRecipe)
+    assert (released.input, released.timestep, released.mask_as_bias, released.precision) == ("lq", 400, True, "fp16")
 
 
 RELEASED = {
@@ -98,6 +120,12 @@ def test_corpora_of_full_size_recipes_stand_in_the_catalogue(name: str) -> None:
 def test_wrong_overrides_name_the_key(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe("instantir-dcp-nano", overrides)
+
+
+def test_nothing_behind_an_override_empties_a_text() -> None:
+    assert load_recipe("instarevive-bsr", ["coarse=", "missing_captions.model="]).missing_captions.model == ""
+    with pytest.raises(RecipeError, match="steps"):
+        load_recipe("instarevive-bsr", ["steps="])
 
 
 def test_a_wrong_name_suggests_the_near_one() -> None:

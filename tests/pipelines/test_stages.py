@@ -12,7 +12,17 @@ import pytest
 from components.recipes import load_recipe
 from pipelines.console import Console
 from pipelines.errors import RetryLater, UsageError
-from pipelines.stages import RestoreSettings, StageContext, corpus_files, run_restore, train_folder
+from pipelines.stages import (
+    RestoreSettings,
+    StageContext,
+    TrainSettings,
+    check_recipe,
+    check_restore,
+    corpus_files,
+    run_restore,
+    train_folder,
+    train_identity,
+)
 from pipelines.train import METRICS, ORDER, Log, Tail, TrainInputs, check_inputs, log_order, read_metrics, read_order
 
 
@@ -135,3 +145,55 @@ def test_a_torn_row_costs_that_row_only(tmp_path: Path) -> None:
     with tail:
         pass
     assert [row[0] for row in rows] == [1, 2]
+
+
+def model_folder(path: Path, name: str = "a") -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "model.json").write_text(json.dumps({"name": name}))
+    return path
+
+
+def test_models_that_a_recipe_names_are_judged_and_identify_its_stage(tmp_path: Path) -> None:
+    """The coarse restorer in front and the teacher behind: other weights there make another training."""
+    for key in ("coarse", "teacher"):
+        folder = model_folder(tmp_path / key)
+        made = load_recipe("instarevive-bsr-nano", [f"{key}={folder}"])
+        check_recipe(made)
+        first = train_identity(TrainSettings(), made, None)
+        assert set(first) == {"prior", key}
+        model_folder(folder, "b")
+        second = train_identity(TrainSettings(), made, None)
+        assert first["prior"] == second["prior"] and first[key] != second[key]
+        with pytest.raises(UsageError, match=f'unknown {key} "owner/name"'):  # no hub id: it must be a folder of ours
+            check_recipe(load_recipe("instarevive-bsr-nano", [f"{key}=owner/name"]))
+
+
+def test_a_start_that_is_not_there_says_how_to_make_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path))
+    quiet = ["missing_captions.model="]
+    with pytest.raises(UsageError, match=r"warm_start instarevive-bfr is not there: .*restoray train instarevive-bfr"):
+        check_recipe(load_recipe("instarevive-inpaint", quiet))
+    with pytest.raises(UsageError, match=r"restoray train swinir or restoray weights import swinir.*coarse=MODEL"):
+        check_recipe(load_recipe("instarevive-bsr", quiet))
+    check_recipe(load_recipe("instarevive-bsr", [*quiet, "coarse="]))
+
+
+def test_a_coarse_view_without_a_coarse_restorer_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"missing_captions\.view: the coarse view needs a coarse restorer"):
+        check_recipe(load_recipe("instarevive-bsr-nano", ["missing_captions.view=coarse"]))
+
+
+def test_a_task_may_start_from_another_tasks_model(tmp_path: Path) -> None:
+    """Of the same stage, and no other: the model is looked at before the corpus is."""
+    made = load_recipe("instarevive-bsr-nano")
+    nowhere = {"corpora": {"corpus": tmp_path}}
+    with pytest.raises(UsageError, match="goes on from no model, and its inputs hold one of stage dcp"):
+        check_inputs(made, TrainInputs(**nowhere, parents={"dcp": tmp_path}))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"index\.json|no corpus"):
+        check_inputs(made, TrainInputs(**nowhere, parents={"onestep": tmp_path}))  # type: ignore[arg-type]
+
+
+def test_pairs_are_not_degraded_again() -> None:
+    check_restore(RestoreSettings(pairs="lq", preset="none"), None, ())
+    with pytest.raises(UsageError, match="not degraded again: preset=none"):
+        check_restore(RestoreSettings(pairs="lq"), None, ())

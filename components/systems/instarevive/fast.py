@@ -126,7 +126,7 @@ class FastOneStep:
 
     def generate(self, lq: Tensor, given: Conditions, noise: Tensor | None = None) -> Tensor:
         """See OneStepGenerator.forward."""
-        return self._step(lq, noise, *(getattr(given, name) for name in Conditions.__dataclass_fields__))
+        return self._step(lq, noise, given.text, given.mask, given.pooled, given.time_ids)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See Prior.decode."""

@@ -41,12 +41,14 @@ class Conditions:
         pooled: pooled text [B, P], for SDXL's shape.
         time_ids: size ids float [B, 6] (original h, w, crop top, left, target h, w) in pixels, for SDXL's shape and for
             DiTs that are told their resolution.
+        image: picture embeddings [B, D], for networks with an IP-Adapter; others do not look at them.
     """
 
     text: Tensor
     mask: Tensor | None = None
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    image: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -165,7 +167,16 @@ class EpsPredictor(nn.Module):
             arguments["added_cond_kwargs"] = added
         return self.network(latents.to(dtype), timestep=timesteps, **arguments)[0]  # type: ignore[no-any-return]
 
-    def _added(self, given: Conditions, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    def _added(self, given: Conditions, dtype: torch.dtype) -> dict[str, Any] | None:
+        """What the network takes beside text and time step."""
+        # an attribute and no item: diffusers notes a loaded adapter so
+        if getattr(self.network.config, "encoder_hid_dim_type", None) == "ip_image_proj":
+            if given.image is None:
+                raise ValueError("a network with an IP-Adapter needs picture embeddings with the conditions")
+            return {**(self._sized(given, dtype) or {}), "image_embeds": [given.image.to(dtype)[:, None]]}
+        return self._sized(given, dtype)
+
+    def _sized(self, given: Conditions, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """What the network's time embedding takes beside the time step."""
         if getattr(self.network, "use_additional_conditions", False):
             if given.time_ids is None:

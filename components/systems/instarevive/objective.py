@@ -13,10 +13,11 @@ in further steps of the fake score).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -128,6 +129,8 @@ class InstaReviveObjective:
         texts: frozen.
         settings: see Distillation; with `lpips` set, hand its network over as `perceptual`.
         coarse: the frozen coarse restorer in front; None for none.
+        picture_embedder: pictures [B, 3, H, W] in [-1, 1] -> embeddings [B, D] of the inputs that the real score is
+            told beside the text (identity.py); None for none.
         perceptual: loss on decoded pictures; default: the pyramid, which needs no weights.
         config: architecture for model.json.
         parts: gives all parts of the model folder; default: the generator's tensors as part "generator".
@@ -150,6 +153,7 @@ class InstaReviveObjective:
         settings: Distillation | None = None,
         *,
         coarse: Coarse | None = None,
+        picture_embedder: Callable[[Tensor], Tensor] | None = None,
         perceptual: PerceptualLoss | None = None,
         config: Mapping[str, Any] | None = None,
         parts: Callable[[], Mapping[str, Mapping[str, Tensor]]] | None = None,
@@ -164,6 +168,7 @@ class InstaReviveObjective:
             raise ValueError(f"real and fake score have different schedules: {real.schedule} and {fake.schedule}")
         self.generator, self.real, self.fake = generator, real, fake
         self.autoencoder, self.texts, self.coarse = autoencoder, texts, coarse
+        self.picture_embedder = picture_embedder
         self.perceptual = perceptual or pyramid_distance
         self.schedule = real.schedule
         self.prior, self.config = prior, config or {}
@@ -191,10 +196,15 @@ class InstaReviveObjective:
         target = clean_latents(self.autoencoder, batch)  # type: ignore[arg-type]
         latents = self._generate(batch, given, noise)
         control = self._control(latents, target, training)
-        regression, metrics = self._regression(latents, target, batch)
+        regression, metrics = latents.new_zeros(len(batch)), dict[str, Tensor]()
+        if settings.regression == "none":
+            control = replace(control, alpha=torch.zeros_like(control.alpha))
+        else:
+            regression, metrics = self._regression(latents, target, batch)
         value = regression
         if settings.score:
-            matching = self._score_loss(latents, given, self.texts.nothing(batch), control.t_max, noise)
+            told, empty = self._told(batch, given)
+            matching = self._score_loss(latents, told, empty, control.t_max, noise)
             value = control.alpha * regression + (1 - control.alpha) * settings.weight * matching
             metrics["loss_dsm"] = matching
         named = {"t_max": control.t_max.float(), "alpha": control.alpha, "distance": control.distance, **metrics}
@@ -207,11 +217,23 @@ class InstaReviveObjective:
             yield "fake_score", Loss(value=fake_loss, metrics={"loss_fake": fake_loss.detach() / steps})
 
     def _generate(self, batch: Batch, given: Conditions, noise: Noise) -> Tensor:
-        """The generator's clean latents [B, C, h, w], with gradients."""
+        """The generator's clean latents [B, C, h, w], with gradients; with inpaint the input's where it is whole.
+
+        Raises:
+            ValueError: inpaint, and a batch without masks.
+        """
         lq = self.lq_latents(batch)
         wants = bool(getattr(self.generator, "wants_noise", False))
         start = noise.normal("generator", tuple(lq.shape[1:])).to(lq) if wants else None
-        return self.generator(lq, given, start)  # type: ignore[no-any-return]
+        latents: Tensor = self.generator(lq, given, start)
+        if not self.settings.inpaint:
+            return latents
+        if batch.masks is None:
+            raise ValueError("inpaint needs masks of what is missing: degrade with strokes")
+        with torch.no_grad():
+            known = lq if self.coarse is None else self.autoencoder.encode(batch.lq)
+            missing = F.adaptive_max_pool2d(batch.masks, latents.shape[-2:]) > 0  # as the restorer has it
+        return torch.where(missing, latents, known)
 
     @torch.no_grad()
     def lq_latents(self, batch: Batch) -> Tensor:
@@ -262,6 +284,14 @@ class InstaReviveObjective:
             terms["loss_l2"] = settings.l2_weight * latent_distance(latents, target)
         total = torch.stack(list(terms.values())).sum(dim=0)
         return total, {"loss_regression": total, **(terms if len(terms) > 1 else {})}
+
+    def _told(self, batch: Batch, given: Conditions) -> tuple[Conditions, Conditions]:
+        """Conditions and the empty ones for the scores, with what an IP-Adapter is told: nothing is zeros there."""
+        empty = self.texts.nothing(batch)
+        if self.picture_embedder is None:
+            return given, empty
+        image = self.picture_embedder(batch.lq)
+        return replace(given, image=image), replace(empty, image=torch.zeros_like(image))
 
     def _score_loss(self, latents: Tensor, given: Conditions, empty: Conditions, t_max: Tensor, noise: Noise) -> Tensor:
         """L_dsm per sample [B]: the real score guided, the fake one not (section 5.2)."""

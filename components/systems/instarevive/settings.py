@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from components.recipes import RecipeError
+
+
+@dataclass(kw_only=True)
+class Gate:
+    """How far a distilled student may fall behind its teacher, on held-out pictures one by one.
+
+    Attributes:
+        psnr_db: largest mean loss of PSNR.
+        perceptual: largest mean loss of `metric`, as a share of the teacher's mean.
+        metric: the perceptual one, by pyiqa's name; the default needs no download ("lpips" fetches weights).
+        pictures: held-out pictures at most.
+        teacher_options, student_options: of their restorers (steps, guidance, prompt): what a teacher is worth depends
+            on them. Neither has a prompt of its own.
+    """
+
+    psnr_db: float = 0.5
+    perceptual: float = 0.02
+    metric: str = "gmsd"
+    pictures: int = 64
+    teacher_options: dict[str, Any] = field(default_factory=dict)
+    student_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if min(self.psnr_db, self.perceptual) < 0 or self.pictures < 1:
+            raise RecipeError("gate needs psnr_db and perceptual of at least 0, and a picture")
+        if self.metric in ("", "psnr"):
+            raise RecipeError(f"gate.metric must be a second metric beside psnr, got {self.metric!r}")
 
 
 @dataclass(kw_only=True)
@@ -29,7 +56,8 @@ class Distillation:
         weight: lambda, of the score matching.
         cfg_scale: guidance of the real score; 1 is none.
         text_dropout: probability of an empty prompt, so that guidance has one to go by and prompts may be left out.
-        regression: "perceptual" (LPIPS where `lpips` names weights, else the pyramid), "l2" of latents, or "both".
+        regression: "perceptual" (LPIPS where `lpips` names weights, else the pyramid), "l2" of latents, "both", or
+            "none" for targets that show other things than the inputs (recipe's `unpaired`): scores alone then teach.
         lpips: file, folder or hub id of LPIPS's weights; see objectives.regression.load_lpips.
         perceptual_weight, l2_weight: of the two.
         fake: "full" trains a copy of the real score, "lora" a low-rank change of it, which needs less memory.
@@ -38,6 +66,8 @@ class Distillation:
             stands there.
         fake_steps: steps of the fake score after each of the generator's, with noise of their own; released 1. A
             generator that moves fast needs more, or it follows a score of what it made long ago (DMD2 has 5).
+        inpaint: keep what the restorer keeps: latents without a missing pixel come from the input, so that losses and
+            scores see the filled-in picture, and gradients its missing part. The paper masks at inference only.
         checkpoint_decoder: the decoder's activations are computed again instead of kept.
     """
 
@@ -55,7 +85,7 @@ class Distillation:
     weight: float = 1.0
     cfg_scale: float = 3.0
     text_dropout: float = 0.1
-    regression: Literal["perceptual", "l2", "both"] = "perceptual"
+    regression: Literal["perceptual", "l2", "both", "none"] = "perceptual"
     lpips: str = ""
     perceptual_weight: float = 1.0
     l2_weight: float = 1.0
@@ -63,6 +93,7 @@ class Distillation:
     lora_rank: int = 64
     fake_range: Literal["full", "same"] = "full"
     fake_steps: int = 1
+    inpaint: bool = False
     checkpoint_decoder: bool = False
 
     def __post_init__(self) -> None:
@@ -86,7 +117,7 @@ class Distillation:
                 raise RecipeError(f"{name} must be {span}, got {value}")
         for name, known in (
             ("reduction", ("mean", "sum")),
-            ("regression", ("perceptual", "l2", "both")),
+            ("regression", ("perceptual", "l2", "both", "none")),
             ("fake", ("full", "lora")),
             ("fake_range", ("full", "same")),
         ):
@@ -94,5 +125,7 @@ class Distillation:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.t_high and self.t_low >= self.t_high:
             raise RecipeError(f"t_low must be below t_high, got {self.t_low} and {self.t_high}")
-        if not self.score and not self.dynamic and self.fixed_alpha == 0:
-            raise RecipeError("without score and with fixed_alpha 0 there is nothing to learn from")
+        if not self.score and ((not self.dynamic and self.fixed_alpha == 0) or self.regression == "none"):
+            raise RecipeError(
+                "without score, and with fixed_alpha 0 or without regression, there is nothing to learn from"
+            )

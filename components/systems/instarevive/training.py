@@ -22,6 +22,12 @@ from components.systems.instarevive.build import (
     restore_defaults,
 )
 from components.systems.instarevive.fast import Speed
+from components.systems.instarevive.identity import (
+    PictureEmbedder,
+    load_ip_adapter,
+    load_picture_embedder,
+    with_ip_adapter,
+)
 from components.systems.instarevive.network import Conditions, EpsPredictor, OneStep, OneStepGenerator, ScoreNetwork
 from components.systems.instarevive.objective import InstaReviveObjective, PriorTexts, Texts
 from components.systems.instarevive.recipe import InstaReviveRecipe
@@ -83,7 +89,13 @@ def build_objective(
     start = next(iter(parents.values()), None)
     if start is None and recipe.warm_start:
         start = load_model(recipe.warm_start)
-    backbone = open_backbone(recipe.family, recipe.prior, start.info.get("prior") if start else None)
+    family: str = recipe.family
+    prior, recorded_prior = recipe.prior, start.info.get("prior") if start else None
+    if recipe.teacher:
+        family, prior, recorded_prior = teachers_prior(load_model(recipe.teacher))
+    elif recipe.distil:
+        raise ModelError(f"{recipe.name}: there is nothing to distil: name a teacher")
+    backbone = open_backbone(family, prior, recorded_prior)
     one_step = OneStep(timestep=recipe.timestep, input=recipe.input, kernel=recipe.kernel)
     generator = OneStepGenerator(backbone.predictor(mask_as_bias=recipe.mask_as_bias, copied=True), one_step)
     if start is not None:
@@ -101,8 +113,14 @@ def build_objective(
     settings = recipe.distillation
     real: ScoreNetwork = backbone.predictor()
     fake: EpsPredictor | None = None
+    teacher: EpsPredictor | None = None
+    embedder: PictureEmbedder | None = None
+    if recipe.ip_adapter:  # a copy, made before a LoRA changes the prior's own network
+        teacher = with_ip_adapter(backbone.predictor(), load_ip_adapter(recipe.ip_adapter)).to(torch.device(device))
+        embedder = load_picture_embedder(recipe.picture_encoder).to(torch.device(device))
     if settings.score:
         real, fake = build_scores(backbone.predictor(), settings.fake, settings.lora_rank, recipe.seed)
+        real = teacher or real
     if recipe.gradient_checkpointing:
         for predictor in (generator.predictor, *([fake] if fake else [])):
             predictor.network.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -115,6 +133,7 @@ def build_objective(
         texts,
         settings,
         coarse=coarse,
+        picture_embedder=embedder,
         perceptual=load_lpips(settings.lpips, device) if settings.lpips else None,
         config=config,
         parts=lambda: generator_parts(generator),
@@ -122,6 +141,26 @@ def build_objective(
     )
     objective.backbone, objective.coarse_restorer = backbone, coarse
     return objective
+
+
+def teachers_prior(teacher: Model) -> tuple[str, str, Mapping[str, str]]:
+    """(family, prior, what the teacher's model.json records of it): what a student of a model stands on.
+
+    Nothing here depends on the teacher's system. A model whose prior is not of SDXL's shape says its family in its
+    config.
+
+    Raises:
+        ModelError: the model stands on no prior.
+    """
+    recorded = teacher.info.get("prior") or {}
+    if not recorded.get("id"):
+        raise ModelError(f"{teacher.path}: a {teacher.info['system']} model on no prior: there is no score to distil")
+    return str(teacher.info["config"].get("family") or "sdxl"), str(recorded["id"]), recorded
+
+
+def encoded_with(recipe: InstaReviveRecipe, parents: Mapping[str, Any]) -> str:
+    """Name of the prior whose encoders precomputed columns must come from."""
+    return teachers_prior(load_model(recipe.teacher))[1] if recipe.teacher else recipe.prior
 
 
 def _continue_from(generator: OneStepGenerator, start: Model) -> None:
@@ -154,7 +193,8 @@ def look(
     assert isinstance(generator, OneStepGenerator)
     training = generator.training
     options: dict[str, Any] = restore_defaults(as_dict(recipe))
-    options["inpaint"] = "none"  # a sheet has no masks
+    # a sheet has no masks, but the strokes that inpainting is trained on are white
+    options["inpaint"] = "white" if recipe.distillation.inpaint else "none"
     # nothing that changes weights which still learn, or their memory
     plain = Speed(channels_last="off")
     restorer = InstaReviveRestorer(generator, objective.backbone, objective.coarse_restorer, options, speed=plain)

@@ -1,0 +1,148 @@
+"""The gate of a distillation: a good student passes, a planted bad one ends with exit code 4 and is not registered."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from components.images import encode_png
+from components.recipes import RecipeError, load_recipe
+from components.synthetic import dead_leaves
+from components.systems import SYSTEMS
+from components.systems.instarevive.settings import Gate
+from pipelines import gate as gating
+from pipelines import train as training
+from pipelines.cli import app
+from pipelines.errors import EXIT_GATE, Failure, GateFailed
+from pipelines.gate import compare, pass_gate
+from pipelines.shards import write_corpus
+from pipelines.train import TrainInputs
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """tests/pipelines/_tiny.py, its restorer among the systems."""
+    spec = importlib.util.spec_from_file_location("_tiny_for_gate", Path(__file__).with_name("_tiny.py"))
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, found)  # where its dataclasses look for their names
+    spec.loader.exec_module(found)
+    system = dataclasses.replace(found.SYSTEM, build_restorer=lambda model, **_: found.build_tiny(model.path))
+    monkeypatch.setitem(SYSTEMS, "tiny", system)
+    return found
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> TrainInputs:
+    pictures = [encode_png(dead_leaves(96, 3, index)) for index in range(7)]
+    samples = [(f"p{n}", "png", data, {}) for n, data in enumerate(pictures)]
+    write_corpus(tmp_path / "corpus", "leaves", {"train": samples[:2], "held_out": samples[2:]})
+    return TrainInputs(corpora={"corpus": tmp_path / "corpus"})
+
+
+def recipe(teacher: Path, *more: str) -> Any:
+    own = [f"teacher={teacher}", "short_side=96", "resolution=64", "gate.pictures=4", "degradation.preset=x4-noise40"]
+    return load_recipe("distil-onestep-nano", [*own, *more])
+
+
+def test_a_student_like_its_teacher_passes(tiny: Any, inputs: TrainInputs, tmp_path: Path) -> None:
+    teacher = tiny.write_model(tmp_path / "teacher", 60.0)
+    tiny.write_model(tmp_path / "out" / "model", 55.0)
+    result = pass_gate(recipe(teacher), inputs, tmp_path / "out", on_ray=False)
+    told = json.loads((tmp_path / "out" / "gate" / "gate.json").read_text())
+    assert result.passed and told["passed"] and len(result.pictures) == 4
+    assert [one.metric for one in result.judgements] == ["psnr", "gmsd"]
+    psnr = result.judgements[0]
+    assert psnr.loss == pytest.approx(psnr.teacher - psnr.student, abs=1e-6) and psnr.loss <= psnr.allowed == 0.5
+    assert psnr.low is not None and psnr.high is not None and psnr.low <= psnr.loss <= psnr.high
+
+
+def test_a_planted_bad_student_fails(tiny: Any, inputs: TrainInputs, tmp_path: Path) -> None:
+    """It leaves the noise in, where its teacher takes it out."""
+    teacher = tiny.write_model(tmp_path / "teacher", 100.0)
+    tiny.write_model(tmp_path / "out" / "model", 0.5)
+    with pytest.raises(GateFailed, match=r"psnr .* above the allowed 0\.5.*not registered") as failed:
+        pass_gate(recipe(teacher), inputs, tmp_path / "out", on_ray=False)
+    assert failed.value.exit_code == EXIT_GATE == 4
+    told = json.loads((tmp_path / "out" / "gate" / "gate.json").read_text())
+    assert not told["passed"] and told["judgements"][0]["loss"] > 0.5
+    wide = recipe(teacher, "gate.psnr_db=60", "gate.perceptual=10")
+    assert pass_gate(wide, inputs, tmp_path / "out", on_ray=False).passed, "the margins decide, and nothing else"
+
+
+def write(folder: Path, shift: dict[str, int]) -> None:
+    """hq is gray noise; each arm's pictures are shifted by so many levels."""
+    for number in range(3):
+        hq = np.random.default_rng(number).integers(60, 180, (48, 48, 3)).astype(np.uint8)
+        for name in ("hq", "lq", *shift):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / f"p{number}.png").write_bytes(encode_png(hq + np.uint8(shift.get(name, 0))))
+
+
+def test_each_metric_is_held_to_its_own_margin(tmp_path: Path) -> None:
+    write(tmp_path, {"teacher": 4, "student": 5})
+    psnr, ssim = compare(tmp_path, Gate(psnr_db=1.0, metric="ssim")).judgements
+    assert psnr.loss == pytest.approx(20 * np.log10(5 / 4), abs=1e-3) and not psnr.passed  # 1.94 dB, in every picture
+    assert ssim.passed and ssim.allowed == pytest.approx(0.02 * ssim.teacher)  # a shift leaves the structure
+    assert compare(tmp_path, Gate(psnr_db=2.0, metric="ssim")).passed
+    # of an error next to nothing two hundredths are nothing: GMSD sees the rounding of a shift
+    assert not compare(tmp_path, Gate(psnr_db=2.0, metric="gmsd")).passed
+    better = tmp_path / "better"
+    write(better, {"teacher": 5, "student": 4})
+    assert compare(better, Gate(psnr_db=0.0)).judgements[0].passed
+
+
+def test_a_picture_that_only_the_teacher_restores_fails_the_student(tmp_path: Path) -> None:
+    write(tmp_path, {"teacher": 4, "student": 4})
+    (tmp_path / "student" / "p1.png").unlink()
+    result = compare(tmp_path, Gate())
+    assert result.lost == ["p1"] and not result.passed and "could not restore p1" in result.sentence()
+    for path in (tmp_path / "student").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(Failure):
+        compare(tmp_path, Gate())
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_the_command_registers_what_passed_and_nothing_else(
+    passes: bool, tiny: Any, inputs: TrainInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`restoray train distil-onestep-nano teacher=MODEL`, with the training itself replaced by a ready student."""
+    import contextlib
+
+    teacher, out = tiny.write_model(tmp_path / "teacher", 100.0), tmp_path / "out"
+    registered: list[str] = []
+
+    def trained(recipe: Any, given: TrainInputs, out: Path, on_metrics: Any = None) -> Any:
+        tiny.write_model(out / "model", 100.0 if passes else 0.5)
+        pass_gate(recipe, given, out, on_ray=False)
+        return training.TrainResult(model=out / "model", heldout={}, seconds=0.0)
+
+    monkeypatch.setattr(training, "train", trained)
+    monkeypatch.setattr("pipelines.cluster.local_ray", contextlib.nullcontext)
+    monkeypatch.setattr(gating, "register", lambda recipe, out: registered.append(recipe.name) or 1)
+    more = ["short_side=96", "resolution=64", "degradation.preset=x4-noise40"]
+    command = ["train", "distil-onestep-nano", f"teacher={teacher}", *more, "--out", str(out)]
+    result = CliRunner().invoke(app, [*command, "--input", f"corpus={inputs.corpora['corpus']}"])
+    if passes:
+        assert result.exit_code == 0, result.output
+        assert registered == ["distil-onestep-nano"] and "version 1" in result.output
+    else:
+        assert isinstance(result.exception, GateFailed) and registered == []
+
+
+def test_a_distillation_without_a_teacher_is_refused() -> None:
+    result = CliRunner().invoke(app, ["train", "distil-onestep", "--dry-run"])
+    assert "Name a trained model: teacher=MODEL" in str(result.exception)
+    result = CliRunner().invoke(app, ["train", "distil-onestep", "teacher=nowhere", "--dry-run"])
+    assert 'unknown teacher "nowhere"' in str(result.exception)
+    with pytest.raises(RecipeError, match="second metric beside psnr"):
+        load_recipe("distil-onestep", ["gate.metric=psnr"])

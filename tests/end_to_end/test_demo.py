@@ -37,7 +37,7 @@ def restoray(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pipelines.cli", *arguments]
 
 
-def demo(out: Path, *more: str, timeout_s: float = 800) -> subprocess.CompletedProcess[str]:
+def demo(out: Path, *more: str, timeout_s: float = 1500) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         restoray("demo", "--out", str(out), *TINY, *more), capture_output=True, text=True, timeout=timeout_s
     )

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.timeout(1800)  # seven stages, each with processes of its own, on what may be a busy machine
+
 STAGES = ("corpus", "dcp", "previewer", "aggregator", "restored", "scores", "service")
 TINY_TRAINING = (
     "resolution=32",

@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 UV_VERSION := 0.13.8
 OUT ?= runs/demo
 ARGS ?=
-TEST_MINUTES ?= 40
+TEST_MINUTES ?= 60
 
 BIN := .venv/bin
 PY := $(BIN)/python

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any, TypeVar, get_args
 
 from components.naming import did_you_mean
+
+T = TypeVar("T")
 
 OptionCheck = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """(options) -> the same options in their own types; raises ValueError, one sentence, for what is refused."""
@@ -31,6 +34,12 @@ def typed_options(given: Mapping[str, Any], types: Mapping[str, Any]) -> dict[st
             raise UnknownOption(name, types)
         values[name] = _typed(name, value, types[name])
     return values
+
+
+def on_top(values: Mapping[str, Any], defaults: T, presets: Mapping[str, Mapping[str, Any]]) -> T:
+    """Typed options on top of what their preset settles, on top of defaults, a dataclass that checks its ranges."""
+    settled = presets[values["preset"]] if "preset" in values else {}
+    return replace(defaults, **{**settled, **values})  # type: ignore[type-var]
 
 
 def _typed(name: str, value: Any, wanted: Any) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from components.options import typed_options
+from components.options import on_top, typed_options
 
 Reference = Literal["preview", "preview_dcp", "preview_unconditional", "mean", "lq", "hq"]
 """Table 2a, from the full one ("+DCP +prompt") down: what the Aggregator sees beside the LQ latents."""
@@ -52,18 +52,13 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
             exclude each other.
     """
     values = typed_options(given, get_type_hints(Options))
-    _on_top(values, Options())  # checks the ranges
+    on_top(values, Options(), PRESETS)  # checks the ranges
     return values
 
 
 def parse_options(given: Mapping[str, Any], defaults: Options) -> Options:
     """Options by name on top of their preset's, on top of defaults; raises as check_options."""
-    return _on_top(typed_options(given, get_type_hints(Options)), defaults)
-
-
-def _on_top(values: Mapping[str, Any], defaults: Options) -> Options:
-    settled = PRESETS[values["preset"]] if "preset" in values else {}
-    return replace(defaults, **{**settled, **values})
+    return on_top(typed_options(given, get_type_hints(Options)), defaults, PRESETS)
 
 
 @dataclass(frozen=True, kw_only=True)

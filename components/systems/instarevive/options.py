@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from components.options import typed_options
+from components.options import on_top, typed_options
 
 FIXED_PROMPTS: Mapping[str, str] = {
     "photo": "real-world image, realistic, high quality, photograph, film, professional, 4k, highly detailed",
@@ -43,18 +43,13 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: an unknown name (with the near one), a wrong type, or a value outside its range.
     """
     values = typed_options(given, get_type_hints(Options))
-    _on_top(values, Options())  # checks the ranges
+    on_top(values, Options(), PRESETS)  # checks the ranges
     return values
 
 
 def parse_options(given: Mapping[str, Any], defaults: Options) -> Options:
     """Options by name on top of their preset's, on top of defaults; raises as check_options."""
-    return _on_top(typed_options(given, get_type_hints(Options)), defaults)
-
-
-def _on_top(values: Mapping[str, Any], defaults: Options) -> Options:
-    settled = PRESETS[values["preset"]] if "preset" in values else {}
-    return replace(defaults, **{**settled, **values})
+    return on_top(typed_options(given, get_type_hints(Options)), defaults, PRESETS)
 
 
 @dataclass(frozen=True, kw_only=True)

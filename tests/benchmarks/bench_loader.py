@@ -19,6 +19,7 @@ Printed: medians over rounds, ratios, spread; void where an arm spreads over 25 
 To know beside the numbers:
 - The consumer takes batches as fast as they come and does not touch the pixels.
 - webdataset shuffles shards only and gives pixels only; the stream shuffles all samples and gives names, texts, sizes.
+- The object store may take 2 GiB (`--store`); all processes together have that cap and 300 MB a worker as their goal.
 - The stream's cache of small splits is off, since 2,000 pictures do not fit it.
 - A new stretch of the stream (`feed.STRETCH_TASKS`: each 262,144 rows here) costs CPU time once more. It falls outside
   the epochs measured; `--stretch` makes stretches shorter to measure it.
@@ -45,8 +46,10 @@ import psutil
 
 MAX_SPREAD = 0.25
 BATCH, WORKERS = 32, 2
-STORE_MIB = 1024
-STRETCH = "BENCH_LOADER_STRETCH"  # reaches the arm's process
+MB_A_WORKER = 300  # the goal for the tree's memory: the object store's cap and so much for each worker
+STORE_MIB = 2048
+# These reach the arm's process by its environment.
+STRETCH, STORE = "BENCH_LOADER_STRETCH", "BENCH_LOADER_STORE"
 
 
 def jpegs(count: int, side: int, photos: Path | None) -> Iterator[bytes]:
@@ -127,9 +130,14 @@ def ours(folder: Path, cut: int) -> Iterator[np.ndarray]:
     side = int(open_corpus(folder).split("train").locate(0)[1]["width"]) or cut
     feed.STRETCH_TASKS = int(os.environ.get(STRETCH, feed.STRETCH_TASKS))
     config = StreamConfig(sources=((str(folder), 1.0),), seed=1, resolution=cut, short_side=side, flip=False)
-    with local_ray(object_store_mib=STORE_MIB):
+    with local_ray(object_store_mib=store_mib()):
         for columns in feed.rank_batches(config, 0, BATCH << 20, BATCH, tasks=WORKERS):
             yield columns["hq"]
+
+
+def store_mib() -> int:
+    """The cap of Ray's object store, MiB."""
+    return int(os.environ.get(STORE, STORE_MIB))
 
 
 ARMS: dict[str, Callable[[Path, int], Iterator[np.ndarray]]] = {
@@ -287,7 +295,8 @@ def measure(
                 for epoch, peak in enumerate(results[0]["peaks"])
             ],
         }
-    row["store_mb"] = round(STORE_MIB * 1.048576)
+    row["store_mb"] = round(store_mib() * 1.048576)
+    row["memory_goal_mb"] = row["store_mb"] + MB_A_WORKER * WORKERS
     row["void"] = max(row[arm]["spread"] for arm in arms) > MAX_SPREAD
     if "ours" in arms:
         row |= {f"ours_over_{arm}": round(row["ours"]["cpu_ms"] / row[arm]["cpu_ms"], 3) for arm in arms[:-1]}
@@ -303,6 +312,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--cut", type=int, default=448)
     parser.add_argument("--stretch", type=int, help="tasks of a stretch of the stream")
+    parser.add_argument("--store", type=int, help=f"cap of the object store, MiB; default {STORE_MIB}")
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
     parser.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
@@ -312,6 +322,8 @@ def main() -> None:
         return
     if given.stretch:
         os.environ[STRETCH] = str(given.stretch)
+    if given.store:
+        os.environ[STORE] = str(given.store)
     row = measure(given.samples, cut=given.cut, rounds=given.rounds, epochs=given.epochs, photos=given.photos)
     print(json.dumps(row))
     with given.out.open("a") as stream:

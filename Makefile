@@ -58,7 +58,7 @@ test: setup
 	@$(QUIET_ENV) $(ONE_THREAD) timeout --kill-after=30 $(TEST_MINUTES)m $(PY) -m pytest $(SHARED) -m "not full" $(ARGS)
 
 test-full: setup
-	@$(QUIET_ENV) $(PY) -m pytest $(ARGS)
+	@$(QUIET_ENV) $(ONE_THREAD) $(PY) -m pytest $(SHARED) $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

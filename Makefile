@@ -24,13 +24,14 @@ UV_ENV := UV_NO_CONFIG=1 VIRTUAL_ENV="$(CURDIR)/.venv"
 # Two processes share the tests, a file each, with one thread of torch each: most tests work on one core or wait for Ray.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 ONE_THREAD := OMP_NUM_THREADS=1
-QUIET_ENV := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+# Bytecode is kept: some containers switch that off, and every process of Ray then compiles all that it imports again.
+QUIET_ENV := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: help setup demo test test-full check bench lock clean
 
 help:
 	@echo "make demo       set up, then curate, train, restore, evaluate, serve and report on real photographs"
-	@echo "make test       set up, then run the tests (stopped after $(TEST_MINUTES) minutes; about 18 on 2 cores)"
+	@echo "make test       set up, then run the tests (stopped after $(TEST_MINUTES) minutes)"
 	@echo "make test-full  all tests, also those at full size"
 	@echo "make check      ruff, mypy and the fast tests"
 	@echo "make bench      timings of the hot paths"

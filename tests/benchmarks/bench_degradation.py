@@ -29,8 +29,8 @@ from typing import Any
 
 import cv2
 import numpy as np
+from timing import MAX_SPREAD
 
-MAX_SPREAD = 0.25
 RECIPES: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "default": ("realesrgan", {}, 12, "twice"),
     "default, quick sharpening": ("realesrgan", {"quick_sharpen": True}, 12, "twice"),

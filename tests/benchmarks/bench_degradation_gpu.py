@@ -11,7 +11,6 @@ and a line is void where an arm spreads over 25 %.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import time
@@ -20,21 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import bench_degradation as bench
 import numpy as np
 import torch
+from timing import MAX_SPREAD, synchronise
 
 SHARPENING = {"realesrgan": "twice", "instantir": "once", "instarevive-bsr": "off"}
-
-
-def companion() -> Any:
-    """bench_degradation.py, which knows the original."""
-    path = Path(__file__).with_name("bench_degradation.py")
-    spec = importlib.util.spec_from_file_location("bench_degradation", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def measure(
@@ -49,7 +39,7 @@ def measure(
     from components.degradations import build_degradation
     from components.degradations.batched import apply_plans
 
-    bench, results = companion(), []
+    results = []
     for preset in presets:
         degradation = build_degradation(preset)
         for size in batch_sizes:
@@ -75,19 +65,13 @@ def measure(
             row: dict[str, Any] = {"preset": preset, "batch": size, "side": side, "device": device_name(device)}
             row |= {f"{name}_images_per_s": round(statistics.median(found), 1) for name, found in rates.items()}
             spreads = [(max(found) - min(found)) / statistics.median(found) for found in rates.values()]
-            row |= {"spread": round(max(spreads), 3), "void": max(spreads) > bench.MAX_SPREAD}
+            row |= {"spread": round(max(spreads), 3), "void": max(spreads) > MAX_SPREAD}
             if basicsr is not None:
                 row["ratio"] = round(row["ours_images_per_s"] / row["original_images_per_s"], 2)
             if device != "cpu":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             results.append(row)
     return results
-
-
-def synchronise(device: str) -> None:
-    """Wait for the device."""
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def device_name(device: str) -> str:

@@ -19,22 +19,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from timing import psnr, summary, take_turns
 
 if TYPE_CHECKING:
     import torch
 
     from components.systems.instantir.fast import Speed
     from components.systems.instantir.network import Conditions, InstantIR
-
-MAX_SPREAD = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,38 +373,6 @@ def measure_reuse(model: Path, device: str = "cpu", count: int = 4, steps: int =
     return rows
 
 
-def take_turns(
-    arms: Mapping[str, Callable[[], torch.Tensor]], device: str, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    """Seconds of each arm over interleaved rounds after a warm-up, and each arm's last result."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    results: dict[str, torch.Tensor] = {}
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    for round_ in range(rounds + 1):
-        for name, run in arms.items():
-            synchronise(device)
-            start = clock()
-            results[name] = run()
-            synchronise(device)
-            if round_:
-                seconds[name].append(clock() - start)
-    return seconds, results
-
-
-def summary(times: Sequence[float], device: str) -> dict[str, Any]:
-    """Median, spread over the median, and whether the spread voids the line."""
-    median = statistics.median(times)
-    spread = (max(times) - min(times)) / median
-    clock = "median_s" if device == "cuda" else "median_cpu_s"
-    return {clock: round(median, 4), "spread": round(spread, 3), "void": spread > MAX_SPREAD}
-
-
-def psnr(result: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of latents, against the exact ones' range."""
-    error = float((result - exact).square().mean())
-    return math.inf if error == 0 else 10 * math.log10(float(exact.max() - exact.min()) ** 2 / error)
-
-
 def measure_ceiling(device: str, side: int = 8192, rounds: int = 20) -> dict[str, Any]:
     """TFLOP/s of a square bf16 matrix product (float32 on a CPU): what all other rates are shares of."""
     import torch
@@ -417,14 +383,6 @@ def measure_ceiling(device: str, side: int = 8192, rounds: int = 20) -> dict[str
     median = statistics.median(seconds["product"])
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return {"what": "ceiling", "device": name, "side": side, "tflop_per_s": round(2 * side**3 / median / 1e12, 2)}
-
-
-def synchronise(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
 
 
 def main() -> None:

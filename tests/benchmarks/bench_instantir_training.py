@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_instantir import Size, build_network, measure_ceiling, sizes, summary, take_turns
+from bench_instantir import Size, build_network, measure_ceiling, sizes
+from timing import summary, take_turns
 
 if TYPE_CHECKING:
     import torch

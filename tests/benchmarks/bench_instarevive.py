@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 import warnings
@@ -30,6 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from timing import psnr, repeat, summary, synchronise
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from components.systems.instarevive.fast import FastOneStep, Speed
     from components.systems.instarevive.network import Conditions
     from components.types import Batch
-
-MAX_SPREAD = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,42 +449,6 @@ def update_batch(case: Case, device: str, batch: int) -> tuple[Batch, Noise]:
 
 
 # ------------------------------------------------------------------------------------------------------------- timing
-
-
-def repeat(call: Callable[[], torch.Tensor], device: str, rounds: int) -> tuple[list[float], torch.Tensor]:
-    """Seconds of each of `rounds` calls after one that is not counted, and the last result."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    seconds = []
-    result = call()
-    for _ in range(rounds):
-        synchronise(device)
-        start = clock()
-        result = call()
-        synchronise(device)
-        seconds.append(clock() - start)
-    return seconds, result
-
-
-def summary(times: Sequence[float], device: str) -> dict[str, Any]:
-    """Median, spread over the median, and whether the spread voids the line."""
-    median = statistics.median(times)
-    spread = (max(times) - min(times)) / median
-    clock = "median_s" if device == "cuda" else "median_cpu_s"
-    return {clock: round(median, 5), "spread": round(spread, 3), "void": spread > MAX_SPREAD}
-
-
-def psnr(result: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of pictures, against the exact ones' range."""
-    error = float((result - exact).square().mean())
-    return math.inf if error == 0 else 10 * math.log10(float(exact.max() - exact.min()) ** 2 / error)
-
-
-def synchronise(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
 
 
 def main() -> None:

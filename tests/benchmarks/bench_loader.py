@@ -43,8 +43,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+from timing import MAX_SPREAD
 
-MAX_SPREAD = 0.25
 BATCH, WORKERS = 32, 2
 MB_A_WORKER = 300  # the goal for the tree's memory: the object store's cap and so much for each worker
 STORE_MIB = 2048
@@ -131,8 +131,10 @@ def ours(folder: Path, cut: int) -> Iterator[np.ndarray]:
     feed.STRETCH_TASKS = int(os.environ.get(STRETCH, feed.STRETCH_TASKS))
     config = StreamConfig(sources=((str(folder), 1.0),), seed=1, resolution=cut, short_side=side, flip=False)
     with local_ray(object_store_mib=store_mib()):
-        for columns in feed.rank_batches(config, 0, BATCH << 20, BATCH, tasks=WORKERS):
-            yield columns["hq"]
+        batches = feed.rank_batches(config, 0, BATCH << 20, BATCH, tasks=WORKERS)
+        with contextlib.closing(batches):  # before Ray ends: its reader must not ask a Ray that is gone
+            for columns in batches:
+                yield columns["hq"]
 
 
 def store_mib() -> int:
@@ -190,8 +192,10 @@ def run(arm: str, folder: Path, cut: int, samples: int, epochs: int) -> dict[str
                 if len(clock) == 2 * epochs:
                     break
         process.stdin.close()
-    if process.returncode or len(clock) != 2 * epochs:
+    if len(clock) != 2 * epochs:
         raise SystemExit(f"arm {arm} ended with {process.returncode} after {len(clock)} half epochs")
+    if process.returncode:  # all has been measured: a thread of Ray's may have asked for something after its end
+        print(f"arm {arm} ended with {process.returncode} after it had been measured", file=sys.stderr)
     (cpu, wall), count = (np.subtract(clock[-1], clock[1])), samples * (epochs - 1)
     peaks = [max(memory[2 * n : 2 * n + 2], key=lambda found: found["all"]) for n in range(epochs)]
     return {"cpu_ms": 1e3 * cpu / count, "wall_ms": 1e3 * wall / count, "peaks": peaks}

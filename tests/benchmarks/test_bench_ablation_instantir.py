@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import ablation
+import bench_ablation_instantir as bench
 import pytest
-
-
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    """The script, which is no module of a package."""
-    spec = importlib.util.spec_from_file_location(
-        "bench_ablation", Path(__file__).with_name("bench_ablation_instantir.py")
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def made_up(arm: str, seed: int, psnr: list[float]) -> dict[str, Any]:
@@ -27,10 +16,10 @@ def made_up(arm: str, seed: int, psnr: list[float]) -> dict[str, Any]:
     return {"arm": arm, "seed": seed, "scores": scores}
 
 
-def test_differences_are_paired_by_picture_and_averaged_over_seeds(bench: Any, tmp_path: Path) -> None:
+def test_differences_are_paired_by_picture_and_averaged_over_seeds(tmp_path: Path) -> None:
     rows = [made_up("full", 0, [20, 30]), made_up("full", 1, [22, 32])]
     rows += [made_up("no-time", 0, [20, 31]), made_up("no-time", 1, [22, 33])]
-    lines = bench.summary(rows)
+    lines = bench.summary(rows, bench.METRICS)
     (line,) = [each for each in lines if (each["arm"], each["metric"]) == ("no-time", "psnr")]
     assert line["mean"] == 26.5 and line["seeds"] == [25.5, 27.5]
     assert line["difference"] == 0.5  # pictures differ by 0 and 1, each the mean over two seeds
@@ -41,8 +30,8 @@ def test_differences_are_paired_by_picture_and_averaged_over_seeds(bench: Any, t
     assert (tmp_path / "images" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_held_out_photograph_lends_no_detail_to_training(bench: Any) -> None:
-    train, held = bench.split()
+def test_a_held_out_photograph_lends_no_detail_to_training() -> None:
+    train, held = ablation.split()
     names = {path.stem.split("-detail-")[0] for path in train}
     assert len(held) >= 6 and len(train) > 2 * len(held)
     assert not names & {path.stem for path in held}
@@ -50,7 +39,7 @@ def test_a_held_out_photograph_lends_no_detail_to_training(bench: Any) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_every_arm_trains_and_is_scored(bench: Any, tmp_path: Path) -> None:
+def test_every_arm_trains_and_is_scored(tmp_path: Path) -> None:
     """One step a stage; a second call makes nothing again; arms that restore differently give other pictures."""
     arguments = ["--out", str(tmp_path), "--size", "32", "--batch", "2", "--seeds", "1", "--threads", "1"]
     arguments += ["--dcp", "1", "--previewer", "1", "--aggregator", "1"]

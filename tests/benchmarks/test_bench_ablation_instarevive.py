@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import bench_ablation_instarevive as bench
 import pytest
-
-
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    """The script, which is no module of a package."""
-    path = Path(__file__).with_name("bench_ablation_instarevive.py")
-    spec = importlib.util.spec_from_file_location("bench_table3", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def made_up(arm: str, seed: int, psnr: list[float], curve: list[float]) -> dict[str, Any]:
@@ -27,10 +16,10 @@ def made_up(arm: str, seed: int, psnr: list[float], curve: list[float]) -> dict[
     return {"arm": arm, "seed": seed, "scores": scores, "curves": curves}
 
 
-def test_differences_are_paired_by_picture_and_curves_are_averaged_over_seeds(bench: Any, tmp_path: Path) -> None:
+def test_differences_are_paired_by_picture_and_curves_are_averaged_over_seeds(tmp_path: Path) -> None:
     rows = [made_up("full", 0, [20, 30], [300, 200]), made_up("full", 1, [22, 32], [200, 100])]
     rows += [made_up("no-score", 0, [20, 31], [300, 250]), made_up("no-score", 1, [22, 33], [300, 250])]
-    lines = bench.summary(rows)
+    lines = bench.summary(rows, bench.METRICS)
     (line,) = [each for each in lines if (each["arm"], each["metric"]) == ("no-score", "psnr")]
     assert line["mean"] == 26.5 and line["difference"] == 0.5
     low, high = line["interval"]
@@ -42,7 +31,7 @@ def test_differences_are_paired_by_picture_and_curves_are_averaged_over_seeds(be
     assert (tmp_path / "images" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_arms_differ_by_one_thing(bench: Any) -> None:
+def test_arms_differ_by_one_thing() -> None:
     settings = bench.parse([])
     full = bench.recipe_of("full", 0, settings).distillation
     for arm, name in (("no-score", "score"), ("no-dynamic", "dynamic"), ("no-prompt", "prompt")):
@@ -52,7 +41,7 @@ def test_arms_differ_by_one_thing(bench: Any) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_every_arm_trains_and_is_scored(bench: Any, tmp_path: Path) -> None:
+def test_every_arm_trains_and_is_scored(tmp_path: Path) -> None:
     """Two steps each; a second call makes nothing again."""
     arguments = ["--out", str(tmp_path), "--size", "32", "--batch", "2", "--seeds", "1", "--threads", "1"]
     arguments += ["--steps", "2", "--measure-every", "1"]

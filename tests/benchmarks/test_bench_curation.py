@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+import bench_curation as bench
 
 
 def test_every_arm_is_measured_and_decoding_alone_is_cheapest() -> None:
-    spec = importlib.util.spec_from_file_location("bench_curation", Path(__file__).with_name("bench_curation.py"))
-    assert spec is not None and spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
     data = bench.pictures(None, 128, 2)
     assert len(data) == 2 and data[0] != data[1]
     found = bench.measure(data, rounds=1)

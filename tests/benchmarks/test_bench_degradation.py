@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
+import bench_degradation as bench
+import bench_degradation_gpu
 import pytest
 
 
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_recipe_is_measured_on_the_cpu() -> None:
-    bench = load("bench_degradation")
     results = bench.measure(side=64, pictures=4, rounds=1, seeds=1)
     assert [row["recipe"] for row in results] == list(bench.RECIPES)
     assert all(row["ours_ms"] > 0 for row in results)
@@ -28,6 +18,5 @@ def test_every_recipe_is_measured_on_the_cpu() -> None:
 
 
 def test_batches_are_measured_on_the_device_there_is() -> None:
-    bench = load("bench_degradation_gpu")
-    results = bench.measure(batch_sizes=(2,), side=64, rounds=1, device="cpu")
+    results = bench_degradation_gpu.measure(batch_sizes=(2,), side=64, rounds=1, device="cpu")
     assert all(row["ours_images_per_s"] > 0 for row in results)

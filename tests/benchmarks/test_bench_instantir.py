@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
+import bench_instantir as bench
+import bench_instantir_training as training
 import pytest
 
 from components.systems.instantir.fast import Speed
 
 
-def _by_path(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up, and the other script imports it
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    return _by_path("bench_instantir")
-
-
-@pytest.fixture(scope="module")
-def training(bench: Any) -> Any:
-    return _by_path("bench_instantir_training")
-
-
 @pytest.mark.slow
-def test_both_loops_arrive_at_the_same_latents(bench: Any) -> None:
+def test_both_loops_arrive_at_the_same_latents() -> None:
     obvious, ours, *reused = bench.measure_sampling("nano", rounds=1)
     assert obvious["difference"] < 1e-3
     assert ours["ratio_to_obvious"] > 0
@@ -42,7 +20,7 @@ def test_both_loops_arrive_at_the_same_latents(bench: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given_latents", [False, True])
-def test_both_train_steps_have_the_same_loss(training: Any, given_latents: bool) -> None:
+def test_both_train_steps_have_the_same_loss(given_latents: bool) -> None:
     speed = Speed(checkpoint=True)
     plain, ours = training.measure_training("nano", rounds=1, speed=speed, batch_size=1, given_latents=given_latents)
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-4)
@@ -51,10 +29,10 @@ def test_both_train_steps_have_the_same_loss(training: Any, given_latents: bool)
 
 @pytest.mark.slow
 @pytest.mark.full
-def test_the_real_size_costs_what_the_reference_counted(bench: Any) -> None:
+def test_the_real_size_costs_what_the_reference_counted() -> None:
     """instantir.md section 10: 40.93 TFLOP a step at 1024 with guidance, by torch's counter on the meta device."""
     assert bench.count_step_flops(bench.sizes()["sdxl"]) == pytest.approx(40.93, rel=0.01)
 
 
-def test_the_ceiling_is_measured(bench: Any) -> None:
+def test_the_ceiling_is_measured() -> None:
     assert bench.measure_ceiling("cpu", side=64, rounds=2)["tflop_per_s"] >= 0

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
+import bench_instarevive as bench
 import pytest
 
 
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    path = Path(__file__).with_name("bench_instarevive.py")
-    spec = importlib.util.spec_from_file_location("bench_instarevive", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("what", ["generate512", "generate1024"])
-def test_both_arms_make_the_same_pictures(bench: Any, what: str) -> None:
+def test_both_arms_make_the_same_pictures(what: str) -> None:
     *rows, calls = bench.measure_generate(what, "nano", batches=[1, 2], rounds=1, chunk=1)
     assert [(row["arm"], row["batch"]) for row in rows] == [("plain", 1), ("ours", 1), ("plain", 2), ("ours", 2)]
     assert all(row["difference"] < 1e-3 and row["psnr_db"] > 60 for row in rows if row["arm"] == "ours")
@@ -30,7 +15,7 @@ def test_both_arms_make_the_same_pictures(bench: Any, what: str) -> None:
     assert min(calls[f"{name}_s"] for name in ("encode", "generate", "decode")) > 0
 
 
-def test_both_kinds_of_fake_score_are_updated(bench: Any) -> None:
+def test_both_kinds_of_fake_score_are_updated() -> None:
     full = bench.measure_update("nano", rounds=1)
     lora = bench.measure_update("nano", rounds=1, fake="lora", checkpoint=False)
     assert full["trained"]["fake_score"] == full["trained"]["generator"] > lora["trained"]["fake_score"] > 0
@@ -38,7 +23,7 @@ def test_both_kinds_of_fake_score_are_updated(bench: Any) -> None:
     assert lora["losses"] == pytest.approx(full["losses"], rel=1e-3)
 
 
-def test_real_sizes_cost_what_the_reference_counted(bench: Any) -> None:
+def test_real_sizes_cost_what_the_reference_counted() -> None:
     """instarevive.md section 8, at 512: DiT with 300 tokens 1.289, encoder 1.117, decoder 2.515 TFLOP."""
     counted = bench.count_flops(bench.cases()["generate512"]["real"])
     assert counted["generate"] == pytest.approx(1.289, rel=0.01)
@@ -46,7 +31,7 @@ def test_real_sizes_cost_what_the_reference_counted(bench: Any) -> None:
     assert counted["decode"] == pytest.approx(2.515, rel=0.01)
 
 
-def test_goals_are_judged_where_a_batch_can_tell(bench: Any) -> None:
+def test_goals_are_judged_where_a_batch_can_tell() -> None:
     case = bench.cases()["generate512"]["real"]
     assert bench._goals(case, 1, 0.02) == {
         "goal_s": 0.025,

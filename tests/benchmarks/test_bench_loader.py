@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
+import bench_loader as loader
 import pytest
-
-
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_loader", Path(__file__).with_name("bench_loader.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.full
 def test_all_arms_run_at_nano_size() -> None:
-    row = bench().measure(samples=128, shards=2, side=96, cut=64, rounds=1, epochs=2)
+    row = loader.measure(samples=128, shards=2, side=96, cut=64, rounds=1, epochs=2)
     for arm in ("decode", "webdataset", "ours"):
         assert row[arm]["cpu_ms"] > 0
         assert len(row[arm]["peak_mb"]) == 2
@@ -28,7 +17,6 @@ def test_all_arms_run_at_nano_size() -> None:
 
 
 def test_pictures_of_the_bench_are_made_the_same_every_time() -> None:
-    loader = bench()
     first, second = (list(loader.jpegs(3, 64, None)) for _ in range(2))
     assert first == second
     assert len(set(first)) == 3

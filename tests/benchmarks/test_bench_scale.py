@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
+import bench_scale as scale
 import pytest
-
-
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_scale", Path(__file__).with_name("bench_scale.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.full
 @pytest.mark.usefixtures("ray_session")
 def test_counts_are_exact_and_a_second_leg_repeats_nothing(tmp_path: Path) -> None:
-    scale = bench()
     count = 3 * scale.PER_TAR
     scale.make_tars(tmp_path / "tars", count)
     leg = scale.run_leg(tmp_path, count, shard_mib=2.0)
@@ -33,7 +23,6 @@ def test_counts_are_exact_and_a_second_leg_repeats_nothing(tmp_path: Path) -> No
 
 
 def test_the_fit_finds_a_line_and_rates_are_compared() -> None:
-    scale = bench()
     legs = [{"samples": n, "driver_bytes": 2**27 + 30 * n} for n in (100_000, 300_000, 1_000_000)]
     found = scale.fit(legs)
     assert found["bytes_a_sample"] == pytest.approx(30)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import bench_tiles as bench
 import numpy as np
 import pytest
 
 BENCH = Path(__file__).with_name("bench_tiles.py")
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_tiles", BENCH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_score_finds_a_seam_and_nothing_else(bench: ModuleType) -> None:
+def test_the_score_finds_a_seam_and_nothing_else() -> None:
     """A step of 3 levels across a ramp of 1 level a pixel is (1 + 3) / 1."""
     plain = np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (64, 1, 3))
     assert bench.seam_score(plain, ([], [32])) == pytest.approx(1.0)
@@ -39,7 +29,7 @@ def test_the_score_finds_a_seam_and_nothing_else(bench: ModuleType) -> None:
 @pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_no_seam_shows_on_ramp_sky_and_texture(bench: ModuleType, images_dir: Path) -> None:
+def test_no_seam_shows_on_ramp_sky_and_texture(images_dir: Path) -> None:
     rows = list(bench.main(["seams", "--pictures", str(images_dir), "--side", "768", "--tile", "384"]))
     assert [row["picture"] for row in rows] == ["ramp", "sky", "texture"]
     for row in rows:

@@ -1,0 +1,206 @@
+"""What the ablations share: pictures and their split, lines of results, paired differences and their table.
+
+Pictures are the demo corpus at half its usual size; whole photographs (with their details) are held out. A result is a
+line of results.jsonl with the scores of each held-out photograph; a line that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DEMO = Path(__file__).resolve().parents[2] / "pipelines" / "demo_corpus"
+HELD_OUT_EVERY = 3
+"""Every third photograph is held out; a demo of 20 photographs has no more to give."""
+DEGRADATION_SEED = 20260101
+"""Of the held-out inputs, and of the noise at restoring."""
+PRESET = "realesrgan-nano"
+
+
+def photographs() -> dict[str, list[Path]]:
+    """Pictures of the demo corpus by photograph: a photograph and its details stay on one side of the split."""
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(DEMO.glob("*.jpg")):
+        groups.setdefault(path.stem.split("-detail-")[0], []).append(path)
+    return groups
+
+
+def split() -> tuple[list[Path], list[Path]]:
+    """(training pictures with details, held-out photographs without)."""
+    train: list[Path] = []
+    held: list[Path] = []
+    for number, (_, paths) in enumerate(sorted(photographs().items())):
+        if number % HELD_OUT_EVERY == 0:
+            held.append(paths[0])
+        else:
+            train += paths
+    return train, held
+
+
+@lru_cache(maxsize=64)
+def picture(path: Path, short_side: int) -> Any:
+    from components.images import decode, resize_short_side
+
+    return resize_short_side(decode(path.read_bytes(), key=path.stem), short_side)
+
+
+def row(seed: int, position: int, size: int) -> dict[str, Any]:
+    """The training row at a position: half photographs, half dead leaves, as in instantir-dcp-nano."""
+    from components.captions.tags import describe
+    from components.degradations import build_degradation
+    from components.images import to_float, to_uint8
+    from components.randomness import generator
+    from components.synthetic import dead_leaves
+
+    draw = generator(seed, position, "row")
+    if draw.random() < 0.5:
+        hq = dead_leaves(size, seed, position)
+    else:
+        paths = split()[0]
+        whole = picture(paths[int(draw.integers(0, len(paths)))], 2 * size)
+        top, left = (int(draw.integers(0, side - size + 1)) for side in whole.shape[:2])
+        hq = np.ascontiguousarray(whole[top : top + size, left : left + size])
+        hq = np.ascontiguousarray(hq[:, ::-1]) if draw.random() < 0.5 else hq
+    degradation = build_degradation(PRESET)
+    plan = degradation.draw(seed, str(position), position)
+    return {
+        "key": str(position),
+        "position": position,
+        "hq": hq,
+        "lq": to_uint8(degradation.apply(to_float(hq), plan)),
+        "prompt": describe(hq),
+        "plan": json.dumps(plan),
+        "sizes": np.array([size, size, 0, 0, size, size]),
+    }
+
+
+def pairs(size: int) -> list[tuple[str, Any, Any]]:
+    """(key, hq, lq) of the held-out photographs: short side 2 * size, centre crops of whole multiples of 16."""
+    from components.degradations import build_degradation
+    from components.images import center_crop, to_float, to_uint8
+
+    made, degradation = [], build_degradation(PRESET)
+    for position, path in enumerate(split()[1]):
+        whole = picture(path, 2 * size)
+        hq = center_crop(whole, 2 * size // 16 * 16, 2 * size // 16 * 16)
+        plan = degradation.draw(DEGRADATION_SEED, path.stem, position)
+        made.append((path.stem, hq, to_uint8(degradation.apply(to_float(hq), plan))))
+    return made
+
+
+def score(
+    restored: Sequence[Any], held: Sequence[tuple[str, Any, Any]], metrics: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Scores by picture, by metric."""
+    from components.evaluation.metrics import Metrics
+
+    scorer = Metrics(metrics)
+    return {
+        key: dict(scorer.measure(image, hq, key).values) for image, (key, hq, _) in zip(restored, held, strict=True)
+    }
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """Lines of results.jsonl."""
+    path = out / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def append(out: Path, result: Mapping[str, Any]) -> None:
+    """One line more, and the short of it on the screen."""
+    with (out / "results.jsonl").open("a") as stream:
+        stream.write(json.dumps(result) + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k not in ("scores", "curves")}), flush=True)
+
+
+def run(
+    settings: argparse.Namespace,
+    metrics: Sequence[str],
+    run_arm: Callable[[str, int, Path, argparse.Namespace], dict[str, Any]],
+) -> None:
+    """All arms of all seeds that have no line yet, and the inputs themselves as arm "lq".
+
+    Args:
+        settings: of `arguments`, and what `run_arm` needs.
+        metrics: names of `components.evaluation`.
+        run_arm: (arm, seed, work folder, settings) -> the arm's line.
+    """
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    if not any(line["arm"] == "lq" for line in results(settings.out)):
+        held = pairs(settings.size)
+        append(settings.out, {"arm": "lq", "seed": 0, "scores": score([lq for _, _, lq in held], held, metrics)})
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+        for arm in settings.arms:
+            if not any((line["arm"], line["seed"]) == (arm, seed) for line in results(settings.out)):
+                append(settings.out, run_arm(arm, seed, settings.out / "work", settings))
+        shutil.rmtree(settings.out / "work" / f"shared-{seed}", ignore_errors=True)
+
+
+def means_by_picture(rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> dict[str, float]:
+    """An arm's score of each held-out picture, the mean over its seeds."""
+    of_arm = [r["scores"] for r in rows if r["arm"] == arm]
+    return {key: float(np.mean([scores[key][metric] for scores in of_arm])) for key in of_arm[0]}
+
+
+def summary(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """For each arm and metric: mean, each seed's mean, and the paired difference to full with its 95 % interval."""
+    from pipelines.evaluate import bootstrap_interval
+
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        for metric in metrics:
+            own = means_by_picture(rows, arm, metric)
+            full = means_by_picture(rows, "full", metric)
+            seeds = [float(np.mean([s[metric] for s in r["scores"].values()])) for r in rows if r["arm"] == arm]
+            difference = np.array([own[key] - full[key] for key in full])
+            interval = bootstrap_interval(difference, 0, "ablation", arm, metric) if arm != "full" else None
+            line = {"arm": arm, "metric": metric, "mean": float(np.mean(list(own.values()))), "seeds": seeds}
+            lines.append({**line, "difference": float(difference.mean()), "interval": interval})
+    return lines
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row an arm, a column a metric, as mean, spread of seeds and difference to full."""
+    metrics = list(dict.fromkeys(line["metric"] for line in lines))
+    text = ["| arm | " + " | ".join(metrics) + " |", "|---" * (1 + len(metrics)) + "|"]
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        cells = []
+        for metric in metrics:
+            (line,) = [each for each in lines if (each["arm"], each["metric"]) == (arm, metric)]
+            digits = 4 if metric in ("ssim", "gmsd") else 2
+            cell = f"{line['mean']:.{digits}f}"
+            if len(line["seeds"]) > 1:
+                cell += f" ({min(line['seeds']):.{digits}f} to {max(line['seeds']):.{digits}f})"
+            if line["interval"]:
+                low, high = line["interval"]
+                cell += f"<br>{line['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+            cells.append(cell)
+        text.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def arguments(doc: str, arms: Sequence[str], out: Path) -> argparse.ArgumentParser:
+    """What every ablation may be asked."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--report", type=Path, help="draw the plot in its images/ and print the table; trains nothing")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="several processes may share one --out")
+    parser.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
+    parser.add_argument("--size", type=int, default=64, help="pixels of a training crop; pictures are twice as large")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser

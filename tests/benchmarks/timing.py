@@ -1,0 +1,67 @@
+"""What several benchmarks say alike: turns of arms, medians with their spread, and how far results are apart.
+
+A script imports it by name, since Python looks beside the script first; pytest is told to (`pythonpath`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_SPREAD = 0.25
+"""An arm whose times spread over more than this share of their median voids the line."""
+
+
+def take_turns(
+    arms: Mapping[str, Callable[[], torch.Tensor]], device: str, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    """Seconds of each arm over interleaved rounds after a warm-up, and each arm's last result.
+
+    Wall time on a GPU, CPU time of this process otherwise.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    results: dict[str, torch.Tensor] = {}
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    for round_ in range(rounds + 1):
+        for name, run in arms.items():
+            synchronise(device)
+            start = clock()
+            results[name] = run()
+            synchronise(device)
+            if round_:
+                seconds[name].append(clock() - start)
+    return seconds, results
+
+
+def repeat(call: Callable[[], torch.Tensor], device: str, rounds: int) -> tuple[list[float], torch.Tensor]:
+    """Seconds of each of `rounds` calls after one that is not counted, and the last result."""
+    seconds, results = take_turns({"call": call}, device, rounds)
+    return seconds["call"], results["call"]
+
+
+def summary(times: Sequence[float], device: str) -> dict[str, Any]:
+    """Median, spread over the median, and whether the spread voids the line."""
+    median = statistics.median(times)
+    spread = (max(times) - min(times)) / median
+    clock = "median_s" if device == "cuda" else "median_cpu_s"
+    return {clock: round(median, 5), "spread": round(spread, 3), "void": spread > MAX_SPREAD}
+
+
+def psnr(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Of latents or pictures, against the exact ones' range, dB."""
+    error = float((result - exact).square().mean())
+    return math.inf if error == 0 else 10 * math.log10(float(exact.max() - exact.min()) ** 2 / error)
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()

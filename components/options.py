@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any, TypeVar, get_args
+from dataclasses import fields, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from components.naming import did_you_mean
 
@@ -40,6 +40,36 @@ def on_top(values: Mapping[str, Any], defaults: T, presets: Mapping[str, Mapping
     """Typed options on top of what their preset settles, on top of defaults, a dataclass that checks its ranges."""
     settled = presets[values["preset"]] if "preset" in values else {}
     return replace(defaults, **{**settled, **values})  # type: ignore[type-var]
+
+
+def settings_by_name(cls: type[T], given: Mapping[str, Any], kind: str) -> T:
+    """A dataclass from values by field name.
+
+    Args:
+        kind: what a field is called in the error, "speed setting" for example.
+
+    Raises:
+        ValueError: an unknown name, with the near one; or what the dataclass itself refuses.
+    """
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for name in given:
+        if name not in names:
+            raise ValueError(f"unknown {kind} {name!r:.80}. {did_you_mean(str(name), names)}")
+    return cls(**given)
+
+
+def check_choices(settings: Any) -> None:
+    """Every field of a dataclass that is a Literal or a bool holds one of its values.
+
+    Raises:
+        ValueError: a value outside its set.
+    """
+    for name, wanted in get_type_hints(type(settings)).items():
+        value, choices = getattr(settings, name), get_args(wanted)
+        if wanted is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r:.80}")
+        if get_origin(wanted) is Literal and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.80}")
 
 
 def _typed(name: str, value: Any, wanted: Any) -> Any:

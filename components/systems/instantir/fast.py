@@ -19,9 +19,9 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from components.cuda_graphs import Function, Graphed, can_record
-from components.naming import did_you_mean
 from components.objectives.consistency import consistency_output
+from components.options import check_choices, settings_by_name
 from components.systems.instantir.aggregator import Residuals
 from components.systems.instantir.block_calls import autocasts, by_kind, computed_again
 from components.systems.instantir.network import Conditions, InstantIR
@@ -91,24 +91,14 @@ class Speed:
     graphs: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        for name, wanted in get_type_hints(Speed).items():
-            value = getattr(self, name)
-            if get_args(wanted) and value not in get_args(wanted):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(wanted))}, got {value!r:.80}")
-        for name in ("join", "checkpoint"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
+        check_choices(self)
         if self.checkpoint and self.compile == "whole":
             raise ValueError("checkpoint does not go with compile whole")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Speed:
         """From settings by name. Raises ValueError for an unknown name, with the near one."""
-        names = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in names:
-                raise ValueError(f"unknown speed setting {name!r:.80}. {did_you_mean(str(name), names)}")
-        return cls(**given)
+        return settings_by_name(cls, given, "speed setting")
 
 
 @dataclass(frozen=True)

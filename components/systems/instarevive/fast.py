@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from components.cuda_graphs import Graphed, can_record
-from components.naming import did_you_mean
+from components.options import check_choices, settings_by_name
 from components.priors.tiling import LatentPrior
 from components.systems.instarevive.network import Conditions, OneStepGenerator
 
@@ -52,19 +52,12 @@ class Speed:
     autoencoder: Literal["kept", "bf16"] = "kept"
 
     def __post_init__(self) -> None:
-        for name, wanted in get_type_hints(Speed).items():
-            value = getattr(self, name)
-            if get_args(wanted) and value not in get_args(wanted):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(wanted))}, got {value!r:.80}")
+        check_choices(self)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Speed:
         """From settings by name. Raises ValueError for an unknown name, with the near one."""
-        names = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in names:
-                raise ValueError(f"unknown speed setting {name!r:.80}. {did_you_mean(str(name), names)}")
-        return cls(**given)
+        return settings_by_name(cls, given, "speed setting")
 
 
 class FastOneStep:

@@ -6,10 +6,12 @@ Every check is a function that returns findings and never raises; a check that b
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import shutil
 import socket
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -63,6 +65,7 @@ def examine(out: Path | None = None) -> list[Finding]:
     target = (out or home()).absolute()
     checks: list[tuple[str, Callable[[], Sequence[Finding]]]] = [
         ("python", check_python),
+        ("bytecode", check_bytecode),
         ("versions", check_versions),
         ("torch", check_torch),
         ("ray", check_ray),
@@ -108,6 +111,31 @@ def check_python() -> list[Finding]:
     if (3, 11) <= sys.version_info[:2] < (3, 14):
         return [ok("python", seen)]
     return [fail("python", seen, "Use Python 3.11, 3.12 or 3.13: `make clean setup PYTHON=python3.11`.")]
+
+
+def check_bytecode() -> list[Finding]:
+    """Ray starts about ten processes for a training, and each imports it anew."""
+    source = importlib.util.find_spec("ray")
+    if source is None or source.origin is None:
+        return []  # the next check says so
+    compiled = Path(importlib.util.cache_from_source(source.origin)).is_file()
+    return [judge_bytecode(compiled, sys.dont_write_bytecode)]
+
+
+def judge_bytecode(compiled: bool, forbidden: bool) -> Finding:
+    """Whether imports are compiled again in every process.
+
+    Args:
+        compiled: the bytecode of Ray's package lies beside it.
+        forbidden: this Python may not write any.
+    """
+    if compiled or not forbidden:
+        return ok("bytecode", "kept" if compiled else "kept from the first import on")
+    return warn(
+        "bytecode",
+        "the packages are not compiled and PYTHONDONTWRITEBYTECODE is set: starting takes more than twice as long",
+        f"Compile them once: {sys.executable} -m compileall -q -j 0 {sysconfig.get_paths()['purelib']}",
+    )
 
 
 def check_versions() -> list[Finding]:

@@ -21,6 +21,7 @@ from pipelines.doctor import (
     exposed_ports,
     finding_lines,
     judge_amount,
+    judge_bytecode,
     judge_exposure,
     judge_pair,
     judge_store,
@@ -65,6 +66,13 @@ def test_torch_pair(torch: str | None, vision: str | None, status: str) -> None:
 )
 def test_version_floors(name: str, found: str | None, status: str) -> None:
     assert judge_version(name, found).status == status
+
+
+@pytest.mark.parametrize(
+    ("compiled", "forbidden", "status"), [(True, True, "ok"), (False, False, "ok"), (False, True, "warn")]
+)
+def test_bytecode_is_missed_where_nothing_writes_it(compiled: bool, forbidden: bool, status: str) -> None:
+    assert judge_bytecode(compiled, forbidden).status == status
 
 
 def test_exposure_fails_without_tokens_only() -> None:

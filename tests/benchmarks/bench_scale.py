@@ -100,22 +100,26 @@ class Watch:
         self.thread = threading.Thread(target=self._sample, args=(every_s,), daemon=True)
 
     def _sample(self, every_s: float) -> None:
-        me = psutil.Process()
-        number = 0
-        while not self.stop.wait(every_s):
+        """Memory of the driver at each turn, CPU times at the first, every fourth and the last one."""
+        me, number, last = psutil.Process(), 0, False
+        while not last:
             self.driver = max(self.driver, me.memory_full_info().uss)
+            if number % 4 == 0:
+                self._sample_all(me)
+            last = self.stop.wait(every_s)
             number += 1
-            if number % 4:
+        self._sample_all(me)
+
+    def _sample_all(self, me: psutil.Process) -> None:
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+                self.by_process[process] = times.user + times.system
+                if " ".join(process.cmdline()).startswith("ray::"):
+                    self.worker = max(self.worker, process.memory_full_info().uss)
+            except psutil.Error:
                 continue
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    times = process.cpu_times()
-                    self.by_process[process] = times.user + times.system
-                    if number % 8 == 0 and " ".join(process.cmdline()).startswith("ray::"):
-                        self.worker = max(self.worker, process.memory_full_info().uss)
-                except psutil.Error:
-                    continue
-            self.spent.append((time.monotonic(), sum(self.by_process.values())))
+        self.spent.append((time.monotonic(), sum(self.by_process.values())))
 
     def cpu_at(self, clock: float) -> float:
         """CPU seconds spent until a time."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipelines.analysis.previews import StudyResult
 
 app = typer.Typer(
-    help="Look into a model: previews, tokens, prompts, the time input, crowded scenes.",
+    help="Look into a model: previews, tokens, prompts, the time input, crowded scenes, seeds.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -148,6 +148,25 @@ def crowded(
     """How errors, previews and delta depend on how much goes on in a picture."""
     settings = {"limit": limit, "side_px": side, "seed": seed, "mixed": mixed, "device": device}
     run_study("crowded", model, images, out, overrides, as_json, **settings)
+
+
+@app.command(cls=Command)
+def seeds(
+    model: Annotated[str, typer.Option("--model", "-m", help="A model folder of any system or models:/name@alias.")],
+    images: Images,
+    out: Out,
+    overrides: Overrides = None,
+    limit: Limit = 0,
+    side: Side = 256,
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(help="Results of each input.")] = 5,
+    mixed: Mixed = "realesrgan",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """How far results of several seeds lie apart, and whether each agrees with the input (InstaRevive's A.6)."""
+    settings = {"limit": limit, "side_px": side, "seed": seed, "mixed": mixed, "device": device}
+    run_study("seeds", model, images, out, overrides, as_json, seeds=seeds, **settings)
 
 
 @app.command(cls=Command)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.images import center_crop, decode, resize_short_side
-from components.types import Image, SampleError
+from components.types import Image, Restorer, SampleError
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, UsageError
 from pipelines.restore import list_pictures
@@ -44,11 +44,11 @@ Measure = Callable[[str, Image], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What a study looks at.
+class Looked:
+    """What every study of a model looks at.
 
     Attributes:
-        network, options: of an InstantIR model and a request to it; digest names the model.
+        model, digest: the model's name, and what names its bytes.
         images, out: folders.
         limit: first so many pictures by name; 0 for all.
         side_px: the middle square of each picture, resized to this side.
@@ -56,8 +56,6 @@ class Subject:
         device: where the networks are.
     """
 
-    network: InstantIR
-    options: Options
     digest: str
     model: str
     images: Path
@@ -66,6 +64,23 @@ class Subject:
     side_px: int = 256
     seed: int = 0
     device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject(Looked):
+    """The parts of an InstantIR model, and the options of a request to it."""
+
+    network: InstantIR
+    options: Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModel(Looked):
+    """A model of any system as its restorer, and the options of every request to it."""
+
+    system: str
+    restorer: Restorer
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@
 
 An autoencoder of patches leaves a faint grid in every picture, tiled or not, and tiles begin on its lines: `seam` alone
 then scores the grid. `seam_of_the_whole` is the same picture's at the same places without tiles, and `seam_in_step`
-compares with lines as many pixels away as the networks halve together, which lie on the grid too.
+compares with lines as many pixels away as the networks halve together, which lie on the grid too; what a picture has
+there by itself is `in_step_of_the_whole`.
 
 Without --model: InstantIR's parts untrained on the nano prior, which has a trained model's shapes and costs.
 """
@@ -148,6 +149,7 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
         row = {"what": given.what, "picture": name, "side": given.side, "tile": given.tile, "overlap": given.overlap,
                "seam": seam_score(tiles, borders), "seam_of_the_whole": seam_score(whole, borders),
                "seam_in_step": seam_score(tiles, borders, multiple),
+               "in_step_of_the_whole": seam_score(whole, borders, multiple),
                "mean_difference": float(difference.mean()), "p99": float(np.quantile(difference, 0.99))}  # fmt: skip
         if given.look is not None:
             given.look.mkdir(parents=True, exist_ok=True)

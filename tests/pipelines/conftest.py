@@ -1,10 +1,11 @@
-"""What the tests of curation share."""
+"""What the tests of pipelines share: curation without Ray, and a tiny InstantIR."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,3 +41,33 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(curating, "_run", phase_in_process)
     monkeypatch.setattr(curating, "_in_task", task_in_process)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained InstantIR on the shipped nano prior, with every part awake."""
+    import torch
+
+    from components.models import ModelCard, save_model
+    from components.priors.sdxl import load_prior
+    from components.randomness import generator
+    from components.systems.instantir.network import InstantIR
+
+    prior = load_prior("nano")
+    resampler = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 4, "ff_mult": 2}
+    network = InstantIR(prior, resampler, {"rank": 2, "alpha": 1}, aggregator=True)
+    parts: dict[str, dict[str, Any]] = {}
+    for part, tensors in network.parts().items():
+        parts[part] = {name: value.clone() for name, value in tensors.items()}
+        for name, value in parts[part].items():
+            if not bool(value.any()):
+                drawn = generator(5, part, name).standard_normal(tuple(value.shape), dtype=np.float32)
+                parts[part][name] = 0.05 * torch.from_numpy(drawn)
+    card = ModelCard(
+        name="tiny",
+        system="instantir",
+        recipe={"name": "tiny", "steps_at_restore": 2, "cfg_scale": 2.0},
+        prior={"id": "nano", "digest": prior.digest},
+        config=network.config(),
+    )
+    return save_model(tmp_path_factory.mktemp("tiny") / "model", card, parts).path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,36 +25,6 @@ from pipelines.rows import read_lines
 from pipelines.sources import is_output
 
 STEPS, SIDE = 2, 32
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained InstantIR on the shipped nano prior, with every part awake."""
-    import torch
-
-    from components.models import ModelCard, save_model
-    from components.priors.sdxl import load_prior
-    from components.randomness import generator
-    from components.systems.instantir.network import InstantIR
-
-    prior = load_prior("nano")
-    resampler = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 4, "ff_mult": 2}
-    network = InstantIR(prior, resampler, {"rank": 2, "alpha": 1}, aggregator=True)
-    parts: dict[str, dict[str, Any]] = {}
-    for part, tensors in network.parts().items():
-        parts[part] = {name: value.clone() for name, value in tensors.items()}
-        for name, value in parts[part].items():
-            if not bool(value.any()):
-                drawn = generator(5, part, name).standard_normal(tuple(value.shape), dtype=np.float32)
-                parts[part][name] = 0.05 * torch.from_numpy(drawn)
-    card = ModelCard(
-        name="tiny",
-        system="instantir",
-        recipe={"name": "tiny", "steps_at_restore": STEPS, "cfg_scale": 2.0},
-        prior={"id": "nano", "digest": prior.digest},
-        config=network.config(),
-    )
-    return save_model(tmp_path_factory.mktemp("tiny") / "model", card, parts).path
 
 
 def fill(folder: Path, count: int) -> Path:
@@ -174,9 +143,9 @@ def test_a_plot_is_a_png_and_equal_numbers_give_equal_bytes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.full  # half a minute; the studies' parts are in tests/components/test_insight.py
-def test_previews_resume_and_quarantine(model: Path, folder: Path, tmp_path: Path) -> None:
+def test_previews_resume_and_quarantine(tiny: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    made = analyze("previews", model, folder, out, side_px=SIDE, mixed="realesrgan-nano", faults=False)
+    made = analyze("previews", tiny, folder, out, side_px=SIDE, mixed="realesrgan-nano", faults=False)
     assert (made.measured, made.kept, made.quarantined, made.ignored) == (2, 0, 1, 1)
     (bad,) = read_lines(out / "quarantine.jsonl")
     assert (bad["key"], bad["code"]) == ("broken", "truncated")
@@ -205,26 +174,26 @@ def test_previews_resume_and_quarantine(model: Path, folder: Path, tmp_path: Pat
     before = made.report.read_bytes()
     lines = (out / "values.jsonl").read_bytes().splitlines(keepends=True)
     (out / "values.jsonl").write_bytes(lines[0] + lines[1][:40])  # killed while it wrote
-    healed = analyze("previews", model, folder, out, side_px=SIDE, mixed="realesrgan-nano", faults=False)
+    healed = analyze("previews", tiny, folder, out, side_px=SIDE, mixed="realesrgan-nano", faults=False)
     assert (healed.measured, healed.kept) == (1, 1)
     assert healed.report.read_bytes() == before  # the same noise: the same numbers and pictures
     (out / "strips" / "p0.png").write_bytes(b"damaged")
     (folder / "p1.png").write_bytes(encode_png(dead_leaves(48, 1, 7)))
     (folder / "p2.png").write_bytes(encode_png(dead_leaves(48, 1, 8)))
-    changed = analyze("previews", model, folder, out, side_px=SIDE, mixed="realesrgan-nano", faults=False)
+    changed = analyze("previews", tiny, folder, out, side_px=SIDE, mixed="realesrgan-nano", faults=False)
     assert (changed.measured, changed.kept) == (3, 0)
-    again = analyze("previews", model, folder, out, side_px=SIDE, mixed="realesrgan-nano", faults=False)
+    again = analyze("previews", tiny, folder, out, side_px=SIDE, mixed="realesrgan-nano", faults=False)
     assert (again.measured, again.kept) == (0, 3)
     (folder / "p2.png").unlink()
-    other = analyze("previews", model, folder, out, {"steps": 1}, side_px=SIDE, mixed="realesrgan-nano", faults=False)
+    other = analyze("previews", tiny, folder, out, {"steps": 1}, side_px=SIDE, mixed="realesrgan-nano", faults=False)
     assert (other.measured, other.kept) == (2, 0)
     with pytest.raises(UsageError, match="holds the study 'previews'"):
-        analyze("tokens", model, folder, out, side_px=SIDE)
+        analyze("tokens", tiny, folder, out, side_px=SIDE)
 
 
 @pytest.mark.slow
-def test_clean_tokens_find_themselves_and_every_fault_is_told(model: Path, folder: Path, tmp_path: Path) -> None:
-    made = analyze("tokens", model, folder, tmp_path / "out", side_px=SIDE, mixed="realesrgan-nano")
+def test_clean_tokens_find_themselves_and_every_fault_is_told(tiny: Path, folder: Path, tmp_path: Path) -> None:
+    made = analyze("tokens", tiny, folder, tmp_path / "out", side_px=SIDE, mixed="realesrgan-nano")
     rows = read_lines(tmp_path / "out" / "values.jsonl")
     assert len(rows) == 2
     for row in rows:
@@ -237,15 +206,15 @@ def test_clean_tokens_find_themselves_and_every_fault_is_told(model: Path, folde
     assert {kind for kind in lv.STRENGTHS if any(text.startswith(kind) for text in made.seen)} == set(lv.STRENGTHS)
     # another gallery may change every rank: all rows are measured again
     (folder / "p9.png").write_bytes(encode_png(dead_leaves(48, 0, 9)))
-    assert analyze("tokens", model, folder, tmp_path / "out", side_px=SIDE, mixed="realesrgan-nano").measured == 3
+    assert analyze("tokens", tiny, folder, tmp_path / "out", side_px=SIDE, mixed="realesrgan-nano").measured == 3
 
 
 @pytest.mark.slow
 @pytest.mark.full
-def test_prompts_the_time_input_and_crowds(model: Path, tmp_path: Path) -> None:
+def test_prompts_the_time_input_and_crowds(tiny: Path, tmp_path: Path) -> None:
     folder = fill(tmp_path / "in", 4)
     options = {"side_px": SIDE, "mixed": "realesrgan-nano"}
-    creative = analyze("creative", model, folder, tmp_path / "c", {"steps": 3}, stop=0.7, **options)
+    creative = analyze("creative", tiny, folder, tmp_path / "c", {"steps": 3}, stop=0.7, **options)
     rows = read_lines(tmp_path / "c" / "values.jsonl")
     for row in rows:
         for name in ("close", "far"):
@@ -255,9 +224,9 @@ def test_prompts_the_time_input_and_crowds(model: Path, tmp_path: Path) -> None:
             assert row[name]["preview_mean"] == pytest.approx(np.mean(row[name]["preview"][:2]), rel=1e-4)
     assert sum("prompts, previews" in sentence for sentence in creative.seen) == 2
     with pytest.raises(UsageError, match="no step with a preview"):
-        analyze("creative", model, folder, tmp_path / "x", {"steps": 2}, stop=0.3, **options)
+        analyze("creative", tiny, folder, tmp_path / "x", {"steps": 2}, stop=0.3, **options)
 
-    analyze("time", model, folder, tmp_path / "t", **options)
+    analyze("time", tiny, folder, tmp_path / "t", **options)
     rows = read_lines(tmp_path / "t" / "values.jsonl")
     for row in rows:
         assert row["told"]["true"]["moved"] == [0.0] * STEPS
@@ -265,7 +234,7 @@ def test_prompts_the_time_input_and_crowds(model: Path, tmp_path: Path) -> None:
         assert row["told"]["first"]["moved"][0] == pytest.approx(0, abs=1e-5)
         assert row["told"]["last"]["moved"][0] > 1e-5
 
-    crowded = analyze("crowded", model, folder, tmp_path / "k", **options)
+    crowded = analyze("crowded", tiny, folder, tmp_path / "k", **options)
     assert crowded.measured == 4
     cells = table(tmp_path / "k" / "values.csv")
     assert sorted(cells[0]) == sorted(
@@ -361,9 +330,18 @@ def test_accuracy_counts_what_the_encoder_says(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_ends_with_3_where_a_picture_is_bad(
-    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["analyze", "crowded", "--model", str(model), "--images", str(folder), "--out", str(tmp_path / "out")]
+    words = [
+        "analyze",
+        "crowded",
+        "--model",
+        str(tiny),
+        "--images",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     words += ["--side", str(SIDE), "--mixed", "realesrgan-nano", "--json", "steps=1"]
     assert cli.app(words, standalone_mode=False) == 3
     document = json.loads(capsys.readouterr().out)
@@ -387,9 +365,18 @@ def test_the_command_ends_with_3_where_a_picture_is_bad(
     ],
 )
 def test_wrong_input_is_one_sentence_and_makes_nothing(
-    model: Path, folder: Path, tmp_path: Path, changes: list[str], message: str
+    tiny: Path, folder: Path, tmp_path: Path, changes: list[str], message: str
 ) -> None:
-    words = ["analyze", "previews", "--model", str(model), "--images", str(folder), "--out", str(tmp_path / "out")]
+    words = [
+        "analyze",
+        "previews",
+        "--model",
+        str(tiny),
+        "--images",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(UsageError, match=message):
         cli.app([*words, *changes], standalone_mode=False)
     assert not (tmp_path / "out").exists()
@@ -401,8 +388,8 @@ def test_an_unknown_study_dies_with_the_near_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_of_broken_pictures_fails(model: Path, tmp_path: Path) -> None:
+def test_a_folder_of_broken_pictures_fails(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"\xff\xd8\xff\xe0nothing")
     with pytest.raises(Failure, match="none of the 1 pictures"):
-        analyze("time", model, tmp_path / "in", tmp_path / "out", side_px=SIDE)
+        analyze("time", tiny, tmp_path / "in", tmp_path / "out", side_px=SIDE)

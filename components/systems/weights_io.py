@@ -82,3 +82,33 @@ class WeightsIO:
     export_weights: Callable[..., Exported]
     layout: Callable[..., Shapes]
     spellings: tuple[str, ...] = field(default=("released",))
+
+
+def find_released(
+    place: Path, known: Mapping[str, Sequence[str]], system: str, folders: Sequence[str] = (".",)
+) -> list[Path]:
+    """The weights files of a folder, in the order of their parts; a file stands for itself.
+
+    Args:
+        known: names that a part's file may have.
+        folders: where to look, below `place`; the first that holds any file is taken.
+
+    Raises:
+        ValueError: no such place, no weights in it, or two files for one part.
+    """
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise ValueError(f"{place} does not exist")
+    for folder in (place / name for name in folders):
+        found = []
+        for part, names in known.items():
+            here = [folder / name for name in names if (folder / name).is_file()]
+            if len(here) > 1:
+                told = " and ".join(path.name for path in here)
+                raise ValueError(f"{folder} holds {told}, both for the {part}: name the files one by one")
+            found += here
+        if found:
+            return found
+    looked = ", ".join(name for names in known.values() for name in names)
+    raise ValueError(f"{place} holds no weights of {system}; looked for {looked}")

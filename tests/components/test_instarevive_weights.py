@@ -16,7 +16,7 @@ from components.randomness import seeded_init
 from components.systems.instarevive.backbone import open_backbone
 from components.systems.instarevive.build import generator_config, generator_parts, load_generator
 from components.systems.instarevive.network import OneStep, OneStepGenerator
-from components.systems.instarevive.released import check_sizes, find_files
+from components.systems.instarevive.released import RELEASED, check_sizes, find_files
 from components.systems.instarevive.weights import expected_layout, export_weights, import_weights
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import build_swinir
@@ -178,8 +178,13 @@ def test_wrong_sizes_are_refused(sizes: dict[str, Any], words: str) -> None:
 def test_files_are_found_and_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_files(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no weights of InstaRevive"):
+        find_files(tmp_path)
+    align = tmp_path / RELEASED["align"]
+    align.write_bytes(b"")
     with pytest.raises(ValueError, match="holds no generator"):
         find_files(tmp_path)
+    align.unlink()
     path = saved(tmp_path, released_tensors())
     assert find_files(tmp_path) == [path] == find_files(path)
     saved(tmp_path, {}, "InstaRevive_v1.safetensors")

@@ -444,7 +444,7 @@ def test_wrong_wishes_of_import_and_export(network: SwinIR, tmp_path: Path) -> N
         export_weights("nano", tmp_path / "out")
     for name in ("general_swinir_v1.ckpt", "face_swinir_v1.ckpt"):
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ValueError, match="name the one"):
+    with pytest.raises(ValueError, match="name the files one by one"):
         find_files(tmp_path)
     with pytest.raises(WeightsFileError, match="no weights file"):
         import_weights([tmp_path / "face_swinir_v1.ckpt"], None)

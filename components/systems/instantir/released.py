@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from components.options import UnknownOption, typed_options
+from components.systems.weights_io import find_released
 
 PUBLISHED = "InstantX/InstantIR on the Hugging Face hub, folder models/"
 LICENCE = "apache-2.0 (card of InstantX/InstantIR)"
@@ -69,24 +70,5 @@ def check_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_files(place: Path) -> list[Path]:
-    """The weights files in a folder, or in models/ below it; a file stands for itself.
-
-    Raises:
-        ValueError: no such place, no weights in it, or two files for one part.
-    """
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise ValueError(f"{place} does not exist")
-    for folder in (place, place / "models"):
-        found = []
-        for part, names in KNOWN_NAMES.items():
-            here = [folder / name for name in names if (folder / name).is_file()]
-            if len(here) > 1:
-                told = " and ".join(path.name for path in here)
-                raise ValueError(f"{folder} holds {told}, both for the {part}: name the files one by one")
-            found += here
-        if found:
-            return found
-    looked = ", ".join(name for names in KNOWN_NAMES.values() for name in names)
-    raise ValueError(f"{place} holds no weights of InstantIR; looked for {looked}")
+    """The weights files in a folder, or in models/ below it; see find_released."""
+    return find_released(place, KNOWN_NAMES, "InstantIR", (".", "models"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.options import UnknownOption, typed_options
+from components.systems.weights_io import find_released
 
 PUBLISHED = (
     "InstaRevive_v1.ckpt, as EternalEvan/InstaRevive links it; its coarse restorers: restoray weights import swinir"
@@ -92,22 +93,8 @@ def _check_size(name: str, value: Any) -> None:
 
 
 def find_files(place: Path) -> list[Path]:
-    """The weights files in a folder; a file stands for itself.
-
-    Raises:
-        ValueError: no such place, no generator in it, or two files for one part.
-    """
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise ValueError(f"{place} does not exist")
-    found = []
-    for part, names in KNOWN_NAMES.items():
-        here = [place / name for name in names if (place / name).is_file()]
-        if len(here) > 1:
-            told = " and ".join(path.name for path in here)
-            raise ValueError(f"{place} holds {told}, both for the {part}: name the files one by one")
-        found += here
-    if not found or found[0].name not in KNOWN_NAMES["generator"]:
+    """The weights files in a folder, the generator first; see find_released. ValueError too where it is missing."""
+    found = find_released(place, KNOWN_NAMES, "InstaRevive")
+    if place.is_dir() and found[0].name not in KNOWN_NAMES["generator"]:
         raise ValueError(f"{place} holds no generator of InstaRevive; looked for {', '.join(KNOWN_NAMES['generator'])}")
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from components.options import UnknownOption, typed_options
 from components.systems.swinir.config import SwinIRConfig
+from components.systems.weights_io import find_released
 
 PUBLISHED = "lxq007/DiffBIR on the Hugging Face hub (general_swinir_v1.ckpt, face_swinir_v1.ckpt)"
 LICENCE = "apache-2.0 (XPixelGroup/DiffBIR)"
@@ -56,18 +57,5 @@ def check_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_files(place: Path) -> list[Path]:
-    """The weights file in a folder; a file stands for itself.
-
-    Raises:
-        ValueError: no such place, no weights in it, or more than one file.
-    """
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise ValueError(f"{place} does not exist")
-    found = [place / name for name in KNOWN_NAMES if (place / name).is_file()]
-    if len(found) > 1:
-        raise ValueError(f"{place} holds {' and '.join(path.name for path in found)}: name the one that is meant")
-    if not found:
-        raise ValueError(f"{place} holds no weights of SwinIR; looked for {', '.join(KNOWN_NAMES)}")
-    return found
+    """The weights file in a folder; see find_released."""
+    return find_released(place, {"network": KNOWN_NAMES}, "SwinIR")

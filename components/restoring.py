@@ -243,7 +243,13 @@ def restore_batch(
             continue
         alpha = parts[index].alpha
         if alpha is not None and ask.alpha == "restore":
-            veils[index] = replace(requests[index], image=np.dstack([alpha] * 3), prompt="", negative_prompt="")
+            veils[index] = replace(
+                requests[index],
+                image=np.dstack([alpha] * 3),
+                prompt="",
+                negative_prompt="",
+                reference=_veil_of_reference(picture, limits) if picture.reference else None,
+            )
     answers = _restore(restorer, requests, cancelled)
     lifted = _restore(restorer, {i: v for i, v in veils.items() if isinstance(answers[i], Restored)}, cancelled)
     for index, restored in answers.items():
@@ -276,6 +282,13 @@ def _request(picture: Picture, parts: Decoded, ask: Ask, limits: Limits) -> Requ
         options=ask.options,
         reference=reference,
     )
+
+
+def _veil_of_reference(picture: Picture, limits: Limits) -> Image:
+    """The transparency of a reference as a gray picture [H, W, 3]: opaque everywhere where it has none of its own."""
+    parts = decode_parts(picture.reference, limits, picture.key)
+    alpha = np.full(parts.image.shape[:2], 255, np.uint8) if parts.alpha is None else parts.alpha
+    return np.dstack([alpha] * 3)
 
 
 def _with_parts(image: Image, parts: Decoded, ask: Ask, veil: Image | None) -> Image:

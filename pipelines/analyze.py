@@ -140,6 +140,7 @@ def open_subject(
         raise UsageError(str(error)) from error
     from components.models import ModelError, load_model
     from components.systems.instantir.build import build_restorer
+    from components.systems.instantir.insight import check_recordable
     from components.systems.instantir.options import parse_options
 
     set_threads(THREADS)
@@ -147,12 +148,17 @@ def open_subject(
         restorer = build_restorer(load_model(folder), device)
     except (ModelError, ValueError) as error:
         raise Failure(f"{model} cannot be loaded: {error}") from error
+    settled = parse_options(given, restorer.defaults)
+    try:
+        check_recordable(settled)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     multiple = restorer.network.prior.multiple_px
     if side_px % multiple:
         raise UsageError(f"--side must be a multiple of {multiple} px for this model, got {side_px}")
     return Subject(
         network=restorer.network,
-        options=parse_options(given, restorer.defaults),
+        options=settled,
         digest=identity.digest,
         model=identity.name,
         images=images,

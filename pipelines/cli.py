@@ -292,12 +292,14 @@ def restore(
     reference: Annotated[
         Path | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
     ] = None,
+    max_megapixels: Annotated[float, typer.Option(min=0.0001, help="Larger inputs are refused, by their header.")] = 50,
     device: Device = "cpu",
     precision: Precision = "fp32",
     compiled: Compile = "off",
     as_json: Json = False,
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the restorer's options."""
+    from components.images import Limits
     from pipelines.cluster import local_ray
     from pipelines.restore import list_pictures, model_identity, restore_folder
     from pipelines.stages import check_options
@@ -317,6 +319,7 @@ def restore(
             seed=seed,
             progress=progress,
             references=reference,
+            limits=Limits(max_pixels=round(max_megapixels * 1e6)),
             build_options=build,
             num_gpus=gpus,
         )

@@ -133,11 +133,12 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
     from pipelines.stream_texts import NEGATIVE
 
     wanted, given = parent_stage(recipe), sorted(inputs.parents)
-    start = SYSTEMS[recipe.system].continues.get(recipe.stage)
-    if given != ([wanted] if wanted else []) and given != [start]:
+    starts = SYSTEMS[recipe.system].continues.get(recipe.stage, ())
+    if given != ([wanted] if wanted else []) and given not in [[start] for start in starts]:
+        others = f" (or, to train on what is there, from one of stage {' or '.join(starts)})" if starts else ""
         raise UsageError(
             f"{recipe.name}: stage {recipe.stage} goes on from "
-            f"{f'the model of stage {wanted}' if wanted else 'no model'}, "
+            f"{f'the model of stage {wanted}' if wanted else 'no model'}{others}, "
             f"and its inputs hold {' and '.join(f'one of stage {stage}' for stage in given) or 'none'}."
         )
     stream = stream_config(recipe, inputs)

@@ -180,7 +180,8 @@ def imported_lines(result: Imported) -> list[str]:
     lines += [f"note: {note}" for note in result.notes]
     if result.missing:
         lines.append(f"missing for restoring: {', '.join(result.missing)}")
-    return [*lines, f"model: {result.model}" if result.model else "everything fits; nothing was written"]
+    made = f"model: {result.model}, digest {result.digest}"
+    return [*lines, made if result.model else "everything fits; nothing was written"]
 
 
 def exported_lines(result: Exported) -> list[str]:
@@ -220,6 +221,13 @@ def _imported_before(folder: Path, system: str, plan: Imported, overwrite: bool)
     digests = {source.file: f"sha256:{source.sha256}" for source in plan.sources}
     prior = model.info["prior"] or {}  # a system without one records null
     same = model.info["system"] == system and model.info.get("parents") == digests and prior == plan.prior
+    settings = {"sizes": (model.info["config"], plan.config), "licence": (model.info["licence"], plan.licence)}
+    changed = [name for name, (there, wanted) in settings.items() if there != wanted]
+    if same and changed and not overwrite:
+        raise UsageError(
+            f"{folder} was made of these files with other {' and another '.join(changed)}: give --overwrite to make it "
+            "again, or choose another --out."
+        )
     if not same and not overwrite:
         raise UsageError(
             f"{folder} holds another model ({model.info['name']}): choose another --out, or give --overwrite."

@@ -34,7 +34,8 @@ class System:
         recipe: dataclass of its recipes.
         stages: training stages and the integer version of each: raise it when a code change alters what a stage makes.
         follows: stage -> the stage whose model it goes on from; a stage that is not named starts from the recipe alone.
-        continues: stage -> the stage whose model may be given as its start, in the place of the recipe's warm start.
+        continues: stage -> the stages whose models may be given as its start, in the place of the one before or of the
+            recipe's warm start: what was trained, or published, is trained on.
         build_objective: (recipe, parent models by stage, callable for example pictures or None, device=) -> objective.
         look: (objective, recipe, LQ pictures, prompts, seed) -> pictures to look at while it trains; None for none.
         measure: (objective, held-out batches) -> numbers for the model card; None for none.
@@ -51,7 +52,7 @@ class System:
     stages: Mapping[str, int]
     build_objective: Callable[..., Objective]
     follows: Mapping[str, str] = field(default_factory=dict)
-    continues: Mapping[str, str] = field(default_factory=dict)
+    continues: Mapping[str, Sequence[str]] = field(default_factory=dict)
     look: Callable[..., Tensor] | None = None
     measure: Callable[..., dict[str, float]] | None = None
     build_restorer: Callable[..., Restorer] | None = None
@@ -234,6 +235,11 @@ SYSTEMS: dict[str, System] = {
         recipe=InstantIRRecipe,
         stages={"dcp": 2, "previewer": 2, "aggregator": 2},
         follows={"previewer": "dcp", "aggregator": "previewer"},
+        continues={
+            "dcp": ("dcp", "previewer", "aggregator"),
+            "previewer": ("previewer", "aggregator"),
+            "aggregator": ("aggregator",),
+        },
         build_objective=_instantir_objective,
         look=_instantir_look,
         build_restorer=_instantir_restorer,
@@ -253,7 +259,7 @@ SYSTEMS: dict[str, System] = {
     "instarevive": System(
         recipe=InstaReviveRecipe,
         stages={"onestep": 1},
-        continues={"onestep": "onestep"},
+        continues={"onestep": ("onestep",)},
         build_objective=_instarevive_objective,
         look=_instarevive_look,
         build_restorer=_instarevive_restorer,

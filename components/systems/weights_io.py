@@ -32,7 +32,7 @@ class Imported:
 
     Attributes:
         model: the model folder; None where nothing was written. digest: its digest.
-        sources: the files read. prior: as model.json records it.
+        sources: the files read. prior, config: as model.json records them.
         licence, permitted_use: as model.json records them.
         missing: parts that restoring needs and no file gave.
         notes: what people should know.
@@ -44,6 +44,7 @@ class Imported:
     prior: Mapping[str, str]
     licence: str
     permitted_use: str
+    config: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -82,6 +83,22 @@ class WeightsIO:
     export_weights: Callable[..., Exported]
     layout: Callable[..., Shapes]
     spellings: tuple[str, ...] = field(default=("released",))
+
+
+def own_words(said: Mapping[str, Any], sources: Sequence[WeightsSource]) -> tuple[dict[str, Any], list[str]]:
+    """A sidecar's words as far as they are of these very files, and notes about what was left out.
+
+    Sizes and prior fit or the import fails; licence, data, recipe and metrics would be believed. Sidecars of the first
+    exports name no files, and are believed.
+    """
+    exported = said.get("files") or {}
+    other = [source.file for source in sources if exported.get(source.file) != source.sha256]
+    if not exported or not other:
+        return dict(said), []
+    kept = {name: said[name] for name in ("system", "config", "prior") if name in said}
+    return kept, [
+        f"restoray.json was written beside another {' and '.join(other)}: only sizes and prior are taken of it"
+    ]
 
 
 def find_released(

@@ -257,8 +257,12 @@ def our_loop(
     return sample_ddim(denoise, lq + sigmas[0] * noise, sigmas)
 
 
-def count_step_flops(size: Size) -> float:
-    """TFLOP of one obvious step with guidance, by torch's counter on the meta device (attention is two products)."""
+def count_step_flops(size: Size, merged: bool = False) -> float:
+    """TFLOP of one step with guidance, by torch's counter on the meta device (attention is two products).
+
+    Args:
+        merged: without the LoRA's own products, as where it is merged into a second UNet.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -268,7 +272,10 @@ def count_step_flops(size: Size) -> float:
         given, lq = negative.joined(positive), torch.cat([lq, lq])
         times = torch.zeros(2, dtype=torch.int64, device="meta")
         with FlopCounterMode(display=False) as counter:
-            network.preview(lq, times, given)
+            if merged:
+                network.denoise_eps(lq, times, given)
+            else:
+                network.preview(lq, times, given)
             residuals = network.residuals(lq, times, lq, given)
             network.denoise_eps(lq, times, given, residuals)
     return counter.get_total_flops() / 1e12
@@ -304,11 +311,12 @@ def measure_sampling(
     with torch.inference_mode():
         seconds, results = take_turns(arms, device, rounds)
     seconds, results = before[0] | seconds, before[1] | results
-    exact, tflop = results["ours"].float(), count_step_flops(size) * size.steps
+    exact = results["ours"].float()
     rows = []
     for arm, times in seconds.items():
         row = {"what": "sampling", "size": name, "arm": arm, "steps": size.steps, **summary(times, device)}
         row |= {"ratio_to_obvious": round(statistics.median(seconds["obvious"]) / statistics.median(times), 2)}
+        tflop = count_step_flops(size, fast.merged and arm != "obvious") * size.steps
         row |= {"tflop": round(tflop, 3), "merged": fast.merged}
         row |= {"compile": speed.compile if arm != "obvious" else "off"}
         if arm == "obvious":

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from components.models import ModelCard, save_model
+from components.models import ModelCard, ModelError, save_model
 from components.objectives.consistency import consistency_output
 from components.objectives.diffusion import WeightedEpsilon, importance_weights
 from components.priors.nano import build_prior, build_tokenizer_json
@@ -23,12 +24,15 @@ from components.priors.sdxl import Prior, load_prior
 from components.randomness import Noise
 from components.recipes import Optimizer, RecipeError, load_recipe
 from components.samplers.schedules import Schedule
+from components.synthetic import dead_leaves
 from components.systems.instantir.build import build_objective, restore_defaults
 from components.systems.instantir.checkpointing import checkpoint_gradients
 from components.systems.instantir.network import InstantIR, predict_noise
 from components.systems.instantir.objectives import AggregatorObjective, PerceptorObjective, PreviewerObjective
+from components.systems.instantir.preprocess import view_pixels
 from components.systems.instantir.previewer import previewer_enabled
 from components.systems.instantir.references import REFERENCE_NOISE, noised_reference
+from components.tensors import images_to_tensor
 from components.training import Ema, build_optimizers, build_scaler, restore_state, train_step, training_state
 from components.types import Batch
 
@@ -222,6 +226,7 @@ def test_without_the_perceptor_the_picture_tokens_have_no_say() -> None:
 def test_a_model_is_restored_with_the_references_it_was_trained_on() -> None:
     assert restore_defaults({"steps_at_restore": 4, "cfg_scale": 2.0}) == {"steps": 4, "cfg_scale": 2.0}
     assert restore_defaults({"reference": "lq"}) == {"reference": "lq"}
+    assert restore_defaults({"view": "crop"}) == {"view": "crop"}
     assert restore_defaults({"reference": "preview", "reference_noise": True}) == {"reference_noise": True}
 
 
@@ -238,6 +243,45 @@ def test_the_recipes_switches_reach_the_network() -> None:
     assert objective.config["time_modulation"] is False and objective.config["perceptor_scale"] == 0.5
     assert torch.equal(objective.loss.weights, WeightedEpsilon(Schedule(), timestep_importance=0.5).weights)
     assert all(m.gradient_checkpointing for m in objective.network.unet.down_blocks)
+
+
+def test_a_stage_is_trained_with_the_view_that_it_is_restored_with() -> None:
+    """The restorer's view of a picture against the training's, whatever the prior's files say of cropping."""
+    picture = np.ascontiguousarray(dead_leaves(96, 0, 1)[:48])
+    for view in ("whole", "crop"):
+        prior = build_objective(load_recipe("instantir-dcp-nano", [f"view={view}"]), {}).prior
+        trained = prior.view_images(images_to_tensor([picture]))
+        restored = view_pixels(picture, prior.view, view)
+        assert float((trained - restored).abs().mean()) < 0.02, view  # two bicubic filters
+        other = view_pixels(picture, prior.view, "crop" if view == "whole" else "whole")
+        assert float((trained - other).abs().mean()) > 0.1, view
+    assert load_recipe("instantir-dcp").view == "whole"
+    assert all(load_recipe(f"instantir-{s}-released").view == "crop" for s in ("dcp", "previewer", "aggregator"))
+
+
+def test_parts_that_are_there_are_trained_on(tmp_path: Path) -> None:
+    """Of a whole model: the perceptor goes on alone, with its weights; the Previewer with its own, if sizes agree."""
+    nano = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 16}
+    whole = InstantIR(load_prior("nano"), nano, {"rank": 16, "alpha": 16.0}, aggregator=True, perceptor_scale=0.5)
+    card = ModelCard(
+        name="whole",
+        system="instantir",
+        recipe={"stage": "aggregator"},
+        prior=whole.prior.source,
+        config=whole.config(),
+    )
+    parent = save_model(tmp_path / "model", card, whole.parts())
+    for stage, parts in (("dcp", {"perceptor"}), ("previewer", {"perceptor", "previewer", "aggregator"})):
+        objective = build_objective(load_recipe(f"instantir-{stage}-nano"), {"aggregator": parent})
+        made = objective.parts()
+        assert set(made) == parts
+        assert all(torch.equal(made[part][key], value) for part in parts for key, value in parent.part(part).items())
+        assert objective.config["perceptor_scale"] == 0.5  # as it was, where the recipe says nothing
+    with pytest.raises(ModelError, match="other sizes: lora_rank is 16, not 8"):
+        build_objective(load_recipe("instantir-previewer-nano", ["lora_rank=8"]), {"aggregator": parent})
+    other = load_recipe("instantir-dcp-nano", ["resampler_dim=32", "time_modulation=false"])
+    with pytest.raises(ModelError, match=r"resampler_dim is 64, not 32; .*time_modulation is True, not False"):
+        build_objective(other, {"aggregator": parent})
 
 
 # ------------------------------------------------------------------------------------------ gradient checkpointing

@@ -445,7 +445,9 @@ def test_sizes_are_judged_by_name_and_type() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A nano model with every weight away from its start, and an alpha that the released file cannot say."""
-    network = InstantIR(load_prior("nano"), RESAMPLER, lora={"rank": 8, "alpha": 12.0}, aggregator=True)
+    network = InstantIR(
+        load_prior("nano"), RESAMPLER, lora={"rank": 8, "alpha": 12.0}, aggregator=True, perceptor_scale=0.5
+    )
     generator = torch.Generator().manual_seed(0)
     parts = {
         part: {k: torch.randn(v.shape, generator=generator) * 0.05 for k, v in tensors.items()}
@@ -465,10 +467,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_trained_here_keeps_its_function_through_the_released_layout(trained: Path, tmp_path: Path) -> None:
     told = export_weights(trained, tmp_path / "out")
     assert "alpha 12 was multiplied" in told.notes[0] and "rank is 8" in told.notes[1]
+    assert "perceptor_scale is 0.5" in told.notes[2]
     import_weights(find_files(tmp_path / "out"), tmp_path / "back")
     info = load_model(tmp_path / "back").info
     assert (info["name"], info["licence"], info["recipe"]["steps_at_restore"]) == ("mine", "mine", 4)
     assert info["prior"] == load_model(trained).info["prior"] and info["config"]["lora"]["alpha"] == 1
+    config = load_model(trained).info["config"]
+    assert info["config"] == {**config, "lora": {**config["lora"], "alpha": 1}}
 
     def network(folder: Path) -> InstantIR:
         model = load_model(folder)
@@ -485,6 +490,20 @@ def test_a_model_trained_here_keeps_its_function_through_the_released_layout(tra
     for path in (tmp_path / "out").glob("*.[pb]*"):
         if path.suffix in (".pt", ".bin"):
             assert same({"x": read_tensors(path)}, {"x": read_tensors(tmp_path / "out2" / path.name)})
+
+
+def test_words_of_another_models_export_are_not_believed(trained: Path, tmp_path: Path) -> None:
+    """A sidecar that lies beside other weights of the same sizes says nothing of their licence, recipe or scores."""
+    export_weights(trained, tmp_path / "out")
+    adapter = tmp_path / "out" / "adapter.pt"
+    nested = torch.load(adapter, weights_only=True)
+    nested["image_proj"] = {key: value + 1 for key, value in nested["image_proj"].items()}
+    torch.save(nested, adapter)
+    told = import_weights(find_files(tmp_path / "out"), tmp_path / "back")
+    assert "written beside another adapter.pt" in told.notes[0]
+    info = load_model(tmp_path / "back").info
+    assert (info["name"], info["licence"], info["recipe"]) == ("back", "unstated", {})
+    assert info["config"]["perceptor_scale"] == 0.5
 
 
 def test_half_precision_computes_nearly_the_same_and_answers_in_float32(trained: Path) -> None:

@@ -113,13 +113,37 @@ def test_corpora_of_full_size_recipes_stand_in_the_catalogue(name: str) -> None:
         (["perceptor_scale=0"], "above 0 where"),
         (["timestep_importance=1"], "timestep_importance"),
         (["preview_cfg_scale=0.5"], "preview_cfg_scale"),
-        (["reference=lq", "preview_cfg_scale=3"], "reference lq has none"),
         (["reference=hq"], "reference"),
+        (["steps_at_restore=0"], "steps_at_restore must be at least 1"),
+        (["resampler_dim=0"], "resampler_dim must be at least 1"),
+        (["cfg_scale=-4"], "at least 0"),
     ],
 )
 def test_wrong_overrides_name_the_key(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe("instantir-dcp-nano", overrides)
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "message"),
+    [
+        ("aggregator", "time_modulation=false", "time_modulation is for stage dcp, not aggregator"),
+        ("aggregator", "lora_rank=8", "lora_rank is for stage previewer, not aggregator"),
+        ("aggregator", "teacher_cfg_scale=[3,15]", "teacher_cfg_scale is for stage previewer"),
+        ("previewer", "noise_offset=0.1", "noise_offset is for stage dcp and aggregator, not previewer"),
+        ("previewer", "reference_noise=true", "reference_noise is for stage aggregator"),
+        ("previewer", "compile=autoencoder", "compile is for stage aggregator, not previewer"),
+        ("dcp", "reference=lq", "reference is for stage aggregator"),
+        ("dcp", "distance=huber", "distance is for stage previewer"),
+        ("aggregator", "reference=lq preview_cfg_scale=3", "reference lq has none"),
+        ("previewer", "huber_c=-1", "huber_c must be above 0"),
+        ("previewer", "teacher_timesteps=0", "teacher_timesteps must be at least 1"),
+        ("previewer", "teacher_cfg_scale=[-3,1]", "teacher_cfg_scale must be at least 0"),
+    ],
+)
+def test_a_setting_that_a_stage_would_not_look_at_is_refused(stage: str, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(f"instantir-{stage}-nano", override.split())
 
 
 def test_nothing_behind_an_override_empties_a_text() -> None:

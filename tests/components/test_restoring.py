@@ -118,6 +118,17 @@ def test_transparency_can_be_restored_as_a_picture_of_its_own() -> None:
     assert np.abs(np.asarray(picture)[..., 3].astype(int) - 102).max() <= 1
 
 
+def test_a_references_own_transparency_goes_with_a_pictures() -> None:
+    alpha, other = np.full((24, 32), 100, np.uint8), np.full((24, 32), 7, np.uint8)
+    data = encoded(np.dstack([photo(), alpha]))
+    for reference, expected in ((encoded(np.dstack([photo(), other])), 7), (encoded(photo()), 255)):
+        restorer = Enlarger()
+        ask = parse_ask({"alpha": "restore"})
+        restore_batch(restorer, IDENTITY, [Picture(key="a", data=data, seed=5, reference=reference)], ask)
+        colours, veil = (request.reference for request in restorer.asked)
+        assert np.array_equal(colours, decode(reference)) and np.array_equal(veil, np.full((24, 32, 3), expected))
+
+
 def test_a_gray_picture_stays_gray() -> None:
     gray = photo()[..., 0]
     for data in (encoded(gray), encoded(np.dstack([gray] * 3)), encoded(gray, "JPEG", quality=95)):

@@ -79,9 +79,14 @@ def test_a_corpus_without_held_out_pictures_is_refused_on_the_driver(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "parents", "words"),
     [
-        ("instantir-previewer-nano", (), "goes on from the model of stage dcp, and its inputs hold none"),
-        ("instantir-aggregator-nano", ("dcp",), "of stage previewer, and its inputs hold one of stage dcp"),
-        ("instantir-dcp-nano", ("dcp",), "goes on from no model"),
+        ("instantir-previewer-nano", (), r"of stage dcp \(or, .* or aggregator\), and its inputs hold none"),
+        ("instantir-aggregator-nano", ("dcp",), r"of stage previewer \(or, .*\), and its inputs hold one of stage dcp"),
+        ("instarevive-bsr-nano", ("dcp",), "goes on from no model"),
+        (
+            "instantir-dcp-nano",
+            ("onestep",),
+            r"goes on from no model \(or, to train on .* dcp or previewer or aggregator",
+        ),
         ("prior-encoder-nano", (), "of stage autoencoder"),
     ],
 )
@@ -91,6 +96,20 @@ def test_a_stage_without_its_parent_is_refused_on_the_driver(
     corpora = {"corpus": write_index(tmp_path, train=1, held_out=1)}
     with pytest.raises(UsageError, match=words):
         check_inputs(load_recipe(name), TrainInputs(corpora=corpora, parents=dict.fromkeys(parents, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "parents"),
+    [
+        ("dcp", ("dcp", "aggregator")),
+        ("previewer", ("dcp", "previewer", "aggregator")),
+        ("aggregator", ("aggregator",)),
+    ],
+)
+def test_what_was_trained_can_be_trained_on(stage: str, parents: tuple[str, ...], tmp_path: Path) -> None:
+    corpora = {"corpus": write_index(tmp_path, train=1, held_out=1)}
+    for parent in parents:
+        check_inputs(load_recipe(f"instantir-{stage}-nano"), TrainInputs(corpora=corpora, parents={parent: tmp_path}))
 
 
 def test_a_warm_start_stands_in_for_a_parent(tmp_path: Path) -> None:
@@ -187,7 +206,7 @@ def test_a_task_may_start_from_another_tasks_model(tmp_path: Path) -> None:
     """Of the same stage, and no other: the model is looked at before the corpus is."""
     made = load_recipe("instarevive-bsr-nano")
     nowhere = {"corpora": {"corpus": tmp_path}}
-    with pytest.raises(UsageError, match="goes on from no model, and its inputs hold one of stage dcp"):
+    with pytest.raises(UsageError, match=r"from one of stage onestep\), and its inputs hold one of stage dcp"):
         check_inputs(made, TrainInputs(**nowhere, parents={"dcp": tmp_path}))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"index\.json|no corpus"):
         check_inputs(made, TrainInputs(**nowhere, parents={"onestep": tmp_path}))  # type: ignore[arg-type]

@@ -201,6 +201,16 @@ def test_import_goes_to_restoray_home_once(released: Released, tmp_path: Path) -
     again = import_weights("instantir", [released.files], **released.given)
     assert "nothing was done" in again.notes[-1] and again.digest == first.digest
     assert (folder / "model.json").stat().st_mtime_ns == written
+    # the same files with other words: neither silently kept nor silently replaced
+    with pytest.raises(UsageError, match="made of these files with other licence"):
+        import_weights("instantir", [released.files], licence="CC-BY-4.0", **released.given)
+    sizes = {**released.given["sizes"], "lora": {"alpha": 8.0}}
+    with pytest.raises(UsageError, match="with other sizes"):
+        import_weights("instantir", [released.files], **{**released.given, "sizes": sizes})
+    assert load_model(folder).info["licence"] == first.licence
+    told = import_weights("instantir", [released.files], licence="CC-BY-4.0", overwrite=True, **released.given)
+    assert load_model(folder).info["licence"] == "CC-BY-4.0" and told.digest in "\n".join(imported_lines(told))
+    import_weights("instantir", [released.files], overwrite=True, **released.given)
     # a damaged part is made again
     (folder / "parts" / "previewer.safetensors").write_bytes(b"x")
     import_weights("instantir", [released.files], **released.given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -68,13 +69,14 @@ def build_objective(
 
     Args:
         recipe: resolved recipe.
-        parents: the model folder of the stage before, under any name: none for dcp, dcp's for previewer, previewer's
-            for aggregator.
+        parents: the model folder to go on from, under any name: none for dcp, dcp's for previewer, previewer's for
+            aggregator; or a model that has the stage's own part already, which is trained on. The perceptor's own
+            training leaves out previewer and aggregator: they go with the perceptor that they were trained with.
         examples: unused; other systems look at pictures while they are built.
         device: where the networks go.
 
     Raises:
-        ModelError: the parent is missing or of another stage.
+        ModelError: the parent is missing or of another stage, or its sizes are not the recipe's.
     """
     parent = next(iter(parents.values()), None)
     prior = open_prior(recipe.prior, parent.info["prior"] if parent else None, device)
@@ -89,13 +91,16 @@ def build_objective(
         if parent is None:
             network = InstantIR(prior, resampler, seed=recipe.seed, time_modulation=recipe.time_modulation)
         else:
-            network = network_of(parent, prior)
+            network = network_of(parent, prior, only_perceptor=recipe.stage == "dcp")
+            _check_settings(recipe, network, resampler, parent)
         _check_parts(recipe.stage, network, parent)
         if recipe.stage == "previewer" and not network.has_previewer:
             network.add_previewer({"rank": recipe.lora_rank, "alpha": recipe.lora_alpha}, seed=recipe.seed)
         if recipe.stage == "aggregator" and network.aggregator is None:
             network.add_aggregator(seed=recipe.seed)
-    network.perceptor_scale = recipe.perceptor_scale
+    if recipe.perceptor_scale is not None:
+        network.perceptor_scale = recipe.perceptor_scale
+    prior.view = replace(prior.view, fit="squash" if recipe.view == "whole" else "crop")
     inherited: dict[str, Any] = {}
     if recipe.frozen_precision != "fp32" and parent is not None:
         inherited = {name: parent.part(name) for name in ("perceptor", "previewer")}
@@ -142,26 +147,44 @@ def build_objective(
 
 
 def _check_parts(stage: str, network: InstantIR, parent: Model | None) -> None:
-    needs = {"dcp": (False, "none"), "previewer": (True, "dcp"), "aggregator": (True, "previewer")}
+    needs = {"dcp": "", "previewer": "dcp", "aggregator": "previewer"}
     if stage not in needs:
         raise ValueError(f"no stage {stage!r}; there are {sorted(needs)}")
-    wants_parent, name = needs[stage]
-    if wants_parent != (parent is not None):
-        raise ModelError(
-            f"stage {stage} needs {f'the model folder of stage {name}' if wants_parent else 'no parent model'}"
-        )
+    if needs[stage] and parent is None:
+        raise ModelError(f"stage {stage} needs the model folder of stage {needs[stage]}")
     if stage == "aggregator" and not network.has_previewer:
         raise ModelError(f"{parent.path if parent else ''}: has no previewer; stage aggregator follows stage previewer")
 
 
-def network_of(model: Model, prior: Prior) -> InstantIR:
-    """The networks of a model folder on its prior."""
+def _check_settings(recipe: InstantIRRecipe, network: InstantIR, resampler: Mapping[str, int], parent: Model) -> None:
+    """Raises ModelError where a part that is trained on has other settings than the recipe says."""
+    has, wants = network.config(), dict[str, Any]()
+    if recipe.stage == "dcp":
+        wants = {"resampler": resampler, "time_modulation": recipe.time_modulation}
+    elif recipe.stage == "previewer" and network.has_previewer:
+        wants = {"lora": {"rank": recipe.lora_rank, "alpha": recipe.lora_alpha}}
+    faults = []
+    for name, wanted in wants.items():
+        pairs = wanted.items() if isinstance(wanted, Mapping) else [("", wanted)]
+        there = has[name] if isinstance(wanted, Mapping) else {"": has[name]}
+        faults += [f"{name}_{key}".rstrip("_") + f" is {there[key]}, not {v}" for key, v in pairs if there[key] != v]
+    if faults:
+        raise ModelError(
+            f"{parent.path}: what stage {recipe.stage} would train on has other sizes: {'; '.join(faults)}"
+        )
+
+
+def network_of(model: Model, prior: Prior, only_perceptor: bool = False) -> InstantIR:
+    """The networks of a model folder on its prior; only the perceptor where nothing else is wanted."""
     tokens = int(model.info["config"]["resampler"]["embedding_dim"])
     if tokens != prior.image_token_dim:
         raise ModelError(
             f"{model.path}: its perceptor was trained on picture tokens of {tokens}, but the picture encoder "
             f"{prior.image_encoder_name or prior.name} makes tokens of {prior.image_token_dim}: another DINOv2?"
         )
+    if only_perceptor:
+        config = {**model.info["config"], "lora": None, "aggregator": False}
+        return InstantIR.from_parts(prior, config, {"perceptor": model.part("perceptor")})
     return InstantIR.from_parts(prior, model.info["config"], model.parts())
 
 
@@ -201,8 +224,13 @@ def build_restorer(
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Restorer options that a resolved recipe settles; a model imported without a recipe takes the paper's.
 
-    A model is restored with the references that it was trained on.
+    A model is restored with the view and the references that it was trained on.
     """
-    names = {"steps": "steps_at_restore", "cfg_scale": "cfg_scale", "reference_noise": "reference_noise"}
+    names = {
+        "steps": "steps_at_restore",
+        "cfg_scale": "cfg_scale",
+        "reference_noise": "reference_noise",
+        "view": "view",
+    }
     options = {option: recipe[key] for option, key in names.items() if key in recipe}
     return options | ({"reference": "lq"} if recipe.get("reference") == "lq" else {})

@@ -23,8 +23,14 @@ from components.samplers.schedules import Schedule
 from components.systems.instantir.denoiser import InstantIRDenoiser
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.options import Options
+from components.systems.instantir.preprocess import Fit, view_pixels
 from components.systems.instantir.previewer import previewer_enabled
+from components.systems.instantir.references import REFERENCE_NOISE
+from components.tensors import tensor_to_images
 from components.types import OnStep
+
+UNRECORDED = {"resize": "native", "min_side_px": 0, "tile_px": 0, "color": "none"}
+"""Options of a restoration that a recorded run does not have, as they usually are."""
 
 TOKEN_VIEWS = ("pooled", "whole", "class", "perceptor")
 """How a picture's tokens become one vector: mean of the patch tokens; all tokens joined; the class token; and all of
@@ -149,12 +155,12 @@ def record(
     Args:
         network: with previewer and aggregator.
         images: LQ pictures [B, 3, H, W] in [-1, 1]; sides multiples of the prior's `multiple_px`.
-        options: as of a request.
+        options: as of a request that restores at the picture's size in one tile, without a reference of its own.
         seeds: of each picture; the noise is the one that a request of that seed gets.
         prompts, negative_prompts: B each; None for empty ones.
 
     Raises:
-        ValueError: sides that do not fit, or lists of another length than B.
+        ValueError: sides that do not fit, lists of another length than B, or options that a recorded run has not.
     """
     prior, batch = network.prior, len(images)
     height, width = images.shape[-2:]
@@ -163,22 +169,26 @@ def record(
     prompts, negative_prompts = list(prompts or [""] * batch), list(negative_prompts or [""] * batch)
     if not len(seeds) == len(prompts) == len(negative_prompts) == batch:
         raise ValueError(f"{batch} pictures need as many seeds and prompts")
+    check_recordable(options)
     images = images.to(prior.device)
-    lq = prior.encode(images)
-    positive = conditions_of(network, images, prompts)
+    shape = (prior.latent_channels, height // prior.factor, width // prior.factor)
+
+    def noise(name: str) -> Tensor:
+        rows = [generator(seed, name).standard_normal(shape, dtype=np.float32) for seed in seeds]
+        return torch.from_numpy(np.stack(rows)).to(prior.device)
+
+    lq = prior.encode(images, noise=noise("encode") if options.encoding == "sample" else None)
+    positive = conditions_of(network, images, prompts, options.view)
     negative = network.unconditional(positive, negative_prompts) if options.loop.guided else None
     timesteps = prior.schedule.timesteps(options.steps)
     sigmas = prior.schedule.sampling_sigmas(timesteps).to(prior.device)
-
-    def noise(name: str) -> Tensor:
-        rows = [generator(seed, name).standard_normal(tuple(lq.shape[1:]), dtype=np.float32) for seed in seeds]
-        return torch.from_numpy(np.stack(rows)).to(lq)
 
     start = noise("start")
     latents = (
         lq + sigmas[0] * start if options.start == "lq" else Schedule.exploding(start, sigmas[0].expand(len(start)))
     )
-    recorder = Recorder(InstantIRDenoiser(network, lq, positive, negative, options.steps, options.loop))
+    fresh = lambda step: noise(f"{REFERENCE_NOISE} {step}")  # noqa: E731
+    recorder = Recorder(InstantIRDenoiser(network, lq, positive, negative, options.steps, options.loop, noise=fresh))
     if options.sampler == "ddim":
         result = sample_ddim(recorder, latents, sigmas, on_step)
     else:
@@ -193,8 +203,16 @@ def record(
     )
 
 
-def conditions_of(network: InstantIR, images: Tensor, prompts: Sequence[str]) -> Conditions:
-    """What the UNet is told of pictures [B, 3, H, W] in [-1, 1] and their prompts."""
+def check_recordable(options: Options) -> None:
+    """Raises ValueError that names the options which a recorded run would not follow."""
+    told = [f"{name}={getattr(options, name)}" for name, usual in UNRECORDED.items() if getattr(options, name) != usual]
+    told += ["reference=hq"] if options.loop.reference == "hq" else []
+    if told:
+        raise ValueError(f"a study restores as the pictures are, without {', '.join(told)}: set what it usually is")
+
+
+def conditions_of(network: InstantIR, images: Tensor, prompts: Sequence[str], view: Fit | None = None) -> Conditions:
+    """What the UNet is told of pictures [B, 3, H, W] in [-1, 1] and their prompts; see view_pixels for `view`."""
     text, pooled = network.prior.embed_prompts(prompts)
     height, width = images.shape[-2:]
     sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(images), -1)
@@ -202,8 +220,19 @@ def conditions_of(network: InstantIR, images: Tensor, prompts: Sequence[str]) ->
         text=text,
         pooled=pooled,
         time_ids=network.prior.time_ids(sizes),
-        image_tokens=network.prior.embed_images(images),
+        image_tokens=_tokens(network, images, view),
     )
+
+
+def _tokens(network: InstantIR, images: Tensor, view: Fit | None) -> Tensor:
+    """Tokens [B, N, D] of the training's view, or [B, V, N, D] of a restorer's."""
+    if view is None:
+        return network.prior.embed_images(images)
+    views = torch.stack([view_pixels(picture, network.prior.view, view) for picture in tensor_to_images(images)])
+    encoder = network.prior.image_encoder
+    seen = views.flatten(0, 1).to(network.prior.device, next(encoder.parameters()).dtype)
+    tokens: Tensor = encoder(pixel_values=seen).last_hidden_state
+    return tokens.unflatten(0, views.shape[:2])
 
 
 @contextmanager

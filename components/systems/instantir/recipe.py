@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 from components.recipes import Recipe, RecipeError
+
+STAGE_KEYS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    (
+        "resampler_dim",
+        "resampler_depth",
+        "resampler_head_dim",
+        "resampler_heads",
+        "resampler_queries",
+        "time_modulation",
+    ): ("dcp",),
+    ("lora_rank", "lora_alpha", "distance", "huber_c", "teacher_cfg_scale", "teacher_timesteps"): ("previewer",),
+    ("reference", "reference_noise", "preview_cfg_scale", "compile", "frozen_precision"): ("aggregator",),
+    ("max_clean_weight", "noise_offset", "timestep_importance"): ("dcp", "aggregator"),
+}
+"""Settings that only some stages look at."""
+
+AT_LEAST_ONE = (
+    "resampler_dim",
+    "resampler_depth",
+    "resampler_head_dim",
+    "resampler_heads",
+    "resampler_queries",
+    "lora_rank",
+    "teacher_timesteps",
+    "steps_at_restore",
+)
 
 
 @dataclass(kw_only=True)
@@ -25,7 +52,10 @@ class InstantIRRecipe(Recipe):
         teacher_timesteps: points of the teacher's DDIM grid.
         timestep_importance: dcp and aggregator: a of loss weights 1 - a cos(pi t / T); released: an option of 0.5, off.
         time_modulation: dcp: whether keys and values follow the time step (Eq. 4); later stages keep what dcp had.
-        perceptor_scale: Eq. 3's w, of this stage and of what it makes; released 1, and 0 leaves the perceptor out.
+        perceptor_scale: Eq. 3's w, of this stage and of what it makes; null: what the model before had, and 1 at first,
+            as released. 0 leaves the perceptor out.
+        view: what the perceptor's encoder sees of a picture: "whole", or the released "crop", which never sees the
+            edges; the model is restored with the same view.
         reference: aggregator: "preview", or "lq" for a model without previews; its restorer follows.
         reference_noise: aggregator: fresh noise on the reference (section 4.4, last row of Table 2a).
         preview_cfg_scale: aggregator: above 1 previews are guided with a scale from 1 .. this (released option, off).
@@ -53,7 +83,8 @@ class InstantIRRecipe(Recipe):
     teacher_timesteps: int = 50
     timestep_importance: float = 0.0
     time_modulation: bool = True
-    perceptor_scale: float = 1.0
+    perceptor_scale: float | None = None
+    view: Literal["whole", "crop"] = "whole"
     reference: Literal["preview", "lq"] = "preview"
     reference_noise: bool = False
     preview_cfg_scale: float = 1.0
@@ -74,17 +105,36 @@ class InstantIRRecipe(Recipe):
             raise RecipeError("image_dropout + text_dropout + both_dropout must not exceed 1")
         if not 0 <= self.timestep_importance < 1:
             raise RecipeError(f"timestep_importance must be in [0, 1), got {self.timestep_importance}")
-        if self.perceptor_scale < 0 or (self.stage == "dcp" and self.perceptor_scale == 0):
+        scale = self.perceptor_scale
+        if scale is not None and (scale < 0 or (self.stage == "dcp" and scale == 0)):
             raise RecipeError(
                 f"perceptor_scale must be at least 0, above 0 where the perceptor trains, got {self.perceptor_scale}"
             )
         if self.preview_cfg_scale < 1:
             raise RecipeError(f"preview_cfg_scale must be at least 1, got {self.preview_cfg_scale}")
-        if self.stage != "aggregator" and (self.compile != "off" or self.frozen_precision != "fp32"):
-            raise RecipeError(f"compile and frozen_precision are for stage aggregator, not {self.stage}")
+        self._check_stage_keys()
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lora_alpha", "huber_c"):
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.cfg_scale < 0 or min(self.teacher_cfg_scale, default=0.0) < 0:
+            raise RecipeError("cfg_scale and teacher_cfg_scale must be at least 0")
         if self.reference == "lq" and self.preview_cfg_scale > 1:
             raise RecipeError("preview_cfg_scale guides previews, and reference lq has none")
         if self.teacher_cfg_scale and (
             len(self.teacher_cfg_scale) != 2 or self.teacher_cfg_scale[0] > self.teacher_cfg_scale[1]
         ):
             raise RecipeError(f"teacher_cfg_scale needs [low, high] or [], got {self.teacher_cfg_scale}")
+
+    def _check_stage_keys(self) -> None:
+        """A setting that this stage would not look at is refused: it would seem to be in force."""
+        usual = {field.name: field for field in fields(self)}
+        for names, stages in STAGE_KEYS.items():
+            if self.stage in stages:
+                continue
+            for name in names:
+                made = usual[name].default_factory
+                if getattr(self, name) != (usual[name].default if made is MISSING else made()):  # type: ignore[misc]
+                    raise RecipeError(f"{name} is for stage {' and '.join(stages)}, not {self.stage}")

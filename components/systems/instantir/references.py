@@ -9,9 +9,6 @@ from components.samplers.schedules import Schedule
 REFERENCE_NOISE = "reference"
 """Name of the fresh noise in training; a restoration draws "reference 0", "reference 1", ... one for each step."""
 
-REFERENCE_NOISE = "reference"
-"""Name of the fresh noise in training."""
-
 
 def noised_reference(schedule: Schedule, preview: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """A preview with fresh noise of the current time step: what a `reference_noise` Aggregator takes (section 4.4).

@@ -10,7 +10,7 @@ from components.options import UnknownOption, typed_options
 from components.systems.weights_io import find_released
 
 PUBLISHED = "InstantX/InstantIR on the Hugging Face hub, folder models/"
-LICENCE = "apache-2.0 (card of InstantX/InstantIR)"
+LICENCE = "apache-2.0, if these are the published files (card of InstantX/InstantIR)"
 
 RELEASED = {"perceptor": "adapter.pt", "previewer": "previewer_lora_weights.bin", "aggregator": "aggregator.pt"}
 """Released file by part."""

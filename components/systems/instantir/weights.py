@@ -26,11 +26,14 @@ from components.systems.instantir.network import PARTS
 from components.systems.instantir.perceptor import ResamplerConfig
 from components.systems.instantir.previewer import LoraSettings, released_names, split_key
 from components.systems.instantir.released import LICENCE, RELEASED, SIDECAR, SPELLINGS, check_sizes
-from components.systems.weights_io import Exported, Imported, WeightsSource
+from components.systems.weights_io import Exported, Imported, WeightsSource, own_words
 from components.tensor_files import WeightsFileError, read_tensors
 
 PUBLISHED_DCP_PARAMETERS = 849_799_424
 """Of the published adapter.pt: 82,695,424 + 767,104,000 (instantir.md section 1)."""
+
+OWN_SETTINGS = ("time_modulation", "perceptor_scale")
+"""Of a network's configuration: what the released tools do not know, and a sidecar brings back."""
 
 Renamed = dict[str, tuple[str, Tensor]]
 """Released name -> the file's own name, and the tensor."""
@@ -96,6 +99,7 @@ def import_weights(
         progress(number, len(read), file.path.name)
         _compare(file, expected)
         sources.append(_source(file))
+    said, foreign = own_words(said, sources)
     faulty = [file for file in read if file.faults]
     if faulty:
         raise ModelError("\n".join(_told(file, expected) for file in faulty))
@@ -109,6 +113,7 @@ def import_weights(
         "lora": lora.to_dict() if "previewer" in present else None,
         "aggregator": "aggregator" in present,
     }
+    config |= {name: said["config"][name] for name in OWN_SETTINGS if name in (said.get("config") or {})}
     published = sum(s.parameters for s in sources if s.part == "perceptor") == PUBLISHED_DCP_PARAMETERS
     card = ModelCard(
         name=name or said.get("name") or (out.name if out else "instantir"),
@@ -122,7 +127,7 @@ def import_weights(
         permitted_use=said.get("permitted_use") or _permitted_use(expected.shape),
         metrics=said.get("metrics") or {},
     )
-    notes = [note for file in read for note in file.notes]
+    notes = [*foreign, *(note for file in read for note in file.notes)]
     if expected.shape.note:
         notes.append(f"{expected.shape.note}; bring them before restoring")
     result = Imported(
@@ -130,6 +135,7 @@ def import_weights(
         digest="",
         sources=tuple(sources),
         prior=card.prior or {},
+        config=config,
         licence=card.licence,
         permitted_use=card.permitted_use,
         missing=tuple(f"{part} ({RELEASED[part]})" for part in PARTS if part not in present),
@@ -179,6 +185,9 @@ def export_weights(
         lora["alpha"] = 1
     if lora and lora.get("rank") != LoraSettings().rank:
         notes.append(f"the LoRA's rank is {lora.get('rank')}; the released tools take {LoraSettings().rank}")
+    scale = float(source.info["config"].get("perceptor_scale", 1))
+    if scale != 1:
+        notes.append(f"the model's perceptor_scale is {scale:g}; the released tools take 1 unless they are told")
     lacking = [part for part in PARTS if part not in source.info["parts"]]
     if lacking:
         notes.append(f"the model has no {' and no '.join(lacking)}")
@@ -204,6 +213,7 @@ def export_weights(
         "system": "instantir",
         "exported_from": source.digest,
         "config": {**source.info["config"], "lora": lora or None},
+        "files": files,
         **{name: source.info.get(name) for name in told},
     }
     if write:

@@ -29,7 +29,7 @@ from components.samplers.schedules import Schedule
 from components.systems.instarevive.backbone import PRIORS
 from components.systems.instarevive.network import FAMILIES, OneStep, aligning_conv, build_network
 from components.systems.instarevive.released import LICENCE, RELEASED, SIDECAR, check_sizes
-from components.systems.weights_io import Exported, Imported, WeightsSource
+from components.systems.weights_io import Exported, Imported, WeightsSource, own_words
 from components.tensor_files import WeightsFileError, read_tensors
 
 Shapes = dict[str, tuple[int, ...]]
@@ -120,6 +120,8 @@ def import_weights(
         )
         for part, (path, tensors) in read.items()
     )
+    said, foreign = own_words(said, sources)
+    notes += foreign
     published = sources[0].parameters == PUBLISHED_PARAMETERS
     card = ModelCard(
         name=name or said.get("name") or (out.name if out else "instarevive"),
@@ -140,6 +142,7 @@ def import_weights(
         digest="",
         sources=sources,
         prior=expected.prior,
+        config=expected.config,
         licence=card.licence,
         permitted_use=card.permitted_use,
         notes=tuple(notes),
@@ -208,6 +211,7 @@ def export_weights(
         "system": "instarevive",
         "exported_from": source.digest,
         "config": dict(config),
+        "files": files,
         **{key: source.info.get(key) for key in told},
     }
     if write:

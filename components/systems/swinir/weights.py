@@ -22,7 +22,7 @@ from components.models import Model, ModelCard, ModelError, file_sha256, load_mo
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import SwinIR
 from components.systems.swinir.released import LICENCE, PART, RELEASED, SIDECAR, check_sizes
-from components.systems.weights_io import Exported, Imported, WeightsSource
+from components.systems.weights_io import Exported, Imported, WeightsSource, own_words
 from components.tensor_files import WeightsFileError, read_tensors
 
 Shapes = dict[str, tuple[int, ...]]
@@ -126,6 +126,7 @@ def import_weights(
         tensors=len(tensors),
         parameters=sum(value.numel() for value in parameters_of(network).values()),
     )
+    said, notes = own_words(said, [source])
     published = path.stem.endswith("_swinir_v1") and config == SwinIRConfig()
     card = ModelCard(
         name=name or said.get("name") or (out.name if out else PART),
@@ -143,8 +144,10 @@ def import_weights(
         digest="",
         sources=(source,),
         prior={},
+        config=config.to_dict(),
         licence=card.licence,
         permitted_use=card.permitted_use,
+        notes=tuple(notes),
     )
     if out is not None and proceed(result):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +202,7 @@ def export_weights(
             "system": PART,
             "exported_from": source.digest,
             "config": dict(source.info["config"]),
+            "files": {name: digest},
             **{key: source.info.get(key) for key in told},
         }
         (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -47,6 +47,7 @@ def recipe_of(arm: str, seed: int, settings: argparse.Namespace) -> Any:
         f"short_side={2 * settings.size}",
         f"steps={settings.steps}",
         f"optimizer.warmup_steps={max(1, settings.steps // 20)}",
+        f"distillation.kappa={settings.kappa}",
     ]
     return load_recipe("instarevive-bsr-nano", [*own, *ARMS[arm]])
 
@@ -144,7 +145,7 @@ def run_arm(arm: str, seed: int, work: Path, settings: argparse.Namespace) -> di
     return {
         "arm": arm,
         "seed": seed,
-        "settings": {name: getattr(settings, name) for name in ("size", "batch", "steps")},
+        "settings": {name: getattr(settings, name) for name in ("size", "batch", "steps", "kappa")},
         "train_s": round(trained, 1),
         "curves": curves,
         "scores": score([answer.image for answer in answers], held, METRICS),
@@ -187,6 +188,9 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = arguments(__doc__, list(ARMS), Path("runs/table3"))
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument(
+        "--kappa", type=float, default=1.0, help="1.5 keeps T_max at its end for crops this small, and alpha near 1"
+    )
     parser.add_argument("--measure-every", type=int, default=20, help="steps between two held-out points of the curves")
     return parser.parse_args(given)
 

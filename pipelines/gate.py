@@ -60,7 +60,7 @@ class GateResult:
     Attributes:
         pictures: keys that both were scored on.
         judgements: of each metric.
-        lost: pictures that the teacher restored and the student did not: none is allowed.
+        lost: pictures that lack a score which the teacher's have: none is allowed.
     """
 
     pictures: list[str]
@@ -141,8 +141,11 @@ def pass_gate(
 def compare(folder: Path, gate: Gate) -> GateResult:
     """Judge student against teacher, whose pictures lie in `folder` with hq and lq.
 
+    A picture counts for whoever has all of its scores; one that was put into quarantine in this run has none, whatever
+    an earlier model left in the folder.
+
     Raises:
-        Failure: not one picture has both scores of a metric.
+        Failure: the teacher lacks a picture, or not one picture has both scores of a metric.
     """
     from components.evaluation.metrics import metric_info
     from pipelines.evaluate import bootstrap_interval, evaluate
@@ -152,8 +155,16 @@ def compare(folder: Path, gate: Gate) -> GateResult:
     for arm in ARMS:
         where = folder / f"scores-{arm}"
         evaluate(folder / arm, folder / "lq", folder / "hq", where, metrics=names, baselines=())
-        scores[arm] = {row["key"]: row["scores"]["restored"] for row in read_lines(where / "scores.jsonl")}
-    lost = sorted(set(scores["teacher"]) - set(scores["student"]))
+        refused = {row["key"] for row in read_lines(folder / arm / "quarantine.jsonl")}
+        found = {row["key"]: row["scores"]["restored"] for row in read_lines(where / "scores.jsonl")}
+        scores[arm] = {key: row for key, row in found.items() if key not in refused}
+    asked = {path.stem for path in (folder / "lq").glob("*.png")}
+    unjudged = sorted(asked - set(scores["teacher"]))
+    if unjudged:
+        raise Failure(
+            f"{folder}: the teacher has no result of {', '.join(unjudged[:5])}: there is nothing to judge by."
+        )
+    lost = sorted(k for k, row in scores["teacher"].items() if set(row) - set(scores["student"].get(k, {})))
     judgements, used = [], set[str]()
     for name in names:
         keys = [k for k, row in scores["teacher"].items() if name in row and name in scores["student"].get(k, {})]

@@ -366,7 +366,9 @@ def worker(config: dict[str, Any]) -> None:
     stream = stream_config(recipe, inputs, config["captioning"])
 
     target = target_plan(stream)
-    heldout = _batches(heldout_rows(stream, recipe.heldout_triples), recipe.batch_size, device, target)
+    # as many pictures at a time as a training step has: what fits there fits here
+    at_once = recipe.batch_size // (recipe.accumulation * world)
+    heldout = _batches(heldout_rows(stream, recipe.heldout_triples), at_once, device, target)
     parents = {k: load_model(v) for k, v in inputs.parents.items()}
     objective = SYSTEMS[recipe.system].build_objective(recipe, parents, _examples(stream), device=device)
     optimizers = build_optimizers(objective, recipe.optimizer)

@@ -139,6 +139,10 @@ def run(
 
     torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
+    for line in results(settings.out):
+        other = {k: v for k, v in line.get("settings", {}).items() if getattr(settings, k, v) != v}
+        if other:
+            raise SystemExit(f"{settings.out} holds {line['arm']} with {other}: choose another --out")
     if not any(line["arm"] == "lq" for line in results(settings.out)):
         held = pairs(settings.size)
         append(settings.out, {"arm": "lq", "seed": 0, "scores": score([lq for _, _, lq in held], held, metrics)})

@@ -362,6 +362,12 @@ def test_known_pixels_keep_their_latents() -> None:
     mask[16:32, 16:48] = 255
     by_white = restore(restorer, image, inpaint="white")
     assert np.array_equal(by_white, restore(restorer, image, inpaint="reference", mask=mask))
+    unwanted = image.copy()
+    unwanted[16:32, 16:48] = picture(16, 32)  # what a mask covers is not white in most pictures, and must not be seen
+    for size in (None, (96, 96)):
+        ask = {"key": "k", "reference": mask, "size": size, "options": {"inpaint": "reference"}}
+        filled = restorer.restore([Request(image=seen_picture, **ask) for seen_picture in (image, unwanted)])
+        assert np.array_equal(filled[0].image, filled[1].image)
     with torch.inference_mode():
         known = backbone.encode(images_to_tensor([image]))
     seen: list[Tensor] = []

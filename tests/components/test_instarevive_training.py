@@ -124,6 +124,33 @@ def test_a_generator_goes_on_from_another_folder(tmp_path: Path) -> None:
         build_objective(recipe(), {"start": info})
 
 
+def test_a_start_hands_on_what_it_was_trained_with_or_is_refused(tmp_path: Path) -> None:
+    """Its time step and mask stay unless the recipe says others; what cannot be kept is told, and never dropped."""
+    first = build_objective(recipe(input="noise", timestep=300, mask_as_bias=True), {})
+    model = saved(first, recipe(), tmp_path / "first")
+    config = build_objective(recipe(input="noise"), {"onestep": model}).config
+    assert (config["one_step"]["timestep"], config["mask_as_bias"]) == (300, True)
+    config = build_objective(recipe(input="noise", timestep=200, mask_as_bias=False), {"onestep": model}).config
+    assert (config["one_step"]["timestep"], config["mask_as_bias"]) == (200, False)
+    with pytest.raises(ModelError, match="takes noise"):
+        build_objective(recipe(), {"onestep": model})
+    for key, value, words in (
+        ("prediction", "v_prediction", "trained with the prediction v_prediction"),
+        ("schedule", {**model.info["config"]["schedule"], "beta_end": 0.02}, "trained with the noise schedule"),
+    ):
+        other = load_model(model.path)
+        other.info["config"][key] = value  # type: ignore[index]
+        with pytest.raises(ModelError, match=words):
+            build_objective(recipe(input="noise"), {"onestep": other})
+
+
+def test_a_distillation_is_not_judged_by_a_family_that_it_does_not_have() -> None:
+    """The teacher's family counts, and is known once the teacher is opened."""
+    made = recipe(family="pixart", prior="", distil=True, teacher="nano", embeddings="text")
+    with pytest.raises(ModelError, match="on no prior"):
+        build_objective(made, {})
+
+
 def narrower(config: dict[str, Any]) -> torch.nn.Module:
     from components.systems.instarevive.network import build_network
 

@@ -10,6 +10,7 @@ from components.recipes import MIXTURES, RecipeError, identity, load_mixture, lo
 from components.systems import SYSTEMS
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instarevive.recipe import InstaReviveRecipe
+from components.systems.instarevive.settings import PRIORS
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -42,6 +43,13 @@ def test_instarevives_numbers_stand_in_the_recipes() -> None:
         assert (recipe.batch_size, recipe.resolution, recipe.family, recipe.input) == (32, 512, "pixart", "noise")
         assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (1e-6, 1e-2)  # section 4.1
         assert (recipe.distillation.kappa, recipe.distillation.weight, recipe.distillation.t_share) == (1.5, 1.0, 0.02)
+        assert recipe.prior == PRIORS["pixart"]
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        if isinstance(recipe, InstaReviveRecipe) and not recipe.distil:
+            assert recipe.prior == PRIORS[recipe.family], name
+    assert load_recipe("instarevive-bsr", ["family=sd"]).prior == PRIORS["sd"]
+    assert load_recipe("instarevive-bsr", ["family=sd", "prior=mine/own"]).prior == "mine/own"
     steps = {task: recipe.steps for task, recipe in recipes.items()}
     assert (steps["bsr"], steps["bfr"], steps["saltpepper"], steps["cartoon"]) == (35_000, 25_000, 8_000, 10_000)
     assert steps["lowlight"] == steps["inpaint"] == steps["daynight"] == 10_000  # app. A.3

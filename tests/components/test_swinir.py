@@ -385,6 +385,10 @@ def test_released_files_come_in_and_go_out(network: SwinIR, form: str, tmp_path:
         assert list(exported.files) == [name] and exported.parameters == result.sources[0].parameters
         again = import_weights([out / name], tmp_path / f"again-{kind}")  # the sidecar tells the size
         assert load_model(str(again.model)).info["parts"]["swinir"] == model.info["parts"]["swinir"]
+    faces = tmp_path / "face_swinir_v1.ckpt"
+    path.rename(faces)
+    import_weights([faces], tmp_path / "faces", sizes=told)
+    assert list(export_weights(tmp_path / "faces", tmp_path / "out").files) == ["face_swinir_v1.ckpt"]
     written = torch.load(tmp_path / "pt" / "general_swinir_v1.ckpt", weights_only=True)
     assert {k: (v.shape, v.dtype) for k, v in written.items()} == {
         k: (v.shape, v.dtype) for k, v in network.state_dict().items()

@@ -111,6 +111,40 @@ def test_a_picture_that_only_the_teacher_restores_fails_the_student(tmp_path: Pa
         compare(tmp_path, Gate())
 
 
+def test_what_an_earlier_student_left_does_not_count(tmp_path: Path) -> None:
+    """A picture in this run's quarantine is lost, though its file of an earlier run still lies there."""
+    write(tmp_path, {"teacher": 4, "student": 4})
+    (tmp_path / "student" / "quarantine.jsonl").write_text(json.dumps({"key": "p1", "code": "failed"}) + "\n")
+    result = compare(tmp_path, Gate())
+    assert result.lost == ["p1"] and not result.passed and "p1" not in result.pictures
+
+
+def test_a_missing_score_is_a_lost_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import evaluate as evaluating
+
+    write(tmp_path, {"teacher": 4, "student": 4})
+    evaluate = evaluating.evaluate
+
+    def without(restored: Path, lq: Path, hq: Path, out: Path, **more: Any) -> Any:
+        result = evaluate(restored, lq, hq, out, **more)
+        if restored.name == "student":
+            rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+            del rows[0]["scores"]["restored"]["gmsd"]
+            (out / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return result
+
+    monkeypatch.setattr(evaluating, "evaluate", without)
+    result = compare(tmp_path, Gate(metric="gmsd"))
+    assert len(result.lost) == 1 and not result.passed
+
+
+def test_a_teacher_without_a_result_judges_nobody(tmp_path: Path) -> None:
+    write(tmp_path, {"teacher": 4, "student": 4})
+    (tmp_path / "teacher" / "p1.png").unlink()
+    with pytest.raises(Failure, match="teacher has no result of p1"):
+        compare(tmp_path, Gate())
+
+
 @pytest.mark.parametrize("passes", [True, False])
 def test_the_command_registers_what_passed_and_nothing_else(
     passes: bool, tiny: Any, inputs: TrainInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

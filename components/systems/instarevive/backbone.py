@@ -15,9 +15,7 @@ from components.models import ModelError, resolve_model
 from components.naming import did_you_mean
 from components.priors.hub import DTYPES, Precision
 from components.priors.one_text import OneTextPrior, load_one_text_prior
-from components.priors.one_text_config import PIXART, SD21
 from components.priors.sdxl import Prior, load_prior
-from components.priors.sdxl_config import SDXL
 from components.systems.instarevive.network import (
     FAMILIES,
     Conditions,
@@ -28,9 +26,7 @@ from components.systems.instarevive.network import (
     join,
     latent_multiple,
 )
-
-PRIORS: Mapping[str, str] = {"pixart": PIXART, "sd": SD21, "sdxl": SDXL, "nano": "nano"}
-"""The prior of each family where none is named."""
+from components.systems.instarevive.settings import PRIORS
 
 KEPT_PROMPTS = 32
 """Embedded prompts that are kept: most jobs say the same of every picture, and T5-XXL takes longer than the rest."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from components.recipes import Recipe, RecipeError
 from components.systems.instarevive.options import check_options
-from components.systems.instarevive.settings import Distillation, Gate
+from components.systems.instarevive.settings import PRIORS, Distillation, Gate
 
 
 @dataclass(kw_only=True)
@@ -15,9 +15,10 @@ class InstaReviveRecipe(Recipe):
     """Distils a prior into a restoring generator of one step (arXiv 2504.00508); its one stage is "onestep".
 
     Attributes:
-        family: shape of the prior's network, see network.Family; `prior` names a prior of that shape.
-        timestep, input, kernel: see network.OneStep.
-        mask_as_bias: see network.EpsPredictor; a generator that goes on from weights trained so.
+        family: shape of the prior's network, see network.Family.
+        prior: of that shape; "" for the family's own, see settings.PRIORS.
+        timestep, input, kernel: see network.OneStep; a start's own time step goes before the nearest one (-1).
+        mask_as_bias: see network.EpsPredictor; null: what the start was trained with, else the correct mask.
         warm_start: a model folder of InstaRevive whose generator goes on, for tasks that start from another task's
             weights; "" starts from the prior's own. Both scores start from the prior's in any case: a generator of one
             step is a poor score network (reference, section 5.1).
@@ -34,11 +35,12 @@ class InstaReviveRecipe(Recipe):
         restore_options: options that the trained model restores with, see options.Options.
     """
 
+    prior: str = ""
     family: Literal["pixart", "sd", "sdxl", "nano"] = "pixart"
     timestep: int = -1
     input: Literal["lq", "noise"] = "lq"
     kernel: int = 1
-    mask_as_bias: bool = False
+    mask_as_bias: bool | None = None
     warm_start: str = ""
     coarse: str = ""
     distillation: Distillation = field(default_factory=Distillation)
@@ -52,13 +54,15 @@ class InstaReviveRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.prior = self.prior or PRIORS[self.family]
+        own = not (self.teacher or self.distil)  # a teacher's family is known when it is opened
         if self.timestep < -1 or self.kernel not in (1, 3):
             raise RecipeError(f"needs timestep >= -1 and kernel 1 or 3, got {self.timestep} and {self.kernel}")
-        if self.embeddings and self.family in ("pixart", "sd"):
+        if own and self.embeddings and self.family in ("pixart", "sd"):
             raise RecipeError(f"precomputed embeddings are those of SDXL's shape: family {self.family} embeds its own")
         if bool(self.ip_adapter) != bool(self.picture_encoder):
             raise RecipeError("ip_adapter and picture_encoder go together: name both or neither")
-        if self.ip_adapter and (self.family == "pixart" or not self.distillation.score):
+        if self.ip_adapter and ((own and self.family == "pixart") or not self.distillation.score):
             raise RecipeError("an IP-Adapter sits on the real score of a UNet: family sdxl, sd or nano, and score true")
         if self.distillation.inpaint and self.degradation.preset != "strokes":
             raise RecipeError("distillation.inpaint needs masks of what is missing: degradation.preset=strokes")

@@ -154,14 +154,17 @@ class InstaReviveRestorer:
             raise SampleError("bad_size", f"size must be positive, got {height} x {width}", request.key)
         ratio = max(1.0, options.min_side_px / min(height, width))
         work = (round(height * ratio), round(width * ratio))
+        hole = None if options.inpaint == "none" else _missing(request, options)
+        if hole is not None:  # as in training: what is to be filled in must not be seen
+            image = np.where(hole[:, :, None] > 0, np.uint8(255), image)
         seen = _resized(image, work, Pillow.Resampling.BICUBIC)
         multiple = self.multiple_px
         if self.coarse is not None and options.coarse:
             multiple = math.lcm(multiple, self.coarse.multiple_px)
         padded = pad_to_multiple(seen, multiple) if options.padding == "mirror" else _zero_padded(seen, multiple)
         missing = None
-        if options.inpaint != "none":
-            mask = _resized(_missing(request, options), work, Pillow.Resampling.NEAREST) > 0
+        if hole is not None:
+            mask = _resized(hole, work, Pillow.Resampling.NEAREST) > 0
             missing = np.zeros(padded.shape[:2], dtype=bool)
             missing[: work[0], : work[1]] = mask
         return Job(index, request, options, padded, missing, work, (height, width))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from components.priors.one_text_config import PIXART, SD21
+from components.priors.sdxl_config import SDXL
 from components.recipes import RecipeError
+
+PRIORS: Mapping[str, str] = {"pixart": PIXART, "sd": SD21, "sdxl": SDXL, "nano": "nano"}
+"""The prior of each family where none is named."""
 
 
 @dataclass(kw_only=True)

@@ -96,8 +96,15 @@ def build_objective(
     elif recipe.distil:
         raise ModelError(f"{recipe.name}: there is nothing to distil: name a teacher")
     backbone = open_backbone(family, prior, recorded_prior)
-    one_step = OneStep(timestep=recipe.timestep, input=recipe.input, kernel=recipe.kernel)
-    generator = OneStepGenerator(backbone.predictor(mask_as_bias=recipe.mask_as_bias, copied=True), one_step)
+    _check_family(recipe, backbone)
+    before = start.info["config"] if start is not None and start.info["system"] == "instarevive" else {}
+    timestep, mask = recipe.timestep, recipe.mask_as_bias
+    if timestep == -1:
+        timestep = int((before.get("one_step") or {}).get("timestep", -1))
+    if mask is None:
+        mask = bool(before.get("mask_as_bias", False))
+    one_step = OneStep(timestep=timestep, input=recipe.input, kernel=recipe.kernel)
+    generator = OneStepGenerator(backbone.predictor(mask_as_bias=mask, copied=True), one_step)
     if start is not None:
         _continue_from(generator, start)
     coarse, recorded = None, None
@@ -143,6 +150,14 @@ def build_objective(
     return objective
 
 
+def _check_family(recipe: InstaReviveRecipe, backbone: Backbone) -> None:
+    """What a recipe with a teacher could not judge by itself; raises ModelError."""
+    if recipe.embeddings and not isinstance(backbone.prior, Prior):
+        raise ModelError(f"{recipe.name}: precomputed embeddings are those of SDXL's shape, not of {backbone.family}")
+    if recipe.ip_adapter and backbone.family == "pixart":
+        raise ModelError(f"{recipe.name}: an IP-Adapter sits on a UNet, and the family is {backbone.family}")
+
+
 def teachers_prior(teacher: Model) -> tuple[str, str, Mapping[str, str]]:
     """(family, prior, what the teacher's model.json records of it): what a student of a model stands on.
 
@@ -167,11 +182,19 @@ def _continue_from(generator: OneStepGenerator, start: Model) -> None:
     """Copy the weights of an InstaRevive model folder; an aligning convolution that it lacks keeps its own start.
 
     Raises:
-        ModelError: another system's model, or one of another shape.
+        ModelError: another system's model, or one of another shape, noise schedule, prediction or input.
     """
     if start.info["system"] != "instarevive":
         raise ModelError(f"{start.path}: holds a {start.info['system']} model, not one of InstaRevive to go on from")
     before = load_generator(start)
+    if before.align is not None and generator.align is None:
+        raise ModelError(f"{start.path}: its generator takes noise (input=noise), and the recipe's takes none")
+    for name, had, has in (
+        ("prediction", before.predictor.prediction, generator.predictor.prediction),
+        ("noise schedule", before.predictor.schedule, generator.predictor.schedule),
+    ):
+        if had != has:
+            raise ModelError(f"{start.path}: was trained with the {name} {had}, and the prior has {has}")
     _copy(before.predictor.network, generator.predictor.network, start)
     if before.align is not None and generator.align is not None:
         _copy(before.align, generator.align, start)

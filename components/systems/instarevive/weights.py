@@ -26,9 +26,9 @@ from components.priors.one_text_config import LICENCES, PIXART, PIXART_DIT, PIXA
 from components.priors.sdxl_config import LICENCES as SDXL_LICENCES
 from components.priors.sdxl_config import SDXL, SDXL_UNET
 from components.samplers.schedules import Schedule
-from components.systems.instarevive.backbone import PRIORS
 from components.systems.instarevive.network import FAMILIES, OneStep, aligning_conv, build_network
 from components.systems.instarevive.released import LICENCE, RELEASED, SIDECAR, check_sizes
+from components.systems.instarevive.settings import PRIORS
 from components.systems.weights_io import Exported, Imported, WeightsSource, own_words
 from components.tensor_files import WeightsFileError, read_tensors
 

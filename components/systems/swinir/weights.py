@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from components.models import Model, ModelCard, ModelError, file_sha256, load_model, load_strictly, save_model
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import SwinIR
-from components.systems.swinir.released import LICENCE, PART, RELEASED, SIDECAR, check_sizes
+from components.systems.swinir.released import KNOWN_NAMES, LICENCE, PART, RELEASED, SIDECAR, check_sizes
 from components.systems.weights_io import Exported, Imported, WeightsSource, own_words
 from components.tensor_files import WeightsFileError, read_tensors
 
@@ -185,8 +185,9 @@ def export_weights(
         raise ModelError(f"{source.path}: holds a {source.info['system']} model, not a SwinIR")
     network = network_of(source)
     tensors = {key: value.clone() for key, value in network.state_dict().items()}
-    stem = Path(RELEASED[PART]).stem
-    name = RELEASED[PART] if form == "pt" else f"{stem}.safetensors"
+    came = [name for name in source.info.get("parents") or {} if name in KNOWN_NAMES]
+    stem = Path(came[0] if came else RELEASED[PART]).stem  # the faces' weights keep their name
+    name = f"{stem}.ckpt" if form == "pt" else f"{stem}.safetensors"
     digest = ""
     if write:
         folder.mkdir(parents=True, exist_ok=True)

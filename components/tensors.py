@@ -113,3 +113,9 @@ def _degraded(
     hq = clean.to(torch.float32) / 255 if target is None else apply_plans(clean, [target] * len(images), keys)
     made = [side.mul(255).round().clamp(0, 255).div(127.5).sub(1.0).contiguous() for side in (hq, lq)]
     return made[0], made[1]
+
+
+def psnr_of_batch(images: Tensor, hq: Tensor) -> Tensor:
+    """PSNR in dB of each picture [B] of two batches [B, 3, H, W] in [0, 1], `images` clipped to it; at most 100."""
+    error = (images.clamp(0, 1) - hq).square().flatten(1).mean(1)
+    return -10 * torch.log10(error.clamp_min(1e-10))

@@ -142,6 +142,12 @@ def _instarevive_look(*args: Any, **kwargs: Any) -> Tensor:
     return look(*args, **kwargs)
 
 
+def _instarevive_measure(*args: Any, **kwargs: Any) -> dict[str, float]:
+    from components.systems.instarevive.training import measure
+
+    return measure(*args, **kwargs)
+
+
 def _instarevive_restorer(*args: Any, **kwargs: Any) -> Restorer:
     from components.systems.instarevive.build import build_restorer
 
@@ -262,6 +268,7 @@ SYSTEMS: dict[str, System] = {
         continues={"onestep": ("onestep",)},
         build_objective=_instarevive_objective,
         look=_instarevive_look,
+        measure=_instarevive_measure,
         build_restorer=_instarevive_restorer,
         check_options=_instarevive_options,
         precomputed={"onestep": ("latents", "embeddings")},

@@ -17,7 +17,14 @@ from components.systems import SYSTEMS, build_restorer
 from components.systems.instarevive.network import OneStepGenerator
 from components.systems.instarevive.recipe import InstaReviveRecipe
 from components.systems.instarevive.settings import Distillation
-from components.systems.instarevive.training import BackboneObjective, BackboneTexts, build_objective, look
+from components.systems.instarevive.training import (
+    MEASURE_SEED,
+    BackboneObjective,
+    BackboneTexts,
+    build_objective,
+    look,
+    measure,
+)
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import build_swinir
 from components.training import build_optimizers, train_step
@@ -92,6 +99,24 @@ def test_a_recipe_trains_and_its_folder_restores(changes: dict[str, Any], tmp_pa
 
     (again,) = restorer.restore([Request(key="k", image=tensor_to_images(batch().lq)[0], prompt="red", seed=0)])
     assert (images_to_tensor([again.image]) - seen[:1]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("kind", ["lq", "noise"])
+def test_held_out_pictures_are_measured_as_the_restorer_would(kind: str) -> None:
+    objective, held = build_objective(recipe(input=kind), {}), batch()
+    found = measure(objective, [held, held])
+    with torch.no_grad():
+        noise = Noise(MEASURE_SEED, held.positions, "cpu")
+        lq = objective.backbone.encode(held.lq)
+        start = noise.normal("generator", tuple(lq.shape[1:])) if kind == "noise" else None
+        told = objective.backbone.conditions(held.prompts, held.sizes)
+        made = objective.backbone.decode(objective.generator(lq, told, start))
+    for name, images in (("psnr_heldout", made), ("psnr_heldout_lq", held.lq)):
+        levels = 127.5 * (images.clamp(-1, 1) - held.hq).double()
+        expected = [20 * np.log10(255 / float(picture.square().mean().sqrt())) for picture in levels]
+        assert found[name] == pytest.approx(np.mean(expected), abs=1e-3)
+    scores_alone = recipe(distillation=Distillation(regression="none"))
+    assert measure(build_objective(scores_alone, {}), [held]) == {}
 
 
 def test_looking_leaves_training_as_it_was() -> None:

@@ -216,6 +216,12 @@ class InstaReviveObjective:
             fake_loss = self._fake_loss(detached, given, control.t_max, noise, f" {step}" if step else "")
             yield "fake_score", Loss(value=fake_loss, metrics={"loss_fake": fake_loss.detach() / steps})
 
+    @torch.no_grad()
+    def clean(self, batch: Batch, noise: Noise) -> Tensor:
+        """What the generator makes of a batch, told every prompt: clean latents [B, C, h, w]."""
+        nobody = torch.full((len(batch),), not self.settings.prompt, device=batch.hq.device)
+        return self._generate(batch, self.texts.conditions(batch, nobody), noise)
+
     def _generate(self, batch: Batch, given: Conditions, noise: Noise) -> Tensor:
         """The generator's clean latents [B, C, h, w], with gradients; with inpaint the input's where it is whole.
 

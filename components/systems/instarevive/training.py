@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from components.models import Model, ModelError, load_model
 from components.objectives.regression import load_lpips
 from components.priors.sdxl import Prior
+from components.randomness import Noise
 from components.recipes import as_dict
 from components.systems.instarevive.backbone import Backbone, open_backbone
 from components.systems.instarevive.build import (
@@ -33,8 +34,10 @@ from components.systems.instarevive.objective import InstaReviveObjective, Prior
 from components.systems.instarevive.recipe import InstaReviveRecipe
 from components.systems.instarevive.restorer import Coarse, InstaReviveRestorer
 from components.systems.instarevive.scores import build_scores
-from components.tensors import images_to_tensor, tensor_to_images
+from components.tensors import images_to_tensor, psnr_of_batch, tensor_to_images
 from components.types import Batch, Request
+
+MEASURE_SEED = 20260103  # of the noise that a generator takes, where held-out pictures are measured
 
 
 class BackboneTexts:
@@ -206,6 +209,25 @@ def _copy(source: nn.Module, target: nn.Module, model: Model) -> None:
     if differ:
         raise ModelError(f"{model.path}: is of another shape than the prior's network: {', '.join(differ)}")
     target.load_state_dict(had)
+
+
+@torch.no_grad()
+def measure(objective: BackboneObjective, heldout: Sequence[Batch]) -> dict[str, float]:
+    """Mean PSNR over held-out pictures, dB, of what the generator makes of them and of the LQ pictures themselves.
+
+    The losses of different steps do not compare, since alpha moves between the two; this does. Nothing where inputs and
+    targets are no pairs.
+    """
+    if objective.settings.regression == "none":
+        return {}
+    found: dict[str, list[Tensor]] = {"psnr_heldout": [], "psnr_heldout_lq": []}
+    for batch in heldout:
+        noise = Noise(MEASURE_SEED, batch.positions, str(batch.hq.device))
+        made = objective.autoencoder.decode(objective.clean(batch, noise))
+        hq, lq = batch.hq * 0.5 + 0.5, batch.lq * 0.5 + 0.5
+        found["psnr_heldout"].append(psnr_of_batch(made * 0.5 + 0.5, hq))
+        found["psnr_heldout_lq"].append(psnr_of_batch(lq, hq))
+    return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 
 def look(

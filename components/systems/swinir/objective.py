@@ -16,6 +16,7 @@ from components.systems.swinir.network import SwinIR, build_swinir, drop_path
 from components.systems.swinir.recipe import SwinIRRecipe
 from components.systems.swinir.released import PART, check_sizes
 from components.systems.swinir.weights import network_of, parameters_of
+from components.tensors import psnr_of_batch
 from components.types import Batch, Loss
 
 
@@ -111,6 +112,5 @@ def measure(objective: SwinIRObjective, heldout: Sequence[Batch]) -> dict[str, f
     for batch in heldout:
         hq, lq = to_unit(batch.hq), to_unit(batch.lq)
         for name, image in (("psnr_heldout", restore(objective.network, lq)), ("psnr_heldout_lq", lq)):
-            error = (image.clamp(0, 1) - hq).square().flatten(1).mean(1)
-            found[name].append(-10 * torch.log10(error.clamp_min(1e-10)))
+            found[name].append(psnr_of_batch(image, hq))
     return {name: float(torch.cat(values).mean()) for name, values in found.items()}

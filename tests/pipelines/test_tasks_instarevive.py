@@ -166,9 +166,9 @@ def test_a_trained_model_is_distilled_and_judged(ray_session: None, tmp_path: Pa
 def test_a_student_is_built_on_its_teachers_prior_and_passes_the_gate(tmp_path: Path) -> None:
     """InstantIR as it starts, of several steps, and a student of one: without Ray, all else as it is."""
     parent: dict[str, Any] = {}
-    small = ["resolution=32", "short_side=48", "batch_size=2", "steps=1", "resampler_depth=1", "lora_rank=2"]
-    for stage in ("dcp", "previewer", "aggregator"):
-        own: Any = load_recipe(f"instantir-{stage}-nano", [*small, "steps_at_restore=2"])
+    small = ["resolution=32", "short_side=48", "batch_size=2", "steps=1", "steps_at_restore=2"]
+    for stage, sizes in (("dcp", ["resampler_depth=1"]), ("previewer", ["lora_rank=2"]), ("aggregator", [])):
+        own: Any = load_recipe(f"instantir-{stage}-nano", [*small, *sizes])
         parent = {stage: saved(SYSTEMS["instantir"].build_objective(own, parent), own, tmp_path / stage)}
     teacher = parent["aggregator"].path
     corpora = {"corpus": make_corpus(tmp_path / "corpus")}

@@ -124,6 +124,8 @@ def quiet_environment() -> None:
     """Settings that Ray reads from the environment when it is imported, for this process and the workers it starts."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
+    # a proxy of Ray Serve has 5 s to start, which is less than its imports take on a busy machine
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     # Despite its name this is what makes a local Ray listen on loopback only, on any system (seen in 2.60: with it all
     # sockets are on 127.0.0.1; without it most are on every address, whatever _node_ip_address says).
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -216,11 +216,9 @@ def start(
             raise Failure("this Ray already carries a service; stop that one first")
         stack.callback(ray_serve.shutdown)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the commands say themselves what is ready, and where
-        ray_serve.start(
-            proxy_location="HeadOnly",
-            http_options=HTTPOptions(
-                host=host, port=port, request_timeout_s=limits.deadline_s + limits.read_timeout_s + 5
-            ),
+        _start_proxy(
+            HTTPOptions(host=host, port=port, request_timeout_s=limits.deadline_s + limits.read_timeout_s + 5),
+            timeout_s,
         )
         restorer = ray_serve.deployment(
             name="restorer",
@@ -370,6 +368,24 @@ def wait_ready(url: str, timeout_s: float) -> None:
 
 class SetupFailed(Failure):
     """The model cannot be loaded, so waiting longer is no use."""
+
+
+def _start_proxy(options: HTTPOptions, timeout_s: float) -> None:
+    """Start Serve with one proxy, however often its controller replaces a proxy that a busy machine starts slowly.
+
+    Raises:
+        Failure: none stood in time.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            # called again it finds the controller there, which goes on by itself; wait_ready sees when it is done
+            ray_serve.start(proxy_location="HeadOnly", http_options=options)
+            return
+        except (RayActorError, TimeoutError) as error:
+            if time.monotonic() >= end:
+                raise Failure(f"the service's proxy did not start within {timeout_s:g} s: {error}") from error
+        time.sleep(POLL_S)
 
 
 def _free_port(host: str, port: int) -> int:

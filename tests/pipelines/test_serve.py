@@ -21,6 +21,9 @@ import httpx
 import numpy as np
 import pytest
 from ray import cloudpickle
+from ray import serve as ray_serve
+from ray.exceptions import RayActorError
+from ray.serve.config import HTTPOptions
 
 from components.images import decode, encode_png, read_png_text
 from components.restoring import picture_seed
@@ -29,7 +32,7 @@ from components.systems import SYSTEMS
 from pipelines.errors import Failure, UsageError
 from pipelines.front import ServeLimits, build_app
 from pipelines.restore import model_identity, restore_folder
-from pipelines.serve import FrontDoor, RestorerReplica, Served, check_served, start, wait_ready
+from pipelines.serve import FrontDoor, RestorerReplica, Served, _start_proxy, check_served, start, wait_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -381,3 +384,23 @@ def test_a_taken_port_and_a_second_service_are_refused(served: Served, model: Pa
     with pytest.raises(Failure, match="already"):
         start(model, factory=functools.partial(tiny.build_tiny, model))
     assert ask(served).status == 200
+
+
+def test_a_proxy_that_a_busy_machine_starts_too_slowly_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def once_too_slow(**_: object) -> None:
+        calls.append(None)
+        if len(calls) == 1:
+            raise RayActorError(error_msg="the controller replaced it")
+
+    monkeypatch.setattr(ray_serve, "start", once_too_slow)
+    _start_proxy(HTTPOptions(), timeout_s=30)
+    assert len(calls) == 2
+
+    def never(**_: object) -> None:
+        raise TimeoutError("not available")
+
+    monkeypatch.setattr(ray_serve, "start", never)
+    with pytest.raises(Failure, match=r"within 0 s: not available"):
+        _start_proxy(HTTPOptions(), timeout_s=0)

@@ -2,7 +2,8 @@
 
     <out>/KEY.png             results; text chunks say how each was made
     <out>/records.jsonl       a line per result: key, source, source_sha256, output, output_sha256, width, height,
-                              seconds, seed, model_digest, options_digest, reference_sha256, build (if unusual)
+                              seconds, seed, model_digest, options_digest, prompt (if any), captioner (who wrote it),
+                              reference_sha256, build (if unusual)
     <out>/quarantine.jsonl    a line per picture that could not be restored: key, source, stage, code, detail,
                               bytes_sha256
 
@@ -34,6 +35,7 @@ from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, UsageError
 from pipelines.heldout import prepare_heldout as prepare_heldout  # the step before this one in a plan
 from pipelines.restore_job import Job, own_folder
+from pipelines.restore_prompts import CaptionWish
 from pipelines.restore_worker import THREADS, Factory, RestoreWorker
 from pipelines.sources import SIDECARS, is_output
 
@@ -47,6 +49,7 @@ class RestoreResult:
     Attributes:
         restored: made now. skipped: up to date from an earlier run. quarantined: could not be restored.
         ignored: files that are no pictures by their suffix (lists, notes).
+        unprompted: pictures without a prompt of their own, where prompts were given.
         folder: where the PNGs lie.
     """
 
@@ -57,6 +60,7 @@ class RestoreResult:
     folder: Path
     records: Path
     quarantine: Path
+    unprompted: int = 0
 
 
 def load_restorer(model: Path, options: Mapping[str, Any]) -> Restorer:
@@ -92,6 +96,7 @@ def model_identity(model: str | Path) -> tuple[Path, Identity]:
         digest=found.digest,
         licence=str(info.get("licence", "unstated")),
         permitted_use=str(info.get("permitted_use", "unstated")),
+        frame=str(recipe.get("prompt") or ""),
     )
     return found.path.resolve(), identity
 
@@ -122,6 +127,8 @@ def restore_folder(
     threads: int = THREADS,
     seeds: Mapping[str, int] | None = None,
     references: Path | None = None,
+    prompts: Mapping[str, str] | None = None,
+    captioner: CaptionWish | None = None,
 ) -> RestoreResult:
     """Restore every picture below `src` (or the one picture that it is) into `out`.
 
@@ -136,6 +143,9 @@ def restore_folder(
         build_options: given to the system when the restorer is built (device, precision).
         num_gpus: GPUs of one worker, a fraction allowed.
         threads: torch threads of one worker. references: folder of second pictures by key, if options ask for them.
+        prompts: a picture's own by key, see restore_prompts.read_prompts; before what the captioner says, and that
+            before the job's in `options`.
+        captioner: see restore_prompts.caption_wish; asked once for a picture that stays the same.
 
     Raises:
         UsageError: no such model, no pictures or references, bad options, or a result would overwrite a foreign file.
@@ -154,11 +164,14 @@ def restore_folder(
     beside = list_pictures(references)[0] if references is not None else {}
     if references is not None and not set(beside) & set(sources):
         raise UsageError(f"no picture in {references} has the name of one in {src}")
+    if strange := sorted(set(prompts or {}) - set(sources)):
+        raise UsageError(f"no picture in {src} has the key of a prompt: {', '.join(strange[:5])}")
     with own_folder(out):
         job = Job(out.absolute())
         entries = [
             {"key": key, "path": str(path), "seed": (seeds or {}).get(key, picture_seed(seed, key))}
             | ({"reference": str(beside[key])} if key in beside else {})
+            | ({"prompt": prompts[key]} if prompts and key in prompts else {})
             for key, path in sources.items()
         ]
         done = job.open(sources)
@@ -172,6 +185,7 @@ def restore_folder(
             "threads": threads,
             "others": actors - 1,
             "build": dict(build_options or {}),
+            "captioner": captioner,
         }
         if on_ray:
             answers = _through_ray(rows, worker, batch_size, actors, num_gpus)
@@ -186,6 +200,7 @@ def restore_folder(
             folder=job.out,
             records=job.records,
             quarantine=job.quarantine,
+            unprompted=len(sources) - len(prompts) if prompts is not None else 0,
         )
 
 

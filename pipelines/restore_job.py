@@ -131,8 +131,10 @@ class Job:
 
     def _check_hope(self, counts: Mapping[str, int], reasons: Sequence[str], of: int, row: Mapping[str, Any]) -> None:
         """End a job whose every picture fails in the restorer for one reason, such as a misspelt option."""
-        if row["code"] not in ("refused", "failed") or counts["restored"] + counts["skipped"] or len(set(reasons)) > 1:
+        if row["code"] not in ("refused", "failed", "no_view") or len(set(reasons)) > 1:
+            return
+        if counts["restored"] + counts["skipped"]:
             return
         if len(reasons) >= min(HOPELESS, of):
-            kind = UsageError if row["code"] == "refused" else Failure
+            kind = Failure if row["code"] == "failed" else UsageError
             raise kind(f"nothing can be restored: {row['detail']}")

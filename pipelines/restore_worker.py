@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from components.images import Limits, probe
-from components.restoring import Ask, Identity, Picture, restore_batch
+from components.restoring import Ask, Identity, Picture, as_sample_error, request_of, restore_batch
 from components.types import Restorer, SampleError
 from pipelines.restore_job import marks_folder
+from pipelines.restore_prompts import CaptionWish, PictureCaptioner
 from pipelines.rows import replace_file
+
+T = TypeVar("T")
 
 Factory = Callable[[], Restorer]
 """Makes the restorer inside a worker; picklable."""
@@ -26,7 +31,7 @@ THREADS = 1
 """Torch threads of a worker, in batch jobs and in the service: their number can change the last bit of a sum."""
 
 MAX_DEATHS = 2  # of workers, by one picture or by loading the model
-OF_THE_RESTORER = frozenset({"refused", "failed", "out_of_memory"})
+OF_THE_RESTORER = frozenset({"refused", "failed", "out_of_memory", "no_view", "empty_caption"})
 """Reason codes that say nothing about the source: an earlier result stays as good as it was."""
 
 
@@ -62,10 +67,13 @@ class RestoreWorker:
         threads: int = THREADS,
         others: int = 0,
         build: Mapping[str, Any] | None = None,
+        captioner: CaptionWish | None = None,
     ) -> None:
         self.factory, self.identity, self.ask, self.limits, self.build = factory, identity, ask, limits, build or {}
         self.out, self.threads, self.others = Path(out), threads, others
         self.restorer: Restorer | None = None
+        self.wish = captioner
+        self.captioner: PictureCaptioner | None = None
         self.broken = ""
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -88,10 +96,11 @@ class RestoreWorker:
                 else:
                     probe(data, self.limits, job["key"])  # so that broken pictures do not wait for a model
                     picture = Picture(key=job["key"], data=data, seed=job["seed"], reference=reference)
-                    waiting.append((job, picture))
+                    waiting.append((job, replace(picture, prompt=job.get("prompt", ""))))
             except SampleError as error:
                 answers[job["key"]] = self._quarantined(job, error, data)
-        if waiting and not self._loaded():
+        wordless = any(not picture.prompt for _, picture in waiting)
+        if waiting and not self._loaded(with_captioner=wordless):
             answers.update({job["key"]: self._fatal(job, self.broken) for job, _ in waiting})
             waiting = []
         suspects = any(self._deaths(job["key"]) for job, _ in waiting)  # one of them killed a worker: one at a time
@@ -109,17 +118,37 @@ class RestoreWorker:
         for key in keys:
             self._mark(key)
         start = time.perf_counter()
-        pictures = [picture for _, picture in group]
+        answers = {}
+        told = []
+        for job, picture in group:
+            try:
+                told.append(self._told(job, picture))
+            except Exception as error:  # noqa: BLE001 - a captioner may do anything; one picture never ends a job
+                answers[picture.key] = self._quarantined(job, as_sample_error(error, picture.key), picture.data)
+        pictures = [picture for _, picture in told]
         results = restore_batch(self.restorer, self.identity, pictures, self.ask, self.limits)
         seconds = (time.perf_counter() - start) / len(group)
-        answers = {}
-        for (job, picture), result in zip(group, results, strict=True):
+        for (job, picture), result in zip(told, results, strict=True):
             if isinstance(result, SampleError):
                 answers[picture.key] = self._quarantined(job, result, picture.data)
             else:
                 answers[picture.key] = self._written(job, picture, result, seconds)
-            self._mark_file(picture.key).unlink(missing_ok=True)
+        for key in keys:
+            self._mark_file(key).unlink(missing_ok=True)
         return answers
+
+    def _told(self, job: dict[str, Any], picture: Picture) -> tuple[dict[str, Any], Picture]:
+        """A picture with its own prompt, if there is one for it or somebody to write it; the job says who wrote it."""
+        assert self.restorer is not None
+        if not picture.prompt and self.captioner is None:
+            return job, picture
+        check_heard = getattr(self.restorer, "check_prompts_heard", None)
+        if check_heard is not None:
+            check_heard(self.ask.options)
+        if picture.prompt or self.wish is None or self.captioner is None:
+            return job, picture
+        prompt, view = self.captioner.prompt(self.restorer, request_of(picture, self.ask, self.limits))
+        return {**job, "captioner": {**self.wish.identity(), "saw": view}}, replace(picture, prompt=prompt)
 
     def _read(self, path: Path) -> bytes:
         """The file's bytes, refused by size before they are read."""
@@ -133,8 +162,13 @@ class RestoreWorker:
 
     def _up_to_date(self, job: Mapping[str, Any], data: bytes, reference: bytes) -> bool:
         record = job["record"] or {}
+        prompt = job.get("prompt", "")
+        if not prompt and self.wish is not None:  # the record's caption is the one that would be written again
+            prompt, wrote = str(record.get("prompt", "")), record.get("captioner") or {}
+            if not prompt or {**wrote, **self.wish.identity()} != wrote:
+                return False
         names = ("model_digest", "options_digest", "seed", "source_sha256", "reference_sha256")
-        known = (self.identity.digest, self.ask.digest(), job["seed"])
+        known = (self.identity.digest, self.ask.saying(prompt).digest(), job["seed"])
         seen = hashlib.sha256(reference).hexdigest() if reference else None
         wanted = (*known, hashlib.sha256(data).hexdigest(), seen)
         if tuple(record.get(name) for name in names) != wanted or (record.get("build") or {}) != self.build:
@@ -144,23 +178,32 @@ class RestoreWorker:
         except OSError:
             return False
 
-    def _loaded(self) -> bool:
-        if self.restorer is None and not self.broken:
-            mark = marks_folder(self.out) / "loading"
-            if self._count(mark) >= MAX_DEATHS + self.others:  # the others may be loading right now
-                self.broken = f"workers died again and again while loading the model {self.identity.name}"
-                return False
-            self._add(mark)
-            try:
-                self.restorer = self.factory()
-                set_threads(self.threads)
-            except Exception as error:  # noqa: BLE001 - whatever loading may raise ends the job with one sentence
-                self.broken = f"the model {self.identity.name} cannot be loaded: {type(error).__name__}: {error}"
-            mark.unlink(missing_ok=True)
+    def _loaded(self, with_captioner: bool) -> bool:
+        if self.restorer is None:
+            self.restorer = self._load(f"the model {self.identity.name}", "loading", self.factory)
+        if with_captioner and self.wish is not None and self.captioner is None:
+            make = functools.partial(PictureCaptioner, self.wish)
+            self.captioner = self._load(f"the captioner {self.wish.plan.model}", "loading-captioner", make)
         return not self.broken
 
+    def _load(self, what: str, marked: str, make: Callable[[], T]) -> T | None:
+        if self.broken:
+            return None
+        mark, made = marks_folder(self.out) / marked, None
+        if self._count(mark) >= MAX_DEATHS + self.others:  # the others may be loading right now
+            self.broken = f"workers died again and again while loading {what}"
+            return None
+        self._add(mark)
+        try:
+            made = make()
+            set_threads(self.threads)
+        except Exception as error:  # noqa: BLE001 - whatever loading may raise ends the job with one sentence
+            self.broken = f"{what} cannot be loaded: {type(error).__name__}: {error}"
+        mark.unlink(missing_ok=True)
+        return made
+
     def _written(self, job: Mapping[str, Any], picture: Picture, png: bytes, seconds: float) -> dict[str, Any]:
-        output = f"{picture.key}.png"
+        output, ask = f"{picture.key}.png", self.ask.saying(picture.prompt)
         try:
             replace_file(self.out / output, png)
         except OSError as error:
@@ -177,7 +220,9 @@ class RestoreWorker:
             "seconds": round(seconds, 3),
             "seed": picture.seed,
             "model_digest": self.identity.digest,
-            "options_digest": self.ask.digest(),
+            "options_digest": ask.digest(),
+            **({"prompt": ask.prompt} if ask.prompt else {}),
+            **({"captioner": job["captioner"]} if "captioner" in job else {}),
             **({"build": self.build} if self.build else {}),
         }
         if picture.reference:

@@ -39,7 +39,11 @@ COMMON = (*TEXTS, *SIDES, "scale", *CHOICES)
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a restored picture and the service say about the model: a few fields of model.json, and its digest."""
+    """What a restored picture and the service say about the model: a few fields of model.json, and its digest.
+
+    Attributes:
+        frame: what the recipe told the model of a picture, with its caption in the place of {caption}; "": that alone.
+    """
 
     name: str
     system: str
@@ -47,6 +51,7 @@ class Identity:
     digest: str
     licence: str = "unstated"
     permitted_use: str = "unstated"
+    frame: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,10 @@ class Ask:
         changed = {name: value for name, (value, usual) in kinds.items() if value != usual}
         return {**{k: v for k, v in named.items() if v}, **size, **changed, **self.options}
 
+    def saying(self, prompt: str) -> Ask:
+        """The same wish with a picture's own prompt; "" for none."""
+        return replace(self, prompt=prompt) if prompt else self
+
     def output_size(self, height: int, width: int, key: str = "") -> tuple[int, int]:
         """(height, width) of the result of a picture of that size.
 
@@ -102,12 +111,21 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One picture to restore: its key, the bytes of its file, its seed, and perhaps a reference picture's bytes."""
+    """One picture to restore.
+
+    Attributes:
+        key: name of the result.
+        data: bytes of its file.
+        seed: its own.
+        reference: bytes of a second picture's file; b"" for none.
+        prompt: its own, in the place of the job's; "" for none.
+    """
 
     key: str
     data: bytes
     seed: int
     reference: bytes = b""
+    prompt: str = ""
 
 
 def file_key(name: str) -> str:
@@ -128,6 +146,21 @@ def picture_seed(seed: int, key: str) -> int:
     return stream_key(seed, key) % 2**31
 
 
+def check_text(name: str, text: Any) -> str:
+    """A text for guidance as it came.
+
+    Raises:
+        ValueError: no text, too long, or with control characters; says so of `name`.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be text, got {text!r}")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise ValueError(f"{name} has {len(text)} characters; the limit is {MAX_PROMPT_CHARS}")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text):
+        raise ValueError(f"{name} holds control characters")
+    return text
+
+
 def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_pixels: int = MAX_OUTPUT_PIXELS) -> Ask:
     """Sort loose options into an Ask; those of COMMON are ours, the rest the system's.
 
@@ -138,14 +171,7 @@ def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_
         ValueError: one sentence that names the option.
     """
     left = dict(options)
-    texts = {name: left.pop(name, "") for name in TEXTS}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{name} must be text, got {text!r}")
-        if len(text) > MAX_PROMPT_CHARS:
-            raise ValueError(f"{name} has {len(text)} characters; the limit is {MAX_PROMPT_CHARS}")
-        if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text):
-            raise ValueError(f"{name} holds control characters")
+    texts = {name: check_text(name, left.pop(name, "")) for name in TEXTS}
     size = {name: left.pop(name, None) for name in SIDES}
     given = [name for name, value in size.items() if value is not None]
     if len(given) == 1:
@@ -237,7 +263,7 @@ def restore_batch(
     for index, picture in enumerate(pictures):
         try:
             parts[index] = decode_parts(picture.data, limits, picture.key)
-            requests[index] = _request(picture, parts[index], ask, limits)
+            requests[index] = _request(picture, parts[index], ask.saying(picture.prompt), limits)
         except SampleError as error:
             results[index] = error
             continue
@@ -260,6 +286,15 @@ def restore_batch(
             image = _with_parts(restored.image, parts[index], ask, veil.image if veil is not None else None)
             results[index] = encode_png(image, png_text(identity, pictures[index], ask, restored))
     return [results[index] for index in range(len(pictures))]
+
+
+def request_of(picture: Picture, ask: Ask, limits: Limits = Limits()) -> Request:
+    """What `restore_batch` asks the restorer for a picture.
+
+    Raises:
+        SampleError: it cannot be decoded, or its result would be too large.
+    """
+    return _request(picture, decode_parts(picture.data, limits, picture.key), ask.saying(picture.prompt), limits)
 
 
 def _request(picture: Picture, parts: Decoded, ask: Ask, limits: Limits) -> Request:
@@ -325,7 +360,7 @@ def png_text(identity: Identity, picture: Picture, ask: Ask, restored: Restored)
         "seed": str(picture.seed),
         "source_sha256": hashlib.sha256(picture.data).hexdigest(),
         **({"reference_sha256": hashlib.sha256(picture.reference).hexdigest()} if picture.reference else {}),
-        "options": json.dumps(ask.document(), sort_keys=True),
+        "options": json.dumps(ask.saying(picture.prompt).document(), sort_keys=True),
     }
 
 
@@ -345,7 +380,7 @@ def _restore(
     except Exception as error:  # noqa: BLE001 - any failure of a system becomes one picture's reason here
         if len(requests) == 1:
             (index, request), *_ = requests.items()
-            return {index: _as_sample_error(error, request.key)}
+            return {index: as_sample_error(error, request.key)}
     alone: dict[int, Restored | SampleError] = {}
     for index, request in requests.items():
         alone.update(_restore(restorer, {index: request}, cancelled))
@@ -362,7 +397,8 @@ def _check_answer(request: Request, answer: Restored) -> None:
         raise RuntimeError(f"the restorer returned {got} where uint8 {(*size, 3)} was asked for")
 
 
-def _as_sample_error(error: Exception, key: str) -> SampleError:
+def as_sample_error(error: Exception, key: str) -> SampleError:
+    """What a restorer raised over one picture, as that picture's reason; the codes are those of `restore_batch`."""
     if isinstance(error, SampleError):
         return SampleError(error.code, error.detail, error.key or key)
     # torch.OutOfMemoryError is a RuntimeError known here only by its name

@@ -16,7 +16,8 @@ from pipelines.analysis.previews import StudyResult
 from pipelines.analysis.study import Subject, WholeModel, picture_files
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, UsageError, unknown
-from pipelines.restore import THREADS, model_identity, option_check, set_threads
+from pipelines.restore import model_identity, option_check
+from pipelines.restore_worker import THREADS, set_threads
 
 Study = Callable[..., StudyResult]
 SYSTEM = "instantir"

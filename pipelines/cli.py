@@ -292,6 +292,19 @@ def restore(
     reference: Annotated[
         Path | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Each picture's prompt: .jsonl of {key, prompt or caption}, or .csv.")
+    ] = None,
+    captioner: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=complete_captioner,
+            help="Writes the prompts that are missing: a captioner, a hub id or a folder.",
+        ),
+    ] = None,
+    caption_view: Annotated[
+        str, typer.Option(help="What it looks at: auto (coarse where the model has it), lq, coarse.")
+    ] = "auto",
     max_megapixels: Annotated[float, typer.Option(min=0.0001, help="Larger inputs are refused, by their header.")] = 50,
     device: Device = "cpu",
     precision: Precision = "fp32",
@@ -300,15 +313,21 @@ def restore(
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the restorer's options."""
     from components.images import Limits
+    from pipelines.cli_support import caption_spec
     from pipelines.cluster import local_ray
     from pipelines.restore import list_pictures, model_identity, restore_folder
+    from pipelines.restore_prompts import AUTO, caption_wish, read_prompts
     from pipelines.stages import check_options
 
     console = Console(silent=as_json)
     options, build = parse_options(overrides or []), build_options(device, precision, compiled)
-    list_pictures(source, out)
+    sources, _ = list_pictures(source, out)
+    if captioner is None and caption_view != AUTO:
+        raise UsageError("--caption-view needs --captioner.")
     folder, identity = model_identity(local_model(model))
     check_options(identity.system, options)
+    own = read_prompts(prompts, sources, source, identity.frame) if prompts is not None else None
+    wish = caption_wish(caption_spec(captioner, {}), caption_view, identity, device) if captioner is not None else None
     gpus = float(device == "cuda")
     with local_ray(), console.bar("restore") as progress:
         result = restore_folder(
@@ -322,9 +341,12 @@ def restore(
             limits=Limits(max_pixels=round(max_megapixels * 1e6)),
             build_options=build,
             num_gpus=gpus,
+            prompts=own,
+            captioner=wish,
         )
     line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
-    console.result(plain(result), [line])
+    lines = [f"{result.unprompted} of {len(sources)} pictures have no line in {prompts}"] if result.unprompted else []
+    console.result(plain(result), [line, *lines])
     raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
 
 

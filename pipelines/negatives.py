@@ -44,7 +44,7 @@ from components.randomness import generator
 from components.types import SampleError
 from pipelines.console import Progress, no_progress
 from pipelines.errors import Failure, RestorayError, UsageError
-from pipelines.restore import THREADS, set_threads
+from pipelines.restore_worker import THREADS, set_threads
 from pipelines.rows import end_torn_line, iter_lines, read_lines, replace_file, write_lines
 from pipelines.shards import Corpus, open_corpus, read_sample
 from pipelines.sheets import contact_sheet

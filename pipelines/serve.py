@@ -47,7 +47,8 @@ from components.types import Cancellation, Restorer, SampleError
 from pipelines.cluster import local_ray
 from pipelines.errors import Failure, UsageError
 from pipelines.front import ServeLimits, build_app
-from pipelines.restore import THREADS, Factory, load_restorer, model_identity, option_check, set_threads
+from pipelines.restore import load_restorer, model_identity, option_check
+from pipelines.restore_worker import THREADS, Factory, set_threads
 
 APP = "restoray"
 POLL_S = 0.2

@@ -35,6 +35,7 @@ import cv2
 import numpy as np
 
 from components.captions.tags import Tags
+from components.captions.text import framed
 from components.degradations import build_degradation
 from components.degradations.plans import make_plan
 from components.images import Limits, decode, resize_short_side, to_float, to_uint8
@@ -93,7 +94,7 @@ def load_row(config: StreamConfig, position: int) -> Row:
     (place,) = _places(config, [position])
     row = _load(config, position, place)
     _caption_rows(config, [row], [place])
-    row["prompt"] = _prompt(config, row["prompt"])
+    row["prompt"] = framed(config.prompt, row["prompt"])
     return row | {name: np.ascontiguousarray(row[name]) for name in ("hq", "lq") if name in row}
 
 
@@ -119,7 +120,7 @@ def load_columns(config: StreamConfig, positions: Sequence[int] | np.ndarray) ->
         sizes[n] = row["sizes"]
     if config.captioning:
         caption_missing(config.captioning, {**texts, **pixels, **extra}, _askable(config, places))
-    texts["prompt"][:] = [_prompt(config, text) for text in texts["prompt"]]
+    texts["prompt"][:] = [framed(config.prompt, text) for text in texts["prompt"]]
     return {**texts, **pixels, **extra, "sizes": sizes, "position": np.array(positions, np.int64)}
 
 
@@ -143,7 +144,7 @@ def heldout_rows(config: StreamConfig, count: int) -> list[Row]:
                 _first_usable(fixed, p, source, ((p + k) % n for k in range(min(n, ATTEMPTS)))) for p in range(count)
             ]
             _caption_rows(fixed, rows, [(source, p, -1) for p in range(count)])
-            return [row | {"prompt": _prompt(fixed, row["prompt"])} for row in rows]
+            return [row | {"prompt": framed(fixed.prompt, row["prompt"])} for row in rows]
     raise Failure(f"none of {', '.join(name for name, _ in config.sources)} holds any picture out.")
 
 
@@ -438,10 +439,6 @@ def _unpaired(config: StreamConfig, position: int) -> Image:
             continue
         return _cut(config, position, picture)[1]
     raise Failure(f"position {position}: {ATTEMPTS} inputs in turn are broken, the last one {error}.")
-
-
-def _prompt(config: StreamConfig, caption: str) -> str:
-    return config.prompt.replace("{caption}", caption) if config.prompt else caption
 
 
 def _caption_rows(config: StreamConfig, rows: Sequence[Row], places: Sequence[Place]) -> None:

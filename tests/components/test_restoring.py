@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,9 @@ import pytest
 from PIL import Image as Pillow
 from PIL import ImageCms
 
-from components.images import Limits, decode, decode_parts, encode_png, flattened, spread_colors
+from components.images import Limits, decode, decode_parts, encode_png, flattened, read_png_text, spread_colors
 from components.randomness import generator
-from components.restoring import Identity, Picture, parse_ask, restore_batch
+from components.restoring import Identity, Picture, parse_ask, request_of, restore_batch
 from components.types import Cancelled, OnStep, Request, Restored, SampleError
 
 IDENTITY = Identity(name="enlarger", system="none", recipe="none", digest="0" * 64)
@@ -201,3 +202,20 @@ def test_a_reference_reaches_the_restorer_and_the_record() -> None:
     bad = Picture(key="a", data=encoded(photo(10, 10)), seed=0, reference=encoded(photo()))
     (answer,) = restore_batch(Enlarger(), IDENTITY, [bad], parse_ask({}), limits)
     assert isinstance(answer, SampleError) and answer.code == "too_large"
+
+
+def test_a_pictures_own_prompt_goes_before_the_jobs() -> None:
+    restorer, clear = Enlarger(), Pillow.fromarray(photo()).convert("RGBA")
+    clear.putalpha(Pillow.fromarray(photo()[..., 0]))
+    pictures = [
+        Picture(key="own", data=encoded(clear), seed=5, prompt="a fox"),
+        Picture(key="none", data=encoded(photo()), seed=5),
+    ]
+    ask = parse_ask({"prompt": "a photo", "alpha": "restore"})
+    assert request_of(pictures[0], ask).prompt == "a fox"
+    own, none = restore_batch(restorer, IDENTITY, pictures, ask)
+    assert [r.prompt for r in restorer.asked] == ["a fox", "a photo", ""]  # the last one is the transparency
+    assert json.loads(read_png_text(own)["options"]) == {"alpha": "restore", "prompt": "a fox"}  # type: ignore[arg-type]
+    assert json.loads(read_png_text(none)["options"])["prompt"] == "a photo"  # type: ignore[arg-type]
+    assert ask.saying("a fox").digest() == parse_ask({"prompt": "a fox", "alpha": "restore"}).digest() != ask.digest()
+    assert ask.saying("") is ask

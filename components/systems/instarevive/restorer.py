@@ -144,6 +144,32 @@ class InstaReviveRestorer:
                 on_step(StepEvent(step=number, of=len(batches)))
         return [restored[i] for i in range(len(requests))]
 
+    @torch.inference_mode()
+    def preview(self, request: Request) -> Image | None:
+        """What the coarse restorer makes of a request's picture, for captions.
+
+        Returns:
+            uint8 [H, W, 3] at the size that the networks see; None where no coarse restorer is used.
+
+        Raises:
+            SampleError, ValueError: as restore.
+        """
+        job = self._prepare(0, request)
+        if self.coarse is None or not job.options.coarse:
+            return None
+        height, width = job.inside
+        return np.ascontiguousarray(self._coarse_images([job.image])[0][:height, :width])
+
+    def check_prompts_heard(self, options: Mapping[str, Any]) -> None:
+        """Options with which the network is told a request's own prompt.
+
+        Raises:
+            ValueError: it is told a fixed one.
+        """
+        text = parse_options(options, self.defaults).text
+        if text != "given":
+            raise ValueError(f"text={text} tells the network one prompt of all pictures: say text=given for their own")
+
     def _prepare(self, index: int, request: Request) -> Job:
         image = request.image
         if not _is_picture(image):

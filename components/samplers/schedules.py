@@ -1,4 +1,4 @@
-"""The discrete noise schedule of SDXL-type priors, and the two forms in which its noisy latents are written.
+"""The discrete noise schedules of priors: SDXL's kind, the two forms of its noisy latents, and flow matching.
 
     variance-preserving (VP), what the network was trained on:  x = sqrt(a) clean + sqrt(1 - a) noise
     variance-exploding (VE), what samplers see (types.Denoiser): z = clean + sigma noise,   z = x / sqrt(a)
@@ -8,16 +8,32 @@ with a = alphas_cumprod[t] and sigma = sqrt((1 - a) / a). The network predicts t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 
+class _Tables:
+    """What a schedule looks up by time step, on the device of the time steps."""
+
+    @cached_property
+    def _by_device(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
+
+    def _on(self, name: str, device: torch.device) -> Tensor:
+        """A table on a device, copied once: a copy in every step would make the host wait for the device."""
+        if (name, device) not in self._by_device:
+            with torch.inference_mode(False):  # a table made inside inference mode would refuse to train later
+                self._by_device[name, device] = getattr(self, name).to(device)
+        return self._by_device[name, device]
+
+
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(_Tables):
     """Noise levels of `num_train_timesteps` discrete steps.
 
     Attributes:
@@ -57,17 +73,6 @@ class Schedule:
         """Noise levels in VE form, float32 [T], rising."""
         return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
 
-    @cached_property
-    def _by_device(self) -> dict[tuple[str, torch.device], Tensor]:
-        return {}
-
-    def _on(self, name: Literal["alphas_cumprod", "sigmas"], device: torch.device) -> Tensor:
-        """A table on a device, copied once: a copy in every step would make the host wait for the device."""
-        if (name, device) not in self._by_device:
-            with torch.inference_mode(False):  # a table made inside inference mode would refuse to train later
-                self._by_device[name, device] = getattr(self, name).to(device)
-        return self._by_device[name, device]
-
     def alpha(self, timesteps: Tensor, ndim: int = 1) -> Tensor:
         """alphas_cumprod at int64 timesteps [B], on their device, shaped [B, 1, ...] with `ndim` dimensions."""
         values = self._on("alphas_cumprod", timesteps.device)[timesteps]
@@ -81,6 +86,15 @@ class Schedule:
         """The nearest discrete time step of each VE noise level: float [B] -> int64 [B]."""
         return (self._on("sigmas", sigma.device)[None] - sigma[:, None]).abs().argmin(dim=1)
 
+    def shares(self, timestep: int) -> tuple[float, float]:
+        """(signal, noise) at a time step: noisy latents are signal clean + noise eps, in VP form."""
+        alpha = self.alphas_cumprod[timestep]
+        return float(alpha.sqrt()), float((1 - alpha).sqrt())
+
+    def told(self, timesteps: Tensor) -> Tensor:
+        """What the network is told of int64 timesteps [B]: themselves."""
+        return timesteps
+
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents in VP form; clean and noise [B, ...], timesteps int64 [B]."""
         alpha = self.alpha(timesteps, clean.ndim).to(clean.dtype)
@@ -90,6 +104,11 @@ class Schedule:
         """Clean latents that a noise prediction implies, from VP latents [B, ...] and int64 timesteps [B]."""
         alpha = self.alpha(timesteps, noisy.ndim).to(noisy.dtype)
         return (noisy - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+
+    def eps_from_velocity(self, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise that a predicted velocity, signal eps - noise clean, implies (Salimans and Ho 2022, app. D)."""
+        alpha = self.alpha(timesteps, noisy.ndim).to(noisy.dtype)
+        return alpha.sqrt() * velocity + (1 - alpha).sqrt() * noisy
 
     def timesteps(self, n: int, spacing: Literal["leading", "trailing"] = "leading", offset: int = 1) -> Tensor:
         """Time steps of an n-step sampler, int64 [n], falling.
@@ -133,7 +152,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class FlowSchedule:
+class FlowSchedule(_Tables):
     """Times of a flow-matching prior in the terms of Schedule: x = (1 - t) clean + t noise (Esser et al. 2024, Eq. 13).
 
     Attributes:
@@ -163,12 +182,21 @@ class FlowSchedule:
         """Noise over signal, float32 [T], rising: levels in VE form."""
         return self.times / (1 - self.times)
 
+    def shares(self, timestep: int) -> tuple[float, float]:
+        """(signal, noise) at a time step: noisy latents are signal clean + noise eps."""
+        time = float(self.times[timestep])
+        return 1 - time, time
+
+    def told(self, timesteps: Tensor) -> Tensor:
+        """What the network is told of int64 timesteps [B]: the shifted time, out of T, float32 (as diffusers does)."""
+        return self._on("times", timesteps.device)[timesteps] * self.num_train_timesteps
+
     def _time(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        return self.times.to(timesteps.device)[timesteps].view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+        return self._on("times", timesteps.device)[timesteps].view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
     def sigma(self, timesteps: Tensor) -> Tensor:
         """Noise over signal at int64 timesteps [B] or [] -> float32 of the same shape."""
-        return self.sigmas.to(timesteps.device)[timesteps]
+        return self._on("sigmas", timesteps.device)[timesteps]
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents; clean and noise [B, ...], timesteps int64 [B]."""
@@ -183,3 +211,12 @@ class FlowSchedule:
     def eps_from_velocity(self, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
         """The noise that a predicted velocity (noise - clean) implies."""
         return noisy + (1 - self._time(timesteps, noisy)) * velocity
+
+
+def read_schedule(numbers: Mapping[str, Any]) -> Schedule | FlowSchedule:
+    """A schedule from its own fields by name, as model.json keeps them: one with a shift is a flow's.
+
+    Raises:
+        TypeError, ValueError: unknown fields, or values out of range.
+    """
+    return FlowSchedule(**numbers) if "shift" in numbers else Schedule(**numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from components.models import ModelCard, ModelError, save_model
+from components.models import ModelCard, ModelError, load_model, save_model
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.one_text import OneTextPrior
 from components.priors.one_text_config import PIXART_DIT, SD21_UNET, SD_VAE
 from components.priors.sdxl_config import SDXL_UNET
 from components.randomness import seeded_init
-from components.samplers.schedules import Schedule
+from components.samplers.schedules import FlowSchedule, Schedule, read_schedule
 from components.systems.instarevive.backbone import Backbone, open_backbone
-from components.systems.instarevive.build import build_restorer, generator_config, generator_parts
+from components.systems.instarevive.build import build_restorer, generator_config, generator_parts, load_generator
 from components.systems.instarevive.fast import FastOneStep, Speed
 from components.systems.instarevive.network import (
     Conditions,
@@ -38,6 +39,7 @@ from components.tensors import images_to_tensor, tensor_to_images
 from components.types import Cancellation, Request, SampleError, StepEvent
 
 LINEAR = Schedule(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear")
+FLOW = FlowSchedule(shift=3.0)
 TINY_DIT = {
     **PIXART_DIT,
     "num_attention_heads": 2,
@@ -203,6 +205,56 @@ def test_v_prediction_becomes_noise() -> None:
     v = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean  # Salimans and Ho 2022
     predictor.network.forward = lambda *_, **__: (v,)  # type: ignore[method-assign]
     torch.testing.assert_close(predictor.predict_eps(noisy, t, given), noise, atol=1e-5, rtol=1e-5)
+
+
+def test_a_flows_velocity_becomes_noise_and_its_step_is_exact() -> None:
+    """Esser et al. 2024: the network predicts noise - clean and is told the shifted time out of 1,000."""
+    given, told = conditions("sd"), []
+    predictor = EpsPredictor(tiny_predictor("sd").network, FLOW, "flow_prediction")
+    clean, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+
+    def exact(latents: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+        told.append(timestep)
+        return (noise - clean,)
+
+    predictor.network.forward = exact  # type: ignore[method-assign]
+    t = torch.tensor([100, 700])
+    eps = predictor.predict_eps(FLOW.add_noise(clean, noise, t), t, given)
+    torch.testing.assert_close(eps, noise, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(told[0], torch.tensor([250.0, 875.0]))  # 3 t / (1 + 2 t)
+    generator = OneStepGenerator(predictor)
+    step = torch.full((2,), generator.timestep)
+    torch.testing.assert_close(generator(FLOW.add_noise(clean, noise, step), given), clean, atol=1e-5, rtol=1e-5)
+    level = 1 / (1 + FLOW.sigmas.double().square())  # the released share of signal, found on the flow's own map
+    assert level[generator.timestep - 1] > 0.19357 > level[generator.timestep + 1]
+    assert abs(float(level[generator.timestep]) - 0.19357) < 1e-3
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), [(FLOW, "epsilon"), (LINEAR, "flow_prediction")])
+def test_a_prediction_must_go_with_its_schedule(schedule: Any, prediction: Any) -> None:
+    with pytest.raises(ValueError, match=f"{prediction} does not go with"):
+        EpsPredictor(nn.Identity(), schedule, prediction)
+
+
+def test_a_model_folder_keeps_a_flow(tmp_path: Path) -> None:
+    backbone = dit_backbone(tiny_predictor())
+    backbone.prior.schedule, backbone.prior.prediction = FLOW, "flow_prediction"  # type: ignore[union-attr, assignment]
+    generator = OneStepGenerator(backbone.predictor(copied=True))
+    card = ModelCard(
+        name="flow", system="instarevive", recipe={}, prior={}, config=generator_config(backbone, generator)
+    )
+    loaded = load_generator(load_model(save_model(tmp_path / "model", card, generator_parts(generator)).path))
+    assert (loaded.schedule, loaded.predictor.prediction, loaded.timestep) == (
+        FLOW,
+        "flow_prediction",
+        generator.timestep,
+    )
+    lq, given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), conditions("pixart", 1)
+    with torch.no_grad():
+        assert torch.equal(loaded(lq, given), generator(lq, given))
+    assert read_schedule(asdict(LINEAR)) == LINEAR
+    with pytest.raises(TypeError, match="beta_start"):
+        read_schedule({"shift": 3.0, "beta_start": 1e-4})
 
 
 def test_the_mask_hides_padding_unless_it_is_a_bias() -> None:

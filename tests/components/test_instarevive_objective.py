@@ -21,6 +21,7 @@ from components.priors.nano import build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior, load_prior
 from components.randomness import Noise, generator
 from components.recipes import Optimizer, RecipeError
+from components.samplers.schedules import FlowSchedule, Schedule
 from components.systems.instarevive import objective as module
 from components.systems.instarevive.network import EpsPredictor, OneStep, OneStepGenerator
 from components.systems.instarevive.objective import InstaReviveObjective, PriorTexts
@@ -47,6 +48,7 @@ def _by_path(name: str) -> Any:
 
 
 tiny = _by_path("test_instantir")
+FLOW = FlowSchedule()
 
 
 @torch.no_grad()
@@ -474,13 +476,40 @@ def toy(size: int, first: int, side: int = 32) -> Batch:
     )
 
 
+class AsFlow(nn.Module):
+    """A variance-preserving noise predictor as the velocity of the flow that passes the same noise over signal."""
+
+    def __init__(self, unet: nn.Module, schedule: Schedule) -> None:
+        super().__init__()
+        self.unet, self.schedule = unet, schedule
+
+    @property
+    def config(self) -> Any:
+        return self.unet.config
+
+    def forward(self, latents: Tensor, timestep: Tensor, **given: Any) -> tuple[Tensor]:
+        time = (timestep / FLOW.num_train_timesteps).view(-1, 1, 1, 1)
+        length = ((1 - time).square() + time.square()).sqrt()
+        steps = self.schedule.timestep_of((time / (1 - time)).flatten())
+        eps = self.unet(latents / length, timestep=steps, **given)[0]
+        return (eps - (latents - time * eps) / (1 - time),)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fake", [pytest.param("full", marks=pytest.mark.full), "lora"])
-def test_training_the_nano_prior_to_one_step_works(nano: Prior, fake: Any) -> None:
+@pytest.mark.parametrize(
+    ("fake", "kind"), [pytest.param("full", "vp", marks=pytest.mark.full), ("lora", "vp"), ("full", "flow")]
+)
+def test_training_the_nano_prior_to_one_step_works(nano: Prior, fake: Any, kind: str) -> None:
     """Held-out regression and distance fall, T_max with them; the fake score learns; EMA holds both trainables."""
+
+    def predictor() -> EpsPredictor:
+        unet = copy.deepcopy(nano.unet)
+        if kind == "vp":
+            return EpsPredictor(unet, nano.schedule)
+        return EpsPredictor(AsFlow(unet, nano.schedule), FLOW, "flow_prediction")
+
     settings = Distillation(fake=fake, lora_rank=4, regression="both", l2_weight=0.5, weight=0.1, fake_steps=2)
-    teacher = EpsPredictor(copy.deepcopy(nano.unet), nano.schedule)
-    student = OneStepGenerator(EpsPredictor(copy.deepcopy(nano.unet), nano.schedule)).requires_grad_(True)
+    teacher, student = predictor(), OneStepGenerator(predictor()).requires_grad_(True)
     real, fake_score = build_scores(teacher, settings.fake, settings.lora_rank)
     frozen = {k: v.clone() for k, v in nano.unet.state_dict().items()}
     objective = InstaReviveObjective(student, real, fake_score, nano, PriorTexts(nano), settings)
@@ -498,6 +527,8 @@ def test_training_the_nano_prior_to_one_step_works(nano: Prior, fake: Any) -> No
         logged.append(train_step(objective, [(rows, Noise(0, rows.positions))], optimizers, lr=1e-4, clip_norm=1.0))
         ema.update(step)
     after = measured()
+    schedule = objective.schedule  # Eq. 6 on the prior's own map
+    assert before["t_max"] == int(largest_timesteps(schedule, torch.tensor(1.5 * before["distance"]), 20))
     for name in ("loss_regression", "loss_l2", "distance", "t_max", "alpha"):
         assert after[name] < 0.9 * before[name], (name, before[name], after[name])
     wanted = {"t_max", "alpha", "distance", "loss_regression", "loss_dsm", "loss_fake"}

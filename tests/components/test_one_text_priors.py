@@ -13,6 +13,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -20,6 +21,7 @@ from components.models import ModelCard, ModelError, load_model, save_model
 from components.priors.nano import build_tokenizer_json
 from components.priors.one_text import load_one_text_prior
 from components.randomness import seeded_init
+from components.samplers.schedules import FlowSchedule
 from components.systems.instarevive.backbone import open_backbone
 from components.systems.instarevive.build import build_restorer, generator_config, generator_parts
 from components.systems.instarevive.network import OneStepGenerator
@@ -158,6 +160,20 @@ def test_precisions_keep_the_autoencoder_from_half(folders: dict[str, Path]) -> 
     assert brain.decode(torch.zeros(1, 4, 4, 4)).dtype == torch.float32
     with pytest.raises(ValueError, match="has no text encoder"):
         brain.embed_prompts(["red"])
+
+
+def test_a_flows_schedule_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    place = tmp_path / "flow"
+    shutil.copytree(folders["pixart"], place)
+    scheduler = place / "scheduler" / "scheduler_config.json"
+    said = dict(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    scheduler.write_text(json.dumps({**said, "_class_name": "FlowMatchEulerDiscreteScheduler"}))
+    prior = load_one_text_prior(str(place), "pixart", with_text=False)
+    assert (prior.schedule, prior.prediction) == (FlowSchedule(shift=3.0), "flow_prediction")
+    for wrong, words in (({"use_dynamic_shifting": True}, "use_dynamic_shifting"), ({"shift": 0.0}, "shift positive")):
+        scheduler.write_text(json.dumps({**said, "_class_name": "FlowMatchEulerDiscreteScheduler", **wrong}))
+        with pytest.raises(ModelError, match=words):
+            load_one_text_prior(str(place), "pixart", with_text=False)
 
 
 def test_what_is_missing_or_does_not_fit_is_named(folders: dict[str, Path], tmp_path: Path) -> None:

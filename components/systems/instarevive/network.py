@@ -1,9 +1,11 @@
 """InstaRevive's networks: noise predictors of several families behind one call, and the generator of one step.
 
-    x_t = sqrt(a) clean + sqrt(1 - a) noise                    a = alphas_cumprod[t], variance-preserving
-    G(z) = (z - sqrt(1 - a) eps(z, t)) / sqrt(a)               at one fixed t, where z stands for x_t
+    x_t = signal clean + noise eps                             at time step t of the prior's own schedule
+    G(z) = (z - noise eps(z, t)) / signal                      at one fixed t, where z stands for x_t
 
-The same class serves as generator, as real score and as fake score; they differ in weights only.
+On a variance-preserving schedule signal and noise are sqrt(a) and sqrt(1 - a), a = alphas_cumprod[t]; on that of a
+flow-matching prior 1 - time and time. The same class serves as generator, as real score and as fake score; they differ
+in weights only.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from components.naming import did_you_mean
-from components.samplers.schedules import Schedule
+from components.samplers.schedules import FlowSchedule, Schedule
 
 Family = Literal["pixart", "sd", "sdxl", "nano"]
 """pixart: a DiT, text and mask. sd: a UNet, text. sdxl and nano: a UNet, text, pooled text and size ids."""
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
+"""As diffusers names them; the last two are velocities, of a variance-preserving schedule and of a flow."""
+
 InputMode = Literal["lq", "noise"]
 
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -87,12 +91,12 @@ def join(parts: Sequence[Conditions]) -> Conditions:
 class ScoreNetwork(Protocol):
     """A noise predictor: what training asks of real and fake score.
 
-    `latents` are variance-preserving at `schedule`'s int64 `timesteps` [B]; the result is the predicted standard normal
+    `latents` are noisy as `schedule` has it at int64 `timesteps` [B]; the result is the predicted standard normal
     noise of the same shape [B, C, h, w], in the latents' own type, whatever the network itself predicts.
     """
 
     @property
-    def schedule(self) -> Schedule: ...
+    def schedule(self) -> Schedule | FlowSchedule: ...
 
     def predict_eps(self, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor: ...
 
@@ -103,29 +107,31 @@ class EpsPredictor(nn.Module):
     Args:
         network: PixArtTransformer2DModel or UNet2DConditionModel.
         schedule: it was trained with.
-        prediction: what it predicts; v is turned into noise by eps = sqrt(a) v + sqrt(1 - a) x.
+        prediction: what it predicts; velocities are turned into noise by the schedule's eps_from_velocity.
         mask_as_bias: add the 0/1 prompt mask to the attention's logits, as the released inference does by handing it
             over with one dimension too many: padding is then not masked, tokens only weigh e times as much.
 
     Raises:
-        ValueError: an unknown prediction.
+        ValueError: an unknown prediction, or one that does not go with the schedule.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        schedule: Schedule,
+        schedule: Schedule | FlowSchedule,
         prediction: Prediction = "epsilon",
         mask_as_bias: bool = False,
     ) -> None:
         super().__init__()
         if prediction not in get_args(Prediction):
             raise ValueError(f"unknown prediction {prediction!r}. {did_you_mean(prediction, get_args(Prediction))}")
+        if (prediction == "flow_prediction") != isinstance(schedule, FlowSchedule):
+            raise ValueError(f"{prediction} does not go with {schedule}: a flow's velocity and a flow's times do")
         self.network, self._schedule = network, schedule
         self.prediction, self.mask_as_bias = prediction, mask_as_bias
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedule | FlowSchedule:
         return self._schedule
 
     @property
@@ -146,8 +152,7 @@ class EpsPredictor(nn.Module):
         predicted = self.raw(latents, timesteps, given)[:, : latents.shape[1]].to(latents.dtype)
         if self.prediction == "epsilon":
             return predicted
-        alpha = self.schedule.alpha(timesteps, latents.ndim).to(latents.dtype)
-        return alpha.sqrt() * predicted + (1 - alpha).sqrt() * latents
+        return self.schedule.eps_from_velocity(latents, predicted, timesteps)
 
     def raw(self, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor:
         """The network's own output [B, C or 2C, h, w], in the network's type.
@@ -165,7 +170,8 @@ class EpsPredictor(nn.Module):
         added = self._added(given, dtype)
         if added is not None:
             arguments["added_cond_kwargs"] = added
-        return self.network(latents.to(dtype), timestep=timesteps, **arguments)[0]  # type: ignore[no-any-return]
+        told = self.schedule.told(timesteps)
+        return self.network(latents.to(dtype), timestep=told, **arguments)[0]  # type: ignore[no-any-return]
 
     def _added(self, given: Conditions, dtype: torch.dtype) -> dict[str, Any] | None:
         """What the network takes beside text and time step."""
@@ -195,7 +201,7 @@ class OneStep:
     """How a predictor makes clean latents in one step.
 
     Attributes:
-        timestep: where the step starts; -1 takes the one whose alphas_cumprod is nearest to ONE_STEP_ALPHA.
+        timestep: where the step starts; -1 takes the one whose share of signal is nearest to ONE_STEP_ALPHA.
         input: "lq": the LQ latents stand in the place of the noisy ones (released, deterministic); "noise": they are
             joined with noise by an aligning convolution (the paper), so that seeds give different results.
         kernel: side of the aligning convolution, 1 or 3.
@@ -236,13 +242,12 @@ class OneStepGenerator(nn.Module):
             raise ValueError(f"timestep must be below {steps}, got {settings.timestep}")
         self.predictor, self.settings = predictor, settings
         self.timestep = nearest_timestep(predictor.schedule) if settings.timestep < 0 else settings.timestep
-        alpha = predictor.schedule.alphas_cumprod[self.timestep]
         # plain numbers: a table that is looked up on the device would break a compiled step in two
-        self.signal, self.noise = float(alpha.sqrt()), float((1 - alpha).sqrt())
+        self.signal, self.noise = predictor.schedule.shares(self.timestep)
         self.align = aligning_conv(predictor.latent_channels, settings.kernel) if settings.input == "noise" else None
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedule | FlowSchedule:
         return self.predictor.schedule
 
     @property
@@ -290,9 +295,13 @@ def aligning_conv(channels: int, kernel: int = 1) -> nn.Conv2d:
     return conv
 
 
-def nearest_timestep(schedule: Schedule, alpha: float = ONE_STEP_ALPHA) -> int:
-    """The time step whose alphas_cumprod is nearest: 400 on the released schedule, others elsewhere."""
-    return int((schedule.alphas_cumprod - alpha).abs().argmin())
+def nearest_timestep(schedule: Schedule | FlowSchedule, alpha: float = ONE_STEP_ALPHA) -> int:
+    """The time step whose share of the signal's variance is nearest: 400 on the released schedule, others elsewhere.
+
+    The share is 1 / (1 + s^2) of noise over signal s, which is alphas_cumprod where the schedule preserves variance.
+    """
+    share = 1 / (1 + schedule.sigmas.double().square())
+    return int((share - alpha).abs().argmin())
 
 
 def latent_multiple(config: Mapping[str, Any]) -> int:

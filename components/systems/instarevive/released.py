@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.options import UnknownOption, typed_options
+from components.systems.instarevive.network import Prediction
 from components.systems.weights_io import find_released
 
 PUBLISHED = (
@@ -27,7 +28,7 @@ SIDECAR = "restoray.json"
 
 _KINDS: Mapping[str, Any] = {
     "family": Literal["pixart", "sd", "sdxl", "nano"],
-    "prediction": Literal["epsilon", "v_prediction"],
+    "prediction": Prediction,
     "mask_as_bias": bool,
     "timestep": int,
     "input": Literal["lq", "noise"],

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from components.randomness import seeded_init
-from components.samplers.schedules import Schedule
+from components.samplers.schedules import FlowSchedule, Schedule
 from components.systems.instarevive.network import Conditions, EpsPredictor, ScoreNetwork
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -34,7 +34,7 @@ class WithoutLora:
         self.layers = [m for m in predictor.network.modules() if isinstance(m, LoraLayer)]
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedule | FlowSchedule:
         return self.predictor.schedule
 
     @torch.no_grad()

@@ -329,9 +329,9 @@ def _known(family: str, name: str) -> tuple[dict[str, Any], dict[str, str], str]
     except ModelError:
         if name not in _SIZES:
             raise
-        schedule = Schedule(**PIXART_SCHEDULE) if family == "pixart" else Schedule()
+        usual = Schedule(**PIXART_SCHEDULE) if family == "pixart" else Schedule()
         note = f"{name} is not on this machine: its published sizes were taken"
-        return {"network": dict(_SIZES[name]), "schedule": asdict(schedule)}, {"id": name, "digest": ""}, note
+        return {"network": dict(_SIZES[name]), "schedule": asdict(usual)}, {"id": name, "digest": ""}, note
     schedule, prediction = read_schedule(folder)
     network = {key: value for key, value in read_json(folder / file).items() if not key.startswith("_")}
     made = {"network": network, "schedule": asdict(schedule), "prediction": prediction}

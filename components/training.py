@@ -190,6 +190,12 @@ def evaluate_loss(objective: Objective, batches: Sequence[Batch], seed: int, dev
     return totals
 
 
+def averaged(objective: Objective) -> dict[str, nn.Module]:
+    """The trainables of which an average is kept: those that `objective.averaged` names, if it has that, else all."""
+    names = getattr(objective, "averaged", tuple(objective.trainables))
+    return {name: objective.trainables[name] for name in names}
+
+
 class Ema:
     """Exponential moving average of the trainables' parameters."""
 

@@ -339,6 +339,7 @@ def worker(config: dict[str, Any]) -> None:
     from components.training import (
         Ema,
         average,
+        averaged,
         build_optimizers,
         build_scaler,
         evaluate_loss,
@@ -372,7 +373,7 @@ def worker(config: dict[str, Any]) -> None:
     parents = {k: load_model(v) for k, v in inputs.parents.items()}
     objective = SYSTEMS[recipe.system].build_objective(recipe, parents, _examples(stream), device=device)
     optimizers = build_optimizers(objective, recipe.optimizer)
-    ema = Ema(objective.trainables, recipe.ema_decay) if recipe.ema_decay else None
+    ema = Ema(averaged(objective), recipe.ema_decay) if recipe.ema_decay else None
     scaler = build_scaler(recipe.precision, device)
     start = 0
     checkpoint = ray_train.get_checkpoint()

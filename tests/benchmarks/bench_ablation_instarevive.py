@@ -89,11 +89,11 @@ def train_arm(
     from components.recipes import identity
     from components.systems.instarevive.training import build_objective
     from components.tensors import collate
-    from components.training import Ema, build_optimizers, train_step
+    from components.training import Ema, averaged, build_optimizers, train_step
 
     recipe = recipe_of(arm, seed, settings)
     objective = build_objective(recipe, {})
-    optimizers, ema = build_optimizers(objective, recipe.optimizer), Ema(objective.trainables, 0.98)
+    optimizers, ema = build_optimizers(objective, recipe.optimizer), Ema(averaged(objective), 0.98)
     curves: dict[str, list[list[float]]] = {name: [] for name in CURVES}
     heldout = heldout_batch(settings.size)
 

@@ -137,11 +137,14 @@ class InstaReviveObjective:
         prior: with `source` for model.json; None where there is nothing to record.
 
     Attributes:
+        averaged: the generator alone: nobody sees the fake score but the training, and its average would cost as much.
         progress: "t_start" once it is known: T_max of the first training step, which a resumed run needs.
 
     Raises:
         ValueError: a fake score or LPIPS is missing, or has no place; the scores' schedules differ.
     """
+
+    averaged = ("generator",)
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from components.models import ModelCard, ModelError, load_model, save_model
 from components.priors.nano import build_tokenizer_json
 from components.priors.one_text import load_one_text_prior
-from components.randomness import seeded_init
+from components.randomness import Noise, seeded_init
+from components.recipes import load_recipe
 from components.samplers.schedules import FlowSchedule
 from components.systems.instarevive.backbone import open_backbone
 from components.systems.instarevive.build import build_restorer, generator_config, generator_parts
 from components.systems.instarevive.network import OneStepGenerator
+from components.systems.instarevive.training import build_objective
 from components.systems.instarevive.weights import expected_layout
-from components.types import Request
+from components.types import Batch, Request
 
 WORDS = ["red", "blue"]
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -127,6 +130,70 @@ def test_a_folder_becomes_a_backbone(family: str, tokens: int, step: int | None,
         lq = backbone.encode(torch.zeros(2, 3, 32, 32))
         assert backbone.decode(generator(lq, given)).shape == (2, 3, 32, 32)
     assert not any(p.requires_grad for module in backbone.prior.modules.values() for p in module.parameters())
+
+
+@pytest.mark.parametrize("family", ["pixart", "sd"])
+def test_training_embeds_what_is_new_in_one_call(
+    family: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, asked = open_backbone(family, str(folders[family])), []
+    embed = backbone.prior.embed_prompts
+    monkeypatch.setattr(
+        backbone.prior, "embed_prompts", lambda prompts: (asked.append(list(prompts)), embed(prompts))[1]
+    )
+    sizes = torch.tensor([[32, 32, 0, 0, 32, 32]])
+    together = backbone.conditions(["red", "", "blue", "red"], sizes.expand(4, -1), together=True)
+    assert asked == [["red", "", "blue"]]
+    backbone.conditions(["blue", "red blue"], sizes.expand(2, -1), together=True)
+    assert asked[1:] == [["red blue"]]
+    many = [f"red {i}" for i in range(40)]  # more than are kept
+    assert len(backbone.conditions(many, sizes.expand(40, -1), together=True)) == 40 and len(asked) == 3
+    alone = open_backbone(family, str(folders[family])).conditions(["red", "", "blue", "red"], sizes.expand(4, -1))
+    for name, value in together.tensors().items():
+        torch.testing.assert_close(value, alone.tensors()[name])
+
+
+def test_a_recipe_in_bf16_halves_the_text_encoder_alone(folders: dict[str, Path]) -> None:
+    backbone = open_backbone("pixart", str(folders["pixart"]))
+    sizes = torch.tensor([[32, 32, 0, 0, 32, 32]])
+    whole = backbone.conditions(["red"], sizes)
+    objective = build_objective(
+        load_recipe("instarevive-bsr-nano", ["family=pixart", f"prior={folders['pixart']}", "precision=bf16"]), {}
+    )
+    half = objective.backbone
+    assert half.conditions(["red"], sizes).text.dtype == torch.bfloat16
+    assert (
+        {p.dtype for p in half.network.parameters()}
+        == {p.dtype for p in half.autoencoder.parameters()}
+        == {torch.float32}
+    )
+    torch.testing.assert_close(half.conditions(["red"], sizes).text.float(), whole.text, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("family", ["pixart", "sd"])
+def test_latents_that_a_batch_brings_give_the_same_losses(family: str, folders: dict[str, Path]) -> None:
+    """Rounded to float16, as `restoray precompute` keeps them; this prior embeds its own prompts."""
+    recipe = load_recipe("instarevive-bsr-nano", [f"family={family}", f"prior={folders[family]}", "resolution=32"])
+    objective = build_objective(recipe, {})
+    draw = np.random.default_rng(0)
+    hq, lq = (torch.from_numpy(draw.uniform(-1, 1, (3, 3, 32, 32)).astype("float32")) for _ in range(2))
+    batch = Batch(
+        keys=["a", "b", "c"],
+        positions=np.arange(3),
+        hq=hq,
+        lq=lq,
+        prompts=["red", "blue", ""],
+        sizes=torch.tensor([[32, 32, 0, 0, 32, 32]]).expand(3, -1),
+    )
+    latents = objective.backbone.encode(hq).half().float()
+    found = [
+        {name: float(v) for _, loss in objective.phases(b, Noise(0, b.positions)) for name, v in loss.metrics.items()}
+        for b in (batch, replace(batch, latents=latents), replace(batch, latents=latents + 1))
+    ]
+    assert found[0].keys() == found[1].keys() >= {"distance", "loss_regression", "loss_dsm", "loss_fake"}
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=2e-3), name
+    assert found[2]["distance"] > 1.01 * found[0]["distance"]
 
 
 @pytest.mark.parametrize("family", ["pixart", "sd"])

@@ -100,36 +100,37 @@ class Backbone:
         """Scaled latents -> pictures, not clipped."""
         return self.prior.decode(latents)
 
-    def conditions(self, prompts: Sequence[str], sizes: Tensor) -> Conditions:
-        """What a network of this family is told.
-
-        Each prompt is embedded by itself, so that a picture's conditions do not depend on its neighbours; the last ones
-        are kept.
+    def conditions(self, prompts: Sequence[str], sizes: Tensor, *, together: bool = False) -> Conditions:
+        """What a network of this family is told. The last prompts' embeddings are kept.
 
         Args:
             prompts: B texts.
             sizes: int64 [B, 6], see types.Batch.
+            together: embed all new prompts in one call, for training: less time, and products may be rounded otherwise
+                than with other neighbours. Without it each is embedded by itself.
 
         Raises:
             ValueError: the prior has no text encoder and does not know a prompt.
         """
-        parts = []
+        known = {prompt: self._kept[prompt] for prompt in prompts if prompt in self._kept}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        for group in [new] if together and new else [[prompt] for prompt in new]:
+            known |= zip(group, self._embedded(group), strict=True)
         for prompt in prompts:
-            if prompt not in self._kept:
-                self._kept[prompt] = self._embedded(prompt)
-                if len(self._kept) > KEPT_PROMPTS:
-                    self._kept.popitem(last=False)
+            self._kept[prompt] = known[prompt]
             self._kept.move_to_end(prompt)
-            parts.append(self._kept[prompt])
-        return join(parts).with_sizes(sizes.to(self.device, torch.float32))
+        while len(self._kept) > KEPT_PROMPTS:
+            self._kept.popitem(last=False)
+        return join([known[prompt] for prompt in prompts]).with_sizes(sizes.to(self.device, torch.float32))
 
-    def _embedded(self, prompt: str) -> Conditions:
+    def _embedded(self, prompts: Sequence[str]) -> list[Conditions]:
+        """Of each prompt, all embedded in one call."""
         # kept embeddings may be asked for by a training step next, which inference tensors would break
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            text, second = self.prior.embed_prompts([prompt])
-        if isinstance(self.prior, Prior):
-            return Conditions(text=text, pooled=second)
-        return Conditions(text=text, mask=second)
+            text, second = self.prior.embed_prompts(prompts)
+        name = "pooled" if isinstance(self.prior, Prior) else "mask"
+        rows = range(len(prompts))
+        return [Conditions(text=text[i : i + 1], **({} if second is None else {name: second[i : i + 1]})) for i in rows]
 
     def predictor(self, *, mask_as_bias: bool = False, copied: bool = False) -> EpsPredictor:
         """The prior's network as a noise predictor: itself, or a copy with gradients, to be trained."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from components.models import Model, ModelError, load_model
 from components.objectives.regression import load_lpips
+from components.priors.one_text import OneTextPrior
 from components.priors.sdxl import Prior
 from components.randomness import Noise
 from components.recipes import as_dict
@@ -53,7 +54,7 @@ class BackboneTexts:
     def conditions(self, batch: Batch, dropped: Tensor) -> Conditions:
         gone = dropped.tolist()
         prompts = ["" if empty else prompt for prompt, empty in zip(batch.prompts, gone, strict=True)]
-        return self.backbone.conditions(prompts, batch.sizes)
+        return self.backbone.conditions(prompts, batch.sizes, together=True)
 
     def nothing(self, batch: Batch) -> Conditions:
         return self.backbone.conditions([""] * len(batch), batch.sizes)
@@ -118,6 +119,8 @@ def build_objective(
         coarse, recorded = open_coarse(recipe.coarse), {"id": place, "digest": folder.digest}
         coarse.network.to(device)
     config = generator_config(backbone, generator, recorded)
+    if recipe.precision == "bf16" and isinstance(backbone.prior, OneTextPrior):
+        backbone.prior.halve_text_encoder()
     backbone.to(device)
     generator.to(torch.device(device))
     settings = recipe.distillation

@@ -20,13 +20,11 @@ from components.systems.instarevive.network import (
     FAMILIES,
     Conditions,
     EpsPredictor,
-    Family,
-    Prediction,
     build_network,
     join,
     latent_multiple,
 )
-from components.systems.instarevive.settings import PRIORS
+from components.systems.instarevive.settings import PRIORS, Family, Prediction
 
 KEPT_PROMPTS = 32
 """Embedded prompts that are kept: most jobs say the same of every picture, and T5-XXL takes longer than the rest."""
@@ -37,7 +35,7 @@ class Backbone:
     """A prior of any family; a tiling.LatentPrior.
 
     Attributes:
-        family: see network.Family.
+        family: see settings.Family.
         prior: frozen.
     """
 

@@ -21,12 +21,7 @@ from torch import Tensor, nn
 
 from components.naming import did_you_mean
 from components.samplers.schedules import FlowSchedule, Schedule
-
-Family = Literal["pixart", "sd", "sdxl", "nano"]
-"""pixart: a DiT, text and mask. sd: a UNet, text. sdxl and nano: a UNet, text, pooled text and size ids."""
-
-Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
-"""As diffusers names them; the last two are velocities, of a variance-preserving schedule and of a flow."""
+from components.systems.instarevive.settings import Family, Prediction
 
 InputMode = Literal["lq", "noise"]
 

@@ -15,7 +15,7 @@ class InstaReviveRecipe(Recipe):
     """Distils a prior into a restoring generator of one step (arXiv 2504.00508); its one stage is "onestep".
 
     Attributes:
-        family: shape of the prior's network, see network.Family.
+        family: shape of the prior's network, see settings.Family.
         prior: of that shape; "" for the family's own, see settings.PRIORS.
         timestep, input, kernel: see network.OneStep; a start's own time step goes before the nearest one (-1).
         mask_as_bias: see network.EpsPredictor; null: what the start was trained with, else the correct mask.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.options import UnknownOption, typed_options
-from components.systems.instarevive.network import Prediction
+from components.systems.instarevive.settings import Family, Prediction
 from components.systems.weights_io import find_released
 
 PUBLISHED = (
@@ -27,7 +27,7 @@ SIDECAR = "restoray.json"
 """Written beside exported files: what they do not tell themselves (family, heads, time step, prior, licence)."""
 
 _KINDS: Mapping[str, Any] = {
-    "family": Literal["pixart", "sd", "sdxl", "nano"],
+    "family": Family,
     "prediction": Prediction,
     "mask_as_bias": bool,
     "timestep": int,

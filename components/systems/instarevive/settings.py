@@ -10,6 +10,12 @@ from components.priors.one_text_config import PIXART, SD21
 from components.priors.sdxl_config import SDXL
 from components.recipes import RecipeError
 
+Family = Literal["pixart", "sd", "sdxl", "nano"]
+"""pixart: a DiT, text and mask. sd: a UNet, text. sdxl and nano: a UNet, text, pooled text and size ids."""
+
+Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
+"""As diffusers names them; the last two are velocities, of a variance-preserving schedule and of a flow."""
+
 PRIORS: Mapping[str, str] = {"pixart": PIXART, "sd": SD21, "sdxl": SDXL, "nano": "nano"}
 """The prior of each family where none is named."""
 

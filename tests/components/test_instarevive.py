@@ -284,6 +284,21 @@ def test_a_generator_that_takes_noise_starts_as_if_there_were_none() -> None:
         plain(lq, given, noise)
 
 
+@pytest.mark.parametrize("schedule", [LINEAR, FLOW], ids=["vp", "flow"])
+def test_a_generator_may_begin_with_lq_latents_noised_to_its_time(schedule: Any) -> None:
+    kind: Any = "flow_prediction" if schedule is FLOW else "epsilon"
+    predictor, given = EpsPredictor(tiny_predictor().network, schedule, kind), conditions("pixart")
+    lq, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    joined = OneStepGenerator(predictor, OneStep(input="noise"), "noised")
+    t = torch.full((2,), joined.timestep)
+    with torch.no_grad():
+        torch.testing.assert_close(joined.joined(lq, noise), schedule.add_noise(lq, noise, t))
+        eps = predictor.predict_eps(schedule.add_noise(lq, noise, t), t, given)
+        wanted = schedule.x0_from_eps(schedule.add_noise(lq, noise, t), eps, t)
+        torch.testing.assert_close(joined(lq, given, noise), wanted, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(joined(lq, given, noise), joined(lq, given, -noise))
+
+
 def test_conditions_are_joined_and_replaced_by_rows() -> None:
     one, other = conditions("sdxl", 2), conditions("sdxl", 1).expand(1)
     both = join([one, other])

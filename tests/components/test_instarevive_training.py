@@ -203,6 +203,7 @@ def test_texts_of_a_backbone_are_those_of_its_prior() -> None:
     ("changes", "words"),
     [
         ({"kernel": 2}, "kernel 1 or 3"),
+        ({"align_start": "noised"}, "align_start=noised is for input=noise"),
         ({"timestep": -3}, "timestep >= -1"),
         ({"family": "pixart", "embeddings": "text"}, "embeds its own"),
         ({"restore_options": {"windw": "equal"}}, 'Did you mean "window"'),

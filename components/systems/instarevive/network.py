@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from components.naming import did_you_mean
 from components.samplers.schedules import FlowSchedule, Schedule
-from components.systems.instarevive.settings import Family, Prediction
+from components.systems.instarevive.settings import AlignStart, Family, Prediction
 
 InputMode = Literal["lq", "noise"]
 
@@ -224,12 +224,15 @@ class OneStepGenerator(nn.Module):
     Args:
         predictor: trained or to be trained.
         settings: see OneStep.
+        align_start: what an untrained aligning convolution gives, see aligning_conv.
 
     Raises:
         ValueError: a time step beyond the predictor's schedule.
     """
 
-    def __init__(self, predictor: EpsPredictor, settings: OneStep | None = None) -> None:
+    def __init__(
+        self, predictor: EpsPredictor, settings: OneStep | None = None, align_start: AlignStart = "lq"
+    ) -> None:
         super().__init__()
         settings = settings or OneStep()
         steps = predictor.schedule.num_train_timesteps
@@ -239,7 +242,10 @@ class OneStepGenerator(nn.Module):
         self.timestep = nearest_timestep(predictor.schedule) if settings.timestep < 0 else settings.timestep
         # plain numbers: a table that is looked up on the device would break a compiled step in two
         self.signal, self.noise = predictor.schedule.shares(self.timestep)
-        self.align = aligning_conv(predictor.latent_channels, settings.kernel) if settings.input == "noise" else None
+        self.align: nn.Conv2d | None = None
+        if settings.input == "noise":
+            shares = (1.0, 0.0) if align_start == "lq" else (self.signal, self.noise)
+            self.align = aligning_conv(predictor.latent_channels, settings.kernel, shares)
 
     @property
     def schedule(self) -> Schedule | FlowSchedule:
@@ -277,16 +283,21 @@ class OneStepGenerator(nn.Module):
         return self.align(torch.cat([lq, noise], dim=1).to(self.align.weight.dtype)).to(lq.dtype)  # type: ignore
 
 
-def aligning_conv(channels: int, kernel: int = 1) -> nn.Conv2d:
-    """LQ latents and noise [B, 2C, h, w] -> [B, C, h, w], at first the LQ latents alone (the paper names no start).
+def aligning_conv(channels: int, kernel: int = 1, shares: tuple[float, float] = (1.0, 0.0)) -> nn.Conv2d:
+    """LQ latents and noise [B, 2C, h, w] -> [B, C, h, w]; the paper names no start.
 
-    The noise half starts at zero too, so that a generator starts as it would without noise; its gradient is not zero.
+    Args:
+        shares: of LQ latents and noise in what comes out at first. (1, 0), align_start "lq", begins as a generator
+            without noise; the noise half has a gradient. (signal, noise) of the step's time, "noised", begins with
+            what the prior was trained on, LQ latents noised to that time: results differ by seed from the start.
     """
     conv = nn.Conv2d(2 * channels, channels, kernel, padding=kernel // 2)
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     with torch.no_grad():
-        conv.weight[:, :channels, kernel // 2, kernel // 2] = torch.eye(channels)
+        for half, share in enumerate(shares):
+            rows = slice(half * channels, (half + 1) * channels)
+            conv.weight[:, rows, kernel // 2, kernel // 2] = share * torch.eye(channels)
     return conv
 
 

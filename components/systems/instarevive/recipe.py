@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from components.recipes import Recipe, RecipeError
 from components.systems.instarevive.options import check_options
-from components.systems.instarevive.settings import PRIORS, Distillation, Gate
+from components.systems.instarevive.settings import PRIORS, AlignStart, Distillation, Family, Gate
 
 
 @dataclass(kw_only=True)
@@ -18,6 +18,7 @@ class InstaReviveRecipe(Recipe):
         family: shape of the prior's network, see settings.Family.
         prior: of that shape; "" for the family's own, see settings.PRIORS.
         timestep, input, kernel: see network.OneStep; a start's own time step goes before the nearest one (-1).
+        align_start: with input=noise, what the generator begins with, see network.aligning_conv.
         mask_as_bias: see network.EpsPredictor; null: what the start was trained with, else the correct mask.
         warm_start: a model folder of InstaRevive whose generator goes on, for tasks that start from another task's
             weights; "" starts from the prior's own. Both scores start from the prior's in any case: a generator of one
@@ -36,10 +37,11 @@ class InstaReviveRecipe(Recipe):
     """
 
     prior: str = ""
-    family: Literal["pixart", "sd", "sdxl", "nano"] = "pixart"
+    family: Family = "pixart"
     timestep: int = -1
     input: Literal["lq", "noise"] = "lq"
     kernel: int = 1
+    align_start: AlignStart = "lq"
     mask_as_bias: bool | None = None
     warm_start: str = ""
     coarse: str = ""
@@ -58,6 +60,8 @@ class InstaReviveRecipe(Recipe):
         own = not (self.teacher or self.distil)  # a teacher's family is known when it is opened
         if self.timestep < -1 or self.kernel not in (1, 3):
             raise RecipeError(f"needs timestep >= -1 and kernel 1 or 3, got {self.timestep} and {self.kernel}")
+        if self.align_start != "lq" and self.input != "noise":
+            raise RecipeError(f"align_start={self.align_start} is for input=noise: without it there is no noise")
         if own and self.embeddings and self.family in ("pixart", "sd"):
             raise RecipeError(f"precomputed embeddings are those of SDXL's shape: family {self.family} embeds its own")
         if bool(self.ip_adapter) != bool(self.picture_encoder):

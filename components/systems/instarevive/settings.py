@@ -16,6 +16,9 @@ Family = Literal["pixart", "sd", "sdxl", "nano"]
 Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
 """As diffusers names them; the last two are velocities, of a variance-preserving schedule and of a flow."""
 
+AlignStart = Literal["lq", "noised"]
+"""What a generator that takes noise begins with: LQ latents alone, or noised to its time step."""
+
 PRIORS: Mapping[str, str] = {"pixart": PIXART, "sd": SD21, "sdxl": SDXL, "nano": "nano"}
 """The prior of each family where none is named."""
 

@@ -108,7 +108,8 @@ def build_objective(
     if mask is None:
         mask = bool(before.get("mask_as_bias", False))
     one_step = OneStep(timestep=timestep, input=recipe.input, kernel=recipe.kernel)
-    generator = OneStepGenerator(backbone.predictor(mask_as_bias=mask, copied=True), one_step)
+    predictor = backbone.predictor(mask_as_bias=mask, copied=True)
+    generator = OneStepGenerator(predictor, one_step, recipe.align_start)
     if start is not None:
         _continue_from(generator, start)
     coarse, recorded = None, None

@@ -213,7 +213,7 @@ class FlowSchedule(_Tables):
         return noisy + (1 - self._time(timesteps, noisy)) * velocity
 
 
-def read_schedule(numbers: Mapping[str, Any]) -> Schedule | FlowSchedule:
+def schedule_from(numbers: Mapping[str, Any]) -> Schedule | FlowSchedule:
     """A schedule from its own fields by name, as model.json keeps them: one with a shift is a flow's.
 
     Raises:

@@ -18,7 +18,7 @@ from components.priors.one_text import OneTextPrior
 from components.priors.one_text_config import PIXART_DIT, SD21_UNET, SD_VAE
 from components.priors.sdxl_config import SDXL_UNET
 from components.randomness import seeded_init
-from components.samplers.schedules import FlowSchedule, Schedule, read_schedule
+from components.samplers.schedules import FlowSchedule, Schedule, schedule_from
 from components.systems.instarevive.backbone import Backbone, open_backbone
 from components.systems.instarevive.build import build_restorer, generator_config, generator_parts, load_generator
 from components.systems.instarevive.fast import FastOneStep, Speed
@@ -252,9 +252,9 @@ def test_a_model_folder_keeps_a_flow(tmp_path: Path) -> None:
     lq, given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), conditions("pixart", 1)
     with torch.no_grad():
         assert torch.equal(loaded(lq, given), generator(lq, given))
-    assert read_schedule(asdict(LINEAR)) == LINEAR
+    assert schedule_from(asdict(LINEAR)) == LINEAR
     with pytest.raises(TypeError, match="beta_start"):
-        read_schedule({"shift": 3.0, "beta_start": 1e-4})
+        schedule_from({"shift": 3.0, "beta_start": 1e-4})
 
 
 def test_the_mask_hides_padding_unless_it_is_a_bias() -> None:

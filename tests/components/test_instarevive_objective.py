@@ -498,7 +498,13 @@ class AsFlow(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fake", "kind"), [pytest.param("full", "vp", marks=pytest.mark.full), ("lora", "vp"), ("full", "flow")]
+    ("fake", "kind"),
+    [
+        pytest.param("full", "vp", marks=pytest.mark.full),
+        ("lora", "vp"),
+        pytest.param("full", "flow", marks=pytest.mark.full),
+        ("lora", "flow"),
+    ],
 )
 def test_training_the_nano_prior_to_one_step_works(nano: Prior, fake: Any, kind: str) -> None:
     """Held-out regression and distance fall, T_max with them; the fake score learns; EMA holds the generator."""

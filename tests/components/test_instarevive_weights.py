@@ -157,6 +157,11 @@ def test_a_coarse_restorer_is_recorded(tmp_path: Path) -> None:
         import_weights([path], None, sizes={**TINY, "coarse": "nano"})
 
 
+def test_a_prediction_of_another_kind_of_prior_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ValueError, match="flow_prediction does not go with Schedule"):
+        expected_layout(sizes={"prediction": "flow_prediction"})
+
+
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from pipelines.cli import app
 from pipelines.errors import EXIT_GATE, Failure, GateFailed
 from pipelines.gate import compare, pass_gate
 from pipelines.shards import write_corpus
+from pipelines.tracking import DATABASE
 from pipelines.train import TrainInputs
 
 
@@ -171,6 +174,52 @@ def test_the_command_registers_what_passed_and_nothing_else(
         assert registered == ["distil-onestep-nano"] and "version 1" in result.output
     else:
         assert isinstance(result.exception, GateFailed) and registered == []
+
+
+PROCESS = """
+import contextlib, dataclasses, importlib.util, sys
+import pipelines.cluster, pipelines.train as training
+from components.systems import SYSTEMS
+from pipelines import cli
+from pipelines.gate import pass_gate
+
+spec = importlib.util.spec_from_file_location("_tiny", sys.argv.pop(1))
+tiny = sys.modules["_tiny"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+SYSTEMS["tiny"] = dataclasses.replace(tiny.SYSTEM, build_restorer=lambda model, **_: tiny.build_tiny(model.path))
+
+def trained(recipe, inputs, out, on_metrics=None):
+    tiny.write_model(out / "model", 0.5)
+    pass_gate(recipe, inputs, out, on_ray=False)
+    return training.TrainResult(model=out / "model", heldout={}, seconds=0.0)
+
+training.train, pipelines.cluster.local_ray = trained, contextlib.nullcontext
+cli.main()
+"""
+"""The command with its real gate and its real end; training and Ray, which cost minutes, are a ready bad student."""
+
+
+def test_the_process_of_a_failed_gate_ends_with_code_4(
+    tiny: Any, inputs: TrainInputs, repository: Path, tmp_path: Path
+) -> None:
+    teacher, out = tiny.write_model(tmp_path / "teacher", 100.0), tmp_path / "out"
+    words = ["train", "distil-onestep-nano", f"teacher={teacher}", "--input", f"corpus={inputs.corpora['corpus']}"]
+    more = ["short_side=96", "resolution=64", "degradation.preset=x4-noise40", "gate.pictures=2", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, str(Path(__file__).with_name("_tiny.py")), *words, *more],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 4, done.stderr[-2000:]
+    assert "restoray: distil-onestep-nano: on 2 held-out pictures" in done.stderr
+    assert "it is not registered" in done.stderr and "Traceback" not in done.stderr
+    assert not json.loads((out / "gate" / "gate.json").read_text())["passed"]
+    assert (out / "model" / "model.json").is_file(), "the student stays, for who wants to look at it"
+    assert not (out / DATABASE).exists(), "the store that registering opens"
 
 
 def test_a_distillation_without_a_teacher_is_refused() -> None:

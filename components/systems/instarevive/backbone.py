@@ -99,27 +99,34 @@ class Backbone:
         return self.prior.decode(latents)
 
     def conditions(self, prompts: Sequence[str], sizes: Tensor, *, together: bool = False) -> Conditions:
-        """What a network of this family is told. The last prompts' embeddings are kept.
+        """What a network of this family is told.
 
         Args:
             prompts: B texts.
             sizes: int64 [B, 6], see types.Batch.
-            together: embed all new prompts in one call, for training: less time, and products may be rounded otherwise
-                than with other neighbours. Without it each is embedded by itself.
+            together: for training: embed the batch's prompts in one call and keep none but the empty one, so that what
+                comes out is a function of the batch, whatever was asked before. Without it each is embedded by itself,
+                which no neighbour can round otherwise, and the last ones are kept.
 
         Raises:
             ValueError: the prior has no text encoder and does not know a prompt.
         """
-        known = {prompt: self._kept[prompt] for prompt in prompts if prompt in self._kept}
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        for group in [new] if together and new else [[prompt] for prompt in new]:
-            known |= zip(group, self._embedded(group), strict=True)
-        for prompt in prompts:
-            self._kept[prompt] = known[prompt]
-            self._kept.move_to_end(prompt)
-        while len(self._kept) > KEPT_PROMPTS:
-            self._kept.popitem(last=False)
+        unlike = [prompt for prompt in dict.fromkeys(prompts) if prompt or not together]
+        if together:
+            known = dict(zip(unlike, self._embedded(unlike), strict=True)) if unlike else {}
+            known |= {"": self._alone("")} if "" in prompts else {}
+        else:
+            known = {prompt: self._alone(prompt) for prompt in unlike}
         return join([known[prompt] for prompt in prompts]).with_sizes(sizes.to(self.device, torch.float32))
+
+    def _alone(self, prompt: str) -> Conditions:
+        """Of one prompt, embedded by itself; the last ones are kept."""
+        if prompt not in self._kept:
+            (self._kept[prompt],) = self._embedded([prompt])
+            if len(self._kept) > KEPT_PROMPTS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(prompt)
+        return self._kept[prompt]
 
     def _embedded(self, prompts: Sequence[str]) -> list[Conditions]:
         """Of each prompt, all embedded in one call."""

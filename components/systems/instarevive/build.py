@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components.models import Model, ModelError, load_model, load_strictly
 from components.priors.hub import DTYPES, Precision
-from components.samplers.schedules import read_schedule
+from components.samplers.schedules import schedule_from
 from components.systems.instarevive.backbone import Backbone, network_like, open_backbone
 from components.systems.instarevive.fast import Speed
 from components.systems.instarevive.network import EpsPredictor, OneStep, OneStepGenerator
@@ -60,7 +60,7 @@ def load_generator(model: Model, precision: Precision = "fp32") -> OneStepGenera
     try:
         network = network_like(config, precision)
         predictor = EpsPredictor(
-            network, read_schedule(config["schedule"]), config["prediction"], bool(config.get("mask_as_bias", False))
+            network, schedule_from(config["schedule"]), config["prediction"], bool(config.get("mask_as_bias", False))
         )
         generator = OneStepGenerator(predictor, OneStep(**config["one_step"]))
     except (ValueError, TypeError) as error:

@@ -118,10 +118,7 @@ class EpsPredictor(nn.Module):
         mask_as_bias: bool = False,
     ) -> None:
         super().__init__()
-        if prediction not in get_args(Prediction):
-            raise ValueError(f"unknown prediction {prediction!r}. {did_you_mean(prediction, get_args(Prediction))}")
-        if (prediction == "flow_prediction") != isinstance(schedule, FlowSchedule):
-            raise ValueError(f"{prediction} does not go with {schedule}: a flow's velocity and a flow's times do")
+        check_prediction(prediction, schedule)
         self.network, self._schedule = network, schedule
         self.prediction, self.mask_as_bias = prediction, mask_as_bias
 
@@ -189,6 +186,14 @@ class EpsPredictor(nn.Module):
                 raise ValueError("a UNet of SDXL's shape needs pooled text and size ids with the conditions")
             return {"text_embeds": given.pooled.to(dtype), "time_ids": given.time_ids}
         return None
+
+
+def check_prediction(prediction: str, schedule: Schedule | FlowSchedule) -> None:
+    """Raises ValueError for an unknown prediction, or one that does not go with the schedule."""
+    if prediction not in get_args(Prediction):
+        raise ValueError(f"unknown prediction {prediction!r}. {did_you_mean(prediction, get_args(Prediction))}")
+    if (prediction == "flow_prediction") != isinstance(schedule, FlowSchedule):
+        raise ValueError(f"{prediction} does not go with {schedule}: a flow's velocity and a flow's times do")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ from components.priors.one_text import read_schedule
 from components.priors.one_text_config import LICENCES, PIXART, PIXART_DIT, PIXART_SCHEDULE, SD21, SD21_UNET
 from components.priors.sdxl_config import LICENCES as SDXL_LICENCES
 from components.priors.sdxl_config import SDXL, SDXL_UNET
-from components.samplers.schedules import Schedule
-from components.systems.instarevive.network import FAMILIES, OneStep, aligning_conv, build_network
+from components.samplers.schedules import Schedule, schedule_from
+from components.systems.instarevive.network import FAMILIES, OneStep, aligning_conv, build_network, check_prediction
 from components.systems.instarevive.released import LICENCE, RELEASED, SIDECAR, check_sizes
 from components.systems.instarevive.settings import PRIORS
 from components.systems.weights_io import Exported, Imported, WeightsSource, own_words
@@ -298,6 +298,7 @@ def _expected(said: Mapping[str, Any], prior: str, sizes: Mapping[str, Any]) -> 
         "one_step": asdict(one_step),
         "coarse": coarse,
     }
+    check_prediction(made["prediction"], schedule_from(made["schedule"]))
     if note:
         note += "; bring it before restoring"
     return _Expected(config=made, prior=source, layout=layout(made), note=note)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from components.naming import did_you_mean
 
@@ -16,6 +16,12 @@ T = TypeVar("T")
 
 OptionCheck = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """(options) -> the same options in their own types; raises ValueError, one sentence, for what is refused."""
+
+
+class SystemOptionCheck(Protocol):
+    """An OptionCheck of all a system's models: `usual` are the options that the model's recipe settles."""
+
+    def __call__(self, given: Mapping[str, Any], usual: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
 def typed_options(given: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Identity:
 
     Attributes:
         frame: what the recipe told the model of a picture, with its caption in the place of {caption}; "": that alone.
+        defaults: restorer options that its recipe settles; a request's own win over them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Identity:
     licence: str = "unstated"
     permitted_use: str = "unstated"
     frame: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -31,6 +31,10 @@ Plan = Mapping[str, Any]
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in latent pixels."""
+
+Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
+"""What a network makes of noisy latents, in diffusers' words; the last two are velocities, of a variance-preserving
+schedule and of a flow."""
 
 Denoiser = Callable[["Tensor", "Tensor"], "Tensor"]
 """(latents [B, C, h, w], sigma [B]) -> predicted clean latents [B, C, h, w].

@@ -136,7 +136,7 @@ def open_subject(
     if identity.system != SYSTEM:
         raise UsageError(f"{model} is a {identity.system} model; studies of previews and tokens need InstantIR.")
     try:
-        given = option_check(identity.system)(options)
+        given = option_check(identity.system, identity.defaults)(options)
     except ValueError as error:
         raise UsageError(str(error)) from error
     from components.models import ModelError, load_model
@@ -184,7 +184,7 @@ def open_whole(
     """Load any system's restorer and check the options; errors as `analyze`."""
     folder, identity = model_identity(model)
     try:
-        given = option_check(identity.system)(options)
+        given = option_check(identity.system, identity.defaults)(options)
     except ValueError as error:
         raise UsageError(str(error)) from error
     from components.models import ModelError

@@ -325,7 +325,7 @@ def restore(
     if captioner is None and caption_view != AUTO:
         raise UsageError("--caption-view needs --captioner.")
     folder, identity = model_identity(local_model(model))
-    check_options(identity.system, options)
+    check_options(identity.system, identity.defaults, options)
     own = read_prompts(prompts, sources, source, identity.frame) if prompts is not None else None
     wish = caption_wish(caption_spec(captioner, {}), caption_view, identity, device) if captioner is not None else None
     gpus = float(device == "cuda")

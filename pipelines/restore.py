@@ -97,16 +97,23 @@ def model_identity(model: str | Path) -> tuple[Path, Identity]:
         licence=str(info.get("licence", "unstated")),
         permitted_use=str(info.get("permitted_use", "unstated")),
         frame=str(recipe.get("prompt") or ""),
+        defaults=system.restore_defaults(recipe) if system is not None else {},
     )
     return found.path.resolve(), identity
 
 
-def option_check(system: str) -> OptionCheck:
-    """What judges the options of a system; one that is not in SYSTEMS takes them as they are until it restores."""
+def option_check(system: str, defaults: Mapping[str, Any]) -> OptionCheck:
+    """What judges a request's options; a system that is not in SYSTEMS takes them as they are until it restores.
+
+    Args:
+        defaults: options of the model's own, see Identity.
+    """
     from components.systems import SYSTEMS
 
     found = SYSTEMS.get(system)
-    return dict if found is None or found.check_options is None else found.check_options
+    if found is None or found.check_options is None:
+        return dict
+    return functools.partial(found.check_options, usual=dict(defaults))
 
 
 def restore_folder(
@@ -157,7 +164,7 @@ def restore_folder(
         raise UsageError(f"batch_size and actors must be at least 1, got {batch_size} and {actors}")
     folder, identity = model_identity(model)
     try:
-        ask = parse_ask(options or {}, option_check(identity.system))
+        ask = parse_ask(options or {}, option_check(identity.system, identity.defaults))
     except ValueError as error:
         raise UsageError(str(error)) from error
     sources, ignored = list_pictures(src, out)

@@ -236,7 +236,7 @@ def start(
             ray_actor_options={"num_cpus": 0},
         )(ray_serve.ingress()(FrontDoor))
         replica = restorer.bind(factory, identity, limits, threads)
-        target = front.bind(replica, identity, limits, option_check(identity.system))
+        target = front.bind(replica, identity, limits, option_check(identity.system, identity.defaults))
         ray_serve.run_many(
             [ray_serve.RunTarget(target=target, name=APP, route_prefix="/")], wait_for_applications_running=False
         )

@@ -193,13 +193,13 @@ def check_start(key: str, name: str, hub: bool = True) -> None:
         raise unknown(key, name, known)
 
 
-def check_options(system: str, options: Mapping[str, Any]) -> None:
-    """Raises UsageError for restorer options that the system, or every system, refuses."""
+def check_options(system: str, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises UsageError for restorer options that the system refuses, or a model with these defaults, or everyone."""
     from components.restoring import parse_ask
     from pipelines.restore import option_check
 
     try:
-        parse_ask(options, option_check(system))
+        parse_ask(options, option_check(system, defaults))
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -218,10 +218,16 @@ def check_train(settings: TrainSettings, recipe: Any, above: Sequence[Any]) -> N
 
 def check_restore(settings: RestoreSettings, recipe: Any, above: Sequence[Any]) -> None:
     """Of a restore stage: the degradation, and the options by the system of the model that it restores with."""
+    from components.recipes import as_dict
+    from components.systems import SYSTEMS
+
     check_degradation(settings.preset, settings.preset_options)
     if settings.pairs and settings.preset != "none":
         raise UsageError(f"pairs={settings.pairs}: the inputs of pairs are not degraded again: preset=none.")
-    check_options(above[-1].system if above else "", settings.options)
+    made_by = above[-1] if above else None
+    found = SYSTEMS.get(made_by.system) if made_by else None
+    defaults = found.restore_defaults(as_dict(made_by)) if found else {}
+    check_options(made_by.system if made_by else "", defaults, settings.options)
 
 
 def check_evaluate(settings: EvaluateSettings, recipe: Any, above: Sequence[Any]) -> None:

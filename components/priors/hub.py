@@ -6,7 +6,6 @@ vain is named in the error. Only safetensors are read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import nn
 
 from components.models import ModelError, load_model
 from components.places import weights_folder
+from components.priors.files import first_line, read_json
+from components.priors.scheduler_config import read_schedule
 from components.priors.sdxl_config import DINOV2, DINOV2_TOKEN_DIM, SDXL, SDXL_UNET
 from components.samplers.schedules import Schedule
 
@@ -283,17 +284,12 @@ def _view(folder: Path) -> dict[str, Any]:
 
 
 def _schedule(folder: Path) -> Schedule:
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
         return Schedule()
-    said = read_json(path)
-    if said.get("prediction_type", "epsilon") != "epsilon":
-        raise ModelError(f"{path}: the prior must predict noise (epsilon), this one predicts {said['prediction_type']}")
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    try:
-        return Schedule(**{name: said[name] for name in names if name in said})
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: {error}") from error
+    schedule, prediction = read_schedule(folder)
+    if not isinstance(schedule, Schedule) or prediction != "epsilon":
+        raise ModelError(f"{folder}: the prior must predict noise (epsilon), this one's prediction is {prediction}")
+    return schedule
 
 
 def _check_sdxl(folder: Path, loaded: Mapping[str, Any]) -> None:
@@ -364,19 +360,3 @@ def _names(stem: str, variant: str) -> tuple[str, ...]:
         f"{stem}.safetensors.index.{variant}.json",
         f"{stem}.{variant}.safetensors.index.json",
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file. Raises ModelError where there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: no configuration")
-    return found
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

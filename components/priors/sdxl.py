@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from components.models import SHIPPED, Model, ModelError, load_model, load_strictly
 from components.priors.autoencoder import autoencoder_factor, decode_latents, encode_pixels
+from components.priors.files import first_line
 from components.priors.hub import DTYPES, Precision, load_sdxl
 from components.priors.sdxl_config import DINOV2
 from components.samplers.schedules import Schedule
@@ -224,10 +225,18 @@ def load_prior(
 
 
 def prior_from_model(model: Model) -> Prior:
-    """A prior from its model folder."""
+    """A prior from its model folder.
+
+    Raises:
+        ModelError: its config builds none, or its weights do not fit.
+    """
     from components.priors.nano import build_prior  # the builder needs Prior: imported here to break the circle
 
-    prior = build_prior(model.info["config"], model.file("tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = model.file("tokenizer.json").read_text(encoding="utf-8")
+    try:
+        prior = build_prior(model.info["config"], tokenizer)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{model.path}: its config builds no prior ({first_line(error)})") from error
     for part, module in prior.modules.items():
         load_strictly(module, model.part(part), f"{model.path}: part {part}")
     # what finds it again: a shipped name, or where the folder is

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.captions.views import View
-from components.options import OptionCheck
+from components.options import SystemOptionCheck
 from components.recipes import Recipe
 from components.systems.instantir import released as instantir_released
 from components.systems.instantir.recipe import InstantIRRecipe
@@ -41,6 +41,7 @@ class System:
         measure: (objective, held-out batches) -> numbers for the model card; None for none.
         build_restorer: (model folder, keyword options) -> restorer; None where the system restores nothing by itself.
         check_options: judges and types a request's options without torch; None as build_restorer.
+        restore_defaults: resolved recipe -> the options that it settles for its model's restorer; torch-free too.
         precomputed: stage -> which columns its objective takes in an encoder's place ("latents", "embeddings").
         encoded_with: (recipe, parent folders by stage) -> the prior whose encoders these columns must come from.
         views: pictures of the system's own that a captioner may look at, by name; torch-free, called in data tasks. One
@@ -56,7 +57,8 @@ class System:
     look: Callable[..., Tensor] | None = None
     measure: Callable[..., dict[str, float]] | None = None
     build_restorer: Callable[..., Restorer] | None = None
-    check_options: OptionCheck | None = None
+    check_options: SystemOptionCheck | None = None
+    restore_defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda recipe: {}
     precomputed: Mapping[str, Sequence[str]] = field(default_factory=dict)
     encoded_with: Callable[[Any, Mapping[str, Path]], str] = lambda recipe, parents: str(recipe.prior)
     views: Mapping[str, View] = field(default_factory=dict)
@@ -100,10 +102,16 @@ def _instantir_restorer(*args: Any, **kwargs: Any) -> Restorer:
     return build_restorer(*args, **kwargs)
 
 
-def _instantir_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+def _instantir_options(given: Mapping[str, Any], usual: Mapping[str, Any]) -> Mapping[str, Any]:
     from components.systems.instantir.options import check_options
 
-    return check_options(given)
+    return check_options(given, usual)
+
+
+def _instantir_defaults(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    from components.systems.instantir.options import restore_defaults
+
+    return restore_defaults(recipe)
 
 
 def _instantir_import(*args: Any, **kwargs: Any) -> Imported:
@@ -154,10 +162,16 @@ def _instarevive_restorer(*args: Any, **kwargs: Any) -> Restorer:
     return build_restorer(*args, **kwargs)
 
 
-def _instarevive_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+def _instarevive_options(given: Mapping[str, Any], usual: Mapping[str, Any]) -> Mapping[str, Any]:
     from components.systems.instarevive.options import check_options
 
-    return check_options(given)
+    return check_options(given, usual)
+
+
+def _instarevive_defaults(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    from components.systems.instarevive.options import restore_defaults
+
+    return restore_defaults(recipe)
 
 
 def _instarevive_import(*args: Any, **kwargs: Any) -> Imported:
@@ -202,10 +216,16 @@ def _swinir_restorer(*args: Any, **kwargs: Any) -> Restorer:
     return build_restorer(*args, **kwargs)
 
 
-def _swinir_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+def _swinir_options(given: Mapping[str, Any], usual: Mapping[str, Any]) -> Mapping[str, Any]:
     from components.systems.swinir.options import check_options
 
-    return check_options(given)
+    return check_options(given, usual)
+
+
+def _swinir_defaults(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    from components.systems.swinir.options import restore_defaults
+
+    return restore_defaults(recipe)
 
 
 def _swinir_import(*args: Any, **kwargs: Any) -> Imported:
@@ -250,6 +270,7 @@ SYSTEMS: dict[str, System] = {
         look=_instantir_look,
         build_restorer=_instantir_restorer,
         check_options=_instantir_options,
+        restore_defaults=_instantir_defaults,
         precomputed=dict.fromkeys(("dcp", "previewer", "aggregator"), ("latents", "embeddings")),
         weights=WeightsIO(
             published=instantir_released.PUBLISHED,
@@ -271,6 +292,7 @@ SYSTEMS: dict[str, System] = {
         measure=_instarevive_measure,
         build_restorer=_instarevive_restorer,
         check_options=_instarevive_options,
+        restore_defaults=_instarevive_defaults,
         precomputed={"onestep": ("latents", "embeddings")},
         encoded_with=_instarevive_encoded_with,
         views={"coarse": CoarseView()},
@@ -292,6 +314,7 @@ SYSTEMS: dict[str, System] = {
         measure=_swinir_measure,
         build_restorer=_swinir_restorer,
         check_options=_swinir_options,
+        restore_defaults=_swinir_defaults,
         weights=WeightsIO(
             published=swinir_released.PUBLISHED,
             files=swinir_released.RELEASED,

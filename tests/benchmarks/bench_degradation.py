@@ -25,7 +25,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -155,10 +155,25 @@ def _gray(images: Any, num_output_channels: int = 1) -> Any:
     return luma.expand(-1, num_output_channels, -1, -1)
 
 
+class Original(NamedTuple):
+    """A pass over pictures with the original's code.
+
+    Attributes:
+        draw: seed -> the items of a pass: each picture's kernels.
+        apply: these items -> None; degrades, ended by the bicubic resize to full size.
+    """
+
+    draw: Callable[[int], list[dict[str, Any]]]
+    apply: Callable[[list[dict[str, Any]]], None]
+
+    def __call__(self, seed: int) -> None:
+        self.apply(self.draw(seed))
+
+
 def original(
     checkout: Path, batch_size: int, sharpening: str, pictures: Sequence[np.ndarray], device: str = "cpu"
-) -> Callable[[int], None]:
-    """A pass over the pictures with the original's item and batch code, ended by the bicubic resize to full size.
+) -> Original:
+    """The original's item and batch code over these pictures, which lie on the device.
 
     Raises:
         SystemExit: the path holds no BasicSR.
@@ -198,20 +213,24 @@ def original(
         return kept[0]
 
     model.usm_sharpener = {"twice": sharp, "once": once, "off": lambda images: images}[sharpening]
-    planes = [torch.from_numpy(picture.transpose(2, 0, 1).copy()) for picture in pictures]
+    planes = [torch.from_numpy(picture.transpose(2, 0, 1).copy()).to(device) for picture in pictures]
 
-    @torch.no_grad()
-    def run(seed: int) -> None:
+    def draw(seed: int) -> list[dict[str, Any]]:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  the original draws from the global generator
         torch.manual_seed(seed)
+        return [dataset[0] for _ in planes]
+
+    @torch.no_grad()
+    def apply(drawn: list[dict[str, Any]]) -> None:
         for start in range(0, len(planes) // batch_size * batch_size, batch_size):
-            drawn = [dataset[0] for _ in range(batch_size)]
-            data = {name: torch.stack([item[name] for item in drawn]) for name in ("kernel1", "kernel2", "sinc_kernel")}
-            model.feed_data(data | {"gt": torch.stack(planes[start : start + batch_size])})
+            chosen = slice(start, start + batch_size)
+            kernels = ("kernel1", "kernel2", "sinc_kernel")
+            data = {name: torch.stack([item[name] for item in drawn[chosen]]) for name in kernels}
+            model.feed_data(data | {"gt": torch.stack(planes[chosen])})
             torch.nn.functional.interpolate(model.lq, size=(side, side), mode="bicubic").clamp_(0, 1)
 
-    return run
+    return Original(draw, apply)
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
@@ -234,7 +253,7 @@ def measure(
     hq, results = crops(photos, pictures, side), []
     for recipe in recipes:
         preset, options, batch_size, sharpening = RECIPES[recipe]
-        arms = {"ours": ours(preset, options, hq)}
+        arms: dict[str, Callable[[int], None]] = {"ours": ours(preset, options, hq)}
         if basicsr is not None:
             arms["original"] = original(basicsr, batch_size, sharpening, hq)
         found: dict[str, list[float]] = {name: [] for name in arms}

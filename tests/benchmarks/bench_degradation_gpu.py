@@ -3,14 +3,15 @@
     python tests/benchmarks/bench_degradation_gpu.py --basicsr basicsr-1.4.2
     python tests/benchmarks/bench_degradation_gpu.py --device cpu --side 64 --batch 4
 
-Ours draws per picture, the original per batch. Plans are drawn before the clock starts (a Ray worker draws them beside
-the crop), HQ lies on the device, and the device is waited for at both ends. Rounds take turns; medians are reported,
-and a line is void where an arm spreads over 25 %.
+Ours draws all numbers per picture, the original its kernels per picture and the others per batch. Plans and kernels
+are drawn before the clock starts (workers draw them beside the crop), HQ lies on the device, and the device is waited
+for at both ends. Rounds take turns; medians are reported, and a line is void where an arm spreads over 25 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -45,20 +46,21 @@ def measure(
         for size in batch_sizes:
             pictures = bench.crops(None, size, side)
             hq = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().to(device)
-            plans = [[degradation.draw(seed, "bench", k) for k in range(size)] for seed in range(rounds + 1)]
 
-            def batched(seed: int, hq: torch.Tensor = hq, plans: Any = plans) -> None:
-                apply_plans(hq, plans[seed])
+            def draw(seed: int, size: int = size, degradation: Any = degradation) -> list[Any]:
+                return [degradation.draw(seed, "bench", k) for k in range(size)]
 
-            arms: dict[str, Callable[[int], None]] = {"ours": batched}
+            arms: dict[str, tuple[Callable[[int], Any], Callable[[Any], Any]]]
+            arms = {"ours": (draw, functools.partial(apply_plans, hq))}
             if basicsr is not None:
                 arms["original"] = bench.original(basicsr, size, SHARPENING[preset], pictures, device)
             rates: dict[str, list[float]] = {name: [] for name in arms}
             for seed in range(rounds + 1):
-                for name, run in arms.items():
+                for name, (drawing, run) in arms.items():
+                    drawn = drawing(seed)
                     synchronise(device)
                     start = time.perf_counter()
-                    run(seed)
+                    run(drawn)
                     synchronise(device)
                     if seed:  # the first one warms up
                         rates[name].append(size / (time.perf_counter() - start))

@@ -13,7 +13,8 @@ replayed from CUDA graphs (--graphs on), the autoencoder in bfloat16. Arms take 
 (the device waited for), of CPU time elsewhere; a line is void where an arm spreads over 25 %. `difference` is the
 largest difference of the arms' pictures over the largest value, `psnr_db` of ours against plain.
 
-It needs torch, numpy, diffusers, transformers, peft, safetensors and omegaconf, and of this project components/.
+It needs torch, numpy, diffusers, transformers, peft, safetensors, omegaconf, OpenCV and (for update) simplejpeg, and of
+this project components/.
 Compiling blocks takes about a minute a size; --compile off --graphs on has most of the gain at a batch of one.
 """
 

@@ -16,11 +16,16 @@ from components.samplers.ddim import sample_ddim
 from components.samplers.schedules import Schedule
 from components.samplers.tiles import tile_boxes, tiled
 from components.systems.instantir.aggregator import Residuals
-from components.systems.instantir.build import restore_defaults
 from components.systems.instantir.denoiser import InstantIRDenoiser
 from components.systems.instantir.fast import FastRun
 from components.systems.instantir.network import Conditions, InstantIR
-from components.systems.instantir.options import LoopSettings, Options, check_options, parse_options
+from components.systems.instantir.options import (
+    LoopSettings,
+    Options,
+    check_options,
+    parse_options,
+    restore_defaults,
+)
 from components.systems.instantir.preprocess import released_sizes, view_pixels
 from components.systems.instantir.references import noised_reference
 from components.systems.instantir.restorer import InstantIRRestorer
@@ -258,6 +263,15 @@ def test_presets_settle_options_and_explicit_ones_win() -> None:
     }
     recipe = {"steps_at_restore": 4, "cfg_scale": 1.0, "reference_noise": True}
     assert restore_defaults(recipe) == {"steps": 4, "cfg_scale": 1.0, "reference_noise": True}
+
+
+def test_options_that_exclude_the_models_own_are_refused_before_a_job() -> None:
+    usual = restore_defaults({"reference": "lq"})
+    for options in ({"preset": "paper"}, {"adaptive": "released"}):
+        assert check_options(options) == options
+        with pytest.raises(ValueError, match=r"compares previews, so reference must be one of preview.*got lq"):
+            check_options(options, usual)
+    assert check_options({"preset": "paper", "reference": "preview"}, usual)["reference"] == "preview"
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ from components.randomness import Noise
 from components.recipes import Optimizer, RecipeError, load_recipe
 from components.samplers.schedules import Schedule
 from components.synthetic import dead_leaves
-from components.systems.instantir.build import build_objective, restore_defaults
+from components.systems.instantir.build import build_objective
 from components.systems.instantir.checkpointing import checkpoint_gradients
 from components.systems.instantir.network import InstantIR, predict_noise
 from components.systems.instantir.objectives import AggregatorObjective, PerceptorObjective, PreviewerObjective
+from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.preprocess import view_pixels
 from components.systems.instantir.previewer import previewer_enabled
 from components.systems.instantir.references import REFERENCE_NOISE, noised_reference

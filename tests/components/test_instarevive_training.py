@@ -217,7 +217,7 @@ def test_wrong_recipes_are_refused(changes: dict[str, Any], words: str) -> None:
 def test_the_system_is_registered() -> None:
     system = SYSTEMS["instarevive"]
     assert system.stages == {"onestep": 1} and system.weights is not None
-    assert system.check_options is not None and system.check_options({"tile_px": 512.0}) == {"tile_px": 512}
+    assert system.check_options is not None and system.check_options({"tile_px": 512.0}, {}) == {"tile_px": 512}
     layout = system.weights.layout(sizes={})
     assert sum(torch.Size(s).numel() for s in layout["InstaRevive_v1.ckpt"].values()) == 610_856_096
     assert asdict(recipe())["distillation"]["kappa"] == 1.5

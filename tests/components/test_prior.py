@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,16 @@ def test_a_prior_in_a_folder_is_found_again_by_what_a_model_records(tmp_path: Pa
     folder.rename(tmp_path / "moved")
     with pytest.raises(ModelError, match=r"was trained on prior .*mine.* bring it back"):
         open_prior(recorded["id"], recorded, "cpu")
+
+
+def test_a_config_that_builds_no_prior_is_told_with_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(resolve_model("nano"), folder)
+    said = json.loads((folder / "model.json").read_text())
+    said["config"]["schedule"] = {"num_train_timesteps": 1000, "shift": 3.0}  # a flow's, which no prior here has
+    (folder / "model.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match=r"mine: its config builds no prior .*shift"):
+        load_prior(folder)
 
 
 def test_a_restoration_model_is_no_prior(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cv2
@@ -28,8 +29,8 @@ MAX_STEPS = 1_000_000
 """Only the restorer judges this one, as InstantIR's prior does."""
 
 
-def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """See components.options.OptionCheck."""
+def check_options(given: Mapping[str, Any], usual: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """See components.options.SystemOptionCheck."""
     return typed_options(given, {"steps": int, "cfg_scale": float})
 
 

@@ -329,6 +329,13 @@ def test_wrong_names_deep_inside_die_when_the_plan_is_loaded(override: str, near
         load_plan("demo", [override])
 
 
+def test_options_that_exclude_the_models_own_die_when_the_plan_is_loaded() -> None:
+    overrides = ["restored.options.preset=paper"]
+    load_plan("demo", overrides)
+    with pytest.raises(UsageError, match=r"reference must be one of preview.*got lq"):
+        load_plan("demo", [*overrides, "aggregator.reference=lq"])
+
+
 def test_a_hub_id_needs_no_folder() -> None:
     load_plan("demo", ["dcp.prior=owner/name"])
 

@@ -284,7 +284,7 @@ def test_files_of_other_people_are_neither_overwritten_nor_deleted(source: str, 
 
 
 def test_batch_and_service_agree_on_options(model: Path, pictures: Path, tmp_path: Path) -> None:
-    check = option_check("instantir")
+    check = option_check("instantir", {})
     for options in ({"cfg_scale": 3}, {"sampler": "ddpm"}, {"steps": 2.0}, {"start": "noise", "preview_start": 1}):
         service = read_parameters({name: str(value) for name, value in options.items()}, ServeLimits(), check)[2]
         batch = parse_ask(options, check)

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -64,7 +64,9 @@ def never(*_: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def hearing_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = functools.partial(typed_options, types={"strength": float})
+    def check(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+        return typed_options(given, {"strength": float})
+
     system = System(recipe=Recipe, stages={}, build_objective=never, check_options=check)
     monkeypatch.setitem(SYSTEMS, "tiny", system)
 

@@ -298,6 +298,8 @@ def test_what_does_not_fit_is_refused(released: Released, tmp_path: Path) -> Non
     write_prior(folder, released.unet(), 48)
     for file, change, reason in (
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "must predict noise"),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is flow_prediction"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "unscaled schedule"),
         ("dino/config.json", {"model_type": "dinov2_with_registers"}, "without register tokens"),
         ("dino/preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "is not ImageNet's"),
         ("unet/config.json", {"norm_num_groups": 4, "block_out_channels": [16, 32, 36]}, "cannot be loaded|do not fit"),

@@ -22,6 +22,7 @@ from components.systems.instantir.objectives import (
     PreviewerObjective,
     StageObjective,
 )
+from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instantir.restorer import InstantIRRestorer
 
@@ -219,18 +220,3 @@ def build_restorer(
     network = network_of(model, prior)
     network.to(device)
     return InstantIRRestorer(network, {**restore_defaults(model.info["recipe"]), **defaults}, batch_size, wanted)
-
-
-def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Restorer options that a resolved recipe settles; a model imported without a recipe takes the paper's.
-
-    A model is restored with the view and the references that it was trained on.
-    """
-    names = {
-        "steps": "steps_at_restore",
-        "cfg_scale": "cfg_scale",
-        "reference_noise": "reference_noise",
-        "view": "view",
-    }
-    options = {option: recipe[key] for option, key in names.items() if key in recipe}
-    return options | ({"reference": "lq"} if recipe.get("reference") == "lq" else {})

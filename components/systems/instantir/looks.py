@@ -14,10 +14,10 @@ from components.recipes import as_dict
 from components.samplers.ddim import sample_ddim
 from components.samplers.guidance import guide
 from components.samplers.schedules import Schedule
-from components.systems.instantir.build import restore_defaults
 from components.systems.instantir.fast import Speed
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.objectives import StageObjective
+from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instantir.restorer import InstantIRRestorer
 from components.tensors import images_to_tensor, tensor_to_images

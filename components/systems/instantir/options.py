@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
 from components.options import on_top, typed_options
@@ -44,15 +45,33 @@ with the Aggregator stopped at the middle of the 0.6 to 0.8 that the authors adv
 """
 
 
-def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
+def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Restorer options that a resolved recipe settles; a model imported without a recipe takes the paper's.
+
+    A model is restored with the view and the references that it was trained on.
+    """
+    names = {
+        "steps": "steps_at_restore",
+        "cfg_scale": "cfg_scale",
+        "reference_noise": "reference_noise",
+        "view": "view",
+    }
+    options = {option: recipe[key] for option, key in names.items() if key in recipe}
+    return options | ({"reference": "lq"} if recipe.get("reference") == "lq" else {})
+
+
+def check_options(given: Mapping[str, Any], usual: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The given options in their own types; see components.options.OptionCheck.
+
+    Args:
+        usual: what the model's recipe settles, see restore_defaults.
 
     Raises:
         ValueError: an unknown name (with the near one), a wrong type, a value outside its range, or two options that
-            exclude each other.
+            exclude each other, one of them perhaps the model's own.
     """
     values = typed_options(given, get_type_hints(Options))
-    on_top(values, Options(), PRESETS)  # checks the ranges
+    on_top(values, parse_options(usual, Options()), PRESETS)  # checks the ranges
     return values
 
 

@@ -24,7 +24,8 @@ from components.systems.instarevive.network import (
     join,
     latent_multiple,
 )
-from components.systems.instarevive.settings import PRIORS, Family, Prediction
+from components.systems.instarevive.settings import PRIORS, Family
+from components.types import Prediction
 
 KEPT_PROMPTS = 32
 """Embedded prompts that are kept: most jobs say the same of every picture, and T5-XXL takes longer than the rest."""

@@ -15,6 +15,7 @@ from components.samplers.schedules import schedule_from
 from components.systems.instarevive.backbone import Backbone, network_like, open_backbone
 from components.systems.instarevive.fast import Speed
 from components.systems.instarevive.network import EpsPredictor, OneStep, OneStepGenerator
+from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.restorer import Coarse, InstaReviveRestorer
 from components.systems.swinir.weights import network_of as swinir_of
 
@@ -137,8 +138,3 @@ def build_restorer(
     generator.to(torch.device(device))
     usual = {**restore_defaults(model.info.get("recipe") or {}), **defaults}
     return InstaReviveRestorer(generator, backbone, coarse, usual, batch_size, wanted)
-
-
-def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Restorer options that a resolved recipe settles: what lies in its `restore_options`."""
-    return dict(recipe.get("restore_options") or {})

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from components.naming import did_you_mean
 from components.samplers.schedules import FlowSchedule, Schedule
-from components.systems.instarevive.settings import AlignStart, Family, Prediction
+from components.systems.instarevive.settings import AlignStart, Family
+from components.types import Prediction
 
 InputMode = Literal["lq", "noise"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
 from components.options import on_top, typed_options
@@ -36,14 +37,22 @@ result comes back to its size by Lanczos.
 """
 
 
-def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
+def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Restorer options that a resolved recipe settles: what lies in its `restore_options`."""
+    return dict(recipe.get("restore_options") or {})
+
+
+def check_options(given: Mapping[str, Any], usual: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The given options in their own types; see components.options.OptionCheck.
+
+    Args:
+        usual: what the model's recipe settles, see restore_defaults.
 
     Raises:
         ValueError: an unknown name (with the near one), a wrong type, or a value outside its range.
     """
     values = typed_options(given, get_type_hints(Options))
-    on_top(values, Options(), PRESETS)  # checks the ranges
+    on_top(values, parse_options(usual, Options()), PRESETS)  # checks the ranges
     return values
 
 

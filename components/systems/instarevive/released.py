@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.options import UnknownOption, typed_options
-from components.systems.instarevive.settings import Family, Prediction
+from components.systems.instarevive.settings import Family
 from components.systems.weights_io import find_released
+from components.types import Prediction
 
 PUBLISHED = (
     "InstaRevive_v1.ckpt, as EternalEvan/InstaRevive links it; its coarse restorers: restoray weights import swinir"

@@ -13,8 +13,6 @@ from components.recipes import RecipeError
 Family = Literal["pixart", "sd", "sdxl", "nano"]
 """pixart: a DiT, text and mask. sd: a UNet, text. sdxl and nano: a UNet, text, pooled text and size ids."""
 
-Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
-"""As diffusers names them; the last two are velocities, of a variance-preserving schedule and of a flow."""
 
 AlignStart = Literal["lq", "noised"]
 """What a generator that takes noise begins with: LQ latents alone, or noised to its time step."""

@@ -21,7 +21,6 @@ from components.systems.instarevive.build import (
     generator_parts,
     load_generator,
     open_coarse,
-    restore_defaults,
 )
 from components.systems.instarevive.fast import Speed
 from components.systems.instarevive.identity import (
@@ -32,6 +31,7 @@ from components.systems.instarevive.identity import (
 )
 from components.systems.instarevive.network import Conditions, EpsPredictor, OneStep, OneStepGenerator, ScoreNetwork
 from components.systems.instarevive.objective import InstaReviveObjective, PriorTexts, Texts
+from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.recipe import InstaReviveRecipe
 from components.systems.instarevive.restorer import Coarse, InstaReviveRestorer
 from components.systems.instarevive.scores import build_scores

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from components.models import ModelCard, ModelError, file_sha256, load_model, save_model
 from components.naming import did_you_mean
-from components.priors.hub import find_folder, read_json
-from components.priors.one_text import read_schedule
+from components.priors.files import read_json
+from components.priors.hub import find_folder
 from components.priors.one_text_config import LICENCES, PIXART, PIXART_DIT, PIXART_SCHEDULE, SD21, SD21_UNET
+from components.priors.scheduler_config import read_schedule
 from components.priors.sdxl_config import LICENCES as SDXL_LICENCES
 from components.priors.sdxl_config import SDXL, SDXL_UNET
 from components.samplers.schedules import Schedule, schedule_from

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from components.options import typed_options
@@ -33,14 +34,22 @@ class Options:
             raise ValueError(f"option tile_overlap must be between 0 and 0.9, got {self.tile_overlap}")
 
 
-def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
+def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Restorer options that a resolved recipe settles: pictures are seen no smaller than in training."""
+    return {"min_side_px": recipe["resolution"]} if "resolution" in recipe else {}
+
+
+def check_options(given: Mapping[str, Any], usual: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The given options in their own types; see components.options.OptionCheck.
+
+    Args:
+        usual: what the model's recipe settles, see restore_defaults.
 
     Raises:
         ValueError: an unknown name (with the near one), a wrong type, or a value outside its range.
     """
     values = typed_options(given, get_type_hints(Options))
-    replace(Options(), **values)  # checks the ranges
+    replace(parse_options(usual, Options()), **values)  # checks the ranges
     return values
 
 

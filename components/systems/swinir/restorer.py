@@ -16,7 +16,7 @@ from components.priors.hub import DTYPES, Precision
 from components.samplers.tiles import gaussian_weights, tile_boxes
 from components.systems.swinir.network import SwinIR
 from components.systems.swinir.objective import check_same_size
-from components.systems.swinir.options import Options, parse_options, told
+from components.systems.swinir.options import Options, parse_options, restore_defaults, told
 from components.systems.swinir.weights import network_of
 from components.types import Cancellation, Cancelled, Image, OnStep, Request, Restored, SampleError, StepEvent
 
@@ -156,5 +156,5 @@ def build_restorer(
     Raises:
         ModelError: the folder is damaged.
     """
-    trained = {"min_side_px": model.info["recipe"]["resolution"]} if "resolution" in model.info["recipe"] else {}
-    return SwinIRRestorer(network_of(model).to(device, DTYPES[precision]), {**trained, **defaults})
+    usual = {**restore_defaults(model.info["recipe"]), **defaults}
+    return SwinIRRestorer(network_of(model).to(device, DTYPES[precision]), usual)

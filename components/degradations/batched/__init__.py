@@ -4,7 +4,9 @@ Every picture has its own plan, so sizes, kernels, modes and even the order of o
 Pictures of similar size share a canvas and each has its valid part at the top left of it; what lies outside is finite
 and means nothing. In turn the operation that most pictures wait for runs on all of them. The same plan gives the same
 noise as on the CPU back end, and the same picture up to arithmetic; JPEG is computed, not called, and differs by what
-libjpeg rounds. Operations themselves are in ops.py.
+libjpeg rounds. On a CPU a picture's bits are its own; a GPU's libraries choose their arithmetic by the size of a batch,
+so there the same batch has the same bits, and a picture in other company the same but for rounding. Operations are in
+ops.py, resizing in resizing.py.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.degradations.batched.ops import OPERATIONS, resize
+from components.degradations.batched.ops import DRAWN, OPERATIONS, draw_words
+from components.degradations.batched.resizing import Job, resize_all
+from components.degradations.batched.transfer import sent
 from components.degradations.plans import MAX_SIDE_PX, operations, out_sides
 from components.types import Plan, SampleError
 
-BUCKET = 1.25  # canvases grow in such steps, so that at most half of one is waste
+BUCKET = 1.5  # canvases grow in such steps: finer ones waste fewer pixels, and coarser ones keep a GPU busier
 SMALLEST_PX = 32
 
 
@@ -44,10 +48,20 @@ class Canvas:
         """Some of the pictures; all of them without a copy."""
         if len(places) == len(self.rows):
             return self
-        index = torch.tensor(places, device=self.images.device)
+        index = sent(places, self.images.device)
         return Canvas(
             images=self.images[index], rows=[self.rows[i] for i in places], sides=[self.sides[i] for i in places]
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """Whose turn an operation is on a canvas: places `ready`, which `part` holds, with an operation each."""
+
+    canvas: Canvas
+    ready: list[int]
+    part: Canvas
+    ops: list[Mapping[str, Any]]
 
 
 @torch.no_grad()
@@ -75,23 +89,15 @@ def apply_plans(hq: Tensor, plans: Sequence[Plan], keys: Sequence[str] = ()) -> 
     while waiting := Counter(ops[-1]["op"] for ops in todo if ops):
         name = waiting.most_common(1)[0][0]
         after: list[Canvas] = []
+        turns: list[Turn] = []
         for canvas in canvases:
             ready = [i for i, row in enumerate(canvas.rows) if todo[row] and todo[row][-1]["op"] == name]
-            if not ready:
-                after.append(canvas)
-                continue
-            part = canvas.select(ready)
-            ops = [todo[row].pop() for row in part.rows]
-            if name == "resize":
-                rest = [i for i in range(len(canvas.rows)) if i not in set(ready)]
-                after += [canvas.select(rest)] if rest else []
-                after += _resize(part, ops, (height, width))
+            if ready:
+                part = canvas.select(ready)
+                turns.append(Turn(canvas=canvas, ready=ready, part=part, ops=[todo[row].pop() for row in part.rows]))
             else:
-                made = OPERATIONS[name](part.images, part.sides, ops)
-                whole = len(ready) == len(canvas.rows)
-                index = torch.tensor(ready, device=made.device)
-                images = made if whole else canvas.images.index_copy(0, index, made)
-                after.append(Canvas(images=images, rows=canvas.rows, sides=canvas.sides))
+                after.append(canvas)
+        after += _resize(turns, (height, width)) if name == "resize" else _operate(name, turns)
         canvases = _merge(after) if name == "resize" else after
     sides = {side for canvas in canvases for side in canvas.sides}
     if len(sides) > 1:
@@ -99,7 +105,7 @@ def apply_plans(hq: Tensor, plans: Sequence[Plan], keys: Sequence[str] = ()) -> 
     (side,) = sides
     result = images.new_empty(len(plans), 3, *side)
     for canvas in canvases:
-        result[torch.tensor(canvas.rows, device=result.device)] = canvas.images[..., : side[0], : side[1]]
+        result[sent(canvas.rows, result.device)] = canvas.images[..., : side[0], : side[1]]
     return result
 
 
@@ -125,19 +131,40 @@ def check_batch(hq: Tensor, keys: Sequence[str]) -> Tensor:
     return hq.float()
 
 
-def _resize(canvas: Canvas, ops: Sequence[Mapping[str, Any]], hq: tuple[int, int]) -> list[Canvas]:
-    """Resize each picture to its own size; one canvas a bucket of sizes."""
-    goals = [out_sides(op, side, hq) for op, side in zip(ops, canvas.sides, strict=True)]
-    buckets: dict[tuple[int, int], list[int]] = {}
-    for place, goal in enumerate(goals):
-        buckets.setdefault(_edges(goal), []).append(place)
-    made = []
-    for places in buckets.values():
-        part = canvas.select(places)
-        wanted = [goals[i] for i in places]
-        images = resize(part.images, part.sides, wanted, [ops[i] for i in places], _edges(wanted[0]))
-        made.append(Canvas(images=images, rows=part.rows, sides=wanted))
-    return made
+def _operate(name: str, turns: Sequence[Turn]) -> list[Canvas]:
+    """One operation on the pictures whose turn it is; the others of each canvas stay as they are."""
+    drawn = None
+    if name in DRAWN:
+        sides, ops = [s for turn in turns for s in turn.part.sides], [op for turn in turns for op in turn.ops]
+        drawn = draw_words(sides, ops, turns[0].part.images.device)
+    after, first = [], 0
+    for turn in turns:
+        more = () if drawn is None else (drawn, first)
+        made = OPERATIONS[name](turn.part.images, turn.part.sides, turn.ops, *more)
+        first += len(turn.ops)
+        if len(turn.ready) < len(turn.canvas.rows):
+            made = turn.canvas.images.index_copy(0, sent(turn.ready, made.device), made)
+        after.append(Canvas(images=made, rows=turn.canvas.rows, sides=turn.canvas.sides))
+    return after
+
+
+def _resize(turns: Sequence[Turn], hq: tuple[int, int]) -> list[Canvas]:
+    """Resize each picture to its own size; of each canvas one a bucket of sizes, and one of what waits."""
+    after, jobs, rows = [], [], []
+    for turn in turns:
+        rest = [i for i in range(len(turn.canvas.rows)) if i not in set(turn.ready)]
+        after += [turn.canvas.select(rest)] if rest else []
+        goals = [out_sides(op, side, hq) for op, side in zip(turn.ops, turn.part.sides, strict=True)]
+        buckets: dict[tuple[int, int], list[int]] = {}
+        for place, goal in enumerate(goals):
+            buckets.setdefault(_edges(goal), []).append(place)
+        for edges, places in buckets.items():
+            part = turn.part.select(places)
+            wanted, ops = [goals[i] for i in places], [turn.ops[i] for i in places]
+            jobs.append(Job(images=part.images, sides=part.sides, goals=wanted, ops=ops, canvas=edges))
+            rows.append(part.rows)
+    made = zip(resize_all(jobs), rows, jobs, strict=True)
+    return after + [Canvas(images=images, rows=numbers, sides=list(job.goals)) for images, numbers, job in made]
 
 
 def _bucket(side: int) -> int:

@@ -5,13 +5,20 @@ Torch has no unsigned 64-bit arithmetic; int64 wraps the same way, so only the h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 from torch import Tensor
+
+from components.degradations.batched.transfer import sent
 
 MASK32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 ROUNDS = 10
+BLOCK = 16  # words of a counter
 
 
 def signed(value: int) -> int:
@@ -20,33 +27,52 @@ def signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def words(seeds: Tensor, count: int) -> Tensor:
-    """The first `count` random 16-bit words of each seed, int64 [B, count] in 0..65535; as noise.words.
+@dataclass(frozen=True)
+class Words:
+    """Random 16-bit words of several streams, one stream after the other.
+
+    Attributes:
+        flat: int32 in 0..65535.
+        starts: where each stream begins.
+    """
+
+    flat: Tensor
+    starts: list[int]
+
+
+def words(seeds: Sequence[int], counts: Sequence[int], device: torch.device) -> Words:
+    """The first `counts` random 16-bit words of each seed, as noise.words; a few more, up to whole blocks of 16.
+
+    All streams are made together: on a GPU it is the number of steps that costs.
 
     Args:
-        seeds: int64 [B], not negative.
-        count: words a row.
+        seeds: 0 .. 2**63 - 1.
+        counts: words of each seed.
     """
-    blocks = -(-count // 16)
-    counter = torch.arange(1, blocks + 1, device=seeds.device, dtype=torch.int64)  # numpy steps before it draws
-    zero = torch.zeros(1, blocks, device=seeds.device, dtype=torch.int64)
-    x0, x1, x2, x3 = counter[None].expand(len(seeds), blocks), zero, zero, zero
-    key0, key1 = seeds[:, None], torch.zeros_like(seeds)[:, None]
+    blocks = [-(-count // BLOCK) for count in counts]
+    begins = [0, *accumulate(blocks)]
+    numbers = sent([seeds, begins[:-1], blocks], device)
+    owner = torch.repeat_interleave(torch.arange(len(seeds), device=device), numbers[2], output_size=begins[-1])
+    counter = torch.arange(1, begins[-1] + 1, device=device) - numbers[1][owner]  # numpy steps before it draws
+    zeros = torch.zeros_like(counter)
+    # of the four words of the state the first and third are multiplied, the others only mixed in
+    even, odd = torch.stack([counter, zeros]), torch.stack([zeros, zeros])
+    keys = torch.stack([numbers[0][owner], zeros])
+    factors = sent([signed(m) for m in MULTIPLIERS], device)[:, None]
+    weyl = sent([signed(w) for w in WEYL], device)[:, None]
+    parts = factors & MASK32, (factors >> 32) & MASK32
     for _ in range(ROUNDS):
-        high0, low0 = _product(x0, MULTIPLIERS[0])
-        high1, low1 = _product(x2, MULTIPLIERS[1])
-        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
-        key0, key1 = key0 + signed(WEYL[0]), key1 + signed(WEYL[1])
-    full = torch.stack([x.expand(len(seeds), blocks) for x in (x0, x1, x2, x3)], -1).reshape(len(seeds), -1)
-    lanes = torch.stack([(full >> shift) & 0xFFFF for shift in (0, 16, 32, 48)], -1)
-    return lanes.reshape(len(seeds), -1)[:, :count]
+        high, low = _high(even, *parts), even * factors
+        even, odd = high.flip(0) ^ odd ^ keys, low.flip(0)
+        keys = keys + weyl
+    state = torch.stack([even[0], odd[0], even[1], odd[1]], -1).flatten()
+    lanes = [((state >> shift) & 0xFFFF).int() for shift in (0, 16, 32, 48)]
+    return Words(torch.stack(lanes, -1).flatten(), [begin * BLOCK for begin in begins[:-1]])
 
 
-def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 64 bits of an unsigned product with a constant."""
+def _high(a: Tensor, low1: Tensor, high1: Tensor) -> Tensor:
+    """The high 64 bits of unsigned products with a constant, given by its 32-bit halves."""
     low0, high0 = a & MASK32, (a >> 32) & MASK32
-    low1, high1 = b & MASK32, b >> 32
-    inner = low0 * low1
-    middle = high0 * low1 + ((inner >> 32) & MASK32)
+    middle = high0 * low1 + (((low0 * low1) >> 32) & MASK32)
     other = low0 * high1 + (middle & MASK32)
-    return high0 * high1 + ((middle >> 32) & MASK32) + ((other >> 32) & MASK32), a * signed(b)
+    return high0 * high1 + ((middle >> 32) & MASK32) + ((other >> 32) & MASK32)

@@ -19,9 +19,9 @@ OptionCheck = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class SystemOptionCheck(Protocol):
-    """An OptionCheck of all a system's models: `usual` are the options that the model's recipe settles."""
+    """An OptionCheck of all a system's models: `defaults` are the options that the model's recipe settles."""
 
-    def __call__(self, given: Mapping[str, Any], usual: Mapping[str, Any]) -> Mapping[str, Any]: ...
+    def __call__(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
 def typed_options(given: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:

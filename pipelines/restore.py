@@ -97,9 +97,16 @@ def model_identity(model: str | Path) -> tuple[Path, Identity]:
         licence=str(info.get("licence", "unstated")),
         permitted_use=str(info.get("permitted_use", "unstated")),
         frame=str(recipe.get("prompt") or ""),
-        defaults=system.restore_defaults(recipe) if system is not None else {},
+        defaults=recipe_defaults(str(info["system"]), recipe),
     )
     return found.path.resolve(), identity
+
+
+def recipe_defaults(system: str, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Restorer options that a resolved recipe settles for its model."""
+    from components.systems import SYSTEMS
+
+    return SYSTEMS[system].restore_defaults(recipe) if system in SYSTEMS else {}
 
 
 def option_check(system: str, defaults: Mapping[str, Any]) -> OptionCheck:
@@ -113,7 +120,7 @@ def option_check(system: str, defaults: Mapping[str, Any]) -> OptionCheck:
     found = SYSTEMS.get(system)
     if found is None or found.check_options is None:
         return dict
-    return functools.partial(found.check_options, usual=dict(defaults))
+    return functools.partial(found.check_options, defaults=dict(defaults))
 
 
 def restore_folder(

@@ -219,15 +219,13 @@ def check_train(settings: TrainSettings, recipe: Any, above: Sequence[Any]) -> N
 def check_restore(settings: RestoreSettings, recipe: Any, above: Sequence[Any]) -> None:
     """Of a restore stage: the degradation, and the options by the system of the model that it restores with."""
     from components.recipes import as_dict
-    from components.systems import SYSTEMS
+    from pipelines.restore import recipe_defaults
 
     check_degradation(settings.preset, settings.preset_options)
     if settings.pairs and settings.preset != "none":
         raise UsageError(f"pairs={settings.pairs}: the inputs of pairs are not degraded again: preset=none.")
-    made_by = above[-1] if above else None
-    found = SYSTEMS.get(made_by.system) if made_by else None
-    defaults = found.restore_defaults(as_dict(made_by)) if found else {}
-    check_options(made_by.system if made_by else "", defaults, settings.options)
+    system = above[-1].system if above else ""
+    check_options(system, recipe_defaults(system, as_dict(above[-1])) if above else {}, settings.options)
 
 
 def check_evaluate(settings: EvaluateSettings, recipe: Any, above: Sequence[Any]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from components.models import ModelError, load_model
 from components.places import weights_folder
 from components.priors.files import first_line, read_json
-from components.priors.scheduler_config import read_schedule
+from components.priors.scheduler_config import SCHEDULER, read_schedule
 from components.priors.sdxl_config import DINOV2, DINOV2_TOKEN_DIM, SDXL, SDXL_UNET
 from components.samplers.schedules import Schedule
 
@@ -284,11 +284,12 @@ def _view(folder: Path) -> dict[str, Any]:
 
 
 def _schedule(folder: Path) -> Schedule:
-    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+    path = folder / SCHEDULER
+    if not path.is_file():
         return Schedule()
     schedule, prediction = read_schedule(folder)
     if not isinstance(schedule, Schedule) or prediction != "epsilon":
-        raise ModelError(f"{folder}: the prior must predict noise (epsilon), this one's prediction is {prediction}")
+        raise ModelError(f"{path}: the prior must predict noise (epsilon), this one's prediction is {prediction}")
     return schedule
 
 

@@ -1,4 +1,4 @@
-"""Noise schedules of diffusers folders, and what their networks predict: scheduler/scheduler_config.json."""
+"""Noise schedules of diffusers folders, and what their networks predict."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from components.priors.files import read_json
 from components.samplers.schedules import FlowSchedule, Schedule
 from components.types import Prediction
 
+SCHEDULER = "scheduler/scheduler_config.json"
 FLOW_EXTRAS = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal")
 """Settings of diffusers' FlowMatch schedulers that change the times themselves; the others choose a sampler's steps."""
 
@@ -21,7 +22,7 @@ def read_schedule(folder: Path) -> tuple[Schedule | FlowSchedule, Prediction]:
     Raises:
         ModelError: no such file, or a schedule of another kind.
     """
-    path = folder / "scheduler" / "scheduler_config.json"
+    path = folder / SCHEDULER
     said = read_json(path)
     if str(said.get("_class_name", "")).startswith("FlowMatch"):
         return _flow_schedule(said, path), "flow_prediction"

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 from components.captions.views import View
 from components.options import SystemOptionCheck
 from components.recipes import Recipe
+from components.systems.instantir import options as instantir_options
 from components.systems.instantir import released as instantir_released
 from components.systems.instantir.recipe import InstantIRRecipe
+from components.systems.instarevive import options as instarevive_options
 from components.systems.instarevive import released as instarevive_released
 from components.systems.instarevive.recipe import InstaReviveRecipe
 from components.systems.instarevive.views import CoarseView
 from components.systems.prior_recipe import PriorRecipe
+from components.systems.swinir import options as swinir_options
 from components.systems.swinir import released as swinir_released
 from components.systems.swinir.recipe import SwinIRRecipe
 from components.systems.weights_io import Exported, Imported, Shapes, WeightsIO
@@ -102,18 +105,6 @@ def _instantir_restorer(*args: Any, **kwargs: Any) -> Restorer:
     return build_restorer(*args, **kwargs)
 
 
-def _instantir_options(given: Mapping[str, Any], usual: Mapping[str, Any]) -> Mapping[str, Any]:
-    from components.systems.instantir.options import check_options
-
-    return check_options(given, usual)
-
-
-def _instantir_defaults(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    from components.systems.instantir.options import restore_defaults
-
-    return restore_defaults(recipe)
-
-
 def _instantir_import(*args: Any, **kwargs: Any) -> Imported:
     from components.systems.instantir.weights import import_weights
 
@@ -162,18 +153,6 @@ def _instarevive_restorer(*args: Any, **kwargs: Any) -> Restorer:
     return build_restorer(*args, **kwargs)
 
 
-def _instarevive_options(given: Mapping[str, Any], usual: Mapping[str, Any]) -> Mapping[str, Any]:
-    from components.systems.instarevive.options import check_options
-
-    return check_options(given, usual)
-
-
-def _instarevive_defaults(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    from components.systems.instarevive.options import restore_defaults
-
-    return restore_defaults(recipe)
-
-
 def _instarevive_import(*args: Any, **kwargs: Any) -> Imported:
     from components.systems.instarevive.weights import import_weights
 
@@ -214,18 +193,6 @@ def _swinir_restorer(*args: Any, **kwargs: Any) -> Restorer:
     from components.systems.swinir.restorer import build_restorer
 
     return build_restorer(*args, **kwargs)
-
-
-def _swinir_options(given: Mapping[str, Any], usual: Mapping[str, Any]) -> Mapping[str, Any]:
-    from components.systems.swinir.options import check_options
-
-    return check_options(given, usual)
-
-
-def _swinir_defaults(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    from components.systems.swinir.options import restore_defaults
-
-    return restore_defaults(recipe)
 
 
 def _swinir_import(*args: Any, **kwargs: Any) -> Imported:
@@ -269,8 +236,8 @@ SYSTEMS: dict[str, System] = {
         build_objective=_instantir_objective,
         look=_instantir_look,
         build_restorer=_instantir_restorer,
-        check_options=_instantir_options,
-        restore_defaults=_instantir_defaults,
+        check_options=instantir_options.check_options,
+        restore_defaults=instantir_options.restore_defaults,
         precomputed=dict.fromkeys(("dcp", "previewer", "aggregator"), ("latents", "embeddings")),
         weights=WeightsIO(
             published=instantir_released.PUBLISHED,
@@ -291,8 +258,8 @@ SYSTEMS: dict[str, System] = {
         look=_instarevive_look,
         measure=_instarevive_measure,
         build_restorer=_instarevive_restorer,
-        check_options=_instarevive_options,
-        restore_defaults=_instarevive_defaults,
+        check_options=instarevive_options.check_options,
+        restore_defaults=instarevive_options.restore_defaults,
         precomputed={"onestep": ("latents", "embeddings")},
         encoded_with=_instarevive_encoded_with,
         views={"coarse": CoarseView()},
@@ -313,8 +280,8 @@ SYSTEMS: dict[str, System] = {
         look=_swinir_look,
         measure=_swinir_measure,
         build_restorer=_swinir_restorer,
-        check_options=_swinir_options,
-        restore_defaults=_swinir_defaults,
+        check_options=swinir_options.check_options,
+        restore_defaults=swinir_options.restore_defaults,
         weights=WeightsIO(
             published=swinir_released.PUBLISHED,
             files=swinir_released.RELEASED,

@@ -266,12 +266,12 @@ def test_presets_settle_options_and_explicit_ones_win() -> None:
 
 
 def test_options_that_exclude_the_models_own_are_refused_before_a_job() -> None:
-    usual = restore_defaults({"reference": "lq"})
+    defaults = restore_defaults({"reference": "lq"})
     for options in ({"preset": "paper"}, {"adaptive": "released"}):
         assert check_options(options) == options
         with pytest.raises(ValueError, match=r"compares previews, so reference must be one of preview.*got lq"):
-            check_options(options, usual)
-    assert check_options({"preset": "paper", "reference": "preview"}, usual)["reference"] == "preview"
+            check_options(options, defaults)
+    assert check_options({"preset": "paper", "reference": "preview"}, defaults)["reference"] == "preview"
 
 
 @pytest.mark.parametrize(

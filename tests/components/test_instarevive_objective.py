@@ -501,7 +501,7 @@ class AsFlow(nn.Module):
     ("fake", "kind"),
     [
         pytest.param("full", "vp", marks=pytest.mark.full),
-        pytest.param("lora", "vp", marks=pytest.mark.full),
+        ("lora", "vp"),
         pytest.param("full", "flow", marks=pytest.mark.full),
         ("lora", "flow"),
     ],

@@ -29,7 +29,7 @@ MAX_STEPS = 1_000_000
 """Only the restorer judges this one, as InstantIR's prior does."""
 
 
-def check_options(given: Mapping[str, Any], usual: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def check_options(given: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """See components.options.SystemOptionCheck."""
     return typed_options(given, {"steps": int, "cfg_scale": float})
 

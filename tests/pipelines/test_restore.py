@@ -13,11 +13,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as Pillow
 from PIL import PngImagePlugin
 from ray import cloudpickle
 
 from components.images import decode, encode_png, read_png_text
+from components.models import ModelCard, save_model
 from components.restoring import Identity, Picture, file_key, parse_ask, picture_seed, restore_batch, restore_bytes
 from components.synthetic import dead_leaves
 from components.systems import SYSTEMS
@@ -302,6 +304,20 @@ def test_batch_and_service_agree_on_options(model: Path, pictures: Path, tmp_pat
     for name, cfg_scale in (("whole", 3), ("float", 3.0)):
         run(model, pictures, tmp_path / name, options={"cfg_scale": cfg_scale})
     assert outputs(tmp_path / "whole") == outputs(tmp_path / "float")
+
+
+def test_options_that_contradict_the_models_recipe_are_refused_before_its_weights_are_read(
+    pictures: Path, tmp_path: Path
+) -> None:
+    card = ModelCard(name="plain", system="instantir", recipe={"name": "plain", "reference": "lq", "cfg_scale": 2.0})
+    save_model(tmp_path / "plain", card, {"aggregator": {"w": torch.zeros(1)}})  # no weights that could restore
+    _, identity = model_identity(tmp_path / "plain")
+    assert identity.defaults == {"reference": "lq", "cfg_scale": 2.0}
+    with pytest.raises(UsageError, match=r"adaptive paper compares previews.*got lq"):
+        restore_folder(tmp_path / "plain", pictures, tmp_path / "out", options={"preset": "paper"}, on_ray=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(Failure, match="needs perceptor and previewer"):  # the options are its own again: weights count
+        restore_folder(tmp_path / "plain", pictures, tmp_path / "out", options={"steps": 2}, on_ray=False)
 
 
 def test_a_model_that_cannot_load_ends_the_job_with_one_sentence(model: Path, pictures: Path, tmp_path: Path) -> None:

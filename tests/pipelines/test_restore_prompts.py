@@ -64,7 +64,7 @@ def never(*_: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def hearing_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    def check(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         return typed_options(given, {"strength": float})
 
     system = System(recipe=Recipe, stages={}, build_objective=never, check_options=check)

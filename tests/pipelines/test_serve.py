@@ -189,6 +189,7 @@ def test_health_and_model(served: Served, model: Path) -> None:
     card = json.loads(ask(served, None, None, "GET", "/v1/model").body)
     assert (card["name"], card["system"], card["licence"]) == ("tiny", "tiny", "Apache-2.0")
     assert card["limits"]["max_bytes"] == LIMITS.max_bytes
+    assert card["defaults"] == {}  # this system's recipes settle none
     assert str(model.parent) not in json.dumps(card)
     assert served.url.startswith("http://127.0.0.1:")
 

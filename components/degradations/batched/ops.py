@@ -17,13 +17,11 @@ from torch.nn import functional
 
 from components.degradations import filters, jpeg, kernels, masks, noise
 from components.degradations.batched import philox
-from components.degradations.batched.resizing import resize
+from components.degradations.batched.resizing import Ops, Sides, resize
 from components.degradations.batched.transfer import sent
 from components.degradations.plans import MAX_KERNEL_PX
 
 KERNEL_CLASSES = (21, 41, 81, 161, MAX_KERNEL_PX)
-Sides = Sequence[tuple[int, int]]
-Ops = Sequence[Mapping[str, Any]]
 
 
 def column(values: Sequence[float] | Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

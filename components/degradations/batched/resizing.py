@@ -18,7 +18,10 @@ from torch import Tensor
 from components.degradations.batched.transfer import sent
 
 Sides = Sequence[tuple[int, int]]
+"""(height, width) of each picture's valid part."""
+
 Ops = Sequence[Mapping[str, Any]]
+"""Each picture's operation."""
 
 
 @dataclass(frozen=True)

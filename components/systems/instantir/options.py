@@ -60,18 +60,18 @@ def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return options | ({"reference": "lq"} if recipe.get("reference") == "lq" else {})
 
 
-def check_options(given: Mapping[str, Any], usual: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def check_options(given: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The given options in their own types; see components.options.OptionCheck.
 
     Args:
-        usual: what the model's recipe settles, see restore_defaults.
+        defaults: what the model's recipe settles, see restore_defaults.
 
     Raises:
         ValueError: an unknown name (with the near one), a wrong type, a value outside its range, or two options that
             exclude each other, one of them perhaps the model's own.
     """
     values = typed_options(given, get_type_hints(Options))
-    on_top(values, parse_options(usual, Options()), PRESETS)  # checks the ranges
+    on_top(values, parse_options(defaults, Options()), PRESETS)  # checks the ranges
     return values
 
 

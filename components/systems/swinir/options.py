@@ -39,17 +39,17 @@ def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {"min_side_px": recipe["resolution"]} if "resolution" in recipe else {}
 
 
-def check_options(given: Mapping[str, Any], usual: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def check_options(given: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The given options in their own types; see components.options.OptionCheck.
 
     Args:
-        usual: what the model's recipe settles, see restore_defaults.
+        defaults: what the model's recipe settles, see restore_defaults.
 
     Raises:
         ValueError: an unknown name (with the near one), a wrong type, or a value outside its range.
     """
     values = typed_options(given, get_type_hints(Options))
-    replace(parse_options(usual, Options()), **values)  # checks the ranges
+    replace(parse_options(defaults, Options()), **values)  # checks the ranges
     return values
 
 

@@ -1,4 +1,4 @@
-# Two commands do everything on a machine with Python 3.11, make and git:
+# Two commands are enough on a machine with Python 3.11, make and git:
 #   make demo    sets up .venv and runs the whole product on real photographs
 #   make test    the same set-up, then the test suite (at most 15 minutes on 2 cores)
 
@@ -6,7 +6,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# The newest Python of the supported range: python3.11 by name, else python3 where its version fits. Override: make PYTHON=...
+# The first supported Python on PATH: python3.11, else python3, 3.12 or 3.13. Override: make PYTHON=...
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 UV_VERSION := 0.13.8
@@ -16,15 +16,15 @@ TEST_MINUTES ?= 60
 
 BIN := .venv/bin
 PY := $(BIN)/python
-# One checksum over the files that decide the environment: an equal stamp means there is nothing to do.
+# One checksum over the files that determine the environment. If the stamp of this checksum exists, there is nothing to do.
 KEY := $(shell cat requirements.lock pyproject.toml Makefile 2>/dev/null | cksum | tr ' ' '-')
 STAMP := .venv/.restoray-$(KEY)
 
 UV_ENV := UV_NO_CONFIG=1 VIRTUAL_ENV="$(CURDIR)/.venv"
-# Two processes share the tests, a file each, with one thread of torch each: most tests work on one core or wait for Ray.
+# Two processes share the tests file by file, with one torch thread each: most tests use one core or wait for Ray.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 ONE_THREAD := OMP_NUM_THREADS=1
-# Bytecode is kept: some containers switch that off, and every process of Ray then compiles all that it imports again.
+# Bytecode is kept. Some containers switch that off, and every process of Ray then compiles all its imports again.
 QUIET_ENV := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: help setup demo test test-full check bench lock clean
@@ -32,9 +32,9 @@ QUIET_ENV := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=f
 help:
 	@echo "make demo       set up, then curate, train, restore, evaluate, serve and report on real photographs"
 	@echo "make test       set up, then run the tests (stopped after $(TEST_MINUTES) minutes)"
-	@echo "make test-full  all tests, also those at full size"
-	@echo "make check      ruff, mypy and the fast tests"
-	@echo "make bench      timings of the hot paths"
+	@echo "make test-full  run all tests, also those at full size"
+	@echo "make check      run ruff, mypy and the fast tests"
+	@echo "make bench      time the hot paths"
 	@echo "make lock       compile requirements.lock from pyproject.toml"
 	@echo "make clean      remove .venv and caches (runs are kept)"
 

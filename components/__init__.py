@@ -1,1 +1,1 @@
-"""Restoration building blocks: torch, diffusers, transformers, OpenCV; never Ray, MLflow or pipelines."""
+"""Restoration building blocks on torch, diffusers, transformers and OpenCV; no Ray, MLflow or pipelines."""

@@ -1,12 +1,12 @@
-"""Colour transfer: a restored picture gets its colours back from the input (StableSR's post-processing).
+"""Colour transfer: a restored picture takes its colours from the input (StableSR's post-processing).
 
-Two forms, each with exact numbers that two code bases share (SUPIR and InstaRevive record the same results):
+There are two forms. SUPIR and InstaRevive compute both with the same numbers:
 
     adain      each channel gets the input's mean and standard deviation
     wavelet    fine bands of the restored picture on the coarsest band of the input
 
-They differ in their call only: SUPIR applies them to tensors in [-1, 1] and clips afterwards, InstaRevive to each tile
-by itself, with no whole-picture statistics; here they see the whole picture.
+The two code bases call them differently. SUPIR applies them to tensors in [-1, 1] and clips afterwards. InstaRevive
+applies them to each tile, without statistics of the whole picture. Here they use the whole picture.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ Transfer = Literal["none", "adain", "wavelet"]
 LEVELS = 5
 ADAIN_EPS = 1e-5
 STRIP_PX = 512
-"""Rows treated at a time, so that memory does not grow with the picture; ours."""
+"""Rows of one strip, so that memory does not grow with the picture; ours."""
 
 
 def adain(content: Tensor, style: Tensor, eps: float = ADAIN_EPS) -> Tensor:
-    """content with style's mean and standard deviation per channel (Huang and Belongie 2017).
+    """Return content with style's mean and standard deviation per channel (Huang and Belongie 2017).
 
     Args:
         content, style: [B, C, H, W]; sizes may differ.
         eps: added to the unbiased variance.
 
     Raises:
-        ValueError: channels differ, or a picture of a single pixel, which has no variance.
+        ValueError: channels differ, or a picture has a single pixel and so no variance.
     """
     if content.shape[:2] != style.shape[:2]:
         raise ValueError(f"content {tuple(content.shape)} and style {tuple(style.shape)} differ in batch or channels")
     mean, deviation = _statistics(content, eps)
-    wanted_mean, wanted_deviation = _statistics(style, eps)
-    return (content - mean) / deviation * wanted_deviation + wanted_mean
+    style_mean, style_deviation = _statistics(style, eps)
+    return (content - mean) / deviation * style_deviation + style_mean
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -53,10 +53,10 @@ def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def wavelet_blur(x: Tensor, radius: int) -> Tensor:
-    """One level of the a-trous transform: the 3 x 3 binomial kernel with holes of `radius` px, edges repeated.
+    """Apply one level of the a-trous transform: the 3 x 3 binomial kernel with holes of `radius` px, edges repeated.
 
     Args:
-        x: [B, C, H, W], of any size: edges repeat also where the radius exceeds a side.
+        x: [B, C, H, W] of any size; edges also repeat where the radius exceeds a side.
     """
     # separable: [1, 2, 1] / 4 along each axis
     for dim in (-2, -1):
@@ -69,7 +69,7 @@ def wavelet_blur(x: Tensor, radius: int) -> Tensor:
 
 
 def wavelet_split(x: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
-    """(fine, coarse) bands that add up to x; the radius doubles from 1 with each level."""
+    """Split x into (fine, coarse) bands that add up to x; the radius starts at 1 and doubles with each level."""
     coarse = x
     for level in range(levels):
         coarse = wavelet_blur(coarse, 2**level)
@@ -77,7 +77,7 @@ def wavelet_split(x: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
 
 
 def wavelet(content: Tensor, style: Tensor, levels: int = LEVELS) -> Tensor:
-    """Fine bands of content on the coarse band of style; both [B, C, H, W], not clipped.
+    """Return the fine bands of content on the coarse band of style; both [B, C, H, W], not clipped.
 
     Raises:
         ValueError: shapes differ.
@@ -88,18 +88,18 @@ def wavelet(content: Tensor, style: Tensor, levels: int = LEVELS) -> Tensor:
 
 
 def transfer_colors(restored: Image, lq: Image, kind: Transfer, strip_px: int = STRIP_PX) -> Image:
-    """Colour transfer of 8-bit pictures in strips, so that its memory does not grow with their height.
+    """Transfer the colours of 8-bit pictures strip by strip, so that memory does not grow with their height.
 
-    The strips are exact: adain's statistics are those of the whole pictures, and a wavelet strip is computed with the
-    rows that its blurs reach. Against a transfer before rounding, a level may be off by one.
+    The strips are exact: adain uses the statistics of the whole pictures, and a wavelet strip includes the rows that
+    its blurs reach. Compared with a transfer of unrounded pictures, a level may differ by one.
 
     Args:
         restored, lq: uint8 [H, W, 3] of one size.
-        kind: "none" returns `restored` itself.
-        strip_px: rows at a time.
+        kind: "none" returns `restored` unchanged.
+        strip_px: rows of a strip.
 
     Raises:
-        ValueError: sizes differ, or an unknown kind.
+        ValueError: sizes differ, or the kind is unknown.
     """
     if restored.shape != lq.shape:
         raise ValueError(f"pictures of {restored.shape} and {lq.shape} differ in size")
@@ -108,7 +108,7 @@ def transfer_colors(restored: Image, lq: Image, kind: Transfer, strip_px: int = 
     if kind not in ("adain", "wavelet"):
         raise ValueError(f"colour transfer must be none, adain or wavelet, got {kind!r}")
     height = len(restored)
-    halo = 2**LEVELS - 1 if kind == "wavelet" else 0  # the radii's sum
+    halo = 2**LEVELS - 1 if kind == "wavelet" else 0  # sum of the radii
     gain, shift = _adain_line(restored, lq) if kind == "adain" else (None, None)
     result = np.empty_like(restored)
     for top in range(0, height, strip_px):
@@ -116,16 +116,16 @@ def transfer_colors(restored: Image, lq: Image, kind: Transfer, strip_px: int = 
         first, last = max(0, top - halo), min(height, bottom + halo)
         content = images_to_tensor([restored[first:last]])
         if kind == "wavelet":
-            made = wavelet(content, images_to_tensor([lq[first:last]]))
+            strip = wavelet(content, images_to_tensor([lq[first:last]]))
         else:
             assert gain is not None and shift is not None
-            made = content * gain + shift
-        result[top:bottom] = tensor_to_images(made[:, :, top - first : bottom - first])[0]
+            strip = content * gain + shift
+        result[top:bottom] = tensor_to_images(strip[:, :, top - first : bottom - first])[0]
     return result
 
 
 def _adain_line(restored: Image, lq: Image) -> tuple[Tensor, Tensor]:
-    """adain of two whole 8-bit pictures as gain and shift [1, 3, 1, 1], from integer sums."""
+    """Return adain of two whole 8-bit pictures as gain and shift [1, 3, 1, 1], computed from histograms."""
     count = restored.shape[0] * restored.shape[1]
     if count < 2:
         return torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
@@ -136,7 +136,7 @@ def _adain_line(restored: Image, lq: Image) -> tuple[Tensor, Tensor]:
         mean = histograms @ levels / count
         variance = (histograms @ levels**2 - count * mean**2) / (count - 1)
         moments.append((mean, np.sqrt(np.maximum(variance, 0) + ADAIN_EPS)))
-    (mean, deviation), (wanted_mean, wanted_deviation) = moments
-    gain = wanted_deviation / deviation
-    line = (torch.from_numpy(v).to(torch.float32).view(1, 3, 1, 1) for v in (gain, wanted_mean - gain * mean))
+    (mean, deviation), (lq_mean, lq_deviation) = moments
+    gain = lq_deviation / deviation
+    line = (torch.from_numpy(v).to(torch.float32).view(1, 3, 1, 1) for v in (gain, lq_mean - gain * mean))
     return next(line), next(line)

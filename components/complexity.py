@@ -1,7 +1,6 @@
-"""How much goes on in a picture: share of edges, number of segments, variety of hues. Torch-free.
+"""Complexity of a picture: share of edges, number of segments, variety of hues. Torch-free.
 
-Three plain measures of a crowded scene, each taken at one short side so that they do not depend on resolution. All
-numbers are ours.
+All three are measured at one short side, so that they do not depend on resolution. All numbers are ours.
 """
 
 from __future__ import annotations
@@ -11,31 +10,31 @@ import numpy as np
 
 from components.types import Image
 
-MEASURED_SIDE_PX = 128
-EDGE_FROM = 0.1  # change of luma (0..1) a pixel from which a pixel counts as an edge
+SHORT_SIDE_PX = 128
+EDGE_FROM = 0.1  # least change of luma (0..1) per pixel of an edge
 HUE_BINS = 36
 SEGMENT_SCALE, SEGMENT_MIN_PX = 100.0, 24
 MEASURES = ("edges", "segments", "hues")
 
 
 def complexity(picture: Image) -> dict[str, float]:
-    """The measures of a uint8 picture [H, W, 3], by name of MEASURES.
+    """Measure a uint8 picture [H, W, 3]; the keys are MEASURES.
 
-    edges: share of the pixels whose luma changes by EDGE_FROM or more from one pixel to the next, 0..1.
-    segments: regions that Felzenszwalb and Huttenlocher's graph cut finds, at least 1.
-    hues: entropy of the hues in bits, each pixel weighted by its chroma; 0 for gray pictures and for one hue.
+    edges: share of pixels whose luma differs by EDGE_FROM or more from the previous pixel, 0..1.
+    segments: number of regions by Felzenszwalb and Huttenlocher's graph segmentation, at least 1.
+    hues: entropy of the hues in bits, with pixels weighted by chroma; 0 for gray pictures and for a single hue.
 
     Raises:
-        ValueError: not uint8 [H, W, 3].
+        ValueError: the picture is not uint8 [H, W, 3].
     """
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ValueError(f"expected uint8 [H, W, 3], got {picture.dtype} {picture.shape}")
-    small = _measured(picture)
+    small = _shrink(picture)
     return {"edges": _edges(small), "segments": _segments(small), "hues": _hues(small)}
 
 
 def joint_complexity(rows: list[dict[str, float]]) -> np.ndarray:
-    """One number a picture, 0..1: the mean of its ranks in the three measures, among these pictures [n]."""
+    """Return one number in 0..1 for each of n pictures: the mean of its ranks in the three measures."""
     from scipy.stats import rankdata
 
     if len(rows) < 2:
@@ -44,10 +43,10 @@ def joint_complexity(rows: list[dict[str, float]]) -> np.ndarray:
     return np.asarray(np.mean(ranks, axis=0))
 
 
-def _measured(picture: Image) -> np.ndarray:
-    """float32 [h, w, 3] in 0..1 with a short side of at most MEASURED_SIDE_PX."""
+def _shrink(picture: Image) -> np.ndarray:
+    """Return float32 [h, w, 3] in 0..1 with a short side of at most SHORT_SIDE_PX."""
     height, width = picture.shape[:2]
-    factor = MEASURED_SIDE_PX / min(height, width)
+    factor = SHORT_SIDE_PX / min(height, width)
     if factor < 1:
         size = (max(1, round(width * factor)), max(1, round(height * factor)))
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
@@ -64,7 +63,7 @@ def _edges(small: np.ndarray) -> float:
 def _segments(small: np.ndarray) -> float:
     from skimage.segmentation import felzenszwalb
 
-    # not blurred: shrinking has done that already, and at a sharp border a blur makes segments of its own
+    # sigma 0: shrinking has already smoothed the picture, and a blur adds segments along sharp borders
     labels = felzenszwalb(small, scale=SEGMENT_SCALE, sigma=0, min_size=SEGMENT_MIN_PX)
     return float(len(np.unique(labels)))
 

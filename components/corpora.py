@@ -1,7 +1,7 @@
-"""What a corpus is made from: the dataclasses behind datasets/*.yaml. Torch-free.
+"""Corpus specs: the dataclasses behind datasets/*.yaml. Torch-free.
 
-A spec names its sources, how pictures are split into train and held-out, what is refused, and how large shards get.
-Merging is strict: a misspelt key or a value of the wrong type ends in one sentence that names it.
+A spec names its sources, the split into train and held-out, the filters and the size of shards. Merging is strict: a
+misspelt key or a value of the wrong type raises an error of one sentence that names it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from components.images import Limits
 
 @dataclass(kw_only=True)
 class NegativeSpec:
-    """How poor pictures are made from good ones: image to image with negative prompts (SUPIR sec. 3.2, app. A.4).
+    """Poor pictures made from good ones by image-to-image with negative prompts (SUPIR sec. 3.2, app. A.4).
 
     Attributes:
-        prior: a shipped prior, a model folder, or a diffusers folder or hub id; `revision` of a hub model.
-        count: how many; the first 100 stay the same when more are asked for.
-        strength: share of the noise schedule that is redrawn, 0..1; SUPIR's is 0.5.
-        prompts: names of components.negatives.NEGATIVE_PROMPTS, or texts; each picture draws one.
-        resolution: side of the pictures, pixels.
-        steps, cfg_scale, seed: of the sampler; steps and scale are ours, the paper gives none.
-        precision: of a diffusers model's weights.
-        workers, num_gpus: of the actor pool.
+        prior: a shipped prior, a model folder, or a diffusers folder or hub id.
+        revision: revision of a hub model.
+        count: number of pictures; a larger count leaves the first ones as they are.
+        strength: share of the noise schedule that is run, 0..1; SUPIR uses 0.5.
+        prompts: names of components.negatives.NEGATIVE_PROMPTS, or texts; one is drawn for each picture.
+        resolution: side of the pictures in pixels.
+        steps, cfg_scale, seed: sampler settings; steps and scale are ours, the paper states none.
+        precision: precision of a diffusers model's weights.
+        workers, num_gpus: actors of the pool, and GPUs of each; 0 workers means this process.
     """
 
     prior: str = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -49,22 +50,22 @@ class NegativeSpec:
 
 @dataclass(kw_only=True)
 class SourceSpec:
-    """One place pictures come from.
+    """One source of pictures.
 
     Attributes:
         kind: folder (any directory tree), tar (webdataset archives), parquet (bytes in a column), urls (a list of
             addresses to fetch), skimage (photographs inside the scikit-image wheel), demo_corpus (the pictures shipped
             with this package), dead_leaves (synthetic pictures, written as PNG).
-        path: of a folder, or of files with "*" and "?" in their names; any fsspec address ("s3://bucket/train/*.tar").
-            "" where the command line gives it.
-        storage: fsspec's options for that store ("endpoint_url", "anon"); secrets come from the environment.
-        names: file names to take (skimage); empty takes all that are cleared.
-        count, size_px, seed: of dead_leaves.
-        image_column: parquet: bytes, or a struct with a field "bytes".
-        key_column, caption_column, licence_column: parquet and url tables; "" where there is none.
-        url_column: of a url table (csv, tsv, jsonl, parquet; of a .txt every line is a url).
-        negatives: of that kind.
-        licence, credit: for pictures whose folder or table does not say.
+        path: path of a folder, or a pattern of files with "*" and "?"; any fsspec address ("s3://bucket/train/*.tar").
+            "" if the command line sets it.
+        storage: fsspec options of that store ("endpoint_url", "anon"); secrets come from the environment.
+        names: file names to use (skimage); empty uses all pictures with a cleared licence.
+        count, size_px, seed: settings of dead_leaves.
+        image_column: parquet column of bytes, or of structs with a field "bytes".
+        key_column, caption_column, licence_column: columns of parquet and url tables; "" for none.
+        url_column: column of a url table (csv, tsv, jsonl, parquet; in a .txt file every line is a url).
+        negatives: settings of kind negatives.
+        licence, credit: values for pictures whose folder or table has none.
     """
 
     kind: Literal["folder", "tar", "parquet", "urls", "skimage", "demo_corpus", "dead_leaves", "negatives"] = MISSING
@@ -90,7 +91,7 @@ class SourceSpec:
 
 @dataclass(kw_only=True)
 class SplitSpec:
-    """Which pictures are held out: those named, else a share of the keys by their hash (adding pictures moves none)."""
+    """Which pictures are held out: listed keys, else a share of the keys by hash; new pictures do not move old ones."""
 
     held_out: list[str] = field(default_factory=list)
     held_out_fraction: float = 0.0
@@ -102,7 +103,7 @@ class SplitSpec:
 
 @dataclass(kw_only=True)
 class Bounds:
-    """What a score may be; null on a side where anything goes."""
+    """Range of a score; null means no bound on that side."""
 
     min: float | None = None
     max: float | None = None
@@ -112,7 +113,7 @@ class Bounds:
             raise ValueError(f"min {self.min} lies above max {self.max}")
 
     def hold(self, score: float) -> bool:
-        """Whether a score lies within; a score that is no number does not."""
+        """Whether a score lies within the bounds; NaN does not."""
         above = self.min is None or score >= self.min
         return score == score and above and (self.max is None or score <= self.max)
 
@@ -122,17 +123,17 @@ class ModelScore:
     """A score column from a learned model.
 
     Attributes:
-        name: of the column; also the reason code of what it refuses.
+        name: name of the column, and reason code of the pictures that it refuses.
         kind: pyiqa (any no-reference metric of pyiqa), classifier (probability of `label`), zero_shot (a CLIP-like
             model: probability of the prompt `label` against the prompts `others`), detector (highest confidence of an
             object `label`: faces, people).
-        model: the metric's name, or a hub id or folder of a transformers model.
-        revision: of a hub model.
+        model: name of the metric, or hub id or folder of a transformers model.
+        revision: revision of a hub model.
         label, others: see kind.
-        bounds: what is accepted.
-        batch_size: pictures a call.
-        num_gpus: of each worker.
-        short_side_px: pictures are shrunk to this short side first; 0 leaves them.
+        bounds: accepted range.
+        batch_size: pictures per call.
+        num_gpus: GPUs of each worker.
+        short_side_px: pictures are first shrunk to this short side; 0 leaves their size.
     """
 
     name: str = MISSING
@@ -153,17 +154,17 @@ class ModelScore:
 
 @dataclass(kw_only=True)
 class FilterSpec:
-    """What is refused. All numbers are ours.
+    """Filters that refuse pictures. All numbers are ours.
 
     Attributes:
-        min_side_px: shortest side.
-        max_aspect: longest over shortest side.
-        min_file_kib, max_file_mib: size of the file.
+        min_side_px: least length of the shorter side.
+        max_aspect: largest ratio of the longer to the shorter side.
+        min_file_kib, max_file_mib: bounds of the file size.
         max_megapixels: width times height, from the header.
-        flat_below: standard deviation of 8-bit luma under which a picture counts as one colour.
-        preset: thresholds of components.quality: none, or those for restoration.
-        scores: changes to the preset, by score name.
-        models: scores of learned models.
+        flat_below: a picture with a lower standard deviation of 8-bit luma counts as one colour.
+        preset: bounds of components.quality.PRESETS: none or restoration.
+        scores: changes to the preset by score name.
+        models: scores by learned models.
     """
 
     min_side_px: int = 64
@@ -181,7 +182,7 @@ class FilterSpec:
             raise ValueError("filters need min_side_px >= 8, max_aspect >= 1, max_file_mib > 0 and max_megapixels > 0")
 
     def limits(self) -> Limits:
-        """The part that the decoder checks, from the header where it can."""
+        """The limits that the decoder checks, from the header where possible."""
         return Limits(
             max_pixels=int(self.max_megapixels * 1e6),
             max_bytes=int(self.max_file_mib * 2**20),
@@ -192,12 +193,12 @@ class FilterSpec:
 
 @dataclass(kw_only=True)
 class DedupSpec:
-    """Which repeated pictures go. Of equal ones the first in the order of the sources stays.
+    """Which duplicates are removed. Of equal pictures, the first in the order of the sources stays.
 
     Attributes:
-        exact: equal bytes.
-        near: equal to the eye: recompressed, resized, slightly cropped.
-        against: corpus folders of earlier runs; what they hold already is refused.
+        exact: remove pictures with equal bytes.
+        near: remove pictures that look equal: recompressed, resized, slightly cropped.
+        against: corpus folders of earlier runs; pictures that they already hold are refused.
     """
 
     exact: bool = True
@@ -210,15 +211,15 @@ class DownloadSpec:
     """How addresses are fetched. All numbers are ours.
 
     Attributes:
-        attempts: tries of one address, for what may pass (5xx, 429, broken connections).
-        timeout_s: for connecting, and longest silence.
-        total_s: longest time for one body; a slow drip ends here.
-        max_redirects: hops; every one is checked as the first.
-        threads: addresses fetched at once by one task.
-        obey_robots: honour noai, noimageai, noindex and noimageindex directives of the answer.
+        attempts: tries of one address after temporary errors (5xx, 429, broken connections).
+        timeout_s: longest time to connect, and longest pause between two reads.
+        total_s: longest time for one body, however slowly it arrives.
+        max_redirects: most redirects; each target is checked like the first address.
+        threads: addresses that one task fetches at the same time.
+        obey_robots: obey the noai, noimageai, noindex and noimageindex directives of the response.
         allow_hosts: host names or addresses that may be private (tests, an intranet); all other private, loopback and
             link-local addresses are refused.
-        user_agent: how we introduce ourselves.
+        user_agent: value of the User-Agent header.
     """
 
     attempts: int = 4
@@ -241,11 +242,11 @@ class CaptionSpec:
 
     Attributes:
         model: a preset of components.captions ("llava", "blip", "blip2", "internvl", "tags"), or a hub id or folder.
-        revision: of a hub model.
-        prompt: "" takes the preset's.
-        max_tokens: longest caption; 0 takes the preset's.
-        batch_size, num_gpus, workers: of the actor pool; 0 workers work in this process.
-        overwrite: caption also what has a caption.
+        revision: revision of a hub model.
+        prompt: "" uses the preset's.
+        max_tokens: most tokens of a caption; 0 uses the preset's.
+        batch_size, num_gpus, workers: settings of the actor pool; 0 workers means this process.
+        overwrite: also caption pictures that have a caption.
     """
 
     model: str = MISSING
@@ -260,14 +261,14 @@ class CaptionSpec:
 
 @dataclass(kw_only=True)
 class PrecomputeSpec:
-    """The last stage: columns of text embeddings and latents beside the pictures, so that training skips the encoders.
+    """The last stage: columns of text embeddings and latents, so that training does not run the encoders.
 
     Attributes:
-        prior: whose encoders.
-        what: latents, embeddings.
-        resolution: side of the square behind the latents, pixels.
-        captions: name of a caption column; "" takes the captions that came with the corpus.
-        batch_size, num_gpus, workers: of the actor pool.
+        prior: prior whose encoders are used.
+        what: columns to write: latents, embeddings.
+        resolution: side in pixels of the square that is encoded.
+        captions: name of a caption column; "" uses the captions of the corpus.
+        batch_size, num_gpus, workers: settings of the actor pool; 0 workers means this process.
     """
 
     prior: str = MISSING
@@ -281,16 +282,16 @@ class PrecomputeSpec:
 
 @dataclass(kw_only=True)
 class PairSpec:
-    """Targets and inputs that belong together: a benchmark's, or those of a training set that nothing has to degrade.
+    """Pairs of target and input: of a benchmark, or of a training set whose inputs are already degraded.
 
-    Pictures are matched by their names without suffix; where no name stands in both folders, by their order: the n-th
-    name of one folder then belongs to the n-th of the other.
+    Pictures are matched by their names without suffix. If the folders have no name in common, they are matched by
+    order: the n-th name of one folder belongs to the n-th of the other.
 
     Attributes:
-        hq: folder of the targets; "" for real pictures without reference.
+        hq: folder of the targets; "" for real pictures without a reference.
         lq: folder of the inputs.
-        scale: how many times longer the targets' sides are; without targets, the enlargement that is asked for.
-        note: what to know when using them.
+        scale: ratio of the targets' sides to the inputs'; without targets, the scale to restore to.
+        note: remarks for users.
     """
 
     hq: str = ""
@@ -305,21 +306,22 @@ class PairSpec:
 
 @dataclass(kw_only=True)
 class CorpusSpec:
-    """A corpus: what it is, its sources in order of precedence, and what becomes of them.
+    """A corpus: its description, its sources in order of precedence, and the settings of every stage.
 
     Attributes:
-        name, description, licence, homepage: for people.
-        role: train, benchmark (pairs or pictures to be scored on), or both uses are none of these: regularisation.
-        papers: where the four papers use it ("SUPIR sec. 4.1").
-        sources, split, filters, dedup, download: see there.
-        pairs: targets and inputs, where the corpus comes as pairs; its sources are the targets, or the inputs where
+        name, description, licence, homepage: information for people.
+        role: train, benchmark (pairs or pictures to score on) or regularisation (neither of them).
+        papers: places where the four papers use it ("SUPIR sec. 4.1").
+        sources, split, filters, dedup, download: see their classes.
+        pairs: targets and inputs, if the corpus consists of pairs. Its sources are then the targets, or the inputs if
             there are no targets.
-        metrics: what the papers score on it, by pyiqa's names ("ids": cosine of face embeddings, which pyiqa lacks).
-        caption, precompute: stages at the end; none by default.
+        metrics: metrics of the papers on it, by pyiqa's names ("ids" is the cosine of face embeddings, not in pyiqa).
+        caption, precompute: optional last stages.
         shard_mib: size of a shard.
-        max_bad_fraction: largest share of broken pictures (not of filtered ones); more end the run with a table.
-        sample_timeout_s: one picture may take so long; a decoder that hangs is killed and the picture quarantined.
-        stall_timeout_s: the run ends with an error when nothing at all gets done for so long.
+        max_bad_fraction: largest share of broken pictures; filtered pictures do not count. Above it the run ends with
+            an error and a table.
+        sample_timeout_s: longest time for one picture. Then its decoder is killed and the picture is quarantined.
+        stall_timeout_s: the run ends with an error after this time without any progress.
     """
 
     name: str = MISSING
@@ -352,23 +354,23 @@ class CorpusSpec:
 
 
 _LIST_PLACE = re.compile(r"[.\[]\d+(?:[.\]]|$)")
-"""In an override's key: a place in a list, as in "sources.0.path"."""
+"""List index in an override's key, as in "sources.0.path"."""
 
 
 def load_corpus_spec(path: Path, overrides: Sequence[str] = ()) -> CorpusSpec:
-    """Read a datasets/*.yaml file and today's `key=value` overrides ("sources.0.path=DIR" for a place in a list).
+    """Read a datasets/*.yaml file and apply `key=value` overrides ("sources.0.path=DIR" for an entry of a list).
 
     Raises:
-        ValueError: unknown key (with the near one), wrong type, value out of range, missing field; names the file.
+        ValueError: unknown key (with a suggestion), wrong type, value out of range or missing field; names the file.
         OSError: the file cannot be read.
     """
     in_lists = [override for override in overrides if _LIST_PLACE.search(override.partition("=")[0])]
     plain = [override for override in overrides if override not in in_lists]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(CorpusSpec), OmegaConf.load(path), OmegaConf.from_dotlist(plain))
-        merged.merge_with_dotlist(in_lists)  # merging would put a new list in the place of the whole one
+        merged.merge_with_dotlist(in_lists)  # a merge would replace the whole list
         spec = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:  # TypeError: a mapping in the place of a list
+    except (OmegaConfBaseException, ValueError, TypeError) as error:  # TypeError: a mapping instead of a list
         sentence = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise ValueError(f"{path.name}: {sentence}") from error
     assert isinstance(spec, CorpusSpec)

@@ -1,16 +1,16 @@
-"""Pictures as arrays: careful decoding of untrusted bytes, resizing, cropping, and PNGs that carry text.
+"""Pictures as arrays: safe decoding of untrusted bytes, resizing, cropping, and PNGs with text chunks.
 
-Torch-free. Pictures are RGB arrays [H, W, 3], uint8 or float32 in [0, 1], in the sRGB colour space. Every way in which
-a file can be bad ends in a `SampleError` with one of these codes:
+Torch-free. Pictures are RGB arrays [H, W, 3], uint8 or float32 in [0, 1], in the sRGB colour space. Every bad file
+raises a `SampleError` with one of these codes:
 
     empty               no bytes
-    not_image           the bytes are of no picture format that we know (an HTML error page, text, noise)
+    not_image           the bytes have no known picture format (an HTML error page, text, noise)
     unsupported_format  a picture, but not of a format on the allow-list (HEIC, PSD, SVG, ...)
     unsupported_mode    pixel values without a declared range (32-bit integers or floats)
-    too_large           more bytes, pixels or metadata than allowed; found from the header, before decoding
-    too_small, aspect   a side too short, or too long a strip
+    too_large           more bytes, pixels or metadata than allowed; checked in the header, before decoding
+    too_small, aspect   the short side is too short, or the long side too long for it
     animated            several frames or pages
-    truncated           the file ends early; never filled up with gray
+    truncated           the file ends early; missing pixels are never filled with gray
     corrupt             broken in another way
 """
 
@@ -32,20 +32,20 @@ from PIL import ImageCms, PngImagePlugin
 from components.types import Image, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "GIF")
-"""What may reach a decoder; GIF only with one frame."""
+"""Formats that are decoded; GIF only with one frame."""
 
 BACKGROUND = 255
-"""Transparent pictures are shown on white."""
+"""Gray level of the background of transparent pictures: white."""
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 AVIF_BRANDS = (b"avif", b"avis")
-BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)  # two letters are a weak signature, so this field counts too
+BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)  # the signature has two letters only, so this field is checked too
 JPEG_FRAMES, JPEG_SCAN = (0xC0, 0xC2), 0xDA  # ITU T.81, table B.1: baseline, progressive; start of scan
 JPEG_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # Huffman, quantisation, restart interval; JFIF's segment; comment
-HARMLESS_PIXELS = 1 << 22  # ours: up to 12 MiB of RGB no compression ratio is an attack
+HARMLESS_PIXELS = 1 << 22  # ours: 12 MiB of RGB are harmless at any compression ratio
 TEXT_LIMIT_BYTES = 1 << 20  # ours: longest value that encode_png writes
-OTHER_PICTURES = (  # (offset, signature, name): recognised, so that the report can say what the file is
+OTHER_PICTURES = (  # (offset, signature, name): recognised so that the error names the format
     (0, b"8BPS", "PSD"),
     (0, b"%!PS", "EPS"),
     (0, b"%PDF", "PDF"),
@@ -68,15 +68,15 @@ OTHER_PICTURES = (  # (offset, signature, name): recognised, so that the report 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a picture file may ask for. All numbers are ours; Pillow's own hard limit is 178 million pixels.
+    """Limits of a picture file. All numbers are ours; Pillow's own hard limit is 178 million pixels.
 
     Attributes:
         max_pixels: width times height, from the header.
         max_bytes: size of the file.
-        min_side_px: shortest side allowed.
-        max_aspect: longest side over shortest side.
-        max_expansion: decoded RGB bytes per file byte, for pictures above 4 million pixels (compression bombs: deflate
-            reaches 1,030; photographs, even as JPEG of quality 5, stay below 250).
+        min_side_px: least length of the short side.
+        max_aspect: largest ratio of the long to the short side.
+        max_expansion: most decoded RGB bytes per file byte, for pictures above 4 million pixels. It stops compression
+            bombs: deflate reaches 1,030, and photographs stay below 250 even as JPEG of quality 5.
     """
 
     max_pixels: int = 50_000_000
@@ -88,7 +88,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """What a header says: format as in FORMATS, and width and height in pixels once the picture stands upright."""
+    """Values of a header: format as in FORMATS, and width and height in pixels of the upright picture."""
 
     format: str
     width: int
@@ -96,7 +96,7 @@ class Info:
 
 
 def sniff(data: bytes) -> str:
-    """Format of the bytes by their signature, whatever the file is called.
+    """Return the format of the bytes by their signature, independent of the file name.
 
     Raises:
         SampleError: empty, not_image, or unsupported_format.
@@ -130,44 +130,44 @@ def probe(data: bytes, limits: Limits = Limits(), key: str = "") -> Info:
     """Read the header only, and check it against the limits.
 
     Raises:
-        SampleError: as `decode`, less what only the pixels can show.
+        SampleError: like `decode`, except for faults in the pixels.
     """
     with _as_sample_errors(key), _open(data, limits) as (picture, kind):
-        turned = kind != "TIFF" and _orientation(picture) >= 5  # of a TIFF, Pillow gives the upright size already
+        swaps_sides = kind != "TIFF" and _orientation(picture) >= 5  # Pillow returns the upright size of a TIFF
         width, height = picture.size
-        return Info(format=kind, width=height if turned else width, height=width if turned else height)
+        return Info(format=kind, width=height if swaps_sides else width, height=width if swaps_sides else height)
 
 
 def decode(data: bytes, limits: Limits = Limits(), key: str = "") -> Image:
     """Decode untrusted bytes into an upright sRGB picture.
 
-    The content decides the format, not the name. EXIF orientation is applied; embedded profiles are converted to sRGB
-    (a broken one is ignored); 16-bit values are scaled; transparency is shown on white; of an MPO the first picture
-    counts, which is what every other reader shows.
+    The content decides the format, not the file name. EXIF orientation is applied. Embedded profiles are converted to
+    sRGB; a broken profile is ignored. 16-bit values are scaled. Transparent pictures are shown on white. An MPO gives
+    its first picture, as in other readers.
 
     Args:
-        data: the file.
-        limits: what is refused; sizes are checked before the pixels are decoded.
-        key: the sample's name, for the error.
+        data: bytes of the file.
+        limits: limits; sizes are checked before the pixels are decoded.
+        key: the sample's name for the error.
 
     Returns:
         uint8 [H, W, 3], contiguous and writable.
 
     Raises:
-        SampleError: with a code from the top of this file; never anything else.
+        SampleError: with a code from the top of this file; no other exception is raised.
     """
     return _decode(data, limits, key, BACKGROUND).image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """A picture with what `decode` leaves out.
+    """A picture with its transparency.
 
     Attributes:
-        image: uint8 [H, W, 3], contiguous; where alpha is not None, the colours that lie under the transparency, with
-            invisible pixels filled from the visible ones around them.
-        alpha: uint8 [H, W], 255 = opaque; None where every pixel is.
-        gray: whether the file holds no colours: a gray mode, or three equal channels everywhere.
+        image: uint8 [H, W, 3], contiguous. If alpha is not None, these are the colours without a background; invisible
+            pixels are filled from the visible ones around them.
+        alpha: uint8 [H, W], 255 = opaque; None if every pixel is opaque.
+        gray: whether the picture has no colours: a gray mode, or three equal channels everywhere.
     """
 
     image: Image
@@ -176,20 +176,20 @@ class Decoded:
 
 
 def decode_parts(data: bytes, limits: Limits = Limits(), key: str = "") -> Decoded:
-    """Decode as `decode`, keeping transparency apart and noting whether the picture is gray.
+    """Decode like `decode`, but return transparency separately, and whether the picture is gray.
 
     Raises:
-        SampleError: as decode.
+        SampleError: like decode.
     """
-    found = _decode(data, limits, key, None)
-    image = found.image if found.alpha is None else spread_colors(found.image, found.alpha)
+    decoded = _decode(data, limits, key, None)
+    image = decoded.image if decoded.alpha is None else spread_colors(decoded.image, decoded.alpha)
     channels = [image[..., c] for c in range(3)]
     gray = bool((channels[0] == channels[1]).all() and (channels[1] == channels[2]).all())
-    return Decoded(image=image, alpha=found.alpha, gray=gray)
+    return Decoded(image=image, alpha=decoded.alpha, gray=gray)
 
 
 def _decode(data: bytes, limits: Limits, key: str, background: int | None) -> Decoded:
-    """The upright picture, shown on a background, or with its alpha beside it for None."""
+    """Decode the upright picture on a background; with None, return alpha separately."""
     with _as_sample_errors(key):
         rgb = _bare_jpeg(data, limits)
         if rgb is not None:
@@ -201,15 +201,15 @@ def _decode(data: bytes, limits: Limits, key: str, background: int | None) -> De
                 rgb, alpha = _srgb_and_alpha(picture)
                 if alpha is not None and background is not None:
                     rgb = _on_background(rgb, alpha, background)
-            orientation = _orientation(picture)  # after load: of a TIFF, Pillow turns the pixels and drops the tag
+            orientation = _orientation(picture)  # after load, because Pillow rotates a TIFF and drops the tag
             upright = np.ascontiguousarray(_upright(rgb, orientation))
             if alpha is not None:
                 alpha = np.ascontiguousarray(_upright(alpha, orientation))
             return Decoded(image=upright, alpha=alpha, gray=False)
 
 
-def flattened(parts: Decoded) -> Image:
-    """A picture shown on white: what `decode` gives."""
+def flatten(parts: Decoded) -> Image:
+    """Put a picture on white, as `decode` does."""
     return parts.image if parts.alpha is None else _on_background(parts.image, parts.alpha, BACKGROUND)
 
 
@@ -219,33 +219,33 @@ def _on_background(rgb: Image, alpha: np.ndarray, background: int) -> Image:
 
 
 def spread_colors(image: Image, alpha: np.ndarray) -> Image:
-    """Fill invisible pixels with the colours of visible ones near them, so that nothing hidden bleeds into a result.
+    """Fill invisible pixels with the colours of near visible ones, so that hidden colours do not bleed into a result.
 
-    Visible pixels (alpha above 0) keep their values. The fill is a weighted mean over ever wider squares.
+    Visible pixels (alpha above 0) keep their values. The fill is a weighted mean over squares of increasing size.
 
     Args:
         image: uint8 [H, W, 3].
         alpha: uint8 [H, W].
     """
-    hidden = alpha == 0
-    if not hidden.any():
+    invisible = alpha == 0
+    if not invisible.any():
         return image
-    if hidden.all():
+    if invisible.all():
         return np.full_like(image, BACKGROUND)
-    weight = np.where(hidden, 0.0, 1.0).astype(np.float32)
-    colors, filled, width = image.astype(np.float32) * weight[..., None], image.copy(), 3
-    while hidden.any():
+    weight = np.where(invisible, 0.0, 1.0).astype(np.float32)
+    colors, result, width = image.astype(np.float32) * weight[..., None], image.copy(), 3
+    while invisible.any():
         near = cv2.blur(weight, (width, width), borderType=cv2.BORDER_REPLICATE)
-        reached = hidden & (near > 0.5 / width**2)
-        mean = cv2.blur(colors, (width, width), borderType=cv2.BORDER_REPLICATE)[reached] / near[reached][:, None]
-        filled[reached] = np.clip(np.rint(mean), 0, 255).astype(np.uint8)
-        hidden &= ~reached
+        fillable = invisible & (near > 0.5 / width**2)
+        mean = cv2.blur(colors, (width, width), borderType=cv2.BORDER_REPLICATE)[fillable] / near[fillable][:, None]
+        result[fillable] = np.clip(np.rint(mean), 0, 255).astype(np.uint8)
+        invisible &= ~fillable
         width = 2 * width + 1
-    return filled
+    return result
 
 
 def resize_short_side(image: Image, px: int) -> Image:
-    """Resize so that the short side has `px` pixels: area average when shrinking, bicubic when enlarging."""
+    """Resize the short side to `px` pixels: area average to shrink, bicubic to enlarge."""
     if px < 1:
         raise ValueError(f"the short side must be at least 1 pixel, got {px}")
     height, width = image.shape[:2]
@@ -253,12 +253,12 @@ def resize_short_side(image: Image, px: int) -> Image:
     size = (max(px, round(width * factor)), max(px, round(height * factor)))
     if size == (width, height):
         return image
-    resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
-    return resized if image.dtype == np.uint8 else resized.clip(0.0, 1.0)  # cubic overshoots; uint8 saturates by itself
+    result = cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    return result if image.dtype == np.uint8 else result.clip(0.0, 1.0)  # cubic overshoots; uint8 is already clipped
 
 
 def crop(image: Image, top: int, left: int, height: int, width: int) -> Image:
-    """The part of `image` at (top, left), [height, width, 3], as a contiguous copy.
+    """Return the part of `image` at (top, left), [height, width, 3], as a contiguous copy.
 
     Raises:
         ValueError: the box reaches outside the picture.
@@ -269,22 +269,22 @@ def crop(image: Image, top: int, left: int, height: int, width: int) -> Image:
 
 
 def center_crop(image: Image, height: int, width: int) -> Image:
-    """The middle [height, width, 3] of `image`; ValueError where it is smaller than that."""
+    """Return the middle [height, width, 3] of `image`; raise ValueError if the image is smaller."""
     return crop(image, (image.shape[0] - height) // 2, (image.shape[1] - width) // 2, height, width)
 
 
 def pad_to_multiple(image: Image, multiple: int) -> Image:
-    """The picture [H, W, 3] with mirrored rows and columns below and to the right, up to multiples of `multiple`."""
+    """Pad a picture [H, W, 3] below and to the right with mirrored rows and columns, to multiples of `multiple`."""
     height, width = image.shape[:2]
     below, right = -height % multiple, -width % multiple
     if not below and not right:
         return image
-    # "reflect" cannot mirror a single row without repeating it; "symmetric" can, and meets no seam worse
+    # "reflect" needs at least two rows and columns; "symmetric" does not
     return np.pad(image, ((0, below), (0, right), (0, 0)), mode="reflect" if min(height, width) > 1 else "symmetric")
 
 
 def to_float(image: Image) -> Image:
-    """uint8 0..255 to float32 0..1; float32 passes through."""
+    """Convert uint8 0..255 to float32 0..1; float32 passes through."""
     if image.dtype == np.uint8:
         return image.astype(np.float32) * np.float32(1 / 255)
     if image.dtype != np.float32:
@@ -293,22 +293,22 @@ def to_float(image: Image) -> Image:
 
 
 def to_uint8(image: Image) -> Image:
-    """float32 0..1 to uint8, clipped, rounded half to even; uint8 passes through."""
+    """Convert float32 0..1 to uint8, clipped and rounded half to even; uint8 passes through."""
     if image.dtype == np.uint8:
         return image
-    packed = np.ascontiguousarray(image)
-    return cv2.addWeighted(packed, 255.0, packed, 0.0, 0.0, dtype=cv2.CV_8U).reshape(image.shape)  # in one pass
+    contiguous = np.ascontiguousarray(image)
+    return cv2.addWeighted(contiguous, 255.0, contiguous, 0.0, 0.0, dtype=cv2.CV_8U).reshape(image.shape)  # in one pass
 
 
 def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
-    """Lossless PNG of a uint8 picture; equal input gives equal bytes.
+    """Encode a uint8 picture as PNG; equal input gives equal bytes.
 
     Args:
         image: uint8 [H, W, 3], with alpha [H, W, 4], gray [H, W], or gray with alpha [H, W, 2].
-        text: text chunks by keyword (1 to 79 Latin-1 characters); written in the order of their keywords.
+        text: text chunks by keyword (1 to 79 Latin-1 characters); they are sorted by keyword.
 
     Raises:
-        ValueError: not such a picture, or a keyword or value that PNG cannot hold.
+        ValueError: wrong shape or type of the picture, or a keyword or value that PNG cannot hold.
     """
     if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (2, 3, 4))):
         raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}")
@@ -325,7 +325,7 @@ def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
 
 
 def read_png_text(data: bytes) -> dict[str, str]:
-    """Text chunks of a PNG by keyword, as `encode_png` wrote them; SampleError where it is no readable PNG."""
+    """Read the text chunks of a PNG by keyword; raise SampleError if it is not a readable PNG."""
     with _as_sample_errors(""):
         if sniff(data) != "PNG":
             raise SampleError("unsupported_format", "only PNG files carry text chunks")
@@ -337,7 +337,7 @@ def read_png_text(data: bytes) -> dict[str, str]:
 
 @contextmanager
 def _as_sample_errors(key: str) -> Iterator[None]:
-    """Turn whatever a decoder raises on hostile bytes into a SampleError that names the sample."""
+    """Turn any exception of a decoder into a SampleError that names the sample."""
     try:
         yield
     except SampleError as error:
@@ -345,22 +345,22 @@ def _as_sample_errors(key: str) -> Iterator[None]:
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
         raise SampleError("too_large", str(error), key) from error
     except Pillow.UnidentifiedImageError as error:
-        raise SampleError("corrupt", "the signature is of a picture, but its header cannot be read", key) from error
+        raise SampleError("corrupt", "the signature is of a picture, but the header cannot be read", key) from error
     except MemoryError as error:
         raise SampleError("too_large", "not enough memory to decode the picture", key) from error
-    except Exception as error:  # decoders raise nearly any kind on bad bytes: struct.error, KeyError, ...
+    except Exception as error:  # decoders raise many kinds on bad bytes: struct.error, KeyError, ...
         detail = f"{type(error).__name__}: {error}"
-        lowered = detail.lower()
-        if "truncated" in lowered or "unexpected end" in lowered or isinstance(error, EOFError):
+        message = detail.lower()
+        if "truncated" in message or "unexpected end" in message or isinstance(error, EOFError):
             raise SampleError("truncated", detail, key) from error
-        if "too large" in lowered or "too much memory" in lowered:  # Pillow's guard of inflated text chunks
+        if "too large" in message or "too much memory" in message:  # Pillow's limit on compressed text chunks
             raise SampleError("too_large", detail, key) from error
         raise SampleError("corrupt", detail, key) from error
 
 
 @contextmanager
 def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image, str]]:
-    """Open lazily (header only) with the one decoder that the signature names, and check the limits."""
+    """Open the header with the decoder of the signature's format, and check the limits."""
     kind = sniff(data)
     if len(data) > limits.max_bytes:
         raise SampleError("too_large", f"{len(data)} bytes exceed the limit of {limits.max_bytes}")
@@ -377,7 +377,7 @@ def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image, str]]:
 
 
 def _check_size(width: int, height: int, n_bytes: int, limits: Limits) -> None:
-    """Refuse by the header's width and height."""
+    """Check the header's width and height against the limits."""
     if width * height > limits.max_pixels:
         raise SampleError("too_large", f"{width} x {height} pixels exceed the limit of {limits.max_pixels}")
     if min(width, height) < limits.min_side_px:
@@ -389,7 +389,7 @@ def _check_size(width: int, height: int, n_bytes: int, limits: Limits) -> None:
 
 
 def _check_png_size(data: bytes, limits: Limits) -> None:
-    """Size limits straight from IHDR, so that a giant is refused before its megabytes are checksummed."""
+    """Check the size in IHDR, so that a giant picture is refused before its checksums are computed."""
     if len(data) < 24:
         raise SampleError("truncated", "the PNG ends inside its header")
     width, height = struct.unpack(">II", data[16:24])
@@ -397,35 +397,35 @@ def _check_png_size(data: bytes, limits: Limits) -> None:
 
 
 def _check_png_chunks(data: bytes) -> None:
-    """Refuse a PNG without IEND, or with a wrong checksum in a critical chunk (Pillow lets those of pixels pass)."""
-    view, at = memoryview(data), len(PNG_SIGNATURE)
+    """Refuse a PNG without IEND or with a wrong checksum in a critical chunk; Pillow does not check pixel chunks."""
+    view, offset = memoryview(data), len(PNG_SIGNATURE)
     while True:
-        if at + 12 > len(data):
+        if offset + 12 > len(data):
             raise SampleError("truncated", "the PNG ends before its end chunk")
-        length, name = int.from_bytes(view[at : at + 4], "big"), bytes(view[at + 4 : at + 8])
-        end = at + 12 + length
+        length, name = int.from_bytes(view[offset : offset + 4], "big"), bytes(view[offset + 4 : offset + 8])
+        end = offset + 12 + length
         if end > len(data):
             raise SampleError("truncated", f"the PNG ends inside its {name!r} chunk")
         critical = not name[0] & 0x20  # PNG specification 5.4: bit 5 of the first letter
-        if critical and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        if critical and zlib.crc32(view[offset + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             raise SampleError("corrupt", f"wrong checksum in the PNG's {name!r} chunk")
         if name == b"IEND":
             return
-        at = end
+        offset = end
 
 
 def _orientation(picture: Pillow.Image) -> int:
-    """EXIF orientation 1..8; 1 where it is absent, invalid or unreadable."""
+    """Return the EXIF orientation 1..8; 1 if it is absent, invalid or unreadable."""
     try:
         value = picture.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - metadata is hostile too (loops, wrong types); a picture does not fail for it
+    except Exception:  # noqa: BLE001 - metadata may be hostile too (loops, wrong types); the picture is still used
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _upright(image: Image, orientation: int) -> Image:
     """Undo the EXIF orientation of [H, W, ...]."""
-    if orientation >= 5:  # 5..8 are stored with rows and columns swapped
+    if orientation >= 5:  # 5..8 store rows and columns swapped
         image = image.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         image = image[:, ::-1]
@@ -435,10 +435,10 @@ def _upright(image: Image, orientation: int) -> Image:
 
 
 def _bare_jpeg(data: bytes, limits: Limits) -> Image | None:
-    """A JPEG that consists of nothing but pixels and their tables; None for any other, and for one with faults.
+    """Decode a JPEG that has only pixels and tables; return None for others and for faulty ones.
 
-    Pillow calls the same library with the same settings, so the bits are the same; opening and copying there take
-    nearly as long as the decoding of a small picture.
+    Pillow calls the same library with the same settings, so the pixels are equal. For a small picture, opening and
+    copying in Pillow take nearly as long as decoding.
 
     Raises:
         SampleError: too_large, too_small, aspect.
@@ -453,7 +453,7 @@ def _bare_jpeg(data: bytes, limits: Limits) -> Image | None:
 
 
 def _bare_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG of 8 bits and three channels with no metadata before its pixels; None for others."""
+    """Return (height, width) of a JPEG of 8 bits and three channels without metadata; None for others."""
     if data[:3] != b"\xff\xd8\xff":
         return None
     at, size = 2, None
@@ -472,28 +472,28 @@ def _bare_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _colour_jpeg(data: bytes, picture: Pillow.Image) -> Image | None:
-    """Pixels in sRGB, not yet upright, of a colour JPEG that Pillow has opened; None where it is to decode as well."""
+    """Decode a colour JPEG that Pillow has opened to sRGB, not yet upright; None if Pillow must decode it."""
     if picture.format != "JPEG" or picture.mode != "RGB":
         return None
     rgb = _turbo(data, (picture.height, picture.width))
     profile = picture.info.get("icc_profile")
-    converted = _to_srgb(Pillow.fromarray(rgb), profile) if rgb is not None and profile else None
-    return rgb if converted is None else np.array(converted)
+    srgb = _to_srgb(Pillow.fromarray(rgb), profile) if rgb is not None and profile else None
+    return rgb if srgb is None else np.array(srgb)
 
 
 def _turbo(data: bytes, size: tuple[int, int]) -> Image | None:
-    """What libjpeg-turbo makes of a faultless JPEG of the (height, width) that was checked; None for any other."""
+    """Decode a JPEG with libjpeg-turbo; None if it has faults or its size differs from (height, width)."""
     try:
         if simplejpeg.decode_jpeg_header(data)[:2] != size:
             return None
         rgb: Image = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:  # also for what Pillow forgives, such as stray bytes between segments
+    except ValueError:  # also for faults that Pillow tolerates, such as stray bytes between segments
         return None
     return rgb
 
 
 def _srgb_and_alpha(picture: Pillow.Image) -> tuple[Image, np.ndarray | None]:
-    """Loaded Pillow picture of any supported mode: uint8 sRGB [H, W, 3], and alpha [H, W] unless all is opaque."""
+    """Convert a loaded Pillow picture to uint8 sRGB [H, W, 3], and alpha [H, W] unless every pixel is opaque."""
     alpha: np.ndarray | None = None
     profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I;16"):
@@ -512,16 +512,16 @@ def _srgb_and_alpha(picture: Pillow.Image) -> tuple[Image, np.ndarray | None]:
         picture = picture.convert("RGB")
     elif picture.mode not in ("L", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
         raise SampleError("unsupported_mode", f"pixels of mode {picture.mode}")
-    converted = _to_srgb(picture, profile) if profile else None
-    rgb = np.array(converted if converted is not None else picture.convert("RGB"))
+    srgb = _to_srgb(picture, profile) if profile else None
+    rgb = np.array(srgb if srgb is not None else picture.convert("RGB"))
     return rgb, alpha if alpha is not None and alpha.min() < 255 else None
 
 
 def _with_alpha(picture: Pillow.Image) -> Pillow.Image:
-    """Any transparent mode as RGBA."""
+    """Convert any transparent mode to RGBA."""
     transparent = picture.info.get("transparency")
     if picture.mode in ("RGB", "L") and transparent is not None:
-        # PNG names one transparent colour at the file's own depth, while Pillow has already cut 16 bits to 8
+        # PNG stores one transparent colour at the file's bit depth, but Pillow has already reduced 16 bits to 8
         colour = np.atleast_1d(np.asarray(transparent))
         colour = colour >> 8 if colour.max() > 255 else colour
         rgb = np.asarray(picture.convert("RGB"))
@@ -533,12 +533,12 @@ def _with_alpha(picture: Pillow.Image) -> Pillow.Image:
 
 
 def _to_srgb(picture: Pillow.Image, profile: bytes) -> Pillow.Image | None:
-    """Convert through an embedded profile; None where there is nothing to do or the profile is unusable."""
+    """Convert with an embedded profile; None if there is nothing to convert or the profile is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
         if {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}.get(picture.mode) != space:
-            return None  # a profile of another kind of picture says nothing about this one
+            return None  # the profile belongs to another kind of picture
         if space == "RGB" and "sRGB" in (source.profile.profile_description or ""):
             return None
         return ImageCms.profileToProfile(

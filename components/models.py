@@ -1,11 +1,11 @@
-"""Model folders: model.json and parts/*.safetensors, written by train, import and shipped models alike.
+"""Model folders: model.json and parts/*.safetensors. Training, import and shipped models use the same format.
 
     model.json      format, name, system, recipe, prior {id, digest}, config, parts {name: {file, sha256}},
                     files {name: sha256}, parents, data_manifest_digest, licence, permitted_use, metrics
-    parts/          one safetensors file a part
+    parts/          one safetensors file per part
     files/          small text files that a part needs (a tokenizer), and *.md for people
 
-A folder is written under a temporary name and renamed, so a killed writer leaves no half model.
+A folder is written under a temporary name and then renamed, so a killed writer leaves no partial model.
 """
 
 from __future__ import annotations
@@ -24,29 +24,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from components.naming import did_you_mean
-from components.places import stored_models, weights_folder
+from components.places import SHIPPED, shipped_models, stored_models, weights_folder
 
 FORMAT = 1
-SHIPPED = Path(__file__).parent / "priors" / "weights"
 
 
 class ModelError(ValueError):
-    """A model folder cannot be used; the message names the folder and what is wrong with it."""
+    """A model folder cannot be used; the message names the folder and the fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A verified model folder. `info` is model.json; parts are loaded when asked for."""
+    """A verified model folder. `info` is model.json; parts are loaded on access."""
 
     path: Path
     info: Mapping[str, Any]
     digest: str
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one part, after its sha256 was checked.
+        """Check the sha256 of a part and load its tensors.
 
         Raises:
-            ModelError: no such part, or its bytes are not the ones that model.json names.
+            ModelError: the part does not exist, or its bytes do not have the sha256 in model.json.
         """
         parts = self.info["parts"]
         if name not in parts:
@@ -59,14 +58,14 @@ class Model:
         return load_file(file)
 
     def parts(self) -> Mapping[str, dict[str, Tensor]]:
-        """All parts by name; each is checked and loaded when it is looked up, and kept by nobody."""
+        """All parts by name; each lookup checks and loads the part again, without a cache."""
         return _Parts(self)
 
     def file(self, name: str) -> Path:
-        """Path of a small text file that came with the model, after its sha256 was checked.
+        """Check the sha256 of one of the model's small text files and return its path.
 
         Raises:
-            ModelError: no such file, or its bytes are not the ones that model.json names.
+            ModelError: the file does not exist, or its bytes do not have the sha256 in model.json.
         """
         path = self.path / "files" / name
         if name not in self.info["files"] or not path.is_file():
@@ -77,7 +76,7 @@ class Model:
 
 
 class _Parts(Mapping[str, dict[str, Tensor]]):
-    """A model's parts, one in memory at a time."""
+    """A model's parts; each lookup loads one."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -96,7 +95,7 @@ class _Parts(Mapping[str, dict[str, Tensor]]):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What model.json says beside the parts."""
+    """The fields of model.json except the parts."""
 
     name: str
     system: str
@@ -122,65 +121,65 @@ def save_model(
     files: Mapping[str, str] | None = None,
     half: bool = False,
 ) -> Model:
-    """Write a model folder; replaces one of the same name.
+    """Write a model folder; replace a folder of the same name.
 
     Args:
-        path: the folder to make.
+        path: the folder to write.
         card: everything but the parts.
-        parts: tensors by key, by part; each part is looked up once, in turn, so a lazy mapping needs memory for one.
+        parts: tensors by key, by part. Each part is looked up once, in turn, so a lazy mapping holds one in memory.
         files: text files by name.
         half: store floating point tensors as float16.
     """
     temporary = path.with_name(f".{path.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "parts").mkdir(parents=True)
-    listed: dict[str, dict[str, str]] = {}
+    part_entries: dict[str, dict[str, str]] = {}
     for name in sorted(parts):
-        tensors, file, seen = parts[name], temporary / "parts" / f"{name}.safetensors", set[int]()
+        tensors, file, addresses = parts[name], temporary / "parts" / f"{name}.safetensors", set[int]()
         # sorted: equal tensors give equal bytes
-        save_file({key: _stored(tensors[key], half, seen) for key in sorted(tensors)}, file)
-        listed[name] = {"file": f"parts/{name}.safetensors", "sha256": file_sha256(file)}
+        save_file({key: _prepare(tensors[key], half, addresses) for key in sorted(tensors)}, file)
+        part_entries[name] = {"file": f"parts/{name}.safetensors", "sha256": file_sha256(file)}
     texts: dict[str, str] = {}
     for name, text in (files or {}).items():
         (temporary / "files").mkdir(exist_ok=True)
         (temporary / "files" / name).write_text(text, encoding="utf-8")
         texts[name] = file_sha256(temporary / "files" / name)
-    told = {k: getattr(card, k) for k in ModelCard.__dataclass_fields__}
-    info = {"format": FORMAT, **told, "parts": listed, "files": texts}
+    card_fields = {k: getattr(card, k) for k in ModelCard.__dataclass_fields__}
+    info = {"format": FORMAT, **card_fields, "parts": part_entries, "files": texts}
     (temporary / "model.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if path.exists():
-        retired = path.with_name(f".{path.name}.retired")
-        shutil.rmtree(retired, ignore_errors=True)
-        os.replace(path, retired)
+        old = path.with_name(f".{path.name}.retired")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
         os.replace(temporary, path)
-        shutil.rmtree(retired, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(temporary, path)
     return load_model(path)
 
 
-def _stored(tensor: Tensor, half: bool, seen: set[int]) -> Tensor:
-    """As safetensors takes it; copied only where several tensors share memory, since parts can be gigabytes."""
+def _prepare(tensor: Tensor, half: bool, addresses: set[int]) -> Tensor:
+    """Prepare a tensor for safetensors; copy it only if tensors share memory, since parts can be gigabytes."""
     tensor = tensor.detach().cpu().contiguous()
     if half and tensor.is_floating_point():
         tensor = tensor.half()
     storage = tensor.untyped_storage()
-    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in addresses:
         tensor = tensor.clone()
-    seen.add(tensor.untyped_storage().data_ptr())
+    addresses.add(tensor.untyped_storage().data_ptr())
     return tensor
 
 
 def resolve_model(name: str | Path) -> Path:
-    """A model folder's path from a path, a shipped name or a name below RESTORAY_HOME/weights.
+    """Resolve a path, a shipped name or a name below RESTORAY_HOME/weights to a model folder.
 
     Raises:
-        ModelError: says what was looked at, and the near or known names.
+        ModelError: there is no such folder; the message suggests a similar name or lists all.
     """
     for path in (Path(name), SHIPPED / str(name), weights_folder() / str(name)):
         if (path / "model.json").is_file():
             return path
-    near = did_you_mean(str(name), [*(p.parent.name for p in SHIPPED.glob("*/model.json")), *stored_models()])
+    near = did_you_mean(str(name), [*shipped_models(), *stored_models()])
     raise ModelError(
         f"{name}: neither a model folder (it would hold model.json) nor a shipped model, "
         f"and none in {weights_folder()}. {near}"
@@ -204,7 +203,7 @@ def load_model(name: str | Path) -> Model:
 
 
 def model_digest(info: Mapping[str, Any]) -> str:
-    """Digest of what decides the outputs: system, config, recipe (it settles a restorer's defaults), prior, bytes."""
+    """Digest of what the outputs depend on: system, config, recipe (for a restorer's defaults), prior and bytes."""
     decisive = {
         "system": info["system"],
         "config": info["config"],
@@ -217,16 +216,16 @@ def model_digest(info: Mapping[str, Any]) -> str:
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load a state dict as the module's dtype; every missing, unexpected or misshapen key is named in a ModelError."""
-    expected = module.state_dict()
-    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    """Load a state dict in the module's dtype; a ModelError names all missing, unexpected and misshapen keys."""
+    own = module.state_dict()
+    missing, surplus = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     misshapen = [
-        f"{k}: {tuple(tensors[k].shape)} instead of {tuple(expected[k].shape)}"
-        for k in sorted(set(expected) & set(tensors))
-        if tensors[k].shape != expected[k].shape
+        f"{k}: {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in sorted(set(own) & set(tensors))
+        if tensors[k].shape != own[k].shape
     ]
-    if missing or unexpected or misshapen:
-        raise ModelError(f"{what}: missing {missing}, unexpected {unexpected}, wrong shapes {misshapen}")
+    if missing or surplus or misshapen:
+        raise ModelError(f"{what}: missing {missing}, unexpected {surplus}, wrong shapes {misshapen}")
     with torch.no_grad():
-        for key, value in expected.items():
+        for key, value in own.items():
             value.copy_(tensors[key])

@@ -1,13 +1,13 @@
-"""Negative-quality samples: pictures that look as a negative prompt says, made from good ones by image-to-image.
+"""Negative-quality samples: pictures that match a negative prompt, made from good pictures by image-to-image.
 
-SUPIR section 3.2: a restorer that was trained on good pictures alone does not know what negative prompts mean, and
-guidance away from them brings artefacts. So poor pictures with the negative prompt as their caption are mixed into the
-training data. Appendix A.4: from noise alone such prompts give meaningless pictures; SDXL is started half-way instead,
-from training pictures (SDEdit, Meng et al. 2021, at strength 0.5).
+SUPIR section 3.2: a restorer trained on good pictures only does not understand negative prompts, and guidance away from
+them adds artefacts. So poor pictures with the negative prompt as their caption are mixed into the training data.
+Appendix A.4: from noise alone, such prompts give meaningless pictures. Therefore SDXL starts half-way, from training
+pictures (SDEdit, Meng et al. 2021, at strength 0.5).
 
-Two routes to the same function: a prior of ours (components.priors, DDIM), and any model of diffusers that
-AutoPipelineForImage2Image knows (its own scheduler). Pictures are made one by one: a picture's bits depend on source,
-prompt, settings, seed and position, and on nothing that is made beside it.
+Two kinds of model work: a prior of ours (components.priors, with DDIM), and any diffusers model that
+AutoPipelineForImage2Image supports (with its own scheduler). Pictures are made one by one. A picture's bits depend on
+source, prompt, settings, seed and position only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from components.images import center_crop, resize_short_side
 from components.randomness import Noise, stream_key
-from components.types import Image, SampleError
+from components.types import Denoiser, Image, SampleError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,26 +30,25 @@ if TYPE_CHECKING:
     from components.models import ModelError
     from components.priors.sdxl import Prior
     from components.samplers.schedules import Schedule
-    from components.types import Denoiser
 
 SUPIR_COUNT = 100_000
-"""Negative samples in SUPIR's training data, beside 20M pictures with captions and 70K faces (section 4.1)."""
+"""Negative samples in SUPIR's training data, next to 20M pictures with captions and 70K faces (section 4.1)."""
 
 NEGATIVE_PROMPTS: dict[str, str] = {
-    # SUPIR Fig. 19: what its negative samples were made with
+    # SUPIR Fig. 19: the prompt of its negative samples
     "supir-samples": (
         "oil painting, cartoon, blurring, dirty, messy, low quality, frames, deformed, lowres, over-smooth"
     ),
     # SUPIR section 3.2: the example of a negative prompt in restoration
     "supir-paper": "oil painting, cartoon, blur, dirty, messy, low quality, deformation, low resolution, over-smooth",
-    # Fanghua-Yu/SUPIR at bda91af: the default of the negative prompt; "oil painting" stands there twice
+    # Fanghua-Yu/SUPIR at bda91af: the default negative prompt; it contains "oil painting" twice
     "supir-code": (
         "painting, oil painting, illustration, drawing, art, sketch, oil painting, cartoon, CG Style, 3D render, "
         "unreal engine, blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, "
         "jpeg artifacts, deformed, lowres, over-smooth"
     ),
 }
-"""Published negative prompts by name. Whether all 100K pictures have the first one as caption is not said."""
+"""Published negative prompts by name. SUPIR does not state whether all 100K pictures have the first as caption."""
 
 ImageToImage = Callable[[Image, str, int, int], Image]
 """(hq uint8 [H, W, 3], prompt, seed, position) -> uint8 [S, S, 3]; see `build_image_to_image`."""
@@ -57,15 +56,15 @@ ImageToImage = Callable[[Image, str, int, int], Image]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageToImageSettings:
-    """How a picture is changed.
+    """Settings of image-to-image.
 
     Attributes:
-        strength: share of the sampler's steps that are run, 0 (none) to 1 (from almost pure noise).
-        steps: of the whole sampler; 50 is diffusers' default for SDXL.
+        strength: share of the sampler's steps to run, 0 (none) to 1 (from almost pure noise).
+        steps: steps of the whole sampler; 50 is diffusers' default for SDXL.
         cfg_scale: guidance towards the prompt, away from `negative_prompt`; 5 is diffusers' default for SDXL, the paper
-            gives none.
-        negative_prompt: what guidance leads away from.
-        resolution: side of the square results, pixels; 1024 is what SDXL was made for.
+            states none.
+        negative_prompt: prompt that guidance leads away from.
+        resolution: side of the square results in pixels; SDXL was trained at 1024.
     """
 
     strength: float = 0.5  # SUPIR appendix A.4
@@ -86,49 +85,49 @@ class ImageToImageSettings:
 
 
 def negative_prompts(names: Sequence[str]) -> list[str]:
-    """Texts of prompts, each a name of NEGATIVE_PROMPTS or a text of one's own.
+    """Return the texts of prompts; each is a name of NEGATIVE_PROMPTS or a text.
 
     Raises:
-        ValueError: there is none, or one is blank or not printable.
+        ValueError: there is no prompt, or one is blank or not printable.
     """
     texts = [NEGATIVE_PROMPTS.get(name, name) for name in names]
     if not texts or not all(text.strip() and text.isprintable() for text in texts):
-        raise ValueError(f"negative samples need printable prompts that say something, got {list(names)}")
+        raise ValueError(f"negative samples need printable prompts that are not blank, got {list(names)}")
     return texts
 
 
 def square(image: Image, side_px: int) -> Image:
-    """The middle square of a picture after its short side was resized to `side_px`: uint8 [side, side, 3]."""
+    """Resize a picture's short side to `side_px` and return the middle square: uint8 [side, side, 3]."""
     return center_crop(resize_short_side(image, side_px), side_px, side_px)
 
 
 def prior_digest(name: str, revision: str = "") -> str:
-    """What a record says of the model: a model folder's digest, or the sha256 over a diffusers folder's files.
+    """Digest of a model for records: a model folder's digest, or the sha256 over a diffusers folder's files.
 
     Raises:
-        ModelError: nothing usable under that name.
+        ModelError: the name is not that of a usable model.
     """
     from components.models import load_model
 
     folder, ours = model_folder(name, revision)
     if ours:
         return load_model(folder).digest
-    whole = hashlib.sha256()
+    total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix in (".json", ".safetensors", ".txt", ".model"):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            whole.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
-    return whole.hexdigest()
+            total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    return total.hexdigest()
 
 
 def model_folder(name: str, revision: str = "") -> tuple[Path, bool]:
-    """Where a model lies, and whether it is a model folder of ours (else one of diffusers).
+    """Return a model's folder, and whether it is a model folder of ours (else of diffusers).
 
-    Files of a hub model are fetched for that, once, into the hub's cache.
+    Files of a hub model are fetched once, into the hub's cache.
 
     Raises:
-        ModelError: nothing usable under that name.
+        ModelError: the name is not that of a usable model.
     """
     from components.models import resolve_model
 
@@ -146,17 +145,17 @@ def build_image_to_image(
 
     Args:
         name: a shipped prior ("nano") or a prior's model folder; else a diffusers folder or hub id.
-        settings: for every picture.
-        revision: of a hub model.
-        precision: of a diffusers model's weights; priors of ours stay in fp32.
+        settings: settings for every picture.
+        revision: revision of a hub model.
+        precision: precision of a diffusers model's weights; priors of ours stay in fp32.
 
     Returns:
-        A function whose SampleError has code "not_finite" (the model gave no numbers) or "refused" (the model's own
-        safety checker blackened the result).
+        A function whose SampleError has code "not_finite" (the result has NaN or infinite values) or "refused" (the
+        model's safety checker blackened the result).
 
     Raises:
-        ModelError: nothing usable under that name.
-        ValueError: a resolution that the model cannot do.
+        ModelError: the name is not that of a usable model.
+        ValueError: the model does not support the resolution.
     """
     if _is_ours(name):
         return _with_prior(name, settings, device)
@@ -164,7 +163,7 @@ def build_image_to_image(
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a name is a model folder or a shipped model; a broken one raises ModelError."""
+    """Whether a name is a model folder or a shipped model; a broken folder raises ModelError."""
     from components.models import ModelError, load_model
 
     try:
@@ -182,7 +181,7 @@ def _is_ours(name: str) -> bool:
 def _with_prior(name: str, settings: ImageToImageSettings, device: str) -> ImageToImage:
     import torch
 
-    from components.priors.sdxl import load_prior
+    from components.priors.opening import load_prior
     from components.tensors import images_to_tensor, tensor_to_images
 
     prior = load_prior(name, device)
@@ -194,10 +193,10 @@ def _with_prior(name: str, settings: ImageToImageSettings, device: str) -> Image
             hq = images_to_tensor([square(image, settings.resolution)]).to(device)
             side = settings.resolution // prior.factor
             noise = Noise(seed, np.array([position]), device).normal("start", (prior.latent_channels, side, side))
-            changed = image_to_image(prior, hq, [prompt], noise, settings)
-        if not bool(changed.isfinite().all()):
-            raise SampleError("not_finite", f"{name} gave values that are no numbers")
-        return tensor_to_images(changed)[0]
+            result = image_to_image(prior, hq, [prompt], noise, settings)
+        if not bool(result.isfinite().all()):
+            raise SampleError("not_finite", f"{name} returned values that are not finite")
+        return tensor_to_images(result)[0]
 
     return change
 
@@ -208,9 +207,9 @@ def image_to_image(
     """Encode, add noise, sample with the prompts, decode (SDEdit).
 
     Args:
-        images: [B, 3, H, W] in [-1, 1], sides multiples of `prior.multiple_px`.
+        images: [B, 3, H, W] in [-1, 1]; sides are multiples of `prior.multiple_px`.
         prompts: B texts.
-        noise: standard normal [B, C, h, w], in the latents' shape.
+        noise: standard normal [B, C, h, w] in the latents' shape.
 
     Returns:
         [B, 3, H, W], not clipped.
@@ -225,9 +224,9 @@ def image_to_image(
 
 
 def image_to_image_sigmas(schedule: Schedule, steps: int, strength: float) -> Tensor:
-    """Noise levels of the last int(steps * strength) of `steps` steps, and a last 0: float32 [n + 1], falling.
+    """Return sigmas of the last n = int(steps * strength) of `steps` steps, and a final 0: float32 [n + 1], falling.
 
-    Which steps these are is diffusers' reading of "strength", which SUPIR's authors used by that name.
+    This is diffusers' definition of "strength", the name that SUPIR's authors use too.
     """
     return schedule.sampling_sigmas(schedule.timesteps(steps)[steps - int(steps * strength) :])
 
@@ -235,10 +234,10 @@ def image_to_image_sigmas(schedule: Schedule, steps: int, strength: float) -> Te
 def prompt_denoiser(
     prior: Prior, prompts: Sequence[str], size: tuple[int, int], cfg_scale: float, negative_prompt: str = ""
 ) -> Denoiser:
-    """The prior's UNet under guidance towards prompts, as a Denoiser of B rows.
+    """Wrap the prior's UNet with guidance towards prompts as a Denoiser of B rows.
 
     Args:
-        size: (height, width) of the pictures, pixels; told to the UNet as original and target size.
+        size: (height, width) of the pictures in pixels; the UNet's original and target size.
     """
     import torch
 
@@ -274,9 +273,9 @@ def _with_diffusers(
     pipeline.set_progress_bar_config(disable=True)
 
     def change(image: Image, prompt: str, seed: int, position: int) -> Image:
-        # on the CPU: the same draws for every device
+        # on the CPU, so that the draws are the same for every device
         generator = torch.Generator("cpu").manual_seed(stream_key(seed, position, "image_to_image") % 2**63)
-        answer = pipeline(
+        output = pipeline(
             prompt=prompt,
             negative_prompt=settings.negative_prompt,
             image=square(image, settings.resolution)[None].astype(np.float32) / 255,
@@ -286,13 +285,13 @@ def _with_diffusers(
             generator=generator,
             output_type="np",
         )
-        flags = getattr(answer, "nsfw_content_detected", None)
-        if flags and any(flags):
+        nsfw_flags = getattr(output, "nsfw_content_detected", None)
+        if nsfw_flags and any(nsfw_flags):
             raise SampleError("refused", f"the safety checker of {name} blackened the result")
-        changed = np.asarray(answer.images[0])
-        if not np.isfinite(changed).all():
-            raise SampleError("not_finite", f"{name} gave values that are no numbers")
-        return np.rint(changed.clip(0, 1) * 255).astype(np.uint8)
+        result = np.asarray(output.images[0])
+        if not np.isfinite(result).all():
+            raise SampleError("not_finite", f"{name} returned values that are not finite")
+        return np.rint(result.clip(0, 1) * 255).astype(np.uint8)
 
     return change
 
@@ -312,7 +311,7 @@ def _open_pipeline(name: str, revision: str, precision: str) -> Any:
 
 
 def _diffusers_folder(name: str, revision: str) -> Path:
-    """Where a diffusers model lies; of a hub model, in the hub's cache."""
+    """Return the folder of a diffusers model; a hub model lies in the hub's cache."""
     from components.models import ModelError
 
     if Path(name).is_dir():

@@ -1,4 +1,4 @@
-"""Scores of pictures by learned models: what curation refuses beside what plain arithmetic can measure.
+"""Scores of pictures by learned models, for curation filters.
 
     kind        model                                             score
     pyiqa       any metric of pyiqa that needs no target          as the metric defines it
@@ -6,17 +6,17 @@
     zero_shot   AutoModelForZeroShotImageClassification (CLIP)    probability of prompt `label` against `others`, 0..1
     detector    AutoModelForObjectDetection                       highest confidence of an object `label`, 0..1
 
-Models that are known to fit (names and labels as their pages give them; nothing here loads one by itself):
+Models that work (names and labels are those of their pages; nothing here loads one by default):
 
     NSFW        classifier  Falconsai/nsfw_image_detection               label nsfw
     watermark   classifier  prithivMLmods/Watermark-Detection-SigLIP2    label Watermark
-    aesthetic   pyiqa       laion_aes (1..10), nima, or musiq-ava; or zero_shot with prompts of one's own
+    aesthetic   pyiqa       laion_aes (1..10), nima, or musiq-ava; or zero_shot with your own prompts
     people      detector    facebook/detr-resnet-50                      label person
     faces       detector    aditmohan96/detr-finetuned-face, revision refs/pr/1 (the one with safetensors); its
-                            config.json names the label, and a wrong one is answered with the near one
+                            config.json names the label
 
-Weights are read from safetensors only, pyiqa's without running what is pickled in them, and code that comes with a
-model is never run. A picture's score does not depend on the other pictures of the call; see `build_scorer`.
+Weights of transformers models are read from safetensors only, pyiqa's with torch's weights-only reader. Code in a
+model's repository is never run. A picture's score does not depend on other pictures of the call; see `build_scorer`.
 """
 
 from __future__ import annotations
@@ -39,48 +39,48 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Scorer = Callable[[Sequence[Image]], list[float]]
-"""Pictures uint8 [H, W, 3] of any sizes -> one number each; nan where the model gives none for that picture."""
+"""Pictures uint8 [H, W, 3] of any sizes -> one number each; NaN if the model gives no number for a picture."""
 
 SEED = 0
-"""Of what some metrics of pyiqa draw for each picture (the places of their crops)."""
+"""Seed of the random crops that some pyiqa metrics draw for each picture."""
 
-OF_SETS = frozenset({"fid", "sfid", "fid_dinov2", "inception_score"})
-"""Metrics of pyiqa that judge two sets of pictures, and not one picture."""
-OF_TEXT = frozenset({"clipscore"})
+SET_METRICS = frozenset({"fid", "sfid", "fid_dinov2", "inception_score"})
+"""Metrics of pyiqa that compare two sets of pictures."""
+CAPTION_METRICS = frozenset({"clipscore"})
 """Metrics of pyiqa that need each picture's caption."""
 
 
 def build_scorer(score: ModelScore, device: str = "cpu", rows: int | None = None) -> Scorer:
     """Load the model of a score column.
 
-    Pictures are shrunk to `score.short_side_px` and prepared one by one, without padding to each other. On the CPU they
-    also go through the network one by one. On a GPU they go in batches of pictures of one prepared size, and a batch
-    that is not full repeats its first picture: cuBLAS and cuDNN choose their way of adding by the shape alone.
+    Pictures are shrunk to `score.short_side_px` and preprocessed one by one, without padding to a common size. On the
+    CPU the network also runs one by one. On a GPU it runs on batches of pictures of one preprocessed size, and a batch
+    that is not full repeats its first picture: cuBLAS and cuDNN choose the order of their sums by the shape only.
 
     Args:
-        score: which model, and how.
+        score: the model and its settings.
         device: "cpu" or a torch device.
-        rows: pictures of one pass through the network; None takes 1 on the CPU and `score.batch_size` elsewhere.
+        rows: pictures per forward pass; None means 1 on the CPU and `score.batch_size` elsewhere.
 
     Returns:
-        A function of pictures. It raises SampleError (code "shape") for what is no uint8 [H, W, 3].
+        A function of pictures. It raises SampleError (code "shape") if a picture is not uint8 [H, W, 3].
 
     Raises:
-        ValueError: no such metric or model, a metric that cannot judge a picture alone, a label that the model does not
-            know (with the near one), no `others`, or weights that are not whole.
+        ValueError: the metric or model does not exist, the metric cannot score a single picture, the model does not
+            have the label (with a suggestion), `others` is empty, or weights are missing.
     """
     build = {"pyiqa": _pyiqa, "classifier": _classifier, "zero_shot": _zero_shot, "detector": _detector}[score.kind]
     rows = rows or (1 if device == "cpu" else max(1, score.batch_size))
     judge = build(score, device, rows)
 
     def scores(images: Sequence[Image]) -> list[float]:
-        return judge([_shrunk(image, score.short_side_px) for image in images])
+        return judge([_shrink(image, score.short_side_px) for image in images])
 
     return scores
 
 
 def check_scorer(score: ModelScore) -> None:
-    """Raise what `build_scorer` would raise for wrong names; of the model, only its config.json is read."""
+    """Raise the errors of `build_scorer` for wrong names; only the model's config.json is read."""
     if score.kind == "pyiqa":
         _check_metric(score)
     elif score.kind == "zero_shot":
@@ -90,7 +90,7 @@ def check_scorer(score: ModelScore) -> None:
         _label_numbers(score, _config(score))
 
 
-def _shrunk(image: Image, short_side_px: int) -> Image:
+def _shrink(image: Image, short_side_px: int) -> Image:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise SampleError("shape", f"a picture must be uint8 [H, W, 3], got {image.dtype} {image.shape}")
     smaller = 0 < short_side_px < min(image.shape[:2])
@@ -101,16 +101,16 @@ def _shrunk(image: Image, short_side_px: int) -> Image:
 
 
 def _pyiqa(score: ModelScore, device: str, rows: int) -> Scorer:
-    """Each picture alone: some metrics normalise over the batch, and those that draw must draw the same."""
+    """Score pictures one by one, because some metrics normalise over the batch; reset the random state for each."""
     _check_metric(score)
     metrics = Metrics((score.model,), device)
 
     def judge(images: Sequence[Image]) -> list[float]:
-        found = []
+        values = []
         for image in images:
             with _weights_only(), _same_draws(device):
-                found.append(metrics.score(image).get(score.model, float("nan")))
-        return found
+                values.append(metrics.score(image).get(score.model, float("nan")))
+        return values
 
     return judge
 
@@ -118,14 +118,14 @@ def _pyiqa(score: ModelScore, device: str, rows: int) -> Scorer:
 def _check_metric(score: ModelScore) -> None:
     if metric_info(score.model).full_reference:
         raise ValueError(f"score {score.name}: {score.model} compares with a target, which a single picture lacks")
-    if score.model in OF_SETS | OF_TEXT:
-        what = "sets of pictures" if score.model in OF_SETS else "pictures with captions"
+    if score.model in SET_METRICS | CAPTION_METRICS:
+        what = "sets of pictures" if score.model in SET_METRICS else "pictures with captions"
         raise ValueError(f"score {score.name}: {score.model} judges {what}, not a picture alone")
 
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """torch.load refuses code inside: pyiqa asks it to run such code (arch_util.load_pretrained_network)."""
+    """Force torch.load to load weights only; pyiqa turns that off (arch_util.load_pretrained_network)."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -140,10 +140,10 @@ def _weights_only() -> Iterator[None]:
 
 @contextmanager
 def _same_draws(device: str) -> Iterator[None]:
-    """Global random states that start from SEED inside, and are as before afterwards; pyiqa knows no others."""
+    """Seed the global random states with SEED and restore them afterwards; pyiqa draws from global states only."""
     import torch
 
-    kept, kept_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - pyiqa draws from it
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - pyiqa draws from it
     with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
         torch.manual_seed(SEED)
         random.seed(SEED)
@@ -151,40 +151,40 @@ def _same_draws(device: str) -> Iterator[None]:
         try:
             yield
         finally:
-            random.setstate(kept)
-            np.random.set_state(kept_numpy)  # noqa: NPY002
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
 def _classifier(score: ModelScore, device: str, rows: int) -> Scorer:
-    """Softmax over the labels; a sigmoid of each where the model says that labels do not exclude each other."""
+    """Softmax over the labels; sigmoid if the model's labels do not exclude each other."""
     config = _config(score)
     labels = _label_numbers(score, config)
     model, processor = _load(score, "AutoModelForImageClassification", device), _processor(score)
-    alone = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+    independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
     if config.problem_type == "regression":
         raise ValueError(f"score {score.name}: {score.model} predicts a number and no probability of a label")
 
-    def read(output: Any, sizes: Sequence[tuple[int, int]]) -> list[float]:
+    def scores_of(output: Any, sizes: Sequence[tuple[int, int]]) -> list[float]:
         logits = output.logits.float()
-        if alone:
+        if independent:
             return logits.sigmoid()[:, labels].amax(dim=1).tolist()
         return logits.softmax(dim=1)[:, labels].sum(dim=1).tolist()
 
-    return _network(model, processor, {}, read, device, rows)
+    return _network(model, processor, {}, scores_of, device, rows)
 
 
 def _zero_shot(score: ModelScore, device: str, rows: int) -> Scorer:
-    """Softmax over the prompts. SigLIP's own sigmoid would judge `label` alone; here it stands against `others`."""
+    """Softmax over the prompts, also for SigLIP, whose sigmoid would score `label` without `others`."""
     from transformers import AutoTokenizer
 
     _check_others(score)
     config = _config(score)
     model, processor = _load(score, "AutoModelForZeroShotImageClassification", device), _processor(score)
-    tokenizer = _told(score, AutoTokenizer.from_pretrained)
-    # SigLIP was trained on texts of full length, and its pooling looks at the last place
+    tokenizer = _from_pretrained(score, AutoTokenizer.from_pretrained)
+    # SigLIP was trained on padded texts, and its pooling reads the last position
     full = "siglip" in config.model_type
     text = tokenizer(
         [score.label, *score.others],
@@ -194,21 +194,21 @@ def _zero_shot(score: ModelScore, device: str, rows: int) -> Scorer:
         return_tensors="pt",
     ).to(device)
 
-    def read(output: Any, sizes: Sequence[tuple[int, int]]) -> list[float]:
+    def scores_of(output: Any, sizes: Sequence[tuple[int, int]]) -> list[float]:
         return output.logits_per_image.float().softmax(dim=1)[:, 0].tolist()
 
-    return _network(model, processor, dict(text), read, device, rows)
+    return _network(model, processor, dict(text), scores_of, device, rows)
 
 
 def _check_others(score: ModelScore) -> None:
     if not score.others:
-        raise ValueError(f"score {score.name}: zero_shot needs others, the prompts that {score.label!r} stands against")
+        raise ValueError(f"score {score.name}: zero_shot needs others, the prompts to compare {score.label!r} with")
 
 
 def _detector(score: ModelScore, device: str, rows: int) -> Scorer:
-    """The image processor turns logits into confidences: softmax or sigmoid is its family's own knowledge.
+    """Highest confidence of the label; the image processor turns logits into confidences (softmax or sigmoid).
 
-    With a softmax each place counts for its likeliest object only, so that a label which wins nowhere scores 0.
+    With a softmax each query counts for its most likely object only; a label that is most likely nowhere scores 0.
     """
     config = _config(score)
     labels = set(_label_numbers(score, config))
@@ -216,87 +216,87 @@ def _detector(score: ModelScore, device: str, rows: int) -> Scorer:
     if not hasattr(processor, "post_process_object_detection"):
         raise ValueError(f"score {score.name}: the processor of {score.model} cannot read detections")
 
-    def read(output: Any, sizes: Sequence[tuple[int, int]]) -> list[float]:
+    def scores_of(output: Any, sizes: Sequence[tuple[int, int]]) -> list[float]:
         answers = processor.post_process_object_detection(output, threshold=0.0, target_sizes=list(sizes))
         return [
             max((float(s) for s, n in zip(a["scores"], a["labels"], strict=True) if int(n) in labels), default=0.0)
             for a in answers
         ]
 
-    return _network(model, processor, {}, read, device, rows)
+    return _network(model, processor, {}, scores_of, device, rows)
 
 
 def _network(
     model: Any,
     processor: Any,
-    shared: Mapping[str, Any],
-    read: Callable[[Any, Sequence[tuple[int, int]]], list[float]],
+    shared_inputs: Mapping[str, Any],
+    scores_of: Callable[[Any, Sequence[tuple[int, int]]], list[float]],
     device: str,
     rows: int,
 ) -> Scorer:
-    """Prepare, batch by shape, fill up, pass, read.
+    """Build a scorer: preprocess, batch by shape, pad the batch with its first picture, run the model, read the output.
 
     Args:
-        shared: inputs that all pictures share (the prompts).
-        read: output and (height, width) of each row -> a number for each row.
+        shared_inputs: inputs that all pictures share (the prompts).
+        scores_of: (output, (height, width) of each row) -> a number for each row.
     """
     import torch
 
-    def passed(group: Sequence[Mapping[str, Tensor]], sizes: Sequence[tuple[int, int]]) -> list[float]:
-        filled, sizes = [*group, *[group[0]] * (rows - len(group))], [*sizes, *[sizes[0]] * (rows - len(group))]
-        inputs = {k: torch.cat([one[k] for one in filled]).to(device) for k in group[0]}
+    def run(group: Sequence[Mapping[str, Tensor]], sizes: Sequence[tuple[int, int]]) -> list[float]:
+        batch, sizes = [*group, *[group[0]] * (rows - len(group))], [*sizes, *[sizes[0]] * (rows - len(group))]
+        inputs = {k: torch.cat([one[k] for one in batch]).to(device) for k in group[0]}
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), exact:
-            output = model(**inputs, **shared)
-            return read(output, sizes)[: len(group)]
+            output = model(**inputs, **shared_inputs)
+            return scores_of(output, sizes)[: len(group)]
 
     def judge(images: Sequence[Image]) -> list[float]:
-        prepared = [dict(processor(images=image, return_tensors="pt")) for image in images]
+        inputs_of = [dict(processor(images=image, return_tensors="pt")) for image in images]
         by_shape: dict[Any, list[int]] = {}
-        for number, inputs in enumerate(prepared):
+        for number, inputs in enumerate(inputs_of):
             by_shape.setdefault(tuple((k, tuple(v.shape)) for k, v in sorted(inputs.items())), []).append(number)
-        found = [float("nan")] * len(images)
+        values = [float("nan")] * len(images)
         for numbers in by_shape.values():
             for start in range(0, len(numbers), rows):
-                chosen = numbers[start : start + rows]
-                sizes = [(images[n].shape[0], images[n].shape[1]) for n in chosen]
-                for number, value in zip(chosen, passed([prepared[n] for n in chosen], sizes), strict=True):
-                    found[number] = value if np.isfinite(value) else float("nan")
-        return found
+                group = numbers[start : start + rows]
+                sizes = [(images[n].shape[0], images[n].shape[1]) for n in group]
+                for number, value in zip(group, run([inputs_of[n] for n in group], sizes), strict=True):
+                    values[number] = value if np.isfinite(value) else float("nan")
+        return values
 
     return judge
 
 
 def _label_numbers(score: ModelScore, config: Any) -> list[int]:
-    """Places of the label among the model's outputs; a name may stand for several."""
+    """Return the indices of the label among the model's outputs; several outputs may have the same name."""
     names = {int(number): str(name) for number, name in config.id2label.items()}
     numbers = [number for number, name in sorted(names.items()) if name == score.label]
     if not numbers:
         near = near_name(score.label, names.values())
-        known = ", ".join(list(names.values())[:20]) + (", ..." if len(names) > 20 else "")
-        hint = f'Did you mean "{near}"?' if near else f"Known: {known}."
-        raise ValueError(f"score {score.name}: {score.model} knows no label {score.label!r}. {hint}")
+        all_names = ", ".join(list(names.values())[:20]) + (", ..." if len(names) > 20 else "")
+        hint = f'Did you mean "{near}"?' if near else f"Known: {all_names}."
+        raise ValueError(f"score {score.name}: {score.model} has no label {score.label!r}. {hint}")
     return numbers
 
 
 def _config(score: ModelScore) -> Any:
     from transformers import AutoConfig
 
-    return _told(score, AutoConfig.from_pretrained)
+    return _from_pretrained(score, AutoConfig.from_pretrained)
 
 
 def _processor(score: ModelScore) -> Any:
     from transformers import AutoImageProcessor
 
-    return _told(score, AutoImageProcessor.from_pretrained)
+    return _from_pretrained(score, AutoImageProcessor.from_pretrained)
 
 
 def _load(score: ModelScore, auto: str, device: str) -> Any:
-    """The network in float32 evaluation mode. Weights that the file lacks would be random: refused."""
+    """Load the network in float32 evaluation mode; refuse missing weights, which would be random."""
     import torch
     import transformers
 
-    model, report = _told(
+    model, report = _from_pretrained(
         score,
         getattr(transformers, auto).from_pretrained,
         use_safetensors=True,
@@ -312,8 +312,8 @@ def _load(score: ModelScore, auto: str, device: str) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def _told(score: ModelScore, load: Callable[..., Any], **options: Any) -> Any:
-    """from_pretrained without remote code; its failures in one sentence."""
+def _from_pretrained(score: ModelScore, load: Callable[..., Any], **options: Any) -> Any:
+    """Call `load`, a from_pretrained, without remote code; errors become one sentence."""
     if score.revision:
         options["revision"] = score.revision
     try:

@@ -1,8 +1,8 @@
 """Counter-based randomness: every random bit is a function of (seed, position in the stream, name).
 
-There is no global and no per-rank state. A name is hashed with the seed and the position into a 256-bit Philox key, so
-that streams with different names are independent and any sample can be replayed alone, on any worker, in any order.
-Bits are made on the CPU by numpy's Philox and moved: the same on every device.
+There is no global or per-rank state. Seed, position and name are hashed into a 128-bit Philox key. So streams with
+different names are independent, and any worker can replay any sample alone, in any order. numpy's Philox makes the bits
+on the CPU and they are then moved, so they are the same on every device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def stream_key(seed: int, *parts: int | str) -> int:
-    """128-bit key for (seed, parts); distinct parts give independent streams. Ints and strings never collide."""
+    """Return a 128-bit key for (seed, parts). Different parts give independent streams; 1 and "1" differ."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (seed, *parts):
         text = f"{'i' if isinstance(part, (int, np.integer)) else 's'}{part}"
@@ -28,13 +28,13 @@ def stream_key(seed: int, *parts: int | str) -> int:
 
 
 def generator(seed: int, *parts: int | str) -> np.random.Generator:
-    """A numpy generator for (seed, parts): Philox with `stream_key` as its key. Cheap: about 10 microseconds."""
-    key: Any = _Key(stream_key(seed, *parts))  # numpy takes an ISeedSequence, its types do not say so
+    """Return a numpy generator for (seed, parts): Philox with the key `stream_key`. It takes about 10 microseconds."""
+    key: Any = _Key(stream_key(seed, *parts))  # numpy accepts an ISeedSequence, but its type stubs do not declare it
     return np.random.Generator(np.random.Philox(key))
 
 
 class _Key(np.random.bit_generator.ISeedSequence):
-    """Gives Philox its key as it is. `Philox(key=...)` asks the system for entropy first, which takes twice as long."""
+    """Pass a key to Philox unchanged. `Philox(key=...)` first reads system entropy, which takes twice as long."""
 
     def __init__(self, key: int) -> None:
         self.key = key
@@ -45,7 +45,7 @@ class _Key(np.random.bit_generator.ISeedSequence):
 
 @contextlib.contextmanager
 def seeded_init(seed: int, name: str) -> Iterator[None]:
-    """Torch layers made inside depend on (seed, name) only; the global generator is left as it was."""
+    """Make the initial weights of torch layers depend on (seed, name) only; the global generator is restored."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -54,12 +54,12 @@ def seeded_init(seed: int, name: str) -> Iterator[None]:
 
 
 class Noise:
-    """Random tensors for a batch, one independent row for each stream position.
+    """Random tensors for a batch, with one independent row for each stream position.
 
     Args:
         seed: the run's seed.
         positions: [B] stream positions of the batch's samples.
-        device: where the tensors go; the bits do not depend on it.
+        device: device of the tensors; the bits do not depend on it.
     """
 
     def __init__(self, seed: int, positions: np.ndarray, device: str = "cpu") -> None:

@@ -1,8 +1,7 @@
-"""One picture's way through a restorer: bytes in, PNG bytes out; shared by batch jobs and the service.
+"""Restoration of single pictures: bytes in, PNG bytes out. Batch jobs and the service share it.
 
-Because both call `restore_batch`, a picture restored by the service has the bytes that the batch job wrote, provided
-the model, the key, the seed and the options are the same (and the batch size: float rounding may differ in company).
-Torch-free: the restorer is passed in.
+Both call `restore_batch`. So the service and a batch job write the same bytes for the same model, key, seed, options
+and batch size; float rounding may differ with the batch size. Torch-free: the restorer is an argument.
 """
 
 from __future__ import annotations
@@ -19,31 +18,31 @@ import cv2
 import numpy as np
 from PIL import Image as Pillow
 
-from components.images import Decoded, Limits, decode, decode_parts, encode_png, flattened
-from components.naming import bounded
+from components.images import Decoded, Limits, decode, decode_parts, encode_png, flatten
+from components.naming import shorten
 from components.options import OptionCheck, UnknownOption
 from components.randomness import stream_key
 from components.types import Cancellation, Cancelled, Image, Request, Restored, Restorer, SampleError
 
 MAX_KEY_BYTES = 200
-"""A key is a file name: 255 bytes less room for suffixes, in every common file system."""
+"""Longest key. A key is a file name: common file systems allow 255 bytes, and suffixes need room."""
 
 MAX_PROMPT_CHARS = 2000
-MAX_OUTPUT_PIXELS = 100_000_000  # ours: a square of 10,000 px
+MAX_OUTPUT_PIXELS = 100_000_000  # ours: a square with sides of 10,000 px
 MAX_SCALE = 16.0  # ours
 MAX_SEED = 2**63 - 1
-TEXTS, SIDES = ("prompt", "negative_prompt"), ("height", "width")  # options that every system takes, as are these:
+TEXTS, SIDES = ("prompt", "negative_prompt"), ("height", "width")  # options of every system, as are the CHOICES:
 CHOICES: Mapping[str, tuple[str, ...]] = {"alpha": ("keep", "restore", "flatten"), "gray": ("keep", "color")}
 COMMON = (*TEXTS, *SIDES, "scale", *CHOICES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a restored picture and the service say about the model: a few fields of model.json, and its digest.
+    """Information about a model in restored pictures and in the service: fields of model.json, and its digest.
 
     Attributes:
-        frame: what the recipe told the model of a picture, with its caption in the place of {caption}; "": that alone.
-        defaults: restorer options that its recipe settles; a request's own win over them.
+        frame: the recipe's prompt template, with {caption} for the caption; "": the caption alone.
+        defaults: restorer options that the recipe sets; options of a request override them.
     """
 
     name: str
@@ -58,17 +57,17 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What is wanted of every picture of a job, besides its seed.
+    """The options for every picture of a job, except the seed.
 
     Attributes:
-        prompt, negative_prompt: text for guidance.
-        size: (height, width) of the result in pixels; None keeps the input's, times `scale`.
-        scale: result's side over input's side.
-        alpha: of transparent pictures: "keep" resamples it (untouched where the size stays), "restore" sends it through
-            the restorer as a picture of its own, "flatten" shows the picture on white.
-        gray: "keep" gives a picture without colours a result without colours; "color" lets the restorer add them.
-        options: system-specific settings, in the system's own types.
-        max_output_pixels: a larger result is refused; no part of the wish.
+        prompt, negative_prompt: texts for guidance.
+        size: (height, width) of the result in pixels; None means the input's size times `scale`.
+        scale: ratio of the result's sides to the input's.
+        alpha: for transparent pictures. "keep" resamples alpha (unchanged if the size stays), "restore" restores alpha
+            as a separate picture, "flatten" puts the picture on white.
+        gray: "keep" makes the result of a gray picture gray; "color" lets the restorer add colours.
+        options: system-specific options in the system's types.
+        max_output_pixels: a larger result is refused; not part of `document` and `digest`.
     """
 
     prompt: str = ""
@@ -81,22 +80,22 @@ class Ask:
     max_output_pixels: int = MAX_OUTPUT_PIXELS
 
     def document(self) -> dict[str, Any]:
-        """As JSON, without what was not asked for."""
-        named = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        """Return the options as JSON, without defaults."""
+        texts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
         size = {"height": self.size[0], "width": self.size[1]} if self.size else {}
         kinds = {"scale": (self.scale, 1.0), "alpha": (self.alpha, "keep"), "gray": (self.gray, "keep")}
-        changed = {name: value for name, (value, usual) in kinds.items() if value != usual}
-        return {**{k: v for k, v in named.items() if v}, **size, **changed, **self.options}
+        others = {name: value for name, (value, default) in kinds.items() if value != default}
+        return {**{k: v for k, v in texts.items() if v}, **size, **others, **self.options}
 
-    def saying(self, prompt: str) -> Ask:
-        """The same wish with a picture's own prompt; "" for none."""
+    def with_prompt(self, prompt: str) -> Ask:
+        """Return the same options with a picture's own prompt; "" keeps the job's prompt."""
         return replace(self, prompt=prompt) if prompt else self
 
     def output_size(self, height: int, width: int, key: str = "") -> tuple[int, int]:
-        """(height, width) of the result of a picture of that size.
+        """Return (height, width) of the result for a picture of that size.
 
         Raises:
-            SampleError: too_large, more pixels than max_output_pixels; too_small, less than one.
+            SampleError: too_large: more pixels than max_output_pixels; too_small: a side below one pixel.
         """
         size = self.size or (round(height * self.scale), round(width * self.scale))
         if min(size) < 1:
@@ -107,7 +106,7 @@ class Ask:
         return size
 
     def digest(self) -> str:
-        """Equal for equal wishes."""
+        """Return the sha256 of `document`."""
         return hashlib.sha256(json.dumps(self.document(), sort_keys=True).encode()).hexdigest()
 
 
@@ -117,42 +116,42 @@ class Picture:
 
     Attributes:
         key: name of the result.
-        data: bytes of its file.
-        seed: its own.
+        data: bytes of its file; b"" before they are read.
+        seed: the picture's seed.
         reference: bytes of a second picture's file; b"" for none.
-        prompt: its own, in the place of the job's; "" for none.
+        prompt: replaces the job's prompt; "" for none.
     """
 
     key: str
-    data: bytes
+    data: bytes = b""
     seed: int
     reference: bytes = b""
     prompt: str = ""
 
 
 def file_key(name: str) -> str:
-    """A key that stays recognisable, from any file name without its suffix: it names the result's file.
+    """Make a readable key from any file name without its suffix; the key names the result's file.
 
-    No path, no control characters, no leading dot, at most MAX_KEY_BYTES as UTF-8.
-    What is cut off a long name is replaced by a hash of the whole, so that different names stay different.
+    A key has no path, no control characters and no leading dot, and at most MAX_KEY_BYTES as UTF-8. In a long name, a
+    hash of the whole replaces the end, so that different names stay different.
     """
-    text = name.encode("utf-8", "replace").decode("utf-8")  # lone surrogates stand for bytes that are no UTF-8
+    text = name.encode("utf-8", "replace").decode("utf-8")  # lone surrogates represent bytes that are not UTF-8
     text = unicodedata.normalize("NFC", text)
     text = "".join("_" if letter in "/\\:" or not letter.isprintable() else letter for letter in text)
     text = "_" + text[1:] if text.startswith(".") else text
-    return bounded(text, MAX_KEY_BYTES, text) or "picture"
+    return shorten(text, MAX_KEY_BYTES, text) or "picture"
 
 
 def picture_seed(seed: int, key: str) -> int:
-    """The seed of one picture in a job of that seed: 31 bits, independent of the job's other pictures."""
+    """Return the seed of one picture in a job: 31 bits, independent of the job's other pictures."""
     return stream_key(seed, key) % 2**31
 
 
 def check_text(name: str, text: Any) -> str:
-    """A text for guidance as it came.
+    """Check a text for guidance and return it unchanged.
 
     Raises:
-        ValueError: no text, too long, or with control characters; says so of `name`.
+        ValueError: not a text, too long, or with control characters; the message names `name`.
     """
     if not isinstance(text, str):
         raise ValueError(f"{name} must be text, got {text!r}")
@@ -164,51 +163,51 @@ def check_text(name: str, text: Any) -> str:
 
 
 def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_pixels: int = MAX_OUTPUT_PIXELS) -> Ask:
-    """Sort loose options into an Ask; those of COMMON are ours, the rest the system's.
+    """Build an Ask from options by name; those not in COMMON belong to the system.
 
     Args:
-        check: the system's `check_options`; the default takes its options as they are.
+        check: the system's `check_options`; the default does not check them.
 
     Raises:
-        ValueError: one sentence that names the option.
+        ValueError: a wrong option; one sentence that names it.
     """
-    left = dict(options)
-    texts = {name: check_text(name, left.pop(name, "")) for name in TEXTS}
-    size = {name: left.pop(name, None) for name in SIDES}
-    given = [name for name, value in size.items() if value is not None]
-    if len(given) == 1:
-        raise ValueError(f"{given[0]} was given alone; give width and height together, or neither")
-    for name in given:
+    rest = dict(options)
+    texts = {name: check_text(name, rest.pop(name, "")) for name in TEXTS}
+    size = {name: rest.pop(name, None) for name in SIDES}
+    sides = [name for name, value in size.items() if value is not None]
+    if len(sides) == 1:
+        raise ValueError(f"{sides[0]} was given alone; give width and height together, or neither")
+    for name in sides:
         if isinstance(size[name], bool) or not isinstance(size[name], int) or not 8 <= size[name] <= 1 << 16:
             raise ValueError(f"{name} must be a whole number of pixels from 8 to {1 << 16}, got {size[name]!r}")
-    if given and size["height"] * size["width"] > max_output_pixels:
+    if sides and size["height"] * size["width"] > max_output_pixels:
         raise ValueError(
             f"{size['width']} x {size['height']} pixels exceed max_output_pixels, which is {max_output_pixels}"
         )
-    scale = _scale(left.pop("scale", None), given)
-    kinds = {name: left.pop(name, choices[0]) for name, choices in CHOICES.items()}
+    scale = _scale(rest.pop("scale", None), sides)
+    kinds = {name: rest.pop(name, choices[0]) for name, choices in CHOICES.items()}
     for name, kind in kinds.items():
         if kind not in CHOICES[name]:
             raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {kind!r:.80}")
-    for name, value in left.items():
+    for name, value in rest.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
     try:
-        own = check(left)
+        system_options = check(rest)
     except UnknownOption as error:
-        raise UnknownOption(error.name, (*error.known, *COMMON)) from None
+        raise UnknownOption(error.name, (*error.choices, *COMMON)) from None
     return Ask(
         **texts,
-        size=(size["height"], size["width"]) if given else None,
+        size=(size["height"], size["width"]) if sides else None,
         scale=scale,
         **kinds,
-        options=own,
+        options=system_options,
         max_output_pixels=max_output_pixels,
     )
 
 
 def _scale(value: Any, sides: Sequence[str]) -> float:
-    """A checked output scale; 1 where none was given."""
+    """Check an output scale; None means 1."""
     if value is None:
         return 1.0
     if sides:
@@ -227,7 +226,7 @@ def restore_bytes(
     limits: Limits = Limits(),
     cancelled: Cancelled | None = None,
 ) -> bytes:
-    """Restore one picture; the PNG's bytes.
+    """Restore one picture and return the PNG's bytes.
 
     Raises:
         SampleError: the picture cannot be decoded or restored; see `restore_batch`.
@@ -247,61 +246,61 @@ def restore_batch(
     limits: Limits = Limits(),
     cancelled: Cancelled | None = None,
 ) -> list[bytes | SampleError]:
-    """Decode, restore and encode; one broken picture does not harm its neighbours.
+    """Decode, restore and encode pictures; a broken picture does not affect the others.
 
-    If a batch fails as a whole (no memory, say) its pictures are tried one by one.
+    If the batch fails as a whole (out of memory, for example), its pictures are restored one by one.
 
     Returns:
-        For each picture its PNG, or the SampleError that says why not: the codes of `components.images`, and
-        `refused` (the restorer's ValueError: an unknown option, a size that it cannot do), `out_of_memory`, `failed`.
+        For each picture its PNG, or a SampleError with the reason: the codes of `components.images`, and `refused`
+        (the restorer's ValueError: an unknown option, an unsupported size), `out_of_memory`, `failed`.
 
     Raises:
         Cancellation: `cancelled` became true.
     """
     results: dict[int, bytes | SampleError] = {}
     requests: dict[int, Request] = {}
-    veils: dict[int, Request] = {}  # transparency, as gray pictures
+    alphas: dict[int, Request] = {}  # alpha as gray pictures
     parts: dict[int, Decoded] = {}
     for index, picture in enumerate(pictures):
         try:
             parts[index] = decode_parts(picture.data, limits, picture.key)
-            requests[index] = _request(picture, parts[index], ask.saying(picture.prompt), limits)
+            requests[index] = _request(picture, parts[index], ask.with_prompt(picture.prompt), limits)
         except SampleError as error:
             results[index] = error
             continue
         alpha = parts[index].alpha
         if alpha is not None and ask.alpha == "restore":
-            veils[index] = replace(
+            alphas[index] = replace(
                 requests[index],
                 image=np.dstack([alpha] * 3),
                 prompt="",
                 negative_prompt="",
-                reference=_veil_of_reference(picture, limits) if picture.reference else None,
+                reference=_reference_alpha(picture, limits) if picture.reference else None,
             )
     answers = _restore(restorer, requests, cancelled)
-    lifted = _restore(restorer, {i: v for i, v in veils.items() if isinstance(answers[i], Restored)}, cancelled)
+    alpha_results = _restore(restorer, {i: a for i, a in alphas.items() if isinstance(answers[i], Restored)}, cancelled)
     for index, restored in answers.items():
-        veil = lifted.get(index)
-        if isinstance(restored, SampleError) or isinstance(veil, SampleError):
-            results[index] = restored if isinstance(restored, SampleError) else veil  # type: ignore[assignment]
+        mask = alpha_results.get(index)
+        if isinstance(restored, SampleError) or isinstance(mask, SampleError):
+            results[index] = restored if isinstance(restored, SampleError) else mask  # type: ignore[assignment]
         else:
-            image = _with_parts(restored.image, parts[index], ask, veil.image if veil is not None else None)
+            image = _with_parts(restored.image, parts[index], ask, mask.image if mask is not None else None)
             results[index] = encode_png(image, png_text(identity, pictures[index], ask, restored))
     return [results[index] for index in range(len(pictures))]
 
 
 def request_of(picture: Picture, ask: Ask, limits: Limits = Limits()) -> Request:
-    """What `restore_batch` asks the restorer for a picture.
+    """Return the request that `restore_batch` makes for a picture.
 
     Raises:
-        SampleError: it cannot be decoded, or its result would be too large.
+        SampleError: the picture cannot be decoded, or its result would be too large.
     """
-    return _request(picture, decode_parts(picture.data, limits, picture.key), ask.saying(picture.prompt), limits)
+    return _request(picture, decode_parts(picture.data, limits, picture.key), ask.with_prompt(picture.prompt), limits)
 
 
 def _request(picture: Picture, parts: Decoded, ask: Ask, limits: Limits) -> Request:
-    """What the restorer is asked; raises SampleError."""
-    image = flattened(parts) if ask.alpha == "flatten" else parts.image
+    """Build the restorer's request; raise SampleError."""
+    image = flatten(parts) if ask.alpha == "flatten" else parts.image
     size = ask.output_size(image.shape[0], image.shape[1], picture.key)
     reference = None
     if picture.reference:
@@ -321,36 +320,36 @@ def _request(picture: Picture, parts: Decoded, ask: Ask, limits: Limits) -> Requ
     )
 
 
-def _veil_of_reference(picture: Picture, limits: Limits) -> Image:
-    """The transparency of a reference as a gray picture [H, W, 3]: opaque everywhere where it has none of its own."""
+def _reference_alpha(picture: Picture, limits: Limits) -> Image:
+    """Return the alpha of a reference as a gray picture [H, W, 3]; opaque if the reference has no alpha."""
     parts = decode_parts(picture.reference, limits, picture.key)
     alpha = np.full(parts.image.shape[:2], 255, np.uint8) if parts.alpha is None else parts.alpha
     return np.dstack([alpha] * 3)
 
 
-def _with_parts(image: Image, parts: Decoded, ask: Ask, veil: Image | None) -> Image:
-    """A restored picture [H, W, 3] as a gray one where its source is, and with its source's transparency.
+def _with_parts(image: Image, parts: Decoded, ask: Ask, restored_alpha: Image | None) -> Image:
+    """Make a restored picture [H, W, 3] gray if its source is gray, and add its source's alpha.
 
     Returns:
-        uint8 [H, W], [H, W, 2], [H, W, 3] or [H, W, 4], as encode_png takes it.
+        uint8 [H, W], [H, W, 2], [H, W, 3] or [H, W, 4], as encode_png accepts.
     """
     gray = parts.gray and ask.gray == "keep"
     planes = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)] if gray else [image]
     if parts.alpha is not None and ask.alpha != "flatten":
-        if veil is not None:
-            alpha = cv2.cvtColor(veil, cv2.COLOR_RGB2GRAY)
+        if restored_alpha is not None:
+            alpha = cv2.cvtColor(restored_alpha, cv2.COLOR_RGB2GRAY)
         elif parts.alpha.shape == image.shape[:2]:
             alpha = parts.alpha
         else:
             size = (image.shape[1], image.shape[0])
             alpha = np.asarray(Pillow.fromarray(parts.alpha).resize(size, Pillow.Resampling.BICUBIC))
         planes.append(alpha)
-    made = np.dstack(planes) if len(planes) > 1 else planes[0]
-    return np.ascontiguousarray(made).astype(np.uint8, copy=False)
+    result = np.dstack(planes) if len(planes) > 1 else planes[0]
+    return np.ascontiguousarray(result).astype(np.uint8, copy=False)
 
 
 def png_text(identity: Identity, picture: Picture, ask: Ask, restored: Restored) -> dict[str, str]:
-    """Text chunks of the result: enough to make it again. Nothing is copied from the input file's own metadata."""
+    """Return the text chunks of the result, enough to reproduce it; no metadata of the input file is copied."""
     return {
         **restored.info,
         "software": "restoray",
@@ -362,14 +361,14 @@ def png_text(identity: Identity, picture: Picture, ask: Ask, restored: Restored)
         "seed": str(picture.seed),
         "source_sha256": hashlib.sha256(picture.data).hexdigest(),
         **({"reference_sha256": hashlib.sha256(picture.reference).hexdigest()} if picture.reference else {}),
-        "options": json.dumps(ask.saying(picture.prompt).document(), sort_keys=True),
+        "options": json.dumps(ask.with_prompt(picture.prompt).document(), sort_keys=True),
     }
 
 
 def _restore(
     restorer: Restorer, requests: Mapping[int, Request], cancelled: Cancelled | None
 ) -> dict[int, Restored | SampleError]:
-    """Restore together; where that fails, one by one, so that the error finds its picture."""
+    """Restore requests as one batch; if it fails, restore them one by one to assign the error to its picture."""
     if not requests:
         return {}
     try:
@@ -379,31 +378,31 @@ def _restore(
         return dict(zip(requests, answers, strict=True))
     except Cancellation:
         raise
-    except Exception as error:  # noqa: BLE001 - any failure of a system becomes one picture's reason here
+    except Exception as error:  # noqa: BLE001 - any failure of a system becomes the SampleError of one picture
         if len(requests) == 1:
             (index, request), *_ = requests.items()
             return {index: as_sample_error(error, request.key)}
-    alone: dict[int, Restored | SampleError] = {}
+    results: dict[int, Restored | SampleError] = {}
     for index, request in requests.items():
-        alone.update(_restore(restorer, {index: request}, cancelled))
-    return alone
+        results.update(_restore(restorer, {index: request}, cancelled))
+    return results
 
 
 def _check_answer(request: Request, answer: Restored) -> None:
-    """A restorer that mixes pictures up must not get as far as a file."""
+    """Check key, type and size of an answer, so that a restorer that mixes up pictures writes no file."""
     image, size = answer.image, request.size or request.image.shape[:2]
     if answer.key != request.key:
         raise RuntimeError(f"the restorer answered with {answer.key!r} for {request.key!r}")
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != (*size, 3):
-        got = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
-        raise RuntimeError(f"the restorer returned {got} where uint8 {(*size, 3)} was asked for")
+        description = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
+        raise RuntimeError(f"the restorer returned {description} instead of uint8 {(*size, 3)}")
 
 
 def as_sample_error(error: Exception, key: str) -> SampleError:
-    """What a restorer raised over one picture, as that picture's reason; the codes are those of `restore_batch`."""
+    """Turn a restorer's exception for one picture into a SampleError with a code of `restore_batch`."""
     if isinstance(error, SampleError):
         return SampleError(error.code, error.detail, error.key or key)
-    # torch.OutOfMemoryError is a RuntimeError known here only by its name
+    # torch.OutOfMemoryError is a RuntimeError; this module cannot import it
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return SampleError("out_of_memory", "not enough memory to restore the picture", key)
     if isinstance(error, ValueError):

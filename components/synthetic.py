@@ -1,8 +1,8 @@
 """Synthetic training pictures: dead leaves, an endless and licence-free source with edges at every scale.
 
-Torch-free. The model is the occlusion one of Lee, Mumford and Huang (2001): shapes of power-law size fall on each other
-until nothing of the ground shows. Its edges, its scale invariance and its spectrum resemble those of photographs. The
-numbers here are ours, chosen by looking.
+Torch-free. This is the occlusion model of Lee, Mumford and Huang (2001): shapes of power-law size cover each other
+until no ground is visible. Its edges, scale invariance and spectrum resemble those of photographs. The numbers are
+ours, chosen by eye.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from components.types import Image
 SUPERSAMPLING = 2  # edges are drawn at twice the size and averaged
 RADIUS_EXPONENT = 3.0  # density of radii ~ r^-3: the scale-invariant case of Lee, Mumford and Huang
 LARGEST_RADIUS = 0.45  # of the side
-SMALLEST_RADIUS = (0.018, 0.06)  # of the side, drawn per picture: from busy to calm
-LAYERS = 4.0  # expected number of shapes above a point; e^-4 = 2 % would stay ground, so the ground is a leaf as well
+SMALLEST_RADIUS = (0.018, 0.06)  # of the side, drawn per picture; small for busy pictures, large for calm ones
+LAYERS = 4.0  # expected number of shapes above a point; e^-4 = 2 % stays ground, so the ground has a leaf's colour too
 CORNERS = (3, 8)  # of polygons, drawn in [3, 8)
 PALETTES = ("one_hue", "two_hues", "any_hue", "muted")
-PALETTE_SHARES = (0.4, 0.15, 0.3, 0.15)  # one dominating hue is common, so that a hue caption is true of the whole
+PALETTE_SHARES = (0.4, 0.15, 0.3, 0.15)  # one dominant hue is frequent, so that a hue caption fits the picture
 
 Palette = Literal["one_hue", "two_hues", "any_hue", "muted"]
 
@@ -33,7 +33,7 @@ def dead_leaves(size_px: int, seed: int, index: int) -> Image:
 
     Args:
         size_px: side of the square, at least 16.
-        seed, index: the same pair gives the same picture.
+        seed, index: equal pairs give equal pictures.
 
     Returns:
         uint8 sRGB [size_px, size_px, 3].
@@ -51,13 +51,13 @@ def dead_leaves(size_px: int, seed: int, index: int) -> Image:
     count = int(LAYERS / mean_area) + 1
     leaves = _draw_shapes(draw, side, count, smallest)
     colours = _draw_colours(draw, count + 1)
-    painted = _paint(draw, leaves, colours)
-    small = cv2.resize(painted, (size_px, size_px), interpolation=cv2.INTER_AREA)
+    picture = _paint(draw, leaves, colours)
+    small = cv2.resize(picture, (size_px, size_px), interpolation=cv2.INTER_AREA)
     return np.rint(small.clip(0, 255)).astype(np.uint8)
 
 
 def _draw_shapes(draw: np.random.Generator, side: int, count: int, smallest: float) -> np.ndarray:
-    """Map [side, side] int32 of which leaf lies on top: 1..count, 0 where the ground shows."""
+    """Draw a map [side, side] int32 of the leaf on top: 1..count, or 0 for the ground."""
     exponent = 1.0 - RADIUS_EXPONENT
     low, high = smallest**exponent, LARGEST_RADIUS**exponent
     radii = side * (low + (high - low) * draw.random(count)) ** (1 / exponent)  # inverse of the cumulative r^-2
@@ -84,7 +84,7 @@ def _draw_shapes(draw: np.random.Generator, side: int, count: int, smallest: flo
 
 
 def _draw_colours(draw: np.random.Generator, count: int) -> np.ndarray:
-    """A colour for each leaf, float32 [count, 3] in 0..255."""
+    """Draw a colour for each leaf, float32 [count, 3] in 0..255."""
     palette: Palette = PALETTES[int(draw.choice(len(PALETTES), p=PALETTE_SHARES))]  # type: ignore[assignment]
     base = draw.random()
     hues = draw.random(count)
@@ -103,12 +103,12 @@ def _draw_colours(draw: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _paint(draw: np.random.Generator, leaves: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Fill each leaf with its colour, a brightness gradient, and for some stripes or grain; float32 [side, side, 3]."""
+    """Fill leaves with colour, a brightness gradient, and sometimes stripes or grain: float32 [side, side, 3]."""
     side, count = leaves.shape[0], len(colours)
     slope = draw.normal(0, 0.25, (2, count)).astype(np.float32)
-    waves = draw.uniform(0.15, 1.2, count)  # radians a drawn pixel: periods of 5 to 42 of them
+    waves = draw.uniform(0.15, 1.2, count)  # radians per drawn pixel: periods of 5 to 42 pixels
     directions = draw.uniform(0, np.pi, count)
-    roughness = draw.uniform(0, 1)  # one picture is mostly plain, another mostly textured
+    roughness = draw.uniform(0, 1)  # some pictures are mostly plain, others mostly textured
     stripes = np.where(draw.random(count) < 0.4 * roughness, draw.uniform(0.05, 0.3, count), 0).astype(np.float32)
     grain = np.where(draw.random(count) < 0.6 * roughness, draw.uniform(0.02, 0.15, count), 0).astype(np.float32)
     wave_x = (waves * np.cos(directions)).astype(np.float32)

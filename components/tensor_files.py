@@ -1,7 +1,7 @@
-"""Weights files of other people: read without running what is in them, memory-mapped, every fault told in one sentence.
+"""Untrusted weights files: read memory-mapped, without running code in them; every fault is an error of one sentence.
 
-Takes safetensors and torch's pickles (.pt, .pth, .bin, .ckpt), told apart by their first bytes. A pickle goes through
-torch's restricted reader: whatever is no tensor, number, text or container is refused before it can act.
+The formats are safetensors and torch's pickles (.pt, .pth, .bin, .ckpt), recognised by the first bytes. torch's
+weights-only reader reads pickles. It refuses everything except tensors, numbers, texts and containers.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class WeightsFileError(ModelError):
 
 
 def read_tensors(path: Path, inside: str = "") -> dict[str, Tensor]:
-    """Tensors of a file by key; keys of nested dictionaries are joined by dots, a leading "module." is left out.
+    """Read the tensors of a file by key. Dots join the keys of nested dictionaries; a leading "module." is removed.
 
-    Nothing is copied: the tensors are views of the mapped file, so a file larger than memory opens.
+    Nothing is copied: the tensors are views of the mapped file, so the file may be larger than memory.
 
     Args:
-        inside: a dictionary of that name in a pickle is all that is read, if there is one: training checkpoints keep
-            the weights in "state_dict", beside counters that are no tensors.
+        inside: if a pickle has a dictionary of this name, only that is read. Training checkpoints keep the weights in
+            "state_dict", next to counters that are not tensors.
 
     Raises:
-        WeightsFileError: unreadable, truncated, no weights file, or a pickle that wants more than tensors.
+        WeightsFileError: unreadable, truncated, not a weights file, or a pickle with other objects than tensors.
     """
     try:
         with path.open("rb") as stream:
@@ -59,12 +59,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path, head: bytes) -> Any:
-    zipped = head.startswith(b"PK")
-    if not zipped and not head.startswith(b"\x80"):
-        raise WeightsFileError(f"{path}: no weights file: {_looks_like(head)}")
+    is_zip = head.startswith(b"PK")
+    if not is_zip and not head.startswith(b"\x80"):
+        raise WeightsFileError(f"{path}: not a weights file: {_looks_like(head)}")
     try:
-        # torch's older format, not zipped, cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        # torch's older format is not a zip file and cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise WeightsFileError(
             f"{path}: refused: torch's restricted reader does not take it ({_unsafe_reason(error)}), "
@@ -77,7 +77,7 @@ def _read_pickle(path: Path, head: bytes) -> Any:
 def _flat(value: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if value.layout != torch.strided or not prefix:
-            raise WeightsFileError(f"{path}: {prefix or 'the whole file'} is no plain named tensor")
+            raise WeightsFileError(f"{path}: {prefix or 'the whole file'} is not a plain named tensor")
         yield prefix, value.detach()
         return
     if not isinstance(value, Mapping):
@@ -87,7 +87,7 @@ def _flat(value: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Tenso
 
 
 def _without_wrapper(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a data-parallel wrapper put in front of every key goes."""
+    """Remove the prefix that a data-parallel wrapper puts in front of every key."""
     if tensors and all(key.startswith("module.") for key in tensors):
         return {key.removeprefix("module."): value for key, value in tensors.items()}
     return tensors
@@ -104,11 +104,11 @@ def _looks_like(head: bytes) -> str:
 
 
 def _unsafe_reason(error: Exception) -> str:
-    """The part of torch's long advice that says what the pickle wanted."""
-    found = re.search(
+    """Return the part of torch's long message that names the object in the pickle."""
+    match = re.search(
         r"(Unsupported [^\n]*?|Trying to [^\n]*?|Can't [^\n]*?)(?: was not an allowed| Please|\.\s|\n|$)", str(error)
     )
-    return found.group(1).strip() if found else _first_line(error)
+    return match.group(1).strip() if match else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

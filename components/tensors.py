@@ -1,8 +1,9 @@
-"""Between arrays and tensors: uint8 RGB [H, W, 3] and float32 [B, 3, H, W] in [-1, 1]."""
+"""Conversion between arrays and tensors: uint8 RGB [H, W, 3] and float32 [B, 3, H, W] in [-1, 1]."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,30 +15,43 @@ from components.degradations.masks import mask_of
 from components.types import Batch, Image, Plan
 
 OVERSHOOT = 0.5
-"""What an interpolation may leave 0..1 by, and more; pictures of -1..1 leave it by 1."""
+"""Tolerance outside 0..1: larger than any interpolation overshoot, smaller than the 1 of pictures in -1..1."""
 
 PRECOMPUTED = {
     "latents": {"latents": "latents"},
     "embeddings": {"text": "embeddings_text", "pooled": "embeddings_pooled"},
 }
-"""What rows may bring along: names of its parts in a Batch, and in a row; `<what>_known` says whether it is there."""
+"""Optional columns of rows: names of the parts in a Batch and in a row; `<name>_known` is true if a row has them."""
 
 
-def images_to_tensor(images: Sequence[Image]) -> Tensor:
+def images_to_tensor(images: Sequence[Image] | np.ndarray) -> Tensor:
     """Pictures of one size, uint8 or float in [0, 1] -> float32 [B, 3, H, W] in [-1, 1].
 
     Raises:
-        ValueError: floats far outside [0, 1]: of -1..1 or 0..255, which would come out as another picture.
+        ValueError: floats far outside [0, 1], probably in -1..1 or 0..255.
     """
-    stacked = torch.from_numpy(np.ascontiguousarray(np.stack(images)))
-    if stacked.is_floating_point() and stacked.numel():
-        low, high = (float(bound) for bound in stacked.aminmax())
+    pixels = _tensor(images)
+    if pixels.is_floating_point() and pixels.numel():
+        low, high = (float(bound) for bound in pixels.aminmax())
         if low < -OVERSHOOT or high > 1 + OVERSHOOT:
             raise ValueError(
-                f"pictures of floats must lie in 0..1, got {low:.4g}..{high:.4g}: are they of -1..1 or 0..255?"
+                f"float pictures must lie in 0..1, got {low:.4g}..{high:.4g}: are they in -1..1 or 0..255?"
             )
-    scale = 127.5 if stacked.dtype == torch.uint8 else 0.5
-    return stacked.permute(0, 3, 1, 2).to(torch.float32).div(scale).sub(1.0).contiguous()
+    scale = 127.5 if pixels.dtype == torch.uint8 else 0.5
+    return pixels.permute(0, 3, 1, 2).to(torch.float32).div(scale).sub(1.0).contiguous()
+
+
+def _stack(values: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """Stack arrays of one shape to one array [B, ...]; a stacked array passes through."""
+    is_stacked = isinstance(values, np.ndarray) and values.dtype != object
+    return values if is_stacked else np.stack(list(values))  # type: ignore[return-value]
+
+
+def _tensor(values: np.ndarray | Sequence[np.ndarray]) -> Tensor:
+    """Convert arrays to one tensor; a single array, such as a read-only view of Ray's object store, is not copied."""
+    with warnings.catch_warnings():  # torch warns of read-only arrays; this module does not write to the tensor
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return torch.from_numpy(np.ascontiguousarray(_stack(values)))
 
 
 def tensor_to_images(tensor: Tensor) -> list[Image]:
@@ -46,20 +60,23 @@ def tensor_to_images(tensor: Tensor) -> list[Image]:
     return list(levels.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def collate(
-    rows: Mapping[str, Any] | Sequence[Mapping[str, Any]], device: str = "cpu", target: Plan | None = None
-) -> Batch:
-    """Stream rows (a list of dicts, or one dict of columns as Ray Data gives) -> Batch on `device`.
+def collate_rows(rows: Sequence[Mapping[str, Any]], device: str = "cpu", target: Plan | None = None) -> Batch:
+    """Stream rows -> Batch on `device`; see `collate`."""
+    return collate({name: [row[name] for row in rows] for name in rows[0]}, device, target)
+
+
+def collate(columns: Mapping[str, Any], device: str = "cpu", target: Plan | None = None) -> Batch:
+    """Columns of stream rows, as in Ray Data -> Batch on `device`.
 
     Args:
-        target: for rows without lq, which is then made here from their plans: what makes the training target of hq.
+        columns: one value per row. Pixels [B, H, W, 3] and other arrays of one shape may be one array or a list.
+        target: plan that turns hq into the training target, for rows without lq; their plans then make lq here.
     """
-    columns = {k: [row[k] for row in rows] for k in rows[0]} if isinstance(rows, Sequence) else rows
     keys, plans = [str(k) for k in columns["key"]], [json.loads(p) for p in columns["plan"]]
     if "lq" in columns:
-        hq, lq = (images_to_tensor(list(columns[name])).to(device) for name in ("hq", "lq"))
+        hq, lq = (images_to_tensor(columns[name]).to(device) for name in ("hq", "lq"))
     else:
-        hq, lq = _degraded(list(columns["hq"]), plans, keys, device, target)
+        hq, lq = _degrade(columns["hq"], plans, keys, device, target)
     return Batch(
         keys=keys,
         positions=np.asarray(columns["position"], dtype=np.int64),
@@ -68,54 +85,51 @@ def collate(
         prompts=[str(p) for p in columns["prompt"]],
         plans=plans,
         masks=_masks(plans, hq),
-        sizes=torch.from_numpy(np.stack(list(columns["sizes"])).astype(np.int64)).to(device),
+        sizes=torch.from_numpy(_stack(columns["sizes"]).astype(np.int64)).to(device),
         **_precomputed(columns, device),
     )
 
 
 def _masks(plans: Sequence[Plan], hq: Tensor) -> Tensor | None:
-    """What the plans' strokes cover, as Batch.masks; None where no plan has any."""
+    """Return masks of the plans' strokes, as in Batch.masks; None if no plan has strokes."""
     height, width = hq.shape[-2:]
-    covered = [any(op.get("op") == "strokes" for op in plan.get("ops", ())) for plan in plans]
-    if not any(covered):
+    has_strokes = [any(op.get("op") == "strokes" for op in plan.get("ops", ())) for plan in plans]
+    if not any(has_strokes):
         return None
-    drawn = [mask_of(plan, height, width) if has else None for plan, has in zip(plans, covered, strict=True)]
+    masks = [mask_of(plan, height, width) if has else None for plan, has in zip(plans, has_strokes, strict=True)]
     blank = np.zeros((height, width), bool)
-    stacked = np.stack([blank if mask is None else mask for mask in drawn])
-    return torch.from_numpy(stacked).to(hq)[:, None]
+    all_masks = np.stack([blank if mask is None else mask for mask in masks])
+    return torch.from_numpy(all_masks).to(hq)[:, None]
 
 
 def _precomputed(columns: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Fields of a Batch for what rows bring along, as float32; see pipelines.stream_columns for the rows' side."""
-    found: dict[str, Any] = {}
+    """Return the Batch fields of precomputed columns, as float32; pipelines.stream.columns writes the columns."""
+    result: dict[str, Any] = {}
     for what, parts in PRECOMPUTED.items():
         if f"{what}_known" not in columns:
             continue
-        missing = [n for n, known in enumerate(columns[f"{what}_known"]) if not known]
+        missing = [n for n, present in enumerate(columns[f"{what}_known"]) if not present]
         if len(missing) == len(columns[f"{what}_known"]):
-            continue  # nothing is as good as no column
-        tensors = {
-            part: torch.from_numpy(np.stack(list(columns[name]))).to(device).to(torch.float32)
-            for part, name in parts.items()
-        }
-        found |= {what: tensors if what == "embeddings" else tensors["latents"], f"{what}_missing": missing}
-    return found
+            continue  # a column without values counts as absent
+        tensors = {part: _tensor(columns[name]).to(device).to(torch.float32) for part, name in parts.items()}
+        result |= {what: tensors if what == "embeddings" else tensors["latents"], f"{what}_missing": missing}
+    return result
 
 
-def _degraded(
-    images: Sequence[Image], plans: Sequence[Plan], keys: Sequence[str], device: str, target: Plan | None
+def _degrade(
+    images: Sequence[Image] | np.ndarray, plans: Sequence[Plan], keys: Sequence[str], device: str, target: Plan | None
 ) -> tuple[Tensor, Tensor]:
-    """(hq, lq) in [-1, 1], of 256 levels as they would be after a picture file."""
+    """Return (hq, lq) in [-1, 1], rounded to 256 levels as in a picture file."""
     from components.degradations.batched import apply_plans
 
-    clean = torch.from_numpy(np.ascontiguousarray(np.stack(images))).permute(0, 3, 1, 2).to(device)
+    clean = _tensor(images).permute(0, 3, 1, 2).to(device)
     lq = apply_plans(clean, plans, keys)
     hq = clean.to(torch.float32) / 255 if target is None else apply_plans(clean, [target] * len(images), keys)
-    made = [side.mul(255).round().clamp(0, 255).div(127.5).sub(1.0).contiguous() for side in (hq, lq)]
-    return made[0], made[1]
+    sides = [side.mul(255).round().clamp(0, 255).div(127.5).sub(1.0).contiguous() for side in (hq, lq)]
+    return sides[0], sides[1]
 
 
 def psnr_of_batch(images: Tensor, hq: Tensor) -> Tensor:
-    """PSNR in dB of each picture [B] of two batches [B, 3, H, W] in [0, 1], `images` clipped to it; at most 100."""
+    """Return PSNR in dB [B] of two batches [B, 3, H, W] in [0, 1]; `images` are clipped, and PSNR is at most 100."""
     error = (images.clamp(0, 1) - hq).square().flatten(1).mean(1)
     return -10 * torch.log10(error.clamp_min(1e-10))

@@ -1,7 +1,7 @@
-"""One optimiser step for any objective, and what a training loop needs around it.
+"""One optimiser step for any objective, and the other functions of a training loop.
 
-Gradients are averaged over workers explicitly, one flat all-reduce per trainable, rather than by a module wrapper:
-phases that run a network several times, toggled adapters and several optimisers then need no special case.
+Gradients are averaged over workers explicitly, with one flat all-reduce per trainable, and without a module wrapper.
+So phases that run a network several times, toggled adapters and several optimisers need no special case.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from components.types import Batch, Objective
 
 
 def build_optimizers(objective: Objective, settings: Optimizer) -> dict[str, torch.optim.Optimizer]:
-    """One AdamW for each trainable, over its parameters that require gradients."""
+    """Build one AdamW for each trainable, over its parameters that require gradients."""
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for name, module in objective.trainables.items():
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -33,7 +33,7 @@ def build_optimizers(objective: Objective, settings: Optimizer) -> dict[str, tor
             betas=(settings.betas[0], settings.betas[1]),
             weight_decay=settings.weight_decay,
             eps=settings.eps,
-            # one pass over weights, gradients and both averages instead of a dozen
+            # one pass over weights, gradients and both moments instead of a dozen
             fused=all(p.device.type == "cuda" for p in parameters),
         )
     return optimizers
@@ -52,23 +52,23 @@ def train_step(
     """Run all phases of one step over the micro-batches, which advance in lockstep.
 
     Args:
-        objective: what is minimised.
+        objective: objective to minimise.
         batches: (batch, noise) of each micro-batch.
-        optimizers: one for each trainable.
+        optimizers: one optimiser for each trainable.
         lr: learning rate of this step.
         clip_norm: largest gradient norm of a trainable.
         precision: "bf16" or "fp16" run the forward passes under autocast.
-        scaler: what build_scaler gave for this precision; kept from step to step.
+        scaler: result of build_scaler for this precision; the same object for all steps.
 
     Returns:
-        The losses' metrics, averaged over micro-batches and workers, `<trainable>/grad_norm`, and `bad_steps`:
-        trainables left as they were because their gradient was not finite (averaged, so the same on every worker).
-        With a scaler also `loss_scale`, and `bad_steps` counts from a scale of 1 downwards only: above, an overflow is
-        how the scaler finds its scale.
+        The losses' metrics, averaged over micro-batches and workers; `<trainable>/grad_norm`; and `bad_steps`, the
+        number of trainables that were not updated because their gradient was not finite. Gradients are averaged, so it
+        is the same on every worker. With a scaler there is also `loss_scale`, and `bad_steps` counts at a scale of 1 or
+        less only: at larger scales, overflows are normal while the scaler searches its scale.
 
     Raises:
-        RuntimeError: micro-batches disagree about the phase, naming both.
-        ValueError: "fp16" without a scaler: most gradients would be zero.
+        RuntimeError: micro-batches are in different phases; the message names them.
+        ValueError: "fp16" without a scaler, since most gradients would be zero.
     """
     if precision == "fp16" and scaler is None:
         raise ValueError("fp16 needs a gradient scaler: see build_scaler")
@@ -95,7 +95,7 @@ def train_step(
         if not names[0]:
             break
         report |= _step(names[0], optimizers[names[0]], lr, clip_norm, report, scaler)
-        # a phase's loss may reach another phase's weights (a score that judges a generator): that is not their gradient
+        # a phase's loss also gives gradients to other trainables (a score that judges a generator): drop them
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
     if scaler:
@@ -131,7 +131,7 @@ def _step(
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What the forward passes compute in, by the recipe's precision; "fp32" has none."""
+"""Autocast dtype of the forward passes by the recipe's precision; "fp32" has none."""
 
 
 def _autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:
@@ -139,28 +139,28 @@ def _autocast(precision: str, device: str) -> contextlib.AbstractContextManager[
 
 
 def build_scaler(precision: str, device: str) -> torch.amp.GradScaler | None:
-    """The scaler that fp16 gradients need, with torch's own numbers (65,536 at first); None for other precisions."""
+    """Build the scaler for fp16 gradients with torch's defaults (it starts at 65,536); None for other precisions."""
     return torch.amp.GradScaler(torch.device(device).type) if precision == "fp16" else None
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Average gradients over the workers.
 
-    A worker without a gradient counts as zero; a parameter without one on every worker keeps None, as on one worker,
-    so that weight decay leaves it alone.
+    A missing gradient counts as zero. A parameter without a gradient on all workers keeps None, as on one worker, so
+    that weight decay does not change it.
     """
     if not _distributed():
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    flat = torch.cat([used, *(g.reshape(-1).to(torch.float32) for g in gradients)])
+    has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    flat = torch.cat([has_gradient, *(g.reshape(-1).to(torch.float32) for g in gradients)])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    anywhere = (flat[: len(parameters)] > 0).tolist()
+    any_gradient = (flat[: len(parameters)] > 0).tolist()
     offset = len(parameters)
-    for parameter, gradient, has in zip(parameters, gradients, anywhere, strict=True):
+    for parameter, gradient, is_any in zip(parameters, gradients, any_gradient, strict=True):
         count = gradient.numel()
-        parameter.grad = flat[offset : offset + count].view_as(gradient).to(gradient.dtype) if has else None
+        parameter.grad = flat[offset : offset + count].view_as(gradient).to(gradient.dtype) if is_any else None
         offset += count
 
 
@@ -181,7 +181,7 @@ def _distributed() -> bool:
 
 @torch.no_grad()
 def evaluate_loss(objective: Objective, batches: Sequence[Batch], seed: int, device: str = "cpu") -> dict[str, float]:
-    """Mean of every phase's loss over fixed batches, noise keyed by their positions: comparable from step to step."""
+    """Mean loss of every phase over fixed batches. Positions key the noise, so values are comparable between steps."""
     totals: dict[str, float] = {}
     count = sum(len(batch) for batch in batches)
     for batch in batches:
@@ -190,9 +190,9 @@ def evaluate_loss(objective: Objective, batches: Sequence[Batch], seed: int, dev
     return totals
 
 
-def averaged(objective: Objective) -> dict[str, nn.Module]:
-    """The trainables of which an average is kept: those that `objective.averaged` names, if it has that, else all."""
-    names = getattr(objective, "averaged", tuple(objective.trainables))
+def averaged_trainables(objective: Objective) -> dict[str, nn.Module]:
+    """Return the trainables whose weights are averaged."""
+    names = objective.trainables if objective.averaged is None else objective.averaged
     return {name: objective.trainables[name] for name in names}
 
 
@@ -211,15 +211,15 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step `step` (0-based); the decay warms up as (1 + step) / (10 + step)."""
+        """Update after step `step` (0-based); the decay warms up as (1 + step) / (10 + step)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for key, parameter in self._parameters():
             self.shadow[key].lerp_(parameter.detach(), 1 - decay)
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """The averaged weights stand in the modules while inside."""
-        kept = {k: p.detach().clone() for k, p in self._parameters()}
+    def swap_in(self) -> Iterator[None]:
+        """Put the averaged weights into the modules; restore the original weights on exit."""
+        originals = {k: p.detach().clone() for k, p in self._parameters()}
         with torch.no_grad():
             for key, parameter in self._parameters():
                 parameter.copy_(self.shadow[key])
@@ -228,7 +228,7 @@ class Ema:
         finally:
             with torch.no_grad():
                 for key, parameter in self._parameters():
-                    parameter.copy_(kept[key])
+                    parameter.copy_(originals[key])
 
 
 def training_state(
@@ -239,10 +239,10 @@ def training_state(
     position: int,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Any]:
-    """Everything that a resumed run needs: tensors and plain numbers only, so it loads with weights_only.
+    """Return the state for resume: tensors and plain numbers only, so torch.load can read it with weights_only.
 
-    "trainables" are the weights as trained, "ema" their average, which the model folder gets, "progress" the numbers
-    that an objective found on its way, if it has an attribute of that name.
+    "trainables" are the trained weights. "ema" is their average, which goes to the model folder. "progress" are the
+    objective's numbers that a resumed run needs.
     """
     return {
         "step": step,
@@ -254,7 +254,7 @@ def training_state(
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "ema": ema.shadow if ema else {},
         "scaler": scaler.state_dict() if scaler else {},
-        "progress": dict(getattr(objective, "progress", {})),
+        "progress": dict(objective.progress),
     }
 
 
@@ -266,24 +266,23 @@ def restore_state(
     ema: Ema | None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> int:
-    """Undo `training_state`; returns the step to go on with. Raises ValueError naming keys that do not fit."""
+    """Load a `training_state` and return its step. Raise ValueError that names the keys that do not fit."""
     for name, module in objective.trainables.items():
         own = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        saved = state["trainables"].get(name, {})
-        if set(own) != set(saved):
-            raise ValueError(f"checkpoint does not fit {name!r}: keys {sorted(set(own) ^ set(saved))[:8]} differ")
+        tensors = state["trainables"].get(name, {})
+        if set(own) != set(tensors):
+            raise ValueError(f"checkpoint does not fit {name!r}: keys {sorted(set(own) ^ set(tensors))[:8]} differ")
         for key, parameter in own.items():
-            parameter.copy_(saved[key])
+            parameter.copy_(tensors[key])
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     if scaler and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
-    if state.get("progress"):
-        objective.progress.update(state["progress"])  # type: ignore[attr-defined]
+    objective.progress.update(state.get("progress") or {})
     if ema:
         if set(state["ema"]) != set(ema.shadow):
-            differ = sorted(set(state["ema"]) ^ set(ema.shadow))[:8]
-            raise ValueError(f"checkpoint does not fit the average of the weights: keys {differ} differ")
+            keys = sorted(set(state["ema"]) ^ set(ema.shadow))[:8]
+            raise ValueError(f"checkpoint does not fit the average of the weights: keys {keys} differ")
         for key, value in state["ema"].items():
             ema.shadow[key].copy_(value)
     return int(state["step"])

@@ -1,55 +1,57 @@
-"""The vocabulary: the few types and protocols that every system, stage and verb shares. Read this first.
+"""The types and protocols that all systems, stages and commands share. Read this first.
 
-Nothing here imports torch at run time, so that data workers which only decode and degrade stay small.
+This module does not import torch at run time, so data workers that only decode and degrade stay small.
 
 Conventions
     images     RGB. As arrays: uint8, or float32 in [0, 1], [H, W, 3]. As tensors: float32 [B, 3, H, W] in [-1, 1].
     latents    float tensors [B, C, h, w], already multiplied by the prior's scaling factor.
     sigma      noise level in variance-exploding form, [B]: noisy = clean + sigma * noise.
-    position   place of a sample in the endless training stream; (seed, position, name) fixes every random bit.
-    key        name of a sample, unique in its corpus: every error names it.
+    position   index of a sample in the endless training stream; (seed, position, name) determines every random bit.
+    key        name of a sample, unique in its corpus; every error names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from components.randomness import Noise
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from components.randomness import Noise
 
 Image = np.ndarray
 """RGB [H, W, 3], uint8 or float32 in [0, 1]."""
 
 Plan = Mapping[str, Any]
-"""One drawn degradation: small, JSON-serialisable (numbers, strings, lists, mappings); replays to the same picture."""
+"""A drawn degradation in JSON types (numbers, strings, lists, mappings); it always gives the same picture."""
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in latent pixels."""
 
 Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
-"""What a network makes of noisy latents, in diffusers' words; the last two are velocities, of a variance-preserving
+"""The output of a network for noisy latents, in diffusers' terms; the last two are velocities, of a variance-preserving
 schedule and of a flow."""
 
 Denoiser = Callable[["Tensor", "Tensor"], "Tensor"]
 """(latents [B, C, h, w], sigma [B]) -> predicted clean latents [B, C, h, w].
 
-The latents are in variance-exploding form (clean + sigma * noise); whoever wraps a variance-preserving network scales
-inside. Prompts, guidance, control features and tiling are closed over.
+The latents are in variance-exploding form (clean + sigma * noise). A wrapper of a variance-preserving network rescales
+them. The function is a closure over prompts, guidance, control features and tiling.
 """
 
 
 class SampleError(ValueError):
-    """One sample cannot be used. Carries what a quarantine row needs; never ends a job by itself.
+    """One sample cannot be used. It has the fields of a quarantine row and never ends a job.
 
     Attributes:
         code: short machine-readable reason, e.g. "truncated", "not_image", "too_large".
-        key: the sample's name, "" where the raiser does not know it (the caller adds it).
+        key: the sample's name; "" if the caller must add it.
         detail: one sentence for people.
     """
 
@@ -57,7 +59,7 @@ class SampleError(ValueError):
         super().__init__(f"[{code}] {key + ': ' if key else ''}{detail}")
         self.code, self.detail, self.key = code, detail, key
 
-    def __reduce__(self) -> tuple[Any, ...]:  # exceptions with several arguments do not pickle by themselves
+    def __reduce__(self) -> tuple[Any, ...]:  # exceptions with several arguments need this to be picklable
         return (type(self), (self.code, self.detail, self.key))
 
 
@@ -66,18 +68,18 @@ class Batch:
     """One training batch of B samples.
 
     Attributes:
-        keys: sample names, so that every error can name its sample.
-        positions: int64 [B], places in the stream; the only source of randomness besides the seed.
+        keys: sample names, for errors.
+        positions: int64 [B], positions in the stream; with the seed they determine all randomness.
         hq: targets, float32 [B, 3, H, W] in [-1, 1].
         lq: degraded inputs, already resized to hq's size, same range.
-        prompts: "" where there is no caption.
-        plans: the degradation each lq was made with; empty mapping where the pair came as it is.
+        prompts: one text for each sample; "" for none.
+        plans: the degradation of each lq; an empty mapping if the corpus contains the pair.
         masks: optional float32 [B, 1, H, W], 1 = missing (inpainting).
         sizes: int64 [B, 6]: original height and width, crop top and left, target height and width (SDXL's size ids).
         latents: optional precomputed clean latents of hq [B, C, h, w].
         embeddings: optional precomputed embeddings of the prompts: "text" [B, L, D] and "pooled" [B, P].
-        latents_missing, embeddings_missing: rows (their numbers, rising) of which there are none: theirs are zeros, and
-            whoever needs them encodes hq or embeds the prompt (components.objectives.precomputed).
+        latents_missing, embeddings_missing: rising indices of rows without precomputed values. Their values are zeros;
+            the objective then encodes hq or embeds the prompt (components.objectives.precomputed).
     """
 
     keys: Sequence[str]
@@ -99,23 +101,27 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A scalar to back-propagate and detached scalars to log."""
+    """A scalar to back-propagate, and detached scalars to log."""
 
     value: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Degradation(Protocol):
-    """Turns a clean picture into a poor one. `draw` decides, `apply` executes; only `draw` needs randomness."""
+    """Degrades clean pictures. `draw` draws a plan at random, `apply` executes it deterministically."""
 
     def draw(self, seed: int, key: str, position: int) -> Plan:
-        """Draw a plan; the same arguments give the same plan anywhere."""
+        """Draw a plan; equal arguments give equal plans on any machine."""
 
     def apply(self, hq: Image, plan: Plan) -> Image:
-        """Degrade float32 [H, W, 3] in [0, 1]; returns the same size and range. Equal plans give equal bits."""
+        """Degrade float32 [H, W, 3] in [0, 1]; return the same size and range. Equal plans give equal bits."""
 
     def target(self, hq: Image) -> Image:
-        """What the restoration is trained towards: hq itself, or sharpened where the recipe's authors did so."""
+        """Return the training target: hq, or a sharpened hq if the degradation's authors sharpen it."""
+
+    def target_plan(self) -> Plan | None:
+        """Return `target` as a plan, for batched execution on a device; None if the target is hq."""
+        return None
 
 
 class Captioner(Protocol):
@@ -124,36 +130,55 @@ class Captioner(Protocol):
     def caption(self, images: Sequence[Image]) -> list[str]: ...
 
 
+class Recorded(Protocol):
+    """A prior, as recorded in model.json."""
+
+    @property
+    def source(self) -> Mapping[str, str]:
+        """id, digest and, for a diffusers prior, image_encoder."""
+
+
 class Objective(Protocol):
-    """What a training stage minimises.
+    """The objective of a training stage. A class that derives from it inherits the defaults here.
 
     Attributes:
-        trainables: modules by name; each has its own optimiser. Their state dicts are what a checkpoint keeps.
-        config: architecture for model.json, enough to build the modules again.
+        trainables: modules by name; each has its own optimiser. Checkpoints store their state dicts.
+        config: architecture for model.json, enough to rebuild the modules.
+        progress: small numbers that change during training and that a resumed run needs; checkpoints store them.
+        averaged: names of the trainables whose weights are averaged; None for all.
+        files: text files of the model folder by name, such as a tokenizer.
     """
 
     trainables: Mapping[str, nn.Module]
     config: Mapping[str, Any]
+    progress: MutableMapping[str, float]
+    averaged: Sequence[str] | None = None
+    files: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def prior(self) -> Recorded | None:
+        """The prior that the networks use; None for none."""
+        return None
 
     def parts(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """All parts of the finished model folder, inherited ones too: tensors by key, by part name."""
+        """Return all parts of the model folder, inherited ones too: tensors by key, by part name."""
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
-        """Yield (trainable, loss) in turn.
+        """Yield (trainable, loss) for each phase.
 
-        The loop steps that trainable's optimiser between two yields, so a later phase (a fake score, say) can reuse
-        the earlier one's detached latents. Under accumulation the micro-batches advance in lockstep, phase by phase.
+        The loop steps that trainable's optimiser after each yield. So a later phase, such as a fake score, can reuse an
+        earlier phase's detached latents. With accumulation, the micro-batches advance in lockstep, phase by phase.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """A spatial condition of a denoiser (LQ latents, masks): tensors that share one latent grid [.., h, w]."""
+    """A spatial condition of a denoiser (lq latents, masks): tensors on one latent grid [.., h, w]."""
 
     tensors: Mapping[str, Tensor]
 
     def crop(self, box: Box) -> Condition:
-        """The part inside `box`, so that one tiled denoiser serves every system."""
+        """Return the part inside `box`; the tiled denoiser of all systems uses it."""
         top, left, height, width = box
         return Condition(tensors={k: v[..., top : top + height, left : left + width] for k, v in self.tensors.items()})
 
@@ -163,13 +188,13 @@ class Request:
     """One picture to restore.
 
     Attributes:
-        key: name, for errors and file names.
+        key: name for errors and files.
         image: uint8 [H, W, 3].
-        seed: fixes every random bit of this picture, whatever it is batched with.
-        prompt, negative_prompt: text for guidance; "" is a legal prompt.
-        size: (height, width) of the result; None keeps the input's.
-        options: system-specific settings by name; unknown names are refused with the near one.
-        reference: optional second picture uint8 [H', W', 3] for options that ask for one, such as the HQ picture.
+        seed: determines every random bit of this picture, independent of its batch.
+        prompt, negative_prompt: texts for guidance; "" is a valid prompt.
+        size: (height, width) of the result; None keeps the input's size.
+        options: system-specific options by name; the error for an unknown name suggests one.
+        reference: optional second picture uint8 [H', W', 3] for options that need one, such as the hq picture.
     """
 
     key: str
@@ -184,7 +209,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """One restored picture: uint8 [H, W, 3], and what a PNG's text chunks should say about it."""
+    """One restored picture: uint8 [H, W, 3], and entries for the PNG's text chunks."""
 
     key: str
     image: Image
@@ -193,7 +218,7 @@ class Restored:
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """Progress of a sampler: step (1-based) of `of`; preview latents [B, C, h, w] where the caller may want a look."""
+    """Progress of a sampler: step (1-based) of `of` steps; preview latents [B, C, h, w] if the sampler has them."""
 
     step: int
     of: int
@@ -205,13 +230,24 @@ Cancelled = Callable[[], bool]
 
 
 class Cancellation(Exception):
-    """Raised inside a sampler when `cancelled()` became true."""
+    """Raised inside a sampler when `cancelled()` is true."""
 
 
 class Restorer(Protocol):
-    """Restores pictures; the same object stands behind batch jobs, the service and evaluation."""
+    """Restores pictures. Batch jobs, the service and evaluation use the same object.
+
+    A class that derives from it inherits the defaults of `preview` and `check_prompts_heard`.
+    """
 
     def restore(
         self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
     ) -> list[Restored]:
-        """Restore in request order. A picture's bits do not depend on its neighbours beyond float rounding."""
+        """Restore in request order. Except for float rounding, a picture does not depend on others in the batch."""
+
+    def preview(self, request: Request) -> Image | None:
+        """Return a preliminary result, uint8 [H, W, 3], for a captioner; None if the system has none."""
+        return None
+
+    def check_prompts_heard(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, or the system's own error, for options with which a prompt has no effect."""
+        return None

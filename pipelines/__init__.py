@@ -1,1 +1,1 @@
-"""Ray and MLflow workflows; each module is one workflow and one verb of the `restoray` command."""
+"""Workflows on Ray and MLflow, in rooms. CONTRIBUTING.md lists the rooms; tests/test_layering.py checks them."""

@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ABSENT = "shared data is absent"
 LONGEST = ("test_demo.py", "test_train.py", "test_cli.py", "test_restore.py", "test_curate.py")
-"""Files that take minutes: begun first, so that two processes that share the files end at about the same time."""
+"""Test files that take minutes. They start first, so that two parallel test processes end at about the same time."""
 
 
 def shared_folder(variable: str, name: str) -> Path:
-    """$variable, else ../shared/<name> beside the repository; skips, loudly, where there is no such folder."""
+    """Return $variable, or ../shared/<name> next to the repository; skip the test if there is no such folder."""
     folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
     if not folder.is_dir():
         pytest.skip(f"{ABSENT}: set {variable}; looked at {folder}")
@@ -23,26 +23,26 @@ def shared_folder(variable: str, name: str) -> Path:
 
 
 def golden_names(pattern: str) -> list[str]:
-    """Recorded files that match, without .json, to parametrize with; [""] where the folder is absent: a shown skip."""
+    """Return the matching golden files, without .json, for parametrize; [""] if there are none, for a visible skip."""
     folder = Path(os.environ.get("RESTORAY_GOLDEN") or ROOT.parent / "shared" / "golden")
     return sorted(path.stem for path in folder.glob(f"{pattern}.json")) or [""]
 
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Tensors recorded from the official modules: NAME.json and NAME.safetensors."""
+    """Folder of tensors from the official modules: NAME.json and NAME.safetensors."""
     return shared_folder("RESTORAY_GOLDEN", "golden")
 
 
 @pytest.fixture(scope="session")
 def images_dir() -> Path:
-    """Real photographs and odd files."""
+    """Folder of real photographs and unusual files."""
     return shared_folder("RESTORAY_IMAGES", "images")
 
 
 @pytest.fixture(scope="session")
 def reference_dir() -> Path:
-    """Facts of the papers and releases: layouts and costs as JSON."""
+    """Folder of facts from papers and releases: layouts and costs as JSON."""
     folder = ROOT.parent / "shared" / "reference"
     if not folder.is_dir():
         pytest.skip(f"{ABSENT}: looked at {folder}")
@@ -57,16 +57,16 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray for all tests: it takes seconds to start, and minutes when each test has its own."""
-    from pipelines.cluster import local_ray
+    """One local Ray for all tests, since each start takes seconds."""
+    from pipelines.core.cluster import local_ray
 
     with local_ray(num_cpus=4, object_store_mib=200):
         yield
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What the Makefile sets, also for a bare `pytest`."""
-    from pipelines.cluster import quiet_environment
+    """Set the Makefile's environment, also for `pytest` without make."""
+    from pipelines.core.environment import quiet_environment
 
     quiet_environment()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -74,13 +74,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the order within a file stays."""
+    """Put the longest files first; the order within a file stays."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say at the very end that shared data was missing: such a run has not tested everything."""
+    """Print at the end that shared data is absent: such a run has not tested everything."""
     skipped = [report for report in terminalreporter.getreports("skipped") if ABSENT in str(report.longrepr)]
     if skipped:
         terminalreporter.write_line(f"SHARED DATA ABSENT, {len(skipped)} tests skipped", red=True, bold=True)

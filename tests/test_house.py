@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: addresses, paths, sizes, the environment, the wheel's contents."""
+"""The house rules that a machine can check: addresses, paths, sizes, the environment, the wheel's contents."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import home
-from pipelines.errors import near_miss, unknown
+from pipelines.core import home
+from pipelines.core.errors import near_miss, unknown
 
 LIMIT_LINES = 600
 TEXT_LIMIT_BYTES = 5_000_000
 
-# Assembled, so that this file does not accuse itself.
+# The parts are joined here, so that this file does not match its own patterns.
 FORBIDDEN = {
     "address of a package registry": re.compile(
         r"(?:https?:)?//[\w.-]*(?:"
@@ -42,22 +42,22 @@ def project_files(root: Path) -> list[Path]:
 
 def texts(root: Path) -> list[tuple[Path, str]]:
     """Project files that are text."""
-    found = []
+    documents = []
     for path in project_files(root):
         data = path.read_bytes()
         if len(data) <= TEXT_LIMIT_BYTES and b"\0" not in data:
-            found.append((path, data.decode("utf-8", "replace")))
-    return found
+            documents.append((path, data.decode("utf-8", "replace")))
+    return documents
 
 
 @pytest.mark.parametrize("what", sorted(FORBIDDEN))
 def test_no_file_holds(repository: Path, what: str) -> None:
-    guilty = []
+    lines = []
     for path, text in texts(repository):
         for number, line in enumerate(text.splitlines(), 1):
             if FORBIDDEN[what].search(line):
-                guilty.append(f"{path.relative_to(repository)}:{number}: {line.strip()[:100]}")
-    assert guilty == []
+                lines.append(f"{path.relative_to(repository)}:{number}: {line.strip()[:100]}")
+    assert lines == []
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_no_file_holds(repository: Path, what: str) -> None:
         ("path of one machine", "/ho" + "me/anna/data"),
     ],
 )
-def test_the_patterns_bite(what: str, line: str) -> None:
+def test_the_patterns_match(what: str, line: str) -> None:
     assert FORBIDDEN[what].search(line)
 
 
@@ -86,7 +86,7 @@ def test_lock_is_hashed_and_pinned(repository: Path) -> None:
 
 
 def test_lock_meets_every_requirement(repository: Path) -> None:
-    """pyproject.toml was not changed without `make lock`."""
+    """requirements.lock fits pyproject.toml; `make lock` renews it."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -97,10 +97,10 @@ def test_lock_meets_every_requirement(repository: Path) -> None:
         pins.setdefault(canonicalize_name(name), set()).add(version)
     unmet = []
     for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
-        wanted = Requirement(text)
-        found = pins.get(canonicalize_name(wanted.name), set())
-        if not found or not all(wanted.specifier.contains(v, prereleases=True) for v in found):
-            unmet.append(f"{text}: {sorted(found)}")
+        requirement = Requirement(text)
+        versions = pins.get(canonicalize_name(requirement.name), set())
+        if not versions or not all(requirement.specifier.contains(v, prereleases=True) for v in versions):
+            unmet.append(f"{text}: {sorted(versions)}")
     assert unmet == []
 
 
@@ -113,23 +113,23 @@ def test_python_files_stay_readable(repository: Path) -> None:
     assert long == {}
 
 
-def test_every_module_says_what_it_is(repository: Path) -> None:
-    silent = [
+def test_every_module_has_a_docstring(repository: Path) -> None:
+    without_docstring = [
         str(path.relative_to(repository))
         for path, text in texts(repository)
         if path.suffix == ".py" and text.strip() and not ast.get_docstring(ast.parse(text))
     ]
-    assert silent == []
+    assert without_docstring == []
 
 
-def test_no_environment_variables_of_our_own_beside_three(repository: Path) -> None:
-    found = set()
+def test_only_three_environment_variables_are_ours(repository: Path) -> None:
+    names = set()
     for _, text in texts(repository):
-        found.update(re.findall(r"\bRESTORAY_[A-Z][A-Z_]*\b", text))
-    assert found - OWN_VARIABLES == set()
+        names.update(re.findall(r"\bRESTORAY_[A-Z][A-Z_]*\b", text))
+    assert names - OWN_VARIABLES == set()
 
 
-def test_nothing_skips_but_for_absent_data(repository: Path) -> None:
+def test_tests_skip_only_for_absent_data(repository: Path) -> None:
     pattern = re.compile(r"pytest\.(?:mark\.)?(?:skip|skipif|xfail|importorskip)\b|unittest\.skip")
     users = {
         str(path.relative_to(repository))
@@ -157,8 +157,8 @@ def test_near_miss() -> None:
 
 
 @pytest.mark.slow
-def test_wheel_holds_what_it_must_and_finds_it(repository: Path, tmp_path: Path) -> None:
-    """Recipes, plans, datasets/, clusters/ and weights travel, and data_folder finds them outside a checkout."""
+def test_the_wheel_holds_its_data_and_finds_it(repository: Path, tmp_path: Path) -> None:
+    """The wheel holds recipes, plans, datasets/, clusters/ and weights, and data_folder finds them there."""
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
         cwd=repository,
@@ -176,7 +176,7 @@ def test_wheel_holds_what_it_must_and_finds_it(repository: Path, tmp_path: Path)
     for kind in ("recipes", "plans"):
         expected = {f"pipelines/{kind}/{p.name}" for p in (repository / "pipelines" / kind).glob("*.yaml")}
         assert expected and expected <= names
-    assert "pipelines/templates/report.html.j2" in names
+    assert "pipelines/pages/templates/report.html.j2" in names
     demo_corpus = {str(p.relative_to(repository)) for p in project_files(repository) if "demo_corpus" in p.parts}
     assert demo_corpus and demo_corpus <= names
     weights = repository / "components" / "priors" / "weights"
@@ -184,8 +184,8 @@ def test_wheel_holds_what_it_must_and_finds_it(repository: Path, tmp_path: Path)
     assert {"components/priors/weights/nano/model.json"} < {n for n in names if "/weights/nano/" in n}
     top = {name.split("/")[0] for name in names}
     assert top <= {"components", "pipelines", next(t for t in top if t.endswith(".dist-info"))}
-    code = "from pipelines.home import shipped; print(sorted(shipped('datasets')), sorted(shipped('clusters')))"
-    done = subprocess.run(
+    code = "from pipelines.core.home import shipped_files as f; print(sorted(f('datasets')), sorted(f('clusters')))"
+    process = subprocess.run(
         [sys.executable, "-S", "-c", code],
         cwd=tmp_path / "site",
         capture_output=True,
@@ -193,4 +193,4 @@ def test_wheel_holds_what_it_must_and_finds_it(repository: Path, tmp_path: Path)
         check=True,
         timeout=60,
     )
-    assert "'demo'" in done.stdout and "'local'" in done.stdout
+    assert "'demo'" in process.stdout and "'local'" in process.stdout

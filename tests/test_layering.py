@@ -1,11 +1,15 @@
-"""Who may import whom, proved by importing with the forbidden packages refused."""
+"""Rules of imports: rooms of pipelines/, systems, and modules that must import without torch, Ray or MLflow."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,9 +31,63 @@ TORCH_FREE = (
     "components.fingerprints",
     "components.negatives",
 )
-"""Module prefixes that Ray Data workers import: a torch there costs each of them half a gigabyte."""
+"""Prefixes of modules that Ray Data workers import; torch would take half a gigabyte in each worker."""
 WITH_TORCH = ("components.degradations.batched",)
-"""What lies below those and is for GPUs."""
+"""Modules below these prefixes that need torch, for GPUs."""
+
+PACKAGES = ("components", "pipelines")
+
+MAY: dict[str, set[str]] = {
+    "core": set(),
+    "pages": {"core"},
+    "corpus": {"core"},
+    "restoration": {"core"},
+    "stream": {"core", "corpus"},
+    "curation": {"core", "corpus", "pages"},
+    "evaluation": {"core", "corpus", "pages", "restoration"},
+    "service": {"core", "pages", "restoration"},
+    "analysis": {"core", "pages", "restoration"},
+    "training": {"core", "corpus", "stream"},
+    "runs": {"core", "pages", "corpus", "curation", "evaluation", "restoration", "service", "training"},
+    "commands": {
+        "core",
+        "corpus",
+        "curation",
+        "evaluation",
+        "analysis",
+        "restoration",
+        "service",
+        "training",
+        "runs",
+    },
+}
+"""The rooms of pipelines/, and what each may import. Imports in functions and under TYPE_CHECKING count too."""
+
+MAY_IMPORT_SYSTEM: dict[str, set[str]] = {"instarevive": {"swinir"}}
+"""Systems that a system may import: InstaRevive's coarse restorer is a SwinIR."""
+
+SYSTEM_WORDS = r"(?i)instantir|instarevive|swinir|supir|(?<![a-z])dra(?![a-z])"
+
+MAY_NAME: dict[str, set[str]] = {
+    # the dictionary of systems
+    "components/systems/__init__.py": {"instantir", "instarevive", "swinir"},
+    # degradations go by the names of the papers that define them
+    "components/degradations/__init__.py": {"supir", "instantir", "instarevive", "dra"},
+    # lists of negative prompts also go by the names of the papers
+    "components/negatives.py": {"supir"},
+    "components/corpora.py": {"supir"},
+    # model.json of a prior has the system "prior"
+    "components/priors/files.py": {"model.info['system'] != 'prior'"},
+    # the dictionary of studies
+    "pipelines/analysis/studies.py": {"instantir"},
+}
+"""Systems that a shared file may name, each with a reason. Keep this list short."""
+
+HEAVY = {
+    "torch", "torchvision", "diffusers", "transformers", "peft", "timm", "huggingface_hub", "ray", "mlflow", "pyiqa",
+    "scipy", "skimage", "matplotlib", "rich",
+}  # fmt: skip
+"""Libraries that may be imported inside a function: each takes 0.3 s to 6 s and up to half a gigabyte."""
 
 IMPORTER = """
 import importlib, json, sys
@@ -37,7 +95,7 @@ import importlib, json, sys
 refused, names = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 
 class Without:
-    # to such a finder the refused packages are not installed, so libraries that probe for them go on
+    # this finder hides the refused packages; libraries that probe for them work as if they were not installed
 
     def __init__(self, finder):
         self.finder = finder
@@ -60,7 +118,7 @@ print(json.dumps(problems))
 
 
 def modules(root: Path, package: str) -> list[str]:
-    """Dotted names of all modules of a package."""
+    """Return the dotted names of all modules of a package."""
     names = []
     for path in sorted((root / package).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -69,16 +127,16 @@ def modules(root: Path, package: str) -> list[str]:
 
 
 def import_with_refusal(root: Path, names: list[str], refused: list[str]) -> dict[str, str]:
-    """Import each module in a fresh interpreter that lacks the refused packages; the ImportErrors by module."""
+    """Import each module in a new interpreter without the refused packages; return the ImportErrors by module."""
     command = [sys.executable, "-c", IMPORTER, json.dumps(refused), json.dumps(names)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    problems: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    problems: dict[str, str] = json.loads(process.stdout.splitlines()[-1])
     return problems
 
 
 def imported_names(path: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere, also inside functions."""
+    """Return the top-level packages that a file imports, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -86,6 +144,113 @@ def imported_names(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.partition(".")[0])
     return names
+
+
+@dataclass(frozen=True)
+class Import:
+    """An import of one of our modules: importing module, target module, line, and whether it is inside a function."""
+
+    by: str
+    of: str
+    line: int
+    inside: bool
+
+
+def own_modules(root: Path) -> dict[str, Path]:
+    """Return the files of our packages by dotted name."""
+    files: dict[str, Path] = {}
+    for package in PACKAGES:
+        paths = sorted((root / package).rglob("*.py"))
+        files.update(zip(modules(root, package), paths, strict=True))
+    return files
+
+
+@cache
+def import_statements(path: Path) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Return all import statements of a file, each with whether it is inside a function."""
+    statements: list[tuple[ast.Import | ast.ImportFrom, bool]] = []
+    stack: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), False)]
+    while stack:
+        node, inside = stack.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            statements.append((node, inside))
+        deeper = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        stack.extend((child, deeper) for child in ast.iter_child_nodes(node))
+    return statements
+
+
+def targets(node: ast.AST) -> list[tuple[str, str]]:
+    """Return (module, name) of each import in a statement; the name is "" for a plain import."""
+    if isinstance(node, ast.Import):
+        return [(alias.name, "") for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        return [(node.module, alias.name) for alias in node.names]
+    return []
+
+
+@cache
+def own_imports(root: Path) -> list[Import]:
+    """Return every import between our modules: at the top, in a function, under TYPE_CHECKING."""
+    files = own_modules(root)
+    imports: list[Import] = []
+    for name, path in files.items():
+        for node, inside in import_statements(path):
+            for module, attribute in targets(node):
+                of = next((m for m in (f"{module}.{attribute}", module) if m in files), "")
+                if of and of != name:
+                    imports.append(Import(by=name, of=of, line=node.lineno, inside=inside))
+    return imports
+
+
+def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
+    """Return the groups of two or more modules that reach each other (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    groups: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(arrows.get(name, ())):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            group = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(group) > 1:
+                groups.append(sorted(group))
+
+    for name in sorted(arrows):
+        if name not in index:
+            visit(name)
+    return groups
+
+
+def room_of(module: str) -> str:
+    """Return the room of a module of pipelines; "" for another module."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "pipelines" and len(parts) > 1 else ""
+
+
+def heavy_modules(root: Path) -> set[str]:
+    """Return our modules that import a heavy library, directly or through another module of ours."""
+    files = own_modules(root)
+    needs: dict[str, set[str]] = {name: {name.rpartition(".")[0]} & set(files) for name in files}
+    heavy: set[str] = set()
+    for name, path in files.items():
+        for node, inside in import_statements(path):
+            for module, attribute in targets(node) if not inside else ():
+                of = next((m for m in (f"{module}.{attribute}", module) if m in files), "")
+                if of:
+                    needs[name].add(of)
+                elif module.partition(".")[0] in HEAVY:
+                    heavy.add(name)
+    while more := {name for name, others in needs.items() if name not in heavy and others & heavy}:
+        heavy |= more
+    return heavy
 
 
 def test_the_hook_refuses(repository: Path) -> None:
@@ -98,12 +263,12 @@ def test_components_import_without_ray_mlflow_and_pipelines(repository: Path) ->
 
 
 def test_components_name_no_ray_mlflow_or_pipelines_even_inside_functions(repository: Path) -> None:
-    guilty = {
-        str(path.relative_to(repository)): sorted(found)
+    wrong = {
+        str(path.relative_to(repository)): sorted(names)
         for path in sorted((repository / "components").rglob("*.py"))
-        if (found := imported_names(path) & {"ray", "mlflow", "pipelines"})
+        if (names := imported_names(path) & {"ray", "mlflow", "pipelines"})
     }
-    assert guilty == {}
+    assert wrong == {}
 
 
 def test_picture_path_imports_without_torch(repository: Path) -> None:
@@ -135,7 +300,7 @@ def test_data_folders_hold_yaml_only(repository: Path, folder: str) -> None:
 
 
 def test_importing_pipelines_has_no_side_effects(repository: Path, tmp_path: Path) -> None:
-    """No file, no folder, no Ray, no thread, and no signal handler: importing is reading."""
+    """An import creates no file, no folder, no Ray, no thread, and no signal handler."""
     code = (
         "import importlib, json, sys, threading, signal\n"
         "before = signal.getsignal(signal.SIGTERM)\n"
@@ -148,7 +313,7 @@ def test_importing_pipelines_has_no_side_effects(repository: Path, tmp_path: Pat
     home = tmp_path / "home"
     home.mkdir()
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "PYTHONPATH": str(repository), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-B", "-c", code, json.dumps(modules(repository, "pipelines"))],
         cwd=home,
         env=environment,
@@ -157,11 +322,155 @@ def test_importing_pipelines_has_no_side_effects(repository: Path, tmp_path: Pat
         timeout=280,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [False, False, [], True]
-    made = [p for p in home.rglob("*") if p.is_file() and ".cache" not in p.parts and ".config" not in p.parts]
-    assert made == []
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert json.loads(process.stdout.splitlines()[-1]) == [False, False, [], True]
+    files = [p for p in home.rglob("*") if p.is_file() and ".cache" not in p.parts and ".config" not in p.parts]
+    assert files == []
 
 
 def test_tests_are_no_packages(repository: Path) -> None:
     assert list((repository / "tests").rglob("__init__.py")) == []
+
+
+# --- the rooms --------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_of_pipelines_stands_in_a_room(repository: Path) -> None:
+    strays = [name for name in modules(repository, "pipelines") if room_of(name) not in {"", *MAY}]
+    assert strays == []
+    assert [path.name for path in (repository / "pipelines").glob("*.py")] == ["__init__.py"]
+
+
+def test_rooms_import_only_what_they_may(repository: Path) -> None:
+    wrong = [
+        f"{one.by}:{one.line} imports {one.of}"
+        for one in own_imports(repository)
+        if room_of(one.by) and room_of(one.of) and room_of(one.of) not in {room_of(one.by), *MAY[room_of(one.by)]}
+    ]
+    assert wrong == []
+
+
+def test_the_table_of_rooms_has_floors() -> None:
+    """No room may import a room that may import it, over any number of steps."""
+    assert circles(MAY) == []
+
+
+def test_there_is_no_import_circle(repository: Path) -> None:
+    arrows: dict[str, set[str]] = {}
+    for one in own_imports(repository):
+        arrows.setdefault(one.by, set()).add(one.of)
+    assert circles(arrows) == []
+
+
+def test_a_circle_is_detected() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}}) == [["a", "b", "c"]]
+
+
+def test_imports_stand_at_the_top(repository: Path) -> None:
+    """Functions import only modules with heavy libraries. Commands import rooms in functions, for a fast --help."""
+    heavy = heavy_modules(repository)
+    wrong = [
+        f"{one.by}:{one.line} imports {one.of} inside a function"
+        for one in own_imports(repository)
+        if one.inside and one.of not in heavy and room_of(one.by) != "commands"
+    ]
+    for name, path in own_modules(repository).items():
+        for node, inside in import_statements(path):
+            for module, _ in targets(node) if inside and room_of(name) != "commands" else ():
+                library = module.partition(".")[0]
+                if library not in HEAVY and library not in PACKAGES:
+                    wrong.append(f"{name}:{node.lineno} imports {module} inside a function")
+    assert wrong == []
+
+
+def test_contributing_lists_the_rooms_as_they_are(repository: Path) -> None:
+    """The number of files is exact, that of lines within 20 %. `python tests/test_layering.py` prints the new table."""
+    text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| (\d+) \| ([\d,]+) \|$", text, flags=re.MULTILINE)
+    table = {room: (int(files), int(lines.replace(",", ""))) for room, files, lines in rows}
+    actual = room_sizes(repository)
+    assert {room: files for room, (files, _) in table.items()} == {room: files for room, (files, _) in actual.items()}
+    off = {room for room, (_, lines) in actual.items() if abs(lines - table[room][1]) > 0.2 * lines}
+    assert off == set()
+
+
+def room_sizes(root: Path) -> dict[str, tuple[int, int]]:
+    """Return the numbers of Python files and lines of each room."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for room in MAY:
+        texts = [path.read_text(encoding="utf-8") for path in (root / "pipelines" / room).rglob("*.py")]
+        sizes[room] = len(texts), sum(text.count("\n") for text in texts)
+    return sizes
+
+
+# --- the systems ------------------------------------------------------------------------------------------------------
+
+
+def test_a_system_imports_no_other(repository: Path) -> None:
+    shared = {"system", "weights_io"}
+    wrong = []
+    for one in own_imports(repository):
+        by, of = one.by.split("."), one.of.split(".")
+        if by[:2] != ["components", "systems"] or of[:2] != ["components", "systems"] or len(of) < 3:
+            continue
+        own = by[2] if len(by) > 3 else ""
+        if by == ["components", "systems"]:
+            fine = of[2:] == ["system"] or (len(of) == 4 and of[3] == "system")
+        elif own:
+            fine = of[2] in {own, *shared, *MAY_IMPORT_SYSTEM.get(own, ())}
+        else:
+            fine = of[2] in shared and by[2] != of[2]
+        if not fine:
+            wrong.append(f"{one.by}:{one.line} imports {one.of}")
+    assert wrong == []
+
+
+def test_no_shared_file_names_a_system(repository: Path) -> None:
+    """The rule is for names, texts and imports in code. Docstrings and comments may cite the paper of a formula."""
+    wrong: dict[str, set[str]] = {}
+    for name, path in own_modules(repository).items():
+        place = name.split(".")
+        if place[:2] == ["components", "systems"] and len(place) > 3:
+            continue
+        if place[:3] == ["pipelines", "analysis", "instantir"]:
+            continue
+        for word in system_words(path):
+            if word not in MAY_NAME.get(str(path.relative_to(repository)), ()):
+                wrong.setdefault(str(path.relative_to(repository)), set()).add(word)
+    assert wrong == {}
+
+
+def test_the_allow_list_has_no_unused_entry(repository: Path) -> None:
+    unused = {
+        file: sorted(set(words) - set(system_words(repository / file)))
+        for file, words in MAY_NAME.items()
+        if set(words) - set(system_words(repository / file))
+    }
+    assert unused == {}
+
+
+def system_words(path: Path) -> set[str]:
+    """Return the systems that a file's code names, in lower case, and comparisons of a model's system with a name."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    words: set[str] = set()
+    for node in ast.walk(tree):
+        texts: list[str] = []
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            texts = [node.value]
+        elif isinstance(node, ast.Name | ast.Attribute | ast.alias | ast.ImportFrom):
+            texts = [
+                str(getattr(node, field) or "") for field in ("id", "attr", "name", "module") if hasattr(node, field)
+            ]
+        elif isinstance(node, ast.Compare) and re.search(
+            r"system\W{0,3}\)? (==|!=|in|not in) \W*\w+'", ast.unparse(node)
+        ):
+            words.add(ast.unparse(node))
+        for text in texts:
+            words.update(word.lower() for word in re.findall(SYSTEM_WORDS, text))
+    return words
+
+
+if __name__ == "__main__":
+    for room, (files, lines) in room_sizes(Path(__file__).resolve().parent.parent).items():
+        print(f"| `{room}/` | {files} | {lines:,} |")

@@ -1,1 +1,1 @@
-"""Captioners: each meets `components.types.Captioner`."""
+"""Captioners; all implement `components.types.Captioner`."""

@@ -1,15 +1,15 @@
-"""Captioners by name: presets of the papers, any transformers model that writes text about a picture, or measured tags.
+"""Captioners by name: presets of the papers, any image-to-text model of transformers, or measured tags.
 
     captioner = build_captioner("llava")
-    captioner.caption([image])          # one line of text each
+    captioner.caption([image])          # one line of text per picture
     captioner.identity                  # {"model", "revision", "prompt", "max_tokens", "short_side_px", "digest"}
 
-Torch-free: a model is found, fetched and hashed here, and loaded by components.captions.transformer.
+Torch-free: this module resolves, fetches and hashes a model; components.captions.transformer loads it.
 
-What the papers use (reference/*.md):
-    SUPIR       LLaVA-1.5-13B on the decoded robust latents (supir.md 2, 3); of its training set it names no captioner
-    InstaRevive BLIP base on HQ in training, on the coarse restoration at test (instarevive.md 5.7)
-    adapter     short captions by "a multimodal LLM" in training, InternVL on the LQ at test (dra.md 4)
+Captioners of the papers (reference/*.md):
+    SUPIR       LLaVA-1.5-13B on the decoded robust latents (supir.md 2, 3); no captioner is stated for its training set
+    InstaRevive BLIP base on hq in training, on the coarse restoration at test (instarevive.md 5.7)
+    adapter     short captions by "a multimodal LLM" in training, InternVL on lq at test (dra.md 4)
     InstantIR   none: JourneyDB's own captions, then empty texts (instantir.md 8.11)
 """
 
@@ -21,40 +21,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from components.captions import tags
+from components.captions.identity import CaptionerError, CaptionerPlan, IdentityCaptioner
+from components.captions.transformer import TransformerCaptioner
 from components.naming import did_you_mean
 from components.types import Captioner, Image
 
 TAGS = "tags"
 DEFAULT_PROMPT = "Describe this image in one short sentence."
-"""For models with a chat template where nobody gave a prompt. Ours."""
+"""Prompt for models with a chat template, if no other is set. Ours."""
 DEFAULT_TOKENS = 128  # ours: CLIP's text encoders read 77
 SHORT_SIDE_PX = 512
-"""Pictures are shrunk to this first. SUPIR runs LLaVA so (supir.md 2); for models that cut large pictures into tiles it
-also bounds the cost."""
+"""Pictures are first shrunk to this short side, as SUPIR does for LLaVA (supir.md 2). For models that split large
+pictures into tiles it also limits the cost."""
 
 PARTS = (".json", ".jinja", ".txt", ".model", ".safetensors")
-"""Files that decide what a model writes; all else of a repository (code, pickles, cards) is not even fetched."""
-UNFETCHED = ("original/*", "consolidated*", "onnx/*", "openvino/*")  # the same weights for other libraries
+"""Suffixes of the files that a model needs; others (code, pickles, cards) are not fetched."""
+OTHER_FORMATS = ("original/*", "consolidated*", "onnx/*", "openvino/*")  # the same weights for other libraries
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-class CaptionerError(ValueError):
-    """A captioner cannot be had; one sentence says which and why."""
-
-
-class KnownCaptioner(Captioner, Protocol):
-    """A captioner that can say who it is.
-
-    Attributes:
-        identity: model, revision (a commit where it came from a hub), prompt, max_tokens, short_side_px, digest (over
-            the sha256 of its files), and the system message where there is one. Equal identities write equal captions.
-    """
-
-    @property
-    def identity(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +48,10 @@ class Preset:
     """A model as a paper uses it.
 
     Attributes:
-        model, revision: on the hub.
-        prompt: the question; "" lets the model write freely.
-        system: message in front of it, for chat templates.
-        max_tokens: longest caption.
+        model, revision: hub id and revision.
+        prompt: the question; "" for captions without a prompt.
+        system: system message before it, for chat templates.
+        max_tokens: most tokens of a caption.
     """
 
     model: str
@@ -76,8 +62,8 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset | None] = {
-    # supir.md 3: LLaVA-1.5-13B, template vicuna_v1 (its system message), this question, 512 tokens, line ends to
-    # blanks. There it samples (temperature 0.2, top_p 0.7); here decoding is greedy, so that captions repeat.
+    # supir.md 3: LLaVA-1.5-13B, template vicuna_v1 (its system message), this question, 512 tokens, line breaks become
+    # blanks. SUPIR samples (temperature 0.2, top_p 0.7); decoding here is greedy, so that captions are reproducible.
     "llava": Preset(
         model="llava-hf/llava-1.5-13b-hf",
         prompt="Describe this image and its style in a very detailed manner.",
@@ -85,37 +71,20 @@ PRESETS: Mapping[str, Preset | None] = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         max_tokens=512,
     ),
-    # instarevive.md 5.7: this model, no prompt. The revision is the one that adds safetensors; the main one has none.
+    # instarevive.md 5.7: this model, no prompt. This revision has safetensors; the main branch has none.
     "blip": Preset(model="Salesforce/blip-image-captioning-base", revision="9cfcdbcaccbcadb2b53b36d4b50042c4eeaa0c25"),
-    # Ours: no paper names it; the same free captions from a larger model.
+    # Ours: not from a paper; a larger model that writes captions without a prompt.
     "blip2": Preset(model="Salesforce/blip2-opt-2.7b"),
     # dra.md 4: InternVL, "short descriptive prompts". Version, size and question are not stated: ours.
     "internvl": Preset(model="OpenGVLab/InternVL3-8B-hf", prompt=DEFAULT_PROMPT),
     TAGS: None,
 }
-"""Captioners by name; None: measured, without a model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionerPlan:
-    """A captioner that was found and hashed, but not loaded: small, goes to workers.
-
-    Attributes:
-        model: hub id, folder, or "tags".
-        folder: where its files lie on the machine that found it.
-        identity: see KnownCaptioner.
-        system: message in front of the prompt.
-    """
-
-    model: str
-    identity: Mapping[str, Any]
-    folder: str = ""
-    system: str = ""
+"""Captioners by name; None for the captioner without a model."""
 
 
 @dataclass(frozen=True)
-class Identified:
-    """A captioner with its identity beside it."""
+class CaptionerWithIdentity:
+    """A captioner with its identity."""
 
     captioner: Captioner
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -126,18 +95,18 @@ class Identified:
 
 def build_captioner(
     name_or_model: str, revision: str = "", prompt: str = "", max_tokens: int = DEFAULT_TOKENS, device: str = ""
-) -> KnownCaptioner:
-    """Find, fetch, hash and load a captioner.
+) -> IdentityCaptioner:
+    """Resolve, fetch, hash and load a captioner.
 
     Args:
-        name_or_model: a name in PRESETS, a folder that save_pretrained wrote, or a hub id.
-        revision: branch, tag or commit of a hub model; "" takes the preset's, else the main branch.
-        prompt: "" takes the preset's; a chat model without one gets DEFAULT_PROMPT.
-        max_tokens: longest caption; 0 takes the preset's.
-        device: as torch names it; "" takes a GPU where there is one.
+        name_or_model: a name in PRESETS, a folder written by save_pretrained, or a hub id.
+        revision: branch, tag or commit of a hub model; "" uses the preset's, else the main branch.
+        prompt: "" uses the preset's; a chat model without one gets DEFAULT_PROMPT.
+        max_tokens: most tokens of a caption; 0 uses the preset's.
+        device: torch device; "" uses a GPU if there is one.
 
     Raises:
-        CaptionerError: unknown name (with the near one), nothing to be fetched, no safetensors, wrong kind of model.
+        CaptionerError: unknown name (with a suggestion), failed fetch, no safetensors, or wrong kind of model.
     """
     return open_captioner(resolve_captioner(name_or_model, revision, prompt, max_tokens), device)
 
@@ -145,16 +114,16 @@ def build_captioner(
 def resolve_captioner(
     name_or_model: str, revision: str = "", prompt: str = "", max_tokens: int = DEFAULT_TOKENS
 ) -> CaptionerPlan:
-    """All of `build_captioner` but the loading: needs no torch."""
+    """Do the steps of `build_captioner` except loading; needs no torch."""
     if max_tokens < 0:
         raise CaptionerError(f"max_tokens must be 0 (the preset's) or more, got {max_tokens}")
     if name_or_model == TAGS:
         if revision or prompt:
             raise CaptionerError('the captioner "tags" measures and has neither a revision nor a prompt')
-        digest = hashlib.sha256(Path(tags.__file__).read_bytes()).hexdigest()  # its thresholds are its weights
+        digest = hashlib.sha256(Path(tags.__file__).read_bytes()).hexdigest()  # thresholds are its weights
         return CaptionerPlan(model=TAGS, identity=_identity(TAGS, "", "", 0, 0, digest))
     preset = PRESETS.get(name_or_model) or Preset(model=name_or_model)
-    folder, commit, public = _located(preset.model, revision or preset.revision)
+    folder, commit, public = _locate(preset.model, revision or preset.revision)
     _check(folder, public)
     if not (prompt := prompt or preset.prompt) and has_chat_template(folder):
         prompt = DEFAULT_PROMPT
@@ -163,25 +132,19 @@ def resolve_captioner(
     return CaptionerPlan(model=preset.model, folder=str(folder), identity=identity, system=preset.system)
 
 
-def open_captioner(plan: CaptionerPlan, device: str = "") -> KnownCaptioner:
-    """Load what `resolve_captioner` found; on another machine a hub model is fetched there."""
+def open_captioner(plan: CaptionerPlan, device: str = "") -> IdentityCaptioner:
+    """Load the captioner of `resolve_captioner`; another machine fetches a hub model itself."""
     if plan.model == TAGS:
-        return Identified(tags.Tags(), plan.identity)
-    from components.captions.transformer import TransformerCaptioner
+        return CaptionerWithIdentity(tags.Tags(), plan.identity)
 
     folder = Path(plan.folder)
     if not folder.is_dir():
-        folder, _, _ = _located(plan.model, str(plan.identity["revision"]))
+        folder, _, _ = _locate(plan.model, str(plan.identity["revision"]))
     return TransformerCaptioner(folder, plan.identity, plan.system, device)
 
 
-def identity_digest(identity: Mapping[str, Any]) -> str:
-    """sha256 over all that decides a caption besides the picture: the key of caption caches."""
-    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
 def folder_digest(folder: Path) -> str:
-    """sha256 over the names and sha256 of a model folder's configuration, tokenizer and weights."""
+    """Return the sha256 over names and sha256 of a model folder's configuration, tokenizer and weights."""
     lines = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in PARTS and not path.name.startswith("."):
@@ -191,7 +154,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the model is asked through a chat template, by the files that transformers keeps one in."""
+    """Whether the model has a chat template, judged by the files in which transformers stores it."""
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     return any("chat_template" in _json(folder / name) for name in ("processor_config.json", "tokenizer_config.json"))
@@ -211,12 +174,12 @@ def _identity(
     return {**identity, "system": system} if system else identity
 
 
-def _located(model: str, revision: str) -> tuple[Path, str, str]:
-    """Folder, commit ("" of a local one) and public name of a model; hub models are fetched where they are missing."""
+def _locate(model: str, revision: str) -> tuple[Path, str, str]:
+    """Return folder, commit ("" for a local model) and public name of a model; fetch missing hub models."""
     local = Path(model).expanduser()
     if local.is_dir():
         if revision:
-            raise CaptionerError(f"{model} is a folder and has no revisions, so {revision!r} cannot be meant")
+            raise CaptionerError(f"{model} is a folder and has no revisions: leave out the revision {revision!r}")
         return local, "", local.resolve().name
     if not HUB_ID.fullmatch(model):
         raise CaptionerError(
@@ -224,30 +187,30 @@ def _located(model: str, revision: str) -> tuple[Path, str, str]:
         )
     from huggingface_hub import snapshot_download
 
-    wanted = f"{model}{f' at {revision}' if revision else ''}"
+    source = f"{model}{f' at {revision}' if revision else ''}"
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             model,
             revision=revision or None,
             allow_patterns=[f"*{suffix}" for suffix in PARTS],
-            ignore_patterns=list(UNFETCHED),
+            ignore_patterns=list(OTHER_FORMATS),
         )
-    except (OSError, ValueError) as error:  # what the hub client's errors are made of
+    except (OSError, ValueError) as error:  # base classes of the hub client's errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CaptionerError(f"the captioner {wanted} cannot be fetched: {reason}") from error
-    return Path(found), Path(found).name, model
+        raise CaptionerError(f"the captioner {source} cannot be fetched: {reason}") from error
+    return Path(folder), Path(folder).name, model
 
 
 def _check(folder: Path, name: str) -> None:
-    """Refuse early what could not be loaded."""
+    """Refuse a folder that transformers cannot load."""
     if not _json(folder / "config.json").get("model_type"):
-        raise CaptionerError(f"{name} is no transformers model: its config.json is missing or names no model_type")
+        raise CaptionerError(f"{name} is not a transformers model: its config.json is missing or names no model_type")
     if not any(folder.glob("*.safetensors")):
-        raise CaptionerError(f"{name} has no .safetensors weights, and no other kind is read")
+        raise CaptionerError(f"{name} has no .safetensors weights, the only format that is read")
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none."""
+    """Read a JSON object from a file; empty if there is none."""
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError):

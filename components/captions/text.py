@@ -1,29 +1,36 @@
-"""What a model wrote, as one line that is safe in logs, tables and prompts. Torch-free."""
+"""Model output as one line of text that is safe in logs, tables and prompts. Torch-free."""
 
 from __future__ import annotations
 
 import unicodedata
 
+from components.types import SampleError
+
 CAPTION = "{caption}"
 
-DROPPED = frozenset({"Cc", "Cs", "Cf"})
-"""Unicode categories: control characters, half surrogates, and format characters (some turn the writing direction)."""
-JOINERS = frozenset("\u200c\u200d")  # format characters that Persian, Indic scripts and emoji need
-REPLACEMENT = "\ufffd"  # what a tokenizer decodes half a character to, where the token limit cut it
+CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Cf"})
+"""Unicode categories: control characters, surrogates, and format characters (some change the writing direction)."""
+JOINERS = frozenset("\u200c\u200d")  # format characters of Persian, Indic scripts and emoji
+REPLACEMENT = "\ufffd"  # a tokenizer decodes a character to this if the token limit cuts it
 
 
-def framed(frame: str, caption: str) -> str:
-    """What a model is told of a picture: its recipe's frame with the caption in the place of {caption}; "": that."""
+def fill_frame(frame: str, caption: str) -> str:
+    """Return a picture's prompt: the recipe's frame with the caption for {caption}; "": the caption alone."""
     return frame.replace(CAPTION, caption) if frame else caption
 
 
 def tidy(text: str) -> str:
-    """Runs of whitespace (line ends too, as in SUPIR's code) become one blank; unprintable characters go."""
-    kept = (
+    """Replace whitespace, line breaks too (as in SUPIR's code), by one blank; remove unprintable characters."""
+    characters = (
         character
         for character in text
         if character.isspace()
         or character in JOINERS
-        or (character != REPLACEMENT and unicodedata.category(character) not in DROPPED)
+        or (character != REPLACEMENT and unicodedata.category(character) not in CONTROL_CATEGORIES)
     )
-    return " ".join("".join(kept).split())
+    return " ".join("".join(characters).split())
+
+
+def empty_caption() -> SampleError:
+    """Return the error for an empty caption."""
+    return SampleError("empty_caption", "the captioner wrote no text about it")

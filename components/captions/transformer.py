@@ -1,12 +1,12 @@
-"""A captioner around any transformers model that writes text about a picture.
+"""A captioner for any image-to-text model of transformers.
 
-Two kinds are told apart by what comes with the model. With a chat template, the picture and the prompt go through it
-(LLaVA, InternVL, Qwen-VL, ...). Without one, the prompt is a beginning that the model goes on from, or nothing (BLIP,
-BLIP-2, GIT); models made of an image encoder and a text decoder take no prompt at all.
+The files of a model decide between two kinds. With a chat template, the picture and the prompt go through the template
+(LLaVA, InternVL, Qwen-VL, ...). Without one, the model continues the prompt, which may be empty (BLIP, BLIP-2, GIT).
+Models of an image encoder and a text decoder take no prompt.
 
-Decoding is greedy and batches are padded on the left, so a caption depends on its picture alone, but for the rounding
-of sums, which differs with a batch's shape and may tip a word where two are nearly as likely. In float32 on a CPU our
-tests see none, in half precision on a GPU it can happen; with batches of one it cannot.
+Decoding is greedy and batches are padded on the left, so a caption depends on its picture only, except for rounding.
+The rounding of sums depends on the batch's shape, and may change a word if two words are almost equally likely. Our
+tests see no such change in float32 on a CPU. It can happen in half precision on a GPU, but not with batches of one.
 
 torch and transformers are imported when a model is loaded: data workers import this package without them.
 """
@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.captions.presets import CaptionerError
+from PIL import Image as Pillow
+
+from components.captions.identity import CaptionerError
 from components.captions.text import tidy
 from components.images import resize_short_side, to_uint8
 from components.types import Image
@@ -26,21 +28,20 @@ from components.types import Image
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHOWN = 3  # names that an error lists
+MAX_NAMES = 3  # names in an error
 
 
 class TransformerCaptioner:
-    """A loaded model; meets `components.captions.presets.KnownCaptioner`.
+    """A loaded model; implements `components.captions.identity.IdentityCaptioner`.
 
     Args:
         folder: config.json, *.safetensors, tokenizer and processor files. No code from it is ever run.
-        identity: as `resolve_captioner` made it; its prompt, max_tokens and short_side_px are obeyed.
-        system: message in front of the prompt, for chat templates.
-        device: as torch names it; "" takes a GPU where there is one. GPUs use the precision of the weights, CPUs
-            float32.
+        identity: result of `resolve_captioner`; its prompt, max_tokens and short_side_px are used.
+        system: system message before the prompt, for chat templates.
+        device: torch device; "" uses a GPU if there is one. GPUs use the precision of the weights, CPUs float32.
 
     Raises:
-        CaptionerError: wrong kind of model, missing weights, or anything that transformers cannot load.
+        CaptionerError: wrong kind of model, missing weights, or any other error of transformers.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], system: str = "", device: str = "") -> None:
@@ -53,36 +54,36 @@ class TransformerCaptioner:
             self.processor, self.image_processor, self.tokenizer = _load_processors(folder)
         except CaptionerError:
             raise
-        except Exception as error:  # a broken folder makes these libraries raise anything
+        except Exception as error:  # these libraries raise many kinds of errors for a broken folder
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CaptionerError(f"the captioner {self.name} cannot be loaded: {reason}") from error
         text_config = self.model.config.get_text_config(decoder=True)
         if not any(getattr(config, "is_encoder_decoder", False) for config in (self.model.config, text_config)):
-            self.tokenizer.padding_side = "left"  # a decoder goes on from the last column
+            self.tokenizer.padding_side = "left"  # a decoder continues from the last column
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        templated = getattr(self.processor, "chat_template", None)
-        self.conversation = _conversation(str(identity["prompt"]), system) if templated else []
+        template = getattr(self.processor, "chat_template", None)
+        self.conversation = _conversation(str(identity["prompt"]), system) if template else []
         if self.processor is None and identity["prompt"]:
             raise CaptionerError(f"{self.name} is an image encoder with a text decoder, which takes no prompt")
         self.ends, self.marks = _special_ids(self.model, self.tokenizer)
 
     def caption(self, images: Sequence[Image]) -> list[str]:
-        """One line for each uint8 or float32 picture [H, W, 3], all in one batch; "" where the model says nothing."""
+        """Write one line for each uint8 or float32 picture [H, W, 3], in one batch; "" if the model writes nothing."""
         import torch
 
         if not images:
             return []
-        inputs = self._inputs([self._shrunk(image) for image in images])
+        inputs = self._inputs([self._shrink(image) for image in images])
         inputs = inputs.to(self.device, dtype=self.model.dtype)
         prompt_ids = inputs.get("input_ids")
         with torch.inference_mode():
-            written = self.model.generate(
+            token_ids = self.model.generate(
                 **inputs, do_sample=False, num_beams=1, max_new_tokens=int(self.identity["max_tokens"])
             )
-        rows = _new_tokens(written, prompt_ids).tolist()
-        kept = [_between_marks(row, self.ends, self.marks) for row in rows]
-        return [tidy(text) for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+        rows = _new_tokens(token_ids, prompt_ids).tolist()
+        text_ids = [_between_marks(row, self.ends, self.marks) for row in rows]
+        return [tidy(text) for text in self.tokenizer.batch_decode(text_ids, skip_special_tokens=True)]
 
     def _load_model(self, folder: Path) -> Any:
         import torch
@@ -93,13 +94,13 @@ class TransformerCaptioner:
         kind = json.loads((folder / "config.json").read_bytes())["model_type"]
         if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise CaptionerError(
-                f"{self.name} is a {kind!r} model, of which transformers has none that writes text about pictures "
-                "(code that comes with a model is not run)"
+                f"{self.name} is a {kind!r} model, and transformers has no image-to-text model of that type "
+                "(code in a model's repository is not run)"
             )
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # whoever loads this says how far it is
+        has_bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # the caller reports progress
         try:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            result: Any = AutoModelForImageTextToText.from_pretrained(
                 str(folder),
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -108,16 +109,16 @@ class TransformerCaptioner:
                 dtype=torch.float32 if self.device.type == "cpu" else "auto",
             )
         finally:
-            if bars:
+            if has_bars:
                 logging.enable_progress_bar()
-        model, report = loaded
+        model, report = result
         if missing := sorted(report["missing_keys"]):
-            shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
-            raise CaptionerError(f"{self.name} lacks {len(missing)} of its weights: {shown}")
+            names = ", ".join(missing[:MAX_NAMES]) + (", ..." if len(missing) > MAX_NAMES else "")
+            raise CaptionerError(f"{self.name} lacks {len(missing)} of its weights: {names}")
         return model.eval().requires_grad_(False).to(self.device)
 
     def _inputs(self, pictures: Sequence[Any]) -> Any:
-        """Tensors for `generate`, batched."""
+        """Return batched tensors for `generate`."""
         if self.processor is None:
             return self.image_processor(images=list(pictures), return_tensors="pt")
         if self.conversation:
@@ -133,10 +134,8 @@ class TransformerCaptioner:
         text = {"text": [prompt] * len(pictures), "padding": True} if prompt else {}
         return self.processor(images=list(pictures), return_tensors="pt", **text)
 
-    def _shrunk(self, image: Image) -> Any:
-        """A Pillow picture whose short side is at most short_side_px: what every processor takes."""
-        from PIL import Image as Pillow
-
+    def _shrink(self, image: Image) -> Any:
+        """Return a Pillow picture with a short side of at most short_side_px; every processor accepts it."""
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected [H, W, 3], got {image.shape}")
         limit = int(self.identity["short_side_px"])
@@ -146,7 +145,7 @@ class TransformerCaptioner:
 
 
 def prompt_ids(folder: Path, identity: Mapping[str, Any], system: str = "") -> list[int]:
-    """Token ids of the question through the model's chat template, one mark standing for the picture: for engines.
+    """Return token ids of the question in the model's chat template, with one token for the picture; for engines.
 
     Raises:
         CaptionerError: the model has no chat template.
@@ -155,24 +154,24 @@ def prompt_ids(folder: Path, identity: Mapping[str, Any], system: str = "") -> l
     if not getattr(processor, "chat_template", None):
         raise CaptionerError(f"{identity['model']} has no chat template, which an engine needs")
     text = processor.apply_chat_template(_conversation(str(identity["prompt"]), system), add_generation_prompt=True)
-    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return list(tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 
 
 def _conversation(prompt: str, system: str) -> list[dict[str, Any]]:
-    """Messages with a place for the picture."""
+    """Return messages with a placeholder for the picture."""
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
     return [{"role": "system", "content": [{"type": "text", "text": system}]}, question] if system else [question]
 
 
 def _load_processors(folder: Path) -> tuple[Any, Any, Any]:
-    """(processor or None, image processor, tokenizer): older models have the two parts and nothing that joins them."""
+    """Load (processor or None, image processor, tokenizer); older models have no processor that joins the other two."""
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         processor = AutoProcessor.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, KeyError):  # of a model type for which transformers knows no processor
+    except (OSError, ValueError, KeyError):  # transformers has no processor for this model type
         processor = None
     image_processor, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
     if image_processor is None or tokenizer is None:
@@ -183,7 +182,7 @@ def _load_processors(folder: Path) -> tuple[Any, Any, Any]:
 
 
 def _with_picture(messages: Sequence[Mapping[str, Any]], picture: Any) -> list[dict[str, Any]]:
-    """The conversation with the picture in its place; new lists, since transformers writes into what it gets."""
+    """Return a copy of the conversation with the picture; a copy, because transformers changes its input."""
     return [
         {
             **message,
@@ -195,20 +194,20 @@ def _with_picture(messages: Sequence[Mapping[str, Any]], picture: Any) -> list[d
     ]
 
 
-def _new_tokens(written: Tensor, prompt_ids: Tensor | None) -> Tensor:
-    """Token ids [B, n] without the prompt's, which decoders repeat and encoder-decoders do not.
+def _new_tokens(token_ids: Tensor, prompt_ids: Tensor | None) -> Tensor:
+    """Remove the prompt from token ids [B, n]. Decoders repeat the prompt, encoder-decoders do not.
 
-    What is repeated is seen by comparing: BLIP repeats all but its prompt's last token, and changes the first one.
+    A comparison finds the repeated part: BLIP repeats all but the prompt's last token, and changes the first one.
     """
     if prompt_ids is None:
-        return written
-    width = min(written.shape[1], prompt_ids.shape[1])
-    same = (written[:, :width] == prompt_ids[:, :width]).all(dim=0).long()
-    return written[:, int(same.cumprod(0).sum()) :]
+        return token_ids
+    width = min(token_ids.shape[1], prompt_ids.shape[1])
+    same = (token_ids[:, :width] == prompt_ids[:, :width]).all(dim=0).long()
+    return token_ids[:, int(same.cumprod(0).sum()) :]
 
 
 def _special_ids(model: Any, tokenizer: Any) -> tuple[set[int], set[int]]:
-    """Ids that end a text, and those that may stand in front of one (begin, pad and end marks)."""
+    """Return ids that end a text, and ids that may come before a text (bos, pad and eos tokens)."""
     text_config = model.config.get_text_config(decoder=True)
     places = (model.generation_config, model.config, text_config, tokenizer)
     ends = _ids(places, ("eos_token_id", "sep_token_id"))
@@ -216,16 +215,16 @@ def _special_ids(model: Any, tokenizer: Any) -> tuple[set[int], set[int]]:
 
 
 def _ids(places: Sequence[Any], names: Sequence[str]) -> set[int]:
-    found: set[int] = set()
+    ids: set[int] = set()
     for place in places:
         for name in names:
             value = getattr(place, name, None)
-            found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
-    return found
+            ids.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+    return ids
 
 
 def _between_marks(row: Sequence[int], ends: set[int], marks: set[int]) -> list[int]:
-    """Tokens of one text: from behind its begin marks to before its end mark; what follows is padding."""
+    """Return the tokens of one text, between the leading special tokens and the end token; the rest is padding."""
     start = next((place for place, token in enumerate(row) if token not in marks), len(row))
     stop = next((place for place in range(start, len(row)) if row[place] in ends), len(row))
     return list(row[start:stop])

@@ -1,7 +1,7 @@
-"""Which picture a captioner sees: the target, the input, or what a system makes of the input. Torch-free.
+"""Views: the picture that a captioner gets, which is the target, the input, or a system's picture. Torch-free.
 
 SUPIR captions the output of its degradation-robust encoder and decoder, InstaRevive its coarse restoration, the
-adapter paper the LQ itself. Such pictures are a system's own: it passes its views beside the ones here.
+adapter paper lq. Each system adds views for its own pictures to the ones here.
 """
 
 from __future__ import annotations
@@ -14,55 +14,70 @@ from components.types import Image, SampleError
 
 
 class View(Protocol):
-    """Chooses or makes the picture to caption, uint8 or float32 [H, W, 3]."""
+    """Selects or makes the picture to caption, uint8 or float32 [H, W, 3]. A class may derive from it.
+
+    Attributes:
+        needs_lq: whether the view shows the input, or a model's output for the input.
+    """
+
+    needs_lq: bool
 
     def __call__(self, hq: Image | None, lq: Image | None, preview: Image | None) -> Image:
-        """Of target, input and coarse restoration any may be absent; SampleError "no_view" where the needed one is."""
+        """Return the picture; raise SampleError "no_view" if the picture that the view needs is None."""
+
+    def for_recipe(self, recipe: Any) -> View:
+        """Return the view for a recipe; it may use a model that the recipe names.
+
+        Raises:
+            ValueError: the recipe lacks what the view needs.
+        """
+        return self
 
 
-def view_hq(hq: Image | None, lq: Image | None, preview: Image | None) -> Image:
-    """The target: for training."""
-    return _present(hq, "hq")
+class TargetView(View):
+    """The target, for training."""
+
+    needs_lq = False
+
+    def __call__(self, hq: Image | None, lq: Image | None, preview: Image | None) -> Image:
+        return _require(hq, "hq")
 
 
-def view_lq(hq: Image | None, lq: Image | None, preview: Image | None) -> Image:
-    """The input as it is: what is known at test time."""
-    return _present(lq, "lq")
+class InputView(View):
+    """The input, which is also available at test time."""
+
+    needs_lq = True
+
+    def __call__(self, hq: Image | None, lq: Image | None, preview: Image | None) -> Image:
+        return _require(lq, "lq")
 
 
-VIEWS: Mapping[str, View] = {"hq": view_hq, "lq": view_lq}
-"""Views that need no model."""
+VIEWS: Mapping[str, View] = {"hq": TargetView(), "lq": InputView()}
+"""Views without a model."""
 
 
 def find_view(name: str, more: Mapping[str, View] | None = None) -> View:
-    """A view by name; `more` are those of a system.
+    """Return a view by name; `more` are the views of a system.
 
     Raises:
-        ValueError: an unknown name, with the near one.
+        ValueError: an unknown name, with a suggestion.
     """
-    known = {**VIEWS, **(more or {})}
-    if name not in known:
-        raise ValueError(f"unknown view {name!r}. {did_you_mean(name, known)}")
-    return known[name]
+    views = {**VIEWS, **(more or {})}
+    if name not in views:
+        raise ValueError(f"unknown view {name!r}. {did_you_mean(name, views)}")
+    return views[name]
 
 
 def view_for(recipe: Any, name: str, more: Mapping[str, View] | None = None) -> View:
-    """`find_view`, settled for a recipe: a system's view may look through a model that the recipe names.
+    """Find a view by name and return it for a recipe; see `View.for_recipe`.
 
     Raises:
         ValueError: an unknown name, or a recipe that lacks what the view needs.
     """
-    view = find_view(name, more)
-    settle = getattr(view, "for_recipe", None)
-    return settle(recipe) if settle is not None else view
+    return find_view(name, more).for_recipe(recipe)
 
 
-def needs_lq(view: View) -> bool:
-    """Whether a view shows the input or what a model makes of it."""
-    return view is view_lq or bool(getattr(view, "needs_lq", False))
-
-
-def _present(image: Image | None, name: str) -> Image:
+def _require(image: Image | None, name: str) -> Image:
     if image is None:
         raise SampleError("no_view", f"there is no {name} picture to caption")
     return image

@@ -1,10 +1,12 @@
 """BSRGAN's degradation: blur twice, shrink twice, noise and JPEG in a shuffled order, and a last JPEG.
 
-Torch-free. Zhang et al. 2021 (arXiv 2103.14006), section 3; numbers from its released code (cszn/KAIR,
-utils/utils_blindsr.py). Deviations: the camera-sensor noise needs that project's trained raw-to-RGB model and is
-skipped by its own default too; the rare shrink by shifted Gaussian and pixel picking (a quarter of the first shrinks)
-is a Gaussian blur and a bilinear shrink to the same size, which samples the same places; the random rotation of
-correlated noise comes from a QR decomposition instead of an orthonormal basis by SVD.
+Torch-free. Zhang et al. 2021 (arXiv 2103.14006), section 3; the numbers are those of its released code (cszn/KAIR,
+utils/utils_blindsr.py). Deviations:
+
+    camera-sensor noise     left out: it needs that project's trained raw-to-RGB model; its own default skips it too
+    shrink by a shifted     a Gaussian blur and a bilinear shrink to the same size, which sample the same places (a
+    Gaussian and picking    quarter of the first shrinks)
+    correlated noise        the random rotation comes from a QR decomposition, not from an orthonormal basis by SVD
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from components.degradations.plans import make_plan
-from components.degradations.simple import Executes, check_range, gaussian, noise_seed
+from components.degradations.simple import PlanDegradation, check_range, gaussian, noise_seed
 from components.randomness import generator
 from components.types import Plan
 
@@ -25,15 +27,15 @@ LARGEST_SIZE_PX = 25
 
 
 @dataclass(frozen=True, kw_only=True)
-class BSRGAN(Executes):
-    """The model's numbers.
+class BSRGAN(PlanDegradation):
+    """BSRGAN's ranges and probabilities.
 
     Attributes:
         factor: how much smaller LQ is before it is enlarged back.
-        halve_prob: probability that HQ is halved first and the rest runs at half the factor; factor 4 only.
-        jpeg_prob: probability of the JPEG inside the shuffle; the last one is certain.
-        noise: standard deviation of Gaussian noise, whole 8-bit levels.
-        quality: JPEG quality, whole numbers.
+        halve_prob: probability that HQ is halved first; the other steps then run at half the factor. Factor 4 only.
+        jpeg_prob: probability of the JPEG among the shuffled steps; the last JPEG always runs.
+        noise: range of the standard deviation of Gaussian noise, whole 8-bit levels.
+        quality: range of the JPEG quality, whole numbers.
         resize_back: enlarge LQ (bicubic) to HQ's size.
     """
 
@@ -54,7 +56,7 @@ class BSRGAN(Executes):
         check_range("quality", self.quality, 1, 100)
 
     def draw(self, seed: int, key: str, position: int) -> Plan:
-        """See plans.py; the same arguments give the same plan anywhere."""
+        """Draws a plan, see plans.py. Equal arguments give equal plans in every process."""
         draw = generator(seed, "degradation", key, position)
         ops: list[dict[str, Any]] = []
         factor = self.factor
@@ -64,7 +66,7 @@ class BSRGAN(Executes):
             factor = 2
         order = [int(step) for step in draw.permutation(6)]
         first, last = sorted(order.index(step) for step in (2, 3))
-        order[first], order[last] = 2, 3  # the shrink to LQ's size comes after the free one
+        order[first], order[last] = 2, 3  # the shrink to LQ's size comes after the free shrink
         for step in order:
             if step in (0, 1):
                 ops.append({"op": "blur", "kernel": _kernel(factor, draw)})
@@ -85,14 +87,14 @@ class BSRGAN(Executes):
         return {"op": "jpeg", "quality": int(draw.integers(self.quality[0], self.quality[1] + 1)), "form": "edge"}
 
     def _noise(self, draw: np.random.Generator, seed: int) -> dict[str, Any]:
-        """Colour and gray with 0.4 each, correlated between channels with 0.2."""
+        """Colour noise and gray noise with probability 0.4 each, noise correlated between channels with 0.2."""
         level, kind = int(draw.integers(self.noise[0], self.noise[1] + 1)), draw.random()
         op = gaussian(float(level), seed, gray=bool(kind < 0.4))
         if not 0.4 <= kind <= 0.6:
             return op
         turn, _ = np.linalg.qr(draw.random((3, 3)))
         covariance = np.abs(self.noise[1] ** 2 * (turn.T @ np.diag(draw.random(3)) @ turn))
-        values, axes = np.linalg.eigh(covariance)  # entries made positive may leave it indefinite: cut
+        values, axes = np.linalg.eigh(covariance)  # np.abs may make the covariance indefinite: clip
         mix = axes * np.sqrt(values.clip(0))
         return op | {"mix": [[float(v) for v in row] for row in mix], "level": float(np.sqrt((mix**2).sum() / 3))}
 
@@ -102,7 +104,7 @@ def _mode(draw: np.random.Generator) -> str:
 
 
 def _kernel(factor: int, draw: np.random.Generator) -> dict[str, Any]:
-    """A bell: both axes' variances U[0, 4 + factor] and an angle, or one sigma U[0, 2 + factor / 5]; size 7 to 25."""
+    """A bell of size 7 to 25: two variances U[0, 4 + factor] and an angle, or one sigma U[0, 2 + factor / 5]."""
     size = 2 * int(draw.integers(2, 12)) + 3
     if draw.random() < 0.5:
         sigma_x, sigma_y = (max(0.05, math.sqrt((4 + factor) * draw.random())) for _ in range(2))
@@ -114,7 +116,7 @@ def _kernel(factor: int, draw: np.random.Generator) -> dict[str, Any]:
 
 
 def _free_shrink(factor: int, draw: np.random.Generator) -> list[dict[str, Any]]:
-    """By U[1, 2 factor] with any mode, or (a quarter) a Gaussian U[0.1, 0.6 factor] and by the factor."""
+    """A shrink by U[1, 2 factor] in any mode, or (a quarter) a blur U[0.1, 0.6 factor] and a shrink by the factor."""
     clip = {"op": "clip"}
     if draw.random() < 0.75:
         by = float(draw.uniform(1, 2 * factor))

@@ -1,7 +1,7 @@
-"""The CPU back end: executes plans on one picture at a time with OpenCV, libjpeg and buffers that are kept.
+"""The CPU back end: executes plans on one picture at a time with OpenCV, libjpeg and reused buffers (scratch.py).
 
-Torch-free, for Ray Data workers. Nothing but picture and plan counts, so equal plans give equal bits in any process,
-order and batch.
+Torch-free, for Ray Data workers. The result depends on the picture and the plan only, so equal plans give equal bits
+in every process, order and batch.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ Operation = Mapping[str, Any]
 
 
 def apply_plan(hq: Image, plan: Plan) -> Image:
-    """Execute a plan.
+    """Executes a plan.
 
     Args:
-        hq: uint8 or float [H, W, 3], [H, W, 1] or [H, W]; floats in 0..1. Gray becomes colour.
-        plan: of any degradation's `draw`.
+        hq: uint8 or float [H, W, 3], [H, W, 1] or [H, W]; floats in 0..1. A gray picture becomes RGB.
+        plan: from `draw` of any degradation.
 
     Returns:
         float32 [H', W', 3] in 0..1; H' x W' is hq's size unless the plan ends smaller.
 
     Raises:
         SampleError: see check_picture.
-        ValueError: a plan that plans.operations refuses.
+        ValueError: plans.operations refuses the plan.
     """
     ops = operations(plan)
     image = as_picture(hq)
     start, sides = image, (image.shape[0], image.shape[1])
     for op in ops:
         image = OPERATIONS[op["op"]](image, op, sides)
-    if image is start or image.base is not None:  # never hand out the input or a kept buffer
+    if image is start or image.base is not None:  # the result must not be the input or a reused buffer
         image = image.copy()
     return image
 
 
 def as_picture(hq: Image) -> Image:
-    """float32 [H, W, 3] of what apply_plan takes; SampleError as check_picture."""
+    """Converts any picture that apply_plan takes to float32 [H, W, 3]; raises SampleError as check_picture does."""
     check_picture(hq)
     if hq.dtype == np.uint8:
         hq = hq * np.float32(1 / 255)
@@ -59,11 +59,11 @@ def as_picture(hq: Image) -> Image:
 
 
 def check_picture(hq: Image) -> None:
-    """Refuse what cannot be degraded.
+    """Refuses a picture that cannot be degraded.
 
     Raises:
-        SampleError: a wrong number of axes or channels, or an empty axis ("shape"), neither uint8 nor float ("dtype"),
-            NaN or infinity ("nan"), values outside 0..1 ("range"), a side above MAX_SIDE_PX ("too_large").
+        SampleError: "shape" (wrong number of axes or channels, or an empty axis), "dtype" (not uint8 or float), "nan"
+            (NaN or infinity), "range" (values outside 0..1), "too_large" (a side above MAX_SIDE_PX).
     """
     if hq.ndim not in (2, 3) or (hq.ndim == 3 and hq.shape[2] not in (1, 3)) or 0 in hq.shape:
         raise SampleError("shape", f"expected [H, W], [H, W, 1] or [H, W, 3], got {list(hq.shape)}")
@@ -80,7 +80,7 @@ def check_picture(hq: Image) -> None:
         raise SampleError("range", f"values reach from {low:g} to {high:g}, outside 0..1")
 
 
-# -- operations: (float32 [H, W, 3], operation, sides of HQ) -> float32 [H', W', 3]; none changes its input ---
+# -- operations: (float32 [H, W, 3], operation, sides of HQ) -> float32 [H', W', 3]; they do not change their input ---
 
 
 def _sharpen(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
@@ -103,12 +103,12 @@ def _resize(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
 
 
 def _noise(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    made = take(image.shape, image)
-    field = noise.noise_field(image, op, made)
+    result = take(image.shape, image)
+    field = noise.noise_field(image, op, result)
     if field.shape[2] == 1:
-        field = cv2.cvtColor(field, cv2.COLOR_GRAY2RGB, dst=made)  # numpy's own broadcast takes longer
-    np.add(image, field, out=made)
-    return np.clip(made, 0, 1, out=made)
+        field = cv2.cvtColor(field, cv2.COLOR_GRAY2RGB, dst=result)  # faster than numpy's broadcast
+    np.add(image, field, out=result)
+    return np.clip(result, 0, 1, out=result)
 
 
 def _salt_pepper(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
@@ -120,8 +120,8 @@ def _jpeg(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
 
 
 def _strokes(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    covered = masks.draw(image.shape[0], image.shape[1], op["strokes"])
-    return np.where(covered[..., None], np.float32(op["value"]), image)
+    mask = masks.draw(image.shape[0], image.shape[1], op["strokes"])
+    return np.where(mask[..., None], np.float32(op["value"]), image)
 
 
 def _clip(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
@@ -129,10 +129,10 @@ def _clip(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
 
 
 def _round(image: Image, op: Operation, sides: tuple[int, int]) -> Image:
-    made = np.multiply(image, np.float32(255), out=take(image.shape, image))
-    np.rint(made, out=made)
-    made *= np.float32(1 / 255)
-    return made
+    result = np.multiply(image, np.float32(255), out=take(image.shape, image))
+    np.rint(result, out=result)
+    result *= np.float32(1 / 255)
+    return result
 
 
 OPERATIONS: Mapping[str, Callable[[Image, Operation, tuple[int, int]], Image]] = {
@@ -146,4 +146,4 @@ OPERATIONS: Mapping[str, Callable[[Image, Operation, tuple[int, int]], Image]] =
     "clip": _clip,
     "round": _round,
 }
-"""By name, as in plans.py; batched/ has the same for batches."""
+"""The operations of plans.py by name; batched/ops.py holds the same for batches."""

@@ -1,9 +1,9 @@
 """Filtering float32 pictures [H, W, 3] with blur kernels, and unsharp masking.
 
-Torch-free. Borders mirror without repeating the edge; a kernel is correlated, not flipped. Works for pictures smaller
-than the kernel too (the mirror repeats), where the original fails. `blur` picks the cheapest way that stays within
-TOLERANCE: trimming what a kernel hardly weighs, two one-dimensional passes a rank where a kernel is a sum of few outer
-products, the direct sum for small kernels, the Fourier transform for large ones.
+Torch-free. Borders are mirrored without repeating the edge; a kernel is correlated, not flipped. A picture may be
+smaller than the kernel (the mirror then repeats), where the original fails. `blur` picks the fastest method within
+TOLERANCE. It trims outer rings of small weight. A kernel that is a sum of few outer products runs as two
+one-dimensional passes per product. Other small kernels use the direct sum, large ones the Fourier transform.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from components.degradations.resize import resize
 from components.degradations.scratch import take
 from components.types import Image
 
-TOLERANCE = 2e-4  # most that a blur may be off in 0..1, a twentieth of an 8-bit level; noise and JPEG follow
-RANKS = 3  # two passes cost about a third of the direct sum of a large kernel
-DIRECT_PX = 11  # larger kernels go through the Fourier transform; OpenCV's own switch to it costs three times as much
-FOURIER_FROM = 160 * 160  # pixels; below, the direct sum is as fast
+TOLERANCE = 2e-4  # largest error of a blur in 0..1: a twentieth of an 8-bit level; noise and JPEG come after it
+RANKS = 3  # outer products of a kernel at most; their two passes cost about a third of a large direct sum
+DIRECT_PX = 11  # larger kernels use our Fourier transform; OpenCV's own switch to it takes three times as long
+FOURIER_FROM = 160 * 160  # pixels; in smaller pictures the direct sum is as fast
 
 USM_SIZE_PX, USM_SIGMA = 51, 8.0  # BasicSR's sharpening: radius 50 made odd, sigma 0.3 (25 - 1) + 0.8
-USM_WEIGHT, USM_THRESHOLD = 0.5, 10.0  # strength; residual in 8-bit levels from which a pixel is sharpened
-QUICK = 4  # how much smaller quick sharpening blurs
+USM_WEIGHT, USM_THRESHOLD = 0.5, 10.0  # strength; pixels with a larger residual (8-bit levels) are sharpened
+QUICK = 4  # quick sharpening blurs at 1 / QUICK of the size
 
 
 def filter2d(image: Image, kernel: np.ndarray, out: np.ndarray | None = None) -> Image:
-    """Correlate with a kernel [k, k], directly or by the Fourier transform: equal to 5e-6."""
+    """Correlates with a kernel [k, k], directly or by the Fourier transform; the two agree to 5e-6."""
     large = kernel.shape[0] > DIRECT_PX and image.shape[0] * image.shape[1] >= FOURIER_FROM
     if large and min(image.shape[:2]) > kernel.shape[0]:
         return _fourier(image, kernel, out)
@@ -38,13 +38,13 @@ def filter2d(image: Image, kernel: np.ndarray, out: np.ndarray | None = None) ->
 
 
 def blur(image: Image, spec: Mapping[str, Any], exact: bool = False, out: np.ndarray | None = None) -> Image:
-    """Filter with a plan's kernel.
+    """Filters with a plan's kernel.
 
     Args:
         image: float32 [H, W, 3].
         spec: see kernels.build.
-        exact: the whole kernel as it is; else within TOLERANCE of that.
-        out: float32 [H, W, 3] that receives the result; not `image`.
+        exact: use the whole kernel; otherwise the result is within TOLERANCE of that.
+        out: float32 [H, W, 3] for the result; must not be `image`.
     """
     if spec["kind"] == "iso":
         line = kernels.line(int(spec["size"]), spec["sigma_x"])
@@ -75,13 +75,13 @@ def sharpen(
 ) -> Image:
     """Unsharp masking of float32 [H, W, 3] in 0..1 where the residual exceeds `threshold` 8-bit levels.
 
-    Real-ESRGAN sharpens HQ so before degrading; the hard mask is blurred, and the sharpened picture clipped before the
-    two are blended: soft * sharp + (1 - soft) * image.
+    Real-ESRGAN sharpens HQ in this way before the degradation. It blurs the hard mask and clips the sharpened picture,
+    and then blends: soft * sharp + (1 - soft) * image.
 
     Args:
-        quick: blur at a quarter of the size, a fifth of the time: up to 8 levels off at single pixels on the edge of
-            the mask, a quarter of a level in the mean of 256-pixel crops (tests).
-        out: float32 [H, W, 3] that receives the result; not `image`.
+        quick: blur at a quarter of the size, in a fifth of the time. The error is up to 8 levels at single pixels on
+            the edge of the mask, and a quarter of a level in the mean of 256-pixel crops (tests).
+        out: float32 [H, W, 3] for the result; must not be `image`.
     """
     blurred = _quarter_blur if quick else _wide_blur
     residual = blurred(image, np.empty_like(image) if out is None else out)
@@ -111,19 +111,19 @@ def _quarter_blur(image: Image, out: np.ndarray) -> Image:
 
 
 def _two_passes(image: Image, rows: np.ndarray, columns: np.ndarray, out: np.ndarray | None = None) -> Image:
-    """Correlate along x with `rows` and along y with `columns`."""
+    """Correlates along x with `rows` and along y with `columns`."""
     return cv2.sepFilter2D(image, cv2.CV_32F, rows, columns, dst=out, borderType=cv2.BORDER_REFLECT_101)
 
 
 def _trim_line(line: np.ndarray) -> np.ndarray:
-    """The middle of a symmetric line; two passes lose twice what is cut."""
+    """Cuts a symmetric line to its middle; two passes lose twice the weight that one cut loses."""
     margin = int(np.searchsorted(2 * np.cumsum(line[: line.size // 2]), TOLERANCE / 4))
     middle: np.ndarray = line[margin : line.size - margin]
     return middle / middle.sum()
 
 
 def _outer_products(kernel: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(row, column) lines whose outer products sum to the kernel within TOLERANCE / 2; [] where more than RANKS are."""
+    """(row, column) lines whose outer products sum to the kernel within TOLERANCE / 2; [] if RANKS are too few."""
     left, values, right = np.linalg.svd(kernel)
     rest = kernel - (left[:, :RANKS] * values[:RANKS]) @ right[:RANKS]
     if np.abs(rest).sum() > TOLERANCE / 2:
@@ -146,15 +146,15 @@ def _fourier(image: Image, kernel: np.ndarray, out: np.ndarray | None) -> Image:
     reach = kernel.shape[0] // 2
     rows, columns = (cv2.getOptimalDFTSize(side + 2 * reach) for side in (height, width))
     padded = cv2.copyMakeBorder(image, reach, reach, reach, reach, cv2.BORDER_REFLECT_101)
-    placed = np.zeros((rows, columns), np.float32)
-    placed[: kernel.shape[0], : kernel.shape[1]] = kernel
-    response = cv2.dft(placed)
+    plane_kernel = np.zeros((rows, columns), np.float32)
+    plane_kernel[: kernel.shape[0], : kernel.shape[1]] = kernel
+    response = cv2.dft(plane_kernel)
     result = np.empty_like(image) if out is None else out
     plane = np.zeros((rows, columns), np.float32)
     for channel in range(image.shape[2]):
         plane[: padded.shape[0], : padded.shape[1]] = padded[..., channel]
-        spectrum: np.ndarray = cv2.dft(plane)  # telling it which rows are zero makes it four times slower
+        spectrum: np.ndarray = cv2.dft(plane)  # the argument nonzeroRows would make it four times slower
         cv2.mulSpectrums(spectrum, response, 0, spectrum, conjB=True)
-        found = cv2.dft(spectrum, dst=spectrum, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE)
-        result[..., channel] = found[:height, :width]
+        inverse = cv2.dft(spectrum, dst=spectrum, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE)
+        result[..., channel] = inverse[:height, :width]
     return result

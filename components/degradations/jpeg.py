@@ -1,10 +1,14 @@
 """JPEG round trips: the real encoder (libjpeg, 4:2:0), and the simulator that Real-ESRGAN trains through.
 
-The simulator is differentiable JPEG with accidents: its luma table lies transposed, it pads with black to multiples of
-16, it keeps tables and qualities real-valued, repeats chroma instead of interpolating it and rounds nothing but the
-coefficients. "simulator" is that. "matched" is the real encoder with what a distribution test can see of
-it (degradation tests): the black padding, without which means shift by half a level, the repeated chroma, without which
-colour noise is too smooth, and the turned table. "edge" is plain JPEG as any viewer decodes it. Torch-free.
+Torch-free. The forms:
+
+    simulator   differentiable JPEG with its accidents. The luma table is transposed, black pads the sides to multiples
+                of 16, tables and qualities are real-valued, chroma is repeated instead of interpolated, and only the
+                coefficients are rounded.
+    matched     the real encoder with the accidents that the distribution tests detect: the black padding (without it
+                means shift by half a level), the repeated chroma (without it colour noise is too smooth), and the
+                transposed table.
+    edge        plain JPEG, as any viewer decodes it.
 """
 
 from __future__ import annotations
@@ -43,24 +47,24 @@ FROM_YCC = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 
 
 def jpeg(image: Image, quality: float, form: str = "edge", out: np.ndarray | None = None) -> Image:
-    """Encode and decode float32 [H, W, 3].
+    """Encodes and decodes float32 [H, W, 3].
 
     Args:
         image: 0..1; values outside are clipped.
-        quality: 1..100; the real encoder takes the nearest integer, the simulator any number below 100.
+        quality: 1..100; the real encoder rounds it to an integer, the simulator takes any number below 100.
         form: one of FORMS.
-        out: float32 [H, W, 3] that receives the result.
+        out: float32 [H, W, 3] for the result.
 
     Returns:
-        float32 [H, W, 3] in 0..1, in steps of 1/255 unless simulated.
+        float32 [H, W, 3] in 0..1; the real encoder gives steps of 1/255.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: the form is unknown.
     """
     if form == "simulator":
         return simulate(image, quality)
     if form not in FORMS:
-        raise ValueError(f"unknown JPEG form {form!r}; known are {', '.join(FORMS)}")
+        raise ValueError(f"unknown JPEG form {form!r}. Choose from {', '.join(FORMS)}")
     height, width = image.shape[:2]
     pixels = to_uint8(image)
     if form == "edge":
@@ -74,14 +78,14 @@ def jpeg(image: Image, quality: float, form: str = "edge", out: np.ndarray | Non
 
 
 def round_trip(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] through libjpeg at an integer quality and back."""
+    """Encodes uint8 RGB [H, W, 3] with libjpeg at an integer quality, and decodes it."""
     decoded = cv2.imdecode(_encode(pixels, quality), cv2.IMREAD_COLOR_RGB)
     assert decoded is not None
     return decoded
 
 
 def _encode(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] to a JPEG's bytes, by OpenCV: simplejpeg's encoder takes a coarser transform below 96."""
+    """Encodes uint8 RGB [H, W, 3] with OpenCV: simplejpeg's encoder uses a coarser transform below quality 96."""
     encoded, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     assert encoded
     return data
@@ -97,13 +101,13 @@ def _levels() -> np.ndarray:
 
 
 def table_factor(quality: float) -> float:
-    """What the simulator multiplies the standard tables with: 50 / quality below 50, else 2 - quality / 50."""
+    """The simulator's factor of the standard tables: 50 / quality below 50, otherwise 2 - quality / 50."""
     return 50 / quality if quality < 50 else 2 - quality / 50
 
 
 @lru_cache(maxsize=1)
 def cosines() -> np.ndarray:
-    """The orthonormal 8-point DCT-II matrix, float64 [8, 8]: coefficients = D x."""
+    """The orthonormal 8-point DCT-II matrix D, float64 [8, 8]: coefficients = D x."""
     frequency, place = np.meshgrid(np.arange(8), np.arange(8), indexing="ij")
     matrix = np.cos((2 * place + 1) * frequency * np.pi / 16) / 2
     matrix[0] /= np.sqrt(2)
@@ -111,7 +115,7 @@ def cosines() -> np.ndarray:
 
 
 def simulate(image: Image, quality: float) -> Image:
-    """The simulator: float32 [H, W, 3] in 0..1 to the same. Raises ValueError for a quality of 100 (NaN there)."""
+    """The simulator: float32 [H, W, 3] in 0..1 to the same. Raises ValueError for quality 100, where it gives NaN."""
     factor = table_factor(quality)
     if factor <= 0:
         raise ValueError(f"the JPEG simulator needs a quality below 100, got {quality}")

@@ -1,8 +1,8 @@
 """Blur kernels: the six bell families and the circular low-pass of Real-ESRGAN, as pure functions.
 
-Torch-free. Kernels are float64 [size, size] with odd size and sum 1. x runs along columns and y along rows; sigma_x is
-the spread along u = cos(theta) x + sin(theta) y, sigma_y the one along v = -sin(theta) x + cos(theta) y, so a positive
-theta turns clockwise on screen. q = (u / sigma_x)^2 + (v / sigma_y)^2. Real-ESRGAN (Wang et al. 2021), section 3.1.
+Torch-free. Kernels are float64 [size, size] with odd size and sum 1. x runs along columns, y along rows. sigma_x is the
+spread along u = cos(theta) x + sin(theta) y, sigma_y along v = -sin(theta) x + cos(theta) y; a positive theta turns
+clockwise on screen. q = (u / sigma_x)^2 + (v / sigma_y)^2. Real-ESRGAN (Wang et al. 2021), section 3.1.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from components.degradations.plans import FAMILIES
 
 def gaussian(size: int, sigma_x: float, sigma_y: float, theta: float = 0.0) -> np.ndarray:
     """exp(-q / 2), float64 [size, size]."""
-    return _normalised(np.exp(-0.5 * _squared_radius(size, sigma_x, sigma_y, theta)))
+    return _normalise(np.exp(-0.5 * _squared_radius(size, sigma_x, sigma_y, theta)))
 
 
 def generalized(size: int, sigma_x: float, sigma_y: float, theta: float, beta: float) -> np.ndarray:
     """exp(-q^beta / 2), float64 [size, size]: peaked below beta 1, flat-topped above."""
-    return _normalised(np.exp(-0.5 * _squared_radius(size, sigma_x, sigma_y, theta) ** beta))
+    return _normalise(np.exp(-0.5 * _squared_radius(size, sigma_x, sigma_y, theta) ** beta))
 
 
 def plateau(size: int, sigma_x: float, sigma_y: float, theta: float, beta: float) -> np.ndarray:
     """1 / (1 + q^beta), float64 [size, size]: long tails."""
-    return _normalised(1 / (1 + _squared_radius(size, sigma_x, sigma_y, theta) ** beta))
+    return _normalise(1 / (1 + _squared_radius(size, sigma_x, sigma_y, theta) ** beta))
 
 
 def sinc(size: int, cutoff: float) -> np.ndarray:
-    """Circular low-pass c J1(c r) / (2 pi r), float64 [size, size]; it rings, as over-sharpened pictures do.
+    """Circular low-pass c J1(c r) / (2 pi r), float64 [size, size]. It rings like an over-sharpened picture.
 
     Args:
         size: odd side in pixels.
@@ -41,18 +41,21 @@ def sinc(size: int, cutoff: float) -> np.ndarray:
     x, y = _offsets(size)
     radius = np.hypot(x, y)
     middle = size // 2
-    radius[middle, middle] = 1.0  # any number but 0; the limit follows
+    radius[middle, middle] = 1.0  # avoids 0 / 0; the limit at the centre is set below
     kernel = cutoff * j1(cutoff * radius) / (2 * np.pi * radius)
     kernel[middle, middle] = cutoff**2 / (4 * np.pi)
-    return _normalised(kernel)
+    return _normalise(kernel)
 
 
 def build(spec: Mapping[str, Any]) -> np.ndarray:
-    """The kernel of a plan's numbers: {"kind": "sinc", size, cutoff} {"kind": family, size, sigma_x, ... beta}, or
-    {"kind": "given", weights} for one that was measured.
+    """Builds the kernel that a plan describes.
+
+    Args:
+        spec: {"kind": "sinc", size, cutoff}, {"kind": family, size, sigma_x, sigma_y, theta, beta}, or
+            {"kind": "given", weights} for a measured kernel.
 
     Raises:
-        ValueError: an unknown kind, or a size that is not odd.
+        ValueError: the kind is unknown, or the size is even.
     """
     kind = spec["kind"]
     if kind == "given":
@@ -61,7 +64,7 @@ def build(spec: Mapping[str, Any]) -> np.ndarray:
     if kind == "sinc":
         return sinc(size, spec["cutoff"])
     if kind not in FAMILIES:
-        raise ValueError(f"unknown kernel kind {kind!r}; known are {', '.join(FAMILIES)} and sinc")
+        raise ValueError(f"unknown kernel kind {kind!r}. Choose from {', '.join(FAMILIES)} and sinc")
     shape = (size, spec["sigma_x"], spec["sigma_y"], spec["theta"])
     if kind.startswith("generalized"):
         return generalized(*shape, spec["beta"])
@@ -77,13 +80,13 @@ def line(size: int, sigma: float) -> np.ndarray:
 
 
 def pad(kernel: np.ndarray, size: int) -> np.ndarray:
-    """Zero-pad [k, k] to [size, size] around the centre, as the original does before batching."""
+    """Pads [k, k] with zeros to [size, size] around the centre, as the original does before batching."""
     margin = (size - kernel.shape[0]) // 2
     return np.pad(kernel, margin)
 
 
 def trim(kernel: np.ndarray, tolerance: float) -> np.ndarray:
-    """Cut outer rings from [k, k] as long as what is cut sums to at most `tolerance` in absolute value."""
+    """Cuts outer rings from [k, k] while their absolute values sum to at most `tolerance`."""
     margin, total = 0, np.abs(kernel).sum()
     while kernel.shape[0] - 2 * margin > 3:
         inner = kernel[margin + 1 : -margin - 1, margin + 1 : -margin - 1]
@@ -110,5 +113,5 @@ def _squared_radius(size: int, sigma_x: float, sigma_y: float, theta: float) -> 
     return u**2 + v**2
 
 
-def _normalised(kernel: np.ndarray) -> np.ndarray:
+def _normalise(kernel: np.ndarray) -> np.ndarray:
     return kernel / kernel.sum()

@@ -1,7 +1,7 @@
-"""Irregular strokes for inpainting: a few thick poly-lines, drawn as the paper's sources do (InstaRevive A.8, GPEN).
+"""Irregular strokes for inpainting: a few thick poly-lines, as in the paper's sources (InstaRevive A.8, GPEN).
 
 A stroke is {"width": share of the picture's shorter side, "start": [x, y] as shares of the sides, "steps": [[angle,
-length], ...] with lengths as shares of the diagonal}, so that a plan fits pictures of any size. Torch-free.
+length], ...] with lengths as shares of the diagonal}. So a plan fits pictures of any size. Torch-free.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from components.degradations.plans import operations
 from components.types import Plan
 
 Stroke = Mapping[str, Any]
-STEP = 1 / 8  # mean length of a step, as a share of the diagonal; the spread is half of it, and no step exceeds 1 / 4
-TURN, TURN_SPREAD = 2 * math.pi / 5, 2 * math.pi / 15  # radians between steps, to alternating sides
+STEP = 1 / 8  # mean length of a step as a share of the diagonal; the spread is half of it, the longest step 1 / 4
+TURN, TURN_SPREAD = 2 * math.pi / 5, 2 * math.pi / 15  # radians between two steps; the side alternates
 
 
 def draw_strokes(
     draw: np.random.Generator, counts: tuple[int, int], vertices: tuple[int, int], widths: tuple[float, float]
 ) -> list[dict[str, Any]]:
-    """Draw strokes' numbers.
+    """Draws the numbers of strokes.
 
     Args:
         counts: fewest and most strokes.
         vertices: fewest and most steps of a stroke.
-        widths: thinnest and thickest, as shares of the shorter side.
+        widths: thinnest and thickest stroke, as shares of the shorter side.
     """
     strokes = []
     for _ in range(int(draw.integers(counts[0], counts[1] + 1))):
@@ -68,6 +68,6 @@ def draw(height: int, width: int, strokes: Sequence[Stroke]) -> np.ndarray:
 
 
 def mask_of(plan: Plan, height: int, width: int) -> np.ndarray | None:
-    """What a plan's strokes cover, bool [height, width]; None for a plan without strokes."""
+    """The pixels that a plan's strokes cover, bool [height, width]; None for a plan without strokes."""
     strokes = [stroke for op in operations(plan) if op["op"] == "strokes" for stroke in op["strokes"]]
     return draw(height, width, strokes) if strokes else None

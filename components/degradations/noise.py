@@ -1,8 +1,8 @@
 """Noise: Gaussian (colour, gray or correlated between channels), shot noise, salt and pepper.
 
-Torch-free. Counter-based: the k-th 16-bit word of a field is a function of (seed, k) alone, Philox 4x64-10 as in numpy,
-so the torch back end makes the same field on any device and nothing depends on order, batch or worker. A word picks a
-quantile of the normal distribution; shot noise is that, skewed and scaled to the rate.
+Torch-free. Counter-based: the k-th 16-bit word of a field depends on (seed, k) only, by Philox 4x64-10 as in numpy. So
+the torch back end makes the same field on any device, and a field does not depend on order, batch or worker. A word
+picks a quantile of the normal distribution; shot noise is such a value, skewed and scaled to the rate.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def skew_table() -> np.ndarray:
 
 @lru_cache(maxsize=9)
 def shot_tables(photons: int) -> tuple[np.ndarray, np.ndarray]:
-    """What z and its skew term are multiplied with at each 8-bit level, float32 [256] each.
+    """Factors of z and of its skew term at each 8-bit level, float32 [256] each.
 
-    A count of rate r = level * photons / 255 is r + a z + b (z^2 - 1) / 6. b is 1 and a^2 = r - 1 / 18, so that the
-    variance is r; where r is below 1/2 the skew fades out instead, and level 0 has no noise.
+    A count of rate r = level * photons / 255 is r + a z + b (z^2 - 1) / 6. With b = 1 and a^2 = r - 1 / 18 the variance
+    is r. Where r is below 1/2, b = sqrt(2 r): the skew fades out, and level 0 has no noise.
     """
     rates = np.arange(256) * (photons / 255)
     skew = np.sqrt(np.minimum(1, 2 * rates))
@@ -54,22 +54,22 @@ def shot_tables(photons: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def photon_count(levels: np.ndarray) -> int:
-    """Next power of two of the number of distinct values in a uint8 array: 1..256."""
+    """The number of distinct values in a uint8 array, rounded up to a power of two: 1..256."""
     histogram = cv2.calcHist([levels.reshape(-1, 1)], [0], None, [256], [0, 256])
     return 1 << (int(np.count_nonzero(histogram)) - 1).bit_length()
 
 
 def gaussian_field(height: int, width: int, op: Mapping[str, Any], out: np.ndarray | None = None) -> np.ndarray:
-    """Gaussian noise of a plan's operation: float32 [height, width, 3] in the picture's 0..1, or [.., 1] when gray.
+    """Gaussian noise of a plan's operation: float32 [height, width, 3] on the scale 0..1, or [.., 1] when gray.
 
-    `level` is the standard deviation in 8-bit units; `mix`, a 3 x 3 matrix, correlates the channels instead (its rows
-    are already in 8-bit units, `level` then only tells people).
+    `level` is the standard deviation in 8-bit levels. A 3 x 3 matrix `mix` (in 8-bit levels too) correlates the
+    channels and replaces `level`, which is then for information only.
     """
     channels = 1 if op["gray"] else 3
-    drawn = words(op["seed"], height * width * channels).reshape(height, width, channels)
+    indices = words(op["seed"], height * width * channels).reshape(height, width, channels)
     table = normal_table()
     mix = op.get("mix")
-    field = cv2.LUT(drawn, table if mix is not None else table * np.float32(op["level"] / 255), dst=out)
+    field = cv2.LUT(indices, table if mix is not None else table * np.float32(op["level"] / 255), dst=out)
     if field.ndim == 2:
         field = field[..., None]
     if mix is not None:
@@ -80,32 +80,32 @@ def gaussian_field(height: int, width: int, op: Mapping[str, Any], out: np.ndarr
 def shot_field(image: Image, op: Mapping[str, Any]) -> np.ndarray:
     """Shot noise for float32 [H, W, 3] in 0..1: float32 of the same shape, or [H, W, 1] when gray.
 
-    As in the original the photon count follows the content: the next power of two of the number of distinct 8-bit
-    levels of the whole picture (all channels together; luma when gray), so that a flat picture gets very strong noise.
-    Variance = level^2 * rounded picture / photons.
+    As in the original, the photon count depends on the content: the number of distinct 8-bit levels of the whole
+    picture (all channels together; luma when gray), rounded up to a power of two. So a flat picture gets very strong
+    noise. Variance = level^2 * rounded picture / photons.
     """
     source = cv2.transform(image, GRAY_WEIGHTS[None])[..., None] if op["gray"] else image
     levels = to_uint8(source)
-    drawn = words(op["seed"], levels.size).reshape(levels.shape)
+    indices = words(op["seed"], levels.size).reshape(levels.shape)
     spread, skew = (table * np.float32(op["level"]) for table in shot_tables(photon_count(levels)))
-    field = cv2.LUT(drawn, normal_table())
+    field = cv2.LUT(indices, normal_table())
     cv2.multiply(field, cv2.LUT(levels, spread), dst=field)
-    bend = cv2.LUT(drawn, skew_table())
+    bend = cv2.LUT(indices, skew_table())
     cv2.multiply(bend, cv2.LUT(levels, skew), dst=bend)
     return cv2.add(field, bend, dst=field).reshape(source.shape)
 
 
 def noise_field(image: Image, op: Mapping[str, Any], out: np.ndarray | None = None) -> np.ndarray:
-    """The field that a noise operation adds to float32 [H, W, 3]: same shape, or [H, W, 1] when gray."""
+    """The field that a noise operation adds to float32 [H, W, 3]: the same shape, or [H, W, 1] when gray."""
     if op["kind"] == "gaussian":
         return gaussian_field(image.shape[0], image.shape[1], op, None if op["gray"] else out)
     return shot_field(image, op)
 
 
 def salt_pepper(image: Image, op: Mapping[str, Any]) -> Image:
-    """Set a share `amount` of the pixels (all channels together when gray) to 0 or 1 with equal odds, in a copy."""
+    """A copy with a share `amount` of the pixels (all channels together when gray) set to 0 or 1 with equal odds."""
     height, width = image.shape[:2]
-    drawn = words(op["seed"], height * width * (1 if op["gray"] else 3)).reshape(height, width, -1)
+    numbers = words(op["seed"], height * width * (1 if op["gray"] else 3)).reshape(height, width, -1)
     limit = round(op["amount"] * (1 << 16))
-    hit = drawn < limit
-    return np.where(hit, (drawn & 1).astype(np.float32), image)
+    hit = numbers < limit
+    return np.where(hit, (numbers & 1).astype(np.float32), image)

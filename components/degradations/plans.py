@@ -1,14 +1,14 @@
-"""Plans: one drawn degradation as a list of operations, small enough for JSON and complete enough to replay.
+"""Plans: one degradation of one picture as a list of operations, as JSON, complete enough to replay it.
 
 plan = {"kind": "operations", "version": 2, "ops": [{"op": "blur", "kernel": {...}}, {"op": "resize", ...}, ...]}
 
-Both back ends (engine.py on numpy and OpenCV, batched/ on torch) execute nothing but such lists, so a new system
-draws other lists and needs no code of its own below. What an operation may hold:
+Both back ends (engine.py on numpy and OpenCV, batched/ on torch) execute only such lists. So a new degradation draws
+other lists and needs no code in the back ends. The operations and their keys:
 
-    sharpen      {exact, quick}                            unsharp masking, filters.sharpen
-    blur         {kernel, exact}                        kernels.build(kernel); exact: not trimmed, not split
+    sharpen      {exact, quick}                         unsharp masking, filters.sharpen
+    blur         {kernel, exact}                        kernels.build(kernel); exact: no approximation
     resize       {base, divide, scale, mode, sampling}  see out_sides; mode of resize.MODES
-    noise        {kind, level, gray, seed, mix?}        noise.add
+    noise        {kind, level, gray, seed, mix?}        noise.noise_field
     salt_pepper  {amount, gray, seed}                   noise.salt_pepper
     jpeg         {quality, form}                        form of jpeg.FORMS
     strokes      {strokes, value}                       masks.draw
@@ -26,14 +26,14 @@ from typing import Any
 
 from components.types import Plan, SampleError
 
-MAX_SIDE_PX = 65_500  # what libjpeg takes
+MAX_SIDE_PX = 65_500  # the limit of libjpeg
 MAX_PIXELS = 1 << 28
 MAX_KERNEL_PX = 255
 FAMILIES = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
-"""Bell families, in the order in which their probabilities are given."""
+"""Bell families, in the order of their probabilities (real_esrgan.Stage.families)."""
 RESIZE_MODES = ("area", "bilinear", "bicubic", "pool", "antialias")
 JPEG_FORMS = ("edge", "matched", "simulator")
-PLAN_KIND, PLAN_VERSION = "operations", 2  # a plan that would replay to other bits gets another version
+PLAN_KIND, PLAN_VERSION = "operations", 2  # raise the version when a plan would replay to other bits
 SEED_BITS = 63  # noise seeds fit a signed 64-bit column
 
 
@@ -43,11 +43,11 @@ def make_plan(ops: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def operations(plan: Plan) -> Sequence[Mapping[str, Any]]:
-    """The operations of a plan, each of them good: both back ends begin here, and plans may come from files.
+    """Checks a plan and returns its operations. Both back ends start with it, since plans may come from files.
 
     Raises:
-        ValueError: the plan is of another kind or version, or an operation is unknown, lacks something or holds a
-            number outside its range.
+        ValueError: the plan has another kind or version, or an operation is unknown, lacks a key or holds a number
+            outside its range.
     """
     if not isinstance(plan, Mapping) or plan.get("kind") != PLAN_KIND or plan.get("version") != PLAN_VERSION:
         raise ValueError(
@@ -58,17 +58,17 @@ def operations(plan: Plan) -> Sequence[Mapping[str, Any]]:
         )
     ops = plan.get("ops")
     if not isinstance(ops, Sequence) or isinstance(ops, str):
-        raise ValueError("a plan needs its list of ops")
+        raise ValueError("the plan needs a list under ops")
     for number, op in enumerate(ops, 1):
         name = op.get("op") if isinstance(op, Mapping) else None
         check = CHECKS.get(str(name))
         if check is None:
-            raise ValueError(f"a plan holds the unknown operation {name!r}; known are {', '.join(CHECKS)}")
+            raise ValueError(f"the plan holds the unknown operation {name!r}. Choose from {', '.join(CHECKS)}")
         try:
             check(op)
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"operation {number} of the plan, {name}: {error} is missing or of a wrong type"
+                f"operation {number} of the plan, {name}: {error} is missing or has a wrong type"
             ) from error
         except ValueError as error:
             raise ValueError(f"operation {number} of the plan, {name}: {error}") from error
@@ -76,13 +76,13 @@ def operations(plan: Plan) -> Sequence[Mapping[str, Any]]:
 
 
 def out_sides(op: Mapping[str, Any], current: tuple[int, int], hq: tuple[int, int]) -> tuple[int, int]:
-    """The height and width in pixels that a resize leads to, at least 1 each.
+    """The height and width in pixels after a resize, at least 1 each.
 
-    int(int?(base / divide) * scale): base is the side as it is ("current") or of the picture that came in ("hq");
-    with `whole` the quotient loses its fraction first, as in InstaRevive.
+    A side is int(base / divide * scale). base is the current side ("current") or the side of HQ ("hq"). With `whole`
+    the quotient is truncated before it is scaled, as in InstaRevive.
 
     Raises:
-        SampleError: more than MAX_SIDE_PX or MAX_PIXELS ("too_large").
+        SampleError: "too_large": more than MAX_SIDE_PX or MAX_PIXELS.
     """
     sides = []
     for side in current if op["base"] == "current" else hq:
@@ -90,29 +90,29 @@ def out_sides(op: Mapping[str, Any], current: tuple[int, int], hq: tuple[int, in
         sides.append(max(1, int((int(base) if op.get("whole") else base) * op.get("scale", 1))))
     height, width = sides
     if max(sides) > MAX_SIDE_PX or height * width > MAX_PIXELS:
-        raise SampleError("too_large", f"a resize would lead to {width} x {height} pixels")
+        raise SampleError("too_large", f"a resize would give {width} x {height} pixels")
     return height, width
 
 
-# -- what operations may hold ----------------------------------------------------------------------------------------
+# -- checks of operations ---------------------------------------------------------------------------------------------
 
 
 def _number(op: Mapping[str, Any], name: str, low: float, high: float, missing: float | None = None) -> float:
-    """A field's number, within low..high."""
+    """The number under a key; ValueError unless it is within low..high."""
     value = op[name] if missing is None else op.get(name, missing)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN compares false
         raise ValueError(f"{name} must be a number within {low:g}..{high:g}, got {value!r}")
     return float(value)
 
 
-def _one_of(op: Mapping[str, Any], name: str, known: Sequence[str]) -> str:
-    if op[name] not in known:
-        raise ValueError(f"unknown {name} {op[name]!r}; known are {', '.join(known)}")
+def _one_of(op: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:
+    if op[name] not in choices:
+        raise ValueError(f"unknown {name} {op[name]!r}. Choose from {', '.join(choices)}")
     return str(op[name])
 
 
 def _nothing(op: Mapping[str, Any]) -> None:
-    """Nothing to check."""
+    """Accepts every operation."""
 
 
 def _check_blur(op: Mapping[str, Any]) -> None:
@@ -163,9 +163,9 @@ def _check_noise(op: Mapping[str, Any]) -> None:
     mix = op.get("mix")
     if mix is not None:
         square = len(mix) == 3 and all(len(row) == 3 for row in mix)
-        coloured = op["kind"] == "gaussian" and not op["gray"]
-        if not coloured or not square or not all(math.isfinite(v) for row in mix for v in row):
-            raise ValueError("mix must be a finite 3 x 3 matrix, of coloured Gaussian noise")
+        in_colour = op["kind"] == "gaussian" and not op["gray"]
+        if not in_colour or not square or not all(math.isfinite(v) for row in mix for v in row):
+            raise ValueError("mix must be a finite 3 x 3 matrix, and needs Gaussian noise in colour")
 
 
 def _check_salt_pepper(op: Mapping[str, Any]) -> None:
@@ -201,20 +201,20 @@ CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
 }
 
 
-# -- what a plan did, in numbers and in words ------------------------------------------------------------------------
+# -- strength of a plan, in numbers and in words ---------------------------------------------------------------------
 
 
 def strength(plan: Plan) -> dict[str, float]:
-    """How strong a degradation is, for analysis and for descriptors.
+    """The strength of a degradation, for analysis and for descriptors.
 
     Returns:
-        blur_px: standard deviation of all bell blurs together, in pixels of HQ.
-        smallest: the smallest side reached, as a share of HQ's.
-        noise: standard deviation of all noise at mid gray, 8-bit levels; shot noise as if 256 levels were present.
+        blur_px: standard deviation of all bell blurs combined, in pixels of HQ.
+        smallest: the smallest side of the picture on the way, as a share of HQ's side.
+        noise: standard deviation of all noise at mid gray, 8-bit levels; shot noise for 256 distinct levels.
         quality: the lowest JPEG quality, 100 without JPEG.
-        lost: share of pixels replaced.
+        lost: share of pixels that salt and pepper replaces.
     """
-    scale, blur, noise, smallest, quality, lost = 1.0, 0.0, 0.0, 1.0, 100.0, 0.0
+    scale, blur, noise, smallest, quality, replaced_share = 1.0, 0.0, 0.0, 1.0, 100.0, 0.0
     for op in operations(plan):
         if op["op"] == "blur" and "sigma_x" in op["kernel"]:
             kernel = op["kernel"]
@@ -229,24 +229,24 @@ def strength(plan: Plan) -> dict[str, float]:
         elif op["op"] == "jpeg":
             quality = min(quality, op["quality"])
         elif op["op"] == "salt_pepper":
-            lost = 1 - (1 - lost) * (1 - op["amount"])
+            replaced_share = 1 - (1 - replaced_share) * (1 - op["amount"])
     return {
         "blur_px": math.sqrt(blur),
         "smallest": smallest,
         "noise": math.sqrt(noise),
         "quality": quality,
-        "lost": lost,
+        "lost": replaced_share,
     }
 
 
 def descriptors(plan: Plan) -> list[str]:
-    """What was done to a picture, as words for a prompt (the adapter paper trains on such; thresholds ours)."""
-    found = strength(plan)
+    """Words for a prompt that describe the degradation, as the adapter paper trains on; the thresholds are ours."""
+    numbers = strength(plan)
     words = [
-        ("blurry", found["blur_px"] >= 1.0),
-        ("low resolution", found["smallest"] <= 0.5),
-        ("noisy", found["noise"] >= 5.0 or found["lost"] > 0),
-        ("compressed", found["quality"] < 90),
-        ("jpeg artifacts", found["quality"] < 70),
+        ("blurry", numbers["blur_px"] >= 1.0),
+        ("low resolution", numbers["smallest"] <= 0.5),
+        ("noisy", numbers["noise"] >= 5.0 or numbers["lost"] > 0),
+        ("compressed", numbers["quality"] < 90),
+        ("jpeg artifacts", numbers["quality"] < 70),
     ]
-    return ["low quality", *(word for word, fired in words if fired)] if any(f for _, f in words) else []
+    return ["low quality", *(word for word, applies in words if applies)] if any(f for _, f in words) else []

@@ -1,19 +1,19 @@
 """The second-order degradation of Real-ESRGAN: blur, resize, noise and JPEG, twice, then a low-pass.
 
-Torch-free; it draws, the back ends execute. Numbers without another source are those of the x4plus training options of
-Real-ESRGAN (Wang et al. 2021, section 4.1; xinntao/Real-ESRGAN, options/train_realesrgan_x4plus.yml).
+Torch-free; it draws plans, the back ends execute them. Numbers without another source are those of the x4plus training
+options of Real-ESRGAN (Wang et al. 2021, section 4.1; xinntao/Real-ESRGAN, options/train_realesrgan_x4plus.yml).
 
-Every draw is made per picture; the original draws the resizes, the noise kinds, the second blur and the final order per
-batch and hides it behind a pool of 180 pairs. The marginal distributions are the same.
+Every draw is per picture. The original draws the resizes, the noise kinds, the second blur and the final order per
+batch, and mixes batches in a pool of 180 pairs. The marginal distributions are the same.
 
-The original's accidents, and what becomes of them:
+The accidents of the original, and the two modes (`faithful` and default):
 
     accident                                              faithful          default
-    first resize samples by its factor, LQ shifts         kept              mended: by size, LQ lies on HQ
-    area takes whole pixels ("pool")                      kept              kept: weighting fractions removes noise and
-                                                                            shows in the distribution test
+    first resize samples by its factor, LQ shifts         kept              mended: by size, LQ is aligned with HQ
+    area takes whole pixels ("pool")                      kept              kept: fractional weights remove noise, and
+                                                                            the distribution test detects it
     JPEG simulator with real-valued quality and tables    kept              mended: libjpeg, integer quality
-    JPEG pads with black to multiples of 16, repeats      kept              kept, since the distribution test sees each;
+    JPEG pads with black to multiples of 16, repeats      kept              kept: the distribution test detects each;
     chroma instead of interpolating it, and has its                         jpeg_form "edge" has none of them
     luma table transposed
     photon count follows the picture's distinct levels    kept              kept: it decides the strength of the noise
@@ -47,20 +47,20 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One order of the model; the defaults are those of the first.
+    """The numbers of one order of the model; the defaults are those of the first order.
 
     Attributes:
-        blur_prob: probability of blurring at all.
+        blur_prob: probability of a blur.
         sinc_prob: probability that the blur is a circular low-pass instead of a bell.
         families: probabilities of the bell families, in the order of `kernels.FAMILIES`.
-        sigma: standard deviation of the bells, pixels; both axes are drawn alone for the anisotropic ones.
-        beta_generalized, beta_plateau: shape exponents; half of the draws lie below 1, half above.
-        resize_probs: probabilities of enlarging, shrinking, keeping.
+        sigma: standard deviation of the bells, pixels; anisotropic bells draw one for each axis.
+        beta_generalized, beta_plateau: shape exponents; half of the draws are below 1, half above.
+        resize_probs: probabilities of enlarging, shrinking, and keeping the size.
         resize: smallest and largest factor.
         gaussian_prob: probability of Gaussian noise; Poisson otherwise.
         gaussian: standard deviation, 8-bit levels.
-        poisson: scale of shot noise; 1 = as many photons as levels.
-        gray_prob: probability of gray noise, of either kind.
+        poisson: scale of shot noise; at 1 there are as many photons as levels.
+        gray_prob: probability that noise of either kind is gray.
         quality: JPEG quality.
     """
 
@@ -110,29 +110,29 @@ SECOND = Stage(
     gaussian=(1.0, 25.0),
     poisson=(0.05, 2.5),
 )
-"""The second order of Real-ESRGAN x4plus; what it does not name is as in the first."""
+"""The second order of Real-ESRGAN x4plus; the other numbers are those of the first order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealESRGAN:
-    """The model's numbers, and a `Degradation`.
+    """A `Degradation` with the numbers of Real-ESRGAN.
 
     Attributes:
-        factors: how much smaller LQ is before it is enlarged (bicubic) back to HQ's size; one is drawn per picture.
-        kernel_sizes: smallest and largest kernel side, odd pixels; all odd sizes between are equally likely.
+        factors: LQ's size is HQ's divided by one of these, drawn per picture, before the (bicubic) enlarging back.
+        kernel_sizes: smallest and largest kernel side, odd pixels; all odd sizes in between are equally likely.
         first, second: the two orders.
-        final_sinc_prob: probability of the closing low-pass.
-        clean_prob: share of pictures left undegraded (sharpened where the recipe sharpens).
-        sharpen: sharpen HQ before degrading it. The training target is then usually sharpened too: see `target`.
-        sharpen_target: what `target` returns is sharpened.
-        quick_sharpen: sharpen approximately, see filters.sharpen; faithful ignores it.
-        round_small: round to 8 bits at LQ size, before enlarging.
-        clip_small: clip after the closing low-pass where it comes last; without it overshoots reach the enlarging.
-        resize_back: enlarge LQ to HQ's size; without it LQ is 1 / factor of that.
-        round_back: round to 8 bits after enlarging.
-        jpeg_form: one of jpeg.FORMS; faithful takes the simulator.
-        whole_small: the second resize starts from whole pixels: int(int(side / factor) * scale), as in InstaRevive.
-        faithful: reproduce the original's accidents, see the head of this file.
+        final_sinc_prob: probability of the final low-pass.
+        clean_prob: share of pictures without degradation (still sharpened where `sharpen` is true).
+        sharpen: sharpen HQ before the degradation. The training target is then usually sharpened too, see `target`.
+        sharpen_target: `target` returns a sharpened picture.
+        quick_sharpen: sharpen approximately, see filters.sharpen; plans of a faithful degradation ignore it.
+        round_small: round to 8 bits at LQ size, before the enlarging.
+        clip_small: clip after the final low-pass where it comes last; otherwise its overshoots reach the enlarging.
+        resize_back: enlarge LQ to HQ's size; otherwise LQ keeps 1 / factor of it.
+        round_back: round to 8 bits after the enlarging.
+        jpeg_form: one of jpeg.FORMS; `faithful` uses the simulator instead.
+        whole_small: the second resize truncates twice, int(int(side / factor) * scale), as in InstaRevive.
+        faithful: reproduce the accidents of the original, see the top of this file.
     """
 
     factors: tuple[int, ...] = (4,)
@@ -169,7 +169,7 @@ class RealESRGAN:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
 
     def draw(self, seed: int, key: str, position: int) -> Plan:
-        """All numbers of one degradation; see plans.py. The same arguments give the same plan anywhere."""
+        """Draws a plan, see plans.py. Equal arguments give equal plans in every process."""
         draw = generator(seed, "degradation", key, position)
         ops: list[dict[str, Any]] = []
         if self.sharpen:
@@ -180,9 +180,9 @@ class RealESRGAN:
         factor = self.factors[int(draw.integers(0, len(self.factors)))] if len(self.factors) > 1 else self.factors[0]
         small = {"op": "resize", "base": "hq", "divide": factor, **({"whole": True} if self.whole_small else {})}
         for number, stage in ((1, self.first), (2, self.second)):
-            blurred = draw.random() < stage.blur_prob
+            has_blur = draw.random() < stage.blur_prob
             kernel = draw_kernel(stage, self.kernel_sizes, draw)
-            if blurred:
+            if has_blur:
                 ops.append(self._blur(kernel))
             base = {"op": "resize", "base": "current"} if number == 1 else small
             ops.append(base | {"scale": draw_factor(stage, draw)} | self._sampling(draw, by_factor=number == 1))
@@ -207,13 +207,17 @@ class RealESRGAN:
         return make_plan(ops)
 
     def apply(self, hq: Image, plan: Plan) -> Image:
-        """engine.apply_plan: nothing but the plan counts."""
+        """Executes a plan as engine.apply_plan does; the result depends on the picture and the plan only."""
         return apply_plan(hq, plan)
 
     def target(self, hq: Image) -> Image:
-        """The training target that belongs to `hq`, float32 [H, W, 3] in 0..1: sharpened where the recipe says so."""
+        """The training target of `hq`, float32 [H, W, 3] in 0..1; sharpened if `sharpen_target` is true."""
         picture = as_picture(hq)
         return sharpen(picture, quick=self.quick_sharpen) if self.sharpen_target else picture
+
+    def target_plan(self) -> Plan | None:
+        """`target` as a plan; None if the target is the picture itself."""
+        return make_plan([{"op": "sharpen", "quick": self.quick_sharpen}]) if self.sharpen_target else None
 
     def _blur(self, kernel: Mapping[str, Any]) -> dict[str, Any]:
         return {"op": "blur", "kernel": dict(kernel), **({"exact": True} if self.faithful else {})}
@@ -222,13 +226,13 @@ class RealESRGAN:
         return {"op": "jpeg", "quality": quality, "form": "simulator" if self.faithful else self.jpeg_form}
 
     def _sampling(self, draw: np.random.Generator, by_factor: bool = False) -> dict[str, Any]:
-        """Mode, and how the grid lies."""
+        """Keys of a resize: its mode, and with `by_factor` in a faithful degradation its sampling."""
         mode = SHRINK_MODES[int(draw.integers(0, len(SHRINK_MODES)))]
         return {"mode": mode, **({"sampling": "factor"} if by_factor and self.faithful else {})}
 
 
 def draw_kernel(stage: Stage, sizes: tuple[int, int], draw: np.random.Generator) -> dict[str, Any]:
-    """A blur kernel's numbers: a low-pass with `sinc_prob`, else a bell."""
+    """Draws the numbers of a blur kernel: a low-pass with probability `sinc_prob`, otherwise a bell."""
     size = draw_size(sizes, draw)
     if draw.random() < stage.sinc_prob:
         return draw_sinc(size, math.pi / 3 if size < WIDE_SINC_FROM_PX else math.pi / 5, draw)
@@ -245,7 +249,7 @@ def draw_kernel(stage: Stage, sizes: tuple[int, int], draw: np.random.Generator)
 
 
 def draw_size(sizes: tuple[int, int], draw: np.random.Generator) -> int:
-    """An odd side between the two, both included."""
+    """Draws an odd side between the two, both included."""
     return int(sizes[0] + 2 * draw.integers(0, (sizes[1] - sizes[0]) // 2 + 1))
 
 
@@ -254,19 +258,19 @@ def draw_sinc(size: int, lowest: float, draw: np.random.Generator) -> dict[str, 
 
 
 def draw_beta(limits: Range, draw: np.random.Generator) -> float:
-    """Half below 1 and half above; a lower limit of exactly 1 (plateau) gives beta 1 half the time, as recorded."""
+    """Draws half below 1, half above. A lower limit of 1 (plateau) gives beta 1 half the time, as in the recordings."""
     low, high = limits
     return float(draw.uniform(low, 1.0) if draw.random() < 0.5 else draw.uniform(1.0, high))
 
 
 def draw_factor(stage: Stage, draw: np.random.Generator) -> float:
-    """Resize factor: enlarge, shrink or keep."""
+    """Draws a resize factor: enlarge, shrink or keep."""
     choice = int(draw.choice(3, p=stage.resize_probs))
     return float((draw.uniform(1.0, stage.resize[1]), draw.uniform(stage.resize[0], 1.0), 1.0)[choice])
 
 
 def _draw_noise(stage: Stage, draw: np.random.Generator) -> dict[str, Any]:
-    """Kind, level and gray flag; level is in 8-bit levels for Gaussian noise and a scale for Poisson."""
+    """Draws kind, level and gray; the level is in 8-bit levels for Gaussian noise and a scale for Poisson."""
     kind: Literal["gaussian", "poisson"] = "gaussian" if draw.random() < stage.gaussian_prob else "poisson"
     level = float(draw.uniform(*(stage.gaussian if kind == "gaussian" else stage.poisson)))
     return {"kind": kind, "level": level, "gray": bool(draw.random() < stage.gray_prob)}

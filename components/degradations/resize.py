@@ -1,11 +1,13 @@
 """Resizing as the degradations need it: without antialiasing, to a size or by a factor.
 
-The original passes a factor for its first resize, so bilinear and bicubic sample with a step that does not fit the
-floored size and LQ shifts by up to 6.6 px against HQ: `resample` with the factor's step reproduces that. `resize` goes
-to a size with OpenCV: aligned, and an order faster. OpenCV's area mode weights fractions of pixels where the original's
-("pool") takes whole ones and so keeps more noise: the distribution test sees that, hence both. The other modes are
-bilinear, bicubic, and antialias: a bicubic (a = -0.5) whose kernel is stretched when shrinking, the usual x4 of
-super-resolution tests.
+The original passes a factor for its first resize. Its bilinear and bicubic modes then sample with a step that does not
+fit the floored size, and LQ shifts by up to 6.6 px against HQ. `resample` with the factor's step reproduces that.
+`resize` uses OpenCV to reach a size: the result is aligned, and ten times faster. The modes:
+
+    area        OpenCV's: it weights fractions of pixels
+    pool        the original's area mode: whole pixels, so it keeps more noise; the distribution test detects it
+    bilinear, bicubic
+    antialias   a bicubic (a = -0.5) whose kernel is stretched when shrinking, the usual x4 of super-resolution tests
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ OPENCV = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.I
 
 
 def resize(image: Image, height: int, width: int, mode: str, out: np.ndarray | None = None) -> Image:
-    """Resize float32 [H, W, 3] to [height, width, 3]; bicubic may overshoot 0..1, nothing is clipped.
+    """Resizes float32 [H, W, 3] to [height, width, 3]. Bicubic may overshoot 0..1; the result is not clipped.
 
     Args:
         mode: one of MODES.
-        out: where OpenCV's own modes may write; the result need not be it.
+        out: buffer that OpenCV's modes may write to; the result may be another array.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: the mode is unknown.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -40,16 +42,16 @@ def resize(image: Image, height: int, width: int, mode: str, out: np.ndarray | N
 
 
 def resample(image: Image, height: int, width: int, mode: str, step_y: float, step_x: float) -> Image:
-    """Resize with given sampling steps (source pixels an output pixel): float32 [H, W, 3] to [height, width, 3]."""
+    """Resizes float32 [H, W, 3] to [height, width, 3]; the steps are source pixels per output pixel."""
     rows = _sparse(image.shape[0], height, mode, step_y)
     columns = _sparse(image.shape[1], width, mode, step_x)
     tall = (rows @ image.reshape(image.shape[0], -1)).reshape(height, image.shape[1], 3)
-    turned = (columns @ cv2.transpose(tall).reshape(image.shape[1], -1)).reshape(width, height, 3)
-    return cv2.transpose(turned)
+    transposed = (columns @ cv2.transpose(tall).reshape(image.shape[1], -1)).reshape(width, height, 3)
+    return cv2.transpose(transposed)
 
 
 def _sparse(size_in: int, size_out: int, mode: str, step: float) -> csr_matrix:
-    """sampling_matrix in float32 without its zeros."""
+    """sampling_matrix as a sparse float32 matrix."""
     if mode != "pool":
         return csr_matrix(sampling_matrix(size_in, size_out, mode, step), dtype=np.float32)
     row = np.arange(size_out)
@@ -62,18 +64,18 @@ def _sparse(size_in: int, size_out: int, mode: str, step: float) -> csr_matrix:
 
 
 def sampling_matrix(size_in: int, size_out: int, mode: str, step: float) -> np.ndarray:
-    """Weights [size_out, size_in], float64, rows summing to 1: pixel centres at half-integers, edges repeated.
+    """Weights, float64 [size_out, size_in]; each row sums to 1. Pixel centres are at half-integers, edges repeat.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: the mode is unknown.
     """
     if mode not in MODES:
-        raise ValueError(f"unknown resize mode {mode!r}; known are {', '.join(MODES)}")
+        raise ValueError(f"unknown resize mode {mode!r}. Choose from {', '.join(MODES)}")
     matrix = np.zeros((size_out, size_in))
     rows = np.arange(size_out)
     if mode == "pool":
-        pooled: np.ndarray = _sparse(size_in, size_out, mode, step).toarray().astype(np.float64)
-        return pooled
+        pool_matrix: np.ndarray = _sparse(size_in, size_out, mode, step).toarray().astype(np.float64)
+        return pool_matrix
     if mode == "area" and step >= 1:
         edges = np.arange(size_in)
         for row in rows:

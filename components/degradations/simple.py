@@ -1,4 +1,4 @@
-"""Degradations with few draws: the face recipe, fixed test degradations, single faults, and none at all. Torch-free."""
+"""Degradations with few draws: the face recipe, fixed test degradations, single faults, and none. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,40 +21,44 @@ def noise_seed(seed: int, key: str, position: int, name: str) -> int:
     return stream_key(seed, "degradation", key, position, name) >> (128 - SEED_BITS)
 
 
-class Executes:
-    """What every degradation here shares: plans execute themselves, and the target is the picture."""
+class PlanDegradation:
+    """Base class of degradations whose training target is the picture itself."""
 
     def apply(self, hq: Image, plan: Plan) -> Image:
-        """engine.apply_plan: nothing but the plan counts."""
+        """PlanDegradation a plan as engine.apply_plan does; the result depends on the picture and the plan only."""
         return apply_plan(hq, plan)
 
     def target(self, hq: Image) -> Image:
         """The picture itself, float32 [H, W, 3]."""
         return as_picture(hq)
 
+    def target_plan(self) -> Plan | None:
+        """None: the target is the picture."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
-class Undegraded(Executes):
-    """Returns the picture as it is: for pairs that come degraded, and for tests of the rest of the chain."""
+class NoDegradation(PlanDegradation):
+    """Leaves the picture as it is: for pairs whose LQ exists already, and for tests of the other steps."""
 
     def draw(self, seed: int, key: str, position: int) -> Plan:
-        """The empty decision."""
+        """A plan without operations."""
         return make_plan([])
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstOrder(Executes):
-    """Blur, shrink, noise, JPEG, enlarge: the face recipe, as InstaRevive's released data set has it.
+class FirstOrder(PlanDegradation):
+    """Blur, shrink, noise, JPEG, enlarge: the face recipe of InstaRevive's released data set code.
 
-    The paper says "high-order model of Real-ESRGAN" for faces too (A.5); the code that trained does this.
+    The paper says "high-order model of Real-ESRGAN" for faces too (A.5); the released training code does this instead.
 
     Attributes:
         kernel_size: side of the bell, odd pixels.
-        anisotropic_prob: probability of two axes with a sigma each and an angle.
+        anisotropic_prob: probability of a bell with two sigmas and an angle.
         sigma: standard deviation of the bell, pixels.
-        shrink: LQ's side is int(side // a number between these two).
+        shrink: LQ's side is int(side // x) with x drawn from this range.
         noise: standard deviation of colour Gaussian noise, 8-bit levels.
-        quality: JPEG quality, int(a number between these two).
+        quality: JPEG quality, int(x) with x drawn from this range.
     """
 
     kernel_size: int = 41
@@ -75,7 +79,7 @@ class FirstOrder(Executes):
         check_range("quality", self.quality, 1, 101)
 
     def draw(self, seed: int, key: str, position: int) -> Plan:
-        """See plans.py; the same arguments give the same plan anywhere."""
+        """Draws a plan, see plans.py. Equal arguments give equal plans in every process."""
         draw = generator(seed, "degradation", key, position)
         sigma_x = sigma_y = float(draw.uniform(*self.sigma))
         kind, theta = "iso", 0.0
@@ -94,17 +98,17 @@ class FirstOrder(Executes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fixed(Executes):
+class FixedDegradation(PlanDegradation):
     """The same steps for every picture, for benchmarks; only the noise field depends on the picture's key.
 
-    SUPIR's Table 1 names x4, x8, blur 2, noise 40 (or 20) and JPEG 50, and neither kernel size, interpolation nor
-    clipping. Ours: a 21 x 21 bell, bicubic with antialiasing (the usual x4 of super-resolution tests), colour noise,
-    clipped, plain JPEG; in the order blur, shrink, noise, JPEG; then bicubic back to the picture's size.
+    SUPIR's Table 1 names x4, x8, blur 2, noise 40 (or 20) and JPEG 50. It does not state kernel size, interpolation
+    and clipping. Ours: a 21 x 21 bell, bicubic with antialiasing (the usual x4 of super-resolution tests), clipped
+    colour noise, plain JPEG. The order is blur, shrink, noise, JPEG, then bicubic back to the picture's size.
 
     Attributes:
-        sigma: of the blur, pixels; 0 for none.
-        factor: how much smaller.
-        noise: standard deviation, 8-bit levels; 0 for none.
+        sigma: standard deviation of the blur, pixels; 0 for none.
+        factor: how much smaller LQ is.
+        noise: standard deviation of the noise, 8-bit levels; 0 for none.
         quality: JPEG quality; 0 for none.
         resize_back: enlarge LQ to HQ's size.
     """
@@ -124,7 +128,7 @@ class Fixed(Executes):
             raise ValueError(f"quality must lie in 1..100, or be 0 for none, got {self.quality}")
 
     def draw(self, seed: int, key: str, position: int) -> Plan:
-        """See plans.py."""
+        """Draws a plan, see plans.py."""
         ops: list[dict[str, Any]] = []
         if self.sigma:
             bell = {"kind": "iso", "size": 21, "sigma_x": self.sigma, "sigma_y": self.sigma, "theta": 0.0, "beta": None}
@@ -141,12 +145,12 @@ class Fixed(Executes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaltPepper(Executes):
+class SaltPepper(PlanDegradation):
     """Pixels set to black or white with equal odds (InstaRevive A.8).
 
     Attributes:
-        amount: share of pixels, between these two.
-        gray: all channels of a pixel together; the paper does not say.
+        amount: range of the share of pixels.
+        gray: set all channels of a pixel together; ours, the paper does not state it.
     """
 
     amount: Range = (0.02, 0.1)
@@ -156,21 +160,21 @@ class SaltPepper(Executes):
         check_range("amount", self.amount, 0, 1)
 
     def draw(self, seed: int, key: str, position: int) -> Plan:
-        """See plans.py."""
+        """Draws a plan, see plans.py."""
         amount = float(generator(seed, "degradation", key, position).uniform(*self.amount))
-        drawn = noise_seed(seed, key, position, "salt_pepper")
-        return make_plan([{"op": "salt_pepper", "amount": amount, "gray": self.gray, "seed": drawn}])
+        noise = noise_seed(seed, key, position, "salt_pepper")
+        return make_plan([{"op": "salt_pepper", "amount": amount, "gray": self.gray, "seed": noise}])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strokes(Executes):
-    """White strokes over the picture, for inpainting (InstaRevive A.8); `masks.mask_of` gives what they cover.
+class Strokes(PlanDegradation):
+    """White strokes over the picture, for inpainting (InstaRevive A.8); `masks.mask_of` returns the covered pixels.
 
     Attributes:
         counts: fewest and most strokes.
         vertices: fewest and most steps of a stroke.
-        widths: as shares of the shorter side; the original draws 12 to 80 px on 512.
-        value: what covers the picture.
+        widths: thinnest and thickest stroke as shares of the shorter side; the original draws 12 to 80 px on 512.
+        value: value of the covered pixels, 0..1.
     """
 
     counts: tuple[int, int] = (1, 3)
@@ -185,14 +189,14 @@ class Strokes(Executes):
         check_range("value", (self.value, self.value), 0, 1)
 
     def draw(self, seed: int, key: str, position: int) -> Plan:
-        """See plans.py."""
+        """Draws a plan, see plans.py."""
         draw = generator(seed, "degradation", key, position)
         strokes = draw_strokes(draw, self.counts, self.vertices, self.widths)
         return make_plan([{"op": "strokes", "strokes": strokes, "value": self.value}])
 
 
 def gaussian(level: float, seed: int, gray: bool = False) -> dict[str, Any]:
-    """A noise operation of `level` 8-bit levels."""
+    """Gaussian noise as an operation; `level` is its standard deviation in 8-bit levels."""
     return {"op": "noise", "kind": "gaussian", "level": level, "gray": gray, "seed": seed}
 
 

@@ -1,1 +1,1 @@
-"""Measuring restored pictures."""
+"""Measures restored pictures."""

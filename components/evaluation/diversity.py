@@ -1,7 +1,7 @@
-"""How far one picture's results for several seeds lie apart, and whether each still agrees with its input.
+"""The spread of one picture's results over seeds, and the agreement of each result with the input.
 
-InstaRevive's A.6: several results are welcome as long as they align with the input. Block means make both measurable:
-what a degradation leaves untouched is the picture at a coarse scale, and what seeds may choose is the detail below it.
+InstaRevive's A.6 accepts several results as long as they align with the input. Block means measure both: a degradation
+keeps the picture at a coarse scale, and seeds may only change the detail below it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from components.types import Image
 
 BLOCK_PX = 8
-"""Side of the blocks: the strongest downsampling of the paper's levels (x8) keeps their means."""
+"""Side of a block: the strongest downsampling of the paper's levels (x8) keeps block means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class Spread:
     """Standard deviation over seeds in 8-bit levels, root mean square over pixels; total^2 = coarse^2 + fine^2.
 
     Attributes:
-        coarse: of the blocks' means.
-        fine: of what is left within the blocks.
+        coarse: deviation of the block means.
+        fine: deviation of the rest, within the blocks.
     """
 
     total: float
@@ -32,7 +32,7 @@ class Spread:
 
 
 def block_means(picture: np.ndarray, block_px: int = BLOCK_PX) -> np.ndarray:
-    """Means over squares, float64 [H // b, W // b, 3] of [H, W, 3]; what is left beyond the last square does not count.
+    """Means over square blocks of [H, W, 3], float64 [H // b, W // b, 3]; pixels beyond the last block do not count.
 
     Raises:
         ValueError: a side is shorter than a block.
@@ -45,10 +45,10 @@ def block_means(picture: np.ndarray, block_px: int = BLOCK_PX) -> np.ndarray:
 
 
 def spread(pictures: Sequence[Image], block_px: int = BLOCK_PX) -> Spread:
-    """Of two results or more of one picture, uint8 [H, W, 3] each; variances are unbiased.
+    """The spread of two or more results of one picture, uint8 [H, W, 3] each; variances are unbiased.
 
     Raises:
-        ValueError: fewer than two, sizes differ, or a side is shorter than a block.
+        ValueError: fewer than two pictures, different sizes, or a side shorter than a block.
     """
     if len(pictures) < 2 or len({picture.shape for picture in pictures}) > 1:
         raise ValueError("a spread needs at least two pictures of one size")
@@ -56,11 +56,11 @@ def spread(pictures: Sequence[Image], block_px: int = BLOCK_PX) -> Spread:
     height, width = (side * block_px for side in means.shape[1:3])
     pixels = np.stack([np.asarray(picture, dtype=np.float64)[:height, :width] for picture in pictures])
     total, coarse = float(pixels.var(axis=0, ddof=1).mean()), float(means.var(axis=0, ddof=1).mean())
-    # Block means are an orthogonal projection, so the variances add up; rounding may leave a little below zero.
+    # Block means are an orthogonal projection, so variances add up; rounding may give a difference just below zero.
     return Spread(total=total**0.5, coarse=coarse**0.5, fine=max(total - coarse, 0.0) ** 0.5)
 
 
 def coarse_error(picture: Image, other: Image, block_px: int = BLOCK_PX) -> float:
-    """Root mean square difference of two pictures' block means in 8-bit levels; 0 where they agree coarsely."""
+    """Root mean square difference of two pictures' block means in 8-bit levels; 0 for equal block means."""
     difference = block_means(picture, block_px) - block_means(other, block_px)
     return float(np.sqrt(np.square(difference).mean()))

@@ -1,16 +1,15 @@
 """Picture quality by name, one picture at a time, through pyiqa.
 
-The only module that imports pyiqa, and only when a metric is first used: the import costs seconds and hundreds of MB.
-The default set computes without any file from the network; other pyiqa names are accepted when asked for by name, and
-may download weights.
+This module alone imports pyiqa, at the first use of a metric: the import takes seconds and hundreds of MB. The default
+set needs no file from the network. Any other pyiqa name is accepted too and may download weights.
 
     psnr, psnry    dB over RGB, or over Y alone; pyiqa's Y is full range (0.299 R + 0.587 G + 0.114 B), which reads
                    1.3 dB below the studio-range Y of many papers. pyiqa adds 1e-8 to the squared error, so equal
-                   pictures score 80 dB and not infinity; nothing real comes near 80, and means stay numbers.
+                   pictures score 80 dB and not infinity. Restored pictures stay far below 80, and means are finite.
     ssim, ms_ssim  1 for equal pictures, on Y; ms_ssim halves the picture four times and needs 161 px a side.
     gmsd           deviation of gradient similarity, 0 for equal pictures.
-    vif            share of the target's information that survives, 1 for equal pictures; sharpening can exceed 1.
-    piqe           no target: 0 (clean) to 100 (blocky, noisy or blurred), from local statistics only.
+    vif            share of the target's information in the result, 1 for equal pictures; sharpening can exceed 1.
+    piqe           without a target: 0 (clean) to 100 (blocky, noisy or blurred), from local statistics only.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ NO_DOWNLOAD: tuple[str, ...] = ("psnr", "ssim", "ms_ssim", "gmsd", "vif", "piqe"
 """The default set: no network, each below 0.3 s at 256 px on one CPU thread."""
 
 ONE_THREAD_PIXELS = 1_000_000
-"""Below this one CPU thread is faster: at 256 x 448 on two busy cores vif took 0.5 s with one and 7.8 s with two."""
+"""Below this size one CPU thread is faster: at 256 x 448 on two busy cores vif took 0.5 s, with two threads 7.8 s."""
 
 IDENTITY_PSNR_DB = 80.0
-"""What pyiqa's psnr and psnry give for equal pictures (10 log10(1 / 1e-8))."""
+"""The value of pyiqa's psnr and psnry for equal pictures (10 log10(1 / 1e-8))."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInfo:
-    """What a score of this name means.
+    """The properties of a metric.
 
     Attributes:
-        higher_is_better: direction.
-        full_reference: compares with a target; without one the metric is missing.
+        higher_is_better: true if a higher score is better.
+        full_reference: the metric compares with a target; without a target it is missing.
         unit: "dB" or "".
-        min_side_px: below this the metric is undefined and recorded as missing.
-        needs_detail: undefined on a target of one colour (a ratio of zeros) and recorded as missing there.
-        downloads: weights may be fetched from the network on first use.
+        min_side_px: for smaller sides the metric is undefined and recorded as missing.
+        needs_detail: undefined for a target of one colour (a ratio of zeros), and then recorded as missing.
+        downloads: the first use may download weights.
     """
 
     higher_is_better: bool
@@ -74,29 +73,29 @@ METRIC_INFO: dict[str, MetricInfo] = {
     "piqe": MetricInfo(higher_is_better=False, full_reference=False, min_side_px=32),
     "entropy": MetricInfo(higher_is_better=True, full_reference=False),
 }
-"""The metrics that need no download; others are looked up in pyiqa by `metric_info`."""
+"""The metrics that need no download; `metric_info` looks others up in pyiqa."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """One picture's numbers: `values` by metric, and for every other asked metric why there is none."""
+    """One picture's scores: `values` by metric, and in `missing` the reason for each metric without a value."""
 
     values: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
 def metric_info(name: str) -> MetricInfo:
-    """Look a metric up; only names outside METRIC_INFO make pyiqa load.
+    """Looks a metric up; only names outside METRIC_INFO load pyiqa.
 
     Raises:
-        ValueError: no such metric; names the nearest.
+        ValueError: the name is unknown; the message names the nearest one.
     """
     if name in METRIC_INFO:
         return METRIC_INFO[name]
     configs = _load_pyiqa()[1]
     if name not in configs:
-        known = sorted({*METRIC_INFO, *configs})
-        near = near_name(name, known)
+        names = sorted({*METRIC_INFO, *configs})
+        near = near_name(name, names)
         hint = f'Did you mean "{near}"?' if near else f"The default set is {', '.join(NO_DOWNLOAD)}."
         raise ValueError(f"unknown metric {name!r}. {hint}")
     config = configs[name]
@@ -112,7 +111,7 @@ def _load_pyiqa() -> tuple[Any, dict[str, Any]]:
     from pyiqa.default_model_configs import DEFAULT_CONFIGS
     from pyiqa.utils.logger import get_root_logger
 
-    get_root_logger()  # its first call installs handlers and the level INFO: call it, then quieten it
+    get_root_logger()  # its first call installs handlers and sets level INFO; raise the level after it
     logging.getLogger("pyiqa").setLevel(logging.WARNING)
     return pyiqa, dict(DEFAULT_CONFIGS)
 
@@ -124,7 +123,7 @@ def _check(picture: Image, role: str, key: str) -> None:
 
 @contextmanager
 def _threads(picture: Image) -> Iterator[None]:
-    """One torch thread for a small picture, and the caller's number again afterwards."""
+    """Sets one torch thread for a small picture, and restores the caller's number afterwards."""
     import torch
 
     before = torch.get_num_threads()
@@ -137,14 +136,14 @@ def _threads(picture: Image) -> Iterator[None]:
 
 
 class Metrics:
-    """Scores pictures by the metrics in `names`; the networks behind them are built on first use and kept.
+    """Scores pictures by the metrics in `names`; each network is built at its first use and reused.
 
     Args:
-        names: metric names, in the order of the results; duplicates are dropped.
+        names: metric names, in the order of the results; duplicates are ignored.
         device: "cpu" or a torch device.
 
     Raises:
-        ValueError: an unknown name (with the near one), or no name at all.
+        ValueError: a name is unknown (the message names the nearest), or `names` is empty.
     """
 
     def __init__(self, names: Sequence[str] = NO_DOWNLOAD, device: str = "cpu") -> None:
@@ -153,26 +152,26 @@ class Metrics:
             raise ValueError(f"no metric was named; the default set is {', '.join(NO_DOWNLOAD)}")
         self.info = {name: metric_info(name) for name in self.names}
         self.device = device
-        self._built: dict[str, Any] = {}
+        self._networks: dict[str, Any] = {}
 
     def score(self, restored: Image, hq: Image | None = None, key: str = "") -> dict[str, float]:
-        """The numbers alone; `measure` also tells why one is missing."""
+        """The values only; `measure` also returns the reasons for missing ones."""
         return self.measure(restored, hq, key).values
 
     def measure(self, restored: Image, hq: Image | None = None, key: str = "") -> Scores:
-        """Score one picture.
+        """Scores one picture.
 
         Args:
             restored: uint8 [H, W, 3].
-            hq: the target, same shape; None leaves the full-reference metrics missing.
-            key: the sample's name, for errors.
+            hq: the target, same shape; with None the full-reference metrics are missing.
+            key: the sample's key, for errors.
 
         Returns:
-            Finite numbers by metric, and a reason for each metric without one ("no target", "needs 161 px a side, ...",
-            "not a number", or the metric's own error).
+            Finite values by metric, and a reason for each metric without one ("no target", "needs 161 px a side, ...",
+            "not a number", or the error of the metric).
 
         Raises:
-            SampleError: code "shape" where a picture is not uint8 RGB or the two differ in size.
+            SampleError: "shape": a picture is not uint8 RGB, or the two sizes differ.
         """
         _check(restored, "restored picture", key)
         if hq is not None:
@@ -204,12 +203,12 @@ class Metrics:
             copy = np.ascontiguousarray(picture.transpose(2, 0, 1))
             return torch.from_numpy(copy).to(self.device).float().div(255.0).unsqueeze(0)
 
-        if name not in self._built:
-            self._built[name] = _load_pyiqa()[0].create_metric(name, device=self.device)
+        if name not in self._networks:
+            self._networks[name] = _load_pyiqa()[0].create_metric(name, device=self.device)
         inputs = [tensor(restored)] + ([tensor(hq)] if info.full_reference and hq is not None else [])
         try:
             with torch.inference_mode(), _threads(restored):
-                value = float(self._built[name](*inputs))
+                value = float(self._networks[name](*inputs))
         except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:  # undefined on this picture
             return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         return (value, "") if math.isfinite(value) else (None, f"not a number ({value})")

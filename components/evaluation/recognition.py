@@ -1,8 +1,8 @@
-"""What a picture encoder still recognises: class predictions of DINOv2 by its linear head, or by nearest class means.
+"""Class predictions of restored pictures by DINOv2, with its linear head or with nearest class means.
 
-`linear` is the head that the encoder's authors trained on ImageNet's labels (a Dinov2ForImageClassification, such as
-facebook/dinov2-large-imagenet1k-1-layer). `nearest` trains nothing: a picture belongs to the class whose clean
-reference pictures' mean feature is nearest by cosine, with any Dinov2Model.
+`linear` uses the head that the encoder's authors trained on ImageNet's labels (a Dinov2ForImageClassification, such as
+facebook/dinov2-large-imagenet1k-1-layer). `nearest` needs no training and works with any Dinov2Model: it predicts the
+class whose mean feature over clean reference pictures is nearest by cosine.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Recogniser:
 
     Attributes:
         model: Dinov2ForImageClassification (linear) or Dinov2Model (nearest), frozen.
-        processor: how pictures are prepared for it: the one that was saved beside the weights.
-        labels: of the linear head by index; empty for nearest.
-        means: unit class means [classes, D], which nearest needs; see `learn`.
+        processor: prepares pictures for the model; it is saved with the weights.
+        labels: class labels of the linear head by index; empty for nearest.
+        means: unit class means [classes, D], for nearest only; see `learn`.
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class Recogniser:
 
     @torch.inference_mode()
     def features(self, pictures: Sequence[Image]) -> Tensor:
-        """Unit vectors [B, D] of uint8 pictures: class token and mean patch token joined, as the linear head sees."""
+        """Unit vectors [B, D] of uint8 pictures: joined class token and mean patch token, as in the linear head."""
         encoder: Any = self.model.dinov2 if self.labels else self.model
         tokens = encoder(pixel_values=self._pixels(pictures)).last_hidden_state
         return F.normalize(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1), dim=1)
@@ -57,7 +57,7 @@ class Recogniser:
         return (self.features(pictures) @ self.means.T).argmax(dim=1).tolist()
 
     def learn(self, features: Mapping[int, Tensor]) -> None:
-        """Class means of clean reference features [n, D], by class number 0 .. classes - 1."""
+        """Sets `means` from clean reference features [n, D], by class number 0 .. classes - 1."""
         missing = sorted(set(range(len(features))) - set(features))
         if missing or not features:
             raise RecognitionError(f"reference features are missing for classes {missing[:5]}")
@@ -69,27 +69,27 @@ class Recogniser:
 
 
 def load_recogniser(name: str, method: str, device: str = "cpu") -> Recogniser:
-    """A DINOv2 folder or hub id with its own picture preparation; safetensors only, every key accounted for.
+    """Loads a DINOv2 folder or hub id with its processor; reads safetensors only, and every key must fit.
 
     Raises:
-        RecognitionError: an unknown method, no such weights, or weights without a trained head where one is needed.
+        RecognitionError: the method is unknown, the weights are missing, or `linear` has no trained head.
     """
     from transformers import AutoImageProcessor, Dinov2ForImageClassification, Dinov2Model
 
     if method not in METHODS:
-        raise RecognitionError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+        raise RecognitionError(f"unknown method {method!r}. Choose from {', '.join(METHODS)}")
     kind = Dinov2ForImageClassification if method == "linear" else Dinov2Model
     try:
         processor = AutoImageProcessor.from_pretrained(name)
-        loaded: Any = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        model_and_info: Any = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise RecognitionError(f"{name}: no DINOv2 weights with a preprocessor there ({error})") from error
-    model, told = loaded
-    unexpected = set(told["unexpected_keys"]) - (
+    model, info = model_and_info
+    unexpected = set(info["unexpected_keys"]) - (
         {"classifier.weight", "classifier.bias"} if method == "nearest" else set()
     )
-    if told["missing_keys"] or unexpected or told["mismatched_keys"]:
-        faults = {"missing": sorted(told["missing_keys"]), "unexpected": sorted(unexpected)}
+    if info["missing_keys"] or unexpected or info["mismatched_keys"]:
+        faults = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected)}
         raise RecognitionError(f"{name}: weights do not fit method {method!r}: {faults}")
     labels: tuple[str, ...] = ()
     if method == "linear":
@@ -97,30 +97,32 @@ def load_recogniser(name: str, method: str, device: str = "cpu") -> Recogniser:
     return Recogniser(model=model.to(device).eval().requires_grad_(False), processor=processor, labels=labels)
 
 
-def class_numbers(folders: Sequence[str], labels: Sequence[str], listed: Sequence[str] = ()) -> dict[str, int]:
-    """Which class each folder of pictures is.
+def class_numbers(folders: Sequence[str], labels: Sequence[str], head_folders: Sequence[str] = ()) -> dict[str, int]:
+    """The class number of each folder of pictures.
 
-    `listed` names folders in the head's order. Without it folders are matched to labels by name, or by order where
-    there are as many of both: ImageNet's folders, sorted, are the usual order of its heads.
+    Without `head_folders`, folders are matched to labels by name. If there are as many folders as labels, their sorted
+    order may be used instead: ImageNet's folders, sorted, have the usual order of its heads.
 
     Args:
-        labels: of a head; empty where classes are learned from the folders themselves.
+        folders: folder names.
+        labels: labels of a head; empty if the folders themselves are the classes.
+        head_folders: folder names in the order of the head.
 
     Raises:
         RecognitionError: folders that cannot be matched.
     """
     names = sorted(folders)
-    if listed:
-        numbers = {name: number for number, name in enumerate(listed)}
+    if head_folders:
+        numbers = {name: number for number, name in enumerate(head_folders)}
     elif not labels or (len(names) == len(labels) and not set(names) <= set(labels)):
         numbers = {name: number for number, name in enumerate(names)}
     else:
         numbers = {name: number for number, name in enumerate(labels)}
-    strange = [name for name in names if name not in numbers]
-    if strange:
+    unmatched = [name for name in names if name not in numbers]
+    if unmatched:
         raise RecognitionError(
-            f"{len(strange)} of {len(names)} folders are no class of the head, first {strange[0]!r}: give the head's "
-            "folder names in its order (--classes FILE, one a line)"
+            f"{len(unmatched)} of {len(names)} folders are not classes of the head, first {unmatched[0]!r}: give the "
+            "folder names in the order of the head (--classes FILE, one name per line)"
         )
     if labels and max(numbers.values()) >= len(labels):
         raise RecognitionError(f"{len(numbers)} classes are listed, but the head has {len(labels)}")

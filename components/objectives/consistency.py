@@ -13,7 +13,7 @@ from components.samplers.schedules import Schedule
 def boundary_scalings(
     timesteps: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out), float32 [B] each, which make a one-step model the identity at time 0.
+    """(c_skip, c_out), float32 [B] each; with them a one-step model is the identity at time 0.
 
     With s = timestep_scaling * t: c_skip = d^2 / (s^2 + d^2) and c_out = s / sqrt(s^2 + d^2), d = sigma_data
     (instantir.md section 3).
@@ -48,10 +48,10 @@ def consistency_output(
 
 @dataclass(frozen=True)
 class SolverGrid:
-    """The teacher's coarse time grid: `points` times from T/points - 1 up to T - 1 (19, 39, ..., 999 for 50 of 1000).
+    """The teacher's coarse time grid: `points` times from T/points - 1 to T - 1 (19, 39, ..., 999 for 50 of 1000).
 
     Raises:
-        ValueError: points outside 1 .. T.
+        ValueError: points is outside 1 .. T.
     """
 
     schedule: Schedule
@@ -67,7 +67,7 @@ class SolverGrid:
         return self.schedule.num_train_timesteps // self.points
 
     def interval(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Grid index int64 [B] in 0 .. points - 1 -> (start, end) time steps int64 [B]; end is not below 0."""
+        """Grid index int64 [B] in 0 .. points - 1 -> (start, end) time steps int64 [B]; end is at least 0."""
         start = (index + 1) * self.stride - 1
         return start, (start - self.stride).clamp_min(0)
 
@@ -84,5 +84,5 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
 
 
 def squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error of Eq. 5, mean per sample instead of the sum, so that it does not grow with the picture: [B]."""
+    """Squared error of Eq. 5 per sample, [B]: the mean instead of the sum, so it does not grow with the picture."""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from components.randomness import Noise
 from components.samplers.schedules import Schedule
 from components.types import Loss
-
-if TYPE_CHECKING:
-    from components.randomness import Noise
 
 
 @dataclass(frozen=True)
 class DroppedConditions:
-    """Which samples of a batch lose which condition, bool [B] each."""
+    """The samples that lose a condition, bool [B] each."""
 
     image: Tensor
     text: Tensor
@@ -30,19 +27,19 @@ def epsilon_loss(prediction: Tensor, noise: Tensor) -> Tensor:
 
 
 def drop_conditions(uniform: Tensor, image: float, text: float, both: float) -> DroppedConditions:
-    """Split one uniform draw a sample into "image only", "text only", "both" and "neither".
+    """Drops conditions: one uniform number per sample selects "image only", "text only", "both" or "neither".
 
     Args:
         uniform: [B] in [0, 1).
-        image, text, both: probabilities; text-only and both may fill the whole range (stage 2: 0 / 0.85 / 0.15).
+        image, text, both: probabilities of "image only", "text only" and "both"; stage 2 has 0 / 0.85 / 0.15.
 
     Raises:
-        ValueError: a negative probability, or a sum above 1.
+        ValueError: a probability is negative, or the sum is above 1.
     """
     check_dropout(image, text, both)
     none_above = image + text + both
     drop_both = (uniform >= image + text) & (uniform < none_above)
-    # 0.85 + 0.15 is a hair below 1 in floats: whoever asked for everything gets everything
+    # 0.85 + 0.15 is slightly below 1 in floats, but must drop a condition in every sample
     if none_above > 1 - 1e-6:
         drop_both = uniform >= image + text
     return DroppedConditions(
@@ -52,24 +49,24 @@ def drop_conditions(uniform: Tensor, image: float, text: float, both: float) -> 
 
 
 def check_dropout(image: float, text: float, both: float) -> None:
-    """Raise ValueError where the three probabilities cannot be one distribution."""
+    """Raises ValueError if a probability is negative or the three sum to more than 1."""
     if min(image, text, both) < 0 or image + text + both > 1 + 1e-6:
         raise ValueError(f"dropout must be at least 0 and sum to at most 1, got {image}, {text} and {both}")
 
 
 def replace_rows(rows: Tensor, replacement: Tensor, where: Tensor) -> Tensor:
-    """rows [B, ...] with those marked by bool [B] taken from `replacement` (same shape, or one row)."""
+    """rows [B, ...], but from `replacement` (same shape, or one row) where the mask `where`, bool [B], is true."""
     return torch.where(where.view(-1, *[1] * (rows.ndim - 1)), replacement, rows)
 
 
 def clean_weights(schedule: Schedule, maximum: float) -> Tensor:
     """Weight of each time step's loss, float32 [T] with mean 1: min(1 / alphas_cumprod, maximum).
 
-    The error of the clean latents is the error of the noise times (1 - a) / a, so that large weights stand
-    for "clean latents count". A maximum of 1 is the plain loss (InstantIR Eq. 1).
+    The squared error of the clean latents is that of the noise times (1 - a) / a, so a large maximum makes the loss
+    count clean latents. A maximum of 1 is the plain loss (InstantIR Eq. 1).
 
     Raises:
-        ValueError: maximum below 1.
+        ValueError: the maximum is below 1.
     """
     if maximum < 1:
         raise ValueError(f"the largest weight must be at least 1, got {maximum}")
@@ -80,11 +77,11 @@ def clean_weights(schedule: Schedule, maximum: float) -> Tensor:
 def importance_weights(steps: int, strength: float) -> Tensor:
     """Weight of each time step's loss, float32 [steps] with mean 1: 1 - strength cos(pi t / steps).
 
-    More for noisy steps, less for clean ones. InstantIR's released trainers have it as an option, off, with a strength
-    of 0.5 (instantir.md section 7).
+    Noisy steps weigh more, clean steps less. InstantIR's released trainers have it as an option with a strength of 0.5,
+    off by default (instantir.md section 7).
 
     Raises:
-        ValueError: strength outside [0, 1).
+        ValueError: the strength is outside [0, 1).
     """
     if not 0 <= strength < 1:
         raise ValueError(f"timestep_importance must be in [0, 1), got {strength}")
@@ -93,23 +90,23 @@ def importance_weights(steps: int, strength: float) -> Tensor:
 
 
 def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
-    """Noise whose channel means vary: noise + strength * offset, for noise [B, C, h, w] and offset [B, C, 1, 1].
+    """Noise with random channel means: noise + strength * offset, for noise [B, C, h, w] and offset [B, C, 1, 1].
 
-    Even at SDXL's noisiest step a picture's mean colour shows through plain noise (sqrt(alpha) is 0.07 there, and the
-    mean over a thousand latents is sharp): no network then learns to take it from the prompt or from an LQ picture.
-    SDXL was trained with a strength of 0.05; priors whose latents vary more in their means need more.
+    Plain noise shows a picture's mean colour even at SDXL's noisiest step: sqrt(alpha) is 0.07 there, and a mean over a
+    thousand latents is precise. A network then does not learn to take the colour from the prompt or from LQ. SDXL was
+    trained with a strength of 0.05; priors whose latents have more variable means need more.
     """
     return noise + strength * offset if strength else noise
 
 
 class WeightedEpsilon:
-    """The noise prediction's loss with the two changes that a short training needs; without them it is Eq. 1.
+    """The loss of the noise prediction with optional weights and offset noise; with the defaults it is InstantIR Eq. 1.
 
     Args:
         schedule: the prior's.
         max_clean_weight: see clean_weights; 1 is the plain loss.
         noise_offset: see offset_noise; 0 is plain noise.
-        timestep_importance: see importance_weights, which multiply the others; 0 is none.
+        timestep_importance: strength of importance_weights, which multiply clean_weights; 0 is off.
     """
 
     def __init__(
@@ -127,7 +124,7 @@ class WeightedEpsilon:
             self.weights = self.weights / self.weights.mean()
 
     def noisy(self, clean: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents and target noise, both like `clean` [B, C, h, w], and timesteps [B].
+        """Noisy latents and target noise, both of the shape of `clean` [B, C, h, w], and timesteps [B].
 
         Draws "timestep", "noise" and "noise_offset".
         """

@@ -1,29 +1,26 @@
-"""Latents and prompts of a batch: what it brings along, else what the prior's encoders make of it.
+"""Latents and prompt embeddings of a batch: precomputed ones, otherwise from the prior's encoders.
 
-What is brought along was rounded to float16 (relative 2**-11), and so is all that is made from it.
+Precomputed values were rounded to float16 (relative error 2**-11).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from components.objectives.diffusion import replace_rows
-
-if TYPE_CHECKING:
-    from components.priors.sdxl import Prior
-    from components.types import Batch
+from components.priors.sdxl import Prior
+from components.types import Batch
 
 
 @torch.no_grad()
 def clean_latents(prior: Prior, batch: Batch, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Scaled latents of the targets [B, C, h, w]; only rows that bring none are encoded.
+    """Scaled latents of the targets [B, C, h, w]; only rows without precomputed latents are encoded.
 
     Args:
-        encode: instead of Prior.encode, for example compiled.
+        encode: replaces Prior.encode, for example with a compiled version.
     """
     encode = encode or prior.encode
     if batch.latents is None:
@@ -35,36 +32,36 @@ def clean_latents(prior: Prior, batch: Batch, encode: Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def embedded_prompts(
-    prior: Prior, batch: Batch, dropped: Tensor, nothing: tuple[Tensor, Tensor]
+def embed_batch_prompts(
+    prior: Prior, batch: Batch, dropped: Tensor, empty: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Token embeddings [B, L, D] and pooled embeddings [B, P] of a batch that brings embeddings along.
+    """Token embeddings [B, L, D] and pooled embeddings [B, P] of a batch with precomputed embeddings.
 
     Args:
-        dropped: bool [B], rows that get the empty prompt.
-        nothing: its embeddings [1, L, D] and [1, P], see `embed_nothing`.
+        dropped: bool [B], true for rows that get the empty prompt.
+        empty: embeddings of the empty prompt, [1, L, D] and [1, P], see `embed_empty_prompt`.
 
     Returns:
-        The batch's own; only rows that bring none, and are not dropped, go through the text encoders.
+        The batch's embeddings. Only rows without embeddings that are not dropped go through the text encoders.
     """
-    found = [batch.embeddings["text"], batch.embeddings["pooled"]]
-    gone = dropped.tolist()
-    asked = [row for row in batch.embeddings_missing if not gone[row]]
-    if asked:
-        rows = torch.tensor(asked, device=found[0].device)
-        fresh = prior.embed_prompts([batch.prompts[row] for row in asked])
-        found = [old.index_copy(0, rows, new.to(old.dtype)) for old, new in zip(found, fresh, strict=True)]
-    made = [replace_rows(old, new.to(old.dtype), dropped) for old, new in zip(found, nothing, strict=True)]
-    return made[0], made[1]
+    embeddings = [batch.embeddings["text"], batch.embeddings["pooled"]]
+    is_dropped = dropped.tolist()
+    missing = [row for row in batch.embeddings_missing if not is_dropped[row]]
+    if missing:
+        rows = torch.tensor(missing, device=embeddings[0].device)
+        fresh = prior.embed_prompts([batch.prompts[row] for row in missing])
+        embeddings = [old.index_copy(0, rows, new.to(old.dtype)) for old, new in zip(embeddings, fresh, strict=True)]
+    results = [replace_rows(old, new.to(old.dtype), dropped) for old, new in zip(embeddings, empty, strict=True)]
+    return results[0], results[1]
 
 
 @torch.no_grad()
-def embed_nothing(prior: Prior) -> tuple[Tensor, Tensor]:
-    """The empty prompt's embeddings [1, L, D] and [1, P] in full precision, whatever stands around the call."""
+def embed_empty_prompt(prior: Prior) -> tuple[Tensor, Tensor]:
+    """The empty prompt's embeddings [1, L, D] and [1, P] in full precision, also under autocast."""
     with torch.autocast(prior.device.type, enabled=False):
         return prior.embed_prompts([""])
 
 
-def repeated(nothing: Sequence[Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    """Embeddings of one prompt for that many rows; views."""
-    return nothing[0].expand(rows, -1, -1), nothing[1].expand(rows, -1)
+def repeat_embeddings(embeddings: Sequence[Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """The embeddings of one prompt as views with `rows` rows."""
+    return embeddings[0].expand(rows, -1, -1), embeddings[1].expand(rows, -1)

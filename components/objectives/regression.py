@@ -1,10 +1,10 @@
-"""What pulls a one-step generator to the picture itself: LPIPS, a loss that needs no weights, or plain L2.
+"""Regression losses that keep a one-step generator near its target: LPIPS, a loss without weights, or plain L2.
 
-    lpips     distance of VGG-16 features, learned weights (Zhang et al. 2018); InstaRevive's appendix. Weights: files.
+    lpips     distance of VGG-16 features, weights from files (Zhang et al. 2018); InstaRevive's appendix
     pyramid   mean absolute difference of the bands of a Laplacian pyramid (Bojanowski et al. 2018, Eq. 3), summed
     l2        mean square of latents, InstaRevive Eq. 4
 
-All are per sample and grow with the error only, not with the picture.
+All are per sample and do not grow with the size of the picture.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 def pyramid_distance(prediction: Tensor, target: Tensor, levels: int = 5) -> Tensor:
     """Sum over the bands of a Laplacian pyramid of the mean absolute difference: [B, C, H, W] -> float32 [B].
 
-    The paper weighs the sum over band j by 4^j, which is the mean over it, as a band has 4^j times fewer pixels. The
-    last band is the coarse picture.
+    The paper weighs the sum over band j by 4^j. That equals the mean over the band, which has 4^j times fewer pixels.
+    The last band is the coarse picture.
 
     Args:
         prediction, target: pictures of one size.
-        levels: bands at most; halving ends where a side would fall below 2 pixels.
+        levels: largest number of bands; halving ends before a side falls below 2 pixels.
     """
-    # linear in the picture, so the pyramid of the difference is the difference of the pyramids
-    left = prediction.float() - target.float()
-    total = left.new_zeros(len(left))
+    # the pyramid is linear: that of the difference is the difference of the pyramids
+    residual = prediction.float() - target.float()
+    total = residual.new_zeros(len(residual))
     for _ in range(levels - 1):
-        if min(left.shape[-2:]) < 4:
+        if min(residual.shape[-2:]) < 4:
             break
-        coarse = F.avg_pool2d(_blurred(left), 2, ceil_mode=True, count_include_pad=False)
-        enlarged = F.interpolate(coarse, left.shape[-2:], mode="bilinear", align_corners=False)
-        total = total + (left - enlarged).abs().flatten(1).mean(dim=1)
-        left = coarse
-    return total + left.abs().flatten(1).mean(dim=1)
+        coarse = F.avg_pool2d(_binomial_blur(residual), 2, ceil_mode=True, count_include_pad=False)
+        enlarged = F.interpolate(coarse, residual.shape[-2:], mode="bilinear", align_corners=False)
+        total = total + (residual - enlarged).abs().flatten(1).mean(dim=1)
+        residual = coarse
+    return total + residual.abs().flatten(1).mean(dim=1)
 
 
-def _blurred(x: Tensor) -> Tensor:
-    """[1, 2, 1] / 4 along both sides, edges repeated."""
+def _binomial_blur(x: Tensor) -> Tensor:
+    """Blurs with [1, 2, 1] / 4 along both sides; edges repeat."""
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
     across = (padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 4
     return (across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]) / 4
 
 
 def latent_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean square error per sample: [B, ...] -> float32 [B] (InstaRevive Eq. 4, with the mean for the sum)."""
+    """Mean square error per sample: [B, ...] -> float32 [B] (InstaRevive Eq. 4, with a mean instead of the sum)."""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
 # ------------------------------------------------------------------------------------------------ LPIPS
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""ImageNet's mean and deviation for pictures in [-1, 1], as LPIPS has them."""
+"""ImageNet's mean and deviation for pictures in [-1, 1], with the numbers of LPIPS."""
 
 VGG_CONVS: Mapping[int, tuple[int, int]] = {
     0: (3, 64),
@@ -85,16 +85,16 @@ VGG_CONVS: Mapping[int, tuple[int, int]] = {
     26: (512, 512),
     28: (512, 512),
 }
-"""(channels in, out) of VGG-16's convolutions by their number among torchvision's `features`."""
+"""(channels in, out) of VGG-16's convolutions by their index in torchvision's `features`."""
 
 TAPS: Mapping[int, int] = {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}
-"""Convolutions whose rectified output is compared, and the number of its learned weights."""
+"""Convolutions whose rectified output LPIPS compares, each with the number of its `lin` weights."""
 
 
 class VggLpips(nn.Module):
-    """LPIPS on VGG-16 (version 0.1). Frozen: gradients flow to the pictures only.
+    """LPIPS on VGG-16 (version 0.1). Frozen: gradients reach the pictures only.
 
-    Its tensors are named features.<i>.weight, features.<i>.bias (torchvision's numbers) and lin<k>.weight [1, C, 1, 1].
+    State-dict keys: features.<i>.weight, features.<i>.bias (torchvision's numbers) and lin<k>.weight [1, C, 1, 1].
     """
 
     def __init__(self) -> None:
@@ -110,19 +110,19 @@ class VggLpips(nn.Module):
         """Distance of pictures [B, 3, H, W] in [-1, 1], sides of 16 px or more -> float32 [B]."""
         with torch.autocast(prediction.device.type, enabled=False):
             total = prediction.new_zeros(len(prediction), dtype=torch.float32)
-            both = self._seen(torch.cat([prediction.float(), target.float()]))
+            both = self._tap_features(torch.cat([prediction.float(), target.float()]))
             for tap, features in both:
                 unit = features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
-                mine, wanted = unit.chunk(2)
-                total = total + self.get_submodule(f"lin{tap}")((mine - wanted).square()).mean(dim=(1, 2, 3))
+                mine, goal = unit.chunk(2)
+                total = total + self.get_submodule(f"lin{tap}")((mine - goal).square()).mean(dim=(1, 2, 3))
             return total
 
-    def _seen(self, images: Tensor) -> Iterable[tuple[int, Tensor]]:
+    def _tap_features(self, images: Tensor) -> Iterable[tuple[int, Tensor]]:
         shift, scale = (images.new_tensor(v).view(1, 3, 1, 1) for v in (SHIFT, SCALE))
         x = (images - shift) / scale
         before = -2
         for number in VGG_CONVS:
-            if number - before > 2:  # a pooling stands between
+            if number - before > 2:  # a pooling layer lies between the two
                 x = F.max_pool2d(x, 2)
             x = F.relu(self.features[str(number)](x))
             if number in TAPS:
@@ -131,19 +131,19 @@ class VggLpips(nn.Module):
 
 
 def load_lpips(place: str | Path, device: str = "cpu") -> VggLpips:
-    """LPIPS with the weights of a file, of a folder, or of a repository on the hub.
+    """Loads LPIPS from a file, a folder, or a repository on the hub.
 
-    One file may hold everything, or several a part each: torchvision's VGG-16 (vgg16-397923af.pth) and the learned
-    weights (LPIPS_v0.1_vgg.pth). Keys of torchvision, of the lpips package and of its copies are known; the classifier
-    and layers that are not needed are passed over.
+    The weights are in one file or in two: torchvision's VGG-16 (vgg16-397923af.pth) and the learned weights
+    (LPIPS_v0.1_vgg.pth). Accepted keys are those of torchvision, of the lpips package and of its copies; the classifier
+    and unused layers are ignored.
 
     Args:
         place: a file, a folder, a name below RESTORAY_HOME/weights, or a hub id.
-        device: where it goes.
+        device: torch device.
 
     Raises:
-        ModelError: nothing there, a file that cannot be read, or tensors that are missing, double or misshapen (all of
-            them are named).
+        ModelError: no weights, an unreadable file, or tensors that are missing, contradictory or of a wrong shape (the
+            message names all of them).
     """
     path = Path(place).expanduser()
     if path.is_file():
@@ -154,23 +154,23 @@ def load_lpips(place: str | Path, device: str = "cpu") -> VggLpips:
         files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
         if not files:
             raise WeightsFileError(f"{folder}: no weights, looked for {', '.join(patterns)}")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     unknown: list[str] = []
     for file in files:
         for key, tensor in read_tensors(file, inside="state_dict").items():
             name = _lpips_name(key)
             if name is None:
                 unknown.append(key)
-            elif name and name in found and not torch.equal(found[name], tensor):
-                raise WeightsFileError(f"{file}: {key} says something else than a file before it")
+            elif name and name in tensors and not torch.equal(tensors[name], tensor):
+                raise WeightsFileError(f"{file}: {key} differs from the same tensor in an earlier file")
             elif name:
-                found[name] = tensor
+                tensors[name] = tensor
     if unknown:
-        raise WeightsFileError(f"{files[0].parent}: no weights of LPIPS on VGG-16; unexpected {sorted(unknown)[:8]}")
+        raise WeightsFileError(f"{files[0].parent}: not weights of LPIPS on VGG-16; unexpected {sorted(unknown)[:8]}")
     network = VggLpips()
-    load_strictly(network, found, f"{place}: LPIPS")
-    if any(bool((value < 0).any()) for key, value in found.items() if key.startswith("lin")):
-        raise WeightsFileError(f"{place}: learned weights of LPIPS are not negative, these are")
+    load_strictly(network, tensors, f"{place}: LPIPS")
+    if any(bool((value < 0).any()) for key, value in tensors.items() if key.startswith("lin")):
+        raise WeightsFileError(f"{place}: negative learned weights; those of LPIPS are not negative")
     return network.to(device).eval()
 
 
@@ -178,11 +178,11 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def _lpips_name(key: str) -> str | None:
-    """Our name of a tensor; "" for one that is not needed, None for one that nobody knows."""
-    if found := re.fullmatch(r"(?:net\.)?(?:vgg\.)?(?:features|slice\d)\.(\d+)\.(weight|bias)", key):
-        return f"features.{found[1]}.{found[2]}" if int(found[1]) in VGG_CONVS else None
-    if found := re.fullmatch(r"lins?\.?(\d)(?:\.model)?(?:\.1)?\.weight", key):
-        return f"lin{found[1]}.weight" if int(found[1]) in TAPS.values() else None
+    """Our key of a tensor; "" for an unused tensor, None for an unknown one."""
+    if match := re.fullmatch(r"(?:net\.)?(?:vgg\.)?(?:features|slice\d)\.(\d+)\.(weight|bias)", key):
+        return f"features.{match[1]}.{match[2]}" if int(match[1]) in VGG_CONVS else None
+    if match := re.fullmatch(r"lins?\.?(\d)(?:\.model)?(?:\.1)?\.weight", key):
+        return f"lin{match[1]}.weight" if int(match[1]) in TAPS.values() else None
     if re.match(r"(classifier\.|(?:scaling_layer\.)?(?:shift|scale)$)", key):
         return ""
     return None

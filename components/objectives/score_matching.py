@@ -5,8 +5,8 @@
     T_max = sigma^-1[kappa d(x_hq, x)],  t ~ U[0.02 T_max, T_max]                                        (Eqs. 6, 7)
     loss = alpha L_reg + (1 - alpha) lambda L_dsm,  alpha linear in T_max
 
-The gradient is that of DMD (Yin et al. 2023) as PixArt-sigma's one-step trainer has it: its factor noise / signal and
-its weight take the place of omega(t), which the paper leaves open (instarevive.md section 5.2).
+The gradient is that of DMD (Yin et al. 2023) in PixArt-sigma's one-step trainer: its factor noise / signal and its
+weight replace omega(t), which the paper does not define (instarevive.md section 5.2).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Reduction = Literal["mean", "sum"]
 
 
 class NoiseMap(Protocol):
-    """How a prior mixes latents and noise at its discrete time steps: Schedule, FlowSchedule."""
+    """The mix of latents and noise at a prior's discrete time steps: Schedule, FlowSchedule."""
 
     @property
     def num_train_timesteps(self) -> int: ...
@@ -41,7 +41,7 @@ class NoiseMap(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreGap:
-    """What two scores say of the same noisy latents.
+    """The difference of two scores on the same noisy latents.
 
     Attributes:
         coeff: (noise / signal) (eps_real - eps_fake) [B, C, h, w]: clean latents of the fake minus those of the real.
@@ -58,10 +58,10 @@ class ScoreGap:
 def score_gap(
     schedule: NoiseMap, latents: Tensor, noisy: Tensor, timesteps: Tensor, eps_real: Tensor, eps_fake: Tensor
 ) -> ScoreGap:
-    """Compare the scores' noise predictions, in float32.
+    """Compares the noise predictions of two scores, in float32.
 
     Args:
-        schedule: of both scores.
+        schedule: the schedule of both scores.
         latents: x [B, C, h, w].
         noisy: x_t, same shape.
         timesteps: int64 [B].
@@ -77,9 +77,9 @@ def score_gap(
 
 
 def score_matching_loss(latents: Tensor, gap: ScoreGap) -> Tensor:
-    """Mean square of x minus its own moved copy, per sample: [B, C, h, w] -> float32 [B].
+    """Mean square of x minus a copy that is moved along the gap, per sample: [B, C, h, w] -> float32 [B].
 
-    The mean over the batch has the gradient (2 / N) weight coeff by x, N being all elements.
+    The mean over the batch has the gradient (2 / N) weight coeff with respect to x; N is the number of elements.
     """
     latents = latents.float()
     target = (latents - gap.weight * gap.coeff).detach()
@@ -91,11 +91,11 @@ def squared_distances(prediction: Tensor, target: Tensor, reduction: Reduction =
 
     Args:
         prediction, target: clean latents.
-        reduction: over a sample's elements. "sum" is Eq. 7 as printed: with latents of thousands of elements T_max then
-            stands at its end from the start on. "mean" is what the paper's reasoning about sigma^2 I asks for.
+        reduction: over a sample's elements. "sum" is Eq. 7 as printed; with latents of thousands of elements T_max is
+            then at its maximum from the first step on. "mean" follows the paper's argument about sigma^2 I.
 
     Raises:
-        ValueError: another reduction.
+        ValueError: the reduction is another word.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
@@ -104,53 +104,53 @@ def squared_distances(prediction: Tensor, target: Tensor, reduction: Reduction =
 
 
 def noise_levels(schedule: NoiseMap) -> Tensor:
-    """Share of the noise at each time step, of unit variance in all: float64 [T], rising.
+    """The share of noise at each time step, at unit total variance: float64 [T], rising.
 
-    s / sqrt(1 + s^2) of noise over signal s. For variance-preserving priors it is their own sigma_t; a flow-matching
-    prior reaches the same noise over signal at another time, which is what the inversion has to find.
+    It is s / sqrt(1 + s^2) with s = noise / signal. For variance-preserving priors this is their sigma_t. A
+    flow-matching prior has the same s at another time; the inversion in `largest_timesteps` finds it.
     """
     ratio = schedule.sigmas.double()
     return ratio / (1 + ratio.square()).sqrt()
 
 
 def largest_timesteps(schedule: NoiseMap, level: Tensor, floor: int = 1) -> Tensor:
-    """T_max: the smallest time step whose noise reaches a level (Eq. 6), int64 of level's shape.
+    """T_max: the smallest time step whose noise level reaches `level` (Eq. 6), int64 of level's shape.
 
     Args:
         schedule: the prior's.
-        level: kappa d, at least 0; what no step reaches gets the last one.
-        floor: T_max is not below it, so that times still have a range.
+        level: kappa d, at least 0; a level above all steps gives the last step.
+        floor: the smallest T_max, so that the range of times is never empty.
     """
     table = noise_levels(schedule).to(level.device)
-    found = torch.searchsorted(table, level.detach().double().contiguous())
+    steps = torch.searchsorted(table, level.detach().double().contiguous())
     last = schedule.num_train_timesteps - 1
-    return found.clamp(min(max(1, floor), last), last)
+    return steps.clamp(min(max(1, floor), last), last)
 
 
 def smallest_timesteps(t_max: Tensor, share: float = 0.02) -> Tensor:
-    """The range's lower end, max(1, ceil(share T_max)), int64 of its shape."""
-    # 0.07 * 100 is a hair above 7 in floats, which must not count
+    """The lower end of the range of times, max(1, ceil(share T_max)), int64 of T_max's shape."""
+    # 0.07 * 100 is slightly above 7 in floats, and must still give 7
     return torch.ceil(t_max.double() * share - 1e-9).long().clamp_min(1)
 
 
 def draw_timesteps(uniform: Tensor, t_max: Tensor, share: float = 0.02) -> Tensor:
-    """Whole time steps, uniform from smallest_timesteps to T_max, both included: int64 [B].
+    """Draws whole time steps, uniform from smallest_timesteps to T_max, both included: int64 [B].
 
     Args:
         uniform: [B] in [0, 1].
-        t_max: int64 [B], or [] for all.
-        share: lower end over upper end.
+        t_max: int64 [B], or [] for one value.
+        share: lower end divided by upper end.
     """
     low = smallest_timesteps(t_max, share)
-    drawn = low + (uniform.double() * (t_max - low + 1)).floor().long()
-    return torch.minimum(drawn, t_max)  # a uniform number may be rounded up to 1
+    timesteps = low + (uniform.double() * (t_max - low + 1)).floor().long()
+    return torch.minimum(timesteps, t_max)  # a uniform number may be rounded up to 1
 
 
 def regression_share(t_max: Tensor, low: float = 0.0, high: float = 1000.0) -> Tensor:
-    """alpha, the weight of the regression: T_max mapped from [low, high] to [0, 1], clipped; float32 of its shape.
+    """alpha, the weight of the regression: T_max mapped from [low, high] to [0, 1] and clipped; float32 of its shape.
 
     Raises:
-        ValueError: an empty range.
+        ValueError: the range is empty.
     """
     if not low < high:
         raise ValueError(f"the range of T_max must have low < high, got {low} and {high}")

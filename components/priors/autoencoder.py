@@ -1,8 +1,8 @@
-"""An autoencoder whose factor and channels are parameters, with a space-to-depth front.
+"""An autoencoder with a choice of factor and channels, which starts with space-to-depth.
 
-All convolutions run at 1/factor of the picture's size, so it learns in minutes on a CPU where convolutions at full
-resolution do not. A linear map (patch -> channels and back) carries most of the signal and can be set to the principal
-components of real patches; a residual network on each side adds what the linear map cannot express.
+All convolutions run at 1/factor of the picture's size, so it trains in minutes on a CPU. A linear map (patch ->
+channels and back) carries most of the signal; its start can be the principal components of real patches. A residual
+network on each side adds what is not linear.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor, nn
 
 
 def autoencoder_factor(autoencoder: nn.Module) -> int:
-    """Pixels of a latent pixel's side, of an AutoencoderKL or a SpaceToDepthAutoencoder."""
+    """The side of a latent pixel in pixels, for an AutoencoderKL or a SpaceToDepthAutoencoder."""
     if isinstance(autoencoder, SpaceToDepthAutoencoder):
         return autoencoder.factor
     return 2 ** (len(_config(autoencoder)["block_out_channels"]) - 1)
 
 
 def encode_pixels(autoencoder: nn.Module, images: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/factor, W/factor], in the pictures' type.
+    """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/factor, W/factor], in the pictures' dtype.
 
-    The mode of the encoder's distribution, or with standard normal `noise` of the latents' shape a sample of it; an
-    autoencoder without a distribution gives the same either way.
+    The latents are the mode of the encoder's distribution. With standard normal `noise` of their shape they are a
+    sample of it; an autoencoder without a distribution ignores `noise`.
     """
     if isinstance(autoencoder, SpaceToDepthAutoencoder):
         return autoencoder.encode(images)
     with torch.autocast(images.device.type, enabled=False):
-        seen = images.to(next(autoencoder.parameters()).dtype)
-        found = autoencoder.encode(seen).latent_dist  # type: ignore[operator]
-        latents = found.mode() if noise is None else found.mean + found.std * noise.to(found.mean)
+        pixels = images.to(next(autoencoder.parameters()).dtype)
+        normal = autoencoder.encode(pixels).latent_dist  # type: ignore[operator]
+        latents = normal.mode() if noise is None else normal.mean + normal.std * noise.to(normal.mean)
     return latents.to(images.dtype) * _config(autoencoder)["scaling_factor"]  # type: ignore[no-any-return]
 
 
 def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    """Scaled latents [B, C, h, w] -> pictures [B, 3, H, W], not clipped, in the latents' type."""
+    """Scaled latents [B, C, h, w] -> pictures [B, 3, H, W], not clipped, in the latents' dtype."""
     if isinstance(autoencoder, SpaceToDepthAutoencoder):
         return autoencoder.decode(latents)
     with torch.autocast(latents.device.type, enabled=False):
@@ -52,7 +52,7 @@ def _config(autoencoder: nn.Module) -> Mapping[str, Any]:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))), 3x3, no normalisation: the activations are already of order one."""
+    """x + conv(silu(conv(silu(x)))), 3x3, without normalisation: the activations are already of order one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNetwork(nn.Module):
-    """conv -> blocks -> conv that starts at zero, [B, inputs, h, w] -> [B, outputs, h, w]."""
+    """conv -> blocks -> conv with zero initial weights, [B, inputs, h, w] -> [B, outputs, h, w]."""
 
     def __init__(self, inputs: int, outputs: int, width: int, blocks: int) -> None:
         super().__init__()
@@ -84,10 +84,10 @@ class SpaceToDepthAutoencoder(nn.Module):
     """Pictures [B, 3, H, W] in [-1, 1] <-> latents [B, latent_channels, H/factor, W/factor].
 
     Args:
-        factor: pixels of a latent pixel's side.
+        factor: side of a latent pixel in pixels.
         latent_channels: channels of the latents.
         width, encoder_blocks, decoder_blocks: size of the residual networks.
-        scaling_factor: the latents are multiplied by it, so that their standard deviation is near one.
+        scaling_factor: multiplies the latents, so that their standard deviation is near one.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class SpaceToDepthAutoencoder(nn.Module):
         self.decode_residual = ResidualNetwork(latent_channels, patch, width, decoder_blocks)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Scaled latents. Raises ValueError where a side is no multiple of the factor."""
+        """Scaled latents. Raises ValueError if a side is not a multiple of the factor."""
         if images.shape[-1] % self.factor or images.shape[-2] % self.factor:
             raise ValueError(f"sides must be multiples of {self.factor}, got {tuple(images.shape[-2:])}")
-        with torch.autocast(images.device.type, enabled=False):  # as SDXL's own: never in half precision while training
+        with torch.autocast(images.device.type, enabled=False):  # like SDXL's: not in half precision during training
             patches = F.pixel_unshuffle(images, self.factor)
             return (self.encode_linear(patches) + self.encode_residual(patches)) * self.scaling_factor
 
@@ -123,13 +123,13 @@ class SpaceToDepthAutoencoder(nn.Module):
 
     @torch.no_grad()
     def set_principal_components(self, images: Tensor, whitening: float = 0.5) -> None:
-        """Set the linear maps to the principal components of the pictures' patches.
+        """Sets the linear maps to the principal components of the pictures' patches.
 
         Args:
             images: [B, 3, H, W] in [-1, 1].
-            whitening: channel i gets standard deviation std_i ** (1 - whitening), times one gain that makes the mean
-                square one. 0 keeps pixel-space distances (fine channels drown in the first noise), 1 makes all channels
-                equally loud (the denoiser then spends itself on fine grain); half-way is our choice.
+            whitening: channel i gets standard deviation std_i ** (1 - whitening), times a common gain that makes the
+                mean square one. 0 keeps pixel-space distances: the first noise then hides the fine channels. 1 gives
+                all channels equal variance: the denoiser then spends its capacity on fine grain. 0.5 is our choice.
         """
         patches = F.pixel_unshuffle(images.double(), self.factor).movedim(1, -1).reshape(-1, 3 * self.factor**2)
         mean = patches.mean(0)
@@ -137,7 +137,7 @@ class SpaceToDepthAutoencoder(nn.Module):
         order = variance.argsort(descending=True)[: self.latent_channels]
         deviation = variance[order].clamp_min(1e-8).sqrt()
         basis = basis[:, order]
-        # eigenvectors have no sign of their own: fix it, so that machines agree
+        # the sign of an eigenvector is arbitrary: fix it, so that machines agree
         basis = basis * basis.sum(0).sign().where(basis.sum(0) != 0, torch.ones_like(deviation))
         gain = deviation**-whitening
         gain = gain / (deviation * gain).square().mean().sqrt()

@@ -1,25 +1,38 @@
-"""What the files of other people's priors say, and one sentence for what is wrong with them."""
+"""Reads configuration files of priors, and shortens errors to one line."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from components.models import ModelError
+import torch
+
+from components.models import Model, ModelError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_prior_folder(model: Model) -> None:
+    """Raises ModelError unless a model folder holds a prior: model.json then names the system "prior"."""
+    if model.info["system"] != "prior":
+        raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a prior")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file. Raises ModelError where there is none."""
+    """Reads a configuration file. Raises ModelError if it is missing or not a JSON object."""
     try:
-        found = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: {first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: no configuration")
-    return found
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: not a configuration (a JSON object)")
+    return document
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, at most 300 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,4 +1,4 @@
-"""The nano prior: SDXL's shape at a size that trains on a laptop. Built from its config alone, so any size works."""
+"""The nano prior: SDXL's shape at a size that trains on a laptop. It is built from a config, so any size works."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from components.priors.autoencoder import SpaceToDepthAutoencoder
-from components.priors.sdxl import ImageView, Prior
+from components.priors.sdxl import Prior
+from components.priors.sdxl_config import ImageView
 from components.samplers.schedules import Schedule
 
 PAD, BOS, UNKNOWN, EOS = "<pad>", "<bos>", "<unk>", "<eos>"
@@ -59,7 +60,7 @@ NANO: Mapping[str, Any] = {
 
 
 def build_tokenizer_json(words: Sequence[str], length: int) -> str:
-    """A word-level tokenizer over a fixed vocabulary, as tokenizer.json; other words become <unk>."""
+    """A word-level tokenizer over a fixed vocabulary, as the text of tokenizer.json; other words become <unk>."""
     vocabulary = {w: i for i, w in enumerate([PAD, BOS, UNKNOWN, EOS, *dict.fromkeys(w.lower() for w in words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -72,11 +73,11 @@ def build_tokenizer_json(words: Sequence[str], length: int) -> str:
 
 
 def build_prior(config: Mapping[str, Any], tokenizer_json: str) -> Prior:
-    """An untrained prior of the given size.
+    """Builds an untrained prior.
 
     Args:
-        config: as NANO; "unet" holds UNet2DConditionModel's arguments.
-        tokenizer_json: a tokenizer file's text; both text encoders share it.
+        config: sizes, as in NANO; "unet" holds the arguments of UNet2DConditionModel.
+        tokenizer_json: text of a tokenizer file; both text encoders use it.
     """
     length = int(config["text_length"])
     tokenizer = PreTrainedTokenizerFast(

@@ -1,7 +1,7 @@
 """Priors with a single text encoder: PixArt-alpha (a DiT, T5 and its mask) and Stable Diffusion 2.1 (a UNet, OpenCLIP).
 
-Both work on the latents of an AutoencoderKL. The text encoder may be absent (T5-XXL has 4.8 billion parameters): such a
-prior knows the prompts only whose embeddings it was given.
+Both work on the latents of an AutoencoderKL. The text encoder may be absent (T5-XXL has 4.8 billion parameters). Such a
+prior accepts only the prompts in `prompt_embeddings`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from components.models import ModelError
 from components.priors.autoencoder import autoencoder_factor, decode_latents, encode_pixels
-from components.priors.files import first_line, read_json
-from components.priors.hub import Precision, find_folder, load_part
+from components.priors.files import Precision, first_line, read_json
+from components.priors.hub import find_folder, load_part
 from components.priors.one_text_config import PIXART_TOKENS
 from components.priors.scheduler_config import read_schedule
 from components.samplers.schedules import FlowSchedule, Schedule
@@ -32,17 +32,17 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 @dataclass(kw_only=True)
 class OneTextPrior:
-    """A prior whose network sees one sequence of text tokens. Frozen unless a training stage says otherwise.
+    """A prior whose network takes one sequence of text tokens. It is frozen unless a training stage trains it.
 
     Attributes:
-        name, digest: where it came from; a model trained on it records both.
+        name, digest: identify the prior; a model trained on it records both.
         network: PixArtTransformer2DModel or UNet2DConditionModel.
         autoencoder: AutoencoderKL.
-        text_encoder, tokenizer: None where prompts come from `known` only.
-        schedule: it was trained with.
-        prediction: what the network predicts, "epsilon", "v_prediction", or with a flow's schedule "flow_prediction".
-        masked: whether padding is masked (T5) or is text like any other (CLIP).
-        known: embeddings of prompts: (text [1, L, D], mask [1, L] or None).
+        text_encoder, tokenizer: None if prompts come from `prompt_embeddings` only.
+        schedule: the noise schedule of its training.
+        prediction: output of the network: "epsilon", "v_prediction", or with a FlowSchedule "flow_prediction".
+        masked: whether padding is masked (T5) or counts as text (CLIP).
+        prompt_embeddings: (text [1, L, D], mask [1, L] or None) by prompt.
     """
 
     name: str
@@ -54,18 +54,18 @@ class OneTextPrior:
     schedule: Schedule | FlowSchedule
     prediction: Prediction = "epsilon"
     masked: bool = True
-    known: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    prompt_embeddings: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     @property
     def source(self) -> dict[str, str]:
-        """What finds the prior again; a model trained on it records this."""
+        """The record that identifies the prior in a model trained on it."""
         return {"id": self.name, "digest": self.digest}
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """All networks by part name."""
-        found = {"network": self.network, "autoencoder": self.autoencoder}
-        return found | ({"text_encoder": self.text_encoder} if self.text_encoder is not None else {})
+        networks = {"network": self.network, "autoencoder": self.autoencoder}
+        return networks | ({"text_encoder": self.text_encoder} if self.text_encoder is not None else {})
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +77,7 @@ class OneTextPrior:
 
     @property
     def factor(self) -> int:
-        """Pixels of a latent pixel's side."""
+        """The side of a latent pixel in pixels."""
         return autoencoder_factor(self.autoencoder)
 
     def to(self, device: str | torch.device) -> OneTextPrior:
@@ -86,15 +86,15 @@ class OneTextPrior:
         return self
 
     def freeze(self) -> OneTextPrior:
-        """Evaluation mode, no gradients."""
+        """Sets evaluation mode and disables gradients."""
         for module in self.modules.values():
             module.eval().requires_grad_(False)
         return self
 
     def halve_text_encoder(self) -> OneTextPrior:
-        """The text encoder in bfloat16, for training beside it: in float32 T5-XXL alone takes 19 GB."""
+        """Casts the text encoder to bfloat16 for training: in float32 T5-XXL alone takes 19 GB."""
         if self.text_encoder is not None:
-            nn.Module.to(self.text_encoder, dtype=torch.bfloat16)  # torch's own: transformers' warns of parts kept
+            nn.Module.to(self.text_encoder, dtype=torch.bfloat16)  # transformers' `to` warns here
         return self
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -109,16 +109,16 @@ class OneTextPrior:
         """Prompts -> (text [B, L, D], mask [B, L] of 1 and 0, or None where padding is text).
 
         Raises:
-            ValueError: no text encoder, and a prompt that is not among the known ones.
+            ValueError: there is no text encoder, and a prompt is not in `prompt_embeddings`.
         """
-        if all(prompt in self.known for prompt in prompts):
-            found = [self.known[prompt] for prompt in prompts]
-            masks = [mask for _, mask in found if mask is not None]
-            text = torch.cat([text for text, _ in found]).to(self.device)
+        if all(prompt in self.prompt_embeddings for prompt in prompts):
+            embeddings = [self.prompt_embeddings[prompt] for prompt in prompts]
+            masks = [mask for _, mask in embeddings if mask is not None]
+            text = torch.cat([text for text, _ in embeddings]).to(self.device)
             return text, torch.cat(masks).to(self.device) if masks else None
         if self.text_encoder is None:
-            known = ", ".join(repr(prompt) for prompt in self.known) or "none"
-            raise ValueError(f"{self.name} has no text encoder and knows only these prompts: {known}")
+            usable = ", ".join(repr(prompt) for prompt in self.prompt_embeddings) or "none"
+            raise ValueError(f"{self.name} has no text encoder; usable prompts are: {usable}")
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -138,16 +138,16 @@ def load_one_text_prior(
     with_text: bool = True,
     with_network: bool = True,
 ) -> OneTextPrior:
-    """A diffusers folder or hub id of a PixArt-alpha or Stable Diffusion 2.1 pipeline, frozen, on the CPU.
+    """Loads a diffusers folder or hub id of a PixArt-alpha or Stable Diffusion 2.1 pipeline, frozen, on the CPU.
 
-    The autoencoder goes into bf16 with the rest, but stays in fp32 with fp16, in which its gradients overflow.
+    With bf16 the autoencoder is in bf16 too. With fp16 it stays in fp32, since its gradients overflow in fp16.
 
     Args:
         with_text: load the text encoder too.
-        with_network: load the network's weights; False leaves it on the meta device, for who brings others.
+        with_network: load the network's weights; False leaves it on the meta device, for a caller with other weights.
 
     Raises:
-        ModelError: names what was looked for and not found, or does not fit.
+        ModelError: files are missing or do not fit; the message names them.
     """
     part = _NETWORK[family]
     parts = (
@@ -155,8 +155,8 @@ def load_one_text_prior(
         | ({part: _WEIGHTS} if with_network else {})
         | ({"text_encoder": "model"} if with_text else {})
     )
-    needed = tuple(f"{p}/config.json" for p in dict.fromkeys([*parts, part]))
-    folder, found_id = find_folder(name, needed, ("*/*.json", "*/*.txt", "*/*.model"), parts, precision)
+    required = tuple(f"{p}/config.json" for p in dict.fromkeys([*parts, part]))
+    folder, prior_id = find_folder(name, required, ("*/*.json", "*/*.txt", "*/*.model"), parts, precision)
     cls = PixArtTransformer2DModel if family == "pixart" else UNet2DConditionModel
     if with_network:
         network = load_part(cls, folder / part, _WEIGHTS, precision)
@@ -167,7 +167,7 @@ def load_one_text_prior(
     encoder, tokenizer = _load_text(folder, family, precision) if with_text else (None, None)
     schedule, prediction = read_schedule(folder)
     return OneTextPrior(
-        name=found_id,
+        name=prior_id,
         digest="",
         network=network,
         autoencoder=autoencoder,

@@ -1,4 +1,4 @@
-"""What is known of PixArt-alpha and Stable Diffusion 2.1 without their files: names, sizes and licences. Torch-free."""
+"""Names, sizes and licences of PixArt-alpha and Stable Diffusion 2.1, without their files. Torch-free."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SD_VAE: Mapping[str, Any] = {
     "scaling_factor": 0.18215,
     "force_upcast": False,
 }
-"""stabilityai/sd-vae-ft-ema, which both use, in AutoencoderKL's arguments: 83,653,863 parameters."""
+"""stabilityai/sd-vae-ft-ema, the autoencoder of both, in AutoencoderKL's arguments: 83,653,863 parameters."""
 
 PIXART_SCHEDULE: Mapping[str, Any] = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
 
@@ -61,4 +61,4 @@ PIXART_TOKENS = 300
 """Tokens of a prompt in InstaRevive's code (reference, section 5.7); PixArt-alpha itself was trained with 120."""
 
 LICENCES: Mapping[str, str] = {PIXART: "CreativeML OpenRAIL++-M", SD21: "CreativeML OpenRAIL++-M"}
-"""As the hub's cards of these models say."""
+"""Licences from the models' cards on the hub."""

@@ -1,9 +1,10 @@
-"""What is known of SDXL and DINOv2 without their files: names, sizes and licences. Torch-free."""
+"""Names, sizes and licences of SDXL and DINOv2, without their files. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 DINOV2 = "facebook/dinov2-large"  # InstantIR's choice (reference/instantir.md section 2)
@@ -31,4 +32,25 @@ LICENCES: Mapping[str, str] = {
     SDXL: "CreativeML OpenRAIL++-M",
     DINOV2: "apache-2.0",
 }
-"""As the hub's cards of these models say."""
+"""Licences from the models' cards on the hub."""
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageView:
+    """The preparation of a picture for the picture encoder.
+
+    Attributes:
+        shortest_edge_px: with fit "crop" the short side is resized to this (bicubic, antialiased).
+        crop_px: side of the encoder's square input.
+        fit: "crop" takes the centre square of the resized picture; "squash" resizes the whole picture to the square.
+    """
+
+    shortest_edge_px: int = 256
+    crop_px: int = 224
+    fit: Literal["crop", "squash"] = "crop"

@@ -1,11 +1,11 @@
-"""Autoencoders over pictures of any size: strips of tiles, from 8-bit pictures to latents and back.
+"""Autoencoders on pictures of any size: strips of tiles, from 8-bit pictures to latents and back.
 
-Neither the float picture nor an activation of the whole exists, so memory is bounded by a tile's, beside the latents
-and the 8-bit picture.
+The whole picture never exists as floats, nor do its activations. Memory is that of a tile, the latents and the 8-bit
+picture.
 
-    SpaceToDepthAutoencoder   tiles carry a halo as wide as the convolutions reach: equal to the whole but for rounding
-    AutoencoderKL             its group norms and its middle attention see the whole picture, so tiles cannot be exact:
-                              they overlap by twice the halo and are cross-faded over it
+    SpaceToDepthAutoencoder   a tile's halo is as wide as the convolutions reach: equal to the whole up to rounding
+    AutoencoderKL             its group norms and its middle attention depend on the whole picture, so tiles are not
+                              exact: they overlap by twice the halo and are cross-faded
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from components.tensors import images_to_tensor, tensor_to_images
 from components.types import Image
 
 TILE = 128
-"""Latent pixels of a tile's side without its halo, ours; at most this goes through whole. SDXL: 1024 px."""
+"""Side of a tile in latent pixels without its halo, ours; a smaller picture is one tile. SDXL: 1024 px."""
 
 FADE = 16
 """AutoencoderKL: latent pixels of the cross-fade on each side of a border, and of the halo beyond it; ours."""
 
 
 class LatentPrior(Protocol):
-    """A prior as far as its autoencoder goes; `encode` and `decode` as Prior's."""
+    """The part of a prior that tiling uses; `encode` and `decode` as in Prior."""
 
     @property
     def autoencoder(self) -> nn.Module: ...
@@ -50,11 +50,11 @@ class LatentPrior(Protocol):
 
 
 def halo_of(prior: LatentPrior, part: str) -> int:
-    """Latent pixels that a tile must see around itself; `part` is "encoder" or "decoder"."""
+    """Width in latent pixels of a tile's halo; `part` is "encoder" or "decoder"."""
     autoencoder = prior.autoencoder
     if isinstance(autoencoder, SpaceToDepthAutoencoder):
         residual = autoencoder.encode_residual if part == "encoder" else autoencoder.decode_residual
-        return 2 + 2 * len(residual.blocks)  # a 3x3 convolution on each end, two in each block
+        return 2 + 2 * len(residual.blocks)  # one 3x3 convolution at each end, two in each block
     return 2 * FADE
 
 
@@ -62,12 +62,12 @@ def encode_images(prior: LatentPrior, images: Sequence[Image], tile: int = TILE,
     """Pictures of one size, uint8 [H, W, 3] -> scaled latents [B, C, H/factor, W/factor].
 
     Args:
-        tile: latent pixels of a tile's side.
-        noise: standard normal of the result's shape: the latents are a sample with it; None takes the mode. An
-            autoencoder without a distribution gives the same either way.
+        tile: side of a tile in latent pixels.
+        noise: standard normal noise of the result's shape, for a sample of the distribution; None takes the mode. An
+            autoencoder without a distribution ignores it.
 
     Raises:
-        ValueError: sides that are no multiples of the prior's factor.
+        ValueError: a side is not a multiple of the prior's factor.
     """
     factor = prior.factor
     height, width = images[0].shape[:2]
@@ -84,10 +84,10 @@ def encode_images(prior: LatentPrior, images: Sequence[Image], tile: int = TILE,
         return encode(0, size[0], 0, size[1])
     result = torch.zeros(len(images), prior.latent_channels, *size, device=prior.device)
 
-    def put(top: int, left: int, value: Tensor) -> None:
+    def add_tile(top: int, left: int, value: Tensor) -> None:
         result[..., top : top + value.shape[-2], left : left + value.shape[-1]].add_(value)
 
-    _over_tiles(size, tile, halo_of(prior, "encoder"), _fade(prior), 1, encode, put)
+    _over_tiles(size, tile, halo_of(prior, "encoder"), _fade(prior), 1, encode, add_tile)
     return result
 
 
@@ -95,7 +95,7 @@ def decode_images(prior: LatentPrior, latents: Tensor, tile: int = TILE) -> list
     """Scaled latents [B, C, h, w] -> pictures uint8 [h factor, w factor, 3], clipped.
 
     Args:
-        tile: latent pixels of a tile's side.
+        tile: side of a tile in latent pixels.
     """
     size = (latents.shape[-2], latents.shape[-1])
     if max(size) <= tile:
@@ -116,21 +116,21 @@ def paint(
     scale: int,
     run: Callable[[int, int, int, int], Tensor],
 ) -> list[Image]:
-    """Pictures uint8 [H, W, 3] put together of tiles; of floating point numbers only a row of tiles exists at a time.
+    """Joins tiles to pictures uint8 [H, W, 3]; only one row of tiles exists as floats at a time.
 
     Args:
-        batch: pictures.
-        size, tile, halo, fade, scale, run: see _over_tiles; `run` gives [B, 3, rows, columns] in [-1, 1].
+        batch: number of pictures.
+        size, tile, halo, fade, scale, run: see _over_tiles; `run` returns [B, 3, rows, columns] in [-1, 1].
     """
     pictures = np.zeros((batch, size[0] * scale, size[1] * scale, 3), dtype=np.uint8)
-    # where tiles are cross-faded their sum must not be rounded twice, so a row of tiles is summed as float first
+    # the sum of cross-faded tiles must be rounded only once, so a row of tiles is summed as float first
     strip = np.zeros((batch, 0, size[1] * scale, 3), dtype=np.float32)
     strip_top = 0
 
-    def put(top: int, left: int, value: Tensor) -> None:
+    def add_tile(top: int, left: int, value: Tensor) -> None:
         nonlocal strip, strip_top
         pixels = value.detach().to(torch.float32).permute(0, 2, 3, 1).cpu().numpy()
-        if top > strip_top:  # a new row of tiles: what lies above is complete
+        if top > strip_top:  # a new row of tiles: the rows above it are complete
             _settle(pictures, strip[:, : top - strip_top], strip_top)
             strip, strip_top = strip[:, top - strip_top :], top
         missing = pixels.shape[1] - strip.shape[1]
@@ -138,13 +138,13 @@ def paint(
             strip = np.concatenate([strip, np.zeros((batch, missing, *strip.shape[2:]), np.float32)], axis=1)
         strip[:, : pixels.shape[1], left : left + pixels.shape[2]] += pixels
 
-    _over_tiles(size, tile, halo, fade, scale, run, put)
+    _over_tiles(size, tile, halo, fade, scale, run, add_tile)
     _settle(pictures, strip, strip_top)
     return list(pictures)
 
 
 def _settle(pictures: np.ndarray, strip: np.ndarray, top: int) -> None:
-    """Round finished rows [B, rows, W, 3] in [-1, 1] into the 8-bit pictures, as tensor_to_images does."""
+    """Rounds finished rows [B, rows, W, 3] in [-1, 1] into the 8-bit pictures, as tensor_to_images does."""
     for picture, rows in zip(pictures, strip, strict=True):
         picture[top : top + len(rows)] = tensor_to_images(torch.from_numpy(rows).permute(2, 0, 1)[None])[0]
 
@@ -162,30 +162,30 @@ def _over_tiles(
     run: Callable[[int, int, int, int], Tensor],
     put: Callable[[int, int, Tensor], None],
 ) -> None:
-    """Run every tile with its halo, cut the halo off, weigh the cross-fade, and put the rest in its place.
+    """Runs every tile with its halo, cuts the halo off, weighs the cross-fade, and puts the result in its place.
 
     Args:
-        size: of the grid in latent pixels, in which tile, halo and fade count too.
-        scale: the result's pixels for a latent pixel.
+        size: (height, width) of the grid; size, tile, halo and fade are in latent pixels.
+        scale: pixels of the result per latent pixel.
         run: (top, bottom, left, right) -> [B, C, rows, columns] times scale.
-        put: (top, left, values) with places in the result's pixels; values of neighbours add up.
+        put: (top, left, values) in pixels of the result; it adds the values, so that those of neighbours sum.
     """
     rows, columns = (_spans(length, tile) for length in size)
     for top, bottom in rows:
         for left, right in columns:
-            seen = (max(0, top - halo), min(size[0], bottom + halo), max(0, left - halo), min(size[1], right + halo))
-            kept = (max(0, top - fade), min(size[0], bottom + fade), max(0, left - fade), min(size[1], right + fade))
-            value = run(*seen)
+            outer = (max(0, top - halo), min(size[0], bottom + halo), max(0, left - halo), min(size[1], right + halo))
+            inner = (max(0, top - fade), min(size[0], bottom + fade), max(0, left - fade), min(size[1], right + fade))
+            value = run(*outer)
             value = value[
                 ...,
-                (kept[0] - seen[0]) * scale : (kept[1] - seen[0]) * scale,
-                (kept[2] - seen[2]) * scale : (kept[3] - seen[2]) * scale,
+                (inner[0] - outer[0]) * scale : (inner[1] - outer[0]) * scale,
+                (inner[2] - outer[2]) * scale : (inner[3] - outer[2]) * scale,
             ]
             if fade:
-                down = _ramp(kept[0], kept[1], top, bottom, size[0], fade, scale)
-                across = _ramp(kept[2], kept[3], left, right, size[1], fade, scale)
+                down = _ramp(inner[0], inner[1], top, bottom, size[0], fade, scale)
+                across = _ramp(inner[2], inner[3], left, right, size[1], fade, scale)
                 value = value * (down[:, None] * across[None]).to(value)
-            put(kept[0] * scale, kept[2] * scale, value)
+            put(inner[0] * scale, inner[2] * scale, value)
 
 
 def _spans(length: int, tile: int) -> list[tuple[int, int]]:
@@ -196,7 +196,7 @@ def _spans(length: int, tile: int) -> list[tuple[int, int]]:
 
 
 def _ramp(first: int, last: int, start: int, end: int, length: int, fade: int, scale: int) -> Tensor:
-    """Shares of a tile along one axis: rising over 2 fade around its start, falling around its end; 1 at the border."""
+    """Weights of a tile along one axis: a rise over 2 fade around its start, a fall around its end; 1 at the border."""
     place = (torch.arange((last - first) * scale, dtype=torch.float32) + 0.5) / scale + first
     share = torch.ones_like(place)
     if start > 0:

@@ -1,10 +1,10 @@
-"""Quality scores of pictures: the filter columns that curation judges. Torch-free.
+"""Quality scores of pictures: the filter columns of curation. Torch-free.
 
 scores = measure_scores(picture, data, "JPEG")
-rejected = judge(scores, bounds_of("restoration", {}, flat_below=3.0))    # ("blurred", "sharpness is 0.4, below 1")
+rejection = judge(scores, bounds_of("restoration", {}, flat_below=3.0))    # ("blurred", "sharpness is 0.4, below 1")
 
-Scores are measured whatever the bounds are, so that bounds can change without a second reading. They are deterministic.
-Thresholds and constants are ours unless a source is named, chosen on photographs and on faults made from them.
+Scores do not depend on the bounds, so bounds can change without a new measurement. Scores are deterministic.
+Thresholds and constants are ours unless a source is named; we chose them on photographs and on artificial faults.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from components.types import Image
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a score says.
+    """Description of a score.
 
     Attributes:
         description: one sentence with range and unit.
@@ -67,7 +67,7 @@ SCORES: Mapping[str, Score] = {
         code="blurred",
     ),
 }
-"""Every score by name, in the order of the columns and of judging."""
+"""All scores by name, in the order of the columns and of `judge`."""
 
 PRESETS: Mapping[str, Mapping[str, Bounds]] = {
     "none": {},
@@ -84,62 +84,62 @@ PRESETS: Mapping[str, Mapping[str, Bounds]] = {
         "sharpness": Bounds(min=1.0),
     },
 }
-"""Bounds by name of the preset. "restoration": for targets of restoration training."""
+"""Bounds by preset name. "restoration" is for targets of restoration training."""
 
 
 def measure_scores(picture: Image, data: bytes = b"", format: str = "") -> dict[str, float]:  # noqa: A002 - as in Info
-    """All scores of a picture.
+    """Measure all scores of a picture.
 
     Args:
-        picture: uint8 RGB [H, W, 3], any size.
-        data: its file, where there is one; only a JPEG's quality needs it.
-        format: of the file, as `components.images.sniff` names it.
+        picture: uint8 RGB [H, W, 3] of any size.
+        data: bytes of its file, if there is one; only jpeg_quality needs them.
+        format: format of the file, as `components.images.sniff` returns it.
 
     Returns:
-        Every name of SCORES, in that order; always finite.
+        The scores by name, in the order of SCORES; always finite.
     """
-    seen = view(picture)
-    measured = {
-        "luma_std": float(cv2.meanStdDev(seen.luma)[1].item()),
-        "flat_share": seen.flat_share,
-        "letterbox": letterbox(seen),
-        "text_page": text_page(seen),
-        "noise": noise(seen),
+    inputs = view(picture)
+    values = {
+        "luma_std": float(cv2.meanStdDev(inputs.luma)[1].item()),
+        "flat_share": inputs.flat_share,
+        "letterbox": letterbox(inputs),
+        "text_page": text_page(inputs),
+        "noise": noise(inputs),
         "jpeg_quality": jpeg_quality(data, format),
-        "blockiness": blockiness(seen),
-        "watermark": watermark(seen),
-        **spectral_detail(seen),
+        "blockiness": blockiness(inputs),
+        "watermark": watermark(inputs),
+        **spectral_detail(inputs),
     }
-    return {name: measured[name] for name in SCORES}
+    return {name: values[name] for name in SCORES}
 
 
 def bounds_of(preset: str, changes: Mapping[str, Bounds], flat_below: float) -> dict[str, Bounds]:
-    """A preset's bounds with changes: a change replaces the score's bounds whole.
+    """Return a preset's bounds with changes; a change replaces both bounds of a score.
 
     Args:
         preset: a name in PRESETS.
-        changes: bounds by score name; Bounds() lets a score go free.
-        flat_below: smallest luma_std, in grey levels; always among the bounds.
+        changes: bounds by score name; Bounds() removes a score's bounds.
+        flat_below: least luma_std in grey levels; it always applies.
 
     Raises:
-        ValueError: an unknown preset or score, with the nearest known one.
+        ValueError: an unknown preset or score, with a suggestion.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset of quality scores {preset!r}. {did_you_mean(preset, PRESETS)}")
     for name in changes:
         if name not in SCORES:
             raise ValueError(f"unknown quality score {name!r}. {did_you_mean(name, SCORES)}")
-    merged = {"luma_std": Bounds(min=flat_below), **PRESETS[preset], **changes}
-    flattest = merged["luma_std"]
-    if flattest.min is None or flattest.min < flat_below:
-        merged["luma_std"] = Bounds(min=flat_below, max=flattest.max)
-    return {name: replace(merged[name]) for name in SCORES if name in merged}
+    bounds = {"luma_std": Bounds(min=flat_below), **PRESETS[preset], **changes}
+    luma_bounds = bounds["luma_std"]
+    if luma_bounds.min is None or luma_bounds.min < flat_below:
+        bounds["luma_std"] = Bounds(min=flat_below, max=luma_bounds.max)
+    return {name: replace(bounds[name]) for name in SCORES if name in bounds}
 
 
 def judge(scores: Mapping[str, float], bounds: Mapping[str, Bounds]) -> tuple[str, str] | None:
-    """Reason code and a sentence for the first score out of bounds, in the order of SCORES; None where all hold.
+    """Return reason code and a sentence for the first score out of bounds, in the order of SCORES; None if none is.
 
-    A score that is no number (as a null in a table reads) never holds.
+    NaN (a null in a table) is always out of bounds.
     """
     for name, score in SCORES.items():
         if name not in bounds or bounds[name].hold(scores[name]):
@@ -149,5 +149,5 @@ def judge(scores: Mapping[str, float], bounds: Mapping[str, Bounds]) -> tuple[st
             return score.code, f"{name} is {value:.4g}, below {least:g}"
         if most is not None and value > most:
             return score.code, f"{name} is {value:.4g}, above {most:g}"
-        return score.code, f"{name} is no number"
+        return score.code, f"{name} is not a number"
     return None

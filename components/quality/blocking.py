@@ -1,7 +1,7 @@
-"""Scores of JPEG damage: the quality a file declares, and block edges in the pixels, whatever the file says.
+"""Scores of JPEG damage: the quality by the file's tables, and block edges in the pixels.
 
-A picture that was once compressed hard and then saved again as PNG or as a good JPEG declares nothing, but its block
-edges stay, also on a shifted grid after a crop.
+A picture that was strongly compressed and then saved as PNG or as a good JPEG still has block edges, after a crop on a
+shifted grid. The new file's tables do not show the damage.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 
 from components.quality.views import GRID_PX, View
 
-LUMA_TABLE = (  # ITU-T T.81, table K.1, row by row: what JPEG libraries scale by quality
+LUMA_TABLE = (  # ITU-T T.81, table K.1, row by row; JPEG libraries scale it by quality
     *(16, 11, 10, 16, 24, 40, 51, 61),
     *(12, 12, 14, 19, 26, 58, 60, 55),
     *(14, 13, 16, 24, 40, 57, 69, 56),
@@ -24,14 +24,14 @@ LUMA_TABLE = (  # ITU-T T.81, table K.1, row by row: what JPEG libraries scale b
     *(49, 64, 78, 87, 103, 121, 120, 101),
     *(72, 92, 95, 98, 112, 100, 103, 99),
 )
-JUMP = 20  # ours: third difference of a step by 10 grey levels between level sides
-DOUBT_SHARE = 0.05  # ours: so many of all windows are added as evidence of no grid; pictures with few jumps stay low
+JUMP = 20  # ours: third difference of a step of 10 grey levels between flat sides
+DOUBT_SHARE = 0.05  # ours: share of all windows added as evidence against a grid; few jumps then give a low score
 
 
 def jpeg_quality(data: bytes, format: str) -> float:  # noqa: A002 - as in components.images.Info
-    """Quality 1..100 of a JPEG file by its luma table, 100 for anything else.
+    """Return quality 1..100 of a JPEG file by its luma table; 100 for other files.
 
-    libjpeg's formula turned round: table = K.1 * 50 / quality below 50, K.1 * (2 - quality / 50) above.
+    This inverts libjpeg's formula: table = K.1 * 50 / quality below 50, K.1 * (2 - quality / 50) above.
     """
     if format != "JPEG" or not data:
         return 100.0
@@ -39,9 +39,9 @@ def jpeg_quality(data: bytes, format: str) -> float:  # noqa: A002 - as in compo
         with Pillow.open(io.BytesIO(data), formats=["JPEG"]) as file:
             tables = getattr(file, "quantization", {})
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError):
-        return 100.0  # the pixels are judged anyway, and whether the file is broken is for the decoder to say
+        return 100.0  # the decoder reports broken files
     table = tables.get(0, ())
-    # an entry at either end of a byte may have been clipped and would spoil the ratio
+    # entries of 1 and 255 may be clipped, which would distort the ratio
     open_entries = [(entry, base) for entry, base in zip(table, LUMA_TABLE, strict=False) if 1 < entry < 255]
     if not open_entries:
         return 1.0 if table and min(table) >= 255 else 100.0
@@ -50,10 +50,11 @@ def jpeg_quality(data: bytes, format: str) -> float:  # noqa: A002 - as in compo
 
 
 def blockiness(view: View) -> float:
-    """Share of the hard steps that lie on one 8 x 8 grid beyond chance, 0..1; the weaker of both directions.
+    """Return the share of hard steps on one 8 x 8 grid beyond chance, 0..1; the smaller one of both directions.
 
-    In every run of 8 pixels the largest third difference is found; of those that jump by JUMP or more the position is
-    counted. Without a grid all 8 positions are alike. Both directions must agree, as in JPEG: a fence has one.
+    The largest third difference in each run of 8 pixels is a hard step if it is JUMP or more; the score counts the
+    positions of hard steps. Without a grid, all 8 positions are equally frequent. JPEG has a grid in both directions, a
+    fence in one only.
     """
     count, height, width = view.patches.shape
     down = view.patches.swapaxes(0, 1).reshape(height, count * width)
@@ -62,20 +63,20 @@ def blockiness(view: View) -> float:
 
 
 def _on_grid(lines: np.ndarray) -> float:
-    """The share for steps from line to line of uint8 [L, M]."""
+    """Return the share for steps between the lines of uint8 [L, M]."""
     step = np.diff(lines.astype(np.int16), axis=0)
     third = step[2:] + step[:-2]
     third -= step[1:-1]
     third -= step[1:-1]
     np.abs(third, out=third)
     excess, place = _excess(third)
-    if place in (0, GRID_PX - 1):  # a step has side lobes, which mislead at the ends of a run: begin elsewhere
+    if place in (0, GRID_PX - 1):  # side lobes of a step mislead at the ends of a run: shift the runs
         excess = max(excess, _excess(third[GRID_PX // 2 :])[0])
     return excess
 
 
 def _excess(third: np.ndarray) -> tuple[float, int]:
-    """The share for runs from the first of the third differences [L, M] on, and the grid's place in a run."""
+    """Return the share for runs of the third differences [L, M] from the first on, and the grid's position in a run."""
     usable = len(third) // GRID_PX * GRID_PX
     if not usable:
         return 0.0, GRID_PX // 2

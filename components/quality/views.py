@@ -1,7 +1,7 @@
-"""What the scores look at: luma, a reduced copy, and a bounded number of patches at full resolution.
+"""Input of the scores: luma, a reduced copy, and a limited number of patches at full resolution.
 
-Scores that need the whole picture (bars, repetition) read the reduced copy; those that need single pixels (sharpness,
-noise, block edges) read the patches: the busiest ones and the calmest ones. So their cost hardly grows with pictures.
+Scores of the whole picture (bars, repetition) use the reduced copy. Scores of single pixels (sharpness, noise, block
+edges) use the busiest and the calmest patches. So the cost hardly grows with the size of a picture.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import numpy as np
 
 from components.types import Image
 
-REDUCED_PX = 640  # ours: longest side of the reduced copy
+REDUCED_PX = 640  # ours: most pixels of the reduced copy's long side
 PATCH_PX = 64  # ours
-PATCHES = 16  # ours: of each kind; 130 000 pixels in all
-GRID_PX = 8  # of JPEG; patches begin on its multiples, so that block edges have one phase in all of them
-FLAT_CHANGE = 1.0  # ours: a patch whose neighbours in the reduced copy differ less, in grey levels, has no detail
+PATCHES = 16  # ours: of each kind; 130 000 pixels in total
+GRID_PX = 8  # JPEG's grid; patches start at its multiples, so that block edges have the same phase in all patches
+FLAT_CHANGE = 1.0  # ours: a patch has no detail if neighbours in the reduced copy differ by fewer grey levels
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One picture, prepared once for all scores.
+    """One picture, prepared for all scores.
 
     Attributes:
         luma: BT.601 luma, uint8 [H, W].
-        reduced: luma shrunk by a power of two, uint8 [h, w] with a longest side of at most REDUCED_PX.
-        patches: parts of luma, uint8 [N, p, q]; p and q are PATCH_PX, or the side where that is shorter.
-        busy: numbers of the patches with most detail, at most PATCHES of them.
-        calm: numbers of the patches with least detail, as many.
-        flat_share: share of the picture's patches without any detail, 0..1.
+        reduced: luma shrunk by a power of two, uint8 [h, w] with a long side of at most REDUCED_PX.
+        patches: parts of luma, uint8 [N, p, q]; p and q are PATCH_PX, or the side if it is shorter.
+        busy: indices of the patches with most detail, at most PATCHES of them.
+        calm: indices of as many patches with least detail.
+        flat_share: share of the picture's patches without detail, 0..1.
     """
 
     luma: np.ndarray
@@ -42,9 +42,9 @@ class View:
 
 
 def view(picture: Image) -> View:
-    """Prepare uint8 RGB [H, W, 3], any side from 1 pixel."""
+    """Prepare uint8 RGB [H, W, 3] with sides of at least 1 pixel."""
     luma = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
-    reduced = _halved(luma)
+    reduced = _reduce(luma)
     height, width = luma.shape
     rows, columns = _starts(height), _starts(width)
     change = _changes(reduced, len(rows), len(columns))
@@ -63,8 +63,8 @@ def view(picture: Image) -> View:
     )
 
 
-def _halved(luma: np.ndarray) -> np.ndarray:
-    """Means of 2 x 2 pixels, again and again until the longest side fits; an odd last row or column is left out."""
+def _reduce(luma: np.ndarray) -> np.ndarray:
+    """Average 2 x 2 pixels repeatedly until the long side fits; an odd last row or column is left out."""
     while max(luma.shape) > REDUCED_PX:
         height, width = (max(side // 2, 1) for side in luma.shape)
         even = luma[: min(height * 2, luma.shape[0]), : min(width * 2, luma.shape[1])]
@@ -73,7 +73,7 @@ def _halved(luma: np.ndarray) -> np.ndarray:
 
 
 def _starts(side: int) -> list[int]:
-    """Where patches begin along one side: they cover it, on multiples of the JPEG grid."""
+    """Return the first pixels of patches that cover one side, at multiples of the JPEG grid."""
     if side <= PATCH_PX:
         return [0]
     count = -(-side // PATCH_PX)
@@ -81,7 +81,7 @@ def _starts(side: int) -> list[int]:
 
 
 def _changes(reduced: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Mean step between neighbours (right plus below, grey levels) of every patch, float32 [rows * columns]."""
+    """Return every patch's mean difference of neighbours (right plus below, grey levels), float32 [rows * columns]."""
     change = np.zeros(reduced.shape, np.uint8)
     if reduced.shape[1] > 1:
         change[:, 1:] = cv2.absdiff(reduced[:, 1:], reduced[:, :-1])

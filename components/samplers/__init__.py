@@ -1,1 +1,1 @@
-"""Samplers: plain functions over a Denoiser. They know nothing of prompts, guidance or control."""
+"""Samplers: plain functions over a Denoiser, independent of prompts, guidance and control."""

@@ -1,8 +1,8 @@
-"""DDIM and its stochastic sibling DDPM, as functions over a Denoiser in variance-exploding form.
+"""DDIM (deterministic) and DDPM (stochastic), as functions over a Denoiser in variance-exploding form.
 
-In that form the two are one line each. DDIM (Song et al. 2020, Eq. 12 with eta = 0) keeps the direction from the clean
-estimate to the current latents and shortens it: z' = x0 + (s'/s)(z - x0). DDPM (Ho et al. 2020, Eqs. 6-7, variance of
-the posterior, "fixed small") shortens it to (s'/s)^2 and refills with fresh noise of variance s'^2 (1 - (s'/s)^2).
+DDIM (Song et al. 2020, Eq. 12 with eta = 0) scales the difference of the current latents and the clean estimate:
+z' = x0 + (s'/s)(z - x0). DDPM (Ho et al. 2020, Eqs. 6-7, variance of the posterior, "fixed small") scales it by
+(s'/s)^2 and adds new noise of variance s'^2 (1 - (s'/s)^2).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def sample_ddim(
     """Deterministic DDIM.
 
     Args:
-        denoise: called once a step with the latents and sigma [B].
+        denoise: called once per step with the latents and sigma [B].
         latents: [B, C, h, w] at noise level sigmas[0], variance-exploding.
         sigmas: float [n + 1], falling; the last may be 0.
-        on_step: told after each step; the preview is the clean estimate.
-        cancelled: asked before each step.
+        on_step: called after each step; the preview is the clean estimate.
+        cancelled: called before each step.
 
     Returns:
         Latents at sigmas[-1].
 
     Raises:
-        Cancellation: `cancelled()` became true.
-        ValueError: fewer than two levels, or levels that do not fall.
+        Cancellation: `cancelled()` returned true.
+        ValueError: there are fewer than two levels, or they do not fall strictly.
     """
     return _sample(denoise, latents, sigmas, None, on_step, cancelled)
 
@@ -48,9 +48,9 @@ def sample_ddpm(
     on_step: OnStep | None = None,
     cancelled: Cancelled | None = None,
 ) -> Tensor:
-    """Ancestral sampling with the posterior's variance; `step_noise(i)` gives standard normal [B, C, h, w] for step i.
+    """Ancestral sampling with the posterior's variance; `step_noise(i)` returns step i's standard normal [B, C, h, w].
 
-    Otherwise as sample_ddim.
+    The other arguments are those of sample_ddim.
     """
     return _sample(denoise, latents, sigmas, step_noise, on_step, cancelled)
 

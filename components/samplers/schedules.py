@@ -1,9 +1,9 @@
-"""The discrete noise schedules of priors: SDXL's kind, the two forms of its noisy latents, and flow matching.
+"""The discrete noise schedules of priors: SDXL's kind with the two forms of its noisy latents, and flow matching.
 
-    variance-preserving (VP), what the network was trained on:  x = sqrt(a) clean + sqrt(1 - a) noise
-    variance-exploding (VE), what samplers see (types.Denoiser): z = clean + sigma noise,   z = x / sqrt(a)
+    variance-preserving (VP), the input of the network:         x = sqrt(a) clean + sqrt(1 - a) noise
+    variance-exploding (VE), used by samplers (types.Denoiser): z = clean + sigma noise,   z = x / sqrt(a)
 
-with a = alphas_cumprod[t] and sigma = sqrt((1 - a) / a). The network predicts the noise in both forms alike.
+with a = alphas_cumprod[t] and sigma = sqrt((1 - a) / a). The network's noise prediction is the same in both forms.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 
 class _Tables:
-    """What a schedule looks up by time step, on the device of the time steps."""
+    """Copies of a schedule's tables on the devices of the time steps."""
 
     @cached_property
     def _by_device(self) -> dict[tuple[str, torch.device], Tensor]:
         return {}
 
     def _on(self, name: str, device: torch.device) -> Tensor:
-        """A table on a device, copied once: a copy in every step would make the host wait for the device."""
+        """A table on a device, cached: a copy in every step would make the host wait for the device."""
         if (name, device) not in self._by_device:
-            with torch.inference_mode(False):  # a table made inside inference mode would refuse to train later
+            with torch.inference_mode(False):  # an inference tensor could not take part in training later
                 self._by_device[name, device] = getattr(self, name).to(device)
         return self._by_device[name, device]
 
@@ -37,12 +37,12 @@ class Schedule(_Tables):
     """Noise levels of `num_train_timesteps` discrete steps.
 
     Attributes:
-        num_train_timesteps: T; time steps are 0 .. T - 1, noisier upwards.
+        num_train_timesteps: T; time steps are 0 .. T - 1, the noise rises with them.
         beta_start, beta_end: first and last beta.
         beta_schedule: "scaled_linear" (linear in sqrt(beta), SDXL's) or "linear".
 
     Raises:
-        ValueError: unknown beta_schedule, T < 1 or betas outside 0 < beta_start <= beta_end < 1.
+        ValueError: unknown beta_schedule, T < 1, or betas outside 0 < beta_start <= beta_end < 1.
     """
 
     num_train_timesteps: int = 1000
@@ -60,7 +60,7 @@ class Schedule(_Tables):
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """Share of the clean signal's variance, float32 [T], falling."""
+        """The clean signal's share of the variance, float32 [T], falling."""
         steps = self.num_train_timesteps
         if self.beta_schedule == "linear":
             betas = torch.linspace(self.beta_start, self.beta_end, steps, dtype=torch.float32)
@@ -91,8 +91,8 @@ class Schedule(_Tables):
         alpha = self.alphas_cumprod[timestep]
         return float(alpha.sqrt()), float((1 - alpha).sqrt())
 
-    def told(self, timesteps: Tensor) -> Tensor:
-        """What the network is told of int64 timesteps [B]: themselves."""
+    def network_times(self, timesteps: Tensor) -> Tensor:
+        """The network's time argument at int64 timesteps [B]: the time steps themselves."""
         return timesteps
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -101,12 +101,12 @@ class Schedule(_Tables):
         return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
     def x0_from_eps(self, noisy: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean latents that a noise prediction implies, from VP latents [B, ...] and int64 timesteps [B]."""
+        """The clean latents for a noise prediction, from VP latents [B, ...] and int64 timesteps [B]."""
         alpha = self.alpha(timesteps, noisy.ndim).to(noisy.dtype)
         return (noisy - (1 - alpha).sqrt() * eps) / alpha.sqrt()
 
     def eps_from_velocity(self, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise that a predicted velocity, signal eps - noise clean, implies (Salimans and Ho 2022, app. D)."""
+        """The noise for a predicted velocity (signal eps - noise clean; Salimans and Ho 2022, app. D)."""
         alpha = self.alpha(timesteps, noisy.ndim).to(noisy.dtype)
         return alpha.sqrt() * velocity + (1 - alpha).sqrt() * noisy
 
@@ -115,27 +115,27 @@ class Schedule(_Tables):
 
         Args:
             n: number of steps, 1 .. T.
-            spacing: "leading" is SDXL's: multiples of T // n plus `offset`; "trailing" starts at T - 1.
-            offset: added under "leading" (SDXL: 1).
+            spacing: "leading" (SDXL's) takes multiples of T // n plus `offset`; "trailing" starts at T - 1.
+            offset: added with "leading" (SDXL: 1).
 
         Raises:
-            ValueError: n outside 1 .. T, or unknown spacing.
+            ValueError: n is outside 1 .. T, or the spacing is unknown.
         """
         steps = self.num_train_timesteps
         if not 1 <= n <= steps:
             raise ValueError(f"steps must be between 1 and {steps}, got {n}")
         if spacing == "leading":
-            # with n = T the offset would leave the table
+            # with n = T the offset would exceed the table
             return (torch.arange(n - 1, -1, -1) * (steps // n) + offset).clamp_max(steps - 1)
         if spacing == "trailing":
             return (steps - torch.arange(n, dtype=torch.float64) * (steps / n)).round().long() - 1
         raise ValueError(f"spacing must be leading or trailing, got {spacing!r}")
 
     def sampling_sigmas(self, timesteps: Tensor) -> Tensor:
-        """VE noise levels of a sampler's int64 timesteps [n], and a last 0 -> float32 [n + 1].
+        """VE noise levels of a sampler's int64 timesteps [n], and a final 0 -> float32 [n + 1].
 
-        After a step of a "leading" grid the next level is the next grid point's: T // n below. Behind the last it is 0
-        (diffusers' set_alpha_to_one, with which the official loops were recorded).
+        On a "leading" grid the level after a step is that of the next grid point, T // n below. After the last step it
+        is 0 (diffusers' set_alpha_to_one; the golden recordings of the official loops use it).
         """
         levels = self.sigma(timesteps)
         return torch.cat([levels, levels.new_zeros(1)])
@@ -153,15 +153,15 @@ class Schedule(_Tables):
 
 @dataclass(frozen=True)
 class FlowSchedule(_Tables):
-    """Times of a flow-matching prior in the terms of Schedule: x = (1 - t) clean + t noise (Esser et al. 2024, Eq. 13).
+    """The times of a flow-matching prior, like a Schedule: x = (1 - t) clean + t noise (Esser et al. 2024, Eq. 13).
 
     Attributes:
-        num_train_timesteps: T; step i stands for the time i / T before the shift, so that the last one still has a
-            share of the clean latents.
-        shift: moves times towards noise, t' = shift t / (1 + (shift - 1) t); 3 for SD3, 1 for none.
+        num_train_timesteps: T; step i is the time i / T before the shift, so the last step still has a share of the
+            clean latents.
+        shift: moves times towards noise: t' = shift t / (1 + (shift - 1) t); 3 for SD3, 1 for none.
 
     Raises:
-        ValueError: T < 1 or a shift that is not positive.
+        ValueError: T < 1, or the shift is not positive.
     """
 
     num_train_timesteps: int = 1000
@@ -187,8 +187,8 @@ class FlowSchedule(_Tables):
         time = float(self.times[timestep])
         return 1 - time, time
 
-    def told(self, timesteps: Tensor) -> Tensor:
-        """What the network is told of int64 timesteps [B]: the shifted time, out of T, float32 (as diffusers does)."""
+    def network_times(self, timesteps: Tensor) -> Tensor:
+        """The network's time argument at int64 timesteps [B]: shifted time times T, float32 (as in diffusers)."""
         return self._on("times", timesteps.device)[timesteps] * self.num_train_timesteps
 
     def _time(self, timesteps: Tensor, like: Tensor) -> Tensor:
@@ -204,17 +204,17 @@ class FlowSchedule(_Tables):
         return (1 - time) * clean + time * noise
 
     def x0_from_eps(self, noisy: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean latents that a noise prediction implies, from noisy ones [B, ...] and int64 timesteps [B]."""
+        """The clean latents for a noise prediction, from noisy latents [B, ...] and int64 timesteps [B]."""
         time = self._time(timesteps, noisy)
         return (noisy - time * eps) / (1 - time)
 
     def eps_from_velocity(self, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise that a predicted velocity (noise - clean) implies."""
+        """The noise for a predicted velocity (noise - clean)."""
         return noisy + (1 - self._time(timesteps, noisy)) * velocity
 
 
 def schedule_from(numbers: Mapping[str, Any]) -> Schedule | FlowSchedule:
-    """A schedule from its own fields by name, as model.json keeps them: one with a shift is a flow's.
+    """A schedule from its fields by name, as in model.json; a field "shift" makes a FlowSchedule.
 
     Raises:
         TypeError, ValueError: unknown fields, or values out of range.

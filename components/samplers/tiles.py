@@ -1,10 +1,10 @@
-"""Latents of any size through a denoiser of one size: overlapping tiles, blended with Gaussian weights at every step.
+"""A denoiser of one size for latents of any size: overlapping tiles, blended with Gaussian weights at every step.
 
     clean(z) = sum_i w_i clean_i(z_i) / sum_i w_i        (Bar-Tal et al. 2023, Eq. 5, with weights instead of a mean)
 
-The sampler sees one denoiser and one latent: its noise is drawn for the whole latent, so that overlapping tiles look at
-the same noise, and it steps once, on the blended prediction. SUPIR steps each tile alone and blends what comes out,
-which is the same for DDIM, as that step is linear in the prediction.
+The sampler runs on the whole latents: its noise covers all of them, so overlapping tiles see the same noise, and each
+step uses the blended prediction. SUPIR steps each tile alone and blends the results. For DDIM this is the same, since
+its step is linear in the prediction.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from components.types import Box, Cancellation, Cancelled, Denoiser
 
 VARIANCE = 0.01
-"""Of the weights, in squares of the tile's side: SUPIR's number. A seam at a tile's edge keeps 4e-6 of its height."""
+"""Variance of the weights in squares of the tile's side, from SUPIR. A tile's edge has 4e-6 of the largest weight."""
 
 
 class Tileable(Protocol):
-    """A denoiser that can be cut: `tile` gives one that sees only its part of the spatial conditions."""
+    """A denoiser that can be cut: `tile` returns a denoiser with only its part of the spatial conditions."""
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor: ...
 
@@ -30,17 +30,17 @@ class Tileable(Protocol):
 
 
 def tile_boxes(height: int, width: int, tile: tuple[int, int], overlap: float = 0.25, multiple: int = 1) -> list[Box]:
-    """Boxes of one size that cover a grid, in reading order, spread evenly with the last flush to the border.
+    """Boxes of one size that cover a grid, in reading order, evenly spaced; the last box ends at the border.
 
     Args:
-        height, width: of the grid.
-        tile: (height, width) of a tile at most; a side of the grid that is shorter is covered by one.
-        overlap: share of a tile that neighbours share at least, 0 up to 0.9.
-        multiple: boxes begin at multiples of it (a network that halves its input sees the same grid in every tile);
-            the grid's and the tile's sides must be multiples too.
+        height, width: sides of the grid.
+        tile: largest (height, width) of a tile; one tile covers a shorter side of the grid.
+        overlap: smallest share of a tile that neighbours share, 0 to 0.9.
+        multiple: boxes start at multiples of it, so a network that halves its input has the same grid in every tile.
+            The sides of the grid and of the tile must be multiples too.
 
     Raises:
-        ValueError: sides that are no multiples, or an overlap outside its range.
+        ValueError: a side is not a multiple, or the overlap is out of range.
     """
     if not 0 <= overlap <= 0.9:
         raise ValueError(f"overlap must be between 0 and 0.9, got {overlap}")
@@ -53,16 +53,16 @@ def _starts(length: int, tile: int, overlap: float, multiple: int) -> list[int]:
     if tile < 1 or length % multiple or tile % multiple:
         raise ValueError(f"sides must be positive multiples of {multiple}, got {length} in tiles of {tile}")
     units, tile_units = length // multiple, tile // multiple
-    step = max(1, int(tile_units * (1 - overlap)))  # at most this far apart
+    step = max(1, int(tile_units * (1 - overlap)))  # largest distance of two starts
     count = -(-(units - tile_units) // step)
     return [multiple * (i * (units - tile_units) // max(1, count)) for i in range(count + 1)]
 
 
 def gaussian_weights(height: int, width: int, variance: float = VARIANCE) -> Tensor:
-    """Weights of a tile, float64 [height, width], symmetric, 1 at most.
+    """Weights of a tile, float64 [height, width], symmetric, at most 1.
 
-    SUPIR centres its columns at (w - 1) / 2 but its rows at h / 2; here both are centred, so that a picture turned by
-    180 degrees is restored the same way.
+    SUPIR centres its columns at (w - 1) / 2 but its rows at h / 2. Here both are centred, so that a picture rotated by
+    180 degrees gets the same weights.
     """
     sides = []
     for side in (height, width):
@@ -72,7 +72,7 @@ def gaussian_weights(height: int, width: int, variance: float = VARIANCE) -> Ten
 
 
 def equal_weights(height: int, width: int) -> Tensor:
-    """Ones, float64 [height, width]: a plain mean where tiles overlap, as InstaRevive's released tools take it."""
+    """Ones, float64 [height, width]: a plain mean where tiles overlap, as in InstaRevive's released tools."""
     return torch.ones(height, width, dtype=torch.float64)
 
 
@@ -84,20 +84,20 @@ def tiled(
     cancelled: Cancelled | None = None,
     weigh: Callable[[int, int], Tensor] = gaussian_weights,
 ) -> Denoiser:
-    """A denoiser over [B, C, height, width] that asks the tiles of `denoise` in turn.
+    """A denoiser over [B, C, height, width] that calls the tiles of `denoise` one after the other.
 
-    Memory grows with the latents and with what a tile remembers, not with a network's activations. A single box that
-    covers everything gives `denoise` itself.
+    Memory grows with the latents and with the state of each tile, not with a network's activations. For a single box
+    that covers everything this is `denoise` itself.
 
     Args:
-        denoise: cut with `denoise.tile(box)`, once for each box; the parts see all steps.
-        height, width: of the latents.
-        boxes: of one size, as by tile_boxes; they must cover the latents.
-        cancelled: asked before each tile, as a step over many tiles takes long.
+        denoise: cut with `denoise.tile(box)`, once for each box; the parts serve all steps.
+        height, width: sides of the latents.
+        boxes: boxes of one size that cover the latents, see tile_boxes.
+        cancelled: called before each tile, since a step over many tiles takes long.
         weigh: (height, width) of a tile -> its positive weights, float64.
 
     Raises:
-        ValueError: the boxes differ in size, reach outside or leave a gap.
+        ValueError: the boxes differ in size, reach outside, or leave a gap.
     """
     if len(boxes) == 1 and boxes[0] == (0, 0, height, width):
         return denoise
@@ -107,12 +107,12 @@ def tiled(
     total = torch.zeros(height, width, dtype=torch.float64)
     for box in boxes:
         if min(box) < 0 or box[0] + box[2] > height or box[1] + box[3] > width:
-            raise ValueError(f"tile {box} reaches outside of {height} x {width}")
+            raise ValueError(f"tile {box} reaches outside {height} x {width}")
         _part(total, box).add_(weights)
     if not bool((total > 0).all()):
         raise ValueError(f"the tiles leave gaps in {height} x {width}")
     parts = [denoise.tile(box) for box in boxes]
-    # shares in float64: a float32 quotient of two weights of 1e-11 would be off in its last digits
+    # divide in float64: a float32 quotient of two weights of 1e-11 is inexact
     shares = [(weights / _part(total, box)).to(torch.float32) for box in boxes]
 
     def run(latents: Tensor, sigma: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a system that reads and writes its authors' published weights tells the verb `restoray weights`. Torch-free."""
+"""A system's import and export of its authors' published weights, for `restoray weights`. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsSource:
-    """One file that was read.
+    """One imported file.
 
     Attributes:
-        file: its name. part: what it became. sha256: of its bytes. tensors, parameters: what it holds.
+        file: name. part: part of the model folder. sha256: of its bytes. tensors, parameters: their numbers.
     """
 
     file: str
@@ -27,15 +27,15 @@ class WeightsSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imported:
-    """What an import did, or would do.
+class ImportReport:
+    """Result or plan of an import.
 
     Attributes:
-        model: the model folder; None where nothing was written. digest: its digest.
-        sources: the files read. prior, config: as model.json records them.
+        model: the model folder; None if nothing was written. digest: its digest.
+        sources: the imported files. prior, config: as model.json records them.
         licence, permitted_use: as model.json records them.
-        missing: parts that restoring needs and no file gave.
-        notes: what people should know.
+        missing: parts that restoring needs and that no file holds.
+        notes: for people.
     """
 
     model: str | None
@@ -50,8 +50,8 @@ class Imported:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What an export wrote, or with `write=False` would write: files by name with their sha256 ("" if not written)."""
+class ExportReport:
+    """Result of an export, or its plan with `write=False`: sha256 by file name ("" if not written)."""
 
     folder: str
     files: Mapping[str, str]
@@ -60,72 +60,81 @@ class Exported:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsIO:
-    """Published weights of a system, in and out.
+class WeightsCode:
+    """The part of a system's WeightsIO that needs torch.
 
     Attributes:
-        published: where the authors' weights are, in words.
-        files: names of the released files by part.
-        check_sizes: judges and types KEY=VALUE sizes without torch; raises ValueError.
         import_weights: (files, out or None, prior=, image_encoder=, sizes=, name=, licence=, proceed=, progress=)
-            -> Imported; `proceed` is asked after the checks and before anything is written.
-        export_weights: (model folder, target folder, spelling=, form=, write=) -> Exported.
+            -> ImportReport; `proceed` is called after the checks and before anything is written.
+        export_weights: (model folder, target folder, spelling=, form=, write=) -> ExportReport.
         layout: (prior=, image_encoder=, sizes=) -> every key and shape.
+    """
+
+    import_weights: Callable[..., ImportReport]
+    export_weights: Callable[..., ExportReport]
+    layout: Callable[..., Shapes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsIO:
+    """Import and export of a system's published weights.
+
+    Attributes:
+        published: where the authors' weights are, as a text for people.
+        files: names of the released files by part.
+        check_sizes: checks and types KEY=VALUE sizes without torch; raises ValueError.
+        find: (folder or file) -> the weights files there; raises ValueError if there are none or too many.
+        code: imports torch and returns the part that needs it.
         spellings: choices of `spelling`, the default first.
-        find: (folder or file) -> the weights files there; raises ValueError where there are none or too many.
     """
 
     published: str
     files: Mapping[str, str]
     check_sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     find: Callable[[Path], Sequence[Path]]
-    import_weights: Callable[..., Imported]
-    export_weights: Callable[..., Exported]
-    layout: Callable[..., Shapes]
+    code: Callable[[], WeightsCode]
     spellings: tuple[str, ...] = field(default=("released",))
 
 
-def own_words(said: Mapping[str, Any], sources: Sequence[WeightsSource]) -> tuple[dict[str, Any], list[str]]:
-    """A sidecar's words as far as they are of these very files, and notes about what was left out.
+def valid_entries(sidecar: Mapping[str, Any], sources: Sequence[WeightsSource]) -> tuple[dict[str, Any], list[str]]:
+    """The entries of a sidecar that are valid for these files, and notes about the dropped ones.
 
-    Sizes and prior fit or the import fails; licence, data, recipe and metrics would be believed. Sidecars of the first
-    exports name no files, and are believed.
+    A sidecar of other files keeps sizes and prior, which the import checks. It loses licence, data, recipe and metrics,
+    which nothing checks. Sidecars of the first exports name no files; all their entries are kept.
     """
-    exported = said.get("files") or {}
+    exported = sidecar.get("files") or {}
     other = [source.file for source in sources if exported.get(source.file) != source.sha256]
     if not exported or not other:
-        return dict(said), []
-    kept = {name: said[name] for name in ("system", "config", "prior") if name in said}
-    return kept, [
-        f"restoray.json was written beside another {' and '.join(other)}: only sizes and prior are taken of it"
-    ]
+        return dict(sidecar), []
+    entries = {name: sidecar[name] for name in ("system", "config", "prior") if name in sidecar}
+    return entries, [f"restoray.json describes another {' and '.join(other)}: only its sizes and prior are used"]
 
 
 def find_released(
-    place: Path, known: Mapping[str, Sequence[str]], system: str, folders: Sequence[str] = (".",)
+    place: Path, names_by_part: Mapping[str, Sequence[str]], system: str, folders: Sequence[str] = (".",)
 ) -> list[Path]:
-    """The weights files of a folder, in the order of their parts; a file stands for itself.
+    """The weights files of a folder, in the order of their parts; for a file, the file itself.
 
     Args:
-        known: names that a part's file may have.
-        folders: where to look, below `place`; the first that holds any file is taken.
+        names_by_part: file names that each part may have.
+        folders: folders below `place` to search; the first one that holds a file counts.
 
     Raises:
-        ValueError: no such place, no weights in it, or two files for one part.
+        ValueError: `place` does not exist, holds no weights, or holds two files for one part.
     """
     if place.is_file():
         return [place]
     if not place.is_dir():
         raise ValueError(f"{place} does not exist")
     for folder in (place / name for name in folders):
-        found = []
-        for part, names in known.items():
-            here = [folder / name for name in names if (folder / name).is_file()]
-            if len(here) > 1:
-                told = " and ".join(path.name for path in here)
-                raise ValueError(f"{folder} holds {told}, both for the {part}: name the files one by one")
-            found += here
-        if found:
-            return found
-    looked = ", ".join(name for names in known.values() for name in names)
-    raise ValueError(f"{place} holds no weights of {system}; looked for {looked}")
+        paths = []
+        for part, names in names_by_part.items():
+            matches = [folder / name for name in names if (folder / name).is_file()]
+            if len(matches) > 1:
+                listing = " and ".join(path.name for path in matches)
+                raise ValueError(f"{folder} holds {listing}, both for the {part}: name the files one by one")
+            paths += matches
+        if paths:
+            return paths
+    candidates = ", ".join(name for names in names_by_part.values() for name in names)
+    raise ValueError(f"{place} holds no weights of {system}; looked for {candidates}")

@@ -1,1 +1,1 @@
-"""The parts of `restoray analyze`: what is measured of each picture, how it is kept, drawn and told."""
+"""`restoray analyze`: studies of models, their rows, plots and reports."""

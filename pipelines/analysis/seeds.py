@@ -1,10 +1,10 @@
 """`restoray analyze seeds`: how far a model's results for one input lie apart, and whether each agrees with the input.
 
-For any system. InstaRevive's A.6 shows five results of one input and says that several are welcome where the input
-leaves them open, if all align with it. Each picture is degraded to the four levels of InstantIR's Fig. 4 and restored
-with several seeds; the spread over seeds is split at 8 px into a coarse and a fine part
-(components/evaluation/diversity.py), and the coarse difference to the input stands beside that of the original, which
-agrees with the input by construction.
+For models of any system. InstaRevive's A.6 shows five results of one input. It accepts several results where the input
+leaves them open, as long as all of them align with the input. Each picture is degraded to the four quality levels
+(pipelines/analysis/levels.py) and restored with several seeds. The spread over seeds is split at 8 px into a coarse and
+a fine part (components/evaluation/diversity.py). The coarse difference between result and input is compared with that
+between original and input, because the original agrees with the input by construction.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from components.evaluation.statistics import Band, mean_band, psnr
 from components.restoring import picture_seed
 from components.types import Image, Request
 from pipelines.analysis import levels as lv
-from pipelines.analysis import runs
-from pipelines.analysis.figures import Line, Panel, draw
-from pipelines.analysis.page import Page, Section, told, verdict
-from pipelines.analysis.previews import StudyResult, finish
+from pipelines.analysis.bands import band_document, band_line, band_text, stack_bands, verdict
+from pipelines.analysis.model import WholeModel
+from pipelines.analysis.page import Page, Section
+from pipelines.analysis.strips import sheet_keys, strip_files, strip_name, strip_sheet, tile
 from pipelines.analysis.study import (
-    Rows,
-    WholeModel,
+    Measurements,
+    StudyResult,
     column,
+    finish,
+    list_study_pictures,
     measure_pictures,
     numbers,
-    picture_files,
+    pictures_fact,
     study_folder,
     write_csv,
 )
-from pipelines.console import Progress, no_progress
-from pipelines.errors import UsageError
+from pipelines.core.console import Progress, no_progress
+from pipelines.core.errors import UsageError
+from pipelines.pages.figures import Panel, draw
 
 NAME = "seeds"
 SEEDS = 5
@@ -58,74 +61,62 @@ VALUES = {
 
 
 def analyze_seeds(
-    subject: WholeModel, mixed: str = "realesrgan", seeds: int = SEEDS, progress: Progress = no_progress
+    model: WholeModel, mixed: str = "realesrgan", seeds: int = SEEDS, progress: Progress = no_progress
 ) -> StudyResult:
-    """Run the study; resumable a picture at a time.
+    """Run the study; it resumes picture by picture.
 
     Args:
-        mixed: preset of the synthetic multi-degradation.
-        seeds: results of each input; the first is that of `restoray restore --seed <the study's>`, and so on.
+        mixed: preset of the mixed degradation.
+        seeds: number of results for each input; the first equals that of `restoray restore --seed <the study's seed>`,
+            the second that of the next seed.
 
     Raises:
-        UsageError: no pictures, an unknown preset, too few or many seeds, or a folder that holds another study.
-        Failure: nothing could be measured, or `out` cannot be written.
+        UsageError: there are no pictures, the preset is unknown, the number of seeds is out of range, or the folder
+            holds another study.
+        Failure: no picture could be measured, or the output folder cannot be written.
     """
+    job = model.job
     if not 2 <= seeds <= MAX_SEEDS:
         raise UsageError(f"--seeds must be between 2 and {MAX_SEEDS}, got {seeds}")
-    if subject.side_px < BLOCK_PX:
-        raise UsageError(f"--side must be at least {BLOCK_PX} px here, got {subject.side_px}")
+    if job.side_px < BLOCK_PX:
+        raise UsageError(f"--side must be at least {BLOCK_PX} px here, got {job.side_px}")
     levels = lv.quality_levels(mixed)
-    files, ignored = picture_files(subject.images, subject.out, subject.limit)
-    settings = {**settings_of(subject), "levels": [level.document() for level in levels], "seeds": seeds}
-    chosen = runs.sheet_keys(list(files))
+    pictures = list_study_pictures(job.images, job.out, job.limit)
+    settings = {**model.settings(model.options), "levels": [level.document() for level in levels], "seeds": seeds}
+    keys_on_sheet = sheet_keys(list(pictures.by_key))
 
     def measure(key: str, picture: Image) -> dict[str, Any]:
         values: dict[str, Any] = {}
         strip = []
         for level in levels:
-            lq = lv.degraded(level, picture, subject.seed, key)
-            results = [restored(subject, key, lq, subject.seed + number) for number in range(seeds)]
+            lq = lv.degrade(level, picture, job.seed, key)
+            results = [restore(model, key, lq, job.seed + number) for number in range(seeds)]
             values[level.name] = picture_values(results, lq, picture)
-            if key in chosen:
-                strip.append([runs.small(p) for p in (picture, lq, *results[:SEEDS], spread_map(results))])
-        files = {runs.strip_name(key): runs.strip_png(strip)} if strip else {}
-        return {"levels": values, "files": files}
+            if key in keys_on_sheet:
+                strip.append([tile(p) for p in (picture, lq, *results[:SEEDS], spread_map(results))])
+        return {"levels": values, "files": strip_files(key, strip)}
 
-    wanted = {key: runs.strip_name(key) for key in chosen}
-    with study_folder(subject.out, NAME, settings):
-        base = subject.images if subject.images.is_dir() else subject.images.parent
-        found = measure_pictures(
-            files, base.absolute(), subject.out, settings, subject.side_px, measure, progress, ignored, wanted
-        )
-        return report_seeds(subject, found, [level.name for level in levels], seeds)
+    strips = {key: strip_name(key) for key in keys_on_sheet}
+    with study_folder(job.out, NAME, settings):
+        measurements = measure_pictures(pictures, job.out, settings, job.side_px, measure, progress, strips)
+        return report_seeds(model, measurements, [level.name for level in levels], seeds)
 
 
-def settings_of(subject: WholeModel) -> dict[str, Any]:
-    """What decides the rows besides the study's own settings."""
-    return {
-        "model": subject.digest,
-        "options": dict(subject.options),
-        "side_px": subject.side_px,
-        "seed": subject.seed,
-        "device": subject.device,
-    }
-
-
-def restored(subject: WholeModel, key: str, lq: Image, seed: int) -> Image:
-    """One result, with the seed that a job of that seed gives this picture."""
-    asked = Request(key=key, image=lq, seed=picture_seed(seed, key), options=subject.options)
-    return subject.restorer.restore([asked])[0].image
+def restore(model: WholeModel, key: str, lq: Image, seed: int) -> Image:
+    """One result. Its picture seed equals that of a batch job with this seed."""
+    request = Request(key=key, image=lq, seed=picture_seed(seed, key), options=model.options)
+    return model.restorer.restore([request])[0].image
 
 
 def picture_values(results: Sequence[Image], lq: Image, hq: Image) -> dict[str, float | None]:
-    """VALUES of one picture at one level; None where not finite (a PSNR of equal pictures)."""
-    apart = spread(results)
+    """VALUES of one picture at one level; None for values that are not finite (the PSNR of equal pictures)."""
+    parts = spread(results)
     scores = [psnr(result, hq) for result in results]
     mean = np.rint(np.mean([result.astype(np.float64) for result in results], axis=0)).astype(np.uint8)
     values = {
-        "total": apart.total,
-        "coarse": apart.coarse,
-        "fine": apart.fine,
+        "total": parts.total,
+        "coarse": parts.coarse,
+        "fine": parts.fine,
         "result_to_input": float(np.mean([coarse_error(result, lq) for result in results])),
         "original_to_input": coarse_error(hq, lq),
         "psnr": float(np.mean(scores)),
@@ -137,7 +128,7 @@ def picture_values(results: Sequence[Image], lq: Image, hq: Image) -> dict[str, 
 
 
 def spread_map(results: Sequence[Image]) -> Image:
-    """Where the results differ: the standard deviation over seeds, MAP_GAIN times, as a gray picture [H, W, 3]."""
+    """The standard deviation over seeds, times MAP_GAIN, as a gray picture [H, W, 3]."""
     deviation = np.stack([result.astype(np.float64) for result in results]).std(axis=0, ddof=1).mean(axis=2)
     gray = np.clip(np.rint(MAP_GAIN * deviation), 0, 255).astype(np.uint8)
     return np.repeat(gray[:, :, None], 3, axis=2)
@@ -146,29 +137,28 @@ def spread_map(results: Sequence[Image]) -> Image:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def report_seeds(subject: WholeModel, found: Rows, levels: Sequence[str], seeds: int) -> StudyResult:
-    """Bands, sentences, plots, sheet and page of measured rows."""
-    rows, seed = found.rows, subject.seed
+def report_seeds(model: WholeModel, measurements: Measurements, levels: Sequence[str], seeds: int) -> StudyResult:
+    """Write the table, the sheet and the report of the rows."""
+    job, rows, seed = model.job, measurements.rows, model.job.seed
     values = {name: {level: column(rows, "levels", level, name) for level in levels} for name in VALUES}
     bands = {name: {level: mean_band(by[level], seed, "seeds") for level in levels} for name, by in values.items()}
     write_csv(
-        subject.out / "values.csv",
+        job.out / "values.csv",
         ["key", "level", *VALUES],
         [(row["key"], level, *(row["levels"][level][name] for name in VALUES)) for row in rows for level in levels],
     )
-    seen = sentences(values, levels, seed)
     captions = {row["key"]: [f"{row['key'][:40]}: {level}" for level in levels] for row in rows}
-    sheet = runs.strip_sheet(subject.out, rows, captions)
+    sheet = strip_sheet(job.out, rows, captions)
     sections = [
         Section(
             title="What the seed decides, and what the input",
             words=f"Means over pictures with 95 % bands, {seeds} seeds each. Coarse: means of squares of {BLOCK_PX} "
-            "px, which even the x8 input keeps. The original agrees with its input by construction: results that "
-            "differ from it coarsely no more than the original does are aligned with it.",
-            seen=seen,
+            "px, which even the x8 input keeps. The original agrees with its input by construction. Results are "
+            "aligned with the input if they differ from it coarsely no more than the original does.",
+            findings=sentences(values, levels, seed),
             figure=("seeds.png", draw(panels(bands, levels))),
             head=["Input", *VALUES.values()],
-            rows=[[level, *(told(bands[name][level], sign=False) for name in VALUES)] for level in levels],
+            rows=[[level, *(band_text(bands[name][level], sign=False) for name in VALUES)] for level in levels],
         )
     ]
     if sheet is not None:
@@ -184,34 +174,23 @@ def report_seeds(subject: WholeModel, found: Rows, levels: Sequence[str], seeds:
         title="How many pictures one input allows",
         subtitle="restoray analyze seeds: diversity over seeds and consistency with the input",
         facts=[
-            ("Pictures", f"{len(rows)} (middle squares, {subject.side_px} px)"),
-            ("Model", f"{subject.model} ({subject.system}), digest {subject.digest[:12]}"),
-            ("Options", ", ".join(f"{k}={v}" for k, v in subject.options.items()) or "the model's own"),
+            pictures_fact(measurements, job.side_px),
+            ("Model", model.title(model.system)),
+            ("Options", ", ".join(f"{k}={v}" for k, v in model.options.items()) or "the model's own"),
             ("Seeds", f"{seed} to {seed + seeds - 1}"),
         ],
         sections=sections,
-        quarantined=found.quarantined,
+        quarantine=measurements.quarantine,
     )
     summary = {
         "seeds": seeds,
-        "levels": {
-            level: {
-                n: {"mean": b.mean, "low": b.low, "high": b.high} for n, b in ((n, bands[n][level]) for n in VALUES)
-            }
-            for level in levels
-        },
+        "levels": {level: {name: band_document(bands[name][level]) for name in VALUES} for level in levels},
     }
-    return finish(subject.out, found, page, summary)
+    return finish(job.out, measurements, page, summary)
 
 
 def panels(bands: Mapping[str, Mapping[str, Band]], levels: Sequence[str]) -> list[Panel]:
-    """Spread, agreement and PSNR over the levels."""
-
-    def line(label: str, name: str) -> Line:
-        of = [bands[name][level] for level in levels]
-        mean, low, high = (np.array([float(getattr(band, part)) for band in of]) for part in ("mean", "low", "high"))
-        return Line(label=label, y=mean, low=low, high=high)
-
+    """Plots of spread, agreement and PSNR over the levels."""
     kinds = {
         "spread over seeds": ("levels", {"all": "total", "coarse": "coarse", "fine": "fine"}),
         "coarse difference to the input": ("levels", {"results": "result_to_input", "original": "original_to_input"}),
@@ -224,44 +203,45 @@ def panels(bands: Mapping[str, Mapping[str, Band]], levels: Sequence[str]) -> li
             y_label=unit,
             x=np.arange(len(levels), dtype=float),
             ticks=list(levels),
-            lines=[line(label, name) for label, name in lines.items()],
+            lines=[
+                band_line(label, stack_bands([bands[name][level] for level in levels])) for label, name in lines.items()
+            ],
         )
         for title, (unit, lines) in kinds.items()
     ]
 
 
 def sentences(values: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[str], seed: int) -> list[str]:
-    """What the numbers say: of diversity, of its dependence on the input, of consistency and of PSNR."""
+    """Sentences about the diversity, its dependence on the input, the agreement with the input, and the PSNR."""
     total = values["total"]
     if all(not np.any(total[level]) for level in levels):
         return ["Every seed gives the same picture: this model takes no noise."]
 
     def mean(name: str, level: str) -> str:
-        return told(mean_band(values[name][level], seed, "seeds"), sign=False)
+        return band_text(mean_band(values[name][level], seed, "seeds"), sign=False)
 
     worst = levels[-1]
     square = np.square(values["fine"][worst]).sum() / np.square(total[worst]).sum()
-    said = [
+    text = [
         f"Seeds spread the results of the {worst} input by {mean('total', worst)} levels; {100 * square:.0f} % of that "
         f"variance is detail below {BLOCK_PX} px."
     ]
-    words = []
+    differences = []
     for better, worse in pairwise(levels):
         band = mean_band(total[worse] - total[better], seed, "seeds")
-        words.append(f"{worse} over {better} {told(band)}, {verdict(float(band.low), float(band.high))}")
-    said.append(f"Spread by input: {'; '.join(words)}.")
+        differences.append(f"{worse} over {better} {band_text(band)}, {verdict(band)}")
+    text.append(f"Spread by input: {'; '.join(differences)}.")
     for level in levels[1:]:
-        band = mean_band(values["result_to_input"][level] - values["original_to_input"][level], seed, "seeds")
-        word = verdict(float(band.low), float(band.high))
+        word = verdict(mean_band(values["result_to_input"][level] - values["original_to_input"][level], seed, "seeds"))
         agree = {"higher": "agree with it less than", "lower": "agree with it more than", "no effect seen": "agree as"}
-        said.append(
+        text.append(
             f"{level}: results differ coarsely from the input by {mean('result_to_input', level)} levels, originals by "
             f"{mean('original_to_input', level)}: "
             + (f"results {agree[word]} the original does." if word in agree else f"{word}.")
         )
     gain = mean_band(values["psnr_of_mean"][worst] - values["psnr"][worst], seed, "seeds")
-    said.append(
+    text.append(
         f"{worst}: best and worst seed lie {mean('psnr_range', worst)} dB of PSNR apart, and the seeds' mean picture "
-        f"has {told(gain)} dB over a single result."
+        f"has {band_text(gain)} dB over a single result."
     )
-    return said
+    return text

@@ -1,14 +1,14 @@
-"""A study: one row of measurements a picture, kept so that the same command goes on where it stopped.
+"""A study writes one row of measurements for each picture. The same command resumes a study that was stopped.
 
-    <out>/study.json          {"study": its name, "settings": all that decides the rows}
+    <out>/study.json          {"study": its name, "settings": all settings that determine the rows}
     <out>/values.jsonl        a line per picture: key, source, source_sha256, settings (digest), files, and its values
     <out>/values.csv          the same values in long form, for tables
     <out>/quarantine.jsonl    a line per picture that could not be measured: key, source, stage, code, detail
     <out>/summary.json        means, intervals and sentences
-    <out>/report.html         everything to look at, self-contained; its plots and sheets lie beside it
-    <out>/strips/             small pictures of single steps, which the sheets are put together from
+    <out>/report.html         all results on one self-contained page; its plots and sheets are also files next to it
+    <out>/strips/             small pictures of single steps; the sheets are made of them
 
-A picture is measured again when its bytes or the settings changed, or when a file that its row names is not as it was.
+A picture is measured again if its bytes or the settings have changed, or if a file that its row names has changed.
 """
 
 from __future__ import annotations
@@ -20,126 +20,134 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from components.images import center_crop, decode, resize_short_side
-from components.types import Image, Restorer, SampleError
-from pipelines.console import Progress, no_progress
-from pipelines.errors import Failure, UsageError
-from pipelines.restore import list_pictures
-from pipelines.rows import end_torn_line, read_lines, replace_file, write_lines
-
-if TYPE_CHECKING:
-    from components.systems.instantir.network import InstantIR
-    from components.systems.instantir.options import Options
+from components.types import Image, SampleError
+from components.writing import replace_file
+from pipelines.analysis.model import StudyJob, StudyModel
+from pipelines.analysis.page import Page, write_page
+from pipelines.core.console import Progress, no_progress
+from pipelines.core.errors import Failure, UsageError
+from pipelines.core.folders import check_output, folder_lock
+from pipelines.core.pictures import list_pictures
+from pipelines.core.rows import end_torn_line, read_lines, write_lines
 
 VERSION = 1
-"""Of what studies measure: raise it when a change alters their rows."""
+"""Version of the measurements. Raise it when a change of the code alters the rows."""
 
 Measure = Callable[[str, Image], Mapping[str, Any]]
-"""(key, uint8 [S, S, 3]) -> values for JSON; a "files" entry, relative path -> bytes, is written beside the rows."""
+"""(key, uint8 [S, S, 3]) -> values for JSON. The bytes of its "files" entry, by relative path, are written to files."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looked:
-    """What every study of a model looks at.
+class Pictures:
+    """The pictures of a study.
 
     Attributes:
-        model, digest: the model's name, and what names its bytes.
-        images, out: folders.
-        limit: first so many pictures by name; 0 for all.
-        side_px: the middle square of each picture, resized to this side.
-        seed: with a picture's name it fixes every random bit.
-        device: where the networks are.
+        by_key: absolute paths, in order of their names.
+        base: folder that the rows' `source` is relative to.
+        ignored_count: number of other files in the folder.
     """
 
-    digest: str
-    model: str
-    images: Path
-    out: Path
-    limit: int = 0
-    side_px: int = 256
-    seed: int = 0
-    device: str = "cpu"
+    by_key: Mapping[str, Path]
+    base: Path
+    ignored_count: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject(Looked):
-    """The parts of an InstantIR model, and the options of a request to it."""
+class Measurements:
+    """The rows of a study.
 
-    network: InstantIR
-    options: Options
-
-
-@dataclass(frozen=True, kw_only=True)
-class WholeModel(Looked):
-    """A model of any system as its restorer, and the options of every request to it."""
-
-    system: str
-    restorer: Restorer
-    options: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The rows of all measured pictures in order of their keys, and what became of the rest."""
+    Attributes:
+        rows: one for each measured picture, in order of the keys.
+        fresh_count: number of rows that this run measured; the others are from earlier runs.
+        quarantine: one row for each picture that could not be measured.
+        ignored_count: see Pictures.
+    """
 
     rows: Sequence[dict[str, Any]]
+    fresh_count: int
+    quarantine: Sequence[Mapping[str, Any]] = field(default=())
+    ignored_count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """The result of a study: counts of pictures, its sentences (`seen`), and the paths of its folder and report."""
+
     measured: int
     kept: int
-    quarantined: Sequence[Mapping[str, Any]]
+    quarantined: int
     ignored: int
+    seen: Sequence[str]
+    folder: Path
+    report: Path
 
 
-def picture_files(images: Path, out: Path, limit: int) -> tuple[dict[str, Path], int]:
-    """Pictures by key, the first `limit` of them, and how many other files were passed over; raises UsageError."""
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """An entry of the dictionary of studies.
+
+    Attributes:
+        open: opens the job's model.
+        run: (opened model, progress=, and the study's own settings) -> result.
+    """
+
+    open: Callable[[StudyJob], StudyModel]
+    run: Callable[..., StudyResult]
+
+
+def list_study_pictures(images: Path, out: Path, limit: int) -> Pictures:
+    """The first `limit` pictures by name, or all if it is 0; raises UsageError."""
     if limit < 0:
         raise UsageError(f"--limit must be at least 1 (or 0 for all pictures), got {limit}")
-    found, ignored = list_pictures(images, out)
-    chosen = list(found.items())[:limit] if limit else list(found.items())
-    return dict(chosen), ignored
+    paths, ignored_count = list_pictures(images, out)
+    by_key = dict(list(paths.items())[:limit]) if limit else paths
+    base = images if images.is_dir() else images.parent
+    return Pictures(by_key=by_key, base=base.absolute(), ignored_count=ignored_count)
 
 
 def read_picture(path: Path, key: str) -> bytes:
-    """A picture's bytes; SampleError where they cannot be read."""
+    """A picture's bytes; SampleError if they cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise SampleError("unreadable", f"cannot be read: {error.strerror}", key) from error
 
 
-def prepared(data: bytes, key: str, side_px: int) -> Image:
-    """The picture's middle square, side_px wide: uint8 [S, S, 3]; SampleError where it is no picture."""
+def middle_square(data: bytes, key: str, side_px: int) -> Image:
+    """The picture's middle square, resized to side_px: uint8 [S, S, 3]; SampleError if the bytes are not a picture."""
     return center_crop(resize_short_side(decode(data, key=key), side_px), side_px, side_px)
 
 
-def digest_of(settings: Mapping[str, Any]) -> str:
-    """Equal for equal settings."""
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Equal settings have equal digests."""
     return hashlib.sha256(json.dumps({**settings, "version": VERSION}, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def study_folder(out: Path, name: str, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the study's folder for this process, and say in it what it is.
+    """Lock the study's folder for this process, and write study.json.
 
     Raises:
         UsageError: the folder holds another study.
-        RetryLater: another process works on it.
-        Failure: it cannot be written.
+        RetryLater: another process works in the folder.
+        Failure: the folder cannot be written.
     """
-    from pipelines.plans import check_output, run_lock
-
     check_output(out, free_mib=0)
-    with run_lock(out):
+    with folder_lock(out):
         try:
-            known = json.loads((out / "study.json").read_text(encoding="utf-8"))
+            document = json.loads((out / "study.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            known = {}
-        if known and known.get("study") != name:
-            raise UsageError(f"{out} holds the study {known.get('study')!r}; choose another output folder.")
+            document = {}
+        if document and document.get("study") != name:
+            raise UsageError(f"{out} holds the study {document.get('study')!r}; choose another output folder.")
         try:
             replace_file(out / "study.json", json_bytes({"study": name, "settings": dict(settings)}))
             yield
@@ -148,63 +156,61 @@ def study_folder(out: Path, name: str, settings: Mapping[str, Any]) -> Iterator[
 
 
 def measure_pictures(
-    files: Mapping[str, Path],
-    base: Path,
+    pictures: Pictures,
     out: Path,
     settings: Mapping[str, Any],
     side_px: int,
     measure: Measure,
     progress: Progress = no_progress,
-    ignored: int = 0,
-    wanted: Mapping[str, str] | None = None,
-) -> Rows:
-    """Measure every picture that is not up to date; call it inside `study_folder`.
+    required_files: Mapping[str, str] | None = None,
+) -> Measurements:
+    """Measure every picture that has no current row; call it inside `study_folder`.
 
     Args:
-        wanted: by key, a file that the picture's row must have; others need none.
+        required_files: by key, a file that the picture's row must name; other pictures need no file.
 
     Raises:
-        Failure: not one picture could be measured.
+        Failure: no picture could be measured.
     """
-    values, quarantine, digest = out / "values.jsonl", out / "quarantine.jsonl", digest_of(settings)
-    done = {row.get("key"): row for row in read_lines(values)}
+    values, quarantine, digest = out / "values.jsonl", out / "quarantine.jsonl", settings_digest(settings)
+    earlier = {row.get("key"): row for row in read_lines(values)}
     rows: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
-    kept = 0
+    fresh_count = 0
+    total = len(pictures.by_key)
     end_torn_line(values)
-    progress(0, len(files))
+    progress(0, total)
     with values.open("a", encoding="utf-8") as stream:
-        for number, (key, path) in enumerate(files.items(), start=1):
-            source = path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
+        for number, (key, path) in enumerate(pictures.by_key.items(), start=1):
+            source = path.relative_to(pictures.base).as_posix() if path.is_relative_to(pictures.base) else path.name
             try:
                 data = read_picture(path, key)
-                seen, row = hashlib.sha256(data).hexdigest(), done.get(key)
-                if row is not None and _stands(row, seen, digest, out, (wanted or {}).get(key, "")):
-                    kept += 1
-                else:
-                    found = _measured(measure, key, data, side_px)
-                    written = _write_files(out, found.pop("files", {}))
-                    head = {"key": key, "source": source, "source_sha256": seen, "settings": digest, "files": written}
-                    row = {**head, **found}
+                source_sha256, row = hashlib.sha256(data).hexdigest(), earlier.get(key)
+                if row is None or not _is_current(row, source_sha256, digest, out, (required_files or {}).get(key, "")):
+                    content = _measure(measure, key, data, side_px)
+                    files = _write_files(out, content.pop("files", {}))
+                    head = {"key": key, "source": source, "source_sha256": source_sha256, "settings": digest}
+                    row = {**head, "files": files, **content}
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                     stream.flush()
+                    fresh_count += 1
                 rows.append(row)
             except SampleError as error:
                 bad.append(
                     {"key": key, "source": source, "stage": "analyze", "code": error.code, "detail": error.detail}
                 )
-            progress(number, len(files), key)
+            progress(number, total, key)
     rows.sort(key=itemgetter("key"))
     write_lines(values, rows)
     write_lines(quarantine, sorted(bad, key=itemgetter("key")))
     if not rows:
-        raise Failure(f"none of the {len(files)} pictures could be measured: {bad[0]['key']}: {bad[0]['detail']}")
-    return Rows(rows=rows, measured=len(rows) - kept, kept=kept, quarantined=bad, ignored=ignored)
+        raise Failure(f"none of the {total} pictures could be measured: {bad[0]['key']}: {bad[0]['detail']}")
+    return Measurements(rows=rows, fresh_count=fresh_count, quarantine=bad, ignored_count=pictures.ignored_count)
 
 
-def _measured(measure: Measure, key: str, data: bytes, side_px: int) -> dict[str, Any]:
+def _measure(measure: Measure, key: str, data: bytes, side_px: int) -> dict[str, Any]:
     try:
-        return dict(measure(key, prepared(data, key, side_px)))
+        return dict(measure(key, middle_square(data, key, side_px)))
     except MemoryError as error:
         raise SampleError("out_of_memory", "not enough memory to measure the picture", key) from error
 
@@ -217,9 +223,11 @@ def _write_files(out: Path, files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
-def _stands(row: Mapping[str, Any], seen: str, digest: str, out: Path, wanted: str) -> bool:
-    """Whether an earlier row is of this very picture and these settings, and its files are as they were."""
-    if row.get("source_sha256") != seen or row.get("settings") != digest or (wanted and wanted not in row["files"]):
+def _is_current(row: Mapping[str, Any], source_sha256: str, digest: str, out: Path, required_file: str) -> bool:
+    """Whether an earlier row has the picture's bytes and the settings, and its files have not changed."""
+    if row.get("source_sha256") != source_sha256 or row.get("settings") != digest:
+        return False
+    if required_file and required_file not in row["files"]:
         return False
     try:
         return all(hashlib.sha256((out / n).read_bytes()).hexdigest() == d for n, d in row.get("files", {}).items())
@@ -236,8 +244,8 @@ def json_bytes(document: Mapping[str, Any]) -> bytes:
 
 
 def finite(value: Any) -> Any:
-    """The same data with None for numbers that are not finite, numpy's arrays and numbers as plain ones."""
-    if hasattr(value, "tolist"):
+    """The same data in plain types: lists and numbers for numpy's arrays and numbers, None for numbers not finite."""
+    if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -247,7 +255,7 @@ def finite(value: Any) -> Any:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Replace a table; what is None or not finite is an empty cell."""
+    """Replace a table; the cell of None and of a number that is not finite is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -256,9 +264,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
 
 
 def numbers(values: Any, digits: int = 6) -> list[Any]:
-    """A tensor or array as nested lists of rounded numbers, None where not finite: what a row keeps."""
-    import numpy as np
-
+    """A tensor or array as nested lists of rounded numbers for a row; None for numbers that are not finite."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim > 1:
         return [numbers(part, digits) for part in array]
@@ -267,7 +273,6 @@ def numbers(values: Any, digits: int = 6) -> list[Any]:
 
 def column(rows: Sequence[Mapping[str, Any]], *path: str) -> Any:
     """One value of every row as float64 [n, ...], NaN for None; `path` leads to it through nested mappings."""
-    import numpy as np
 
     def value(row: Any) -> Any:
         for name in path:
@@ -275,3 +280,25 @@ def column(rows: Sequence[Mapping[str, Any]], *path: str) -> Any:
         return row
 
     return np.asarray([value(row) for row in rows], dtype=np.float64)
+
+
+def finish(out: Path, measurements: Measurements, page: Page, summary: Mapping[str, Any]) -> StudyResult:
+    """Write summary.json and the report; every study ends with this call."""
+    findings = [sentence for section in page.sections for sentence in section.findings]
+    document = {**summary, "seen": findings, "pictures": len(measurements.rows)}
+    replace_file(out / "summary.json", json_bytes(document))
+    report = write_page(out, page)
+    return StudyResult(
+        measured=measurements.fresh_count,
+        kept=len(measurements.rows) - measurements.fresh_count,
+        quarantined=len(measurements.quarantine),
+        ignored=measurements.ignored_count,
+        seen=findings,
+        folder=out,
+        report=report,
+    )
+
+
+def pictures_fact(measurements: Measurements, side_px: int) -> tuple[str, str]:
+    """The report's fact about the pictures."""
+    return ("Pictures", f"{len(measurements.rows)} (middle squares, {side_px} px)")

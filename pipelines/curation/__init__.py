@@ -1,1 +1,1 @@
-"""The phases of a curation (decision 0004): measure, score, select, write. `pipelines.curate` puts them in order."""
+"""Sources to shards (decision 0004): measure, score, select, write; and negatives, pairs, and the page."""

@@ -1,26 +1,21 @@
-"""What a spec asks for beside a finished corpus' pictures: the inputs of pairs, captions, embeddings and latents."""
+"""The columns that a spec asks for besides the pictures: inputs of pairs, captions, embeddings and latents."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from components.corpora import CorpusSpec
-from pipelines.console import Progress
+from pipelines.core.console import Progress
+from pipelines.corpus.columns.captions import caption_corpus
+from pipelines.corpus.columns.precompute import precompute
+from pipelines.curation.pairs import add_pairs, has_pairs
 
 
-def add_columns(spec: CorpusSpec, out: Path, tell: Progress) -> None:
-    """Compute the columns of a corpus, or what is missing of them; raises as they do."""
-    from pipelines.pairs import add_pairs, has_pairs
-
+def add_columns(spec: CorpusSpec, out: Path, progress: Progress) -> None:
+    """Compute the columns of a corpus, or what is missing of them; errors as in the functions that it calls."""
     if has_pairs(spec):
-        add_pairs(out, spec, progress=tell)
+        add_pairs(out, spec, progress=progress)
     if spec.caption is not None:
-        from pipelines.caption import caption_corpus
-
-        caption_corpus(out, spec.caption, progress=tell)
+        caption_corpus(out, spec.caption, progress=progress)
     if spec.precompute is not None:
-        from pipelines.precompute import precompute
-
-        settings = asdict(spec.precompute)
-        precompute(out, settings.pop("prior"), progress=tell, **settings)
+        precompute(out, spec.precompute, progress=progress)

@@ -1,8 +1,8 @@
-"""Rows of a part on their way to its file: in batches, so that a tar may hold any number, and kept when a process dies.
+"""Write the measured rows of a part in batches, so that a tar may have any size and a death costs seconds of work.
 
-Journal: rows measured by one attempt, appended every few seconds to work/partial/<part>.<n>.arrows. The next attempt
-reads them; they go when the part's file is there. Known: rows from before, in Arrow until they are asked for. Output:
-the part's file, a batch at a time.
+Journal: rows of one attempt, appended every few seconds to work/partial/<part>.<n>.arrows. The next attempt reads them;
+they are removed when the part's file is complete. EarlierRows: rows of earlier attempts and runs, in Arrow until they
+are needed. Output: the part's file, written a batch at a time.
 """
 
 from __future__ import annotations
@@ -10,43 +10,43 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from components.writing import whole_file
+
 ROWS = 2048
-"""Rows of a batch: what a task holds as objects, and a row group of the part's file."""
+"""Rows of a batch: those that a task holds as objects, and a row group of the part's file."""
 
 JOURNAL_ROWS, JOURNAL_S = 256, 5.0
-"""A journal is appended to after so many rows, or so many seconds: what a death may cost."""
+"""A journal is appended to after this many rows or seconds: a death costs no more work."""
 
-KNOWN_ROWS = 512  # turned into objects at a time
+OBJECT_ROWS = 512  # earlier rows that become objects at a time
 
 
 def to_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """Rows as Arrow; a field that a row lacks is null."""
+    """Rows as Arrow; a missing field is null."""
     return pa.RecordBatch.from_arrays(
         [pa.array([row.get(field.name) for row in rows], field.type) for field in schema], schema=schema
     )
 
 
 class Journal:
-    """Fresh rows of one attempt at a part.
+    """Rows that one attempt at a part has measured.
 
     Args:
-        folder: of the journals.
-        name: of the part.
-        facts: kept with the rows; strings.
-        eager: append every row at once, for a part whose process dies.
+        folder: folder of the journals.
+        name: name of the part.
+        facts: strings that are stored with the rows.
+        eager: append every row at once, for a part over which a process died.
     """
 
     def __init__(self, folder: Path, name: str, schema: pa.Schema, facts: Mapping[str, str], eager: bool) -> None:
@@ -58,7 +58,7 @@ class Journal:
         self.writer: Any = None
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Another row."""
+        """Add a row."""
         self.rows.append(row)
         if self.eager or len(self.rows) >= JOURNAL_ROWS or time.monotonic() - self.since > JOURNAL_S:
             self._append()
@@ -72,14 +72,14 @@ class Journal:
                     break
             self.writer = pa.ipc.new_stream(self.file, self.schema)
         self.writer.write_batch(to_batch(self.rows, self.schema))
-        self.file.flush()  # survives the death of the process; after a power cut the rows are measured again
+        self.file.flush()  # the rows survive the death of the process; after a power cut they are measured again
         self.rows, self.since = [], time.monotonic()
 
-    def close(self, done: bool) -> None:
-        """The end of an attempt; with `done` the part's file has everything."""
+    def close(self, complete: bool) -> None:
+        """End an attempt; if the part's file is complete, the journals are removed."""
         if self.file is not None:
             self.file.close()
-        if done:
+        if complete:
             for path in self.folder.glob(f"{self.name}.*.arrows"):
                 path.unlink(missing_ok=True)
 
@@ -87,29 +87,29 @@ class Journal:
 def read_journals(
     folder: Path, name: str, facts: Mapping[str, str], retry: Collection[str]
 ) -> tuple[list[pa.Table], list[pa.Table]]:
-    """Rows of earlier attempts by the same rules, oldest first: all, and those at the part as it is now.
+    """Rows of earlier attempts with the same rules, oldest first: all of them, and those at the part as it is now.
 
     Args:
         facts: "rules", "run" and "part" of this attempt.
-        retry: codes of rows that an attempt of another run leaves to this one.
+        retry: codes of rows that are left out, unless an attempt of this run measured them.
     """
-    found, same_part = [], []
+    tables, same_part = [], []
     for path in sorted(folder.glob(f"{name}.*.arrows"), key=lambda path: int(path.suffixes[-2][1:])):
         try:
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-                told = {key.decode(): value.decode() for key, value in (stream.schema.metadata or {}).items()}
-                table = pa.Table.from_batches(list(_whole(stream)), stream.schema.remove_metadata())
-        except (OSError, pa.ArrowException):  # nothing of it got to the disk
+                own = {key.decode(): value.decode() for key, value in (stream.schema.metadata or {}).items()}
+                table = pa.Table.from_batches(list(_intact(stream)), stream.schema.remove_metadata())
+        except (OSError, pa.ArrowException):  # no row of it reached the disk
             continue
-        if told.get("rules") != facts["rules"]:
+        if own.get("rules") != facts["rules"]:
             continue
-        found.append(table if facts["run"] and told.get("run") == facts["run"] else without(table, retry))
-        if told.get("part") == facts["part"]:
-            same_part.append(found[-1])
-    return found, same_part
+        tables.append(table if facts["run"] and own.get("run") == facts["run"] else without(table, retry))
+        if own.get("part") == facts["part"]:
+            same_part.append(tables[-1])
+    return tables, same_part
 
 
-def _whole(stream: Any) -> Iterator[pa.RecordBatch]:
+def _intact(stream: Any) -> Iterator[pa.RecordBatch]:
     """Batches up to the place where a kill cut the file."""
     while True:
         try:
@@ -121,12 +121,12 @@ def _whole(stream: Any) -> Iterator[pa.RecordBatch]:
 
 
 def without(table: pa.Table, codes: Collection[str]) -> pa.Table:
-    """The rows that have none of these codes."""
+    """The rows with none of these codes."""
     return table.filter(pc.invert(pc.is_in(table.column("code"), value_set=pa.array(sorted(codes), pa.string()))))
 
 
-class Known:
-    """Rows by id, of several tables of which later ones count; they become objects a few at a time."""
+class EarlierRows:
+    """Rows of several tables by id; of equal ids the last one counts. A few rows at a time become objects."""
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
         self.table = pa.concat_tables(tables) if tables else None
@@ -138,10 +138,10 @@ class Known:
         return name in self.places
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        block, place = divmod(self.places[name], KNOWN_ROWS)
-        if self._block[0] != block:  # rows are asked for in about their order
+        block, place = divmod(self.places[name], OBJECT_ROWS)
+        if self._block[0] != block:  # the callers need rows in about their order
             assert self.table is not None
-            self._block = (block, self.table.slice(block * KNOWN_ROWS, KNOWN_ROWS).to_pylist())
+            self._block = (block, self.table.slice(block * OBJECT_ROWS, OBJECT_ROWS).to_pylist())
         return self._block[1][place]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -149,18 +149,20 @@ class Known:
 
 
 class Output:
-    """A part's file, written a batch at a time under another name until `finish`."""
+    """Rows of a part's file, see write_part.
+
+    Args:
+        path: a temporary file.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.path, self.schema = path, schema
-        self.temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        self.schema = schema
         self.rows: list[Mapping[str, Any]] = []
         self.count, self.codes, self.content = 0, Counter[str](), hashlib.sha256()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.writer = pq.ParquetWriter(self.temporary, schema, compression="zstd")
+        self.writer = pq.ParquetWriter(path, schema, compression="zstd")
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """The next row."""
+        """Add a row."""
         self.rows.append(row)
         if row["code"]:
             self.codes[row["code"]] += 1
@@ -174,22 +176,24 @@ class Output:
         self.count, self.rows = self.count + len(self.rows), []
 
     def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the file its name; returns the summary that it holds."""
+        """Write the last rows and the summary; returns the summary: facts, rows, codes, content."""
         if self.rows or not self.count:
             self._put()
         codes = dict(sorted(self.codes.items()))
         summary = {**facts, "rows": self.count, "codes": codes, "content": self.content.hexdigest()}
         self.writer.add_key_value_metadata({"restoray": json.dumps(summary)})
         self.writer.close()
-        os.replace(self.temporary, self.path)
         return summary
 
-    def __enter__(self) -> Output:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with suppress(OSError, pa.ArrowException):  # a full disk has been told of
-            self.writer.close()
-        self.temporary.unlink(missing_ok=True)
+@contextmanager
+def write_part(path: Path, schema: pa.Schema) -> Iterator[Output]:
+    """Write a part's file, a batch at a time. The block ends with `finish`; then the file gets its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as draft:
+        output = Output(draft.temporary, schema)
+        try:
+            yield output
+        finally:
+            with suppress(OSError, pa.ArrowException):  # a full disk has raised already
+                output.writer.close()

@@ -1,7 +1,7 @@
-"""Measuring: a part's candidates -> work/measured/<part>.parquet, one row each. No row is ever missing.
+"""Measure parts: each candidate of a part becomes one row of work/measured/<part>.parquet. No row is ever missing.
 
-The file appears at once and says which part and which rules it was made by, so a killed job repeats of the parts that
-were in flight what no journal has, and a changed part keeps the rows of the candidates that did not change.
+The file appears at once, and names the part and the rules that it was made with. So a killed job repeats only rows of
+parts in work that no journal has, and a changed part keeps the rows of the candidates that did not change.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,18 +24,20 @@ from components.fingerprints import WORDS, fingerprint
 from components.images import decode, sniff
 from components.quality import SCORES, measure_scores
 from components.types import SampleError
-from pipelines import shards
+from components.writing import whole_file
+from pipelines.core.pool import object_column
+from pipelines.corpus import shards
 from pipelines.curation import journal
+from pipelines.curation.sources import Candidate, Part, candidates, remove_bodies
 from pipelines.curation.watch import Guard
-from pipelines.sources import Candidate, Part, candidates, forget_bodies
 
 VERSION = 2
-"""Of the measures: raising it makes old ones stale."""
+"""Version of the measures: a higher one makes old rows stale."""
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # the run's trouble and not a picture's
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # errors of the run rather than of a picture
 
 Look = Callable[[bytes, FilterSpec, str], dict[str, Any]]
-"""(bytes, filters, key) -> what is measured on a picture: ext, width, height, scores, print; or SampleError."""
+"""(bytes, filters, key) -> measures of a picture: ext, width, height, scores, print; raises SampleError."""
 
 SCORE = "score/"
 SCHEMA = pa.schema(
@@ -59,7 +61,15 @@ SCHEMA = pa.schema(
         *((f"{SCORE}{name}", pa.float32()) for name in SCORES),
     ]
 )
-"""Of measured rows: code, stage and detail are "" where nothing is wrong; print and scores null where something is."""
+"""Columns of measured rows. code, stage and detail are "" for an intact picture; else print and scores are null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartAnswer:
+    """The summary of a measured part, see measure_part."""
+
+    name: str
+    summary: dict[str, Any]
 
 
 def look(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
@@ -80,25 +90,25 @@ def look(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
 
 
 def rules_of(filters: FilterSpec) -> str:
-    """Digest of what decides a measured row besides its bytes; thresholds of scores are none of it."""
+    """Digest of what decides a measured row besides its bytes; thresholds of scores do not."""
     limits = {**asdict(filters.limits()), "min_file_kib": filters.min_file_kib}
     return hashlib.sha256(json.dumps([VERSION, sorted(SCORES), WORDS, limits], sort_keys=True).encode()).hexdigest()
 
 
 def measured_path(out: Path, part: Part) -> Path:
-    """Where a part's rows lie."""
+    """Path of a part's rows."""
     return out / "work" / "measured" / f"{part.name}.parquet"
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """What a measured file says of itself: part, rules, rows, codes, content; None where there is no whole file."""
+    """The summary in a measured file: part, rules, rows, codes, content; None where there is no complete file."""
     try:
         return dict(json.loads(pq.read_metadata(path).metadata[b"restoray"]))
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
 
 
-def is_done(summary: Mapping[str, Any] | None, part: Part, rules: str, retry: Collection[str]) -> bool:
+def is_complete(summary: Mapping[str, Any] | None, part: Part, rules: str, retry: Collection[str]) -> bool:
     """Whether a part's file needs no further work."""
     return bool(
         summary
@@ -108,57 +118,67 @@ def is_done(summary: Mapping[str, Any] | None, part: Part, rules: str, retry: Co
     )
 
 
-def tried_again(path: Path, summary: Mapping[str, Any], retry: Collection[str]) -> set[str]:
-    """`source` of a measured part's rows that have one of these codes."""
-    if not any(code in retry for code in summary["codes"]):
+def sources_with_codes(path: Path, summary: Mapping[str, Any], codes: Collection[str]) -> set[str]:
+    """`source` of the rows of a measured part that have one of these codes."""
+    if not any(code in codes for code in summary["codes"]):
         return set()
     table = pq.read_table(path, columns=["source", "code"]).to_pydict()
-    return {source for source, code in zip(table["source"], table["code"], strict=True) if code in retry}
+    return {source for source, code in zip(table["source"], table["code"], strict=True) if code in codes}
+
+
+def measure_batch(
+    batch: Mapping[str, np.ndarray], spec: CorpusSpec, out: Path, retry: Collection[str], look_at: Look, run: str
+) -> dict[str, np.ndarray]:
+    """Ray Data batch {"job": Part objects} -> {"answer": PartAnswer objects}; arguments as measure_part."""
+    answers = [
+        PartAnswer(name=part.name, summary=measure_part(part, spec, out, retry, look_at, run)) for part in batch["job"]
+    ]
+    return {"answer": object_column(answers)}
 
 
 def measure_part(
     part: Part, spec: CorpusSpec, out: Path, retry: Collection[str] = (), look_at: Look = look, run: str = ""
 ) -> dict[str, Any]:
-    """Measure what is not known of a part, and return its summary with "fresh", the rows measured now.
+    """Measure the candidates of a part without a row; returns its summary with "fresh", the rows of this call.
 
-    Rows are in memory a batch at a time, and a process that dies costs the last seconds of its work.
+    Memory holds one batch of rows, and the death of a process costs the last seconds of its work.
 
     Args:
         retry: codes whose rows are measured again.
-        look_at: what is done with a picture's bytes.
-        run: names this curation: what an attempt of its own has measured is not tried again, whatever its code.
+        look_at: decodes and measures a picture's bytes.
+        run: name of this curation. Rows of its own attempts are not tried again, whatever their code.
     """
-    cv2.setNumThreads(1)  # a task has one core; OpenCV would take them all
+    cv2.setNumThreads(1)  # a task has one core; OpenCV would use all
     rules, path = rules_of(spec.filters), measured_path(out, part)
     before = read_summary(path)
-    if before is not None and is_done(before, part, rules, retry):  # a retried task whose first attempt got that far
+    if before is not None and is_complete(before, part, rules, retry):  # an earlier try of this task has finished it
         return {**before, "fresh": 0}
     is_urls = spec.sources[part.source].kind == "urls"
     patience = spec.sample_timeout_s + (spec.download.attempts * (spec.download.total_s + 60) if is_urls else 0)
     guard = Guard(out / "work" / "cursors", part.name, patience)
     journals = out / "work" / "partial"
     facts = {"rules": rules, "run": run, "part": part.digest}
-    attempts, at_this = journal.read_journals(journals, part.name, facts, retry)
-    earlier = _earlier_rows(path, before, rules, retry)
-    known = journal.Known([*earlier, *attempts])
-    if guard.hopeless:  # what was seen of it is all that there will be
-        known = journal.Known([*(earlier if before and before["part"] == part.digest else []), *at_this])
-    seen = journal.Journal(journals, part.name, SCHEMA, facts, eager=bool(guard.deaths))
-    done, fresh, bodies = False, 0, set()
+    attempts, at_this_part = journal.read_journals(journals, part.name, facts, retry)
+    tables = _earlier_tables(path, before, rules, retry)
+    earlier = journal.EarlierRows([*tables, *attempts])
+    if guard.hopeless:  # the part is not read again, so only rows of its present state count
+        earlier = journal.EarlierRows([*(tables if before and before["part"] == part.digest else []), *at_this_part])
+    log = journal.Journal(journals, part.name, SCHEMA, facts, eager=bool(guard.deaths))
+    complete, fresh, bodies = False, 0, set()
     try:
-        with journal.Output(path, SCHEMA) as output:
-            for row, is_fresh in _rows(part, spec, out, guard, known, seen, look_at):
+        with journal.write_part(path, SCHEMA) as output:
+            for row, is_fresh in _rows(part, spec, out, guard, earlier, log, look_at):
                 output.add(row)
                 fresh += is_fresh
                 if is_urls and row["at"]:
                     bodies.add(json.loads(row["at"]).get("fetched"))
             summary = output.finish({"part": part.digest, "rules": rules})
-        done = True
+        complete = True
         if is_urls:
-            forget_bodies(out, part.name, bodies)
+            remove_bodies(out, part.name, bodies)
     finally:
-        seen.close(done)
-        guard.close(done)
+        log.close(complete)
+        guard.close(complete)
     return {**summary, "fresh": fresh}
 
 
@@ -167,67 +187,67 @@ def _rows(
     spec: CorpusSpec,
     out: Path,
     guard: Guard,
-    known: journal.Known,
-    seen: journal.Journal,
+    earlier: journal.EarlierRows,
+    log: journal.Journal,
     look_at: Look,
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """(row, whether it was measured now) of all candidates of a part, in its order."""
+    """(row, whether this call measured it) of all candidates of a part, in their order."""
     if guard.hopeless:
-        yield from ((row, False) for row in known)
+        yield from ((row, False) for row in earlier)
         problem = SampleError("crashed", "the process that read it died again and again", part.name)
         yield _row(Candidate(id=part.name[:24], key=part.name, source=part.name, problem=problem)), True
         return
     guard.at("")
-    for candidate in _whatever_happens(part, candidates(part, spec, out, known.__contains__)):
-        if candidate.id in known:
-            yield _renewed(known[candidate.id], candidate), False
+    for candidate in _with_reading_errors(part, candidates(part, spec, out, earlier.__contains__)):
+        if candidate.id in earlier:
+            yield _with_new_listing(earlier[candidate.id], candidate), False
             continue
-        verdict = guard.sentence(candidate.id)
-        if verdict is not None:
-            candidate.problem, candidate.stage = SampleError(*verdict, candidate.key), "measure"
+        refusal = guard.refusal(candidate.id)
+        if refusal is not None:
+            candidate.problem, candidate.stage = SampleError(*refusal, candidate.key), "measure"
         else:
             guard.at(candidate.id)
         row = _measure(candidate, spec.filters, look_at)
-        seen.add(row)
+        log.add(row)
         guard.at("")
         yield row, True
 
 
-def _whatever_happens(part: Part, found: Iterator[Candidate]) -> Iterator[Candidate]:
-    """The candidates; and should reading them raise what nobody foresaw, one more that says so."""
+def _with_reading_errors(part: Part, items: Iterator[Candidate]) -> Iterator[Candidate]:
+    """The candidates. If reading them raises an unexpected error, one more candidate has it as its problem."""
     try:
-        yield from found
+        yield from items
     except OSError:
-        raise  # a full disk or a lost store is no fault of the part
-    except Exception as error:  # noqa: BLE001 - what comes before it is kept, and no other part suffers
+        raise  # a full disk or a lost store is not the fault of the part
+    except Exception as error:  # noqa: BLE001 - the candidates before it stay, and other parts are not affected
         problem = SampleError("crashed", f"reading it failed: {type(error).__name__}: {error}"[:1000], part.name)
         yield Candidate(id=f"!{part.name}"[:24], key=part.name, source=f"part:{part.name}", problem=problem)
 
 
-def _earlier_rows(path: Path, before: Mapping[str, Any] | None, rules: str, retry: Collection[str]) -> list[pa.Table]:
-    """Rows of an earlier run, less those to be measured again."""
+def _earlier_tables(path: Path, before: Mapping[str, Any] | None, rules: str, retry: Collection[str]) -> list[pa.Table]:
+    """Rows of an earlier run, without those that are measured again."""
     if before is None or before["rules"] != rules:
         return []
     return [journal.without(pq.read_table(path).replace_schema_metadata(None), retry)]
 
 
-def _renewed(row: Mapping[str, Any], candidate: Candidate) -> dict[str, Any]:
-    """A known row with what listing says today."""
-    today = {name: getattr(candidate, name) for name in ("key", "source", "licence", "credit", "caption")}
-    return {**row, **today, "at": candidate.at or row["at"]}
+def _with_new_listing(row: Mapping[str, Any], candidate: Candidate) -> dict[str, Any]:
+    """An earlier row with the facts of the present listing."""
+    facts = {name: getattr(candidate, name) for name in ("key", "source", "licence", "credit", "caption")}
+    return {**row, **facts, "at": candidate.at or row["at"]}
 
 
 def _measure(candidate: Candidate, filters: FilterSpec, look_at: Look) -> dict[str, Any]:
-    """One row; whatever a picture may do to a library, it costs no other."""
+    """One row. A picture may make a library fail in any way; that must not cost another picture."""
     row = _row(candidate)
     if candidate.problem is not None or candidate.load is None:
         return row
     try:
         data = candidate.load()
         row.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        found = look_at(data, filters, candidate.key)
-        row.update({name: found[name] for name in ("ext", "width", "height", "print")})
-        row.update({SCORE + name: value for name, value in found["scores"].items()})
+        facts = look_at(data, filters, candidate.key)
+        row.update({name: facts[name] for name in ("ext", "width", "height", "print")})
+        row.update({SCORE + name: value for name, value in facts["scores"].items()})
         if candidate.keep is not None:
             candidate.keep(data)
         row["at"] = candidate.at
@@ -261,11 +281,7 @@ def _row(candidate: Candidate) -> dict[str, Any]:
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """A parquet file that is old or whole, whatever happens."""
+    """Write a parquet file as `whole_file` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as draft:
+        pq.write_table(table, draft.temporary, compression="zstd")

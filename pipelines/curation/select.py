@@ -1,15 +1,15 @@
-"""Selecting: which measured candidates become samples, under which key, in which split and which shard.
+"""Select: decide which measured candidates become samples, and their key, split and shard.
 
-A pure function of the measured rows and the spec, in source order, so that retries, workers and arrival change nothing:
-of equal pictures the first stays. One task does it for the whole corpus. It holds about 60 bytes a candidate (150 with
-near duplicates) in arrays, and one part's rows in Arrow; the driver gets counts and the shards' plans.
+Selecting is a pure function of the measured rows and the spec, in the order of the sources: retries, the number of
+workers and the order of arrival change nothing. Of equal pictures the first stays. One task selects for the whole
+corpus. It holds about 60 bytes a candidate (150 with near duplicates) in arrays, and one part's rows in Arrow. The
+driver gets counts and the plans of the shards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,18 +24,22 @@ import pyarrow.parquet as pq
 from components.corpora import Bounds, CorpusSpec, SplitSpec
 from components.fingerprints import WORDS, first_alike
 from components.quality import bounds_of, judge
-from pipelines import shards
+from components.writing import replace_file, whole_file
+from pipelines.core.errors import UsageError, near_miss
+from pipelines.corpus import shards
 from pipelines.curation.measure import SCHEMA, SCORE
-from pipelines.errors import UsageError, near_miss
-from pipelines.rows import replace_file
 
 VERSION = 1
-DECIDED_ROWS = 4096  # that are objects at a time
-OVERHEAD_BYTES = 2048  # of a sample in a shard besides its picture: two headers, padding, JSON
+DECIDED_ROWS = 4096  # rows that are objects at a time
+OVERHEAD_BYTES = 2048  # bytes of a sample in a shard besides its picture: two headers, padding, JSON
 
-FAILED = "failed/"  # why a learned score is missing
-BROKEN, REFUSED, EXACT, NEAR = 1, 2, 3, 4  # why a candidate is out; 0 is in
+FAILED = "failed/"  # prefix of the columns with the reason of a missing learned score
+BROKEN, REFUSED, EXACT, NEAR = 1, 2, 3, 4  # status of a candidate that is out: broken, score, copy, similar; 0 is in
 SPLITS = ("train", "held_out")
+
+SCHEMA_SCORES = [f.name for f in SCHEMA if f.name.startswith(SCORE)]
+INFO = ("key", "source", "sha256", "bytes", "width", "height", "ext", "licence", "credit", "caption")
+"""Fields of a candidate that decide its bytes in a shard."""
 
 DECIDED = pa.schema(
     [
@@ -44,19 +48,19 @@ DECIDED = pa.schema(
         ("split", pa.string()),
     ]
 )
-"""Of decided rows; the score columns follow."""
+"""Columns of decided rows; the score columns follow."""
 
 
 @dataclass(kw_only=True)
 class ShardPlan:
-    """One shard to be.
+    """The plan of one shard.
 
     Attributes:
-        split, number: which.
-        first, last: numbers of the first and the last candidate in it, in source order.
-        parts: names of the decided files that hold them.
-        samples, size: how many, and about how many bytes.
-        digest: of all that decides its bytes.
+        split, number: split of the shard, and its number there.
+        first, last: numbers of its first and its last candidate, in the order of the sources.
+        parts: names of the decided files that hold its candidates.
+        samples, size: number of samples, and approximate size in bytes.
+        digest: digest of everything that decides its bytes.
     """
 
     split: str
@@ -71,7 +75,7 @@ class ShardPlan:
 
 @dataclass(kw_only=True)
 class Selection:
-    """What selecting ended with: counts by code and split, and the shards' plans."""
+    """The result of selecting: counts by code and split, and the plans of the shards."""
 
     candidates: int
     accepted: dict[str, int]
@@ -79,18 +83,18 @@ class Selection:
     plans: list[ShardPlan]
 
     def to_json(self) -> str:
-        """For work/selected.json."""
+        """JSON text for work/selected.json."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str | bytes) -> Selection:
-        """Back from `to_json`."""
+        """The inverse of `to_json`."""
         document = json.loads(text)
         return Selection(**{**document, "plans": [ShardPlan(**plan) for plan in document["plans"]]})
 
 
 def thresholds(spec: CorpusSpec) -> dict[str, Bounds]:
-    """Bounds by score name, learned scores last; UsageError for a name that does not exist."""
+    """Bounds by score name, learned scores last; UsageError for an unknown score."""
     try:
         bounds = bounds_of(spec.filters.preset, spec.filters.scores, spec.filters.flat_below)
     except ValueError as error:
@@ -102,8 +106,8 @@ def select(names: Sequence[str], spec: CorpusSpec, out: Path, digest: str = "") 
     """Decide about every candidate; writes work/decided/*.parquet and work/quarantine.jsonl.
 
     Args:
-        names: of all parts, in source order.
-        digest: see `selection_digest`; every decided file is marked with it.
+        names: names of all parts, in the order of the sources.
+        digest: see `selection_digest`; every decided file holds it.
 
     Raises:
         UsageError: no candidate has a held-out name of the spec.
@@ -112,21 +116,21 @@ def select(names: Sequence[str], spec: CorpusSpec, out: Path, digest: str = "") 
     own = {name: b for name, b in bounds.items() if name not in {m.name for m in spec.filters.models}}
     rows = _Rows(names, out, spec)
     status, sha, keys, prints = rows.gather(bounds)
-    reasons: dict[int, str] = {}  # number: detail, of copies alone
-    leaders = _exact(status, sha, spec, reasons, rows)
+    reasons: dict[int, str] = {}  # number: detail, of copies only
+    originals = _mark_copies(status, sha, spec, reasons, rows)
     if spec.dedup.near:
-        leaders |= _near(status, prints, spec, reasons, rows)
-    kept = np.flatnonzero(status == 0)
+        originals |= _mark_similar(status, prints, spec, reasons, rows)
+    accepted = np.flatnonzero(status == 0)
     if spec.split.held_out:
-        held = _named(spec.split, keys, status, leaders, rows)
+        held_out = held_out_by_name(spec.split, keys, status, originals, rows)
     else:
-        held = _held_out(keys, kept, spec.split)  # by the keys as they came, so that a namesake moves nobody
-    renamed = _part_equal_keys(keys, kept, rows)
-    return _write(names, spec, rows, status, reasons, renamed, held, own, digest)
+        held_out = held_out_by_fraction(keys, accepted, spec.split)  # by the keys before equal ones get longer
+    new_keys = _distinct_keys(keys, accepted, rows)
+    return _write(rows, status, reasons, new_keys, held_out, own, digest)
 
 
 class _Rows:
-    """Measured rows by their number, read from the parts' files a column at a time."""
+    """Measured rows by their number; one column at a time is read from the files of the parts."""
 
     def __init__(self, names: Sequence[str], out: Path, spec: CorpusSpec) -> None:
         self.names, self.out, self.spec = names, out, spec
@@ -138,19 +142,24 @@ class _Rows:
 
     def table(self, place: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of a part, with the columns of learned scores."""
-        wanted = None if columns is None else [c for c in columns if c in SCHEMA.names]
-        table = pq.read_table(self.path(self.names[place]), columns=wanted)
+        measured = None if columns is None else [c for c in columns if c in SCHEMA.names]
+        table = pq.read_table(self.path(self.names[place]), columns=measured)
         for model in self.spec.filters.models:
             column = SCORE + model.name
             if columns is None or column in columns:
                 path = self.out / "work" / "scored" / model.name / f"{self.names[place]}.parquet"
-                scored = pq.read_table(path)
-                table = table.append_column(column, scored.column("value"))
-                table = table.append_column(FAILED + model.name, scored.column("failed"))
+                scores = pq.read_table(path)
+                table = table.append_column(column, scores.column("value"))
+                table = table.append_column(FAILED + model.name, scores.column("failed"))
         return table
 
     def gather(self, bounds: Mapping[str, Bounds]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(status uint8 [N], sha256's first 16 bytes as uint64 [N, 2], keys' hashes uint64 [N], prints [N, WORDS])."""
+        """Arrays of all rows.
+
+        Returns:
+            status uint8 [N], first 16 bytes of sha256 as uint64 [N, 2], hashes of the keys uint64 [N], and fingerprints
+            uint64 [N, WORDS]; without near duplicates [0, WORDS].
+        """
         n, near = int(self.starts[-1]), self.spec.dedup.near
         status, sha, keys = np.zeros(n, np.uint8), np.zeros((n, 2), np.uint64), np.zeros(n, np.uint64)
         prints = np.zeros((n if near else 0, WORDS), np.uint64)
@@ -161,12 +170,12 @@ class _Rows:
             status[here] = np.where(broken, BROKEN, 0)
             digests = [bytes.fromhex(text[:32]) or bytes(16) for text in table.column("sha256").to_pylist()]
             sha[here] = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
-            keys[here] = [key_hash(key) for key in table.column("key").to_pylist()]
+            keys[here] = [split_hash(key) for key in table.column("key").to_pylist()]
             for name, bound in bounds.items():
                 values = table.column(SCORE + name).to_numpy(zero_copy_only=False).astype(np.float64)
                 low = -np.inf if bound.min is None else bound.min
                 high = np.inf if bound.max is None else bound.max
-                outside = ~((values >= np.float64(low)) & (values <= np.float64(high)))  # no number is outside, too
+                outside = ~((values >= np.float64(low)) & (values <= np.float64(high)))  # NaN is outside
                 status[here][(status[here] == 0) & outside] = REFUSED
             if near:
                 blank = bytes(8 * WORDS)
@@ -176,38 +185,42 @@ class _Rows:
 
     def values(self, numbers: Sequence[int] | np.ndarray, columns: Sequence[str]) -> dict[int, tuple[Any, ...]]:
         """Some columns of some rows, by number."""
-        found: dict[int, tuple[Any, ...]] = {}
+        values: dict[int, tuple[Any, ...]] = {}
         numbers = np.unique(np.asarray(numbers, np.int64))
         places = np.searchsorted(self.starts, numbers, side="right") - 1
         for place in np.unique(places):
-            mine = numbers[places == place]
-            table = self.table(int(place), columns).take(pa.array(mine - self.starts[place]))
-            for number, *row in zip(mine.tolist(), *(table.column(c).to_pylist() for c in columns), strict=True):
-                found[number] = tuple(row)
-        return found
+            own = numbers[places == place]
+            table = self.table(int(place), columns).take(pa.array(own - self.starts[place]))
+            for number, *row in zip(own.tolist(), *(table.column(c).to_pylist() for c in columns), strict=True):
+                values[number] = tuple(row)
+        return values
 
 
-def key_hash(key: str) -> int:
-    """64 bits of a key's hash; its upper 48 are its place among the held-out ones."""
+def split_hash(key: str) -> int:
+    """First 64 bits of the sha256 of a key. Its upper 48 bits decide the split."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
-def _exact(
+def _mark_copies(
     status: np.ndarray, sha: np.ndarray, spec: CorpusSpec, reasons: dict[int, str], rows: _Rows
 ) -> dict[int, int]:
-    """Mark copies of earlier corpora and of earlier candidates, byte for byte; the original of each of the latter."""
+    """Mark exact copies of pictures of earlier corpora and of earlier candidates.
+
+    Returns:
+        Number of the original by number of the copy, for copies of candidates.
+    """
     if not spec.dedup.exact:
         return {}
     for folder in spec.dedup.against:
-        known, names = _earlier(folder, "sha256")
-        digests = np.frombuffer(b"".join(bytes.fromhex(text[:32]) for text in known), ">u8").reshape(-1, 2)
+        texts, names = _column_of_corpus(folder, "sha256")
+        digests = np.frombuffer(b"".join(bytes.fromhex(text[:32]) for text in texts), ">u8").reshape(-1, 2)
         index = {(int(high), int(low)): n for n, (high, low) in enumerate(digests.tolist())}
         for number in np.flatnonzero(status == 0).tolist() if index else ():
             match = index.get((int(sha[number, 0]), int(sha[number, 1])))
             if match is not None:
                 status[number], reasons[number] = EXACT, f"same bytes as {names[match]} of an earlier corpus"
-    alive = np.flatnonzero(status == 0)
-    order = alive[np.lexsort((alive, sha[alive, 1], sha[alive, 0]))]
+    rest = np.flatnonzero(status == 0)
+    order = rest[np.lexsort((rest, sha[rest, 1], sha[rest, 0]))]
     same = np.zeros(len(order), bool)
     same[1:] = (sha[order[1:]] == sha[order[:-1]]).all(axis=1)
     leaders = order[np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))] if len(order) else order
@@ -219,34 +232,34 @@ def _exact(
     return dict(zip(copies.tolist(), originals.tolist(), strict=True))
 
 
-def _near(
+def _mark_similar(
     status: np.ndarray, prints: np.ndarray, spec: CorpusSpec, reasons: dict[int, str], rows: _Rows
 ) -> dict[int, int]:
-    """Mark what looks like an earlier corpus' or an earlier candidate's picture; the original of each of the latter."""
-    leaders: dict[int, int] = {}
+    """Mark near duplicates of pictures of earlier corpora and of earlier candidates; returns as `_mark_copies`."""
+    originals: dict[int, int] = {}
     before, names = [np.zeros((0, WORDS), np.uint64)], []
     for folder in spec.dedup.against:
-        known, keys = _earlier(folder, "print")
-        before.append(np.frombuffer(b"".join(known), np.uint64).reshape(-1, WORDS))
+        values, keys = _column_of_corpus(folder, "print")
+        before.append(np.frombuffer(b"".join(values), np.uint64).reshape(-1, WORDS))
         names += keys
     earlier = sum(map(len, before))
-    alive = np.flatnonzero(status == 0)
-    of = first_alike(np.concatenate([*before, prints[alive]]), earlier=earlier)[earlier:]
-    copies = alive[of >= 0]
+    rest = np.flatnonzero(status == 0)
+    of = first_alike(np.concatenate([*before, prints[rest]]), earlier=earlier)[earlier:]
+    copies = rest[of >= 0]
     status[copies] = NEAR
     of = of[of >= 0]
-    own = rows.values(alive[of[of >= earlier] - earlier], ["key"])
+    own = rows.values(rest[of[of >= earlier] - earlier], ["key"])
     for copy, original in zip(copies.tolist(), of.tolist(), strict=True):
         if original < earlier:
             reasons[copy] = f"looks like {names[original]} of an earlier corpus"
         else:
-            leaders[copy] = int(alive[original - earlier])
-            reasons[copy] = f"looks like {own[leaders[copy]][0]}"
-    return leaders
+            originals[copy] = int(rest[original - earlier])
+            reasons[copy] = f"looks like {own[originals[copy]][0]}"
+    return originals
 
 
-def _earlier(folder: str, column: str) -> tuple[list[Any], list[str]]:
-    """A column of an earlier corpus' tables, and the keys."""
+def _column_of_corpus(folder: str, column: str) -> tuple[list[Any], list[str]]:
+    """A column of an earlier corpus' tables, and its keys."""
     corpus = shards.open_corpus(folder)
     values, keys = [], []
     for split in corpus.splits.values():
@@ -259,71 +272,89 @@ def _earlier(folder: str, column: str) -> tuple[list[Any], list[str]]:
     return values, keys
 
 
-def _named(split: SplitSpec, keys: np.ndarray, status: np.ndarray, leaders: Mapping[int, int], rows: _Rows) -> set[int]:
+def held_out_by_name(
+    split: SplitSpec, keys: np.ndarray, status: np.ndarray, originals: Mapping[int, int], rows: _Rows
+) -> set[int]:
     """Numbers of the candidates that the spec holds out by name, before a key may get longer.
 
-    Of a named one that is a copy the original is held out: the picture must not be trained on under another name.
+    For a copy the original is held out: the picture must not be trained on under another name.
+
+    Args:
+        keys: hashes of the keys, uint64 [N].
+        status: status of the candidates, uint8 [N].
+        originals: number of the original by number of the copy.
+
+    Raises:
+        UsageError: no candidate has one of the names.
     """
-    wanted = {key_hash(shards.safe_key(name)): name for name in split.held_out}
-    everywhere = np.flatnonzero(np.isin(keys, np.array(list(wanted), np.uint64)))
+    names = {split_hash(shards.safe_key(name)): name for name in split.held_out}
+    everywhere = np.flatnonzero(np.isin(keys, np.array(list(names), np.uint64)))
     present = set(keys[everywhere].tolist())
-    for hashed, name in wanted.items():
-        if hashed not in present:
+    for key, name in names.items():
+        if key not in present:
             some = [row[0] for row in rows.values(np.flatnonzero(status == 0)[:100_000], ["key"]).values()]
             raise UsageError(f'{rows.spec.name}: no source has the held-out picture "{name}".{near_miss(name, some)}')
-    held = set()
+    numbers = set()
     for number in everywhere.tolist():
-        while number in leaders:
-            number = leaders[number]
+        while number in originals:
+            number = originals[number]
         if status[number] == 0:
-            held.add(number)
-    return held
+            numbers.add(number)
+    return numbers
 
 
-def _part_equal_keys(keys: np.ndarray, kept: np.ndarray, rows: _Rows) -> dict[int, str]:
-    """Longer keys, by number, for different pictures of one key ("IMG 1.png", "IMG_1.png").
+def _distinct_keys(keys: np.ndarray, accepted: np.ndarray, rows: _Rows) -> dict[int, str]:
+    """Longer keys, by number, for different pictures with one key ("IMG 1.png", "IMG_1.png").
 
-    Each of them gets an end made of its own bytes' hash, so that no key depends on which came first. `keys` changes.
+    Each key gets an end from the hash of its picture's bytes, so that no key depends on the order. `keys` changes.
     """
-    renamed: dict[int, str] = {}
+    new_keys: dict[int, str] = {}
     digits = 8
     while True:
-        order = kept[np.argsort(keys[kept], kind="stable")]
+        order = accepted[np.argsort(keys[accepted], kind="stable")]
         same = keys[order[1:]] == keys[order[:-1]]
-        doubled = np.unique(np.concatenate([order[1:][same], order[:-1][same]]))
-        if not len(doubled):
-            return renamed
-        found = rows.values(doubled, ["key", "sha256"])
-        for place, number in enumerate(doubled.tolist()):
-            key, digest = found[number]
-            end = digest[:digits] if digits <= 64 else str(place)  # equal bytes, where the spec keeps them
-            renamed[number] = shards.safe_key(f"{renamed.get(number, key)}-{end}")
-            keys[number] = key_hash(renamed[number])
-        digits *= 2  # a file may be named like such a key already
+        equal = np.unique(np.concatenate([order[1:][same], order[:-1][same]]))
+        if not len(equal):
+            return new_keys
+        values = rows.values(equal, ["key", "sha256"])
+        for place, number in enumerate(equal.tolist()):
+            key, digest = values[number]
+            end = digest[:digits] if digits <= 64 else str(place)  # equal bytes, if the spec keeps them
+            new_keys[number] = shards.safe_key(f"{new_keys.get(number, key)}-{end}")
+            keys[number] = split_hash(new_keys[number])
+        digits *= 2  # another file may have the longer key as its name
 
 
-def _held_out(keys: np.ndarray, kept: np.ndarray, split: SplitSpec) -> set[int]:
-    """Numbers held out by fraction: at least 2 of 6 or more, 1 of 2 to 5, none of one; all at fraction 1."""
+def held_out_by_fraction(keys: np.ndarray, accepted: np.ndarray, split: SplitSpec) -> set[int]:
+    """Numbers held out by fraction: at least 2 of 6 or more, 1 of 2 to 5, none of one; all at fraction 1.
+
+    Args:
+        keys: hashes of the keys, uint64 [N].
+        accepted: numbers of the accepted candidates.
+    """
     if not split.held_out_fraction or split.held_out_fraction == 1:
-        return set(kept.tolist()) if split.held_out_fraction else set()
-    places = (keys[kept] >> np.uint64(16)).astype(np.float64) / 2**48
-    chosen = int((places < split.held_out_fraction).sum())
-    count = min(max(chosen, 2 if len(kept) >= 6 else 1), len(kept) - 1)
-    return set(kept[np.argsort(places, kind="stable")[: max(0, count)]].tolist())
+        return set(accepted.tolist()) if split.held_out_fraction else set()
+    places = (keys[accepted] >> np.uint64(16)).astype(np.float64) / 2**48
+    below = int((places < split.held_out_fraction).sum())
+    count = min(max(below, 2 if len(accepted) >= 6 else 1), len(accepted) - 1)
+    return set(accepted[np.argsort(places, kind="stable")[: max(0, count)]].tolist())
 
 
 def _write(
-    names: Sequence[str],
-    spec: CorpusSpec,
     rows: _Rows,
     status: np.ndarray,
     reasons: Mapping[int, str],
-    renamed: Mapping[int, str],
-    held: set[int],
+    new_keys: Mapping[int, str],
+    held_out: set[int],
     own: Mapping[str, Bounds],
     digest: str,
 ) -> Selection:
-    """Write the decided rows and the quarantine, and plan the shards, in one pass."""
+    """Write the decided rows and the quarantine, and plan the shards, in one pass.
+
+    Args:
+        own: bounds of the scores that are not learned.
+    """
+    names, spec = rows.names, rows.spec
     plans = {split: _Planner(split, spec.shard_mib) for split in SPLITS}
     codes: Counter[str] = Counter()
     folder = rows.out / "work" / "decided"
@@ -340,15 +371,15 @@ def _write(
                     columns["split"] = [""] * batch.num_rows
                     first += batch.num_rows
                     for row, number in enumerate(columns["number"]):
-                        columns["key"][row] = renamed.get(number, columns["key"][row])
+                        columns["key"][row] = new_keys.get(number, columns["key"][row])
                         if status[number] == 0:
-                            split = SPLITS[number in held]
+                            split = SPLITS[number in held_out]
                             columns["split"][row] = split
                             plans[split].add(number, name, {c: columns[c][row] for c in (*INFO, *scores)})
                             continue
                         if status[number] != BROKEN:
-                            why = _why(int(status[number]), number, row, columns, own, spec, reasons)
-                            columns["code"][row], columns["stage"][row], columns["detail"][row] = why
+                            reason = _reason(int(status[number]), number, row, columns, own, spec, reasons)
+                            columns["code"][row], columns["stage"][row], columns["detail"][row] = reason
                         codes[columns["code"][row]] += 1
                         target.write(_quarantine_line(columns, row))
                     arrays = [pa.array(columns[f.name], f.type) for f in writer.schema]
@@ -364,23 +395,13 @@ def _write(
 
 @contextmanager
 def _decided_writer(path: Path, scores: Sequence[str], digest: str) -> Iterator[pq.ParquetWriter]:
-    """A decided file that is old or whole, whatever happens."""
+    """Write a decided file as `whole_file` does."""
     schema = pa.schema([*DECIDED, *((name, pa.float32()) for name in scores)], metadata={"selection": digest})
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            yield writer
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as draft, pq.ParquetWriter(draft.temporary, schema, compression="zstd") as writer:
+        yield writer
 
 
-SCHEMA_SCORES = [f.name for f in SCHEMA if f.name.startswith(SCORE)]
-INFO = ("key", "source", "sha256", "bytes", "width", "height", "ext", "licence", "credit", "caption")
-"""Fields of a candidate that decide its bytes in a shard."""
-
-
-def _why(
+def _reason(
     status: int,
     number: int,
     row: int,
@@ -389,14 +410,14 @@ def _why(
     spec: CorpusSpec,
     reasons: Mapping[int, str],
 ) -> tuple[str, str, str]:
-    """(code, stage, detail) of a candidate that is whole and yet out."""
+    """(code, stage, detail) of an intact candidate that is out."""
     if status == EXACT:
         return "duplicate", "select", reasons[number]
     if status == NEAR:
         return "near_duplicate", "select", reasons[number]
-    found = judge({name: columns[SCORE + name][row] for name in own}, own)
-    if found is not None:
-        return found[0], "filter", found[1]
+    refusal = judge({name: columns[SCORE + name][row] for name in own}, own)
+    if refusal is not None:
+        return refusal[0], "filter", refusal[1]
     for model in spec.filters.models:
         value = columns[SCORE + model.name][row]
         if value is None or not model.bounds.hold(value):
@@ -413,7 +434,7 @@ def _quarantine_line(columns: Mapping[str, Sequence[Any]], row: int) -> str:
 
 
 class _Planner:
-    """Fills shards of one split in source order up to a size; one larger picture gets a shard of its own."""
+    """Plans the shards of one split in the order of the sources, up to a size; a larger picture fills one alone."""
 
     def __init__(self, split: str, shard_mib: float) -> None:
         self.split, self.limit = split, shard_mib * 2**20
@@ -421,7 +442,7 @@ class _Planner:
         self._content: Any = hashlib.sha256()
 
     def add(self, number: int, part: str, info: Mapping[str, Any]) -> None:
-        """The next sample."""
+        """Add the next sample."""
         size = info["bytes"] + OVERHEAD_BYTES
         last = self.plans[-1] if self.plans else None
         if last is None or last.size + size > self.limit:
@@ -440,13 +461,13 @@ class _Planner:
         self._content = hashlib.sha256()
 
     def finished(self) -> Iterator[ShardPlan]:
-        """All plans; nothing can be added after."""
+        """All plans; no sample may follow."""
         self._end()
         yield from self.plans
 
 
 def selection_digest(contents: Sequence[tuple[str, str]], spec: CorpusSpec) -> str:
-    """Digest of all that decides a selection: the parts' (name, content), and the spec's rules."""
+    """Digest of everything that decides a selection: the parts' (name, content), and the rules of the spec."""
     digest = hashlib.sha256()
     for name, content in contents:
         digest.update(f"{name}|{content}\n".encode())
@@ -459,18 +480,18 @@ def selection_digest(contents: Sequence[tuple[str, str]], spec: CorpusSpec) -> s
 
 
 def save(selection: Selection, out: Path, digest: str) -> None:
-    """Remember a selection under its digest."""
+    """Store a selection under its digest."""
     replace_file(out / "work" / "selected.json", json.dumps([digest, selection.to_json()]).encode())
 
 
 def load(out: Path, digest: str, names: Sequence[str]) -> Selection | None:
-    """An earlier selection of this digest, if all that it wrote is still there."""
+    """An earlier selection with this digest, if all of its files are still there."""
     try:
-        known, text = json.loads((out / "work" / "selected.json").read_bytes())
-        chosen = Selection.from_json(text) if known == digest else None
+        own_digest, text = json.loads((out / "work" / "selected.json").read_bytes())
+        selection = Selection.from_json(text) if own_digest == digest else None
     except (OSError, ValueError, TypeError):
         return None
-    if chosen is None or not (out / "work" / "quarantine.jsonl").is_file():
+    if selection is None or not (out / "work" / "quarantine.jsonl").is_file():
         return None
     for name in names:
         try:
@@ -479,4 +500,4 @@ def load(out: Path, digest: str, names: Sequence[str]) -> Selection | None:
             return None
         if metadata.get(b"selection") != digest.encode():
             return None
-    return chosen
+    return selection

@@ -1,40 +1,57 @@
-"""Writing: a range of decided rows -> one shard, its rows of the split's table, and its lines of the manifest.
+"""Write shards: a range of decided rows becomes a shard, its rows of the split's table, and its lines of the manifest.
 
-A task writes the shard, then the two pieces, then tells the driver, who notes it in shards.jsonl. Whatever dies in
-between, the same plan gives the same bytes under the same name.
+A task writes the shard, then the two pieces; then the driver notes its answer in shards.jsonl. After a death at any
+point the same plan gives the same bytes under the same name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.corpora import CorpusSpec
 from components.types import SampleError
-from pipelines import shards
+from components.writing import replace_file, whole_file
+from pipelines.core.deaths import remove_leftovers
+from pipelines.core.pool import object_column
+from pipelines.corpus import shards
 from pipelines.curation.measure import SCORE
 from pipelines.curation.select import SPLITS, ShardPlan
-from pipelines.rows import replace_file
-from pipelines.sources import Bytes
+from pipelines.curation.sources import Bytes
 
 MEMBER = ("key", "source", "sha256", "width", "height", "split", "licence", "credit", "caption")
 """Fields of a sample's JSON member."""
 
 
-class Changed(Exception):
-    """A source is not what it was when it was measured."""
+@dataclass(frozen=True, kw_only=True)
+class WriteAnswer:
+    """How writing a shard ended.
+
+    Attributes:
+        plan: plan of the shard.
+        entry: result of `write_planned`.
+        error: why the run must end; "" where the shard is written.
+    """
+
+    plan: ShardPlan
+    entry: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+class SourceChanged(Exception):
+    """A source has changed since it was measured."""
 
 
 def planned_rows(plan: ShardPlan, out: Path) -> Iterator[dict[str, Any]]:
-    """Decided rows of a plan, in order, a part at a time."""
+    """Decided rows of a plan, in order, one part at a time."""
     for name in plan.parts:
         table = pq.read_table(out / "work" / "decided" / f"{name}.parquet")
         number, split = table.column("number"), table.column("split")
@@ -45,15 +62,17 @@ def planned_rows(plan: ShardPlan, out: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_planned(plan: ShardPlan, spec: CorpusSpec, out: Path) -> dict[str, Any]:
-    """Write one shard and its pieces; returns {"name", "bytes", "sha256", "samples"}.
+    """Write one shard and its pieces; returns {"name", "bytes", "sha256", "samples", "pieces": sizes by kind}.
 
     Raises:
-        Changed: a picture's bytes are not those that were measured.
-        OSError: nothing can be written here.
+        SourceChanged: a picture's bytes differ from the measured ones.
+        OSError: the files cannot be written.
     """
     rows = list(planned_rows(plan, out))
     if len(rows) != plan.samples:
-        raise Changed(f"{plan.split} shard {plan.number} should hold {plan.samples} samples and would hold {len(rows)}")
+        raise SourceChanged(
+            f"{plan.split} shard {plan.number} should hold {plan.samples} samples and would hold {len(rows)}"
+        )
     places = {row["key"]: row for row in rows}
     reader = Bytes(spec, out)
 
@@ -62,9 +81,9 @@ def write_planned(plan: ShardPlan, spec: CorpusSpec, out: Path) -> dict[str, Any
         try:
             data = reader.read(row["at"], row["key"])
         except SampleError as error:
-            raise Changed(f"{row['source']}: {error.detail}") from error
+            raise SourceChanged(f"{row['source']}: {error.detail}") from error
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
-            raise Changed(f"{row['source']}: the file changed while it was curated")
+            raise SourceChanged(f"{row['source']}: the file changed while it was curated")
         return data
 
     samples = [shards.Sample(key=r["key"], ext=r["ext"], info={name: r[name] for name in MEMBER}) for r in rows]
@@ -80,70 +99,58 @@ def write_planned(plan: ShardPlan, spec: CorpusSpec, out: Path) -> dict[str, Any
     pieces["arrow"] = sink.getvalue().to_pybytes()
     for kind, data in pieces.items():
         replace_file(folder / f"{entry['name']}.{kind}", data, sync=True)
-    told = {name: entry[name] for name in ("name", "bytes", "sha256")}
-    return {**told, "samples": len(rows), "pieces": {kind: len(data) for kind, data in pieces.items()}}
+    facts = {name: entry[name] for name in ("name", "bytes", "sha256")}
+    return {**facts, "samples": len(rows), "pieces": {kind: len(data) for kind, data in pieces.items()}}
 
 
 def manifest_row(row: Mapping[str, Any], shard: str) -> dict[str, Any]:
-    """A decided row as the manifest tells it; no path of the machine is in it."""
+    """A decided row as a row of the manifest, without paths of the machine."""
     names = ("key", "source", "sha256", "bytes", "width", "height", "split", "licence", "credit", "caption")
-    scores = {c.removeprefix(SCORE): _rounded(v) for c, v in row.items() if c.startswith(SCORE) and v is not None}
+    scores = {c.removeprefix(SCORE): _round(v) for c, v in row.items() if c.startswith(SCORE) and v is not None}
     return {**{name: row[name] for name in names}, "verdicts": scores, "shard": shard}
 
 
-def _rounded(value: float) -> float:
+def _round(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def write_many(batch: Any, spec: CorpusSpec, out: str) -> dict[str, Any]:
-    """Ray Data batch {"plan"} -> {"result"}: {"plan", "split", "entry"} or {"error"}, as JSON."""
-    import numpy as np
+def write_many(batch: Mapping[str, np.ndarray], spec: CorpusSpec, out: Path) -> dict[str, np.ndarray]:
+    """Ray Data batch {"job": ShardPlan objects} -> {"answer": WriteAnswer objects}."""
+    return {"answer": object_column([_answer(plan, spec, out) for plan in batch["job"]])}
 
-    results = []
-    for text in batch["plan"]:
-        plan = ShardPlan(**json.loads(text))
-        try:
-            entry = write_planned(plan, spec, Path(out))
-            result: dict[str, Any] = {"plan": plan.digest, "split": plan.split, "entry": entry}
-        except Changed as error:  # the next run measures these parts anew
-            for part in plan.parts:
-                (Path(out) / "work" / "measured" / f"{part}.parquet").unlink(missing_ok=True)
-            result = {"error": f"{error}; run the same command again."}
-        except OSError as error:
-            result = {"error": f"{out} cannot be written: {error.strerror or error}."}
-        results.append(json.dumps(result))
-    return {"result": np.array(results, dtype=object)}
+
+def _answer(plan: ShardPlan, spec: CorpusSpec, out: Path) -> WriteAnswer:
+    try:
+        return WriteAnswer(plan=plan, entry=write_planned(plan, spec, out))
+    except SourceChanged as error:  # the next run measures these parts again
+        for part in plan.parts:
+            (out / "work" / "measured" / f"{part}.parquet").unlink(missing_ok=True)
+        return WriteAnswer(plan=plan, error=f"{error}; run the same command again.")
+    except OSError as error:
+        return WriteAnswer(plan=plan, error=f"{out} cannot be written: {error.strerror or error}.")
 
 
 def finish(out: Path, spec: CorpusSpec, plans: Sequence[ShardPlan], entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Put the pieces together: manifest, tables, quarantine, and index.json last; returns the manifest's sha256.
+    """Join the pieces to manifest, tables and quarantine, and write index.json last; returns the manifest's sha256.
 
     Args:
-        entries: what `write_planned` returned, by the plan's digest.
+        entries: results of `write_planned` by the digest of the plan.
     """
     pieces = out / "work" / "pieces"
-    (out / "index.json").unlink(missing_ok=True)  # an index of the files before must not stand beside those of today
-    manifest, temporary = hashlib.sha256(), out / f".manifest.jsonl.tmp-{os.getpid()}"
-    try:
-        with open(temporary, "wb") as target:
-            for plan in plans:
-                data = (pieces / f"{entries[plan.digest]['name']}.jsonl").read_bytes()
-                assert data.count(b"\n") == plan.samples, f"{entries[plan.digest]['name']}: a piece is not whole"
-                manifest.update(data)
-                target.write(data)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(temporary, out / "manifest.jsonl")
-    finally:
-        temporary.unlink(missing_ok=True)
+    (out / "index.json").unlink(missing_ok=True)  # an old index must not stand next to new files
+    manifest = hashlib.sha256()
+    with whole_file(out / "manifest.jsonl", sync=True) as draft, open(draft.temporary, "wb") as target:
+        for plan in plans:
+            data = (pieces / f"{entries[plan.digest]['name']}.jsonl").read_bytes()
+            assert data.count(b"\n") == plan.samples, f"{entries[plan.digest]['name']}: a piece is incomplete"
+            manifest.update(data)
+            target.write(data)
     splits = {}
     for split in SPLITS:
-        mine = [entries[plan.digest] for plan in plans if plan.split == split]
-        table = shards.write_table(out / f"{split}.arrow", _batches(pieces, mine))
-        splits[split] = {"table": table, "shards": mine}
-    quarantine = out / f".quarantine.jsonl.tmp-{os.getpid()}"
-    quarantine.write_bytes((out / "work" / "quarantine.jsonl").read_bytes())
-    os.replace(quarantine, out / "quarantine.jsonl")
+        own = [entries[plan.digest] for plan in plans if plan.split == split]
+        table = shards.write_table(out / f"{split}.arrow", _batches(pieces, own))
+        splits[split] = {"table": table, "shards": own}
+    replace_file(out / "quarantine.jsonl", (out / "work" / "quarantine.jsonl").read_bytes())
     shards.write_index(out, spec.name, manifest.hexdigest(), splits)
     return manifest.hexdigest()
 
@@ -154,17 +161,14 @@ def _batches(pieces: Path, entries: Iterable[Mapping[str, Any]]) -> Iterator[pa.
             yield reader.read_next_batch()
 
 
-def remove_leftovers(out: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Remove shards and pieces of earlier specs and unfinished files; only names that these modules give."""
+def remove_old_shards(out: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Remove shards and pieces of earlier specs, and unfinished files; only names that this package gives."""
     names = {entry["name"] for entry in entries}
     for split in SPLITS:
         for path in (out / split).glob(f"{split}-*.tar"):
             if path.name not in names:
                 path.unlink()
-        for path in (out / split).glob(f".{split}-*.tmp-*"):
-            path.unlink()
     for path in (out / "work" / "pieces").glob("*.tar.*"):
         if path.name.rpartition(".")[0] not in names:
             path.unlink()
-    for path in (out / "work").rglob(".*.tmp-*"):
-        path.unlink()
+    remove_leftovers(out, *SPLITS, "work/**")

@@ -1,7 +1,7 @@
-"""What the ablations share: pictures and their split, lines of results, paired differences and their table.
+"""Shared by the ablations: pictures and their split, lines of results, paired differences and their table.
 
-Pictures are the demo corpus at half its usual size; whole photographs (with their details) are held out. A result is a
-line of results.jsonl with the scores of each held-out photograph; a line that is there is not made again.
+The pictures are those of the demo corpus at half its usual size. Whole photographs, with their details, are held out. A
+line of results.jsonl has an arm's scores of each held-out photograph; an arm with a line is not run again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 
 DEMO = Path(__file__).resolve().parents[2] / "pipelines" / "demo_corpus"
 HELD_OUT_EVERY = 3
-"""Every third photograph is held out; a demo of 20 photographs has no more to give."""
+"""Every third photograph is held out, as the demo has only 20."""
 DEGRADATION_SEED = 20260101
-"""Of the held-out inputs, and of the noise at restoring."""
+"""Seed of the held-out inputs, and of the noise in restoration."""
 PRESET = "realesrgan-nano"
 
 
@@ -35,13 +35,13 @@ def photographs() -> dict[str, list[Path]]:
 def split() -> tuple[list[Path], list[Path]]:
     """(training pictures with details, held-out photographs without)."""
     train: list[Path] = []
-    held: list[Path] = []
+    heldout: list[Path] = []
     for number, (_, paths) in enumerate(sorted(photographs().items())):
         if number % HELD_OUT_EVERY == 0:
-            held.append(paths[0])
+            heldout.append(paths[0])
         else:
             train += paths
-    return train, held
+    return train, heldout
 
 
 @lru_cache(maxsize=64)
@@ -86,24 +86,24 @@ def pairs(size: int) -> list[tuple[str, Any, Any]]:
     from components.degradations import build_degradation
     from components.images import center_crop, to_float, to_uint8
 
-    made, degradation = [], build_degradation(PRESET)
+    triples, degradation = [], build_degradation(PRESET)
     for position, path in enumerate(split()[1]):
         whole = picture(path, 2 * size)
         hq = center_crop(whole, 2 * size // 16 * 16, 2 * size // 16 * 16)
         plan = degradation.draw(DEGRADATION_SEED, path.stem, position)
-        made.append((path.stem, hq, to_uint8(degradation.apply(to_float(hq), plan))))
-    return made
+        triples.append((path.stem, hq, to_uint8(degradation.apply(to_float(hq), plan))))
+    return triples
 
 
 def score(
-    restored: Sequence[Any], held: Sequence[tuple[str, Any, Any]], metrics: Sequence[str]
+    restored: Sequence[Any], heldout: Sequence[tuple[str, Any, Any]], metrics: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Scores by picture, by metric."""
     from components.evaluation.metrics import Metrics
 
     scorer = Metrics(metrics)
     return {
-        key: dict(scorer.measure(image, hq, key).values) for image, (key, hq, _) in zip(restored, held, strict=True)
+        key: dict(scorer.measure(image, hq, key).values) for image, (key, hq, _) in zip(restored, heldout, strict=True)
     }
 
 
@@ -117,7 +117,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def append(out: Path, result: Mapping[str, Any]) -> None:
-    """One line more, and the short of it on the screen."""
+    """Append a line to results.jsonl, and print its short form."""
     with (out / "results.jsonl").open("a") as stream:
         stream.write(json.dumps(result) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k not in ("scores", "curves")}), flush=True)
@@ -128,10 +128,10 @@ def run(
     metrics: Sequence[str],
     run_arm: Callable[[str, int, Path, argparse.Namespace], dict[str, Any]],
 ) -> None:
-    """All arms of all seeds that have no line yet, and the inputs themselves as arm "lq".
+    """Run all arms of all seeds that have no line yet, and score the inputs themselves as arm "lq".
 
     Args:
-        settings: of `arguments`, and what `run_arm` needs.
+        settings: those of `arguments` and of `run_arm`.
         metrics: names of `components.evaluation`.
         run_arm: (arm, seed, work folder, settings) -> the arm's line.
     """
@@ -144,8 +144,8 @@ def run(
         if other:
             raise SystemExit(f"{settings.out} holds {line['arm']} with {other}: choose another --out")
     if not any(line["arm"] == "lq" for line in results(settings.out)):
-        held = pairs(settings.size)
-        append(settings.out, {"arm": "lq", "seed": 0, "scores": score([lq for _, _, lq in held], held, metrics)})
+        heldout = pairs(settings.size)
+        append(settings.out, {"arm": "lq", "seed": 0, "scores": score([lq for _, _, lq in heldout], heldout, metrics)})
     for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         for arm in settings.arms:
             if not any((line["arm"], line["seed"]) == (arm, seed) for line in results(settings.out)):
@@ -154,30 +154,30 @@ def run(
 
 
 def means_by_picture(rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> dict[str, float]:
-    """An arm's score of each held-out picture, the mean over its seeds."""
+    """Mean over seeds of an arm's score, by held-out picture."""
     of_arm = [r["scores"] for r in rows if r["arm"] == arm]
     return {key: float(np.mean([scores[key][metric] for scores in of_arm])) for key in of_arm[0]}
 
 
 def summary(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """For each arm and metric: mean, each seed's mean, and the paired difference to full with its 95 % interval."""
-    from pipelines.evaluate import bootstrap_interval
+    from pipelines.evaluation.evaluate import bootstrap_interval
 
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         for metric in metrics:
-            own = means_by_picture(rows, arm, metric)
+            by_picture = means_by_picture(rows, arm, metric)
             full = means_by_picture(rows, "full", metric)
             seeds = [float(np.mean([s[metric] for s in r["scores"].values()])) for r in rows if r["arm"] == arm]
-            difference = np.array([own[key] - full[key] for key in full])
+            difference = np.array([by_picture[key] - full[key] for key in full])
             interval = bootstrap_interval(difference, 0, "ablation", arm, metric) if arm != "full" else None
-            line = {"arm": arm, "metric": metric, "mean": float(np.mean(list(own.values()))), "seeds": seeds}
+            line = {"arm": arm, "metric": metric, "mean": float(np.mean(list(by_picture.values()))), "seeds": seeds}
             lines.append({**line, "difference": float(difference.mean()), "interval": interval})
     return lines
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a row an arm, a column a metric, as mean, spread of seeds and difference to full."""
+    """Markdown with a row for each arm and a column for each metric: mean, spread of seeds, difference to full."""
     metrics = list(dict.fromkeys(line["metric"] for line in lines))
     text = ["| arm | " + " | ".join(metrics) + " |", "|---" * (1 + len(metrics)) + "|"]
     for arm in dict.fromkeys(line["arm"] for line in lines):
@@ -197,7 +197,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def arguments(doc: str, arms: Sequence[str], out: Path) -> argparse.ArgumentParser:
-    """What every ablation may be asked."""
+    """A parser with the options of every ablation."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--report", type=Path, help="draw the plot in its images/ and print the table; trains nothing")

@@ -1,13 +1,13 @@
-"""InstaRevive's Table 3 at nano size: the full training against three with one thing left out, several seeds.
+"""InstaRevive's Table 3 at nano size: the full training and three without one part, with several seeds.
 
-    python tests/benchmarks/bench_ablation_instarevive.py --out runs/table3    # trains and scores what is missing
-    python tests/benchmarks/bench_ablation_instarevive.py --out runs/table3 --report docs   # table and plots of it
+    python tests/benchmarks/bench_ablation_instarevive.py --out runs/table3    # trains and scores the missing arms
+    python tests/benchmarks/bench_ablation_instarevive.py --out runs/table3 --report docs   # its table and plots
 
 Arms: full; no-score (regression alone); no-dynamic (times over the whole range, a fixed share of the regression);
-no-prompt (every prompt is empty, in training and at inference). All start from the shipped nano prior, take the same
-number of steps on the same pictures in the same order, and are built, saved and loaded by the product's own code.
+no-prompt (every prompt is empty, in training and at inference). All start from the shipped nano prior and have
+the same number of steps on the same pictures in the same order. The product's own code builds, saves and loads them.
 
-Pictures, split and lines of results: ablation.py; a line holds the curves of its training too (Fig. 7).
+Pictures, split and lines of results: ablation.py; a line also has the curves of its training (Fig. 7).
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "no-dynamic": ("distillation.dynamic=false",),
     "no-prompt": ("distillation.prompt=false",),
 }
-"""What each arm changes of the recipe."""
+"""Changes of the recipe by arm."""
 METRICS = ("psnr", "ssim", "gmsd", "piqe")
 CURVES = ("heldout_regression", "heldout_distance", "t_max", "alpha", "loss_dsm", "loss_fake")
-WATCHED = {"regression": "loss_regression", "distance": "distance"}
-"""Of the held-out pictures, by the metric that says it."""
+HELDOUT_METRICS = {"regression": "loss_regression", "distance": "distance"}
+"""Names in the held-out curves -> metrics of the objective."""
 
 
 def recipe_of(arm: str, seed: int, settings: argparse.Namespace) -> Any:
     """The nano recipe at this run's size."""
-    from components.recipes import load_recipe
+    from components.systems.recipes import load_recipe
 
-    own = [
+    changes = [
         f"seed={seed}",
         f"batch_size={settings.batch}",
         f"resolution={settings.size}",
@@ -49,25 +49,25 @@ def recipe_of(arm: str, seed: int, settings: argparse.Namespace) -> Any:
         f"optimizer.warmup_steps={max(1, settings.steps // 20)}",
         f"distillation.kappa={settings.kappa}",
     ]
-    return load_recipe("instarevive-bsr-nano", [*own, *ARMS[arm]])
+    return load_recipe("instarevive-bsr-nano", [*changes, *ARMS[arm]])
 
 
 def heldout_batch(size: int) -> Any:
-    """The held-out photographs as one batch, their middle of the training's size."""
+    """The held-out photographs as one batch, cropped at the centre to the training's size."""
     from components.captions.tags import describe
     from components.images import center_crop
-    from components.tensors import collate
+    from components.tensors import collate_rows
 
     rows = []
     for number, (key, hq, lq) in enumerate(pairs(size)):
-        cut = center_crop(hq, size, size)
+        crop = center_crop(hq, size, size)
         sizes = np.array([*hq.shape[:2], 0, 0, size, size])
-        row = {"key": key, "position": number, "hq": cut, "lq": center_crop(lq, size, size), "plan": "{}"}
-        rows.append({**row, "prompt": describe(cut), "sizes": sizes})
-    return collate(rows)
+        row = {"key": key, "position": number, "hq": crop, "lq": center_crop(lq, size, size), "plan": "{}"}
+        rows.append({**row, "prompt": describe(crop), "sizes": sizes})
+    return collate_rows(rows)
 
 
-def measured(objective: Any, heldout: Any) -> dict[str, float]:
+def heldout_metrics(objective: Any, heldout: Any) -> dict[str, float]:
     """Regression and distance of the held-out pictures, at fixed noise."""
     import torch
 
@@ -77,7 +77,7 @@ def measured(objective: Any, heldout: Any) -> dict[str, float]:
         name, loss = next(objective.phases(heldout, Noise(DEGRADATION_SEED, heldout.positions)))
     assert name == "generator"
     metrics = loss.metrics
-    return {f"heldout_{name}": float(metrics[key]) for name, key in WATCHED.items()}
+    return {f"heldout_{name}": float(metrics[key]) for name, key in HELDOUT_METRICS.items()}
 
 
 def train_arm(
@@ -88,32 +88,32 @@ def train_arm(
     from components.randomness import Noise
     from components.recipes import identity
     from components.systems.instarevive.training import build_objective
-    from components.tensors import collate
-    from components.training import Ema, averaged, build_optimizers, train_step
+    from components.tensors import collate_rows
+    from components.training import Ema, averaged_trainables, build_optimizers, train_step
 
     recipe = recipe_of(arm, seed, settings)
     objective = build_objective(recipe, {})
-    optimizers, ema = build_optimizers(objective, recipe.optimizer), Ema(averaged(objective), 0.98)
+    optimizers, ema = build_optimizers(objective, recipe.optimizer), Ema(averaged_trainables(objective), 0.98)
     curves: dict[str, list[list[float]]] = {name: [] for name in CURVES}
     heldout = heldout_batch(settings.size)
 
-    def note(step: int, values: Mapping[str, float]) -> None:
+    def append_point(step: int, values: Mapping[str, float]) -> None:
         for name in CURVES:
             if name in values:
                 curves[name].append([step, round(values[name], 6)])
 
-    note(0, measured(objective, heldout))
+    append_point(0, heldout_metrics(objective, heldout))
     for step in range(settings.steps):
         positions = range(step * settings.batch, (step + 1) * settings.batch)
-        batch = collate([row(seed, position, settings.size) for position in positions])
+        batch = collate_rows([row(seed, position, settings.size) for position in positions])
         lr = recipe.optimizer.lr_at(step, settings.steps)
         noise = Noise(seed, batch.positions)
         metrics = train_step(objective, [(batch, noise)], optimizers, lr=lr, clip_norm=recipe.optimizer.clip_norm)
         ema.update(step)
-        note(step + 1, metrics)
+        append_point(step + 1, metrics)
         if (step + 1) % settings.measure_every == 0 or step + 1 == settings.steps:
-            with ema.applied():
-                note(step + 1, measured(objective, heldout))
+            with ema.swap_in():
+                append_point(step + 1, heldout_metrics(objective, heldout))
     card = ModelCard(
         name=f"{recipe.name}-{arm}",
         system="instarevive",
@@ -121,7 +121,7 @@ def train_arm(
         prior=objective.prior.source,
         config=objective.config,
     )
-    with ema.applied():
+    with ema.swap_in():
         save_model(out, card, objective.parts())
     return out, curves
 
@@ -132,33 +132,33 @@ def run_arm(arm: str, seed: int, work: Path, settings: argparse.Namespace) -> di
     from components.systems import build_restorer
     from components.types import Request
 
-    began, folder = time.time(), work / f"{arm}-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    start, folder = time.time(), work / f"{arm}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     model, curves = train_arm(arm, seed, folder, settings)
-    trained, held = time.time() - began, pairs(settings.size)
+    train_s, heldout = time.time() - start, pairs(settings.size)
     restorer = build_restorer(model)
-    # what a captioner would say of the picture: the words that training uses, here of the input
-    words = {key: "" if arm == "no-prompt" else describe(lq) for key, _, lq in held}
-    asked = [Request(key=key, image=lq, seed=DEGRADATION_SEED, prompt=words[key]) for key, _, lq in held]
-    answers = restorer.restore(asked)
+    # captions by the training's captioner, here of the input
+    prompts = {key: "" if arm == "no-prompt" else describe(lq) for key, _, lq in heldout}
+    requests = [Request(key=key, image=lq, seed=DEGRADATION_SEED, prompt=prompts[key]) for key, _, lq in heldout]
+    restored = restorer.restore(requests)
     shutil.rmtree(folder)
     return {
         "arm": arm,
         "seed": seed,
         "settings": {name: getattr(settings, name) for name in ("size", "batch", "steps", "kappa")},
-        "train_s": round(trained, 1),
+        "train_s": round(train_s, 1),
         "curves": curves,
-        "scores": score([answer.image for answer in answers], held, METRICS),
+        "scores": score([answer.image for answer in restored], heldout, METRICS),
     }
 
 
 def mean_curve(rows: Sequence[Mapping[str, Any]], arm: str, name: str) -> tuple[list[float], list[float], list[float]]:
-    """(steps, mean over seeds, standard deviation over seeds) of an arm's curve; empty where it has none."""
-    found = [np.array(row["curves"][name]) for row in rows if row["arm"] == arm and row["curves"].get(name)]
-    if not found:
+    """(steps, mean over seeds, standard deviation over seeds) of an arm's curve; empty if it has none."""
+    curves = [np.array(row["curves"][name]) for row in rows if row["arm"] == arm and row["curves"].get(name)]
+    if not curves:
         return [], [], []
-    values = np.stack([each[:, 1] for each in found])
-    return found[0][:, 0].tolist(), values.mean(0).tolist(), values.std(0).tolist()
+    values = np.stack([each[:, 1] for each in curves])
+    return curves[0][:, 0].tolist(), values.mean(0).tolist(), values.std(0).tolist()
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -184,20 +184,23 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = arguments(__doc__, list(ARMS), Path("runs/table3"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(
-        "--kappa", type=float, default=1.0, help="1.5 keeps T_max at its end for crops this small, and alpha near 1"
+        "--kappa",
+        type=float,
+        default=1.0,
+        help="with 1.5, T_max stays at its end for such small crops, and alpha near 1",
     )
     parser.add_argument("--measure-every", type=int, default=20, help="steps between two held-out points of the curves")
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train and score, or report."""
-    settings = parse(given)
+    settings = parse(argv)
     if settings.report is None:
         run(settings, METRICS, run_arm)
         return

@@ -1,9 +1,10 @@
-"""What curation spends on a picture besides decoding it: CPU time of one pass, one thread, interleaved rounds.
+"""Cost of curation beyond decoding, for each picture: CPU time of one pass, one thread, interleaved rounds.
 
     python tests/benchmarks/bench_curation.py --images FOLDER
 
 Pictures are JPEGs of quality 92 whose short side is --side pixels, made from those of the folder (or dead leaves).
-"Named" is what a goal names: decode, size, sharpness, hash. "Look" is all that `restoray curate` measures.
+"Named" is the work that a performance goal names: decode, size, sharpness, hash. "Look" is all that `restoray curate`
+measures.
 """
 
 from __future__ import annotations
@@ -34,42 +35,42 @@ BASE = "decode"
 
 
 def as_jpeg(picture: Image, side_px: int) -> bytes:
-    """The picture at a short side, as a JPEG."""
+    """The picture resized to a short side, as a JPEG."""
     small = resize_short_side(picture, side_px)
     return cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
 
 
 def pictures(folder: Path | None, side_px: int, count: int) -> list[bytes]:
-    """The first pictures of a folder whose short side is not below side_px; without a folder dead leaves."""
+    """The first pictures of a folder with a short side of at least side_px; dead leaves without a folder."""
     if folder is None:
         return [as_jpeg(dead_leaves(side_px, 0, number), side_px) for number in range(count)]
-    found: list[bytes] = []
+    jpegs: list[bytes] = []
     for path in sorted(folder.iterdir()):
         try:
             picture = decode(path.read_bytes())
         except SampleError:
             continue
         if min(picture.shape[:2]) >= side_px:
-            found.append(as_jpeg(picture, side_px))
-    if not found:
+            jpegs.append(as_jpeg(picture, side_px))
+    if not jpegs:
         raise SystemExit(f"{folder} holds no picture of {side_px} pixels or more")
-    return found[:count]
+    return jpegs[:count]
 
 
 def arms() -> dict[str, Callable[[bytes], object]]:
-    """What is timed, by name."""
+    """Timed functions by name."""
     filters = FilterSpec(min_side_px=16)
 
-    def sharp(data: bytes) -> tuple[Image, float]:
+    def sharpness_of(data: bytes) -> tuple[Image, float]:
         picture = decode(data)
         return picture, spectral_detail(view(picture))["sharpness"]
 
-    def named(data: bytes) -> object:
-        picture, sharpness = sharp(data)
+    def goal(data: bytes) -> object:
+        picture, sharpness = sharpness_of(data)
         return picture.shape, sharpness, hashlib.sha256(data).digest()
 
-    def named_near(data: bytes) -> object:
-        picture, sharpness = sharp(data)
+    def goal_and_fingerprint(data: bytes) -> object:
+        picture, sharpness = sharpness_of(data)
         return picture.shape, sharpness, hashlib.sha256(data).digest(), fingerprint(picture)
 
     def scores(data: bytes) -> object:
@@ -80,34 +81,34 @@ def arms() -> dict[str, Callable[[bytes], object]]:
 
     return {
         BASE: decode,
-        "named: decode, size, sharpness, sha256": named,
-        "named, and fingerprint": named_near,
+        "named: decode, size, sharpness, sha256": goal,
+        "named, and fingerprint": goal_and_fingerprint,
         "decode and all scores": scores,
         "look: all scores, sha256, fingerprint": whole,
     }
 
 
 def measure(data: list[bytes], rounds: int) -> dict[str, dict[str, float]]:
-    """By arm: median CPU milliseconds a picture, spread of the rounds, and rate as a share of decode-only's.
+    """By arm: median CPU milliseconds per picture, spread of the rounds, and rate as a share of the decode-only rate.
 
-    The share is the median of the rounds' own shares: both halves of each were measured side by side.
+    The share is the median of the rounds' shares, since each round measures both rates one after another.
     """
     cv2.setNumThreads(1)
-    spent: dict[str, list[float]] = {name: [] for name in arms()}
+    seconds: dict[str, list[float]] = {name: [] for name in arms()}
     for number in range(rounds + 1):
         for name, arm in arms().items():
-            started = time.process_time()
+            start = time.process_time()
             for item in data:
                 arm(item)
-            if number:  # the first one warms up
-                spent[name].append((time.process_time() - started) / len(data))
+            if number:  # the first round is a warm-up
+                seconds[name].append((time.process_time() - start) / len(data))
     results = {}
-    for name, times in spent.items():
-        middle = statistics.median(times)
-        shares = [base / own for base, own in zip(spent[BASE], times, strict=True)]
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        shares = [base / value for base, value in zip(seconds[BASE], times, strict=True)]
         results[name] = {
-            "ms": round(1e3 * middle, 3),
-            "spread": round((max(times) - min(times)) / middle, 3),
+            "ms": round(1e3 * median, 3),
+            "spread": round((max(times) - min(times)) / median, 3),
             "rate_of_decode_only": round(statistics.median(shares), 3),
         }
     return results

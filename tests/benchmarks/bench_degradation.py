@@ -1,13 +1,13 @@
-"""What degrading a picture costs on this CPU, beside the original's own code.
+"""CPU cost of degrading a picture, with ours and with the original's code.
 
-    pip download basicsr==1.4.2 --no-deps --no-build-isolation --no-binary :all:   # where torch is installed; unpack it
+    pip download basicsr==1.4.2 --no-deps --no-build-isolation --no-binary :all:   # needs torch; unpack it
     python tests/benchmarks/bench_degradation.py --basicsr basicsr-1.4.2
     python tests/benchmarks/bench_degradation.py                                   # ours alone
 
-The original is imported from the path given (dataset item, degradation of a batch); nothing of it is here. Both arms
-get the same pictures, run with one thread, take turns, and count process CPU time. Ours is drawing and applying plans,
-with fresh noise for every picture: the very functions that pass the distribution tests. Per recipe one JSON line with
-medians over rounds, their ratio, and the spread of each arm; a line is void where an arm spreads over 25 %.
+The original is imported from the given path (dataset item, degradation of a batch); none of its code is here. Both arms
+use the same pictures and one thread, take turns, and count process CPU time. Ours draws and applies plans, with new
+noise for every picture, by the functions of the distribution tests. Each recipe gives one JSON line with medians over
+rounds, their ratio, and the spread of each arm. A line is void if an arm spreads over 25 %.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "instantir": ("instantir", {}, 4, "once"),
     "sharpening off": ("realesrgan", {"sharpen": False}, 4, "off"),
 }
-"""Our preset and options; the original's batch size and how often it sharpens. The class of InstantIR sharpens once."""
+"""Our preset and options; the original's batch size and number of sharpenings. InstantIR's class sharpens once."""
 ITEM = {
     "use_hflip": False,
     "use_rot": False,
@@ -85,29 +85,29 @@ BATCH = {
 
 
 def crops(folder: Path | None, count: int, side: int) -> list[np.ndarray]:
-    """Float pictures [side, side, 3]: crops of the photographs in a folder, or of those that scikit-image brings."""
+    """Float pictures [side, side, 3]: crops of the photographs in a folder, or of those in scikit-image."""
     if folder is None:
         import skimage
 
         folder = Path(skimage.__file__).parent / "data"
-    draw, found = np.random.default_rng(7), []
+    draw, photographs = np.random.default_rng(7), []
     for path in sorted(folder.iterdir()):
         picture = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB) if path.suffix in (".png", ".jpg", ".jpeg") else None
         if picture is not None and min(picture.shape[:2]) >= min(side, 256):
-            found.append(picture)
-    made: list[np.ndarray] = []
-    while len(made) < count:
-        picture = found[len(made) % len(found)]
+            photographs.append(picture)
+    parts: list[np.ndarray] = []
+    while len(parts) < count:
+        picture = photographs[len(parts) % len(photographs)]
         factor = side / min(picture.shape[:2])
         if factor > 1:
             picture = cv2.resize(picture, None, fx=factor + 1e-3, fy=factor + 1e-3, interpolation=cv2.INTER_CUBIC)
         top, left = (int(draw.integers(0, length - side + 1)) for length in picture.shape[:2])
-        made.append(np.ascontiguousarray(picture[top : top + side, left : left + side] / np.float32(255)))
-    return made
+        parts.append(np.ascontiguousarray(picture[top : top + side, left : left + side] / np.float32(255)))
+    return parts
 
 
 def ours(preset: str, options: dict[str, Any], pictures: Sequence[np.ndarray]) -> Callable[[int], None]:
-    """A pass over the pictures with plans of a seed."""
+    """A pass over the pictures, with the plans of a seed."""
     from components.degradations import build_degradation
 
     degradation = build_degradation(preset, **options)
@@ -123,14 +123,14 @@ def ours(preset: str, options: dict[str, Any], pictures: Sequence[np.ndarray]) -
 
 
 @contextlib.contextmanager
-def stand_ins(checkout: Path) -> Iterator[None]:
-    """Let two modules of the checkout be imported without what they would pull in and not use here."""
-    kept = dict(sys.modules)
+def stub_modules(checkout: Path) -> Iterator[None]:
+    """Stub modules, so that two modules of the checkout import without dependencies that are unused here."""
+    modules_before = dict(sys.modules)
 
     def module(name: str, **content: Any) -> None:
-        made = types.ModuleType(name)
-        vars(made).update(content)
-        sys.modules[name] = made
+        stub = types.ModuleType(name)
+        vars(stub).update(content)
+        sys.modules[name] = stub
 
     root = checkout / "basicsr"
     for part in ("", "data", "models", "archs", "losses", "metrics"):
@@ -141,14 +141,14 @@ def stand_ins(checkout: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in set(sys.modules) - set(kept):
+        for name in set(sys.modules) - set(modules_before):
             if name.startswith("basicsr"):
                 del sys.modules[name]
-        sys.modules.update(kept)
+        sys.modules.update(modules_before)
 
 
 def _gray(images: Any, num_output_channels: int = 1) -> Any:
-    """What torchvision had under that name."""
+    """rgb_to_grayscale of older torchvision versions."""
     import torch
 
     luma = torch.einsum("bchw,c->bhw", images, torch.tensor([0.2989, 0.587, 0.114], device=images.device))[:, None]
@@ -160,7 +160,7 @@ class Original(NamedTuple):
 
     Attributes:
         draw: seed -> the items of a pass: each picture's kernels.
-        apply: these items -> None; degrades, ended by the bicubic resize to full size.
+        apply: items -> None; degrades, and resizes to full size (bicubic) at the end.
     """
 
     draw: Callable[[int], list[dict[str, Any]]]
@@ -173,16 +173,16 @@ class Original(NamedTuple):
 def original(
     checkout: Path, batch_size: int, sharpening: str, pictures: Sequence[np.ndarray], device: str = "cpu"
 ) -> Original:
-    """The original's item and batch code over these pictures, which lie on the device.
+    """The original's item and batch code over these pictures, which are moved to the device.
 
     Raises:
-        SystemExit: the path holds no BasicSR.
+        SystemExit: no BasicSR at the path.
     """
     import torch
 
     if not (checkout / "basicsr" / "data" / "degradations.py").is_file():
         raise SystemExit(f"{checkout} holds no basicsr/data/degradations.py")
-    with stand_ins(checkout):
+    with stub_modules(checkout):
         items: Any = importlib.import_module("basicsr.data.realesrgan_dataset")
         batches: Any = importlib.import_module("basicsr.models.realesrgan_model")
     side = pictures[0].shape[0]
@@ -194,25 +194,25 @@ def original(
         )
     dataset.file_client = types.SimpleNamespace(get=lambda *_: b"")
     blank = np.full((400, 400, 3), 0.5, np.float32)
-    items.imfrombytes = lambda *_, **__: blank  # an item then costs its kernels
+    items.imfrombytes = lambda *_, **__: blank  # an item then costs only its kernels
     if not hasattr(batches, "first_filter2D"):
-        batches.first_filter2D = batches.filter2D  # it calls view on what may not be contiguous
+        batches.first_filter2D = batches.filter2D  # it calls view on tensors that may not be contiguous
         batches.filter2D = lambda images, kernel: batches.first_filter2D(images.contiguous(), kernel)
     model: Any = object.__new__(batches.RealESRGANModel)
     model.opt, model.is_train, model.device = BATCH | {"gt_size": side}, True, torch.device(device)
     model.jpeger = batches.DiffJPEG(differentiable=False).to(device)
     model._dequeue_and_enqueue = lambda: None
-    sharp = batches.USMSharp().to(device)
-    kept: list[Any] = []
+    sharpen = batches.USMSharp().to(device)
+    sharpened: list[Any] = []
 
     def once(images: Any) -> Any:
-        """The second call on a batch gets the first one's result."""
-        if kept:
-            return kept.pop()
-        kept.append(sharp(images))
-        return kept[0]
+        """The second call on a batch returns the first one's result."""
+        if sharpened:
+            return sharpened.pop()
+        sharpened.append(sharpen(images))
+        return sharpened[0]
 
-    model.usm_sharpener = {"twice": sharp, "once": once, "off": lambda images: images}[sharpening]
+    model.usm_sharpener = {"twice": sharpen, "once": once, "off": lambda images: images}[sharpening]
     planes = [torch.from_numpy(picture.transpose(2, 0, 1).copy()).to(device) for picture in pictures]
 
     def draw(seed: int) -> list[dict[str, Any]]:
@@ -222,12 +222,12 @@ def original(
         return [dataset[0] for _ in planes]
 
     @torch.no_grad()
-    def apply(drawn: list[dict[str, Any]]) -> None:
+    def apply(kernels_by_picture: list[dict[str, Any]]) -> None:
         for start in range(0, len(planes) // batch_size * batch_size, batch_size):
-            chosen = slice(start, start + batch_size)
+            rows = slice(start, start + batch_size)
             kernels = ("kernel1", "kernel2", "sinc_kernel")
-            data = {name: torch.stack([item[name] for item in drawn[chosen]]) for name in kernels}
-            model.feed_data(data | {"gt": torch.stack(planes[chosen])})
+            data = {name: torch.stack([item[name] for item in kernels_by_picture[rows]]) for name in kernels}
+            model.feed_data(data | {"gt": torch.stack(planes[rows])})
             torch.nn.functional.interpolate(model.lq, size=(side, side), mode="bicubic").clamp_(0, 1)
 
     return Original(draw, apply)
@@ -245,7 +245,7 @@ def measure(
     basicsr: Path | None = None,
     photos: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """CPU milliseconds a picture: medians over interleaved rounds, the ratio of the arms, and whether it counts."""
+    """CPU milliseconds per picture: medians over interleaved rounds, ratio of the arms, and whether the row is void."""
     import torch
 
     torch.set_num_threads(1)
@@ -256,18 +256,18 @@ def measure(
         arms: dict[str, Callable[[int], None]] = {"ours": ours(preset, options, hq)}
         if basicsr is not None:
             arms["original"] = original(basicsr, batch_size, sharpening, hq)
-        found: dict[str, list[float]] = {name: [] for name in arms}
+        times: dict[str, list[float]] = {name: [] for name in arms}
         for round_ in range(rounds + 1):
             for name, run in arms.items():
                 start = time.process_time()
                 for seed in range(seeds):
                     run(seed)
-                if round_:  # the first one warms up
-                    found[name].append(1e3 * (time.process_time() - start) / seeds / pictures)
+                if round_:  # the first round is a warm-up
+                    times[name].append(1e3 * (time.process_time() - start) / seeds / pictures)
         row: dict[str, Any] = {"recipe": recipe, "side": side, "pictures": pictures, "rounds": rounds, "seeds": seeds}
-        for name, values in found.items():
-            middle = statistics.median(values)
-            row |= {f"{name}_ms": round(middle, 2), f"{name}_spread": round((max(values) - min(values)) / middle, 3)}
+        for name, values in times.items():
+            median = statistics.median(values)
+            row |= {f"{name}_ms": round(median, 2), f"{name}_spread": round((max(values) - min(values)) / median, 3)}
         row["void"] = max(row[f"{name}_spread"] for name in arms) > MAX_SPREAD
         if basicsr is not None:
             row["ratio"] = round(row["original_ms"] / row["ours_ms"], 1)
@@ -279,19 +279,21 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--basicsr", type=Path, help="a checkout or unpacked source archive of BasicSR")
-    parser.add_argument("--recipe", action="append", choices=list(RECIPES), help="repeat; default all")
+    parser.add_argument("--recipe", action="append", choices=list(RECIPES), help="may be repeated; default all")
     parser.add_argument("--photos", type=Path, help="a folder of photographs; default scikit-image's")
-    parser.add_argument("--side", type=int, action="append", help="HQ side in pixels; repeat to see how cost grows")
+    parser.add_argument("--side", type=int, action="append", help="HQ side in pixels; may be repeated")
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=2, help="of each round; raise it where sharpening is off")
+    parser.add_argument("--seeds", type=int, default=2, help="of each round; raise it if sharpening is off")
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
-    given = parser.parse_args()
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    with given.out.open("a") as stream:
-        for side in given.side or [512]:
-            for recipe in given.recipe or RECIPES:
-                (row,) = measure([recipe], side, given.pictures, given.rounds, given.seeds, given.basicsr, given.photos)
+    with options.out.open("a") as stream:
+        for side in options.side or [512]:
+            for recipe in options.recipe or RECIPES:
+                (row,) = measure(
+                    [recipe], side, options.pictures, options.rounds, options.seeds, options.basicsr, options.photos
+                )
                 print(json.dumps(row), flush=True)
                 stream.write(json.dumps(row) + "\n")
 

@@ -1,11 +1,11 @@
-"""How many pictures a second the torch back end degrades on a GPU, beside the original's batch path on the same card.
+"""Pictures per second of the torch back end on a GPU, and of the original's batch path on the same GPU.
 
     python tests/benchmarks/bench_degradation_gpu.py --basicsr basicsr-1.4.2
     python tests/benchmarks/bench_degradation_gpu.py --device cpu --side 64 --batch 4
 
-Ours draws all numbers per picture, the original its kernels per picture and the others per batch. Plans and kernels
-are drawn before the clock starts (workers draw them beside the crop), HQ lies on the device, and the device is waited
-for at both ends. Rounds take turns; medians are reported, and a line is void where an arm spreads over 25 %.
+Ours draws all numbers per picture, the original its kernels per picture and the others per batch. Plans and kernels are
+drawn before the clock starts, as workers draw them with the crop. HQ is on the device, and the clock waits for the
+device at both ends. Arms take turns; medians are reported, and a line is void if an arm spreads over 25 %.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def measure(
     basicsr: Path | None = None,
     presets: Sequence[str] = tuple(SHARPENING),
 ) -> list[dict[str, Any]]:
-    """Pictures a second by preset and batch size, with the ratio to the original where it was given."""
+    """Pictures per second by preset and batch size, with the ratio to the original if `basicsr` is given."""
     from components.degradations import build_degradation
     from components.degradations.batched import apply_plans
 
@@ -56,17 +56,17 @@ def measure(
                 arms["original"] = bench.original(basicsr, size, SHARPENING[preset], pictures, device)
             rates: dict[str, list[float]] = {name: [] for name in arms}
             for seed in range(rounds + 1):
-                for name, (drawing, run) in arms.items():
-                    drawn = drawing(seed)
+                for name, (draw_plans, run) in arms.items():
+                    plans = draw_plans(seed)
                     synchronise(device)
                     start = time.perf_counter()
-                    run(drawn)
+                    run(plans)
                     synchronise(device)
-                    if seed:  # the first one warms up
+                    if seed:  # the first round is a warm-up
                         rates[name].append(size / (time.perf_counter() - start))
             row: dict[str, Any] = {"preset": preset, "batch": size, "side": side, "device": device_name(device)}
-            row |= {f"{name}_images_per_s": round(statistics.median(found), 1) for name, found in rates.items()}
-            spreads = [(max(found) - min(found)) / statistics.median(found) for found in rates.values()]
+            row |= {f"{name}_images_per_s": round(statistics.median(values), 1) for name, values in rates.items()}
+            spreads = [(max(values) - min(values)) / statistics.median(values) for values in rates.values()]
             row |= {"spread": round(max(spreads), 3), "void": max(spreads) > MAX_SPREAD}
             if basicsr is not None:
                 row["ratio"] = round(row["ours_images_per_s"] / row["original_images_per_s"], 2)
@@ -77,7 +77,7 @@ def measure(
 
 
 def device_name(device: str) -> str:
-    """What was measured on."""
+    """Name of the device."""
     return "cpu" if device == "cpu" else torch.cuda.get_device_name()
 
 
@@ -86,12 +86,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--basicsr", type=Path, help="a checkout or unpacked source archive of BasicSR")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, action="append", help="repeat; default 32 and 512")
+    parser.add_argument("--batch", type=int, action="append", help="may be repeated; default 32 and 512")
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    for row in measure(given.batch or (32, 512), given.side, given.rounds, given.device, given.basicsr):
+    for row in measure(options.batch or (32, 512), options.side, options.rounds, options.device, options.basicsr):
         print(json.dumps(row), flush=True)
 
 

@@ -1,18 +1,18 @@
-"""InstantIR's sampling loop beside the same written the obvious way; bench_instantir_training.py has the train step.
+"""InstantIR's sampling loop, ours and an obvious one; bench_instantir_training.py has the train step.
 
     python tests/benchmarks/bench_instantir.py                           # CPU, nano and middle size; part of make bench
     python tests/benchmarks/bench_instantir.py --size sdxl --device cuda --compile blocks  # --quick: the ceiling alone
-    python tests/benchmarks/bench_instantir.py --model runs/demo/NAME/model   # what reuse costs a trained model
+    python tests/benchmarks/bench_instantir.py --model runs/demo/NAME/model   # errors by reuse, of a trained model
 
-All sizes run through the same code. Weights are random and made on the device: nothing is downloaded. "obvious" is a
-loop as one writes it with diffusers: LoRA switched through peft, DDIMScheduler, guidance as a batch of two, the UNet's
-own forward, everything computed in every call. "ours" is InstantIRDenoiser over FastInstantIR. Arms take turns; medians
-of CPU time (on a card: of wall time, the device waited for, and "obvious" before the others) are reported; a line is
-void where an arm spreads over 25 %. `difference` is the arms' latents' largest over their largest value.
+All sizes use the same code. Weights are random and created on the device: nothing is downloaded. "obvious" is a plain
+loop with diffusers: LoRA switched by peft, DDIMScheduler, guidance as a batch of two, the UNet's own forward, all
+computed in every call. "ours" is InstantIRDenoiser over FastInstantIR. Arms take turns; medians of CPU time are
+reported (on a GPU: of wall time, synchronised, and "obvious" before the others). A line is void if an arm spreads over
+25 %. `difference` is the largest difference of the arms' latents over their largest value.
 
 It needs torch, numpy, diffusers, transformers, tokenizers, peft and safetensors, and of this project only components/.
-Elsewhere carry wheels, `pip install --no-index --no-deps --target SITE *.whl`, and run with PYTHONPATH=SITE:. from the
-root. Compiling takes a minute or two at SDXL size: --rounds 3.
+On a machine without network: copy wheels, `pip install --no-index --no-deps --target SITE *.whl`, and run with
+PYTHONPATH=SITE:. from the root. Compiling takes a minute or two at SDXL size: --rounds 3.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """One set of shapes. `latent_px` is the latents' side; the prior's configuration is priors.nano's form."""
+    """A set of shapes. `latent_px` is the latents' side; `prior` has the form of priors.nano.NANO."""
 
     prior: Mapping[str, Any]
     resampler: Mapping[str, int]
@@ -47,7 +47,7 @@ class Size:
 
 
 def sizes() -> dict[str, Size]:
-    """By name: the shipped nano prior's shapes, a middle one where arithmetic dominates, and SDXL's."""
+    """Sizes by name: the shipped nano prior's, a middle one in which arithmetic dominates, and SDXL's."""
     from components.priors.nano import NANO
 
     nano_resampler = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 16}
@@ -91,30 +91,30 @@ def sizes() -> dict[str, Size]:
 
 
 def build_network(size: Size, device: str, dtype: torch.dtype) -> InstantIR:
-    """A whole InstantIR of random weights made on the device, layers that start at zero given small values.
+    """A whole InstantIR of random weights, created on the device; zero-initialised layers get small values.
 
-    At SDXL size the autoencoder is SDXL's and the picture encoder DINOv2-large; the text encoders stay small, since
-    they run once, and text of the right shape stands in for theirs.
+    At SDXL size the autoencoder is SDXL's and the picture encoder DINOv2-large. The text encoders stay small, since
+    they run once; random text of the right shape replaces their output.
     """
     import torch
 
     from components.systems.instantir.network import InstantIR
 
-    before = torch.get_default_dtype()
+    default_dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[] if device != "cuda" else [torch.cuda.current_device()]):
         torch.manual_seed(0)
         try:
-            torch.set_default_dtype(dtype)  # never twice the memory
+            torch.set_default_dtype(dtype)  # weights never take twice the memory
             with torch.device(device):
                 prior = _prior(size)
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default_dtype)
         prior.autoencoder.float()
         with torch.device(device):
             network = InstantIR(prior, size.resampler, dict(size.lora), aggregator=True)
         network.to(device, dtype)
         if device != "meta":
-            _wake(network)
+            _fill_zeros(network)
     return network
 
 
@@ -123,7 +123,7 @@ def _prior(size: Size) -> Any:
     from transformers import Dinov2Config, Dinov2Model
 
     from components.priors.nano import build_prior, build_tokenizer_json
-    from components.priors.sdxl import ImageView
+    from components.priors.sdxl_config import ImageView
 
     prior = build_prior(size.prior, build_tokenizer_json(["red", "blue"], int(size.prior["text_length"])))
     if size.resampler.get("embedding_dim") == 1024:
@@ -142,8 +142,8 @@ def _prior(size: Size) -> Any:
     return prior
 
 
-def _wake(network: InstantIR) -> None:
-    """Zero-initialised layers would make the LoRA and the aggregator add nothing, and equality mean nothing."""
+def _fill_zeros(network: InstantIR) -> None:
+    """Fill zero-initialised layers: with them, LoRA and Aggregator would have no effect, and arms would be equal."""
     import torch
 
     with torch.no_grad():
@@ -172,7 +172,7 @@ def make_inputs(
     side = size.latent_px * network.prior.factor
     ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=device).expand(batch, -1)
     tokens = (network.prior.view.crop_px // int(network.prior.image_encoder.config.patch_size)) ** 2 + 1  # type: ignore
-    made = [
+    pair = [
         Conditions(
             text=random(batch, size.prior["text_length"], unet["cross_attention_dim"]),
             pooled=random(batch, pooled),
@@ -183,7 +183,7 @@ def make_inputs(
     ]
     shape = (batch, network.prior.latent_channels, size.latent_px, size.latent_px)
     lq, noise = random(*shape, kind=torch.float32), random(*shape, kind=torch.float32)
-    return made[0], made[1], lq, noise
+    return pair[0], pair[1], lq, noise
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -198,7 +198,7 @@ def obvious_loop(
     steps: int,
     cfg_scale: float = 7.0,
 ) -> torch.Tensor:
-    """InstantIR's loop as one writes it with diffusers and peft; returns the last latents."""
+    """InstantIR's loop written plainly with diffusers and peft; returns the last latents."""
     import torch
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -217,22 +217,22 @@ def obvious_loop(
     scheduler.set_timesteps(steps, device=lq.device)
     lq = lq.to(dtype)
     latents = scheduler.add_noise(lq, noise.to(dtype), scheduler.timesteps[:1])
-    given = negative.joined(positive)
+    conditions = negative.concat(positive)
     lq_twice = torch.cat([lq, lq])
     for t in scheduler.timesteps:
         twice = torch.cat([latents, latents])
         times = t.expand(len(twice))
         unet.enable_adapters()
-        eps = predict_noise(unet, twice, times, given)
+        eps = predict_noise(unet, twice, times, conditions)
         unet.disable_adapters()
         alpha = scheduler.alphas_cumprod.to(lq.device)[t]
         clean = (twice - (1 - alpha).sqrt() * eps) / alpha.sqrt()
         scaled = t * 10.0
         preview = clean * scaled / (scaled**2 + 0.25).sqrt() + twice * 0.25 / (scaled**2 + 0.25)
-        residuals = network.residuals(lq_twice, times, preview.to(dtype), given)
-        eps = predict_noise(unet, twice, times, given, residuals)
-        without, with_ = eps.chunk(2)
-        eps = without + cfg_scale * (with_ - without)
+        residuals = network.residuals(lq_twice, times, preview.to(dtype), conditions)
+        eps = predict_noise(unet, twice, times, conditions, residuals)
+        negative_eps, positive_eps = eps.chunk(2)
+        eps = negative_eps + cfg_scale * (positive_eps - negative_eps)
         latents = scheduler.step(eps, t, latents).prev_sample
     return latents
 
@@ -246,7 +246,7 @@ def our_loop(
     steps: int,
     **settings: Any,
 ) -> torch.Tensor:
-    """The same with the product's own parts, a new run each time as for a new picture."""
+    """The same loop with the product's parts; each call is a new run, as for a new picture."""
     from components.samplers.ddim import sample_ddim
     from components.systems.instantir.denoiser import InstantIRDenoiser
     from components.systems.instantir.options import LoopSettings
@@ -261,7 +261,7 @@ def count_step_flops(size: Size, merged: bool = False) -> float:
     """TFLOP of one step with guidance, by torch's counter on the meta device (attention is two products).
 
     Args:
-        merged: without the LoRA's own products, as where it is merged into a second UNet.
+        merged: without the LoRA's products, as if it is merged into a second UNet.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -269,15 +269,15 @@ def count_step_flops(size: Size, merged: bool = False) -> float:
     with torch.no_grad():
         network = build_network(size, "meta", torch.float32)
         positive, negative, lq, _ = make_inputs(network, size, torch.float32)
-        given, lq = negative.joined(positive), torch.cat([lq, lq])
+        conditions, lq = negative.concat(positive), torch.cat([lq, lq])
         times = torch.zeros(2, dtype=torch.int64, device="meta")
         with FlopCounterMode(display=False) as counter:
             if merged:
-                network.denoise_eps(lq, times, given)
+                network.denoise_eps(lq, times, conditions)
             else:
-                network.preview(lq, times, given)
-            residuals = network.residuals(lq, times, lq, given)
-            network.denoise_eps(lq, times, given, residuals)
+                network.preview(lq, times, conditions)
+            residuals = network.residuals(lq, times, lq, conditions)
+            network.denoise_eps(lq, times, conditions, residuals)
     return counter.get_total_flops() / 1e12
 
 
@@ -297,7 +297,7 @@ def measure_sampling(
     speed = speed or Speed()
     arms: dict[str, Callable[[], torch.Tensor]] = {"obvious": lambda: obvious_loop(network, *inputs, size.steps)}
     before: tuple[Any, Any] = ({}, {})
-    if device == "cuda":  # by itself, before ours lays out the weights as the other is slower with
+    if device == "cuda":  # measured first, as ours changes the weights' memory layout, which slows "obvious" down
         with torch.inference_mode():
             before = take_turns(arms, device, rounds)
         arms = {}
@@ -332,7 +332,7 @@ def measure_sampling(
 
 
 def measure_once(network: InstantIR, fast: Any, lq: torch.Tensor, device: str, rounds: int) -> dict[str, Any]:
-    """Seconds of what a picture costs besides its steps: picture encoder, encode and decode, plain and ours."""
+    """Seconds per picture besides its steps: picture encoder, encode and decode, plain and ours."""
     import torch
 
     prior, side = network.prior, lq.shape[-1] * network.prior.factor
@@ -353,7 +353,7 @@ def measure_once(network: InstantIR, fast: Any, lq: torch.Tensor, device: str, r
 
 
 def measure_reuse(model: Path, device: str = "cpu", count: int = 4, steps: int = 12) -> list[dict[str, Any]]:
-    """PSNR of pictures that a trained model restores with previews or features reused, against its exact ones."""
+    """PSNR of a trained model's restorations with reused previews or features, against its exact ones."""
     import numpy as np
 
     from components.degradations import build_degradation
@@ -363,18 +363,18 @@ def measure_reuse(model: Path, device: str = "cpu", count: int = 4, steps: int =
     from components.types import Request
 
     restorer, degradation = build_restorer(model, device=device), build_degradation("realesrgan-nano")
-    poor = []
+    inputs = []
     for k in range(count):
         hq = dead_leaves(128, 0, k)
-        poor.append(to_uint8(degradation.apply(to_float(hq), degradation.draw(0, str(k), k))))
+        inputs.append(to_uint8(degradation.apply(to_float(hq), degradation.draw(0, str(k), k))))
 
-    def restored(**options: int) -> Any:
-        asked = [Request(key=str(k), image=p, options={"steps": steps, **options}) for k, p in enumerate(poor)]
-        return np.stack([r.image for r in restorer.restore(asked)]).astype(np.float64)
+    def restore(**options: int) -> Any:
+        requests = [Request(key=str(k), image=p, options={"steps": steps, **options}) for k, p in enumerate(inputs)]
+        return np.stack([r.image for r in restorer.restore(requests)]).astype(np.float64)
 
-    exact, rows = restored(), []
+    exact, rows = restore(), []
     for previews, features in ((2, 1), (3, 1), (2, 2), (3, 3)):
-        error = np.square(restored(preview_every=previews, aggregator_every=features) - exact).mean(axis=(1, 2, 3))
+        error = np.square(restore(preview_every=previews, aggregator_every=features) - exact).mean(axis=(1, 2, 3))
         decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
         row = {"what": "reuse", "steps": steps, "preview_every": previews, "aggregator_every": features}
         rows.append({**row, "psnr_db": round(float(decibels.mean()), 1), "worst_db": round(float(decibels.min()), 1)})
@@ -382,7 +382,7 @@ def measure_reuse(model: Path, device: str = "cpu", count: int = 4, steps: int =
 
 
 def measure_ceiling(device: str, side: int = 8192, rounds: int = 20) -> dict[str, Any]:
-    """TFLOP/s of a square bf16 matrix product (float32 on a CPU): what all other rates are shares of."""
+    """TFLOP/s of a square bf16 matrix product (float32 on a CPU): the ceiling of all other rates."""
     import torch
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -396,7 +396,9 @@ def measure_ceiling(device: str, side: int = 8192, rounds: int = 20) -> dict[str
 def main() -> None:
     """Measure and print one JSON line each, appended to bench.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", action="append", choices=sorted(sizes()), help="repeat; default nano and middle")
+    parser.add_argument(
+        "--size", action="append", choices=sorted(sizes()), help="may be repeated; default nano and middle"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -404,39 +406,41 @@ def main() -> None:
     parser.add_argument("--compile-mode", default="")
     parser.add_argument("--graphs", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--merge-previewer", default="auto", choices=["auto", "on", "off"])
-    parser.add_argument("--model", type=Path, help="a trained model folder: the error of reuse instead of timings")
+    parser.add_argument(
+        "--model", type=Path, help="a trained model folder: measures the error of reuse instead of times"
+    )
     parser.add_argument("--quick", action="store_true", help="the ceiling only")
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
-    given = parser.parse_args()
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     import torch
 
     from components.systems.instantir.fast import Speed
 
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(options.threads)
     speed = Speed(
-        merge_previewer=given.merge_previewer,
-        compile=given.compile,
-        compile_mode=given.compile_mode,
-        graphs=given.graphs,
+        merge_previewer=options.merge_previewer,
+        compile=options.compile,
+        compile_mode=options.compile_mode,
+        graphs=options.graphs,
     )
-    with given.out.open("a", encoding="utf-8") as stream:
+    with options.out.open("a", encoding="utf-8") as stream:
 
-        def tell(row: Mapping[str, Any]) -> None:
+        def write_row(row: Mapping[str, Any]) -> None:
             for line in (print, stream.write):
                 line(json.dumps(row) + ("" if line is print else "\n"))
             stream.flush()
 
-        tell(measure_ceiling(given.device, 8192 if given.device == "cuda" else 1024))
-        if given.quick:
+        write_row(measure_ceiling(options.device, 8192 if options.device == "cuda" else 1024))
+        if options.quick:
             return
-        if given.model is not None:
-            for row in measure_reuse(given.model, given.device):
-                tell(row)
+        if options.model is not None:
+            for row in measure_reuse(options.model, options.device):
+                write_row(row)
             return
-        for name in given.size or ("nano", "middle"):
-            for row in measure_sampling(name, given.device, given.rounds, speed):
-                tell(row)
+        for name in options.size or ("nano", "middle"):
+            for row in measure_sampling(name, options.device, options.rounds, speed):
+                write_row(row)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The Aggregator's train step with plain and fast forward passes, and what share of the device's ceiling it reaches.
+"""The Aggregator's train step with plain and fast forward passes, and its share of the device's ceiling.
 
     python tests/benchmarks/bench_instantir_training.py                                    # CPU, nano size
     python tests/benchmarks/bench_instantir_training.py --size sdxl --device cuda --compile autoencoder --batch 4
 
-Sizes, networks and clocks are bench_instantir.py's. On a card frozen networks are bf16, as the shipped recipe has them,
-and the Aggregator float32 under autocast. The work is the model's own, by torch's counter; nothing recomputed counts.
+Sizes, networks and clocks are those of bench_instantir.py. On a GPU frozen networks are bf16, as in the shipped recipe,
+and the Aggregator is float32 under autocast. The FLOP are the model's own, by torch's counter, without recomputation.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def measure_training(
     speed: Speed | None = None,
     batch_size: int = STAGE_BATCH,
     half_autoencoder: bool = False,
-    given_latents: bool = False,
+    latents_in_batch: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rows for the Aggregator's train step, forward passes plain and fast; the model's work by torch's counter.
+    """Rows for the Aggregator's train step, with plain and fast forward passes; FLOP by torch's counter.
 
-    With `half_autoencoder`, it is one that half precision does no harm (as sdxl-vae-fp16-fix) and runs in it; with
-    `given_latents`, targets come encoded (`restoray precompute`) and only LQ pictures are encoded.
+    With `half_autoencoder`, the autoencoder runs in half precision, as one like sdxl-vae-fp16-fix can. With
+    `latents_in_batch`, targets are encoded before (`restoray precompute`), and only LQ pictures are encoded.
     """
     from dataclasses import replace
 
@@ -57,8 +57,8 @@ def measure_training(
     from components.training import build_optimizers, train_step
     from components.types import Batch
 
-    size, card = sizes()[name], device == "cuda"
-    network = build_network(size, device, torch.bfloat16 if card else torch.float32)
+    size, on_gpu = sizes()[name], device == "cuda"
+    network = build_network(size, device, torch.bfloat16 if on_gpu else torch.float32)
     assert network.aggregator is not None
     network.aggregator.float()
     if half_autoencoder:
@@ -73,7 +73,7 @@ def measure_training(
         prompts=[""] * batch_size,
         sizes=torch.tensor([[side, side, 0, 0, side, side]]).expand(batch_size, -1),
     )
-    if given_latents:
+    if latents_in_batch:
         with torch.no_grad():
             batch = replace(batch, latents=network.prior.encode(batch.hq))
     _shape_text(network, size)
@@ -84,7 +84,7 @@ def measure_training(
         "plain": AggregatorObjective(network),
         "ours": AggregatorObjective(network, speed=speed),
     }
-    precision = "bf16" if card else "fp32"
+    precision = "bf16" if on_gpu else "fp32"
     losses: dict[str, float] = {}
 
     def step(arm: str) -> Callable[[], torch.Tensor]:
@@ -92,14 +92,14 @@ def measure_training(
         optimizers = build_optimizers(objective, Optimizer())
 
         def run() -> torch.Tensor:
-            # a rate of zero: every step of every arm then does the same work on the same weights
+            # with a learning rate of zero, every step of every arm does the same work on the same weights
             metrics = train_step(objective, [(batch, noise)], optimizers, lr=0.0, clip_norm=1.0, precision=precision)
             losses[arm] = metrics["loss"]
             return torch.tensor(metrics["loss"])
 
         return run
 
-    # the model's own work: LoRA merged where it is, nothing computed twice
+    # the model's own work: LoRA merged if the arm merges it, nothing computed twice
     objectives["counted"] = AggregatorObjective(network, speed=replace(speed, compile="off", checkpoint=False))
     with FlopCounterMode(display=False) as counter:
         step("counted")()
@@ -111,7 +111,7 @@ def measure_training(
         row = {"what": "aggregator train step", "size": name, "arm": arm, "batch": batch_size, **summary(times, device)}
         row |= {"ratio_to_plain": round(statistics.median(seconds["plain"]) / statistics.median(times), 2)}
         row |= {"loss": losses[arm], "tflop": round(tflop, 4), "compile": speed.compile if arm == "ours" else "off"}
-        if card:
+        if on_gpu:
             row |= {"tflop_per_s": round(tflop / statistics.median(times), 1)}
             row |= {"samples_per_s": round(batch_size / statistics.median(times), 2)}
             row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
@@ -140,18 +140,18 @@ def _pictures(count: int, side: int) -> Sequence[Any]:
 
 
 def _shape_text(network: InstantIR, size: Size) -> None:
-    """At SDXL size the small text encoders' output is repeated to the widths that the UNet takes."""
+    """Repeat the small text encoders' output to the widths of the UNet, for SDXL size."""
     prior, unet = network.prior, size.prior["unet"]
     pooled_dim = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
     embed = prior.embed_prompts
 
-    def widened(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed_wide(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         text, pooled = embed(prompts)
         text = text.repeat(1, 1, math.ceil(unet["cross_attention_dim"] / text.shape[-1]))
         pooled = pooled.repeat(1, math.ceil(pooled_dim / pooled.shape[-1]))
         return text[..., : unet["cross_attention_dim"]], pooled[..., :pooled_dim]
 
-    prior.embed_prompts = widened  # type: ignore[method-assign]
+    prior.embed_prompts = embed_wide  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -167,19 +167,25 @@ def main() -> None:
     parser.add_argument("--half-autoencoder", action="store_true", help="the autoencoder in bf16 too")
     parser.add_argument("--given-latents", action="store_true", help="targets' latents come with the batch")
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
-    given = parser.parse_args()
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     import torch
 
     from components.systems.instantir.fast import Speed
 
-    torch.set_num_threads(given.threads)
-    speed = Speed(compile=given.compile, checkpoint=given.checkpoint)
-    rows = [measure_ceiling(given.device, 8192 if given.device == "cuda" else 1024)]
+    torch.set_num_threads(options.threads)
+    speed = Speed(compile=options.compile, checkpoint=options.checkpoint)
+    rows = [measure_ceiling(options.device, 8192 if options.device == "cuda" else 1024)]
     rows += measure_training(
-        given.size, given.device, given.rounds, speed, given.batch, given.half_autoencoder, given.given_latents
+        options.size,
+        options.device,
+        options.rounds,
+        speed,
+        options.batch,
+        options.half_autoencoder,
+        options.given_latents,
     )
-    with given.out.open("a", encoding="utf-8") as stream:
+    with options.out.open("a", encoding="utf-8") as stream:
         for row in rows:
             print(json.dumps(row))
             stream.write(json.dumps(row) + "\n")

@@ -1,28 +1,29 @@
-"""What feeding a trainer costs: CPU time a sample of the stream, beside webdataset and beside decoding alone.
+"""Cost of feeding a trainer: CPU time per sample of the stream, of webdataset and of decoding alone.
 
-    python tests/benchmarks/bench_loader.py --photos FOLDER     # cuts of photographs
+    python tests/benchmarks/bench_loader.py --photos FOLDER     # crops of photographs
     python tests/benchmarks/bench_loader.py                     # dead leaves
 
-2,000 samples in 8 shards: 512 px JPEGs of quality 90. Every arm decodes them with libjpeg-turbo, cuts a random 448 px
-square and packs uint8 batches [32, 448, 448, 3]; nothing is degraded or captioned:
+2,000 samples in 8 shards: 512 px JPEGs of quality 90. Every arm decodes them with libjpeg-turbo, crops a random
+448 px square and packs uint8 batches [32, 448, 448, 3], without degradations and captions:
 
-    decode      from memory, in one thread, without any transport: the limit
+    decode      from memory, in one thread, without transport: the lower limit
     webdataset  torch's DataLoader with 2 workers, decoded and batched in the workers, shards shuffled
-    ours        the stream under Ray Data as a trainer reads it: 2 tasks, shuffled samples, `rank_batches`
+    ours        the stream under Ray Data, as a trainer reads it: 2 tasks, shuffled samples, `rank_batches`
 
-Counted of each arm: from the end of the first epoch, which starts the workers, to the end of the last, the CPU time of
-the arm's process and of all its descendants, so Ray's daemons and bookkeeping actors too, and the memory at each half
-epoch (proportional set size). The arm's process says when an epoch ends, and stays until it has been measured, since
-it takes its workers along. Arms take turns, round after round, so that what else the machine does hits all alike.
-Printed: medians over rounds, ratios, spread; void where an arm spreads over 25 %.
+The benchmark counts the CPU time of the arm's process and all its descendants, including Ray's daemons and bookkeeping
+actors, from the end of the first epoch, which starts the workers, to the end of the last. It reads the memory at each
+half epoch (proportional set size). The arm's process prints a line at each half epoch, and ends only after the last
+measurement, since its workers end with it. Arms take turns in each round, so that other load hits all of them.
+It prints medians over rounds, ratios and spread; a line is void if an arm spreads over 25 %.
 
-To know beside the numbers:
-- The consumer takes batches as fast as they come and does not touch the pixels.
-- webdataset shuffles shards only and gives pixels only; the stream shuffles all samples and gives names, texts, sizes.
-- The object store may take 2 GiB (`--store`); all processes together have that cap and 300 MB a worker as their goal.
+Notes:
+- The consumer takes batches as fast as they come and does not read the pixels.
+- webdataset shuffles only shards and returns only pixels; the stream shuffles all samples and returns names, texts
+  and sizes too.
+- The object store may use 2 GiB (`--store`); the goal for all processes together is that cap and 300 MB per worker.
 - The stream's cache of small splits is off, since 2,000 pictures do not fit it.
-- A new stretch of the stream (`feed.STRETCH_TASKS`: each 262,144 rows here) costs CPU time once more. It falls outside
-  the epochs measured; `--stretch` makes stretches shorter to measure it.
+- A new stretch of the stream (`feed.STRETCH_TASKS`: every 262,144 rows here) costs additional CPU time. It is outside
+  the measured epochs; `--stretch` makes stretches shorter to measure it.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ import psutil
 from timing import MAX_SPREAD
 
 BATCH, WORKERS = 32, 2
-MB_A_WORKER = 300  # the goal for the tree's memory: the object store's cap and so much for each worker
+MB_A_WORKER = 300  # the memory goal of all processes: the object store's cap and this for each worker
 STORE_MIB = 2048
-# These reach the arm's process by its environment.
+# Environment variables for the arm's process.
 STRETCH, STORE = "BENCH_LOADER_STRETCH", "BENCH_LOADER_STORE"
 
 
 def jpegs(count: int, side: int, photos: Path | None) -> Iterator[bytes]:
-    """Pictures [side, side] of quality 90: random parts of the photographs in a folder, or dead leaves."""
+    """JPEGs [side, side] of quality 90: random crops of the photographs in a folder, or dead leaves."""
     import cv2
     import simplejpeg
 
@@ -61,11 +62,11 @@ def jpegs(count: int, side: int, photos: Path | None) -> Iterator[bytes]:
 
     draw = np.random.default_rng(7)
     paths = sorted(p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")) if photos else []
-    found = [picture for path in paths if (picture := cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)) is not None]
-    found = [picture for picture in found if min(picture.shape[:2]) >= side]
-    leaves = [] if found else [dead_leaves(2 * side, 7, index) for index in range(min(count, 32))]
+    photographs = [picture for path in paths if (picture := cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)) is not None]
+    photographs = [picture for picture in photographs if min(picture.shape[:2]) >= side]
+    leaves = [] if photographs else [dead_leaves(2 * side, 7, index) for index in range(min(count, 32))]
     for number in range(count):
-        picture = (found or leaves)[number % len(found or leaves)]
+        picture = (photographs or leaves)[number % len(photographs or leaves)]
         top, left = (int(draw.integers(0, length - side + 1)) for length in picture.shape[:2])
         part = np.ascontiguousarray(picture[top : top + side, left : left + side])
         yield simplejpeg.encode_jpeg(part, quality=90, colorsubsampling="420")
@@ -73,7 +74,7 @@ def jpegs(count: int, side: int, photos: Path | None) -> Iterator[bytes]:
 
 def write(folder: Path, count: int, shards: int, side: int, photos: Path | None = None) -> None:
     """The corpus that all arms read."""
-    from pipelines.shards import write_corpus
+    from pipelines.corpus.shards import write_corpus
 
     samples = [
         (f"{number:06d}", "jpg", data, {"width": side, "height": side})
@@ -82,28 +83,28 @@ def write(folder: Path, count: int, shards: int, side: int, photos: Path | None 
     write_corpus(folder, "bench", {"train": samples}, samples_per_shard=-(-count // shards))
 
 
-# -- arms: endless batches uint8 [32, cut, cut, 3] ---------------------------------------------------------------------
+# -- arms: endless batches uint8 [32, crop, crop, 3] -------------------------------------------------------------------
 
 
-def decode_only(folder: Path, cut: int) -> Iterator[np.ndarray]:
-    """The limit."""
+def decode_only(folder: Path, crop: int) -> Iterator[np.ndarray]:
+    """Decode from memory, in one thread: the lower limit."""
     import simplejpeg
 
-    from pipelines.shards import open_corpus, read_sample
+    from pipelines.corpus.shards import open_corpus, read_sample
 
     corpus, draw = open_corpus(folder), np.random.default_rng(0)
     data = [read_sample(corpus, "train", n) for n in range(len(corpus.split("train")))]
     number = 0
     while True:
-        batch = np.empty((BATCH, cut, cut, 3), np.uint8)
+        batch = np.empty((BATCH, crop, crop, 3), np.uint8)
         for row in batch:
-            row[:] = random_cut(simplejpeg.decode_jpeg(data[number % len(data)], "RGB"), cut, draw)
+            row[:] = random_crop(simplejpeg.decode_jpeg(data[number % len(data)], "RGB"), crop, draw)
             number += 1
         yield batch
 
 
-def webdataset(folder: Path, cut: int) -> Iterator[np.ndarray]:
-    """Batched in the worker, as its documentation advises; tensors come through shared memory."""
+def webdataset(folder: Path, crop: int) -> Iterator[np.ndarray]:
+    """webdataset, batched in the workers as its documentation advises; tensors pass through shared memory."""
     import simplejpeg
     import torch
     import webdataset as wds
@@ -111,7 +112,7 @@ def webdataset(folder: Path, cut: int) -> Iterator[np.ndarray]:
     draw = np.random.default_rng(0)
 
     def load(sample: dict[str, Any]) -> np.ndarray:
-        return random_cut(simplejpeg.decode_jpeg(sample["jpg"], "RGB"), cut, draw)
+        return random_crop(simplejpeg.decode_jpeg(sample["jpg"], "RGB"), crop, draw)
 
     urls = sorted(str(path) for path in (folder / "train").glob("*.tar"))
     dataset = wds.WebDataset(urls, shardshuffle=len(urls), seed=1, select_files=lambda name: name.endswith(".jpg"))
@@ -120,19 +121,19 @@ def webdataset(folder: Path, cut: int) -> Iterator[np.ndarray]:
         yield batch.numpy()
 
 
-def ours(folder: Path, cut: int) -> Iterator[np.ndarray]:
-    """As `restoray train` reads."""
-    from pipelines import feed
-    from pipelines.cluster import local_ray
-    from pipelines.shards import open_corpus
-    from pipelines.stream import StreamConfig
+def ours(folder: Path, crop: int) -> Iterator[np.ndarray]:
+    """The stream as `restoray train` reads it."""
+    from pipelines.core.cluster import local_ray
+    from pipelines.corpus.shards import open_corpus
+    from pipelines.stream import feed
+    from pipelines.stream.rows import StreamConfig
 
-    side = int(open_corpus(folder).split("train").locate(0)[1]["width"]) or cut
+    side = int(open_corpus(folder).split("train").locate(0)[1]["width"]) or crop
     feed.STRETCH_TASKS = int(os.environ.get(STRETCH, feed.STRETCH_TASKS))
-    config = StreamConfig(sources=((str(folder), 1.0),), seed=1, resolution=cut, short_side=side, flip=False)
+    config = StreamConfig(sources=((str(folder), 1.0),), seed=1, resolution=crop, short_side=side, flip=False)
     with local_ray(object_store_mib=store_mib()):
         batches = feed.rank_batches(config, 0, BATCH << 20, BATCH, tasks=WORKERS)
-        with contextlib.closing(batches):  # before Ray ends: its reader must not ask a Ray that is gone
+        with contextlib.closing(batches):  # closed before Ray ends: the reader must not call Ray afterwards
             for columns in batches:
                 yield columns["hq"]
 
@@ -149,37 +150,37 @@ ARMS: dict[str, Callable[[Path, int], Iterator[np.ndarray]]] = {
 }
 
 
-def random_cut(picture: np.ndarray, cut: int, draw: np.random.Generator) -> np.ndarray:
-    """A view of a random square."""
-    top, left = (int(draw.integers(0, length - cut + 1)) for length in picture.shape[:2])
-    return picture[top : top + cut, left : left + cut]
+def random_crop(picture: np.ndarray, crop: int, draw: np.random.Generator) -> np.ndarray:
+    """A random square crop, as a view."""
+    top, left = (int(draw.integers(0, length - crop + 1)) for length in picture.shape[:2])
+    return picture[top : top + crop, left : left + crop]
 
 
-def consume(arm: str, folder: Path, cut: int, samples: int, epochs: int) -> None:
-    """In the arm's process: a line for each half epoch."""
-    seen, marks = 0, [samples * half // 2 for half in range(1, 2 * epochs + 1)]
-    for batch in ARMS[arm](folder, cut):
-        if batch.dtype != np.uint8 or batch.shape[1:] != (cut, cut, 3):
-            raise SystemExit(f"{arm} gave {batch.dtype} {batch.shape}")
-        seen += len(batch)
-        while marks and seen >= marks[0]:
+def consume(arm: str, folder: Path, crop: int, samples: int, epochs: int) -> None:
+    """Run an arm in its own process; prints a line at each half epoch."""
+    sample_count, marks = 0, [samples * half // 2 for half in range(1, 2 * epochs + 1)]
+    for batch in ARMS[arm](folder, crop):
+        if batch.dtype != np.uint8 or batch.shape[1:] != (crop, crop, 3):
+            raise SystemExit(f"{arm} returned {batch.dtype} {batch.shape}")
+        sample_count += len(batch)
+        while marks and sample_count >= marks[0]:
             print(f"seen {marks.pop(0)}", flush=True)
         if not marks:
-            sys.stdin.readline()  # until this has been measured: who ends takes its workers along
+            sys.stdin.readline()  # wait for the last measurement: the workers end with this process
             return
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def run(arm: str, folder: Path, cut: int, samples: int, epochs: int) -> dict[str, Any]:
-    """CPU and wall milliseconds a sample after the first epoch, and the peak memory of each epoch in MB.
+def run(arm: str, folder: Path, crop: int, samples: int, epochs: int) -> dict[str, Any]:
+    """CPU and wall milliseconds per sample after the first epoch, and the peak memory of each epoch in MB.
 
     Raises:
         SystemExit: the arm failed.
     """
-    given = ["--arm", arm, "--corpus", str(folder), "--cut", str(cut), "--samples", str(samples)]
-    command = [sys.executable, __file__, *given, "--epochs", str(epochs)]
+    arguments = ["--arm", arm, "--corpus", str(folder), "--cut", str(crop), "--samples", str(samples)]
+    command = [sys.executable, __file__, *arguments, "--epochs", str(epochs)]
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
         tree, clock, memory = psutil.Process(process.pid), [], []
@@ -194,25 +195,25 @@ def run(arm: str, folder: Path, cut: int, samples: int, epochs: int) -> dict[str
         process.stdin.close()
     if len(clock) != 2 * epochs:
         raise SystemExit(f"arm {arm} ended with {process.returncode} after {len(clock)} half epochs")
-    if process.returncode:  # all has been measured: a thread of Ray's may have asked for something after its end
-        print(f"arm {arm} ended with {process.returncode} after it had been measured", file=sys.stderr)
+    if process.returncode:  # all is measured: a thread of Ray may fail at the end
+        print(f"arm {arm} ended with {process.returncode} after the measurement", file=sys.stderr)
     (cpu, wall), count = (np.subtract(clock[-1], clock[1])), samples * (epochs - 1)
-    peaks = [max(memory[2 * n : 2 * n + 2], key=lambda found: found["all"]) for n in range(epochs)]
+    peaks = [max(memory[2 * n : 2 * n + 2], key=lambda sizes: sizes["all"]) for n in range(epochs)]
     return {"cpu_ms": 1e3 * cpu / count, "wall_ms": 1e3 * wall / count, "peaks": peaks}
 
 
-def family(process: psutil.Process) -> list[psutil.Process]:
+def process_tree(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
 class Meter:
-    """CPU time of a process and all its descendants, also of those that have ended.
+    """CPU time of a process and all its descendants, including ended ones.
 
-    Ray's raylet does not collect the times of its workers, so that a worker's time is gone with it: each is read every
-    PERIOD seconds, and the last reading stays.
+    Ray's raylet does not collect the times of its workers, so the system drops a worker's time when it ends. The meter
+    therefore reads all times every PERIOD seconds, and uses the last reading of each process.
     """
 
-    PERIOD = 0.5  # seconds; so much of a worker's last time is missed at most
+    PERIOD = 0.5  # seconds; at most this much of a worker's time is missed
 
     def __init__(self, process: psutil.Process) -> None:
         self.process, self.stop, self.lock = process, threading.Event(), threading.Lock()
@@ -232,11 +233,11 @@ class Meter:
             self.cpu_seconds()
 
     def cpu_seconds(self) -> float:
-        """Until now, of all that have been seen."""
+        """CPU seconds until now of all processes in all readings."""
         with self.lock:
             try:
-                for member in family(self.process):
-                    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                for member in process_tree(self.process):
+                    with contextlib.suppress(psutil.Error):  # the process may have ended
                         times = member.cpu_times()
                         self.seconds[member.pid, member.create_time()] = times.user + times.system
             except psutil.NoSuchProcess:
@@ -245,53 +246,53 @@ class Meter:
 
 
 def megabytes(process: psutil.Process) -> dict[str, float]:
-    """Proportional set size: of all; shared memory in it (the object store, or torch's batches); Ray's own processes.
+    """Proportional set size in MB: all; shared (object store or torch's batches); ray; worker.
 
-    Ray's own are its daemons and Ray Data's bookkeeping actors, less shared memory: what they take does not depend on
-    the stream. `worker` is the largest of the others, less shared memory.
+    `ray` is that of Ray's daemons and Ray Data's bookkeeping actors without shared memory, which does not depend on the
+    stream. `worker` is the largest of the other processes, without shared memory.
     """
-    found: dict[str, float] = {"all": 0.0, "shared": 0.0, "ray": 0.0, "worker": 0.0}
-    for member in family(process):
+    sizes: dict[str, float] = {"all": 0.0, "shared": 0.0, "ray": 0.0, "worker": 0.0}
+    for member in process_tree(process):
         try:
             text, name = Path(f"/proc/{member.pid}/smaps_rollup").read_text(), " ".join(member.cmdline())
         except (OSError, psutil.Error):
             continue
         kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()[1:]}
         whole, shared = (1.024e-3 * kilobytes.get(part, 0) for part in ("Pss", "Pss_Shmem"))
-        found["all"] += whole
-        found["shared"] += shared
+        sizes["all"] += whole
+        sizes["shared"] += shared
         if any(part in name for part in ("/site-packages/ray/", "ray::_", "Agent")):
-            found["ray"] += whole - shared
+            sizes["ray"] += whole - shared
         else:
-            found["worker"] = max(found["worker"], whole - shared)
-    return found
+            sizes["worker"] = max(sizes["worker"], whole - shared)
+    return sizes
 
 
 def measure(
     samples: int = 2000,
     shards: int = 8,
     side: int = 512,
-    cut: int = 448,
+    crop: int = 448,
     rounds: int = 5,
     epochs: int = 3,
     photos: Path | None = None,
     arms: Sequence[str] = tuple(ARMS),
 ) -> dict[str, Any]:
     """Medians over interleaved rounds."""
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    results_by_arm: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "corpus"
         write(folder, samples, shards, side, photos)
         for _ in range(rounds):
             for arm in arms:
-                found[arm].append(run(arm, folder, cut, samples, epochs))
-    row: dict[str, Any] = {"samples": samples, "side": side, "cut": cut, "rounds": rounds, "epochs": epochs}
-    for arm, results in found.items():
+                results_by_arm[arm].append(run(arm, folder, crop, samples, epochs))
+    row: dict[str, Any] = {"samples": samples, "side": side, "cut": crop, "rounds": rounds, "epochs": epochs}
+    for arm, results in results_by_arm.items():
         cpu = [float(result["cpu_ms"]) for result in results]
-        middle = statistics.median(cpu)
+        median = statistics.median(cpu)
         row[arm] = {
-            "cpu_ms": round(middle, 3),
-            "spread": round((max(cpu) - min(cpu)) / middle, 3),
+            "cpu_ms": round(median, 3),
+            "spread": round((max(cpu) - min(cpu)) / median, 3),
             "cpu_ms_by_round": [round(value, 3) for value in cpu],
             "wall_ms": round(statistics.median(result["wall_ms"] for result in results), 3),
             "peak_mb": [
@@ -308,7 +309,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure and print; or, started by `run`, be one arm."""
+    """Measure and print; or run one arm, in a process that `run` started."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, help="a folder of photographs; default dead leaves")
     parser.add_argument("--rounds", type=int, default=5)
@@ -320,17 +321,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
     parser.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.arm:
-        consume(given.arm, given.corpus, given.cut, given.samples, given.epochs)
+    options = parser.parse_args()
+    if options.arm:
+        consume(options.arm, options.corpus, options.cut, options.samples, options.epochs)
         return
-    if given.stretch:
-        os.environ[STRETCH] = str(given.stretch)
-    if given.store:
-        os.environ[STORE] = str(given.store)
-    row = measure(given.samples, cut=given.cut, rounds=given.rounds, epochs=given.epochs, photos=given.photos)
+    if options.stretch:
+        os.environ[STRETCH] = str(options.stretch)
+    if options.store:
+        os.environ[STORE] = str(options.store)
+    row = measure(
+        options.samples, crop=options.cut, rounds=options.rounds, epochs=options.epochs, photos=options.photos
+    )
     print(json.dumps(row))
-    with given.out.open("a") as stream:
+    with options.out.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
 
 

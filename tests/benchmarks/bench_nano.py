@@ -1,10 +1,10 @@
-"""How fast the nano stages are on this machine's CPU: rows of the stream, train steps, one restored picture.
+"""Speed of the nano stages on this machine's CPU: rows of the stream, train steps, one restored picture.
 
     make bench                                  # all at their recipes' sizes
     python tests/benchmarks/bench_nano.py --resolution 32 --repeats 1
 
-Prints one JSON line a measurement and appends it to bench.jsonl. These machines are noisy: compare numbers of one run
-only, as ratios. Rounds are interleaved over the arms and medians reported, with the spread beside them.
+Prints a JSON line for each measurement and appends it to bench.jsonl. Times vary between runs: compare numbers of one
+run only, as ratios. Rounds are interleaved over the arms; medians and spreads are reported.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def rows(resolution: int, count: int) -> list[dict[str, Any]]:
     from components.images import to_float, to_uint8
     from components.synthetic import dead_leaves
 
-    degradation, made = build_degradation("realesrgan-nano"), []
+    degradation, stream_rows = build_degradation("realesrgan-nano"), []
     for position in range(count):
         hq = dead_leaves(resolution, 0, position)
         plan = degradation.draw(0, str(position), position)
-        made.append(
+        stream_rows.append(
             {
                 "key": str(position),
                 "position": position,
@@ -44,42 +44,42 @@ def rows(resolution: int, count: int) -> list[dict[str, Any]]:
                 "sizes": np.array([resolution, resolution, 0, 0, resolution, resolution]),
             }
         )
-    return made
+    return stream_rows
 
 
 def arms(resolution: int, threads: int) -> dict[str, Callable[[], None]]:
-    """What is measured, by name; each call does the work once."""
+    """Measured functions by name; each call does the work once."""
     import torch
 
     from components.models import Model
-    from components.priors.sdxl import load_prior
+    from components.priors.opening import load_prior
     from components.randomness import Noise
-    from components.recipes import load_recipe
-    from components.systems.instantir.build import build_objective
     from components.systems.instantir.network import InstantIR
     from components.systems.instantir.objectives import AggregatorObjective, PreviewerObjective
     from components.systems.instantir.recipe import InstantIRRecipe
     from components.systems.instantir.restorer import InstantIRRestorer
-    from components.tensors import collate
+    from components.systems.instantir.system import INSTANTIR
+    from components.systems.recipes import load_recipe
+    from components.tensors import collate_rows
     from components.training import build_optimizers, train_step
     from components.types import Request
 
     torch.set_num_threads(threads)
     recipe = load_recipe("instantir-dcp-nano")
     assert isinstance(recipe, InstantIRRecipe)
-    batch = collate(rows(resolution, recipe.batch_size))
+    batch = collate_rows(rows(resolution, recipe.batch_size))
     resampler = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 16}
 
-    def whole() -> InstantIR:
+    def build_network() -> InstantIR:
         return InstantIR(load_prior("nano"), resampler, lora={"rank": 16, "alpha": 16.0}, aggregator=True)
 
     parents: dict[str, Model] = {}
     objectives = {
-        "dcp": build_objective(recipe, parents),
-        "previewer": PreviewerObjective(whole(), guidance_range=None),
-        "aggregator": AggregatorObjective(whole()),
+        "dcp": INSTANTIR.build_objective(recipe, parents),
+        "previewer": PreviewerObjective(build_network(), guidance_range=None),
+        "aggregator": AggregatorObjective(build_network()),
     }
-    made: dict[str, Callable[[], None]] = {
+    functions: dict[str, Callable[[], None]] = {
         f"{recipe.batch_size} rows": lambda: rows(resolution, recipe.batch_size) and None
     }
     for name, objective in objectives.items():
@@ -88,11 +88,13 @@ def arms(resolution: int, threads: int) -> dict[str, Callable[[], None]]:
         def step(objective: Any = objective, optimizers: Any = optimizers) -> None:
             train_step(objective, [(batch, Noise(0, batch.positions))], optimizers, lr=1e-4, clip_norm=1.0)
 
-        made[f"train step {name}, batch {recipe.batch_size}"] = step
-    restorer = InstantIRRestorer(whole(), {"steps": 4, "cfg_scale": 1.0})
+        functions[f"train step {name}, batch {recipe.batch_size}"] = step
+    restorer = InstantIRRestorer(build_network(), {"steps": 4, "cfg_scale": 1.0})
     picture = rows(2 * resolution, 1)[0]["lq"]
-    made[f"restore {2 * resolution} px, 4 steps"] = lambda: restorer.restore([Request(key="x", image=picture)]) and None
-    return made
+    functions[f"restore {2 * resolution} px, 4 steps"] = lambda: (
+        restorer.restore([Request(key="x", image=picture)]) and None
+    )
+    return functions
 
 
 def measure(resolution: int = 128, repeats: int = 5, threads: int = 2) -> list[dict[str, Any]]:

@@ -1,13 +1,13 @@
-"""The 20M proof: the whole CPU path of `restoray curate` over synthetic shards, and what it costs as samples grow.
+"""The 20M proof: the whole CPU path of `restoray curate` over synthetic shards, and its cost by number of samples.
 
-Each size is one curation of tars full of tiny pictures, with one broken row in a thousand and two copies in a hundred
-planted. Afterwards the counts must be exact; the driver's memory is fitted over the sizes, and the rate of the last
-tenth of the samples is compared with that of the first: by the clock, which also counts what other jobs take of the
-machine, and by the CPU seconds that this process and everything it started spent (Ray's daemons included).
+Each size is one curation of tars of tiny pictures, with one broken picture in a thousand and two copies in a hundred.
+The counts must be exact afterwards. The driver's memory is fitted over the sizes. The rate of the last tenth of the
+samples is compared with that of the first, by wall time, which depends on other jobs too, and by the CPU seconds of
+this process and all its descendants (with Ray's daemons).
 
     python tests/benchmarks/bench_scale.py --folder SCRATCH --sizes 100000 300000 1000000 --out scale.json
 
-A leg that is killed goes on where it stopped (tars are kept, and curation resumes), but then its times are void.
+A killed leg resumes where it stopped (tars stay, and curation resumes), but then its times are void.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ def jpeg(number: int) -> bytes:
 
 
 def member(number: int) -> bytes:
-    """What stands at a number: usually its own picture, sometimes a broken one, sometimes one that stood before."""
+    """The file at a number: its own picture, a broken one, or a copy of an earlier one."""
     if number % BROKEN_EVERY == BROKEN_EVERY - 1:
         return jpeg(number)[:200]
     if number % COPY_EVERY == COPY_EVERY - 1:
-        return jpeg(number // 2 // COPY_EVERY * COPY_EVERY + number % 7)  # never broken, never a copy itself
+        return jpeg(number // 2 // COPY_EVERY * COPY_EVERY + number % 7)  # neither broken nor a copy
     return jpeg(number)
 
 
-def planted(count: int) -> dict[str, int]:
+def expected_counts(count: int) -> dict[str, int]:
     """Exact counts of a corpus of the first `count` numbers."""
     broken = count // BROKEN_EVERY
-    copies = count // COPY_EVERY - broken  # every broken number would have been a copy
+    copies = count // COPY_EVERY - broken  # every broken number would be a copy otherwise
     return {"accepted": count - broken - copies, "truncated": broken, "duplicate": copies}
 
 
 def make_tars(folder: Path, count: int) -> None:
-    """Write the tars of a size; those that are there stay."""
+    """Write the tars of a size; existing ones stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, count, PER_TAR):
         path = folder / f"{first // PER_TAR:05d}.tar"
@@ -76,7 +76,7 @@ def make_tars(folder: Path, count: int) -> None:
 
 
 def share_tars(source: Path, target: Path, count: int) -> None:
-    """Link the tars of the first `count` numbers, which all sizes have in common."""
+    """Link the tars of the first `count` numbers; all sizes share them."""
     target.mkdir(parents=True, exist_ok=True)
     for first in range(0, count, PER_TAR):
         name = f"{first // PER_TAR:05d}.tar"
@@ -85,22 +85,22 @@ def share_tars(source: Path, target: Path, count: int) -> None:
 
 
 class Watch:
-    """Samples this process and its children while it is entered.
+    """Samples memory and CPU time of this process and its children inside a `with` block.
 
     Attributes:
         driver, worker: largest private memory, bytes, of this process and of its largest Ray worker.
-        spent: (clock, CPU seconds of all processes until then, those that ended included).
+        cpu_by_time: (clock, CPU seconds of all processes until then, including ended ones).
     """
 
     def __init__(self, every_s: float = 0.25) -> None:
         self.driver = self.worker = 0
-        self.spent: list[tuple[float, float]] = []
+        self.cpu_by_time: list[tuple[float, float]] = []
         self.by_process: dict[psutil.Process, float] = {}
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._sample, args=(every_s,), daemon=True)
 
     def _sample(self, every_s: float) -> None:
-        """Memory of the driver at each turn, CPU times at the first, every fourth and the last one."""
+        """The driver's memory at each turn; CPU times at the first, every fourth and the last turn."""
         me, number, last = psutil.Process(), 0, False
         while not last:
             self.driver = max(self.driver, me.memory_full_info().uss)
@@ -119,12 +119,12 @@ class Watch:
                     self.worker = max(self.worker, process.memory_full_info().uss)
             except psutil.Error:
                 continue
-        self.spent.append((time.monotonic(), sum(self.by_process.values())))
+        self.cpu_by_time.append((time.monotonic(), sum(self.by_process.values())))
 
     def cpu_at(self, clock: float) -> float:
-        """CPU seconds spent until a time."""
-        at, spent = zip(*self.spent, strict=True)
-        return float(np.interp(clock, at, spent))
+        """CPU seconds until a time."""
+        times, cpu_seconds = zip(*self.cpu_by_time, strict=True)
+        return float(np.interp(clock, times, cpu_seconds))
 
     def __enter__(self) -> Watch:
         self.thread.start()
@@ -136,10 +136,10 @@ class Watch:
 
 
 def run_leg(folder: Path, count: int, shard_mib: float) -> dict[str, Any]:
-    """One curation, in this process; its facts."""
+    """Run one curation in this process; returns its measurements."""
     from components.corpora import CorpusSpec, DedupSpec, FilterSpec, SourceSpec, SplitSpec
-    from pipelines.cluster import local_ray
-    from pipelines.curate import curate
+    from pipelines.core.cluster import local_ray
+    from pipelines.curation.curate import curate
 
     spec = CorpusSpec(
         name=f"scale-{count}",
@@ -161,23 +161,23 @@ def run_leg(folder: Path, count: int, shard_mib: float) -> dict[str, Any]:
 
         ray.get(ray.remote(lambda: 0).remote())
         with Watch() as watch:
-            started = time.monotonic()
+            start = time.monotonic()
             result = curate(spec, folder / "corpus", progress=progress)
-            seconds = time.monotonic() - started
+            seconds = time.monotonic() - start
     counts = {"accepted": result.accepted, **dict(result.reasons)}
 
     def in_cpu(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
-        return [(watch.cpu_at(at), done) for at, done in points]
+        return [(watch.cpu_at(clock), done) for clock, done in points]
 
     return {
         "samples": count,
         "counts": counts,
-        "exact": counts == planted(count),
+        "exact": counts == expected_counts(count),
         "reused": result.reused,
         "seconds": round(seconds, 1),
         "driver_bytes": watch.driver,
         "worker_bytes": watch.worker,
-        "cpu_seconds": round(watch.spent[-1][1] - watch.spent[0][1], 1),
+        "cpu_seconds": round(watch.cpu_by_time[-1][1] - watch.cpu_by_time[0][1], 1),
         **{f"{name}_last_over_first": steadiness(points) for name, points in marks.items()},
         **{f"{name}_last_over_first_cpu": steadiness(in_cpu(points)) for name, points in marks.items()},
         **{
@@ -190,17 +190,17 @@ def run_leg(folder: Path, count: int, shard_mib: float) -> dict[str, Any]:
 
 
 def steadiness(points: list[tuple[float, int]]) -> float | None:
-    """Rate over the last tenth divided by the rate over the first; None with too few steps to say."""
+    """Rate over the last tenth divided by the rate over the first; None with fewer than 22 points."""
     if len(points) < 22:
         return None
     times = np.array([at for at, _ in points])
-    done = np.array([n for _, n in points], float)
-    low, high, span = done[0], done[-1], (done[-1] - done[0]) / 10
+    counts = np.array([n for _, n in points], float)
+    low, high, span = counts[0], counts[-1], (counts[-1] - counts[0]) / 10
 
     def rate(begin: float, end: float) -> float:
-        return float((end - begin) / (np.interp(end, done, times) - np.interp(begin, done, times)))
+        return float((end - begin) / (np.interp(end, counts, times) - np.interp(begin, counts, times)))
 
-    # The first results wait for workers to start, the last ones for the slowest: neither is a rate.
+    # The first results wait for the start of workers and the last for the slowest worker, so both are left out.
     return round(rate(high - 1.5 * span, high - 0.5 * span) / rate(low + 0.5 * span, low + 1.5 * span), 3)
 
 
@@ -210,8 +210,8 @@ def fit(legs: list[dict[str, Any]]) -> dict[str, float | None]:
     memory = np.array([leg["driver_bytes"] for leg in legs], float)
     slope, start = np.polyfit(n, memory, 1)
     last = (memory[-1] - memory[-2]) / (n[-1] - n[-2])
-    rest = float(((memory - start - slope * n) ** 2).sum())
-    error = (rest / (len(n) - 2) / ((n - n.mean()) ** 2).sum()) ** 0.5 if len(n) > 2 else None
+    residual = float(((memory - start - slope * n) ** 2).sum())
+    error = (residual / (len(n) - 2) / ((n - n.mean()) ** 2).sum()) ** 0.5 if len(n) > 2 else None
     return {
         "start_mib": start / 2**20,
         "bytes_a_sample": slope,
@@ -221,13 +221,13 @@ def fit(legs: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def main() -> None:
-    """Run legs, each in a process of its own, and write the facts."""
+    """Run legs, each in its own process, and write the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="scratch space; about 4 kB a sample")
+    parser.add_argument("--folder", type=Path, required=True, help="scratch space; about 4 kB per sample")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 300_000, 1_000_000])
     parser.add_argument("--shard-mib", type=float, default=8.0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--leg", type=int, help="one size, in this process")
+    parser.add_argument("--leg", type=int, help="run one size in this process")
     arguments = parser.parse_args()
     if arguments.leg:
         place = arguments.folder / str(arguments.leg)
@@ -239,8 +239,8 @@ def main() -> None:
     for size in arguments.sizes:
         command = [sys.executable, __file__, "--folder", str(arguments.folder), "--leg", str(size)]
         command += ["--shard-mib", str(arguments.shard_mib)]
-        ended = subprocess.run(command, cwd=TOP, stdout=subprocess.PIPE, check=True, text=True)
-        legs.append(json.loads(ended.stdout.splitlines()[-1]))
+        process = subprocess.run(command, cwd=TOP, stdout=subprocess.PIPE, check=True, text=True)
+        legs.append(json.loads(process.stdout.splitlines()[-1]))
         sys.stderr.write(json.dumps(legs[-1]) + "\n")
     facts = {"legs": legs, **({"fit": fit(legs)} if len(legs) > 1 else {})}
     text = json.dumps(facts, indent=1)

@@ -1,15 +1,15 @@
-"""What tiling costs: seam scores, tiles against the whole, memory at 8K. A line of JSON for each.
+"""Effects of tiling: seam scores, difference from the whole, memory at 8K. Prints a JSON line for each.
 
     python tests/benchmarks/bench_tiles.py seams --model DIR --pictures DIR [--look OUT]
     python tests/benchmarks/bench_tiles.py whole --model DIR --pictures DIR --side 2048
     python tests/benchmarks/bench_tiles.py memory --side 8192 --steps 2
 
-An autoencoder of patches leaves a faint grid in every picture, tiled or not, and tiles begin on its lines: `seam` alone
-then scores the grid. `seam_of_the_whole` is the same picture's at the same places without tiles, and `seam_in_step`
-compares with lines as many pixels away as the networks halve together, which lie on the grid too; what a picture has
-there by itself is `in_step_of_the_whole`.
+A patch autoencoder leaves a faint grid in every picture, with or without tiles, and tiles begin on its lines. `seam`
+therefore scores the grid too. `seam_of_the_whole` is the score of the picture without tiles at the same places.
+`seam_in_step` compares with lines at a distance of the networks' total downsampling factor, which are on the grid too;
+`in_step_of_the_whole` is the same without tiles.
 
-Without --model: InstantIR's parts untrained on the nano prior, which has a trained model's shapes and costs.
+Without --model: untrained parts of InstantIR on the nano prior, with the shapes and costs of a trained model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from components.images import decode, encode_png
-from components.priors.sdxl import load_prior
+from components.priors.opening import load_prior
 from components.randomness import generator
 from components.samplers.tiles import tile_boxes
 from components.systems import build_restorer
@@ -40,7 +40,7 @@ RESAMPLER = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 1
 
 
 def nano_restorer(model: Path | None) -> InstantIRRestorer:
-    """A trained model's restorer, or one of the nano prior with fresh parts whose Aggregator is awake."""
+    """A trained model's restorer, or the nano prior's with untrained parts and a non-zero Aggregator."""
     if model is not None:
         restorer = build_restorer(model)
         assert isinstance(restorer, InstantIRRestorer)
@@ -49,32 +49,32 @@ def nano_restorer(model: Path | None) -> InstantIRRestorer:
     assert network.aggregator is not None
     with torch.no_grad():
         for name, parameter in network.aggregator.named_parameters():
-            if not bool(parameter.any()):  # the joins start at zero, and would hide what tiles do to them
+            if not bool(parameter.any()):  # the joins start at zero, which would hide the effect of tiles
                 values = generator(5, name).standard_normal(tuple(parameter.shape), dtype=np.float32)
                 parameter.copy_(0.02 * torch.from_numpy(values))
     return InstantIRRestorer(network, {"steps": 4, "cfg_scale": 1.0})
 
 
 def seam_score(picture: Image, borders: tuple[list[int], list[int]], width: int = 2) -> float:
-    """Mean step across tile borders over the mean step `width` pixels beside them; 1 where nothing shows.
+    """Mean step across tile borders over the mean step `width` pixels away from them; 1 without a seam.
 
     Args:
         picture: uint8 [H, W, 3].
-        borders: rows and columns at which a tile begins or ends.
+        borders: rows and columns where a tile begins or ends.
     """
     levels = picture.astype(np.float64)
-    at, beside = [], []
+    border_steps, near_steps = [], []
     for axis, places in enumerate(borders):
         steps = np.abs(np.diff(levels, axis=axis)).mean(axis=2)
         for place in places:
             line = [steps.take(i, axis=axis).mean() for i in (place - 1, place - 1 - width, place - 1 + width)]
-            at.append(line[0])
-            beside.append((line[1] + line[2]) / 2)
-    return float(np.mean(at) / max(np.mean(beside), 1e-9))
+            border_steps.append(line[0])
+            near_steps.append((line[1] + line[2]) / 2)
+    return float(np.mean(border_steps) / max(np.mean(near_steps), 1e-9))
 
 
 def borders_of(height: int, width: int, tile_px: int, overlap: float, multiple_px: int) -> tuple[list[int], list[int]]:
-    """Rows and columns of a picture at which the restorer's tiles begin or end, its outer edges left out."""
+    """Rows and columns where the restorer's tiles begin or end, without the picture's outer edges."""
     padded = (height + -height % multiple_px, width + -width % multiple_px)
     boxes = tile_boxes(*padded, (tile_px, tile_px), overlap, multiple_px)
     rows = {edge for top, _, h, _ in boxes for edge in (top, top + h) if 2 < edge < height - 3}
@@ -83,17 +83,17 @@ def borders_of(height: int, width: int, tile_px: int, overlap: float, multiple_p
 
 
 def ramp(side: int) -> Image:
-    """A slow colour ramp, along which the smallest step shows."""
+    """A slow colour ramp, in which the smallest step is visible."""
     y, x = np.mgrid[0:side, 0:side] / (side - 1)
     return np.rint(255 * np.stack([0.2 + 0.6 * x, 0.3 + 0.5 * y, 0.8 - 0.5 * (x + y) / 2], -1)).astype(np.uint8)
 
 
 SOURCES = (("sky", "hq/roman-colosseum.jpg", (0.2, 1.0)), ("texture", "hq/the-spices-of-life.jpg", (0.5, 0.5)))
-"""Name, file below the shared pictures, and where the square lies (0 first, 1 last row or column)."""
+"""Name, file below the shared pictures, and position of the square (0 first, 1 last row or column)."""
 
 
 def pictures_of(folder: Path | None, side: int) -> dict[str, Image]:
-    """Ramp, sky and texture; the real ones are half-height squares of shared photographs."""
+    """Ramp, sky and texture; sky and texture are half-height squares of shared photographs."""
     pictures = {"ramp": ramp(side)}
     for name, file, place in SOURCES if folder is not None else ():
         assert folder is not None
@@ -121,40 +121,43 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
     parser.add_argument("--tile", type=int, default=512)
     parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--steps", type=int, default=4)
-    given = parser.parse_args(arguments)
-    restorer = nano_restorer(given.model)
-    options = {"steps": given.steps, "tile_px": given.tile, "tile_overlap": given.overlap}
+    settings = parser.parse_args(arguments)
+    restorer = nano_restorer(settings.model)
+    options = {"steps": settings.steps, "tile_px": settings.tile, "tile_overlap": settings.overlap}
     multiple = restorer.network.prior.multiple_px
-    if given.what == "memory":
+    if settings.what == "memory":
         before = peak_mib()
         start = time.perf_counter()
-        image = np.tile(ramp(1024), (-(-given.side // 1024), -(-given.side // 1024), 1))[: given.side, : given.side]
+        image = np.tile(ramp(1024), (-(-settings.side // 1024), -(-settings.side // 1024), 1))[
+            : settings.side, : settings.side
+        ]
 
-        def tell(event: StepEvent) -> None:
+        def print_step(event: StepEvent) -> None:
             print(f"step {event.step} of {event.of}: {peak_mib() - before:.0f} MiB", file=sys.stderr, flush=True)
 
-        restorer.restore([Request(key="large", image=image, options=options)], tell)
+        restorer.restore([Request(key="large", image=image, options=options)], print_step)
         seconds = time.perf_counter() - start
         peak = peak_mib() - before
-        row = {"what": "memory", "side": given.side, "steps": given.steps, "tile": given.tile}
+        row = {"what": "memory", "side": settings.side, "steps": settings.steps, "tile": settings.tile}
         yield {**row, "peak_above_weights_mib": round(peak), "seconds": round(seconds)}
         return
-    for name, image in pictures_of(given.pictures, given.side).items():
-        asked = Request(key=name, image=image, seed=1, options=options)
-        tiles = restorer.restore([asked])[0].image
-        whole_options = {**options, "tile_px": given.side}
+    for name, image in pictures_of(settings.pictures, settings.side).items():
+        request = Request(key=name, image=image, seed=1, options=options)
+        tiles = restorer.restore([request])[0].image
+        whole_options = {**options, "tile_px": settings.side}
         whole = restorer.restore([Request(key=name, image=image, seed=1, options=whole_options)])[0].image
-        borders = borders_of(given.side, given.side, given.tile, given.overlap, multiple)
+        borders = borders_of(settings.side, settings.side, settings.tile, settings.overlap, multiple)
         difference = np.abs(tiles.astype(float) - whole)
-        row = {"what": given.what, "picture": name, "side": given.side, "tile": given.tile, "overlap": given.overlap,
+        row = {"what": settings.what, "picture": name,
+               "side": settings.side, "tile": settings.tile, "overlap": settings.overlap,
                "seam": seam_score(tiles, borders), "seam_of_the_whole": seam_score(whole, borders),
                "seam_in_step": seam_score(tiles, borders, multiple),
                "in_step_of_the_whole": seam_score(whole, borders, multiple),
                "mean_difference": float(difference.mean()), "p99": float(np.quantile(difference, 0.99))}  # fmt: skip
-        if given.look is not None:
-            given.look.mkdir(parents=True, exist_ok=True)
+        if settings.look is not None:
+            settings.look.mkdir(parents=True, exist_ok=True)
             for kind, picture in (("lq", image), ("tiles", tiles), ("whole", whole)):
-                (given.look / f"{name}-{kind}.png").write_bytes(encode_png(picture))
+                (settings.look / f"{name}-{kind}.png").write_bytes(encode_png(picture))
         yield row
 
 

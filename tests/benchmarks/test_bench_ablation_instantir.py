@@ -1,4 +1,4 @@
-"""The ablation's script: its arithmetic on made-up scores, its split, and all arms at the smallest size."""
+"""The ablation's script: its arithmetic on invented scores, its split, and all arms at the smallest size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import bench_ablation_instantir as bench
 import pytest
 
 
-def made_up(arm: str, seed: int, psnr: list[float]) -> dict[str, Any]:
+def result_line(arm: str, seed: int, psnr: list[float]) -> dict[str, Any]:
     scores = {f"p{n}": {"psnr": value, "ssim": 0.5, "piqe": 40.0} for n, value in enumerate(psnr)}
     return {"arm": arm, "seed": seed, "scores": scores}
 
 
 def test_differences_are_paired_by_picture_and_averaged_over_seeds(tmp_path: Path) -> None:
-    rows = [made_up("full", 0, [20, 30]), made_up("full", 1, [22, 32])]
-    rows += [made_up("no-time", 0, [20, 31]), made_up("no-time", 1, [22, 33])]
+    rows = [result_line("full", 0, [20, 30]), result_line("full", 1, [22, 32])]
+    rows += [result_line("no-time", 0, [20, 31]), result_line("no-time", 1, [22, 33])]
     lines = bench.summary(rows, bench.METRICS)
     (line,) = [each for each in lines if (each["arm"], each["metric"]) == ("no-time", "psnr")]
     assert line["mean"] == 26.5 and line["seeds"] == [25.5, 27.5]
@@ -30,17 +30,17 @@ def test_differences_are_paired_by_picture_and_averaged_over_seeds(tmp_path: Pat
     assert (tmp_path / "images" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_held_out_photograph_lends_no_detail_to_training() -> None:
-    train, held = ablation.split()
+def test_details_of_held_out_photographs_are_not_in_training() -> None:
+    train, heldout = ablation.split()
     names = {path.stem.split("-detail-")[0] for path in train}
-    assert len(held) >= 6 and len(train) > 2 * len(held)
-    assert not names & {path.stem for path in held}
+    assert len(heldout) >= 6 and len(train) > 2 * len(heldout)
+    assert not names & {path.stem for path in heldout}
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_every_arm_trains_and_is_scored(tmp_path: Path) -> None:
-    """One step a stage; a second call makes nothing again; arms that restore differently give other pictures."""
+    """One step for each stage; a second call runs no arm again; every arm has other scores."""
     arguments = ["--out", str(tmp_path), "--size", "32", "--batch", "2", "--seeds", "1", "--threads", "1"]
     arguments += ["--dcp", "1", "--previewer", "1", "--aggregator", "1"]
     bench.main(arguments)

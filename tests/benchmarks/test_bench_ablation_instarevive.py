@@ -1,4 +1,4 @@
-"""Table 3's script: its arithmetic on made-up scores, and all arms at the smallest size."""
+"""Table 3's script: its arithmetic on invented scores, and all arms at the smallest size."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import bench_ablation_instarevive as bench
 import pytest
 
 
-def made_up(arm: str, seed: int, psnr: list[float], curve: list[float]) -> dict[str, Any]:
+def result_line(arm: str, seed: int, psnr: list[float], curve: list[float]) -> dict[str, Any]:
     scores = {f"p{n}": {"psnr": value, "ssim": 0.5, "gmsd": 0.1, "piqe": 40.0} for n, value in enumerate(psnr)}
     curves = {"t_max": [[step, value] for step, value in enumerate(curve)]}
     return {"arm": arm, "seed": seed, "scores": scores, "curves": curves}
 
 
 def test_differences_are_paired_by_picture_and_curves_are_averaged_over_seeds(tmp_path: Path) -> None:
-    rows = [made_up("full", 0, [20, 30], [300, 200]), made_up("full", 1, [22, 32], [200, 100])]
-    rows += [made_up("no-score", 0, [20, 31], [300, 250]), made_up("no-score", 1, [22, 33], [300, 250])]
+    rows = [result_line("full", 0, [20, 30], [300, 200]), result_line("full", 1, [22, 32], [200, 100])]
+    rows += [result_line("no-score", 0, [20, 31], [300, 250]), result_line("no-score", 1, [22, 33], [300, 250])]
     lines = bench.summary(rows, bench.METRICS)
     (line,) = [each for each in lines if (each["arm"], each["metric"]) == ("no-score", "psnr")]
     assert line["mean"] == 26.5 and line["difference"] == 0.5
@@ -42,7 +42,7 @@ def test_arms_differ_by_one_thing() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_every_arm_trains_and_is_scored(tmp_path: Path) -> None:
-    """Two steps each; a second call makes nothing again."""
+    """Two steps for each arm; a second call runs no arm again."""
     arguments = ["--out", str(tmp_path), "--size", "32", "--batch", "2", "--seeds", "1", "--threads", "1"]
     arguments += ["--steps", "2", "--measure-every", "1"]
     bench.main(arguments)

@@ -1,4 +1,4 @@
-"""The loader's benchmark at nano size, untimed: every arm gives whole epochs, and what is reported is there."""
+"""The loader's benchmark at nano size: every arm returns whole epochs, and the report is complete."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 @pytest.mark.full
 def test_all_arms_run_at_nano_size() -> None:
-    # enough samples that no arm takes less than the hundredth of a second in which CPU time is told
-    row = loader.measure(samples=512, shards=2, side=96, cut=64, rounds=1, epochs=3)
+    # enough samples for every arm to take more than the hundredth of a second that CPU times resolve
+    row = loader.measure(samples=512, shards=2, side=96, crop=64, rounds=1, epochs=3)
     for arm in ("decode", "webdataset", "ours"):
         assert row[arm]["cpu_ms"] > 0
         assert len(row[arm]["peak_mb"]) == 3
@@ -17,7 +17,7 @@ def test_all_arms_run_at_nano_size() -> None:
     assert row["void"] is False  # one round has no spread
 
 
-def test_pictures_of_the_bench_are_made_the_same_every_time() -> None:
+def test_the_pictures_of_the_benchmark_are_the_same_every_time() -> None:
     first, second = (list(loader.jpegs(3, 64, None)) for _ in range(2))
     assert first == second
     assert len(set(first)) == 3

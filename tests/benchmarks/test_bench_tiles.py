@@ -1,4 +1,4 @@
-"""Tiles at nano size: seams, tiles against the whole, and memory, on real photographs where there are some."""
+"""Tiles at nano size: seams, difference from the whole, and memory, on real photographs if available."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 BENCH = Path(__file__).with_name("bench_tiles.py")
 
 
-def test_the_score_finds_a_seam_and_nothing_else() -> None:
-    """A step of 3 levels across a ramp of 1 level a pixel is (1 + 3) / 1."""
+def test_the_score_is_above_one_at_a_seam_only() -> None:
+    """A step of 3 levels on a ramp of 1 level per pixel scores (1 + 3) / 1."""
     plain = np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (64, 1, 3))
     assert bench.seam_score(plain, ([], [32])) == pytest.approx(1.0)
     seam = plain.copy()
@@ -29,7 +29,7 @@ def test_the_score_finds_a_seam_and_nothing_else() -> None:
 @pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_no_seam_shows_on_ramp_sky_and_texture(images_dir: Path) -> None:
+def test_ramp_sky_and_texture_have_no_visible_seam(images_dir: Path) -> None:
     rows = list(bench.main(["seams", "--pictures", str(images_dir), "--side", "768", "--tile", "384"]))
     assert [row["picture"] for row in rows] == ["ramp", "sky", "texture"]
     for row in rows:
@@ -41,9 +41,9 @@ def test_no_seam_shows_on_ramp_sky_and_texture(images_dir: Path) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 def test_memory_is_bounded_by_the_latents_not_by_the_picture() -> None:
-    """A process of its own, whose peak is its own; 4096 px here; the benchmark does 8192."""
+    """In its own process, since the peak is that of a process; 4096 px here, 8192 in the benchmark."""
     command = [sys.executable, str(BENCH), "memory", "--side", "4096", "--steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCH.parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    row = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    row = json.loads(process.stdout.splitlines()[-1])
     assert row["peak_above_weights_mib"] <= 1024, row  # a quarter of the 4 GiB that 8192 px may take

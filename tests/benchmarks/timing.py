@@ -1,6 +1,6 @@
-"""What several benchmarks say alike: turns of arms, medians with their spread, and how far results are apart.
+"""Shared by the benchmarks: arms in turns, medians with their spread, and the PSNR between results.
 
-A script imports it by name, since Python looks beside the script first; pytest is told to (`pythonpath`).
+Scripts import it by name: Python searches the script's folder first, and pytest has it in `pythonpath`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_SPREAD = 0.25
-"""An arm whose times spread over more than this share of their median voids the line."""
+"""A line is void if an arm's times spread over more than this share of their median."""
 
 
 def take_turns(
@@ -40,13 +40,13 @@ def take_turns(
 
 
 def repeat(call: Callable[[], torch.Tensor], device: str, rounds: int) -> tuple[list[float], torch.Tensor]:
-    """Seconds of each of `rounds` calls after one that is not counted, and the last result."""
+    """Seconds of each of `rounds` calls after a warm-up call, and the last result."""
     seconds, results = take_turns({"call": call}, device, rounds)
     return seconds["call"], results["call"]
 
 
 def summary(times: Sequence[float], device: str) -> dict[str, Any]:
-    """Median, spread over the median, and whether the spread voids the line."""
+    """Median, spread over the median, and whether the spread makes the line void."""
     median = statistics.median(times)
     spread = (max(times) - min(times)) / median
     clock = "median_s" if device == "cuda" else "median_cpu_s"
@@ -54,7 +54,7 @@ def summary(times: Sequence[float], device: str) -> dict[str, Any]:
 
 
 def psnr(result: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of latents or pictures, against the exact ones' range, dB."""
+    """PSNR of latents or pictures with the range of the exact ones, dB."""
     error = float((result - exact).square().mean())
     return math.inf if error == 0 else 10 * math.log10(float(exact.max() - exact.min()) ** 2 / error)
 

@@ -1,4 +1,4 @@
-"""A curation on a cluster of three local nodes, with something killed in the middle; run as a program by its tests.
+"""Curate on a cluster of three local nodes, and kill a process or a node in the middle; the tests run it as a program.
 
 usage: _curation_job.py SOURCE OUT VICTIM PHASE, with VICTIM worker, node or driver and PHASE measure or shards
 """
@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 
 from components.corpora import CorpusSpec, FilterSpec, SourceSpec, SplitSpec
-from pipelines.cluster import quiet_environment
+from pipelines.core.environment import quiet_environment
 
-DONE_BEFORE = 2  # parts or shards that are through when the victim dies
+DONE_BEFORE = 2  # complete parts or shards when the victim dies
 
 
 def corpus_spec(source: str) -> CorpusSpec:
-    """What every run of these tests curates."""
+    """The spec of every run of these tests."""
     return CorpusSpec(
         name="faults",
         sources=[SourceSpec(kind="tar", path=f"{source}/*.tar"), SourceSpec(kind="folder", path=f"{source}/loose")],
@@ -32,7 +32,7 @@ def corpus_spec(source: str) -> CorpusSpec:
 
 
 def slow_look(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
-    """The real one, slow enough for something to be in flight."""
+    """The real look, slow enough that parts are in work when the victim dies."""
     from pipelines.curation.measure import look
 
     time.sleep(0.01)
@@ -40,7 +40,7 @@ def slow_look(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
 
 
 def kill_a_worker() -> int:
-    """SIGKILL one of this program's own Ray workers that is at work on a part or a shard."""
+    """SIGKILL one of this program's own Ray workers that works on a part or a shard; returns its pid, or 0."""
     for process in psutil.Process().children(recursive=True):
         try:
             title = " ".join(process.cmdline())
@@ -58,31 +58,31 @@ def main(source: str, out: str, victim: str, phase: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from pipelines.cluster import quiet_data
-    from pipelines.curate import curate
+    from pipelines.core.cluster import quiet_data
+    from pipelines.curation.curate import curate
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20})
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=80 << 20) for _ in range(2)]
     cluster.connect()
     quiet_data()
-    killed: list[str] = []
+    victims: list[str] = []
 
     def progress(done: int, of: int = 0, note: str = "") -> None:
         here = "shards" if note == "shards" else "measure" if "pictures" in note else ""
-        if killed or here != phase or done < DONE_BEFORE or done >= of:
+        if victims or here != phase or done < DONE_BEFORE or done >= of:
             return
         if victim == "driver":
             os.kill(os.getpid(), signal.SIGKILL)
         elif victim == "node":
             cluster.remove_node(nodes[0], allow_graceful=False)
-            killed.append("node")
+            victims.append("node")
         elif pid := kill_a_worker():
-            killed.append(f"worker {pid}")
+            victims.append(f"worker {pid}")
 
     result = curate(corpus_spec(source), Path(out), progress=progress, look_at=slow_look)
-    sys.stdout.write(f"killed {killed}; digest {result.digest}\n")
-    assert killed, "nothing was killed: the test shows nothing"
-    ray.shutdown()  # before the nodes go: a driver that loses them ends with 1
+    sys.stdout.write(f"killed {victims}; digest {result.digest}\n")
+    assert victims, "nothing was killed: the test shows nothing"
+    ray.shutdown()  # before the nodes are removed: a driver that loses them ends with 1
     cluster.shutdown()
 
 

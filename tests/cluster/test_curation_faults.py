@@ -1,4 +1,4 @@
-"""A worker, a node or the driver dies in mid-curation: the end is the same, byte for byte, and no row is lost."""
+"""A worker, a node or the driver dies during a curation: the result has the same bytes, and no row is lost."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 import pytest
 
-from pipelines import shards
-from pipelines.curate import curate
+from pipelines.corpus import shards
+from pipelines.curation.curate import curate
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -37,7 +37,7 @@ def load_job() -> Any:
 
 
 def jpeg(number: int) -> bytes:
-    """A small picture, different for each number; a few are broken, a few come twice."""
+    """A small picture, different for each number; some are broken, some are copies."""
     if number % 50 == 49:
         return jpeg(0)[:400]
     if number % 40 == 39:
@@ -63,7 +63,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(out: Path) -> dict[str, str]:
-    """Digest of every file of a corpus that its readers see."""
+    """Digest of every file of a corpus that readers use."""
     files = [*out.glob("*.jsonl"), *out.glob("*.arrow"), out / "index.json", *out.glob("*/*.tar")]
     return {
         path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -73,7 +73,7 @@ def content(out: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     result = curate(load_job().corpus_spec(str(source)), out)
     assert result.accepted + result.rejected == TARS * PER_TAR + LOOSE
@@ -84,44 +84,44 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def run_job(source: Path, out: Path, victim: str, phase: str) -> subprocess.CompletedProcess[bytes]:
     top = Path(__file__).resolve().parents[2]
-    # Ray gives a node 30 s to start, which a busy machine does not make for three of them.
+    # Ray gives a node 30 s to start; a busy machine needs more for three nodes.
     environment = {**os.environ, "PYTHONPATH": str(top), "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "240"}
     command = [sys.executable, str(JOB), str(source), str(out), victim, phase]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as job:
         try:
-            told, errors = job.communicate(timeout=JOB_TIMEOUT_S)
+            output, errors = job.communicate(timeout=JOB_TIMEOUT_S)
         except BaseException:
             os.killpg(job.pid, signal.SIGKILL)
             raise
-    return subprocess.CompletedProcess(command, job.returncode, told, errors)
+    return subprocess.CompletedProcess(command, job.returncode, output, errors)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("phase", ["measure", "shards"])
 @pytest.mark.parametrize("victim", ["worker", "node"])
 def test_a_death_in_the_cluster_changes_nothing(
-    source: Path, undisturbed: dict[str, str], tmp_path: Path, victim: str, phase: str
+    source: Path, reference: dict[str, str], tmp_path: Path, victim: str, phase: str
 ) -> None:
-    ended = run_job(source, tmp_path / "out", victim, phase)
-    assert ended.returncode == 0, ended.stderr.decode()[-3000:]
-    assert b"killed ['" in ended.stdout
-    assert content(tmp_path / "out") == undisturbed
+    job = run_job(source, tmp_path / "out", victim, phase)
+    assert job.returncode == 0, job.stderr.decode()[-3000:]
+    assert b"killed ['" in job.stdout
+    assert content(tmp_path / "out") == reference
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("phase", ["measure", "shards"])
 def test_the_driver_dies_and_the_rerun_ends_the_same(
-    source: Path, undisturbed: dict[str, str], tmp_path: Path, phase: str
+    source: Path, reference: dict[str, str], tmp_path: Path, phase: str
 ) -> None:
-    ended = run_job(source, tmp_path / "out", "driver", phase)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-3000:]
+    job = run_job(source, tmp_path / "out", "driver", phase)
+    assert job.returncode == -signal.SIGKILL, job.stderr.decode()[-3000:]
     assert not (tmp_path / "out" / "index.json").exists()
-    done = len(list((tmp_path / "out" / "work" / "measured").glob("*.parquet")))
-    assert done >= 2
+    measured_parts = len(list((tmp_path / "out" / "work" / "measured").glob("*.parquet")))
+    assert measured_parts >= 2
     again = curate(load_job().corpus_spec(str(source)), tmp_path / "out")
     assert again.reused > 0
-    assert content(tmp_path / "out") == undisturbed
-    logged = [json.loads(line)["plan"] for line in (tmp_path / "out" / "shards.jsonl").read_text().splitlines()]
-    assert len(logged) == len(set(logged))  # no shard was written twice
+    assert content(tmp_path / "out") == reference
+    plans = [json.loads(line)["plan"] for line in (tmp_path / "out" / "shards.jsonl").read_text().splitlines()]
+    assert len(plans) == len(set(plans))  # no shard was written twice

@@ -1,6 +1,6 @@
 """Tiny random captioners as save_pretrained writes them: LLaVA, LLaVA-NeXT, InternVL, and BLIP.
 
-Their tokenizers know whole words, so that tests can read what is written. Tests load this file by path.
+Their tokenizers have whole words as tokens, so that tests can read the captions. Tests load this file by path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 def word_tokenizer(**extra: Any) -> Any:
-    """A tokenizer whose tokens are SPECIALS and then WORDS, split at blanks."""
+    """Make a tokenizer with the tokens SPECIALS and then WORDS, split at blanks."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -33,7 +33,7 @@ def word_tokenizer(**extra: Any) -> Any:
 
 
 def save_llava(folder: Path, seed: int = 0) -> Path:
-    """LLaVA: a chat template, four picture tokens in the text."""
+    """Save a LLaVA: a chat template, and four picture tokens in the text."""
     import torch
     from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -46,13 +46,11 @@ def save_llava(folder: Path, seed: int = 0) -> Path:
         chat_template=TEMPLATE,
     )
     torch.manual_seed(seed)
-    return _saved(
-        folder, LlavaForConditionalGeneration(LlavaConfig(**_llava_settings(), image_seq_length=4)), processor
-    )
+    return _save(folder, LlavaForConditionalGeneration(LlavaConfig(**_llava_settings(), image_seq_length=4)), processor)
 
 
 def save_next(folder: Path, seed: int = 1) -> Path:
-    """LLaVA-NeXT: the number of picture tokens depends on the aspect, and its processor pads on the right by itself."""
+    """Save a LLaVA-NeXT: the aspect ratio sets the number of picture tokens; its processor pads on the right."""
     import torch
     from transformers import (
         LlavaNextConfig,
@@ -74,7 +72,7 @@ def save_next(folder: Path, seed: int = 1) -> Path:
     )
     torch.manual_seed(seed)
     config = LlavaNextConfig(**_llava_settings(), image_grid_pinpoints=grid)
-    return _saved(folder, LlavaNextForConditionalGeneration(config), processor)
+    return _save(folder, LlavaNextForConditionalGeneration(config), processor)
 
 
 def _llava_settings() -> dict[str, Any]:
@@ -106,7 +104,7 @@ def _llava_settings() -> dict[str, Any]:
 
 
 def save_tiles(folder: Path, seed: int = 3) -> Path:
-    """InternVL: the longer a picture, the more tiles and so tokens it gets."""
+    """Save an InternVL: longer pictures have more tiles and so more tokens."""
     import torch
     from transformers import (
         GotOcr2ImageProcessor,
@@ -154,11 +152,11 @@ def save_tiles(folder: Path, seed: int = 3) -> Path:
         )
     )
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, END
-    return _saved(folder, model, processor)
+    return _save(folder, model, processor)
 
 
 def save_blip(folder: Path, seed: int = 0) -> Path:
-    """BLIP: no chat template; a prompt is the beginning of the caption."""
+    """Save a BLIP: no chat template; a prompt is the beginning of the caption."""
     import torch
     from transformers import (
         BertTokenizer,
@@ -175,7 +173,7 @@ def save_blip(folder: Path, seed: int = 0) -> Path:
         tokenizer=BertTokenizer(vocab=vocabulary),
     )
     torch.manual_seed(seed)
-    shared = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
+    common = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
     text = {
         "vocab_size": len(vocabulary),
         "encoder_hidden_size": 16,
@@ -187,15 +185,15 @@ def save_blip(folder: Path, seed: int = 0) -> Path:
         "initializer_range": 0.8,
     }
     config = BlipConfig(
-        vision_config={**shared, "image_size": 16, "patch_size": 8, "initializer_range": 0.8},
-        text_config={**shared, **text},
+        vision_config={**common, "image_size": 16, "patch_size": 8, "initializer_range": 0.8},
+        text_config={**common, **text},
         projection_dim=16,
         image_text_hidden_size=16,
     )
-    return _saved(folder, BlipForConditionalGeneration(config), processor)
+    return _save(folder, BlipForConditionalGeneration(config), processor)
 
 
-def _saved(folder: Path, model: Any, processor: Any) -> Path:
+def _save(folder: Path, model: Any, processor: Any) -> Path:
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -1,6 +1,6 @@
-"""Checks of InstaRevive's training against recorded tensors: SwinIR, the score-matching step, T_max.
+"""Checks of InstaRevive's training against golden tensors: SwinIR, the score-matching step, T_max.
 
-The discovering test hands each recorded file over; a check consumes every output that it holds.
+test_golden_instarevive.py passes each golden file to its check, which must compare every output in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from components.systems.swinir.weights import load_swinir
 
 
 class Golden(Protocol):
-    """What a check needs of a recorded file."""
+    """The part of a golden file that a check uses."""
 
     description: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
@@ -37,14 +37,14 @@ class Golden(Protocol):
 
 
 def of(golden: Golden, kind: str) -> dict[str, Tensor]:
-    """Recorded tensors of a kind ("input", "weights", "output") by the rest of their name, floats as float32."""
+    """Golden tensors of a kind ("input", "weights", "output") by the rest of their name, floats as float32."""
     prefix = f"{kind}/"
-    found = {k.removeprefix(prefix): v for k, v in golden.tensors.items() if k.startswith(prefix)}
-    return {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+    tensors = {k.removeprefix(prefix): v for k, v in golden.tensors.items() if k.startswith(prefix)}
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
 def compare(golden: Golden, name: str, value: Tensor, atol: float, rtol: float) -> None:
-    """One output against its record, ticked off."""
+    """Compare one output with the golden tensor, and mark it as checked."""
     expected = of(golden, "output")[name]
     assert value.shape == expected.shape, f"{name}: shape {tuple(value.shape)}, not {tuple(expected.shape)}"
     torch.testing.assert_close(
@@ -63,14 +63,14 @@ def check_swinir(golden: Golden) -> None:
     tolerance = golden.description["tolerance"]
     config = SwinIRConfig(**golden.description["config"])
     network = load_swinir(of(golden, "weights"), config, "golden")
-    assert set(network.state_dict()) == set(of(golden, "weights"))  # the tables, too
+    assert set(network.state_dict()) == set(of(golden, "weights"))  # with the tables
     for name, images in of(golden, "input").items():
         compare(golden, name, network(images), tolerance["atol"], tolerance["rtol"])
 
 
 def check_dsm(golden: Golden) -> None:
-    """The score-matching step as objectives take it: guided real score, unguided fake score, gradient by autograd."""
-    tolerance, schedule, given = golden.description["tolerance"], schedule_of(golden), of(golden, "input")
+    """The score-matching step as in the objectives: guided real score, unguided fake score, gradient by autograd."""
+    tolerance, schedule, inputs = golden.description["tolerance"], schedule_of(golden), of(golden, "input")
     networks = {}
     for role in ("real", "fake"):
         network = build_network("pixart", golden.description["config"])
@@ -79,11 +79,11 @@ def check_dsm(golden: Golden) -> None:
             {k.removeprefix(prefix): v for k, v in of(golden, "weights").items() if k.startswith(prefix)}
         )
         networks[role] = EpsPredictor(network.eval(), schedule)
-    latents, t = given["latents"], given["t"]
-    prompt = Conditions(text=given["prompt_embeds"], mask=given["prompt_mask"])
-    negative = Conditions(text=given["negative_embeds"], mask=given["negative_mask"]).expand(len(latents))
+    latents, t = inputs["latents"], inputs["t"]
+    prompt = Conditions(text=inputs["prompt_embeds"], mask=inputs["prompt_mask"])
+    negative = Conditions(text=inputs["negative_embeds"], mask=inputs["negative_mask"]).expand(len(latents))
     close = {"atol": tolerance["grad_atol"], "rtol": tolerance["grad_rtol"]}
-    noisy = schedule.add_noise(latents, given["noise"], t)
+    noisy = schedule.add_noise(latents, inputs["noise"], t)
     compare(golden, "noisy_latents", noisy, **close)
     with torch.no_grad():
         eps_prompt, eps_negative = (networks["real"].predict_eps(noisy, t, c) for c in (prompt, negative))
@@ -105,49 +105,49 @@ def check_dsm(golden: Golden) -> None:
             "weight": gap.weight,
             "coeff": gap.coeff,
             "pred_x0_real": gap.clean_real,
-            "score_real": -eps_real,  # the recorded script leaves the division by the noise level to its coeff
+            "score_real": -eps_real,  # in the official script, coeff holds the division by the noise level
             "score_fake": -eps_fake,
         }
         for name, value in values.items():
-            # no tolerance is recorded for these: the gradient's relative one, of the largest value, since guidance and
-            # noise over signal take differences of large numbers
+            # the file has no tolerance for these: the gradient's relative one, times the largest value, since guidance
+            # and noise over signal take differences of large numbers
             largest = float(of(golden, "output")[f"{prefix}/{name}"].abs().max())
             compare(golden, f"{prefix}/{name}", value, tolerance["grad_rtol"] * largest, 0.0)
-    fake_t = given["fake_t"]
+    fake_t = inputs["fake_t"]
     with torch.enable_grad():
-        eps = networks["fake"].predict_eps(schedule.add_noise(latents, given["fake_noise"], fake_t), fake_t, prompt)
-        loss = epsilon_loss(eps, given["fake_noise"]).mean()
+        eps = networks["fake"].predict_eps(schedule.add_noise(latents, inputs["fake_noise"], fake_t), fake_t, prompt)
+        loss = epsilon_loss(eps, inputs["fake_noise"]).mean()
         loss.backward()
     compare(golden, "fake/loss", loss[None], 0.0, tolerance["loss_rtol"])
     parameters = dict(networks["fake"].network.named_parameters())
     for name in [n for n in of(golden, "output") if n.startswith("fake/grad_")]:
         gradient = parameters[name.removeprefix("fake/grad_")].grad
         assert gradient is not None
-        # grad_atol is of the latents' small gradient; the record of these is 4e-7 of 0.8 away from a float64 run
+        # grad_atol is for the latents' small gradient; these golden values differ by 4e-7 of 0.8 from a float64 run
         largest = float(of(golden, "output")[name].abs().max())
         compare(golden, name, gradient, tolerance["grad_rtol"] * largest, 0.0)
 
 
 def check_tmax(golden: Golden) -> None:
     schedule, kappa = schedule_of(golden), float(golden.description["kappa"])
-    rtol, given = golden.description["tolerance"]["d_rtol"], of(golden, "input")
-    levels = given["sigma_table"]
+    rtol, inputs = golden.description["tolerance"]["d_rtol"], of(golden, "input")
+    levels = inputs["sigma_table"]
     assert len(levels) == schedule.num_train_timesteps
     torch.testing.assert_close((1 - schedule.alphas_cumprod).sqrt(), levels, atol=1e-6, rtol=1e-5)
-    for pair in sorted({name.split("/")[0] for name in given if "/" in name}):
-        x, target = given[f"{pair}/x"], given[f"{pair}/x_hq"]
+    for pair in sorted({name.split("/")[0] for name in inputs if "/" in name}):
+        x, target = inputs[f"{pair}/x"], inputs[f"{pair}/x_hq"]
         for name, reduction in (("literal", "sum"), ("rms", "mean")):
             d = squared_distances(x, target, reduction).mean().sqrt()  # type: ignore[arg-type]
             compare(golden, f"{pair}/{name}/d", d[None], 0.0, rtol)
             t_max = largest_timesteps(schedule, kappa * d)
             compare(golden, f"{pair}/{name}/T_max", t_max[None], 1.0, 0.0)
-            recorded = of(golden, "output")[f"{pair}/{name}/T_max"][0]
-            # from the recorded one, so that a step's difference in rounding is not counted twice
-            compare(golden, f"{pair}/{name}/alpha", regression_share(recorded)[None], 1e-6, 0.0)
-            compare(golden, f"{pair}/{name}/t_lo", smallest_timesteps(recorded)[None], 0.0, 0.0)
-        own = largest_timesteps(schedule, kappa * squared_distances(x, target).sqrt())
-        compare(golden, f"{pair}/per_sample_rms/T_max", own, 1.0, 0.0)
+            golden_t_max = of(golden, "output")[f"{pair}/{name}/T_max"][0]
+            # from the golden T_max, so that a difference of one step by rounding counts once
+            compare(golden, f"{pair}/{name}/alpha", regression_share(golden_t_max)[None], 1e-6, 0.0)
+            compare(golden, f"{pair}/{name}/t_lo", smallest_timesteps(golden_t_max)[None], 0.0, 0.0)
+        t_max_per_sample = largest_timesteps(schedule, kappa * squared_distances(x, target).sqrt())
+        compare(golden, f"{pair}/per_sample_rms/T_max", t_max_per_sample, 1.0, 0.0)
 
 
 CHECKS: Mapping[str, Callable[[Golden], None]] = {"swinir": check_swinir, "dsm": check_dsm, "tmax": check_tmax}
-"""By module, as the recorded files name it."""
+"""Checks by module name in the golden files."""

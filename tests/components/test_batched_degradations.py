@@ -1,4 +1,4 @@
-"""The torch back end against the CPU's, plan by plan."""
+"""The torch back end against the CPU back end, plan by plan."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def picture(index: int, height: int = 96, width: int = 80) -> np.ndarray:
 
 
 def both(pictures: Sequence[np.ndarray], plans: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """What the CPU and the torch back end make of the same plans, [B, H, W, 3] each."""
+    """The results of the CPU and of the torch back end for the same plans, [B, H, W, 3] each."""
     apply = build_degradation("none").apply
     one = np.stack([apply(hq, plan) for hq, plan in zip(pictures, plans, strict=True)])
     batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
@@ -39,14 +39,14 @@ def without_jpeg(plan: Any) -> dict[str, Any]:
 def differences(preset: str, count: int, jpeg: bool, side: tuple[int, int] = (96, 80), **options: Any) -> np.ndarray:
     """Mean difference of the back ends in 8-bit levels for each of `count` plans, in batches of 20."""
     degradation = build_degradation(preset, **options)
-    found: list[float] = []
+    means: list[float] = []
     for start in range(0, count, 20):
         numbers = range(start, min(count, start + 20))
         plans = [degradation.draw(1, "k", position) for position in numbers]
         plans = plans if jpeg else [without_jpeg(plan) for plan in plans]
         one, other = both([picture(position, *side) for position in numbers], plans)
-        found += list(np.abs(one - other).mean((1, 2, 3)) / LEVEL)
-    return np.array(found)
+        means += list(np.abs(one - other).mean((1, 2, 3)) / LEVEL)
+    return np.array(means)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -55,21 +55,21 @@ def test_back_ends_agree(preset: str) -> None:
     assert differences(preset, 20, jpeg=True).mean() <= 2
 
 
-def test_quick_sharpening_agrees_too() -> None:
+def test_back_ends_agree_on_quick_sharpening() -> None:
     assert differences("realesrgan", 20, jpeg=False, quick_sharpen=True).max() <= 0.05
     sharp = make_plan([{"op": "sharpen", "quick": True}])
     one, other = both([picture(0, 61, 47), picture(1, 61, 47)], [sharp, make_plan([{"op": "sharpen"}])])
     assert np.abs(one - other).max() <= 0.05 * LEVEL
 
 
-def test_the_faithful_back_ends_agree_through_the_simulator() -> None:
+def test_back_ends_agree_on_faithful_plans() -> None:
     assert differences("realesrgan", 20, jpeg=True, faithful=True).mean() <= 0.5
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("preset", ["realesrgan", "instantir", "bsrgan", "instarevive-bfr", "dra"])
 def test_back_ends_agree_over_500_plans(preset: str) -> None:
-    """The limits of the issue: half a level without JPEG, two with."""
+    """The limits of the issue: half a level without JPEG, two levels with JPEG."""
     assert differences(preset, 500, jpeg=False, side=(128, 128)).mean() <= 0.5
     assert differences(preset, 500, jpeg=True, side=(128, 128)).mean() <= 2
 
@@ -79,44 +79,44 @@ def test_back_ends_agree_over_500_plans(preset: str) -> None:
 def test_odd_sizes_agree(preset: str, shape: tuple[int, int]) -> None:
     degradation = build_degradation(preset)
     plans = [without_jpeg(degradation.draw(1, "k", position)) for position in range(20)]
-    # textures, not flat leaves: a handful of levels decides the photon count, and a tie in rounding then shows
+    # textures, not flat leaves: with few levels a tie in rounding changes the photon count
     pictures = [np.random.default_rng(i).random((*shape, 3), dtype=np.float32) for i in range(20)]
     one, other = both(pictures, plans)
     assert np.abs(one - other).mean() <= 0.05 * LEVEL
 
 
-def test_batch_size_and_company_change_nothing() -> None:
-    """A picture's bits are its own: alone, in another order, beside other plans."""
+def test_bits_do_not_depend_on_the_batch() -> None:
+    """A picture has the same bits alone, in another order, and with other plans in its batch."""
     names = ("realesrgan", "bsrgan", "instarevive-bfr", "instantir") * 4
-    drawn = [build_degradation(name).draw(0, "k", i) for i, name in enumerate(names)]
-    pictures = [picture(i) for i in range(len(drawn))]
-    _, whole = both(pictures, drawn)
-    order = np.random.default_rng(0).permutation(len(drawn))
-    _, shuffled = both([pictures[i] for i in order], [drawn[i] for i in order])
+    plans = [build_degradation(name).draw(0, "k", i) for i, name in enumerate(names)]
+    pictures = [picture(i) for i in range(len(plans))]
+    _, whole = both(pictures, plans)
+    order = np.random.default_rng(0).permutation(len(plans))
+    _, permuted = both([pictures[i] for i in order], [plans[i] for i in order])
     for place, index in enumerate(order):
-        assert np.array_equal(whole[index], shuffled[place])
-        assert np.array_equal(whole[index], both([pictures[index]], [drawn[index]])[1][0])
+        assert np.array_equal(whole[index], permuted[place])
+        assert np.array_equal(whole[index], both([pictures[index]], [plans[index]])[1][0])
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_matrices_of_both_back_ends_are_one(mode: str) -> None:
-    """Every pixel of every size: a source pixel chosen wrongly hides in a mean."""
+def test_matrices_of_both_back_ends_are_equal(mode: str) -> None:
+    """Compares every pixel of every size: a mean hides a wrong source pixel."""
     for side in (1, 2, 7, 50, 64, 70, 77, 90, 100, 128):
         for goal in (1, 3, 33, 50, 64, 96, 100, 110, 128, 190):
             step = side / goal
             expected = sampling_matrix(side, goal, mode, step)
-            made = sampling_matrices(side, [side], [goal], [step], [mode], torch.zeros(1), goal)[0].numpy()
-            assert np.abs(made - expected).max() <= 1e-5, (side, goal)
+            matrix = sampling_matrices(side, [side], [goal], [step], [mode], torch.zeros(1), goal)[0].numpy()
+            assert np.abs(matrix - expected).max() <= 1e-5, (side, goal)
 
 
 def test_philox_makes_the_words_of_numpy() -> None:
     seeds, counts = [0, 5, 2**32 + 1, 2**63 - 1], [1003, 16, 1, 70]
-    made = philox.words(seeds, counts, torch.device("cpu"))
-    for seed, count, start in zip(seeds, counts, made.starts, strict=True):
-        assert np.array_equal(made.flat[start : start + count].numpy(), noise.words(seed, count))
+    words = philox.words(seeds, counts, torch.device("cpu"))
+    for seed, count, start in zip(seeds, counts, words.starts, strict=True):
+        assert np.array_equal(words.flat[start : start + count].numpy(), noise.words(seed, count))
 
 
-def test_bytes_are_taken_too() -> None:
+def test_uint8_batches_equal_float_batches() -> None:
     plans = [build_degradation("realesrgan").draw(0, "k", i) for i in range(4)]
     batch = torch.from_numpy(np.stack([dead_leaves(64, 0, i) for i in range(4)])).permute(0, 3, 1, 2)
     assert torch.allclose(apply_plans(batch, plans), apply_plans(batch / 255, plans), atol=1e-6)
@@ -125,13 +125,13 @@ def test_bytes_are_taken_too() -> None:
 @pytest.mark.parametrize(
     ("wrong", "code"), [(float("nan"), "nan"), (float("inf"), "nan"), (1.5, "range"), (-0.1, "range")]
 )
-def test_a_bad_picture_is_named(wrong: float, code: str) -> None:
+def test_the_error_names_the_bad_picture(wrong: float, code: str) -> None:
     batch = torch.full((3, 3, 16, 16), 0.5)
     batch[1, 0, 3, 3] = wrong
     plans = [make_plan([])] * 3
-    with pytest.raises(SampleError) as caught:
+    with pytest.raises(SampleError) as error:
         apply_plans(batch, plans, keys=["a", "b", "c"])
-    assert (caught.value.code, caught.value.key) == (code, "b")
+    assert (error.value.code, error.value.key) == (code, "b")
 
 
 def test_wrong_batches_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Captioners: what they write is the model's own greedy text, whatever the batch, and who wrote it is known."""
+"""Captioners: captions are the model's greedy text in any batch, and identities name the captioner."""
 
 from __future__ import annotations
 
@@ -18,15 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.captions import presets, tags
-from components.captions.presets import (
-    DEFAULT_PROMPT,
-    PRESETS,
-    CaptionerError,
-    build_captioner,
-    identity_digest,
-    open_captioner,
-    resolve_captioner,
-)
+from components.captions.identity import CaptionerError, identity_digest
+from components.captions.presets import DEFAULT_PROMPT, PRESETS, build_captioner, open_captioner, resolve_captioner
 from components.captions.text import tidy
 from components.captions.views import VIEWS, find_view
 from components.images import resize_short_side, to_float
@@ -35,7 +28,7 @@ from components.types import Image, SampleError
 
 
 def load_tiny() -> ModuleType:
-    """_captioners.py beside this file: tests are no package."""
+    """Load _captioners.py next to this file; tests are not a package."""
     spec = importlib.util.spec_from_file_location("tiny_captioners", Path(__file__).with_name("_captioners.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -76,7 +69,7 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def greedy(step: Any, prompt: list[int], end: int, limit: int) -> list[int]:
-    """New tokens by the slow way: the whole text again for each of them, no cache, no batch."""
+    """Generate new tokens slowly: the whole text again for each token, without cache and batch."""
     ids = list(prompt)
     while len(ids) - len(prompt) < limit:
         ids.append(int(step(ids).argmax()))
@@ -96,15 +89,15 @@ def llava_by_hand(captioner: Any, picture: Image, text: str, limit: int) -> str:
     model = captioner.model
     places = [place for place, token in enumerate(ids) if vocabulary[token] == "<image>"]
     with torch.no_grad():
-        seen = model.model.multi_modal_projector(model.model.vision_tower(pixels).last_hidden_state[:, 1:])[
+        image_features = model.model.multi_modal_projector(model.model.vision_tower(pixels).last_hidden_state[:, 1:])[
             0
-        ]  # less CLS
+        ]  # without CLS
 
-    def step(so_far: list[int]) -> Any:
+    def step(tokens: list[int]) -> Any:
         with torch.no_grad():
-            embedded = model.get_input_embeddings()(torch.tensor([so_far]))
-            embedded[0, places] = seen
-            return model.lm_head(model.model.language_model(inputs_embeds=embedded).last_hidden_state)[0, -1]
+            embeddings = model.get_input_embeddings()(torch.tensor([tokens]))
+            embeddings[0, places] = image_features
+            return model.lm_head(model.model.language_model(inputs_embeds=embeddings).last_hidden_state)[0, -1]
 
     new = greedy(step, ids, tiny.END, limit)
     return " ".join(vocabulary[token] for token in new if token >= len(tiny.SPECIALS))
@@ -117,11 +110,13 @@ def blip_by_hand(captioner: Any, picture: Image, prompt: str, limit: int) -> str
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *tiny.WORDS]
     pixels = captioner.image_processor(images=Pillow.fromarray(picture), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        seen = captioner.model.vision_model(pixel_values=pixels)[0]
+        image_features = captioner.model.vision_model(pixel_values=pixels)[0]
 
-    def step(so_far: list[int]) -> Any:
+    def step(tokens: list[int]) -> Any:
         with torch.no_grad():
-            return captioner.model.text_decoder(torch.tensor([so_far]), encoder_hidden_states=seen).logits[0, -1]
+            return captioner.model.text_decoder(torch.tensor([tokens]), encoder_hidden_states=image_features).logits[
+                0, -1
+            ]
 
     new = greedy(
         step, [vocabulary.index(word) for word in ["[DEC]", *prompt.split()]], vocabulary.index("[SEP]"), limit
@@ -129,7 +124,7 @@ def blip_by_hand(captioner: Any, picture: Image, prompt: str, limit: int) -> str
     return " ".join(vocabulary[token] for token in new if token >= 6)
 
 
-def test_a_chat_model_writes_its_greedy_answer_and_nothing_of_the_question(llava: Path) -> None:
+def test_a_chat_model_writes_its_greedy_answer_without_the_question(llava: Path) -> None:
     captioner = build_captioner(str(llava), prompt="describe this picture", max_tokens=8)
     question = f"user {'<image> ' * 4} describe this picture assistant"
     expected = [llava_by_hand(captioner, picture, question, 8) for picture in PICTURES]
@@ -150,7 +145,7 @@ def test_a_system_message_comes_first(llava: Path) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", "a photo of"])
-def test_a_model_without_template_goes_on_from_its_prompt(blip: Path, prompt: str) -> None:
+def test_a_model_without_template_continues_its_prompt(blip: Path, prompt: str) -> None:
     captioner = build_captioner(str(blip), prompt=prompt, max_tokens=6)
     expected = [blip_by_hand(captioner, picture, prompt, 6) for picture in PICTURES]
     assert captioner.caption(PICTURES) == expected
@@ -158,7 +153,7 @@ def test_a_model_without_template_goes_on_from_its_prompt(blip: Path, prompt: st
 
 
 @pytest.mark.parametrize("kind", ["llava", "next_llava", "tiles", "blip"])
-def test_a_caption_does_not_depend_on_its_company(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_caption_does_not_depend_on_its_batch(kind: str, request: pytest.FixtureRequest) -> None:
     captioner = build_captioner(str(request.getfixturevalue(kind)), max_tokens=10)
     alone = [captioner.caption([picture])[0] for picture in PICTURES]
     assert captioner.caption(PICTURES) == alone
@@ -167,10 +162,10 @@ def test_a_caption_does_not_depend_on_its_company(kind: str, request: pytest.Fix
 
 
 @pytest.mark.parametrize("kind", ["next_llava", "tiles"])
-def test_pictures_of_unlike_lengths_are_padded_on_the_left(kind: str, request: pytest.FixtureRequest) -> None:
-    """Without padding there would be nothing to see in the test above."""
+def test_prompts_of_different_lengths_are_padded_on_the_left(kind: str, request: pytest.FixtureRequest) -> None:
+    """Without padding, the test above would prove nothing."""
     captioner: Any = build_captioner(str(request.getfixturevalue(kind)))
-    ids = captioner._inputs([captioner._shrunk(picture) for picture in PICTURES])["input_ids"]
+    ids = captioner._inputs([captioner._shrink(picture) for picture in PICTURES])["input_ids"]
     assert (ids[:, 0] == tiny.PAD).any() and (ids[:, -1] != tiny.PAD).all()
 
 
@@ -181,7 +176,7 @@ def test_large_pictures_are_shrunk_first(blip: Path) -> None:
 
 
 def test_an_image_encoder_with_a_text_decoder(tmp_path: Path) -> None:
-    """The oldest kind of captioner: no processor joins its two halves."""
+    """The oldest kind of captioner: it has no joint processor."""
     import torch
     from transformers import GPT2Config, VisionEncoderDecoderConfig, ViTConfig, ViTImageProcessor
     from transformers import VisionEncoderDecoderModel as Model
@@ -225,10 +220,10 @@ def test_prompt_ids_are_those_that_the_captioner_uses(llava: Path) -> None:
 
     plan = resolve_captioner(str(llava), prompt="describe the cat")
     captioner: Any = open_captioner(plan)
-    used = captioner._inputs([captioner._shrunk(PICTURES[0])])["input_ids"][0].tolist()
+    ids = captioner._inputs([captioner._shrink(PICTURES[0])])["input_ids"][0].tolist()
     image = tiny.SPECIALS.index("<image>")
-    once = [token for place, token in enumerate(used) if token != image or used[place - 1] != image]
-    assert prompt_ids(llava, plan.identity) == once
+    expected = [token for place, token in enumerate(ids) if token != image or ids[place - 1] != image]
+    assert prompt_ids(llava, plan.identity) == expected
 
 
 def test_an_engine_needs_a_chat_template(blip: Path) -> None:
@@ -238,7 +233,7 @@ def test_an_engine_needs_a_chat_template(blip: Path) -> None:
         prompt_ids(blip, resolve_captioner(str(blip)).identity)
 
 
-# --- who wrote it -----------------------------------------------------------------------------------------------------
+# --- identities -------------------------------------------------------------------------------------------------------
 
 
 def test_identity_names_model_prompt_and_files(llava: Path, blip: Path) -> None:
@@ -259,7 +254,7 @@ def test_identity_names_model_prompt_and_files(llava: Path, blip: Path) -> None:
     assert dict(build_captioner(str(llava), max_tokens=9).identity) == dict(identity)
 
 
-def test_whatever_changes_captions_changes_the_identity(llava: Path, tmp_path: Path) -> None:
+def test_prompt_limit_and_weights_change_the_identity(llava: Path, tmp_path: Path) -> None:
     base = identity_digest(resolve_captioner(str(llava)).identity)
     assert base == identity_digest(resolve_captioner(str(llava)).identity)
     assert base != identity_digest(resolve_captioner(str(llava), prompt="a photo of").identity)
@@ -283,8 +278,8 @@ def test_tags_are_a_captioner_too() -> None:
         build_captioner("tags", prompt="a photo of")
 
 
-def test_presets_hold_what_the_papers_say() -> None:
-    """SUPIR A.2 prints the command; InstaRevive's code names the model; the adapter paper names InternVL."""
+def test_presets_match_the_papers() -> None:
+    """SUPIR A.2 states the prompt; InstaRevive's code names the model; the adapter paper names InternVL."""
     llava, blip, internvl = (PRESETS[name] for name in ("llava", "blip", "internvl"))
     assert llava and "1.5-13b" in llava.model and llava.max_tokens == 512
     assert llava.prompt == "Describe this image and its style in a very detailed manner."
@@ -292,11 +287,11 @@ def test_presets_hold_what_the_papers_say() -> None:
     assert internvl and "InternVL" in internvl.model and "short" in internvl.prompt
 
 
-# --- what cannot be had -----------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("lava", 'Did you mean "llava"'),
         ("no such thing", "no preset, folder or hub id"),
@@ -304,10 +299,10 @@ def test_presets_hold_what_the_papers_say() -> None:
         ("owner/name", "cannot be fetched"),
     ],
 )
-def test_an_unknown_captioner_is_one_sentence(name: str, said: str) -> None:
-    with pytest.raises(CaptionerError, match=said) as caught:
+def test_an_unknown_captioner_raises_one_sentence(name: str, message: str) -> None:
+    with pytest.raises(CaptionerError, match=message) as error:
         build_captioner(name)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_has_no_revisions(llava: Path) -> None:
@@ -315,7 +310,7 @@ def test_a_folder_has_no_revisions(llava: Path) -> None:
         resolve_captioner(str(llava), revision="main")
 
 
-def test_folders_that_are_no_captioners(llava: Path, tmp_path: Path) -> None:
+def test_folders_without_a_captioner_are_refused(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(CaptionerError, match=r"config\.json"):
         resolve_captioner(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
@@ -323,31 +318,31 @@ def test_folders_that_are_no_captioners(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(CaptionerError, match=r"no \.safetensors weights"):
         resolve_captioner(str(tmp_path))
     shutil.copy(llava / "model.safetensors", tmp_path)
-    with pytest.raises(CaptionerError, match="'bert' model, of which transformers has none"):
+    with pytest.raises(CaptionerError, match="'bert' model, and transformers has no image-to-text model"):
         build_captioner(str(tmp_path))
 
 
 def test_a_model_without_some_weights_is_refused(llava: Path, tmp_path: Path) -> None:
-    """transformers would fill them with noise and go on."""
+    """transformers alone would fill them with random values."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "model"
     shutil.copytree(llava, folder)
     tensors = load_file(folder / "model.safetensors")
-    dropped = sorted(name for name in tensors if "mlp.down_proj" in name)
-    save_file({k: v for k, v in tensors.items() if k not in dropped}, folder / "model.safetensors", {"format": "pt"})
-    assert dropped
-    with pytest.raises(CaptionerError, match=f"lacks {len(dropped)} of its weights"):
+    missing = sorted(name for name in tensors if "mlp.down_proj" in name)
+    save_file({k: v for k, v in tensors.items() if k not in missing}, folder / "model.safetensors", {"format": "pt"})
+    assert missing
+    with pytest.raises(CaptionerError, match=f"lacks {len(missing)} of its weights"):
         build_captioner(str(folder))
 
 
-def test_broken_weights_are_one_sentence(blip: Path, tmp_path: Path) -> None:
+def test_broken_weights_raise_one_sentence(blip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(blip, folder)
     (folder / "model.safetensors").write_bytes((blip / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(CaptionerError, match="cannot be loaded") as caught:
+    with pytest.raises(CaptionerError, match="cannot be loaded") as error:
         build_captioner(str(folder))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 # --- text and views ---------------------------------------------------------------------------------------------------
@@ -369,7 +364,7 @@ def test_tidy_text_is_one_printable_line(text: str) -> None:
     line.encode()
 
 
-def test_views_choose_the_picture() -> None:
+def test_views_select_the_picture() -> None:
     hq, lq = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)
     assert find_view("hq")(hq=hq, lq=lq, preview=None) is hq
     assert find_view("lq")(hq=None, lq=lq, preview=None) is lq

@@ -32,7 +32,7 @@ def test_recorded_colour_fixes(name: str, golden_dir: Path) -> None:
     description = json.loads((golden_dir / f"{name}.json").read_text(encoding="utf-8"))
     tensors = load_file(golden_dir / f"{name}.safetensors")
     content, style = tensors["input/content"], tensors["input/style"]
-    config = description.get("config", {"levels": 5, "adain_eps": 1e-5})  # InstaRevive's are in its `call` text
+    config = description.get("config", {"levels": 5, "adain_eps": 1e-5})  # InstaRevive: in `call`
     outputs = [key for key in tensors if key.startswith("output/")]
     assert {"output/wavelet", "output/adain"} <= set(outputs)
     for key in outputs:
@@ -54,7 +54,7 @@ def picture(name: str, height: int = 90, width: int = 70) -> np.ndarray:
 
 
 def test_a_level_is_the_dilated_binomial_kernel() -> None:
-    """Against torch's own dilated convolution on a padded picture."""
+    """Compare with torch's dilated convolution on a padded picture."""
     x = images_to_tensor([picture("a")])
     kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
     for radius in (1, 4, 16):
@@ -65,22 +65,22 @@ def test_a_level_is_the_dilated_binomial_kernel() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adain", "wavelet"])
-def test_strips_are_the_whole_picture(kind: str) -> None:
+def test_strips_equal_the_whole_picture(kind: str) -> None:
     restored, lq = picture("a"), (picture("b") // 3 + 40).astype(np.uint8)
-    form = {"adain": adain, "wavelet": wavelet}[kind]
-    whole = tensor_to_images(form(images_to_tensor([restored]), images_to_tensor([lq])))[0]
+    function = {"adain": adain, "wavelet": wavelet}[kind]
+    whole = tensor_to_images(function(images_to_tensor([restored]), images_to_tensor([lq])))[0]
     for strip in (7, 64, 1000):
-        made = transfer_colors(restored, lq, kind, strip)  # type: ignore[arg-type]
-        assert np.abs(made.astype(int) - whole).max() <= 1  # float rounding may cross a half
-        assert (made != whole).mean() < 1e-3
+        result = transfer_colors(restored, lq, kind, strip)  # type: ignore[arg-type]
+        assert np.abs(result.astype(int) - whole).max() <= 1  # float rounding may cross a half
+        assert (result != whole).mean() < 1e-3
 
 
-def test_colours_come_back() -> None:
+def test_a_transfer_restores_the_colours() -> None:
     lq = picture("a")
-    tinted = (lq * np.array([0.5, 0.9, 0.7]) + 20).astype(np.uint8)
-    means = [m.reshape(-1, 3).mean(0) for m in (lq, transfer_colors(tinted, lq, "adain"))]
+    restored = (lq * np.array([0.5, 0.9, 0.7]) + 20).astype(np.uint8)
+    means = [m.reshape(-1, 3).mean(0) for m in (lq, transfer_colors(restored, lq, "adain"))]
     assert np.abs(means[0] - means[1]).max() < 1
-    assert transfer_colors(tinted, lq, "none") is tinted
+    assert transfer_colors(restored, lq, "none") is restored
     flat = np.full((1, 1, 3), 9, np.uint8)
     assert transfer_colors(flat, flat, "adain").shape == (1, 1, 3)
 

@@ -1,8 +1,8 @@
-"""Two-sample tests against what the original implementations drew and made: every *_distribution.json that is there.
+"""Two-sample tests against recorded_names draws and results of the original implementations: every *_distribution.json.
 
-Summaries and comparison come from the shared tools; limits are theirs: chance alone for the faithful engine, and a
-stated margin for the default one. In make test 150 draws a picture, in make test-full 800, the number the AUC limit was
-set for.
+The shared tools compute the summaries and the comparison, and set the limits: chance alone for the faithful engine, and
+a stated margin for the default one. `make test` takes 150 draws per picture, `make test-full` 800, the number for which
+the AUC limit was set.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "instantir": ("instantir", {}),
     "instarevive_bfr": ("instarevive-bfr", {}),
 }
-"""Preset and options that a recorded distribution belongs to."""
+"""Preset and options of each recorded_names distribution."""
 KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc")
 MODES = ("pool", "bilinear", "bicubic")
 MISSING = float("nan")
 
 
-def recorded() -> list[str]:
-    """Names of the recorded distributions."""
+def recorded_names() -> list[str]:
+    """Names of the recorded_names distributions."""
     return [name.removesuffix(SUFFIX) for name in golden_names(f"*{SUFFIX}")]
 
 
 @lru_cache(maxsize=1)
 def tools() -> ModuleType:
-    """The shared feature definitions, beside the recorded files or in their usual place."""
+    """The shared feature definitions, from the folder of the recorded_names files or from their usual place."""
     golden = shared_folder("RESTORAY_GOLDEN", "golden")
     places = [folder / "tools" / "degradation_features.py" for folder in (golden.parent, ROOT.parent / "shared")]
     path = next((place for place in places if place.is_file()), None)
@@ -58,7 +58,7 @@ def tools() -> ModuleType:
 
 
 def kernel_draws(prefix: str, kernel: Mapping[str, Any] | None) -> dict[str, float]:
-    """A kernel's numbers under the reference's names; not a number where a family has no such number."""
+    """A kernel's numbers under the reference's names; NaN for a number that its family does not have."""
     if kernel is None:
         kernel = {}
     kind = kernel.get("kind")
@@ -75,7 +75,7 @@ def kernel_draws(prefix: str, kernel: Mapping[str, Any] | None) -> dict[str, flo
 
 
 def draws_of(plan: Plan, side: int) -> dict[str, float]:
-    """What a plan drew under the reference's names."""
+    """A plan's draws under the reference's names."""
     ops = [op for op in plan["ops"] if op["op"] != "sharpen"]
     if not ops:
         return {"no_degradation": 1.0}
@@ -95,9 +95,9 @@ def draws_of(plan: Plan, side: int) -> dict[str, float]:
     final = of["blur"][1 + second :]
     first_resize, second_resize, last_resize = of["resize"][:3]
     small = side // 4
-    drawn = kernel_draws("k1", of["blur"][0]["kernel"])
-    drawn |= kernel_draws("k2", of["blur"][1]["kernel"] if second else None)
-    drawn |= {
+    draws = kernel_draws("k1", of["blur"][0]["kernel"])
+    draws |= kernel_draws("k2", of["blur"][1]["kernel"] if second else None)
+    draws |= {
         "sinc_on": float(bool(final)),
         "sinc_size": float(final[0]["kernel"]["size"]) if final else MISSING,
         "sinc_omega": final[0]["kernel"]["cutoff"] if final else MISSING,
@@ -113,16 +113,16 @@ def draws_of(plan: Plan, side: int) -> dict[str, float]:
         "no_degradation": 0.0,
     }
     for number, op in enumerate(of["noise"], 1):
-        drawn |= {
+        draws |= {
             f"noise{number}_poisson": float(op["kind"] == "poisson"),
             f"noise{number}_level": op["level"],
             f"noise{number}_gray": float(op["gray"]),
         }
-    return drawn
+    return draws
 
 
 def sample(name: str, draws: int, faithful: bool, golden: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recorded distribution, and ours with `draws` pictures from each of its photographs."""
+    """The recorded_names distribution, and ours with `draws` degraded pictures of each of its photographs."""
     reference = dict(np.load(golden / f"{name}{SUFFIX}.npz"))
     files = [str(file) for file in reference.pop("image_files")]
     preset, options = RECIPES[name]
@@ -132,13 +132,13 @@ def sample(name: str, draws: int, faithful: bool, golden: Path) -> tuple[dict[st
         options = options | {"faithful": faithful, **({"resize_back": False} if small else {})}
     degradation = build_degradation(preset, **options)
     rows: dict[str, list[np.ndarray]] = {"lq/": [], "full/": []}
-    drawn: list[dict[str, float]] = []
+    draw_rows: list[dict[str, float]] = []
     image: list[int] = []
     for index, file in enumerate(files):
         picture = cv2.imread(str(golden / file), cv2.IMREAD_COLOR_RGB)
         assert picture is not None, file
         hq = (picture / np.float32(255)).astype(np.float32)
-        start = filters.sharpen(hq)  # once a picture: the same for all of its plans
+        start = filters.sharpen(hq)  # once per picture: the same for all of its plans
         for number in range(draws):
             plan = degradation.draw(number, file, index)
             steps = [op for op in plan["ops"] if op["op"] != "sharpen"]
@@ -148,62 +148,64 @@ def sample(name: str, draws: int, faithful: bool, golden: Path) -> tuple[dict[st
                 back = cv2.resize(lq, hq.shape[1::-1], interpolation=cv2.INTER_CUBIC)
                 lq = np.rint(back.clip(0, 1) * 255) / 255
             rows["full/"].append(tools().features(lq, hq, 8 if face else 32))
-            drawn.append(draws_of(plan, hq.shape[0]))
+            draw_rows.append(draws_of(plan, hq.shape[0]))
             image.append(index)
-    mine: dict[str, Any] = {"image": np.array(image)}
-    for view, found in rows.items():
-        if found:
-            mine |= {view + column: np.array(found)[:, k] for k, column in enumerate(tools().NAMES)}
-    names = sorted({column for row in drawn for column in row})
+    ours: dict[str, Any] = {"image": np.array(image)}
+    for view, features in rows.items():
+        if features:
+            ours |= {view + column: np.array(features)[:, k] for k, column in enumerate(tools().NAMES)}
+    names = sorted({column for row in draw_rows for column in row})
     if "draw/no_degradation" not in reference:
         names = [column for column in names if column != "no_degradation"]
-    mine |= {f"draw/{column}": np.array([row.get(column, MISSING) for row in drawn]) for column in names}
-    return reference, mine
+    ours |= {f"draw/{column}": np.array([row.get(column, MISSING) for row in draw_rows]) for column in names}
+    return reference, ours
 
 
-def applied(drawn: dict[str, Any]) -> dict[str, Any]:
-    """Draws that had an effect: the original draws the second kernel also where it then skips the second blur, and
-    everything also for a picture that it leaves alone. Plans hold no such thing."""
-    masked = dict(drawn)
-    for key in drawn:
-        values = np.asarray(drawn[key], dtype=float).copy()
+def effective_draws(draws: dict[str, Any]) -> dict[str, Any]:
+    """Draws with an effect. The original also draws a second kernel if it then skips the second blur, and all numbers
+    for a picture that it does not degrade. Plans do not hold such draws."""
+    masked = dict(draws)
+    for key in draws:
+        values = np.asarray(draws[key], dtype=float).copy()
         if key.startswith("draw/k2_"):
-            values[np.asarray(drawn["draw/second_blur"]) == 0] = MISSING
-        if key.startswith("draw/") and key != "draw/no_degradation" and "draw/no_degradation" in drawn:
-            values[np.asarray(drawn["draw/no_degradation"]) == 1] = MISSING
+            values[np.asarray(draws["draw/second_blur"]) == 0] = MISSING
+        if key.startswith("draw/") and key != "draw/no_degradation" and "draw/no_degradation" in draws:
+            values[np.asarray(draws["draw/no_degradation"]) == 1] = MISSING
         if key.startswith("draw/"):
             masked[key] = values
     return masked
 
 
 def judge(name: str, draws: int, faithful: bool, golden: Path, auc_limit: float) -> None:
-    """Every summary, the discriminator and every recorded draw within the limits of the tier."""
-    reference, mine = sample(name, draws, faithful, golden)
-    compared = [key for key in reference if not key.startswith("draw/") and key not in ("image", "half")]
-    missing = sorted({key for key in reference if key not in ("image", "half")} - set(mine))
+    """Asserts that every summary, the discriminator and every recorded_names draw are within the limits of the tier."""
+    reference, ours = sample(name, draws, faithful, golden)
+    features = [key for key in reference if not key.startswith("draw/") and key not in ("image", "half")]
+    missing = sorted({key for key in reference if key not in ("image", "half")} - set(ours))
     assert not missing, f"{name}: not compared: {missing}"
-    for view in sorted({key.split("/")[0] + "/" for key in compared}):
-        report = tools().compare(reference, mine, view, margin=0.0 if faithful else 0.03)
+    for view in sorted({key.split("/")[0] + "/" for key in features}):
+        report = tools().compare(reference, ours, view, margin=0.0 if faithful else 0.03)
         failed = {key: row for key, row in report.items() if not row["pass"]}
         assert not failed, f"{name} {view}: {failed}"
-        auc = tools().discriminator_auc(reference, mine, view)
-        assert auc <= auc_limit, f"{name} {view}: told apart with an AUC of {auc:.3f}, the limit is {auc_limit}"
+        auc = tools().discriminator_auc(reference, ours, view)
+        assert auc <= auc_limit, f"{name} {view}: the discriminator has an AUC of {auc:.3f}, the limit is {auc_limit}"
     failed = {
-        key: row for key, row in tools().compare_draws(applied(reference), applied(mine)).items() if not row["pass"]
+        key: row
+        for key, row in tools().compare_draws(effective_draws(reference), effective_draws(ours)).items()
+        if not row["pass"]
     }
-    assert not failed, f"{name}: drawn otherwise: {failed}"
+    assert not failed, f"{name}: draws differ: {failed}"
 
 
 def tiers(name: str) -> list[bool]:
-    """The face recipe has one engine, which meets the exact tier."""
+    """Values of `faithful` to test; the face recipe has one engine, which meets the faithful tier."""
     return [True] if "bfr" in name else [False, True]
 
 
-CASES = [(name, faithful) for name in recorded() for faithful in tiers(name)]
+CASES = [(name, faithful) for name in recorded_names() for faithful in tiers(name)]
 
 
 QUICK = [
-    # realesrgan without its sharpening: a third of a minute each, and at 800 draws in make test-full
+    # realesrgan without sharpening takes 20 s each; make test-full tests it at 800 draws
     pytest.param(name, faithful, marks=[pytest.mark.full] if name == "realesrgan_nosharpen" else [])
     for name, faithful in CASES
 ]
@@ -212,7 +214,7 @@ QUICK = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "faithful"), QUICK)
 def test_summaries_draws_and_discriminator(name: str, faithful: bool, golden_dir: Path) -> None:
-    """At 150 draws a picture the discriminator is noisy (degradation.md: 0.49 to 0.53 for nothing): 0.02 is added."""
+    """At 150 draws per picture the discriminator is noisy (degradation.md: 0.49 to 0.53 by chance): 0.02 is added."""
     assert name in RECIPES, f"no recipe reproduces {name}: name its preset in RECIPES"
     judge(name, 150, faithful, golden_dir, auc_limit=(0.54 if faithful else 0.57) + 0.02)
 
@@ -220,13 +222,13 @@ def test_summaries_draws_and_discriminator(name: str, faithful: bool, golden_dir
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("name", "faithful"), CASES)
-def test_the_same_at_800_draws(name: str, faithful: bool, golden_dir: Path) -> None:
+def test_summaries_draws_and_discriminator_at_800_draws(name: str, faithful: bool, golden_dir: Path) -> None:
     judge(name, 800, faithful, golden_dir, auc_limit=0.54 if faithful else 0.57)
 
 
 @pytest.mark.slow
-def test_the_test_would_notice(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quality ranges off by ten show in the draws, a missing final low-pass in the pictures."""
+def test_the_judge_detects_wrong_recipes(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quality range wrong by ten changes the draws, a missing final low-pass the pictures."""
     monkeypatch.setitem(RECIPES, "realesrgan", ("realesrgan", {"final_sinc_prob": 0.0}))
     with pytest.raises(AssertionError, match=r"lap_var|band|full/"):
         judge("realesrgan", 40, False, golden_dir, auc_limit=1.0)
@@ -236,19 +238,19 @@ def test_the_test_would_notice(golden_dir: Path, monkeypatch: pytest.MonkeyPatch
         judge("realesrgan", 100, False, golden_dir, auc_limit=1.0)
 
 
-def test_features_are_those_that_were_recorded(golden_dir: Path) -> None:
-    """feature_check in each file: the definitions have not moved."""
-    for name in recorded():
+def test_features_equal_the_recorded_ones(golden_dir: Path) -> None:
+    """feature_check in each file: the definitions have not changed."""
+    for name in recorded_names():
         facts = json.loads((golden_dir / f"{name}{SUFFIX}.json").read_text())
         for file, views in facts["feature_check"]["rows"].items():
             path = golden_dir / "degradation_hq" / file
             picture = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
             assert picture is not None
-            hq = picture.astype(np.float32) / 255  # half of the sums are ties: in float32, as they were recorded
+            hq = picture.astype(np.float32) / 255  # half of the sums are ties: compute in float32, as the recording did
             soft = np.rint((hq + np.roll(hq, 1, axis=1)) / 2 * 255) / 255
-            found = {
+            features = {
                 "full": tools().features(soft, hq, 32),
                 "lq": tools().features(tools().box4(soft), tools().box4(hq), 8),
             }
             for view, numbers in views.items():
-                assert np.abs(found[view] - numbers).max() < 1e-3, (name, file, view)
+                assert np.abs(features[view] - numbers).max() < 1e-3, (name, file, view)

@@ -1,4 +1,4 @@
-"""The operations of plans, each against an oracle: kernels, filters, noise, JPEG, resizing."""
+"""The operations of plans, each against an independent reference: kernels, filters, noise, JPEG, resizing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", kernels.FAMILIES)
-def test_bells_sum_to_one_and_point_where_theta_says(kind: str) -> None:
+def test_bells_sum_to_one_and_point_along_theta(kind: str) -> None:
     spec = {"kind": kind, "size": 15, "sigma_x": 3.0, "sigma_y": 0.6, "theta": 0.7, "beta": 1.5}
     kernel = kernels.build(spec)
     assert kernel.sum() == pytest.approx(1, abs=1e-12)
@@ -42,7 +42,7 @@ def test_bells_sum_to_one_and_point_where_theta_says(kind: str) -> None:
     assert abs(long_axis @ [math.cos(0.7), math.sin(0.7)]) > 0.999
 
 
-def test_sinc_passes_what_lies_below_its_cutoff() -> None:
+def test_sinc_passes_frequencies_below_its_cutoff() -> None:
     kernel = kernels.sinc(21, math.pi / 2)
     assert kernel.sum() == pytest.approx(1)
     assert kernel.min() < 0
@@ -67,7 +67,7 @@ def test_two_passes_equal_the_dense_kernel(sigma: float, size: int) -> None:
     st.sampled_from(["supir", "dra", "bsrgan", "instarevive-bfr"]), st.integers(0, 10_000), st.sampled_from([60, 200])
 )
 def test_the_quick_blur_stays_within_its_tolerance(preset: str, position: int, side: int) -> None:
-    """Trimmed, split into passes or by the Fourier transform: none may be off by more than is said."""
+    """Trimming, passes and the Fourier transform stay within TOLERANCE of the exact blur."""
     hq = np.random.default_rng(position).random((side, side + 3, 3), dtype=np.float32)
     blurs = [op for op in build_degradation(preset).draw(0, "k", position)["ops"] if op["op"] == "blur"]
     for op in blurs:
@@ -76,7 +76,7 @@ def test_the_quick_blur_stays_within_its_tolerance(preset: str, position: int, s
 
 
 def test_filtering_is_correlation_with_a_mirror_border() -> None:
-    """Against sums written out; the kernel has no symmetry, so a flipped one would show."""
+    """Against explicit sums; the kernel has no symmetry, so a flipped kernel fails."""
     image, kernel = picture(34, 40), np.arange(1.0, 26).reshape(5, 5) / 325
     padded = np.pad(image.astype(float), ((2, 2), (2, 2), (0, 0)), mode="reflect")
     expected = sum(kernel[i, j] * padded[i : i + 34, j : j + 40] for i in range(5) for j in range(5))
@@ -98,7 +98,7 @@ def test_sharpening_leaves_flat_parts_alone() -> None:
     assert filters.sharpen(image).min() < 0.38
 
 
-def test_quick_sharpening_is_off_by_what_is_said(images_dir: Path) -> None:
+def test_quick_sharpening_stays_within_its_stated_error(images_dir: Path) -> None:
     worst, mean = [], []
     for name in ("tea-gardens", "roman-colosseum", "budgie-branch", "singaporean-cityscape"):
         photo = images.decode((images_dir / "hq" / f"{name}.jpg").read_bytes())
@@ -135,7 +135,7 @@ def test_shot_noise_has_the_variance_of_its_photon_count(levels: int, vals: int,
 
 
 def test_shot_noise_has_the_skew_of_a_count_and_spares_black() -> None:
-    """A count of rate r has skew 1 / sqrt(r); the fields must show it at the usual 256 levels."""
+    """A count of rate r has skew 1 / sqrt(r); so must the fields at the usual 256 levels."""
     image = np.zeros((512, 512, 3), np.float32)
     image[:256] = (np.arange(512 * 256) % 256 / 255).reshape(256, 512, 1)  # 256 levels: as many photons
     image[256:] = 20 / 255
@@ -147,8 +147,8 @@ def test_shot_noise_has_the_skew_of_a_count_and_spares_black() -> None:
     assert not noise.shot_field(np.zeros((32, 32, 3), np.float32), op).any()
 
 
-def test_undershoot_is_black_and_adds_no_level() -> None:
-    """Low-passes and bicubic resizes leave values below 0, which the original clamps before it counts levels."""
+def test_negative_values_are_black_and_add_no_level() -> None:
+    """Low-passes and bicubic resizes give values below 0; the original clamps them before it counts levels."""
     image = np.full((64, 64, 3), 0.5, np.float32)
     image[:32] = -0.15
     op = {"level": 1.0, "gray": False, "seed": 2}
@@ -159,7 +159,7 @@ def test_undershoot_is_black_and_adds_no_level() -> None:
     assert np.array_equal(compressed, jpeg(image.clip(0, 1), 90, "edge"))
 
 
-def test_words_are_a_function_of_seed_and_place_alone() -> None:
+def test_words_depend_on_seed_and_index_only() -> None:
     whole = noise.words(7, 1000)
     assert np.array_equal(whole[:37], noise.words(7, 37))
     assert not np.array_equal(whole, noise.words(8, 1000))
@@ -195,7 +195,7 @@ def test_the_original_darkens_the_lower_right_border_and_plain_jpeg_does_not(for
     assert (flat - jpeg(flat, 40, form))[-1, :, :].max() > 0.03
 
 
-def test_the_simulator_refuses_what_would_be_nan() -> None:
+def test_the_simulator_refuses_quality_100() -> None:
     with pytest.raises(ValueError, match="below 100"):
         jpeg(picture(), 100, "simulator")
     with pytest.raises(ValueError, match="unknown JPEG form"):
@@ -204,7 +204,7 @@ def test_the_simulator_refuses_what_would_be_nan() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resizing_stays_aligned(mode: str) -> None:
-    """A ramp keeps its ends' mean: no shift to one side, up or down."""
+    """A ramp keeps the mean of its ends, so nothing shifts to one side."""
     ramp = np.repeat(np.linspace(0, 1, 60, dtype=np.float32)[None, :, None], 60, 0).repeat(3, -1)
     for side in (13, 37, 60, 81):
         out = resize(ramp, side, side, mode)
@@ -217,8 +217,8 @@ def test_resizing_stays_aligned(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["area", "bilinear", "bicubic"])
 @pytest.mark.parametrize("side", [(13, 17), (30, 61), (81, 77), (120, 65)])
-def test_matrices_and_opencv_resize_alike(mode: str, side: tuple[int, int]) -> None:
-    """The torch back end works with the matrices, the CPU with OpenCV: enlarging and shrinking must agree."""
+def test_matrices_and_opencv_agree(mode: str, side: tuple[int, int]) -> None:
+    """The torch back end uses the matrices, the CPU OpenCV: enlarging and shrinking must agree."""
     image = np.random.default_rng(1).random((60, 64, 3), dtype=np.float32)
-    made = resample(image, *side, mode, 60 / side[0], 64 / side[1])
-    assert np.abs(made - resize(image, *side, mode)).max() < 2e-5
+    resized = resample(image, *side, mode, 60 / side[0], 64 / side[1])
+    assert np.abs(resized - resize(image, *side, mode)).max() < 2e-5

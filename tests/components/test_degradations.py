@@ -1,4 +1,4 @@
-"""Degradations on the CPU: plans that replay, the recipes' ranges, odd input, and each stage against an oracle."""
+"""Degradations on the CPU: replay of plans, ranges of the recipes, unusual input, and the other models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_plan_survives_json_and_replays_to_the_same_bits(preset: str) -> None:
         hq = picture(index=position)
         before = hq.copy()
         lq = degradation.apply(hq, plan)
-        # nothing but the plan counts: an object of another kind replays it
+        # the plan alone decides: a degradation of another class replays it
         other = build_degradation("none")
         assert np.array_equal(lq, other.apply(hq, json.loads(json.dumps(plan))))
         assert np.array_equal(lq, hq) == (preset == "none")
@@ -67,8 +67,8 @@ def test_a_plan_survives_json_and_replays_to_the_same_bits(preset: str) -> None:
         assert len(json.dumps(plan)) < (6000 if preset == "strokes" else 2500)
 
 
-def test_order_and_other_pictures_change_no_bit() -> None:
-    """Buffers are kept from picture to picture; nothing of one may reach the next."""
+def test_bits_do_not_depend_on_the_order_of_pictures() -> None:
+    """The engine reuses its buffers; no value of one picture may reach the next."""
     degradation = build_degradation("realesrgan")
     sizes = [(64, 64), (90, 75), (33, 120), (200, 180)]
     jobs = [(picture(*sizes[i % 4], index=i), degradation.draw(0, "k", i)) for i in range(24)]
@@ -77,7 +77,7 @@ def test_order_and_other_pictures_change_no_bit() -> None:
         assert np.array_equal(once[index], degradation.apply(*jobs[index]))
 
 
-def test_threads_and_other_processes_get_the_same_bits() -> None:
+def test_threads_and_processes_give_the_same_bits() -> None:
     degradation = build_degradation("realesrgan")
     jobs = [(picture(70, 90, i), degradation.draw(0, "k", i)) for i in range(16)]
     here = [degradation.apply(*job).tobytes() for job in jobs]
@@ -88,10 +88,10 @@ def test_threads_and_other_processes_get_the_same_bits() -> None:
         "from components.degradations import build_degradation\n"
         "from components.images import to_float\n"
         "from components.synthetic import dead_leaves\n"
-        "d, found = build_degradation('realesrgan'), hashlib.sha256()\n"
+        "d, digest = build_degradation('realesrgan'), hashlib.sha256()\n"
         "for i in reversed(range(16)):\n"
-        "    found.update(d.apply(to_float(dead_leaves(90, 0, i))[:70].copy(), d.draw(0, 'k', i)).tobytes())\n"
-        "print(found.hexdigest())"
+        "    digest.update(d.apply(to_float(dead_leaves(90, 0, i))[:70].copy(), d.draw(0, 'k', i)).tobytes())\n"
+        "print(digest.hexdigest())"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert there == hashlib.sha256(b"".join(reversed(here))).hexdigest()
@@ -99,7 +99,7 @@ def test_threads_and_other_processes_get_the_same_bits() -> None:
 
 @pytest.mark.full
 def test_memory_is_flat_over_ten_thousand_pictures() -> None:
-    """Of sizes that change all the time, which is what makes a pool of buffers grow."""
+    """The sizes change with every picture, so that a pool of buffers could grow."""
     degradation, process = build_degradation("realesrgan"), psutil.Process()
     pictures = [picture(60 + 7 * i, 130 - 5 * i, i) for i in range(10)]
     levels = []
@@ -113,15 +113,15 @@ def test_memory_is_flat_over_ten_thousand_pictures() -> None:
 def test_results_do_not_share_memory() -> None:
     degradation, hq = build_degradation("realesrgan"), picture()
     first = degradation.apply(hq, degradation.draw(0, "k", 0))
-    kept = first.copy()
+    copy = first.copy()
     for position in range(1, 12):
         degradation.apply(hq, degradation.draw(0, "k", position))
-    assert np.array_equal(first, kept)
+    assert np.array_equal(first, copy)
     assert not np.shares_memory(build_degradation("none").apply(hq, make_plan([])), hq)
 
 
 @pytest.mark.parametrize("plan", [{"kind": "real_esrgan", "version": 1}, {"kind": "operations", "version": 3}, {}])
-def test_a_foreign_plan_is_refused(plan: dict[str, Any]) -> None:
+def test_a_plan_of_another_kind_or_version_is_refused(plan: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected a plan of kind 'operations'"):
         build_degradation("realesrgan").apply(picture(), plan)
 
@@ -156,35 +156,35 @@ NOISE = {"op": "noise", "kind": "gaussian", "level": 5.0, "gray": False, "seed":
         ({"op": "strokes", "value": 1, "strokes": [{"width": 0.1, "start": [0, 0], "steps": [[1]]}]}, "a stroke needs"),
     ],
 )
-def test_both_back_ends_refuse_what_no_operation_may_hold(op: dict[str, Any], words: str) -> None:
+def test_both_back_ends_refuse_bad_operations(op: dict[str, Any], words: str) -> None:
     for apply in (lambda plan: apply_plan(picture(), plan), lambda plan: apply_plans(torch.zeros(1, 3, 8, 8), [plan])):
         with pytest.raises(ValueError, match=words):
             apply(make_plan([op]))
 
 
 def test_pictures_and_results_have_a_largest_side() -> None:
-    with pytest.raises(SampleError) as caught:
+    with pytest.raises(SampleError) as error:
         apply_plan(np.zeros((1, 70_000, 3), np.uint8), make_plan([]))
-    assert caught.value.code == "too_large"
-    with pytest.raises(SampleError) as caught:
+    assert error.value.code == "too_large"
+    with pytest.raises(SampleError) as error:
         apply_plan(picture(), make_plan([{"op": "resize", "base": "hq", "scale": 2000, "mode": "area"}]))
-    assert caught.value.code == "too_large"
+    assert error.value.code == "too_large"
 
 
-def test_a_measured_kernel_can_be_given() -> None:
+def test_a_plan_may_hold_a_measured_kernel() -> None:
     weights = np.arange(9.0).reshape(3, 3) / 36
     plan = make_plan([{"op": "blur", "kernel": {"kind": "given", "weights": weights.tolist()}, "exact": True}])
-    made = apply_plan(picture(), plan)
-    assert np.abs(made - filters.filter2d(picture(), weights)).max() < 1e-6
+    expected = apply_plan(picture(), plan)
+    assert np.abs(expected - filters.filter2d(picture(), weights)).max() < 1e-6
     batch = torch.from_numpy(picture()).permute(2, 0, 1)[None]
-    assert np.abs(apply_plans(batch, [plan])[0].permute(1, 2, 0).numpy() - made).max() < 1e-5
+    assert np.abs(apply_plans(batch, [plan])[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("preset", MODELS)
 def test_seed_key_and_position_each_change_the_plan(preset: str) -> None:
     degradation = build_degradation(preset)
-    drawn = [degradation.draw(*at) for at in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))]
-    assert len({json.dumps(plan) for plan in drawn}) == 4
+    plans = [degradation.draw(*at) for at in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))]
+    assert len({json.dumps(plan) for plan in plans}) == 4
 
 
 @settings(max_examples=80, deadline=None)
@@ -209,7 +209,7 @@ def test_extreme_aspects_work(preset: str) -> None:
             assert np.isfinite(lq).all()
 
 
-def test_bytes_floats_and_gray_are_one_picture() -> None:
+def test_uint8_floats_and_gray_give_equal_results() -> None:
     pixels = images.to_uint8(picture(64, 48))
     gray = pixels[..., 1]
     degradation = build_degradation("realesrgan")
@@ -223,9 +223,9 @@ def test_bytes_floats_and_gray_are_one_picture() -> None:
         assert np.array_equal(as_colour, degradation.apply(gray[..., None], plan))
 
 
-def test_the_recipe_of_the_paper_is_what_is_drawn() -> None:
-    """Real-ESRGAN x4plus: shares within four standard errors, ranges filled and not left."""
-    drawn = plans("realesrgan", 4000)
+def test_real_esrgan_draws_the_distribution_of_the_paper() -> None:
+    """Real-ESRGAN x4plus: shares within four standard errors; the draws fill their ranges and stay inside."""
+    samples = plans("realesrgan", 4000)
 
     def share(values: list[bool], expected: float) -> None:
         assert abs(np.mean(values) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(values))
@@ -234,7 +234,7 @@ def test_the_recipe_of_the_paper_is_what_is_drawn() -> None:
         assert low <= min(values) < low + 0.06 * (high - low)
         assert high - 0.06 * (high - low) < max(values) <= high
 
-    blurs = [[op["kernel"] for op in ops(plan, "blur")] for plan in drawn]
+    blurs = [[op["kernel"] for op in ops(plan, "blur")] for plan in samples]
     first = [kernels_of_plan[0] for kernels_of_plan in blurs]
     bells = [kernel for kernel in first if kernel["kind"] != "sinc"]
     share([kernel["kind"] == "sinc" for kernel in first], 0.1)
@@ -253,38 +253,38 @@ def test_the_recipe_of_the_paper_is_what_is_drawn() -> None:
     fills([kernel["cutoff"] for kernel in sincs if kernel["size"] >= 13], math.pi / 5, math.pi)
     fills([kernel["cutoff"] for kernel in sincs if kernel["size"] < 13], math.pi / 3, math.pi)
 
-    before_second = [plan["ops"][5]["op"] == "blur" for plan in drawn]  # sharpen, blur, resize, noise, JPEG come first
+    before_second = [plan["ops"][5]["op"] == "blur" for plan in samples]  # after sharpen, blur, resize, noise, JPEG
     share(before_second, 0.8)
-    second = [kernels_of_plan[1] for kernels_of_plan, there in zip(blurs, before_second, strict=True) if there]
+    second = [kernels_of_plan[1] for kernels_of_plan, has in zip(blurs, before_second, strict=True) if has]
     fills([kernel["sigma_x"] for kernel in second if kernel["kind"] != "sinc"], 0.2, 1.5)
-    final = [len(kernels_of_plan) > 1 + there for kernels_of_plan, there in zip(blurs, before_second, strict=True)]
+    final = [len(kernels_of_plan) > 1 + has for kernels_of_plan, has in zip(blurs, before_second, strict=True)]
     share(final, 0.8)
-    fills([found[-1]["cutoff"] for found, there in zip(blurs, final, strict=True) if there], math.pi / 3, math.pi)
-    named = [[op["op"] for op in plan["ops"]] for plan in drawn]
-    share([names.index("jpeg", 5) < len(names) - 1 - names[::-1].index("resize", 2) for names in named], 0.5)
+    fills([row[-1]["cutoff"] for row, has in zip(blurs, final, strict=True) if has], math.pi / 3, math.pi)
+    op_names = [[op["op"] for op in plan["ops"]] for plan in samples]
+    share([names.index("jpeg", 5) < len(names) - 1 - names[::-1].index("resize", 2) for names in op_names], 0.5)
     for number, (up, keep), (low, high), levels, scales in (
         (0, (0.2, 0.1), (0.15, 1.5), (1, 30), (0.05, 3)),
         (1, (0.3, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5)),
     ):
-        sizes = [ops(plan, "resize")[number] for plan in drawn]
+        sizes = [ops(plan, "resize")[number] for plan in samples]
         factors = [op["scale"] for op in sizes]
         share([factor > 1 for factor in factors], up)
         share([factor == 1 for factor in factors], keep)
         fills(factors, low, high)
         share([op["mode"] == "pool" for op in sizes], 1 / 3)
-        noises = [ops(plan, "noise")[number] for plan in drawn]
+        noises = [ops(plan, "noise")[number] for plan in samples]
         share([each["kind"] == "gaussian" for each in noises], 0.5)
         share([each["gray"] for each in noises], 0.4)
         fills([each["level"] for each in noises if each["kind"] == "gaussian"], *levels)
         fills([each["level"] for each in noises if each["kind"] == "poisson"], *scales)
-        fills([ops(plan, "jpeg")[number]["quality"] for plan in drawn], 30, 95)
-    assert len({op["seed"] for plan in drawn for op in ops(plan, "noise")}) == 8000
+        fills([ops(plan, "jpeg")[number]["quality"] for plan in samples], 30, 95)
+    assert len({op["seed"] for plan in samples for op in ops(plan, "noise")}) == 8000
 
 
 def test_instantir_sharpens_and_leaves_one_in_a_hundred_clean() -> None:
-    drawn = plans("instantir", 3000)
-    assert 0.003 < np.mean([len(plan["ops"]) == 1 for plan in drawn]) < 0.018
-    clean = next(plan for plan in drawn if len(plan["ops"]) == 1)
+    samples = plans("instantir", 3000)
+    assert 0.003 < np.mean([len(plan["ops"]) == 1 for plan in samples]) < 0.018
+    clean = next(plan for plan in samples if len(plan["ops"]) == 1)
     degradation, hq = PRESETS["instantir"], picture()
     assert isinstance(degradation, RealESRGAN)
     assert np.array_equal(degradation.apply(hq, clean), degradation.target(hq))
@@ -301,7 +301,7 @@ def test_nano_is_milder_than_the_paper() -> None:
     assert scores["realesrgan-nano"] > scores["realesrgan"] + 1
 
 
-def test_noise_seeds_matter_and_noise_alone_changes_with_them() -> None:
+def test_another_noise_seed_gives_another_picture() -> None:
     degradation = build_degradation("realesrgan")
     plan = degradation.draw(0, "k", 0)
     other = make_plan([op | {"seed": op["seed"] + 1} if op["op"] == "noise" else op for op in plan["ops"]])
@@ -326,9 +326,9 @@ def test_noise_seeds_matter_and_noise_alone_changes_with_them() -> None:
 def test_bad_pictures_are_refused_by_code(hq: np.ndarray, code: str) -> None:
     for preset in PRESETS:
         degradation = build_degradation(preset)
-        with pytest.raises(SampleError) as caught:
+        with pytest.raises(SampleError) as error:
             degradation.apply(hq, degradation.draw(0, "k", 0))
-        assert caught.value.code == code
+        assert error.value.code == code
         with pytest.raises(SampleError):
             degradation.target(hq)
 
@@ -341,7 +341,7 @@ def test_one_colour_pictures_pass(value: float) -> None:
         assert np.isfinite(degradation.apply(hq, degradation.draw(0, "k", position))).all()
 
 
-def test_typos_die_with_the_near_name() -> None:
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match='Did you mean "realesrgan"'):
         build_degradation("realesrgna")
     with pytest.raises(ValueError, match='Did you mean "sharpen"'):
@@ -375,7 +375,7 @@ def test_typos_die_with_the_near_name() -> None:
         {"first": {"gray_prob": -0.1}},
     ],
 )
-def test_numbers_outside_their_range_are_refused(options: dict[str, Any]) -> None:
+def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must|needs"):
         build_degradation("realesrgan", **options)
 
@@ -397,7 +397,7 @@ def test_numbers_outside_their_range_are_refused(options: dict[str, Any]) -> Non
         ("realesrgan", {"jpeg_form": "plain"}),
     ],
 )
-def test_other_models_check_their_numbers_too(preset: str, options: dict[str, Any]) -> None:
+def test_other_models_refuse_numbers_out_of_range(preset: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must|unknown"):
         build_degradation(preset, **options)
 
@@ -415,37 +415,37 @@ def test_options_reach_the_plan() -> None:
 # The other models
 
 
-def test_the_face_recipe_is_what_is_drawn() -> None:
-    drawn = plans("instarevive-bfr", 2000)
-    qualities = {ops(plan, "jpeg")[0]["quality"] for plan in drawn}
+def test_the_face_recipe_draws_its_ranges() -> None:
+    samples = plans("instarevive-bfr", 2000)
+    qualities = {ops(plan, "jpeg")[0]["quality"] for plan in samples}
     assert qualities == set(range(60, 100))
-    kinds = [ops(plan, "blur")[0]["kernel"]["kind"] for plan in drawn]
+    kinds = [ops(plan, "blur")[0]["kernel"]["kind"] for plan in samples]
     assert 0.45 < np.mean([kind == "iso" for kind in kinds]) < 0.55
-    assert all(4 <= ops(plan, "resize")[0]["divide"] <= 8 for plan in drawn)
-    assert max(ops(plan, "noise")[0]["level"] for plan in drawn) <= 20
+    assert all(4 <= ops(plan, "resize")[0]["divide"] <= 8 for plan in samples)
+    assert max(ops(plan, "noise")[0]["level"] for plan in samples) <= 20
 
 
 def test_bsrgan_shuffles_and_always_ends_with_jpeg_and_enlarging() -> None:
-    drawn = plans("bsrgan", 1000)
-    assert len({tuple(op["op"] for op in plan["ops"]) for plan in drawn}) > 100
-    for plan in drawn:
+    samples = plans("bsrgan", 1000)
+    assert len({tuple(op["op"] for op in plan["ops"]) for plan in samples}) > 100
+    for plan in samples:
         assert [op["op"] for op in plan["ops"][-3:]] == ["jpeg", "resize", "clip"]
         assert len(ops(plan, "noise")) == 1
-    assert 0.2 < np.mean([plan["ops"][0].get("divide") == 2 for plan in drawn]) < 0.3
-    noises = [ops(plan, "noise")[0] for plan in drawn]
+    assert 0.2 < np.mean([plan["ops"][0].get("divide") == 2 for plan in samples]) < 0.3
+    noises = [ops(plan, "noise")[0] for plan in samples]
     assert 0.35 < np.mean([op["gray"] for op in noises]) < 0.45
     assert 0.16 < np.mean(["mix" in op for op in noises]) < 0.24
 
 
-def test_correlated_noise_has_the_drawn_covariance() -> None:
+def test_correlated_noise_has_the_covariance_of_its_plan() -> None:
     mix = np.array([[4.0, 1.0, 0.0], [0.0, 3.0, 2.0], [1.0, 0.0, 5.0]])
     op = {"kind": "gaussian", "level": 1.0, "gray": False, "seed": 3, "mix": mix.tolist()}
     field = noise.gaussian_field(256, 256, op).reshape(-1, 3) * 255
     assert np.abs(np.cov(field.T) / (mix @ mix.T).clip(1) - (mix @ mix.T) / (mix @ mix.T).clip(1)).max() < 0.05
 
 
-def test_the_test_degradations_of_supir_are_fixed() -> None:
-    """Two seeds differ in the noise alone, and x4 keeps a quarter of the detail: a smooth picture survives it."""
+def test_supir_benchmark_degradations_are_fixed() -> None:
+    """Two seeds differ only in the noise, and x4 keeps a smooth picture."""
     for preset in ("x4", "x8", "blur2-x4"):
         one, two = (build_degradation(preset).draw(seed, "k", 0) for seed in (0, 1))
         assert one == two
@@ -463,7 +463,7 @@ def test_the_test_degradations_of_supir_are_fixed() -> None:
     assert level.apply(flat, level.draw(0, "k", 0)).std() * 255 == pytest.approx(40, rel=0.03)
 
 
-def test_salt_and_pepper_hits_the_drawn_share() -> None:
+def test_salt_and_pepper_changes_the_share_in_its_plan() -> None:
     degradation, hq = build_degradation("salt-pepper"), np.full((200, 200, 3), 0.5, np.float32)
     for position in range(10):
         plan = degradation.draw(0, "k", position)
@@ -475,21 +475,21 @@ def test_salt_and_pepper_hits_the_drawn_share() -> None:
         assert (np.ptp(lq, axis=-1) == 0).all()
 
 
-def test_strokes_cover_what_their_mask_says() -> None:
+def test_strokes_cover_exactly_their_mask() -> None:
     degradation, shares = build_degradation("strokes"), []
     for position in range(40):
         hq, plan = picture(96, 128, position) * 0.9, degradation.draw(0, "k", position)
-        covered = masks.mask_of(plan, 96, 128)
-        assert covered is not None
+        mask = masks.mask_of(plan, 96, 128)
+        assert mask is not None
         lq = degradation.apply(hq, plan)
-        assert (lq[covered] == 1).all()
-        assert np.array_equal(lq[~covered], hq[~covered])
-        shares.append(covered.mean())
+        assert (lq[mask] == 1).all()
+        assert np.array_equal(lq[~mask], hq[~mask])
+        shares.append(mask.mean())
     assert 0.1 < np.mean(shares) < 0.6
     assert masks.mask_of(build_degradation("x4").draw(0, "k", 0), 96, 128) is None
 
 
-def test_a_plan_tells_how_strong_it_is() -> None:
+def test_strength_and_descriptors_of_plans() -> None:
     steps = build_degradation("blur2-x4-noise20-jpeg50").draw(0, "k", 0)
     assert strength(steps) == {"blur_px": 2.0, "smallest": 0.25, "noise": 20.0, "quality": 50, "lost": 0.0}
     assert descriptors(steps) == ["low quality", "blurry", "low resolution", "noisy", "compressed", "jpeg artifacts"]

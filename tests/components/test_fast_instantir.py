@@ -1,4 +1,4 @@
-"""The fast path against the plain one at a tiny size, and that it does what makes it fast."""
+"""The fast path equals the plain one at a tiny size, and it saves the calls and copies that it should."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ EVERY_SPEED = {
 
 
 def build(lora: dict[str, Any] | None = None, **unet: Any) -> InstantIR:
-    """A whole network, layers that start at zero given values."""
+    """A network with all parts, where layers that start at zero have other values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         prior: Prior = build_prior({**TINY, "unet": {**UNET, **unet}}, build_tokenizer_json(["red", "sky"], 6))
@@ -95,7 +95,7 @@ def tensor(*shape: int, name: str = "x") -> Tensor:
     return torch.from_numpy(generator(1, name).standard_normal(shape, dtype=np.float32))
 
 
-def conditions(rows: int, name: str = "") -> Conditions:
+def make_conditions(rows: int, name: str = "") -> Conditions:
     return Conditions(
         text=tensor(rows, 6, 16, name=f"text{name}"),
         pooled=tensor(rows, 8, name=f"pooled{name}"),
@@ -104,18 +104,18 @@ def conditions(rows: int, name: str = "") -> Conditions:
     )
 
 
-def call_all(networks: LoopNetworks, given: Conditions, steps: int = 1) -> list[Tensor]:
-    """What a step computes, for two rows at different times."""
-    found: list[Tensor] = []
+def call_all(networks: LoopNetworks, conditions: Conditions, steps: int = 1) -> list[Tensor]:
+    """All results of a step, for two rows at different time steps."""
+    results: list[Tensor] = []
     for step in range(steps):
         latents, lq = tensor(2, 4, 4, 6, name=f"z{step}"), tensor(2, 4, 4, 6, name="lq")
         timesteps = torch.tensor([3 + step, 900])
-        preview = networks.preview(latents, timesteps, given)
-        residuals = networks.residuals(lq, timesteps, preview, given)
-        found += [preview, *residuals.down, residuals.mid]
-        found += [networks.denoise_eps(latents, timesteps, given, residuals)]
-        found += [networks.denoise_eps(latents, timesteps, given)]
-    return found
+        preview = networks.preview(latents, timesteps, conditions)
+        residuals = networks.residuals(lq, timesteps, preview, conditions)
+        results += [preview, *residuals.down, residuals.mid]
+        results += [networks.denoise_eps(latents, timesteps, conditions, residuals)]
+        results += [networks.denoise_eps(latents, timesteps, conditions)]
+    return results
 
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor], atol: float = 2e-5) -> None:
@@ -125,78 +125,80 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor], atol: float = 2e-5) -
 
 
 @pytest.mark.parametrize("speed", EVERY_SPEED)
-def test_the_fast_path_is_the_plain_one(network: InstantIR, speed: str) -> None:
-    """Over steps and when conditions change and come back: nothing that is kept may be taken for another's."""
-    one, other = conditions(2), conditions(2, "other")
+def test_the_fast_path_equals_the_plain_one(network: InstantIR, speed: str) -> None:
+    """Over several steps, and when conditions change and return: the cache must not mix conditions up."""
+    one, other = make_conditions(2), make_conditions(2, "other")
     with torch.no_grad():
-        plain = [call_all(network, given, 2) for given in (one, other, one)]
+        plain = [call_all(network, conditions, 2) for conditions in (one, other, one)]
         run = FastInstantIR(network, EVERY_SPEED[speed]).run()
-        for given, expected in zip((one, other, one), plain, strict=True):
-            assert_equal(call_all(run, given, 2), expected)
-    assert not torch.allclose(plain[0][0], plain[1][0]), "conditions without effect prove nothing"
+        for conditions, expected in zip((one, other, one), plain, strict=True):
+            assert_equal(call_all(run, conditions, 2), expected)
+    assert not torch.allclose(plain[0][0], plain[1][0]), "the conditions must have an effect"
 
 
-def test_recorded_calls_are_the_plain_ones(network: InstantIR, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With functions of tensors in fixed places for CUDA graphs: nothing may reach a call but what it is handed."""
-    made: list[Any] = []
+def test_recorded_calls_equal_the_plain_ones(network: InstantIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in CUDA graphs, calls read tensors at fixed addresses: a call must depend only on its arguments."""
+    recordings: list[Any] = []
 
     class InPlace:
-        def __init__(self, function: Any, changing: Any, standing: Any) -> None:
-            made.append(function)
-            self.function, self.given = function, standing
-            self.changing, self.standing = [t.clone() for t in changing], [t.clone() for t in standing]
+        def __init__(self, function: Any, changing: Any, constant: Any) -> None:
+            recordings.append(function)
+            self.function, self.source = function, constant
+            self.changing, self.constant = [t.clone() for t in changing], [t.clone() for t in constant]
 
-        def fits(self, standing: Any) -> bool:
-            return len(standing) == len(self.standing)
+        def fits(self, constant: Any) -> bool:
+            return len(constant) == len(self.constant)
 
-        def __call__(self, changing: Any, standing: Any) -> Any:
+        def __call__(self, changing: Any, constant: Any) -> Any:
             torch._foreach_copy_(self.changing, list(changing))
-            if standing is not self.given:
-                torch._foreach_copy_(self.standing, list(standing))
-                self.given = standing
-            return [t.clone() for t in self.function(self.changing, self.standing)]
+            if constant is not self.source:
+                torch._foreach_copy_(self.constant, list(constant))
+                self.source = constant
+            return [t.clone() for t in self.function(self.changing, self.constant)]
 
     monkeypatch.setattr(cuda_graphs, "_Recording", InPlace)
     monkeypatch.setattr(fast_module, "can_record", lambda device: not torch.is_grad_enabled())
-    one, other = conditions(2), conditions(2, "other")
+    one, other = make_conditions(2), make_conditions(2, "other")
     with torch.no_grad():
         fast = FastInstantIR(network, Speed(merge_previewer="on", graphs="on"))
-        for given in (one, other, one):
-            run = fast.run()  # another picture: the recordings are the bundle's
-            assert_equal(call_all(run, given, steps=2), call_all(network, given, steps=2))
-        assert len(made) == 4  # preview, aggregator, and the base with and without residuals
+        for conditions in (one, other, one):
+            run = fast.run()  # a run of another picture: the bundle holds the recordings
+            assert_equal(call_all(run, conditions, steps=2), call_all(network, conditions, steps=2))
+        assert len(recordings) == 4  # preview, aggregator, and the base with and without residuals
 
 
-def test_projections_by_convolution_and_odd_sides_pass() -> None:
-    network, given = build(use_linear_projection=False), conditions(1)
+def test_projections_by_convolution_and_odd_sides_work() -> None:
+    network, conditions = build(use_linear_projection=False), make_conditions(1)
     latents, timesteps = tensor(1, 4, 5, 7), torch.tensor([500])
     with torch.no_grad():
         run = FastInstantIR(network).run()
-        assert_equal([run.denoise_eps(latents, timesteps, given)], [network.denoise_eps(latents, timesteps, given)])
+        assert_equal(
+            [run.denoise_eps(latents, timesteps, conditions)], [network.denoise_eps(latents, timesteps, conditions)]
+        )
 
 
 def test_a_lora_on_text_keys_and_embeddings_is_not_shared() -> None:
-    """Other targets than ours are legal; what the LoRA then changes must be computed for it alone."""
+    """Other LoRA targets are valid; the Previewer must then compute the layers with the LoRA separately."""
     lora = {"rank": 2, "alpha": 8, "targets": ["attn2.to_k", "attn2.to_v", "time_embedding.linear_1", "conv1"]}
-    network, given = build(lora), conditions(2)
+    network, conditions = build(lora), make_conditions(2)
     for merge in ("on", "off"):
         with torch.no_grad():
             run = FastInstantIR(network, Speed(merge_previewer=merge)).run()  # type: ignore[arg-type]
-            assert_equal(call_all(run, given), call_all(network, given))
+            assert_equal(call_all(run, conditions), call_all(network, conditions))
 
 
-def test_nothing_is_copied_but_what_the_lora_changes(network: InstantIR) -> None:
+def test_only_layers_with_the_lora_are_copied(network: InstantIR) -> None:
     fast = FastInstantIR(network, Speed(merge_previewer="on", join=False))
     own = {id(p) for p in network.unet.parameters()}
     assert {id(p) for p in fast.base.network.parameters()} <= own
     assert fast.previewer is not None
-    copied = [p for p in fast.previewer.network.parameters() if id(p) not in own]
-    assert len(copied) == len(lora_layers(network.unet))
-    assert sum(p.numel() * p.element_size() for p in copied) == merged_bytes(network.unet)
+    copies = [p for p in fast.previewer.network.parameters() if id(p) not in own]
+    assert len(copies) == len(lora_layers(network.unet))
+    assert sum(p.numel() * p.element_size() for p in copies) == merged_bytes(network.unet)
 
 
 @pytest.mark.parametrize(("spare", "merged"), [(0, False), (10**12, True)])
-def test_merging_waits_for_memory(
+def test_merging_depends_on_free_memory(
     network: InstantIR, monkeypatch: pytest.MonkeyPatch, spare: int, merged: bool
 ) -> None:
     monkeypatch.setattr(fast_module, "memory_to_spare", lambda device: spare)
@@ -206,37 +208,37 @@ def test_merging_waits_for_memory(
 
 
 class Calls:
-    """Counts forward calls of modules."""
+    """Count the forward calls of modules."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.count = 0
-        self.handles = [m.register_forward_hook(self._called) for m in modules]
+        self.handles = [m.register_forward_hook(self._count_call) for m in modules]
 
-    def _called(self, *_: Any) -> None:
+    def _count_call(self, *_: Any) -> None:
         self.count += 1
 
 
-def test_what_a_run_settles_is_computed_once(network: InstantIR) -> None:
-    """Three steps: text keys once for both UNets, the Resampler once for each; the plain path pays in every call."""
+def test_values_of_the_conditions_are_computed_once_in_a_run(network: InstantIR) -> None:
+    """In three steps the text keys are computed once for both UNets, the Resampler's queries once for each UNet."""
     fast = FastInstantIR(network, Speed(merge_previewer="on"))
     assert fast.previewer is not None
     texts, resamplers = [], []
     for unet in (fast.base.network, fast.previewer.network):
         texts += [block.attn2.to_k for block in transformers_of(unet)]
         resamplers.append(unet.encoder_hid_proj.image_projection_layers[0])
-    layers, text, seen = len(texts) // 2, Calls(texts), Calls(resamplers)
+    layers, text, tokens = len(texts) // 2, Calls(texts), Calls(resamplers)
     times = Calls([unet.time_embedding for unet in (fast.base.network, fast.previewer.network)])
-    run, given = fast.run(), conditions(2)
+    run, conditions = fast.run(), make_conditions(2)
     with torch.no_grad():
-        call_all(run, given, 3)
-        assert (text.count, seen.count) == (layers, 2)
-        assert times.count == 3, "Previewer and UNet of a step share the embedding"
-        call_all(fast.run(), given, 1)
-    assert (text.count, seen.count) == (2 * layers, 4), "another run starts anew"
+        call_all(run, conditions, 3)
+        assert (text.count, tokens.count) == (layers, 2)
+        assert times.count == 3, "Previewer and UNet must share the embedding in a step"
+        call_all(fast.run(), conditions, 1)
+    assert (text.count, tokens.count) == (2 * layers, 4), "another run must start with empty caches"
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where the host asks a tensor for its value, which on a GPU stops the queue."""
+    """Fail if the host reads a tensor's value, which on a GPU waits for the queue."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket._qualified_op_name not in ("aten::_local_scalar_dense", "aten::equal"), func
@@ -247,11 +249,13 @@ def test_a_step_never_waits_for_the_device(network: InstantIR) -> None:
     sigmas = Schedule().sampling_sigmas(Schedule().timesteps(4))
     run, lq = FastInstantIR(network).run(), tensor(1, 4, 4, 4)
     settings = LoopSettings(aggregator_scale=0.7, preview_start=0.3, aggregator_stop=0.8)
-    denoise = InstantIRDenoiser(run, lq, conditions(1), conditions(1, "no"), 4, settings)
+    denoise = InstantIRDenoiser(run, lq, make_conditions(1), make_conditions(1, "no"), 4, settings)
     with torch.no_grad(), NoWaiting():
         for sigma in sigmas[:-1]:
             denoise(lq, sigma.expand(1))
-    adaptive = InstantIRDenoiser(run, lq, conditions(1), conditions(1, "no"), 4, replace(settings, adaptive="released"))
+    adaptive = InstantIRDenoiser(
+        run, lq, make_conditions(1), make_conditions(1, "no"), 4, replace(settings, adaptive="released")
+    )
     with torch.no_grad(), pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         adaptive(lq, sigmas[:1])
 
@@ -260,9 +264,9 @@ def test_a_step_never_waits_for_the_device(network: InstantIR) -> None:
 
 
 @pytest.mark.parametrize(("previews", "features", "start"), [(1, 1, 0.0), (2, 1, 0.0), (3, 2, 0.0), (2, 2, 0.4)])
-def test_reuse_leaves_calls_out(network: InstantIR, previews: int, features: int, start: float) -> None:
-    """Over six steps: features every `features` steps, with a preview of their own or one that is young enough."""
-    run, counted = FastInstantIR(network).run(), {"preview": 0, "residuals": 0}
+def test_reuse_skips_calls(network: InstantIR, previews: int, features: int, start: float) -> None:
+    """Six steps: the Aggregator runs every `features` steps, the Previewer at most every `previews` steps."""
+    run, calls = FastInstantIR(network).run(), {"preview": 0, "residuals": 0}
 
     class Counting:
         prior = network.prior
@@ -270,29 +274,29 @@ def test_reuse_leaves_calls_out(network: InstantIR, previews: int, features: int
         unconditional = staticmethod(run.unconditional)
 
         def preview(self, *arguments: Any) -> Tensor:
-            counted["preview"] += 1
+            calls["preview"] += 1
             return run.preview(*arguments)
 
         def residuals(self, *arguments: Any) -> Any:
-            counted["residuals"] += 1
+            calls["residuals"] += 1
             return run.residuals(*arguments)
 
     def restore(networks: Any, **settings: Any) -> Tensor:
         lq, sigmas = tensor(1, 4, 4, 4), Schedule().sampling_sigmas(Schedule().timesteps(6))
         loop = LoopSettings(cfg_scale=2.0, preview_start=start, **settings)
-        denoise = InstantIRDenoiser(networks, lq, conditions(1), conditions(1, "no"), 6, loop)
+        denoise = InstantIRDenoiser(networks, lq, make_conditions(1), make_conditions(1, "no"), 6, loop)
         return sample_ddim(denoise, lq + sigmas[0] * tensor(1, 4, 4, 4, name="noise"), sigmas)
 
     with torch.no_grad():
-        reused = restore(Counting(), preview_every=previews, aggregator_every=features)
+        result = restore(Counting(), preview_every=previews, aggregator_every=features)
         exact = restore(network)
-    made: list[int] = []
+    previews_at: list[int] = []
     for step in range(0, 6, features):
-        if step >= start * 6 and (not made or step >= made[-1] + previews):
-            made.append(step)
-    assert counted == {"preview": len(made), "residuals": -(-6 // features)}
+        if step >= start * 6 and (not previews_at or step >= previews_at[-1] + previews):
+            previews_at.append(step)
+    assert calls == {"preview": len(previews_at), "residuals": -(-6 // features)}
     same = previews == features == 1
-    assert torch.allclose(reused, exact, atol=1e-4) is same
+    assert torch.allclose(result, exact, atol=1e-4) is same
 
 
 def test_reuse_is_an_option_and_off_by_default() -> None:
@@ -304,7 +308,7 @@ def test_reuse_is_an_option_and_off_by_default() -> None:
             check_options({name: 0})
 
 
-# ----------------------------------------------------------------------------------------------------------- everything
+# ----------------------------------------------------------------------------------------------------------- whole runs
 
 
 def request() -> Request:
@@ -312,23 +316,23 @@ def request() -> Request:
     return Request(key="a", image=image, options={"steps": 3, "cfg_scale": 3.0})
 
 
-def test_restorers_agree_whatever_the_speed(network: InstantIR) -> None:
+def test_restorers_agree_for_every_speed(network: InstantIR) -> None:
     pictures = [
         InstantIRRestorer(network, speed=speed).restore([request()])[0].image.astype(int)
         for speed in EVERY_SPEED.values()
     ]
     for picture in pictures[1:]:
-        assert np.abs(picture - pictures[0]).max() <= 1  # rounding to 8 bit may tip over
+        assert np.abs(picture - pictures[0]).max() <= 1  # rounding to 8 bit may differ by one level
 
 
 def test_bf16_networks_take_float32_latents(network: InstantIR) -> None:
-    """The loop's state stays float32; what comes back differs from float32 by bf16's eight bits."""
-    given = conditions(2)
+    """The loop's state stays float32; results differ from the float32 networks' by bf16's eight bits."""
+    conditions = make_conditions(2)
     with torch.no_grad():
-        exact = call_all(network, given)
+        exact = call_all(network, conditions)
         network.to("cpu", torch.bfloat16)
         assert next(network.prior.autoencoder.parameters()).dtype == torch.float32
-        rough = call_all(FastInstantIR(network, Speed(merge_previewer="on")).run(), given)
+        rough = call_all(FastInstantIR(network, Speed(merge_previewer="on")).run(), conditions)
     assert rough[0].dtype == rough[-1].dtype == torch.float32
     for one, other in zip(rough, exact, strict=True):
         assert float((one.float() - other).abs().max()) < 0.1 * float(other.abs().max())
@@ -336,8 +340,8 @@ def test_bf16_networks_take_float32_latents(network: InstantIR) -> None:
 
 
 @pytest.mark.parametrize("speed", [Speed(merge_previewer="on"), Speed(merge_previewer="off", checkpoint=True)])
-def test_the_aggregator_trains_alike(speed: Speed) -> None:
-    """Loss and every gradient of the fast objective equal the plain one's; also after a step of the optimiser."""
+def test_the_aggregator_trains_equally_on_the_fast_path(speed: Speed) -> None:
+    """Loss and all gradients of the fast and the plain objective are equal, also after an optimizer step."""
     batch = Batch(
         keys=["a", "b"],
         positions=np.arange(2),
@@ -352,15 +356,15 @@ def test_the_aggregator_trains_alike(speed: Speed) -> None:
         objective = AggregatorObjective(network, speed=speed)
         assert network.aggregator is not None
         parameters = list(network.aggregator.parameters())
-        found: list[Tensor] = []
+        results: list[Tensor] = []
         for _ in range(2):
             ((_, loss),) = objective.phases(batch, Noise(0, batch.positions))
             gradients = torch.autograd.grad(loss.value, parameters)
-            found += [loss.value.detach(), *gradients]
+            results += [loss.value.detach(), *gradients]
             with torch.no_grad():
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter -= 0.1 * gradient
-        return found
+        return results
 
     ours, theirs = train(speed), train(None)
     assert_equal(ours, theirs)
@@ -369,34 +373,34 @@ def test_the_aggregator_trains_alike(speed: Speed) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["blocks", "whole"])
-def test_the_networks_are_captured_without_a_break(
+def test_torch_compile_captures_the_networks_without_a_graph_break(
     network: InstantIR, monkeypatch: pytest.MonkeyPatch, form: Any
 ) -> None:
-    """torch.compile with fullgraph set, its code generator left out: a graph break would raise."""
-    monkeypatch.setattr(torch, "compile", _captured(torch.compile))
-    given = conditions(2)
+    """torch.compile with fullgraph and without code generation: a graph break would raise."""
+    monkeypatch.setattr(torch, "compile", _capture_only(torch.compile))
+    conditions = make_conditions(2)
     with torch.no_grad():
         run = FastInstantIR(network, Speed(merge_previewer="on", compile=form)).run()
-        assert_equal(call_all(run, given), call_all(network, given))
+        assert_equal(call_all(run, conditions), call_all(network, conditions))
 
 
-def _captured(real: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile with the backend that only captures."""
+def _capture_only(real: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile with the backend "eager", which only captures."""
 
-    def captured(function: Any, *, fullgraph: bool, dynamic: bool, mode: Any) -> Any:
+    def compile_eagerly(function: Any, *, fullgraph: bool, dynamic: bool, mode: Any) -> Any:
         return real(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
 
-    return captured
+    return compile_eagerly
 
 
 @pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize("form", ["blocks", "whole"])
 def test_compiled_networks_agree(network: InstantIR, form: Any) -> None:
-    given = conditions(2)
+    conditions = make_conditions(2)
     with torch.no_grad():
         run = FastInstantIR(network, Speed(merge_previewer="on", compile=form)).run()
-        assert_equal(call_all(run, given), call_all(network, given))
+        assert_equal(call_all(run, conditions), call_all(network, conditions))
 
 
 def test_wrong_settings_are_refused() -> None:

@@ -1,7 +1,7 @@
-"""Degradation against numbers recorded from BasicSR and InstaRevive: every degradation_*.json that is there.
+"""Degradations against recordings of BasicSR and InstaRevive: every degradation_*.json in the golden folder.
 
-Each file's own config says what was called; the tolerance is the one written in it. A file without a check here fails,
-and so does a tensor or a table that no check has looked at. Where both back ends have an operation, both are checked.
+Each file holds the call and the tolerance. A file without a check fails, and so does a tensor or a table that no check
+reads. If both back ends have an operation, both are checked.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ ABOUT = {
     *("float32_vs_float64", "opencv_variant_max_abs", "comparison", "diffjpeg_vs_libjpeg"),
     *("quality_vector_after_call", "quality_100_99p5_95_gives_nan", "grey_field_shared_inside_a_batch_max_abs"),
 }
-"""Entries of the json files that tell how they were made or how others compared: no cases."""
+"""Entries of the json files that describe their origin or other comparisons; they hold no cases."""
 
 
 class Facts(dict[str, Any]):
-    """A json file; remembers which entries were read."""
+    """The content of a json file; `used` collects the keys that were read."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         super().__init__(content)
-        self.read: set[str] = set()
+        self.used: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
+        self.used.add(key)
         return super().__getitem__(key)
 
 
 class Golden:
-    """One recorded file; remembers what was read."""
+    """One recording; `used` collects the tensors that were read."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.facts = Facts(json.loads((folder / f"{name}.json").read_text()))
@@ -61,25 +61,25 @@ class Golden:
             key: value.astype(np.float32) if value.dtype == np.float16 else value
             for key, value in load_file(folder / f"{name}.safetensors").items()
         }
-        self.read: set[str] = set()
+        self.used: set[str] = set()
 
     def __getitem__(self, key: str) -> np.ndarray:
-        self.read.add(key)
+        self.used.add(key)
         return self.tensors[key]
 
     def outputs(self, pattern: str) -> Iterator[tuple[re.Match[str], np.ndarray]]:
-        """Outputs whose name matches wholly."""
+        """(match, tensor) of the outputs whose full name matches."""
         for key in sorted(self.tensors):
-            found = re.fullmatch(f"output/(?:{pattern})", key)
-            if found:
-                yield found, self[key]
+            match = re.fullmatch(f"output/(?:{pattern})", key)
+            if match:
+                yield match, self[key]
 
     @property
     def tolerance(self) -> dict[str, Any]:
         return dict(self.facts["tolerance"])
 
-    def unread(self) -> list[str]:
-        return sorted((set(self.tensors) - self.read) | (set(self.facts) - self.facts.read - ABOUT))
+    def unused(self) -> list[str]:
+        return sorted((set(self.tensors) - self.used) | (set(self.facts) - self.facts.used - ABOUT))
 
 
 def hwc(image: np.ndarray) -> np.ndarray:
@@ -99,10 +99,10 @@ def off(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def on_torch(run: Callable[..., torch.Tensor], image: np.ndarray, *more: Any, **options: Any) -> np.ndarray:
-    """A batched operation on one picture [H, W, 3]."""
+    """Runs a batched operation on one picture [H, W, 3]."""
     batch = torch.from_numpy(chw(image).copy())[None]
-    made = run(batch, [image.shape[:2]], *more, **options)
-    return hwc(made.numpy())
+    result = run(batch, [image.shape[:2]], *more, **options)
+    return hwc(result.numpy())
 
 
 def check_kernels(golden: Golden) -> None:
@@ -111,46 +111,46 @@ def check_kernels(golden: Golden) -> None:
     for name, numbers in golden.facts["params"].items():
         kind = name.rsplit("_", 1)[0]
         specs[name] = {"kind": kind, **numbers}
-        given = golden[f"input/{name}"]
-        assert given[0] == numbers["size"]
-    for found, expected in golden.outputs(r"(?!sharpen_1d)(?P<name>\w+?_\d+)(_padded\d+)?"):
-        assert found["name"] in specs, f"no parameters for {found[0]}"
-        spec = specs[found["name"]]
+        recorded = golden[f"input/{name}"]
+        assert recorded[0] == numbers["size"]
+    for match, expected in golden.outputs(r"(?!sharpen_1d)(?P<name>\w+?_\d+)(_padded\d+)?"):
+        assert match["name"] in specs, f"no parameters for {match[0]}"
+        spec = specs[match["name"]]
         kernel = kernels.build(spec)
-        assert off(kernels.pad(kernel, expected.shape[0]), expected) <= tolerance, found[0]
-        batched = batched_ops.build_kernels([spec], torch.zeros(1))[0].numpy()
-        assert off(kernels.pad(batched, expected.shape[0]), expected) <= tolerance, found[0]
+        assert off(kernels.pad(kernel, expected.shape[0]), expected) <= tolerance, match[0]
+        torch_kernel = batched_ops.build_kernels([spec], torch.zeros(1))[0].numpy()
+        assert off(kernels.pad(torch_kernel, expected.shape[0]), expected) <= tolerance, match[0]
     pulse = golden["output/pulse"]
     pulse_spec = {"kind": "iso", "size": pulse.shape[0], "sigma_x": 1e-3, "sigma_y": 1e-3, "theta": 0.0}
     assert off(kernels.build(pulse_spec), pulse) <= tolerance
     facts = golden.facts["sharpen_1d"]
     line = golden[f"output/sharpen_1d_{facts['size']}"].ravel()
     assert (facts["size"], facts["sigma"]) == (filters.USM_SIZE_PX, filters.USM_SIGMA)
-    assert off(kernels.line(facts["size"], facts["sigma"]), line) <= 1e-7  # a line is kept in float32
+    assert off(kernels.line(facts["size"], facts["sigma"]), line) <= 1e-7  # lines are float32
 
 
 def check_filter2d(golden: Golden) -> None:
     tolerance = golden.tolerance["tol"]
     pictures, weights = golden["input/image"], golden["input/kernels"]
     cases = []
-    for found, expected in golden.outputs(r"per_sample(_float64)?|one_kernel_(?P<one>\d+)_for_all"):
-        cases += [(i, int(found["one"] or i), expected[i]) for i in range(len(pictures))]
-    for found, expected in golden.outputs(r"opencv_(?P<size>\d+)_image(?P<image>\d+)_hwc"):
-        kernel = golden[f"input/kernel{found['size']}"]
-        assert off(filters.filter2d(hwc(pictures[int(found["image"])]), kernel), expected) <= tolerance
+    for match, expected in golden.outputs(r"per_sample(_float64)?|one_kernel_(?P<one>\d+)_for_all"):
+        cases += [(i, int(match["one"] or i), expected[i]) for i in range(len(pictures))]
+    for match, expected in golden.outputs(r"opencv_(?P<size>\d+)_image(?P<image>\d+)_hwc"):
+        kernel = golden[f"input/kernel{match['size']}"]
+        assert off(filters.filter2d(hwc(pictures[int(match["image"])]), kernel), expected) <= tolerance
     for image, kernel, expected in cases:
         assert off(filters.filter2d(hwc(pictures[image]), weights[kernel]), hwc(expected)) <= tolerance, (image, kernel)
-        made = on_torch(batched_ops.correlate, hwc(pictures[image]), torch.from_numpy(weights[kernel])[None])
-        assert off(made, hwc(expected)) <= tolerance, (image, kernel)
+        result = on_torch(batched_ops.correlate, hwc(pictures[image]), torch.from_numpy(weights[kernel])[None])
+        assert off(result, hwc(expected)) <= tolerance, (image, kernel)
 
 
 def alike(
     image: np.ndarray, expected: np.ndarray, weight: float, threshold: float, tolerance: float, mean: float
 ) -> bool:
-    """Whether the CPU's sharpening is the expected one, where residuals that tie with the threshold may flip.
+    """Whether the CPU's sharpening is the expected one, except near residuals that tie with the threshold.
 
-    A tie is a residual so near the threshold that float32's rounding of a sum of 2601 terms decides. Its pixel of the
-    mask moves the blurred mask by at most the middle of the bell, within half the bell's side.
+    A tie is a residual so near the threshold that float32's rounding of a sum of 2601 terms decides. Its mask pixel
+    changes the blurred mask by at most the middle of the bell, within half the bell's side.
     """
     line = kernels.line(filters.USM_SIZE_PX, filters.USM_SIGMA).astype(float)
     residual = image.astype(float) - filters.filter2d(image, np.outer(line, line))
@@ -158,17 +158,17 @@ def alike(
     reach = cv2.dilate(ties, np.ones((filters.USM_SIZE_PX, filters.USM_SIZE_PX), np.uint8))
     flips = cv2.filter2D(ties.astype(float), cv2.CV_64F, np.ones((51, 51))) * line.max() ** 2
     flipped = np.where(reach > 0, flips * weight * np.abs(residual), 0)
-    found = np.abs(filters.sharpen(image, weight, threshold).astype(float) - expected)
-    rest = (found - flipped).clip(0)
+    error = np.abs(filters.sharpen(image, weight, threshold).astype(float) - expected)
+    rest = (error - flipped).clip(0)
     return bool(rest.max() <= tolerance and rest.mean() <= mean and reach.mean() < 0.9)
 
 
 def check_usm(golden: Golden) -> None:
-    """The torch back end's dense convolution to the tolerance; the CPU's two passes too, but for ties (see alike)."""
+    """The torch back end's dense convolution within the tolerance; the CPU's two passes too, except ties (alike)."""
     largest, mean = golden.tolerance["tol"], golden.tolerance["mean_tol"]
     pictures = golden["input/image"]
-    for found, expected in golden.outputs(r"sharpened(_w(?P<weight>[\d.]+)_t(?P<threshold>[\d.]+))?"):
-        weight, threshold = float(found["weight"] or 0.5), float(found["threshold"] or 10)
+    for match, expected in golden.outputs(r"sharpened(_w(?P<weight>[\d.]+)_t(?P<threshold>[\d.]+))?"):
+        weight, threshold = float(match["weight"] or 0.5), float(match["threshold"] or 10)
         for picture, sharp in zip(pictures, expected, strict=True):
             numbers = {"weight": weight, "threshold": threshold}
             dense = on_torch(batched_ops.sharpen, hwc(picture), [{"exact": True}], **numbers)
@@ -186,33 +186,33 @@ def check_resize(golden: Golden) -> None:
     tolerance = golden.tolerance["tol"]
     pictures = golden["input/image"]
     names = {"area": "pool"}
-    for found, expected in golden.outputs(r"(?P<mode>[a-z]+)_(factor_(?P<factor>[\d.]+)|size_\d+x\d+)"):
-        mode = names.get(found["mode"], found["mode"])
+    for match, expected in golden.outputs(r"(?P<mode>[a-z]+)_(factor_(?P<factor>[\d.]+)|size_\d+x\d+)"):
+        mode = names.get(match["mode"], match["mode"])
         height, width = expected.shape[-2:]
-        for picture, resized in zip(pictures, expected, strict=True):
+        for picture, expected_picture in zip(pictures, expected, strict=True):
             image = hwc(picture)
             op: dict[str, Any] = {"mode": mode}
-            if found["factor"]:
-                step = 1 / float(found["factor"])
+            if match["factor"]:
+                step = 1 / float(match["factor"])
                 assert (height, width) == tuple(int(side / step + 1e-9) for side in image.shape[:2])
-                op |= {"sampling": "factor", "scale": float(found["factor"])}
+                op |= {"sampling": "factor", "scale": float(match["factor"])}
                 steps = (step, step) if mode != "pool" else (image.shape[0] / height, image.shape[1] / width)
-                made = resample(image, height, width, mode, *steps)
+                result = resample(image, height, width, mode, *steps)
             else:
-                made = resize(image, height, width, mode)
-            assert off(made, hwc(resized)) <= tolerance, found[0]
-            batched = on_torch(batched_ops.resize, image, [(height, width)], [op])
-            assert off(batched, hwc(resized)) <= tolerance, found[0]
+                result = resize(image, height, width, mode)
+            assert off(result, hwc(expected_picture)) <= tolerance, match[0]
+            torch_result = on_torch(batched_ops.resize, image, [(height, width)], [op])
+            assert off(torch_result, hwc(expected_picture)) <= tolerance, match[0]
 
 
 def check_noise(golden: Golden) -> None:
-    """The fields' statistics, by the file's rule; both back ends make equal fields (test_batched_degradations.py)."""
-    rule = golden.tolerance["rule"]  # in words: the limits below are its numbers
+    """The fields' statistics, by the file's rule; the back ends give equal fields (test_batched_degradations)."""
+    rule = golden.tolerance["rule"]  # a sentence with the limits below
     assert all(words in rule for words in ("within 1 % of sigma", "0.01 colour", "<= 0.03", "within 3 %"))
     for number, row in enumerate(golden.facts["gaussian_table"]):
         op = {"kind": "gaussian", "level": row["sigma"], "gray": bool(row["gray"])}
-        drawn = [noise.gaussian_field(256, 256, op | {"seed": 100 * number + k}) * np.ones(3) for k in range(16)]
-        field = np.stack(drawn).reshape(-1, 3) * 255
+        fields = [noise.gaussian_field(256, 256, op | {"seed": 100 * number + k}) * np.ones(3) for k in range(16)]
+        field = np.stack(fields).reshape(-1, 3) * 255
         assert np.abs(field.std(0) / row["expected_sd"] - 1).max() <= 0.01
         correlation = np.corrcoef(field[:, 0], field[:, 1])[0, 1]
         assert correlation >= 0.9999 if row["gray"] else abs(correlation) <= 0.01
@@ -220,56 +220,56 @@ def check_noise(golden: Golden) -> None:
     for number, row in enumerate(golden.facts["poisson_table"]):
         image = hwc(golden[f"input/{row['image']}"])
         op = {"kind": "poisson", "level": row["scale"], "gray": bool(row["gray"])}
-        drawn = [noise.shot_field(image, op | {"seed": 100 * number + k}) * np.ones(3) for k in range(40)]
-        field = np.stack(drawn).reshape(-1, 3)
+        fields = [noise.shot_field(image, op | {"seed": 100 * number + k}) * np.ones(3) for k in range(40)]
+        field = np.stack(fields).reshape(-1, 3)
         expected = row["expected_var_scale2_times_mean_over_vals"]
         assert abs(field.var() / expected - 1) <= 0.03, row
         correlation = np.corrcoef(field[:, 0], field[:, 1])[0, 1]
         assert correlation >= 0.9999 if row["gray"] else abs(correlation) <= 0.01
 
 
-def near_simulator(golden: Golden, made: np.ndarray, expected: np.ndarray) -> bool:
-    """The file's rule for a simulator: few values differ, and little."""
-    share = (np.abs(made - expected) > 1e-4).mean()
-    return bool(share <= golden.tolerance["share_tol"] and psnr(made, expected) >= golden.tolerance["psnr_tol"])
+def near_simulator(golden: Golden, result: np.ndarray, expected: np.ndarray) -> bool:
+    """The file's rule for a simulator: few values differ, by little."""
+    share = (np.abs(result - expected) > 1e-4).mean()
+    return bool(share <= golden.tolerance["share_tol"] and psnr(result, expected) >= golden.tolerance["psnr_tol"])
 
 
 def check_jpeg(golden: Golden) -> None:
     sources = {"": golden["input/image"], "odd_": golden["input/odd_size"]}
     limits = golden.facts["diffjpeg_vs_libjpeg_48_crops"]
-    for found, expected in golden.outputs(r"(?P<odd>odd_)?(?P<kind>diffjpeg|libjpeg|libjpeg_turned)_q(?P<quality>\d+)"):
-        quality = int(found["quality"])
-        for picture, stored in zip(sources[found["odd"] or ""], expected, strict=True):
+    for match, expected in golden.outputs(r"(?P<odd>odd_)?(?P<kind>diffjpeg|libjpeg|libjpeg_turned)_q(?P<quality>\d+)"):
+        quality = int(match["quality"])
+        for picture, recorded in zip(sources[match["odd"] or ""], expected, strict=True):
             image = hwc(picture)
-            if found["kind"] == "diffjpeg":
-                assert near_simulator(golden, jpeg.jpeg(image, quality, "simulator"), hwc(stored)), found[0]
+            if match["kind"] == "diffjpeg":
+                assert near_simulator(golden, jpeg.jpeg(image, quality, "simulator"), hwc(recorded)), match[0]
                 op = [{"quality": quality, "form": "simulator"}]
-                assert near_simulator(golden, on_torch(batched_ops.compress, image, op), hwc(stored)), found[0]
-                matched = psnr(jpeg.jpeg(image, quality, "matched"), hwc(stored))
-                if str(quality) in limits:  # the rule for a stand-in by libjpeg
-                    assert matched >= limits[str(quality)]["turned_psnr_rgb_min"] - 1, found[0]
-                assert matched >= 37, found[0]  # degradation.md, section 4
+                assert near_simulator(golden, on_torch(batched_ops.compress, image, op), hwc(recorded)), match[0]
+                score = psnr(jpeg.jpeg(image, quality, "matched"), hwc(recorded))
+                if str(quality) in limits:  # the rule for a substitute by libjpeg
+                    assert score >= limits[str(quality)]["turned_psnr_rgb_min"] - 1, match[0]
+                assert score >= 37, match[0]  # degradation.md, section 4
                 continue
             pixels = np.rint(image * 255).astype(np.uint8)  # real libjpeg against real libjpeg
-            turned = found["kind"] == "libjpeg_turned"
-            decoded = jpeg.round_trip(np.ascontiguousarray(pixels.swapaxes(0, 1)) if turned else pixels, quality)
-            decoded = decoded.swapaxes(0, 1) if turned else decoded
-            stored = hwc(stored).astype(float) / (255 if stored.dtype == np.uint8 or stored.max() > 1.5 else 1)
-            assert psnr(decoded / 255, stored) >= 45, found[0]
+            is_turned = match["kind"] == "libjpeg_turned"
+            decoded = jpeg.round_trip(np.ascontiguousarray(pixels.swapaxes(0, 1)) if is_turned else pixels, quality)
+            decoded = decoded.swapaxes(0, 1) if is_turned else decoded
+            recorded = hwc(recorded).astype(float) / (255 if recorded.dtype == np.uint8 or recorded.max() > 1.5 else 1)
+            assert psnr(decoded / 255, recorded) >= 45, match[0]
     qualities = golden["input/quality_per_sample"]
-    for picture, quality, stored in zip(sources[""], qualities, golden["output/diffjpeg_per_sample"], strict=True):
-        assert near_simulator(golden, jpeg.jpeg(hwc(picture), float(quality), "simulator"), hwc(stored))
+    for picture, quality, recorded in zip(sources[""], qualities, golden["output/diffjpeg_per_sample"], strict=True):
+        assert near_simulator(golden, jpeg.jpeg(hwc(picture), float(quality), "simulator"), hwc(recorded))
     batch = torch.from_numpy(sources[""])
     ops = [{"quality": float(quality), "form": "simulator"} for quality in qualities]
-    made = batched_ops.compress(batch, [batch.shape[2:]] * len(batch), ops).numpy()
-    assert near_simulator(golden, made, golden["output/diffjpeg_per_sample"])
+    batch_result = batched_ops.compress(batch, [batch.shape[2:]] * len(batch), ops).numpy()
+    assert near_simulator(golden, batch_result, golden["output/diffjpeg_per_sample"])
 
 
 STAGES = {"filter": "blur", "resize": "resize", "jpeg": "jpeg"}
 
 
 def check_replay(golden: Golden) -> None:
-    """Whole runs with every draw given: each stage from the stored input before it, then end to end."""
+    """Whole runs with recorded draws: each stage from the recorded result before it, then end to end."""
     small = golden.facts["sides"]["lq"]
     for name, draws in golden.facts["draws"].items():
         hq = hwc(golden[f"input/{name}_hq"])
@@ -277,8 +277,8 @@ def check_replay(golden: Golden) -> None:
         assert off(on_torch(batched_ops.sharpen, hq, [{"exact": True}]), hwc(sharpened)) <= 1e-4
         assert alike(hq, hwc(sharpened), filters.USM_WEIGHT, filters.USM_THRESHOLD, 1e-4, 1e-6)
         stages = {
-            int(found["at"]): (found["stage"], value)
-            for found, value in golden.outputs(rf"{name}_(?P<at>\d+)_(?P<stage>\w+)")
+            int(match["at"]): (match["stage"], value)
+            for match, value in golden.outputs(rf"{name}_(?P<at>\d+)_(?P<stage>\w+)")
         }
         kernel = {
             "first": golden[f"input/{name}_kernel1"][0],
@@ -298,21 +298,21 @@ def check_replay(golden: Golden) -> None:
         shrink = [("resize", {"mode": draws["mode3"], "size": [small, small]}), ("filter", kernel["final"])]
         last = ("jpeg", draws["jpeg2_q"])
         steps += [last, *shrink] if draws["order_jpeg_first"] else [*shrink, ("clip", None), last]
-        image, stored, at = hwc(sharpened), hwc(sharpened), 0
+        image, reference, at = hwc(sharpened), hwc(sharpened), 0
         for kind, numbers in steps:
-            image, stage_input = replay(kind, numbers, image), replay(kind, numbers, stored)
+            image, stage_input = replay(kind, numbers, image), replay(kind, numbers, reference)
             if kind in ("noise", "clip"):
-                stored = stage_input
+                reference = stage_input
                 continue
             stage, expected = stages[at]
             assert stage.rstrip("0123456789") == kind, (name, at)
-            stored, at = hwc(expected), at + 1
+            reference, at = hwc(expected), at + 1
             if kind == "jpeg":
-                share = (np.abs(stage_input - stored) > 1e-4).mean()
+                share = (np.abs(stage_input - reference) > 1e-4).mean()
                 assert share <= 0.01, (name, stage)
-                assert psnr(stage_input, stored) >= 60, (name, stage)
+                assert psnr(stage_input, reference) >= 60, (name, stage)
             else:
-                assert off(stage_input, stored) <= 1e-5, (name, stage)
+                assert off(stage_input, reference) <= 1e-5, (name, stage)
         assert at == len(stages)
         engine = run_engine(hq, draws, kernel, noises, golden.facts["options"]["scale"])
         image = engine
@@ -328,13 +328,13 @@ def check_replay(golden: Golden) -> None:
 def run_engine(
     hq: np.ndarray, draws: dict[str, Any], kernel: dict[str, Any], noises: list[np.ndarray], factor: int
 ) -> np.ndarray:
-    """The same run as one faithful plan of the engine, with the recorded kernels and noise fields in place of drawn."""
+    """The same run as one faithful plan of the engine, with the recorded kernels and noise fields."""
 
     def blur(name: str) -> list[dict[str, Any]]:
-        given = (
+        spec = (
             {"kind": "given", "weights": np.asarray(kernel[name], float).tolist()} if kernel[name] is not None else {}
         )
-        return [{"op": "blur", "kernel": given, "exact": True}] if given else []
+        return [{"op": "blur", "kernel": spec, "exact": True}] if spec else []
 
     def resize_to(name: str, **more: Any) -> dict[str, Any]:
         return {"op": "resize", "mode": {"area": "pool"}.get(draws[name], draws[name]), **more}
@@ -343,19 +343,19 @@ def run_engine(
         return noises[op["seed"]]
 
     small = {"base": "hq", "divide": factor}
-    shaken = [{"op": "noise", "kind": "gaussian", "level": 0.0, "gray": False, "seed": seed} for seed in (0, 1)]
-    compressed = [{"op": "jpeg", "quality": draws[name], "form": "simulator"} for name in ("jpeg1_q", "jpeg2_q")]
+    noise_ops = [{"op": "noise", "kind": "gaussian", "level": 0.0, "gray": False, "seed": seed} for seed in (0, 1)]
+    jpeg_ops = [{"op": "jpeg", "quality": draws[name], "form": "simulator"} for name in ("jpeg1_q", "jpeg2_q")]
     closing = [resize_to("mode3", **small), *blur("final"), {"op": "clip"}]
     ops = [
         {"op": "sharpen", "exact": True},
         *blur("first"),
         resize_to("mode1", base="current", scale=draws["scale1"], sampling="factor"),
-        shaken[0],
-        compressed[0],
+        noise_ops[0],
+        jpeg_ops[0],
         *blur("second"),
         resize_to("mode2", **small, scale=(draws["size2"][0] + 0.5) / (hq.shape[0] // factor)),
-        shaken[1],
-        *([compressed[1], *closing] if draws["order_jpeg_first"] else [*closing, compressed[1]]),
+        noise_ops[1],
+        *([jpeg_ops[1], *closing] if draws["order_jpeg_first"] else [*closing, jpeg_ops[1]]),
         {"op": "round"},
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -393,14 +393,14 @@ def check_bfr_replay(golden: Golden) -> None:
         noisy = (golden[f"output/{name}_small"] + golden[f"input/{name}_noise"]).clip(0, 1)
         assert off(noisy, golden[f"output/{name}_noisy"]) <= tolerance
         assert golden[f"input/{name}_noise"].std() * 255 == pytest.approx(draws["noise_sigma"], rel=0.1)
-        stored = golden[f"output/{name}_jpeg"]
-        assert psnr(jpeg.jpeg(golden[f"output/{name}_noisy"], draws["jpeg_q"], "edge"), stored) >= 45
-        enlarge = {"op": "resize", "base": "hq", "scale": hq.shape[0] / stored.shape[0], "mode": "bilinear"}
-        assert off(apply_plan(stored, make_plan([enlarge])), golden[f"output/{name}_lq"]) <= tolerance
+        recorded_jpeg = golden[f"output/{name}_jpeg"]
+        assert psnr(jpeg.jpeg(golden[f"output/{name}_noisy"], draws["jpeg_q"], "edge"), recorded_jpeg) >= 45
+        enlarge = {"op": "resize", "base": "hq", "scale": hq.shape[0] / recorded_jpeg.shape[0], "mode": "bilinear"}
+        assert off(apply_plan(recorded_jpeg, make_plan([enlarge])), golden[f"output/{name}_lq"]) <= tolerance
 
 
 def hwc_of(image: np.ndarray) -> np.ndarray:
-    """A picture stored as [H, W, 3] already."""
+    """Checks that a recorded picture is [H, W, 3]."""
     assert image.shape[-1] == 3
     return np.ascontiguousarray(image)
 
@@ -414,14 +414,14 @@ CHECKS: dict[str, Callable[[Golden], None]] = {
 def test_every_recorded_case_is_reproduced(name: str, golden_dir: Path) -> None:
     assert name, f"no {PREFIX}*.json in {os.environ.get('RESTORAY_GOLDEN', 'the golden folder')}"
     check = CHECKS.get(name.removeprefix(PREFIX))
-    assert check is not None, f"nothing checks {name}: write check_{name.removeprefix(PREFIX)}"
+    assert check is not None, f"no check for {name}: write check_{name.removeprefix(PREFIX)}"
     golden = Golden(golden_dir, name)
     check(golden)
-    assert not golden.unread(), f"{name} holds what no check looked at"
+    assert not golden.unused(), f"{name} holds entries that no check reads"
 
 
-def test_the_faithful_engine_is_made_of_what_was_checked() -> None:
-    """Its plans hold exact blurs, whole-pixel windows, factor sampling and the simulator."""
+def test_faithful_plans_hold_only_checked_operations() -> None:
+    """They hold exact blurs, whole-pixel windows, factor sampling and the simulator."""
     faithful = RealESRGAN(sharpen=True, faithful=True)
     ops = [op for position in range(50) for op in faithful.draw(0, "k", position)["ops"]]
     assert all(op["exact"] for op in ops if op["op"] in ("blur", "sharpen"))

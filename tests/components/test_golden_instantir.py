@@ -1,7 +1,7 @@
-"""InstantIR against tensors recorded from the official code, each built from its json's configuration alone.
+"""InstantIR against tensors from the official code; each test builds its networks from the json's configuration.
 
-Every instantir_*.json of the golden folder is found by name, so that another set with other sizes and seeds can be
-put in the same place; every output tensor must be consumed by a check.
+The tests take every instantir_*.json of the golden folder by name, so that another set with other sizes and seeds can
+replace it. A check must compare every output tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from components.objectives.consistency import (
     ddim_step,
     pseudo_huber,
 )
-from components.priors.sdxl import ImageView, Prior
+from components.priors.sdxl import Prior
+from components.priors.sdxl_config import ImageView
 from components.samplers.ddim import sample_ddim, sample_ddpm
 from components.samplers.guidance import distillation_guide
 from components.samplers.schedules import Schedule
@@ -52,25 +53,25 @@ from components.systems.instantir.previewer import (
 )
 
 LATER: set[str] = set()
-"""Modules of a later issue. Anything else unknown fails."""
+"""Modules of a later issue; any other unknown module fails."""
 NO_TENSORS = {"pipeline_weights_unet_adapter", "pipeline_weights_aggregator", "pipeline_weights_lora"}
-"""Weights for the other files."""
+"""Files with the weights of the other files."""
 OTHER_TESTS = {"instantir_distribution"}
-"""Degradation statistics, checked with the degradations."""
+"""Degradation statistics, which the degradations' tests check."""
 
 
 @dataclass
 class Golden:
-    """One golden file; `check` compares an output and ticks it off. With `speed`, the fast networks are checked."""
+    """One golden file; `check` compares an output and marks it as compared. With `speed`, the fast path is tested."""
 
     folder: Path
     description: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    checked: set[str] = field(default_factory=set)
+    compared: set[str] = field(default_factory=set)
     speed: Speed | None = None
 
     def calls(self, network: InstantIR) -> LoopNetworks:
-        """The networks as they are, or made fast."""
+        """The network itself, or its fast path."""
         return network if self.speed is None else FastInstantIR(network, self.speed).run()
 
     def input(self, name: str) -> Tensor:
@@ -94,10 +95,10 @@ class Golden:
             rtol=tolerance["rtol"],
             msg=lambda text: f"{self.description['module']}, output {name}: {text}",
         )
-        self.checked.add(f"output/{name}")
+        self.compared.add(f"output/{name}")
 
-    def unchecked(self) -> set[str]:
-        return {name for name in self.tensors if name.startswith("output/")} - self.checked
+    def missing(self) -> set[str]:
+        return {name for name in self.tensors if name.startswith("output/")} - self.compared
 
 
 def check_resampler(golden: Golden) -> None:
@@ -124,8 +125,8 @@ def check_attn_processor(golden: Golden) -> None:
         processor.scale = float(name.removeprefix("output/scale"))
         golden.check(name.removeprefix("output/"), attention(hidden, encoder_hidden_states=(text, [tokens]), temb=temb))
     processor.scale = 1.0
-    joined = torch.cat([text, tokens], dim=1)
-    golden.check("concat_form", attention(hidden, encoder_hidden_states=joined, temb=temb))
+    both = torch.cat([text, tokens], dim=1)
+    golden.check("concat_form", attention(hidden, encoder_hidden_states=both, temb=temb))
     key, value = processor.keys_and_values(tokens, temb)
     golden.check("adaln_key", key)
     golden.check("adaln_value", value)
@@ -162,7 +163,7 @@ def section(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def tiny_network(golden: Golden, aggregator: bool = False) -> InstantIR:
-    """The golden pipeline through the released layouts: bare UNet, adapter, LoRA, aggregator."""
+    """The golden pipeline in the released layouts: bare UNet, adapter, LoRA, aggregator."""
     config = golden.config
     base, lora, control = tiny_weights(golden.folder)
     unet = UNet2DConditionModel(**config["unet"])
@@ -171,7 +172,7 @@ def tiny_network(golden: Golden, aggregator: bool = False) -> InstantIR:
         name="golden",
         digest="",
         unet=unet,
-        autoencoder=nn.Identity(),  # the files start from latents, embeddings and picture tokens
+        autoencoder=nn.Identity(),  # the files start with latents, embeddings and picture tokens
         text_encoders=(nn.Identity(), nn.Identity()),
         tokenizers=(),
         image_encoder=nn.Identity(),
@@ -190,7 +191,7 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
     return Schedule(**{k: config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")})
 
 
-def conditions(golden: Golden) -> Conditions:
+def make_conditions(golden: Golden) -> Conditions:
     return Conditions(
         text=golden.input("prompt_embeds"),
         pooled=golden.input("text_embeds"),
@@ -200,11 +201,11 @@ def conditions(golden: Golden) -> Conditions:
 
 
 def check_lora_toggle(golden: Golden) -> None:
-    network, given = tiny_network(golden), conditions(golden)
+    network, conditions = tiny_network(golden), make_conditions(golden)
     latents, timestep = golden.input("sample"), golden.input("timestep")
-    golden.check("noise_pred_lora_off", network.denoise_eps(latents, timestep, given))
+    golden.check("noise_pred_lora_off", network.denoise_eps(latents, timestep, conditions))
     with previewer_enabled(network.unet):
-        golden.check("noise_pred_lora_on", predict_noise(network.unet, latents, timestep, given))
+        golden.check("noise_pred_lora_on", predict_noise(network.unet, latents, timestep, conditions))
     deltas = previewer_deltas(network.unet)
     assert sorted(deltas) == sorted(golden.description["lora_layers"])
     for name in [n for n in golden.tensors if n.startswith("output/delta_weight/")]:
@@ -212,33 +213,33 @@ def check_lora_toggle(golden: Golden) -> None:
     merged = copy.deepcopy(network.unet)
     for name, delta in deltas.items():
         merged.get_submodule(name).base_layer.weight += delta  # type: ignore[operator, union-attr]
-    golden.check("noise_pred_merged", predict_noise(merged, latents, timestep, given))
+    golden.check("noise_pred_merged", predict_noise(merged, latents, timestep, conditions))
 
 
 def check_preview(golden: Golden) -> None:
-    network, given = tiny_network(golden), conditions(golden)
+    network, conditions = tiny_network(golden), make_conditions(golden)
     numbers = golden.config["ip_adapter_index"]
     for number, attention in cross_attentions(network.unet).items():
         assert network.unet.get_submodule(numbers[int(number)].removesuffix(".processor")) is attention
     latents, timestep = golden.input("sample"), golden.input("timestep")
     with previewer_enabled(network.unet):
-        golden.check("noise_pred", predict_noise(network.unet, latents, timestep, given))
-    golden.check("preview_latent", golden.calls(network).preview(latents, timestep, given))
+        golden.check("noise_pred", predict_noise(network.unet, latents, timestep, conditions))
+    golden.check("preview_latent", golden.calls(network).preview(latents, timestep, conditions))
 
 
 def check_unet_step(golden: Golden) -> None:
-    network, given = tiny_network(golden, aggregator=True), conditions(golden)
+    network, conditions = tiny_network(golden, aggregator=True), make_conditions(golden)
     calls = golden.calls(network)
     latents, timestep = golden.input("sample"), golden.input("timestep")
-    golden.check("temb", unet_embedding(network.unet, latents, timestep.expand(len(latents)), given))
-    golden.check("ip_tokens", network.perceptor.image_proj(given.image_tokens))
-    golden.check("noise_pred_no_aggregator", calls.denoise_eps(latents, timestep, given))
-    residuals = calls.residuals(golden.input("lq_latent"), timestep, golden.input("preview_latent"), given)
+    golden.check("temb", unet_embedding(network.unet, latents, timestep.expand(len(latents)), conditions))
+    golden.check("ip_tokens", network.perceptor.image_proj(conditions.image_tokens))
+    golden.check("noise_pred_no_aggregator", calls.denoise_eps(latents, timestep, conditions))
+    residuals = calls.residuals(golden.input("lq_latent"), timestep, golden.input("preview_latent"), conditions)
     check_residuals(golden, "aggregator/", residuals)
-    golden.check("noise_pred", calls.denoise_eps(latents, timestep, given, residuals))
+    golden.check("noise_pred", calls.denoise_eps(latents, timestep, conditions, residuals))
     for name in [n for n in golden.tensors if n.startswith("output/noise_pred_scale")]:
-        scaled = residuals.scaled(float(name.removeprefix("output/noise_pred_scale")))
-        golden.check(name.removeprefix("output/"), calls.denoise_eps(latents, timestep, given, scaled))
+        residuals_of_scale = residuals.scale_by(float(name.removeprefix("output/noise_pred_scale")))
+        golden.check(name.removeprefix("output/"), calls.denoise_eps(latents, timestep, conditions, residuals_of_scale))
 
 
 def check_schedulers(golden: Golden) -> None:
@@ -273,7 +274,7 @@ def check_schedulers(golden: Golden) -> None:
 
 
 def _step_of(name: str) -> tuple[str, int, int]:
-    """The name output/ddim30/14/prev_sample means ("ddim", 30, 14)."""
+    """(kind, steps, step) of an output name: output/ddim30/14/prev_sample -> ("ddim", 30, 14)."""
     _, kind, step, _ = name.split("/")
     return kind[:4], int(kind[4:]), int(step)
 
@@ -349,7 +350,7 @@ def check_loop(golden: Golden) -> None:
     record: dict[str, list[Tensor]] = {}
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        # what a step was given is what the step before arrived at
+        # the latents of a step are the result of the step before
         record.setdefault("latents", []).append(Schedule.preserving(latents, sigma))
         clean = denoiser(latents, sigma)
         assert denoiser.preview is not None
@@ -358,7 +359,7 @@ def check_loop(golden: Golden) -> None:
             "preview_factor": denoiser.factor.view(-1, 1, 1, 1),
             "noise_pred": denoiser.eps,
             "unet_pred_latent": clean,
-            "cond_scale": denoiser.applied.view(-1, 1, 1, 1),
+            "cond_scale": denoiser.residual_scale.view(-1, 1, 1, 1),
         }
         for name, value in values.items():
             record.setdefault(name, []).append(value)
@@ -387,10 +388,10 @@ def check_preprocess(golden: Golden) -> None:
         sizes = released_sizes(tuple(row["input_wh"]), row.get("width"), row.get("height"), rule)
         assert [list(size) for size in sizes] == [row["runtime_wh"], row["output_wh"]], row
     (width, height), _ = released_sizes((image.shape[1], image.shape[0]), rule=rule)
-    runtime = resize(image, (height, width), Pillow.Resampling.BILINEAR)[::4, ::4]  # as the json's `call` says
+    runtime = resize(image, (height, width), Pillow.Resampling.BILINEAR)[::4, ::4]  # as in the json's `call`
     expected = golden.tensors["output/runtime_image_uint8_chw"]
     assert (torch.from_numpy(runtime.copy()).permute(2, 0, 1).int() - expected.int()).abs().max() <= 1
-    golden.checked.add("output/runtime_image_uint8_chw")
+    golden.compared.add("output/runtime_image_uint8_chw")
 
 
 CHECKS: Mapping[str, Callable[[Golden], None]] = {
@@ -416,7 +417,7 @@ def kind_of(module: str) -> str:
     return "loop" if module.startswith("loop_") else module
 
 
-def test_every_golden_file_is_known(golden_dir: Path) -> None:
+def test_every_golden_file_has_a_check(golden_dir: Path) -> None:
     kinds = {kind_of(description["module"]) for _, description in descriptions(golden_dir)}
     assert kinds - set(CHECKS) - NO_TENSORS - OTHER_TESTS <= LATER
     assert set(CHECKS) - kinds == set(), "a check without a golden file"
@@ -425,12 +426,12 @@ def test_every_golden_file_is_known(golden_dir: Path) -> None:
 @pytest.mark.parametrize("kind", CHECKS)
 @torch.no_grad()
 def test_golden(kind: str, golden_dir: Path) -> None:
-    found = [(p, d) for p, d in descriptions(golden_dir) if kind_of(d["module"]) == kind]
-    assert found
-    for path, description in found:
+    files = [(p, d) for p, d in descriptions(golden_dir) if kind_of(d["module"]) == kind]
+    assert files
+    for path, description in files:
         golden = Golden(golden_dir, description, load_file(path.with_suffix(".safetensors")))
         CHECKS[kind](golden)
-        assert not golden.unchecked(), f"{path.name}: outputs nobody checked: {sorted(golden.unchecked())}"
+        assert not golden.missing(), f"{path.name}: outputs without a check: {sorted(golden.missing())}"
 
 
 SPEEDS = {
@@ -441,7 +442,7 @@ SPEEDS = {
 
 
 FAST = [
-    # the loops take a minute more: one of the forms in make test
+    # the loops take another minute, so make test runs them with one setting only
     pytest.param(kind, speed, marks=[pytest.mark.full] if kind == "loop" and speed != "merged" else [])
     for kind in ("preview", "unet_step", "loop")
     for speed in SPEEDS
@@ -451,10 +452,10 @@ FAST = [
 @pytest.mark.parametrize(("kind", "speed"), FAST)
 @torch.no_grad()
 def test_golden_fast(kind: str, speed: str, golden_dir: Path) -> None:
-    """Every file about the networks and every loop, through the fast path in each of its forms."""
-    found = [(p, d) for p, d in descriptions(golden_dir) if kind_of(d["module"]) == kind]
-    assert found
-    for path, description in found:
+    """Every file of the networks and every loop, on the fast path with each setting."""
+    files = [(p, d) for p, d in descriptions(golden_dir) if kind_of(d["module"]) == kind]
+    assert files
+    for path, description in files:
         golden = Golden(golden_dir, description, load_file(path.with_suffix(".safetensors")), speed=SPEEDS[speed])
         CHECKS[kind](golden)
-        assert not golden.unchecked(), f"{path.name}: outputs nobody checked: {sorted(golden.unchecked())}"
+        assert not golden.missing(), f"{path.name}: outputs without a check: {sorted(golden.missing())}"

@@ -1,7 +1,7 @@
-"""InstaRevive against tensors recorded from the official code, each built from its json's configuration alone.
+"""InstaRevive against golden tensors of the official code. Each network is built from its json's configuration alone.
 
-Every instarevive_*.json of the golden folder is found by name, so that another set with other sizes and seeds can be
-put in the same place; every output tensor must be consumed by a check.
+The test reads every instarevive_*.json of the golden folder, so that another set with other sizes and seeds can replace
+the files. A check must compare every output tensor.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from components.tensors import images_to_tensor
 from components.types import Request
 
 OTHER_TESTS = {"bfr_distribution"}
-"""Degradation statistics, checked with the degradations."""
+"""Degradation statistics, which the tests of the degradations check."""
 
 
 @dataclass
 class Golden:
-    """One golden file; `check` compares an output and ticks it off."""
+    """One golden file; `check` compares an output and marks it as checked."""
 
     name: str
     description: Mapping[str, Any]
@@ -57,7 +57,7 @@ class Golden:
 
     def weights(self, prefix: str = "") -> dict[str, Tensor]:
         start = f"weights/{prefix}"
-        return {k.removeprefix(start): v.to(_wide(v)) for k, v in self.tensors.items() if k.startswith(start)}
+        return {k.removeprefix(start): v.to(_full_dtype(v)) for k, v in self.tensors.items() if k.startswith(start)}
 
     def check(self, name: str, value: Tensor, atol: float | None = None, rtol: float | None = None) -> None:
         expected, tolerance = self.tensors[f"output/{name}"], self.description["tolerance"]
@@ -75,8 +75,8 @@ class Golden:
         return {name for name in self.tensors if name.startswith("output/")} - self.checked
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Weights may be stored in half precision; integers stay what they are."""
+def _full_dtype(tensor: Tensor) -> torch.dtype:
+    """Weights may be stored in half precision; integers keep their dtype."""
     return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
@@ -96,15 +96,15 @@ def check_generator(golden: Golden) -> None:
     generator = tiny_generator(golden, golden.config, "", mask_as_bias=False)
     golden.check("alphas_cumprod", generator.schedule.alphas_cumprod)
     latent, mask, text = (golden.input(n) for n in ("latent", "prompt_mask", "prompt_embeds"))
-    given = Conditions(text=text, mask=mask)
+    conditions = Conditions(text=text, mask=mask)
     timesteps = torch.full((len(latent),), golden.description["t"])
-    golden.check("full8", generator.predictor.raw(latent, timesteps, given))
-    golden.check("eps", generator.predictor.predict_eps(latent, timesteps, given))
-    golden.check("x0", generator(latent, given))
-    golden.check("x0_nonsquare", generator(golden.input("latent_nonsquare"), given))
+    golden.check("full8", generator.predictor.raw(latent, timesteps, conditions))
+    golden.check("eps", generator.predictor.predict_eps(latent, timesteps, conditions))
+    golden.check("x0", generator(latent, conditions))
+    golden.check("x0_nonsquare", generator(golden.input("latent_nonsquare"), conditions))
     golden.check("x0_nomask", generator(latent, Conditions(text=text)))
     as_released = tiny_generator(golden, golden.config, "", mask_as_bias=True)
-    golden.check("x0_mask3d_bias", as_released(latent, given))
+    golden.check("x0_mask3d_bias", as_released(latent, conditions))
 
 
 def check_colorfix(golden: Golden) -> None:
@@ -113,7 +113,7 @@ def check_colorfix(golden: Golden) -> None:
 
 
 def check_inference(golden: Golden) -> None:
-    """Through the restorer itself: the released preset on a picture, whole and in tiles, and its parts in numbers."""
+    """The restorer with the released preset on a picture, as a whole and in tiles; and its parts as floats."""
     config, tolerance = golden.config, golden.description["tolerance"]
     generator = tiny_generator(golden, config["generator"], "generator.", mask_as_bias=True)
     autoencoder = AutoencoderKL(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["vae"].items()}).eval()
@@ -131,14 +131,14 @@ def check_inference(golden: Golden) -> None:
             text_encoder=None,
             tokenizer=None,
             schedule=generator.schedule,
-            known={FIXED_PROMPTS["photo"]: prompt},
+            prompt_embeddings={FIXED_PROMPTS["photo"]: prompt},
         ),
     )
     restorer = InstaReviveRestorer(generator, backbone, coarse)
     image = golden.input("image").numpy()
     tile, stride = golden.description["tile_size"], golden.description["tile_stride"]
 
-    def restored(**options: Any) -> Tensor:
+    def restore(**options: Any) -> Tensor:
         options = {"preset": "released", "min_side_px": 0, **options}
         return torch.from_numpy(restorer.restore([Request(key="golden", image=image, options=options)])[0].image)
 
@@ -150,10 +150,10 @@ def check_inference(golden: Golden) -> None:
         torch.testing.assert_close(value.int(), expected.int(), **levels)
         golden.checked.add(f"output/{name}")
 
-    check_levels("whole", restored())
+    check_levels("whole", restore())
     for color in [n.removeprefix("output/tiled_") for n in golden.tensors if n.startswith("output/tiled_")]:
         tiles = {"tiles": "auto", "tile_px": tile, "tile_overlap": 1 - stride / tile, "color": color}
-        check_levels(f"tiled_{color}", restored(**tiles))
+        check_levels(f"tiled_{color}", restore(**tiles))
 
     pixels = images_to_tensor([image]) * 0.5 + 0.5
     stage1 = coarse(pixels)
@@ -167,7 +167,7 @@ def check_inference(golden: Golden) -> None:
 
 
 def training_checks() -> Mapping[str, Callable[[Any], None]]:
-    """The checks of coarse restorer and objective, which lie in a file of their own."""
+    """The checks of coarse restorer and objective, from their own file."""
     return training_module().CHECKS  # type: ignore[no-any-return]
 
 
@@ -186,19 +186,19 @@ CHECKS: dict[str, Callable[[Golden], None]] = {
     "colorfix": check_colorfix,
     **training_checks(),
 }
-"""By module. Anything else fails."""
+"""Checks by module name; a file of another module fails the test."""
 
 
 def descriptions(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
-    """Path, module and contents of each file; the module follows "instarevive_", perhaps with more behind it."""
-    known = {*CHECKS, *OTHER_TESTS}
+    """Path, module and contents of each file; the file name is "instarevive_", the module, and maybe more."""
+    modules = {*CHECKS, *OTHER_TESTS}
     for path in sorted(folder.glob("instarevive_*.json")):
         name = path.stem.removeprefix("instarevive_")
-        module = next((module for module in known if name.startswith(f"{module}_")), name)
+        module = next((module for module in modules if name.startswith(f"{module}_")), name)
         yield path, module, json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_every_golden_file_is_known(golden_dir: Path) -> None:
+def test_every_golden_file_has_a_check(golden_dir: Path) -> None:
     modules = {module for _, module, _ in descriptions(golden_dir)}
     assert modules - set(CHECKS) - OTHER_TESTS == set()
     assert set(CHECKS) - modules == set(), "a check without a golden file"
@@ -207,9 +207,9 @@ def test_every_golden_file_is_known(golden_dir: Path) -> None:
 @pytest.mark.parametrize("module", CHECKS)
 @torch.no_grad()
 def test_golden(module: str, golden_dir: Path) -> None:
-    found = [(path, d) for path, name, d in descriptions(golden_dir) if name == module]
-    assert found
-    for path, description in found:
+    matches = [(path, d) for path, name, d in descriptions(golden_dir) if name == module]
+    assert matches
+    for path, description in matches:
         golden = Golden(path.name, description, load_file(path.with_suffix(".safetensors")))
         CHECKS[module](golden)
-        assert not golden.unchecked(), f"{path.name}: outputs nobody checked: {sorted(golden.unchecked())}"
+        assert not golden.unchecked(), f"{path.name}: outputs without a check: {sorted(golden.unchecked())}"

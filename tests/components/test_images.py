@@ -21,8 +21,8 @@ from components import images
 from components.images import Limits, decode, probe
 from components.types import SampleError
 
-# What each file of the odd folder must come to: a code, or the (height, width) of a decoded picture.
-REFUSED = {
+# Error code of each file in the odd folder that is refused; the others must decode.
+CODES = {
     "animated_10_frames.gif": "animated",
     "animated_10_frames.webp": "animated",
     "animated_97_frames_13x169.webp": "animated",
@@ -48,7 +48,7 @@ REFUSED = {
     "strip_4000x60.jpg": "aspect",
     "zero_bytes.jpg": "empty",
 }
-# Variants of one photograph, which must decode to the picture of their plain sibling: (file, sibling, least PSNR).
+# Variants of one photograph, which must decode like their plain sibling: (file, sibling, least PSNR).
 SAME_PICTURE = [
     *((f"exif_orientation_{n}.jpg", "exif_orientation_1.jpg", 34.0) for n in ("0_invalid", 2, 3, 4, 5, 6, 7, 8)),
     ("cmyk_adobe_inverted.jpg", "exif_orientation_1.jpg", 30.0),
@@ -69,7 +69,7 @@ def photo(height: int = 48, width: int = 64) -> np.ndarray:
     return np.rint(rgb).clip(0, 255).astype(np.uint8)
 
 
-def encoded(image: np.ndarray | Pillow.Image, kind: str, **options: object) -> bytes:
+def encode(image: np.ndarray | Pillow.Image, kind: str, **options: object) -> bytes:
     target = io.BytesIO()
     picture = image if isinstance(image, Pillow.Image) else Pillow.fromarray(image)
     picture.save(target, kind, **options)
@@ -81,9 +81,9 @@ def png_chunk(name: bytes, body: bytes) -> bytes:
 
 
 def refusal(action: Callable[[], object]) -> SampleError:
-    with pytest.raises(SampleError) as caught:
+    with pytest.raises(SampleError) as error:
         action()
-    return caught.value
+    return error.value
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -92,12 +92,12 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_every_odd_file_decodes_or_is_refused_by_its_code(images_dir: Path) -> None:
     files = sorted(path for path in (images_dir / "odd").iterdir() if path.suffix != ".csv")
-    assert set(REFUSED) <= {path.name for path in files}
+    assert set(CODES) <= {path.name for path in files}
     for path in files:
         data = path.read_bytes()
-        if path.name in REFUSED:
+        if path.name in CODES:
             error = refusal(lambda data=data, path=path: decode(data, key=path.name))  # type: ignore[misc]
-            assert (error.code, error.key) == (REFUSED[path.name], path.name), str(error)
+            assert (error.code, error.key) == (CODES[path.name], path.name), str(error)
         else:
             image, info = decode(data, key=path.name), probe(data)
             assert image.dtype == np.uint8
@@ -113,11 +113,11 @@ def test_variants_of_one_photograph_look_alike(images_dir: Path, name: str, sibl
 
 
 def test_bombs_are_refused_in_little_memory(images_dir: Path) -> None:
-    """The 1.2 GB bomb and its like, in a process whose peak may not grow by more than 200 MB over its imports.
+    """A process decodes the 1.2 GB bomb and similar files; its peak may exceed that of its imports by 200 MB.
 
-    The kernel's VmHWM is read, since ru_maxrss starts from the parent's size.
+    The test reads the kernel's VmHWM, because ru_maxrss starts at the parent's size.
     """
-    names = [name for name, code in REFUSED.items() if code == "too_large"]
+    names = [name for name, code in CODES.items() if code == "too_large"]
     code = (
         "import re, sys\nfrom pathlib import Path\nfrom components import images\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"
@@ -127,16 +127,16 @@ def test_bombs_are_refused_in_little_memory(images_dir: Path) -> None:
         "    except images.SampleError: pass\n"
         "print(peak() - before)\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(images_dir / "odd"), *names], capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) * 1024 < 200e6
+    assert int(process.stdout) * 1024 < 200e6
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF"])
 def test_lossless_formats_keep_every_pixel(kind: str) -> None:
     image = photo() if kind != "GIF" else np.repeat(photo()[..., :1], 3, axis=-1)
-    data = encoded(Pillow.fromarray(image[..., 0]) if kind == "GIF" else image, kind)
+    data = encode(Pillow.fromarray(image[..., 0]) if kind == "GIF" else image, kind)
     assert np.array_equal(decode(data), image)
     assert probe(data) == images.Info(format=kind, width=64, height=48)
 
@@ -145,13 +145,13 @@ def test_lossless_formats_keep_every_pixel(kind: str) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_gives_the_upright_picture(kind: str, orientation: int) -> None:
     upright = photo()
-    stored = upright[::-1] if orientation in (3, 4, 7, 8) else upright
-    stored = stored[:, ::-1] if orientation in (2, 3, 6, 7) else stored
-    stored = stored.swapaxes(0, 1) if orientation >= 5 else stored
+    pixels = upright[::-1] if orientation in (3, 4, 7, 8) else upright
+    pixels = pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+    pixels = pixels.swapaxes(0, 1) if orientation >= 5 else pixels
     exif = Pillow.Exif()
     exif[images.ORIENTATION_TAG] = orientation
     options = {"quality": 95} if kind in ("JPEG", "WEBP", "AVIF") else {}
-    data = encoded(np.ascontiguousarray(stored), kind, exif=exif, **options)
+    data = encode(np.ascontiguousarray(pixels), kind, exif=exif, **options)
     assert decode(data).shape == upright.shape == (probe(data).height, probe(data).width, 3)
     assert psnr(decode(data), upright) > 30
 
@@ -159,7 +159,7 @@ def test_orientation_gives_the_upright_picture(kind: str, orientation: int) -> N
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     gray = np.tile(np.array([0, 128, 129, 32768, 65535, 300, 25700, 40000], np.uint16), (8, 1))
     expected = np.rint(gray / 257).astype(np.uint8)
-    for data in (encoded(gray, "PNG"), encoded(gray, "TIFF")):
+    for data in (encode(gray, "PNG"), encode(gray, "TIFF")):
         assert np.array_equal(decode(data), np.repeat(expected[..., None], 3, -1))
     _, rgb = cv2.imencode(".png", np.stack([gray] * 3, -1))
     assert np.abs(decode(rgb.tobytes()).astype(int) - expected[..., None]).max() <= 1
@@ -167,19 +167,19 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
 
 def test_float_and_wide_integer_pixels_are_refused() -> None:
     for values in (np.ones((16, 16), np.float32), np.ones((16, 16), np.int32)):
-        data = encoded(values, "TIFF")
+        data = encode(values, "TIFF")
         assert refusal(lambda data=data: decode(data)).code == "unsupported_mode"  # type: ignore[misc]
 
 
 def test_transparency_is_shown_on_white() -> None:
     rgb, alpha = photo(), np.zeros((48, 64), np.uint8)
     alpha[:, 32:], alpha[:, 40:] = 128, 255
-    image = decode(encoded(np.dstack([rgb, alpha]), "PNG"))
+    image = decode(encode(np.dstack([rgb, alpha]), "PNG"))
     assert (image[:, :32] == 255).all()
     assert np.array_equal(image[:, 40:], rgb[:, 40:])
     half = rgb[:, 32:40] * (128 / 255) + 255 * (127 / 255)
     assert np.abs(image[:, 32:40] - half).max() <= 0.51
-    gray = decode(encoded(Pillow.fromarray(np.dstack([rgb[..., 0], alpha]), "LA"), "PNG"))
+    gray = decode(encode(Pillow.fromarray(np.dstack([rgb[..., 0], alpha]), "LA"), "PNG"))
     assert (gray[:, :32] == 255).all()
     assert np.array_equal(gray[:, 40:, 1], rgb[:, 40:, 0])
 
@@ -188,34 +188,34 @@ def test_palette_bilevel_and_named_transparent_colours() -> None:
     stripes = np.tile(np.array([0, 1], np.uint8), (16, 8))
     palette = Pillow.fromarray(stripes, "P")
     palette.putpalette([200, 10, 20, 30, 40, 50])
-    assert (decode(encoded(palette, "PNG"))[0, :2] == [[200, 10, 20], [30, 40, 50]]).all()
-    assert (decode(encoded(palette, "PNG", transparency=0))[0, :2] == [[255, 255, 255], [30, 40, 50]]).all()
+    assert (decode(encode(palette, "PNG"))[0, :2] == [[200, 10, 20], [30, 40, 50]]).all()
+    assert (decode(encode(palette, "PNG", transparency=0))[0, :2] == [[255, 255, 255], [30, 40, 50]]).all()
     bilevel = Pillow.fromarray(stripes * 255).convert("1")
-    assert (decode(encoded(bilevel, "PNG"))[0, :2] == [[0, 0, 0], [255, 255, 255]]).all()
+    assert (decode(encode(bilevel, "PNG"))[0, :2] == [[0, 0, 0], [255, 255, 255]]).all()
     colours = np.zeros((16, 16, 3), np.uint8)
     colours[:, 8:] = (9, 8, 7)
-    seen = decode(encoded(colours, "PNG", transparency=(9, 8, 7)))
-    assert (seen[:, :8] == 0).all()
-    assert (seen[:, 8:] == 255).all()
+    decoded = decode(encode(colours, "PNG", transparency=(9, 8, 7)))
+    assert (decoded[:, :8] == 0).all()
+    assert (decoded[:, 8:] == 255).all()
 
 
 def test_cmyk_without_profile() -> None:
     inks = np.zeros((16, 16, 4), np.uint8)
-    inks[:8, :, 0] = 255  # pure cyan above, no ink below
-    image = decode(encoded(Pillow.fromarray(inks, "CMYK"), "JPEG", quality=95)).astype(int)
+    inks[:8, :, 0] = 255  # pure cyan at the top, no ink at the bottom
+    image = decode(encode(Pillow.fromarray(inks, "CMYK"), "JPEG", quality=95)).astype(int)
     assert np.abs(image[:6] - [0, 255, 255]).max() < 12
     assert np.abs(image[10:] - 255).max() < 12
 
 
 def test_a_wide_gamut_profile_is_converted(images_dir: Path) -> None:
-    """Against the definition: gamma 2.2 decoded, P3 (D65) to sRGB primaries, sRGB encoded (IEC 61966-2-1)."""
+    """Against the definition: decode gamma 2.2, convert P3 (D65) to sRGB primaries, encode sRGB (IEC 61966-2-1)."""
     data = (images_dir / "odd" / "progressive_wide_gamut_icc.jpg").read_bytes()
     with Pillow.open(io.BytesIO(data)) as picture:
-        stored = np.asarray(picture) / 255
+        pixels = np.asarray(picture) / 255
     p3_to_srgb = np.array([[1.2249, -0.2249, 0.0], [-0.0421, 1.0421, 0.0], [-0.0196, -0.0786, 1.0983]])
-    linear = (stored**2.2 @ p3_to_srgb.T).clip(0, 1)
+    linear = (pixels**2.2 @ p3_to_srgb.T).clip(0, 1)
     expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    assert psnr(decode(data), stored * 255) < 36
+    assert psnr(decode(data), pixels * 255) < 36
     assert psnr(decode(data), expected) > 45
 
 
@@ -224,15 +224,15 @@ def test_a_useless_profile_is_ignored() -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # a profile of another kind of picture
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (b"\x00" * 300, b"junk", lab, srgb):
-        assert np.array_equal(decode(encoded(image, "PNG", icc_profile=profile)), image)
+        assert np.array_equal(decode(encode(image, "PNG", icc_profile=profile)), image)
 
 
 def test_several_frames_are_refused_and_one_frame_is_not() -> None:
     frames = [Pillow.fromarray(photo()), Pillow.fromarray(photo()[::-1].copy())]
     for kind in ("GIF", "WEBP", "PNG", "TIFF", "AVIF"):
-        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
         assert refusal(lambda data=data: decode(data)).code == "animated", kind  # type: ignore[misc]
-    assert decode(encoded(frames[0], "GIF")).shape == (48, 64, 3)
+    assert decode(encode(frames[0], "GIF")).shape == (48, 64, 3)
 
 
 def test_other_formats_never_reach_a_decoder() -> None:
@@ -240,37 +240,37 @@ def test_other_formats_never_reach_a_decoder() -> None:
         b"%!PS-Adobe-3.0 EPSF-3.0\n",
         b"8BPS\x00\x01" + bytes(40),
         b"<svg xmlns=''/>",
-        encoded(photo(), "ICO"),
+        encode(photo(), "ICO"),
     ):
         assert refusal(lambda data=data: decode(data)).code == "unsupported_format"  # type: ignore[misc]
-    assert refusal(lambda: decode(encoded(photo(), "PPM"))).code == "not_image"
+    assert refusal(lambda: decode(encode(photo(), "PPM"))).code == "not_image"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "GIF"])
 def test_a_file_cut_anywhere_is_refused(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    data = encoded(noise, kind)
+    data = encode(noise, kind)
     for share in (0.02, 0.2, 0.5, 0.8, 0.95):
         error = refusal(lambda share=share: decode(data[: int(len(data) * share)]))  # type: ignore[misc]
         assert error.code in ("truncated", "corrupt", "not_image"), f"{kind} {share}: {error}"
 
 
 def test_limits_are_checked_and_named() -> None:
-    data = encoded(photo(40, 100), "PNG")
+    data = encode(photo(40, 100), "PNG")
     for limits, code in (
         (Limits(max_pixels=3999), "too_large"),
         (Limits(max_bytes=100), "too_large"),
         (Limits(min_side_px=41), "too_small"),
         (Limits(max_aspect=2.4), "aspect"),
     ):
-        for read in (decode, probe):
-            error = refusal(lambda read=read, limits=limits: read(data, limits, "k"))  # type: ignore[misc, operator]
+        for function in (decode, probe):
+            error = refusal(lambda function=function, limits=limits: function(data, limits, "k"))  # type: ignore[misc, operator]
             assert (error.code, error.key) == (code, "k")
     assert decode(data, Limits(max_pixels=4000, min_side_px=40, max_aspect=2.5)).shape == (40, 100, 3)
 
 
 def test_a_compression_bomb_below_the_pixel_limit_is_refused() -> None:
-    data = encoded(Pillow.new("1", (6000, 6000)), "PNG")
+    data = encode(Pillow.new("1", (6000, 6000)), "PNG")
     assert refusal(lambda: decode(data)).code == "too_large"
 
 
@@ -280,12 +280,12 @@ def test_a_png_of_zero_width_is_too_small() -> None:
     assert refusal(lambda: decode(data)).code == "too_small"
 
 
-def test_hostile_exif_does_not_cost_the_picture() -> None:
+def test_a_picture_with_hostile_exif_decodes() -> None:
     looping = (
         b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x69\x87\x04\x00\x01\x00\x00\x00\x08\x00\x00\x00\x08\x00\x00\x00"
     )
     for exif in (looping, b"Exif\x00\x00" + b"\xff" * 5000, b"Exif\x00\x00II*\x00\xff\xff\xff\xff"):
-        assert psnr(decode(encoded(photo(), "JPEG", quality=95, exif=exif)), photo()) > 30
+        assert psnr(decode(encode(photo(), "JPEG", quality=95, exif=exif)), photo()) > 30
 
 
 @settings(max_examples=150, deadline=None)
@@ -294,7 +294,7 @@ def test_hostile_exif_does_not_cost_the_picture() -> None:
     edits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=6),
 )
 def test_damaged_bytes_give_a_picture_or_a_sample_error(kind: str, edits: list[tuple[float, int]]) -> None:
-    data = bytearray(encoded(photo(24, 32), kind))
+    data = bytearray(encode(photo(24, 32), kind))
     for place, value in edits:
         data[int(place * len(data))] = value
     try:
@@ -313,7 +313,7 @@ def test_arbitrary_bytes_are_refused(tail: bytes, head: bytes) -> None:
     refusal(lambda: decode(head + tail))
 
 
-def test_png_text_survives_and_bytes_repeat() -> None:
+def test_png_text_round_trips_and_bytes_are_reproducible() -> None:
     text = {"restoray:recipe": "instantir-dcp", "a": "déjà vu 写真 <b>\n", "seed": "7"}
     data = images.encode_png(photo(), text)
     assert images.read_png_text(data) == text
@@ -328,7 +328,7 @@ def test_png_text_refuses_what_png_cannot_hold() -> None:
             images.encode_png(photo(), text)
     with pytest.raises(ValueError, match="uint8"):
         images.encode_png(photo().astype(np.float32))
-    assert refusal(lambda: images.read_png_text(encoded(photo(), "JPEG"))).code == "unsupported_format"
+    assert refusal(lambda: images.read_png_text(encode(photo(), "JPEG"))).code == "unsupported_format"
 
 
 @pytest.mark.parametrize(("height", "width", "px"), [(40, 100, 20), (100, 40, 20), (40, 41, 80), (33, 33, 33)])

@@ -1,4 +1,4 @@
-"""InstantIR's parts, objectives and restorer at a tiny size, through a real (untrained) prior of SDXL's shape."""
+"""InstantIR's parts, objectives and restorer at a tiny size, with an untrained SDXL-shaped prior."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ def make_prior() -> Callable[[], Prior]:
 
 @pytest.fixture
 def network(make_prior: Callable[[], Prior]) -> InstantIR:
-    """Whole, and with every part awake: layers that start at zero are given values."""
+    """A network with all parts, where layers that start at zero have other values."""
     network = InstantIR(make_prior(), RESAMPLER, LORA, aggregator=True)
-    wake(network)
+    randomize_zeros(network)
     return network
 
 
 @torch.no_grad()
-def wake(network: InstantIR) -> None:
+def randomize_zeros(network: InstantIR) -> None:
     modules = [network.prior.unet, *([network.aggregator] if network.aggregator is not None else [])]
     for module in modules:
         for name, parameter in module.named_parameters():
@@ -127,7 +127,7 @@ def batch(size: int = 3, first: int = 0) -> Batch:
     )
 
 
-def conditions(network: InstantIR, size: int) -> Conditions:
+def make_conditions(network: InstantIR, size: int) -> Conditions:
     text, pooled = network.prior.embed_prompts(["red"] * size)
     return Conditions(
         text=text,
@@ -146,7 +146,7 @@ def request(key: str = "a", seed: int = 3, size: tuple[int, int] | None = None, 
 
 
 def test_parameter_counts_at_sdxl_size_are_the_published_files() -> None:
-    """Counts of reference/instantir.md section 1; the published files have 4 bytes for each."""
+    """Counts of reference/instantir.md section 1; the published files have 4 bytes for each parameter."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL)
         perceptor = install_perceptor(unet, ResamplerConfig())
@@ -162,88 +162,90 @@ def test_parameter_counts_at_sdxl_size_are_the_published_files() -> None:
         assert sum(p.numel() for p in Aggregator.from_unet(unet).parameters()) == 1_004_809_280
 
 
-def test_a_new_network_is_the_prior(make_prior: Callable[[], Prior]) -> None:
-    """LoRA and aggregator add nothing at the start; the perceptor does (its keys and values start as the text's)."""
+def test_a_new_network_predicts_as_the_prior(make_prior: Callable[[], Prior]) -> None:
+    """At the start LoRA and aggregator change nothing. The perceptor does: its weights start as the text's."""
     network = InstantIR(make_prior(), RESAMPLER, LORA, aggregator=True)
-    latents, timesteps, given = tensor(2, 4, 4, 4), torch.tensor([3, 900]), conditions(network, 2)
-    eps = network.denoise_eps(latents, timesteps, given)
-    residuals = network.residuals(latents, timesteps, latents, given)
+    latents, timesteps, conditions = tensor(2, 4, 4, 4), torch.tensor([3, 900]), make_conditions(network, 2)
+    eps = network.denoise_eps(latents, timesteps, conditions)
+    residuals = network.residuals(latents, timesteps, latents, conditions)
     assert not bool(residuals.mid.any())
-    assert torch.equal(network.denoise_eps(latents, timesteps, given, residuals), eps)
+    assert torch.equal(network.denoise_eps(latents, timesteps, conditions, residuals), eps)
     with previewer_enabled(network.unet):
-        assert torch.equal(predict_noise(network.unet, latents, timesteps, given), eps)
+        assert torch.equal(predict_noise(network.unet, latents, timesteps, conditions), eps)
     for processor in network.perceptor.ip_adapter.values():
         processor.scale = 0.0  # type: ignore[assignment]
     bare = make_prior().unet
-    added = {"text_embeds": given.pooled, "time_ids": given.time_ids}
-    expected = bare(latents, timesteps, given.text, added_cond_kwargs=added).sample
-    torch.testing.assert_close(network.denoise_eps(latents, timesteps, given), expected, atol=1e-5, rtol=0)
+    added_cond_kwargs = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
+    expected = bare(latents, timesteps, conditions.text, added_cond_kwargs=added_cond_kwargs).sample
+    torch.testing.assert_close(network.denoise_eps(latents, timesteps, conditions), expected, atol=1e-5, rtol=0)
 
 
 def test_every_part_has_an_effect(network: InstantIR) -> None:
-    latents, timesteps, given = tensor(2, 4, 4, 4), torch.tensor([3, 900]), conditions(network, 2)
-    eps = network.denoise_eps(latents, timesteps, given)
-    residuals = network.residuals(tensor(2, 4, 4, 4, name="lq"), timesteps, latents, given)
-    other = replace(given, image_tokens=given.image_tokens * 1.5)
+    latents, timesteps, conditions = tensor(2, 4, 4, 4), torch.tensor([3, 900]), make_conditions(network, 2)
+    eps = network.denoise_eps(latents, timesteps, conditions)
+    residuals = network.residuals(tensor(2, 4, 4, 4, name="lq"), timesteps, latents, conditions)
+    other = replace(conditions, image_tokens=conditions.image_tokens * 1.5)
     assert not torch.allclose(network.denoise_eps(latents, timesteps, other), eps)
-    assert not torch.allclose(network.denoise_eps(latents, timesteps, given, residuals), eps)
+    assert not torch.allclose(network.denoise_eps(latents, timesteps, conditions, residuals), eps)
     with previewer_enabled(network.unet):
-        assert not torch.allclose(predict_noise(network.unet, latents, timesteps, given), eps)
-    assert torch.equal(network.denoise_eps(latents, timesteps, given), eps), "the toggle must leave no trace"
+        assert not torch.allclose(predict_noise(network.unet, latents, timesteps, conditions), eps)
+    assert torch.equal(network.denoise_eps(latents, timesteps, conditions), eps), (
+        "the LoRA's switch must restore its state"
+    )
 
 
-def test_toggling_does_not_lose_gradients_recorded_before(network: InstantIR) -> None:
-    """peft's own switch flips requires_grad, which makes a recorded graph drop the LoRA's gradients."""
+def test_the_lora_switch_preserves_gradients_of_earlier_calls(network: InstantIR) -> None:
+    """peft's own switch changes requires_grad, so an existing graph would drop the LoRA's gradients."""
     lora = previewer_of(network.unet).requires_grad_(True)
-    latents, timesteps, given = tensor(1, 4, 4, 4), torch.tensor([500]), conditions(network, 1)
-    preview = network.preview(latents, timesteps, given)
+    latents, timesteps, conditions = tensor(1, 4, 4, 4), torch.tensor([500]), make_conditions(network, 1)
+    preview = network.preview(latents, timesteps, conditions)
     with torch.no_grad():
-        network.denoise_eps(latents, timesteps, given)
+        network.denoise_eps(latents, timesteps, conditions)
     preview.square().mean().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in lora.up.parameters())
 
 
-def test_parts_go_into_another_network_and_give_the_same_bits(
+def test_parts_loaded_into_another_network_give_the_same_bits(
     network: InstantIR, make_prior: Callable[[], Prior]
 ) -> None:
     prior = make_prior()
     prior.unet.load_state_dict(bare_weights(network))
     other = InstantIR.from_parts(prior, network.config(), network.parts())
     assert other.config() == network.config()
-    latents, timesteps, given = tensor(1, 4, 4, 4), torch.tensor([500]), conditions(network, 1)
-    assert torch.equal(network.preview(latents, timesteps, given), other.preview(latents, timesteps, given))
-    ours, theirs = (n.residuals(latents, timesteps, latents, given) for n in (network, other))
+    latents, timesteps, conditions = tensor(1, 4, 4, 4), torch.tensor([500]), make_conditions(network, 1)
+    assert torch.equal(network.preview(latents, timesteps, conditions), other.preview(latents, timesteps, conditions))
+    ours, theirs = (n.residuals(latents, timesteps, latents, conditions) for n in (network, other))
     assert torch.equal(ours.mid, theirs.mid)
 
 
 def bare_weights(network: InstantIR) -> dict[str, Tensor]:
-    """The prior's own weights out of a UNet that carries the parts."""
+    """The prior's weights from a UNet with perceptor and previewer."""
     state = {n.replace(".base_layer.", "."): v for n, v in network.unet.state_dict().items() if ".lora_" not in n}
     return {n: v for n, v in state.items() if ".processor." not in n and not n.startswith("encoder_hid_proj.")}
 
 
-def test_the_loader_takes_either_spelling(network: InstantIR) -> None:
+def test_the_loader_accepts_both_spellings(network: InstantIR) -> None:
     state = {n: v.clone() for n, v in network.parts()["previewer"].items()}
-    assert any(".lora.down." in n for n in state), "attention projections carry diffusers' older names"
-    respelt = {
+    assert any(".lora.down." in n for n in state), "attention projections have diffusers' older names"
+    renamed_state = {
         n.removeprefix("unet.").replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): 2 * v
         for n, v in state.items()
     }
-    network.load_parts({"previewer": respelt})
+    network.load_parts({"previewer": renamed_state})
     assert all(torch.equal(v, 2 * state[n]) for n, v in network.parts()["previewer"].items())
 
 
 @pytest.mark.parametrize("part", ["perceptor", "previewer", "aggregator"])
-def test_weights_that_do_not_fit_are_all_named_and_none_is_copied(part: str, network: InstantIR) -> None:
+def test_weights_that_do_not_fit_are_all_listed_and_none_is_copied(part: str, network: InstantIR) -> None:
     state = {n: v.clone() + 1 for n, v in network.parts()[part].items()}
     before = {n: v.clone() for n, v in network.parts()[part].items()}
-    dropped, reshaped, *_ = list(state)
-    del state[dropped]
-    state[reshaped] = torch.zeros(1, 2, 3)
+    missing, misshapen, *_ = list(state)
+    del state[missing]
+    state[misshapen] = torch.zeros(1, 2, 3)
     state["surprise"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"missing .*unexpected surprise.*shape") as raised:
+    with pytest.raises(ValueError, match=r"missing .*unexpected surprise.*shape") as error:
         network.load_parts({part: state})
-    assert "3 faults" in str(raised.value)
+    assert "3 faults" in str(error.value)
     assert all(torch.equal(v, before[n]) for n, v in network.parts()[part].items())
 
 
@@ -260,9 +262,7 @@ def test_wrong_parts_are_refused(network: InstantIR, make_prior: Callable[[], Pr
         install_perceptor(network.unet, RESAMPLER)
 
 
-def test_the_aggregator_starts_as_the_unet_whatever_it_carries(
-    network: InstantIR, make_prior: Callable[[], Prior]
-) -> None:
+def test_the_aggregator_copies_the_unet_without_its_parts(network: InstantIR, make_prior: Callable[[], Prior]) -> None:
     bare = make_prior().unet
     bare.load_state_dict(bare_weights(network))
     from_bare, from_whole = Aggregator.from_unet(bare), Aggregator.from_unet(network.unet)
@@ -272,15 +272,15 @@ def test_the_aggregator_starts_as_the_unet_whatever_it_carries(
     assert not any("attn2" in n or ("norm2" in n and "transformer" in n) for n, _ in from_bare.named_parameters())
 
 
-def test_the_aggregator_refuses_what_it_cannot_halve(network: InstantIR) -> None:
-    given, timesteps = conditions(network, 1), torch.tensor([5])
+def test_the_aggregator_refuses_sides_that_it_cannot_halve(network: InstantIR) -> None:
+    conditions, timesteps = make_conditions(network, 1), torch.tensor([5])
     with pytest.raises(ValueError, match="multiples of 2"):
-        network.residuals(tensor(1, 4, 3, 4), timesteps, tensor(1, 4, 3, 4), given)
+        network.residuals(tensor(1, 4, 3, 4), timesteps, tensor(1, 4, 3, 4), conditions)
     with pytest.raises(ValueError, match="differ in shape"):
-        network.residuals(tensor(1, 4, 4, 4), timesteps, tensor(1, 4, 4, 6), given)
+        network.residuals(tensor(1, 4, 4, 4), timesteps, tensor(1, 4, 4, 6), conditions)
 
 
-def test_starts_are_seeded_and_leave_the_global_generator_alone(make_prior: Callable[[], Prior]) -> None:
+def test_initial_weights_depend_on_the_seed_and_not_on_the_global_generator(make_prior: Callable[[], Prior]) -> None:
     state = torch.random.get_rng_state()
     one, same, other = (InstantIR(make_prior(), RESAMPLER, LORA, True, seed=s).parts() for s in (1, 1, 2))
     assert not torch.equal(one["perceptor"]["image_proj.latents"], other["perceptor"]["image_proj.latents"])
@@ -292,7 +292,7 @@ def test_starts_are_seeded_and_leave_the_global_generator_alone(make_prior: Call
 # ------------------------------------------------------------------------------------------------------- objectives
 
 
-def test_boundary_scalings_make_time_zero_the_identity() -> None:
+def test_boundary_scalings_are_the_identity_at_time_zero() -> None:
     skip, out = boundary_scalings(torch.tensor([0, 999]))
     assert skip[0] == 1.0
     assert out[0] == 0.0
@@ -301,17 +301,17 @@ def test_boundary_scalings_make_time_zero_the_identity() -> None:
     assert torch.equal(consistency_output(Schedule(), x, x * 3, torch.tensor([0])), x)
 
 
-def test_huber_is_linear_far_out_and_square_near() -> None:
+def test_huber_is_linear_for_large_and_square_for_small_distances() -> None:
     far, near = torch.full((1, 4), 10.0), torch.full((1, 4), 1e-4)
     assert float(pseudo_huber(far, torch.zeros(1, 4), 0.001)) == pytest.approx(9.999, abs=1e-3)
     assert float(pseudo_huber(near, torch.zeros(1, 4), 0.1)) == pytest.approx(1e-8 / 0.2, rel=0.2)
 
 
-def test_dropout_splits_one_draw() -> None:
+def test_dropout_uses_one_draw() -> None:
     u = torch.tensor([0.01, 0.06, 0.12, 0.5])
-    dropped = drop_conditions(u, 0.05, 0.05, 0.05)
-    assert dropped.image.tolist() == [True, False, True, False]
-    assert dropped.text.tolist() == [False, True, True, False]
+    drop = drop_conditions(u, 0.05, 0.05, 0.05)
+    assert drop.image.tolist() == [True, False, True, False]
+    assert drop.text.tolist() == [False, True, True, False]
     everything = drop_conditions(torch.tensor([0.0, 0.9, 1 - 2**-24]), 0.0, 0.85, 0.15)
     assert everything.text.all()
     assert everything.image.tolist() == [False, True, True]
@@ -330,15 +330,13 @@ def objective_of(stage: str, make_prior: Callable[[], Prior], settings: dict[str
     network = InstantIR(
         make_prior(), RESAMPLER, LORA if stage != "perceptor" else None, aggregator=stage == "aggregator"
     )
-    wake(network)
+    randomize_zeros(network)
     kinds = {"perceptor": PerceptorObjective, "previewer": PreviewerObjective, "aggregator": AggregatorObjective}
     return kinds[stage](network, **settings)
 
 
 @pytest.mark.parametrize(("stage", "settings"), stages())
-def test_a_stage_trains_its_part_and_nothing_else(
-    stage: str, settings: dict[str, Any], make_prior: Callable[[], Prior]
-) -> None:
+def test_a_stage_trains_only_its_part(stage: str, settings: dict[str, Any], make_prior: Callable[[], Prior]) -> None:
     objective = objective_of(stage, make_prior, settings)
     (name,) = objective.trainables
     assert name == stage
@@ -352,10 +350,10 @@ def test_a_stage_trains_its_part_and_nothing_else(
     loss.value.backward()
     optimizer.step()
     for part, weights in objective.parts().items():
-        moved = [n for n, v in weights.items() if not torch.equal(v, before[part][n])]
-        assert bool(moved) == (part == stage), part
+        changes = [n for n, v in weights.items() if not torch.equal(v, before[part][n])]
+        assert bool(changes) == (part == stage), part
         if part == stage:
-            assert len(moved) > 0.9 * len(weights), "nearly all of the part's tensors take part"
+            assert len(changes) > 0.9 * len(weights), "nearly all tensors of the part must change"
     for n, p in objective.network.unet.named_parameters():
         assert n not in frozen or torch.equal(p, frozen[n]), n
 
@@ -364,7 +362,7 @@ def test_a_stage_trains_its_part_and_nothing_else(
 def test_loss_depends_on_seed_and_position_only(
     stage: str, settings: dict[str, Any], make_prior: Callable[[], Prior]
 ) -> None:
-    """Rank 1's half of a batch has the loss that it has alone: the mean over halves is the loss of the whole."""
+    """A half of a batch has the same loss alone: the mean over both halves is the loss of the whole batch."""
     objective = objective_of(stage, make_prior, settings)
 
     def loss(rows: Batch, seed: int = 0) -> float:
@@ -411,7 +409,7 @@ def test_objectives_refuse_a_network_of_the_wrong_stage(network: InstantIR, make
     [{}, {"start": "noise"}, {"cfg_scale": 1.0}, {"sampler": "ddpm"}, {"preview_start": 0.6, "aggregator_stop": 0.5}],
     ids=str,
 )
-def test_a_restored_picture_has_its_size_and_says_how_it_was_made(network: InstantIR, options: dict[str, Any]) -> None:
+def test_a_restored_picture_has_its_size_and_its_options(network: InstantIR, options: dict[str, Any]) -> None:
     (restored,) = InstantIRRestorer(network).restore([request(**options)])
     assert restored.image.shape == (13, 19, 3)
     assert restored.image.dtype == np.uint8
@@ -419,7 +417,7 @@ def test_a_restored_picture_has_its_size_and_says_how_it_was_made(network: Insta
     assert {k: restored.info[k] for k in expected} == expected
 
 
-def test_bytes_depend_on_the_request_alone(network: InstantIR) -> None:
+def test_bytes_depend_only_on_the_request(network: InstantIR) -> None:
     restorer = InstantIRRestorer(network)
     alone = restorer.restore([request("a")])[0]
     company = restorer.restore([request("b"), request("a", size=(20, 20)), request("a"), request("c")])
@@ -447,13 +445,13 @@ def test_cancelling_stops_before_the_next_step(network: InstantIR) -> None:
     assert len(events) == 3
 
 
-def test_a_tile_of_the_denoiser_sees_its_own_lq_latents_and_steps(network: InstantIR) -> None:
-    lq, given = tensor(1, 4, 8, 8), conditions(network, 1)
-    whole = InstantIRDenoiser(network, lq, given, None, 2, LoopSettings(cfg_scale=1.0))
+def test_a_tile_of_the_denoiser_has_its_own_lq_latents_and_steps(network: InstantIR) -> None:
+    lq, conditions = tensor(1, 4, 8, 8), make_conditions(network, 1)
+    whole = InstantIRDenoiser(network, lq, conditions, None, 2, LoopSettings(cfg_scale=1.0))
     latents, sigma = tensor(1, 4, 8, 8, name="latents"), torch.tensor([3.0])
     whole(latents, sigma)
     tile = whole.tile((2, 4, 4, 4))
-    alone = InstantIRDenoiser(network, lq[..., 2:6, 4:8], given, None, 2, LoopSettings(cfg_scale=1.0))
+    alone = InstantIRDenoiser(network, lq[..., 2:6, 4:8], conditions, None, 2, LoopSettings(cfg_scale=1.0))
     part = latents[..., 2:6, 4:8]
     assert torch.allclose(tile(part, sigma), alone(part, sigma), atol=1e-6) and tile.step == 1
 
@@ -473,31 +471,31 @@ def test_a_tile_of_the_denoiser_sees_its_own_lq_latents_and_steps(network: Insta
     ],
 )
 def test_wrong_options_are_refused_by_name(network: InstantIR, options: dict[str, Any], message: str) -> None:
-    """No reason names a picture: a job ends early where all of its pictures fail for one and the same."""
+    """The message names no picture: a job ends early if all its pictures fail with one message."""
     with pytest.raises(ValueError, match=f"^{message}"):
         InstantIRRestorer(network).restore([request("a", **options)])
 
 
-def test_options_are_judged_and_typed_without_a_network() -> None:
-    checked = check_options({"cfg_scale": 3, "steps": 2.0, "sampler": "ddpm"})
-    assert json.dumps(checked) == '{"cfg_scale": 3.0, "steps": 2, "sampler": "ddpm"}'
-    with pytest.raises(UnknownOption) as raised:
+def test_options_are_checked_and_converted_without_a_network() -> None:
+    options = check_options({"cfg_scale": 3, "steps": 2.0, "sampler": "ddpm"})
+    assert json.dumps(options) == '{"cfg_scale": 3.0, "steps": 2, "sampler": "ddpm"}'
+    with pytest.raises(UnknownOption) as error:
         check_options({"stps": 2})
-    assert str(pickle.loads(pickle.dumps(raised.value))) == "unknown option 'stps'. Did you mean \"steps\"?"
+    assert str(pickle.loads(pickle.dumps(error.value))) == "unknown option 'stps'. Did you mean \"steps\"?"
 
 
 def test_wrong_pictures_are_refused(network: InstantIR) -> None:
     restorer = InstantIRRestorer(network)
     for image in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(SampleError, match="broken") as raised:
+        with pytest.raises(SampleError, match="broken") as error:
             restorer.restore([Request(key="broken", image=image)])
-        assert raised.value.code == "bad_image"
+        assert error.value.code == "bad_image"
     with pytest.raises(SampleError, match="bad_size"):
         restorer.restore([request("a", size=(0, 10))])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 40), (16, 16)])
-def test_any_size_passes(network: InstantIR, shape: tuple[int, int]) -> None:
+def test_any_size_works(network: InstantIR, shape: tuple[int, int]) -> None:
     image = generator(0, "any").integers(0, 256, (*shape, 3), dtype=np.uint8)
     picture = Request(key="x", image=image, options={"steps": 1})
     assert InstantIRRestorer(network).restore([picture])[0].image.shape == (*shape, 3)
@@ -518,13 +516,13 @@ def test_defaults_come_from_the_recipe(network: InstantIR, make_prior: Callable[
 
 
 def test_loop_settings_follow_the_shares_of_the_steps() -> None:
-    """The official rule: stopped where (i + 1) / N exceeds the end; previews from i / N >= the start on."""
+    """The official rule: the Aggregator stops if (i + 1) / N exceeds the end; previews start at i / N >= start."""
     settings = LoopSettings(aggregator_stop=0.67, preview_start=0.3, aggregator_scale=[1, 2, 3, 4, 5, 6])
     assert [settings.scale_at(i, 6) for i in range(6)] == [1, 2, 3, 4, 0, 0]
     assert [settings.previews_at(i, 6) for i in range(6)] == [False, False, True, True, True, True]
 
 
-def test_perceptor_is_found_again(network: InstantIR) -> None:
+def test_perceptor_of_returns_the_same_modules(network: InstantIR) -> None:
     again = perceptor_of(network.unet)
     assert again.image_proj is network.perceptor.image_proj
     assert list(again.ip_adapter) == list(network.perceptor.ip_adapter)

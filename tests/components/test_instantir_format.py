@@ -1,9 +1,9 @@
-"""A model folder as the first demo wrote it: it must load, restore to the same picture, and train on.
+"""A model folder of the first demo's format: it must load, restore to the same picture, and train further.
 
-fixtures/instantir-format-1/record.json was written once, by the code that landed the first demo, and never again:
-model.json of a model and of its prior (the smallest size that has every part), and the names and shapes of all tensors.
-Their values are no matter of the format; they are made here from raw Philox words, and `restored.png` is what that code
-made of the picture below with them.
+The code of the first demo wrote fixtures/instantir-format-1/record.json; it must not be regenerated. It holds the
+model.json of a model and of its prior (the smallest size with every part), and the names and shapes of all tensors. The
+values are not part of the format; this module computes them from raw Philox words. With these values, the first demo's
+code restored the picture below to `restored.png`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ IMAGE_SIZE, SEED, PROMPT = (16, 24), 3, "red"
 
 
 def words(name: str, count: int) -> np.ndarray:
-    """float64 [count] in [-1, 1), the same on every machine and in every numpy."""
+    """float64 [count] in [-1, 1), equal on every machine and in every numpy version."""
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
     return (np.random.Philox(key=key).random_raw(count) >> np.uint64(40)) / 2.0**23 - 1
 
 
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor that keeps activations in range: norms' scales about 1, weights by their fan-in, the rest small.
+    """A tensor that keeps activations in range: norm scales near 1, weights scaled by their fan-in, other values small.
 
-    A UNet of such weights removes no noise: the decoder's last layers are made small, so that pictures are not clipped.
+    A UNet with such weights removes no noise, so the decoder's last layers are small to avoid clipped pictures.
     """
-    drawn = words(name, int(np.prod(shape))).reshape(shape)
+    tensor = words(name, int(np.prod(shape))).reshape(shape)
     if len(shape) > 1:
-        drawn = drawn * (3 / np.prod(shape[1:])) ** 0.5
+        tensor = tensor * (3 / np.prod(shape[1:])) ** 0.5
     elif name.endswith(".weight"):
-        drawn = 1 + 0.1 * drawn
+        tensor = 1 + 0.1 * tensor
     else:
-        drawn = 0.1 * drawn
+        tensor = 0.1 * tensor
     last = name.startswith(("autoencoder.decode_linear", "autoencoder.decode_residual.conv_out"))
-    return (drawn * (DECODER if last else 1)).astype(np.float32)
+    return (tensor * (DECODER if last else 1)).astype(np.float32)
 
 
 def picture() -> np.ndarray:
@@ -50,7 +50,7 @@ def picture() -> np.ndarray:
 
 
 def write_folder(folder: Path, record: Mapping[str, Any]) -> None:
-    """model.json, parts/ and files/ as 0001-the-house.md describes them, with safetensors and none of our code."""
+    """Write model.json, parts/ and files/ as in 0001-the-house.md, with safetensors and without Restoray's code."""
     from safetensors.numpy import save_file
 
     card = json.loads(json.dumps(record["model.json"]))
@@ -67,7 +67,7 @@ def write_folder(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_model(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Prior and model below `folder`; the model names its prior by place and digest, as training wrote them."""
+    """Write prior and model below `folder`; as after training, the model names its prior by path and digest."""
     from components.models import load_model
 
     write_folder(folder / "prior", record["prior"])
@@ -89,30 +89,30 @@ def test_it_loads_and_restores_the_same_picture(model: Path) -> None:
     from components.systems import build_restorer
     from components.types import Request
 
-    (answer,) = build_restorer(model).restore([Request(key="a", image=picture(), seed=SEED, prompt=PROMPT)])
-    recorded = decode((FIXTURE / "restored.png").read_bytes()).astype(int)
-    assert recorded.std() > 20, "a flat picture would prove nothing"
-    difference = np.abs(answer.image - recorded)
-    assert difference.max() <= 1, "float rounding of another machine may move a value by one level, no more"
+    (result,) = build_restorer(model).restore([Request(key="a", image=picture(), seed=SEED, prompt=PROMPT)])
+    expected = decode((FIXTURE / "restored.png").read_bytes()).astype(int)
+    assert expected.std() > 20, "a flat picture would not test anything"
+    difference = np.abs(result.image - expected)
+    assert difference.max() <= 1, "float rounding on another machine may change a value by at most one level"
 
 
-def test_training_goes_on_from_it(model: Path) -> None:
+def test_it_trains_further(model: Path) -> None:
     from components.models import load_model
-    from components.recipes import load_recipe
-    from components.systems.instantir.build import build_objective
+    from components.systems.instantir.system import INSTANTIR
+    from components.systems.recipes import load_recipe
 
-    saved = load_model(model)
-    recipe = load_recipe("instantir-aggregator-nano", [f"prior={saved.info['prior']['id']}"])
-    objective = build_objective(recipe, {"previewer": saved})
+    parent = load_model(model)
+    recipe = load_recipe("instantir-aggregator-nano", [f"prior={parent.info['prior']['id']}"])
+    objective = INSTANTIR.build_objective(recipe, {"previewer": parent})
     assert objective.network.time_modulation and objective.network.perceptor_scale == 1
     parts = objective.parts()
     assert set(parts) == {"perceptor", "previewer", "aggregator"}
     for part, tensors in parts.items():
-        assert {k: v.tolist() for k, v in tensors.items()} == {k: v.tolist() for k, v in saved.part(part).items()}
+        assert {k: v.tolist() for k, v in tensors.items()} == {k: v.tolist() for k, v in parent.part(part).items()}
 
 
-def test_the_first_demos_prior_still_ships() -> None:
-    """Models record the prior that they were trained on by digest: another `nano` would orphan every demo's model."""
+def test_the_first_demos_prior_is_unchanged() -> None:
+    """Models record their prior's digest: with another `nano` prior, no demo model would open."""
     from components.models import load_model
 
     assert load_model("nano").digest == "f2255415fe6766dcd7750b8ed62b240b861a9cd28926ca6bc8f148982f38704b"

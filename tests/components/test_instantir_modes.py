@@ -1,4 +1,4 @@
-"""InstantIR's ways to restore: references, AdaRes, presets, views and tiles, each against its own formula."""
+"""InstantIR's modes of restoration: references, AdaRes, presets, views and tiles, each against its formula."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from components.priors.nano import build_prior, build_tokenizer_json
-from components.priors.sdxl import ImageView
+from components.priors.sdxl_config import ImageView
 from components.samplers.ddim import sample_ddim
 from components.samplers.schedules import Schedule
 from components.samplers.tiles import tile_boxes, tiled
@@ -30,24 +30,24 @@ from components.systems.instantir.preprocess import released_sizes, view_pixels
 from components.systems.instantir.references import noised_reference
 from components.systems.instantir.restorer import InstantIRRestorer
 from components.types import Request, SampleError
-from tests.components.test_instantir import LORA, RESAMPLER, TINY, request, tensor, wake
+from tests.components.test_instantir import LORA, RESAMPLER, TINY, randomize_zeros, request, tensor
 
 OURS = LoopSettings(released_rules=False)
 LQ, HQ = tensor(1, 4, 8, 8, name="lq"), tensor(1, 4, 8, 8, name="hq")
 
 
 @pytest.fixture(scope="module")
-def awake() -> InstantIR:
-    """A tiny network whose every part has an effect, shared: nothing here changes it."""
+def network() -> InstantIR:
+    """A tiny network where every part has an effect; all tests share it, and none changes it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         prior = build_prior(TINY, build_tokenizer_json(["red", "blue", "sky"], TINY["text_length"]))
     network = InstantIR(prior.freeze(), RESAMPLER, LORA, aggregator=True)
-    wake(network)
+    randomize_zeros(network)
     return network
 
 
-def given(network: InstantIR, prompt: str = "red", rows: int = 1) -> tuple[Conditions, Conditions]:
+def make_conditions(network: InstantIR, prompt: str = "red", rows: int = 1) -> tuple[Conditions, Conditions]:
     """Positive and negative conditions."""
     text, pooled = network.prior.embed_prompts([prompt] * rows)
     tokens = network.prior.embed_images(tensor(rows, 3, 16, 16, name="seen").clamp(-1, 1))
@@ -56,8 +56,8 @@ def given(network: InstantIR, prompt: str = "red", rows: int = 1) -> tuple[Condi
     return positive, network.unconditional(positive, ["blue"] * rows)
 
 
-class Watched:
-    """A loop over `steps` that keeps what each part was given and gave."""
+class RecordedLoop:
+    """A loop over `steps` that records the inputs and outputs of each part."""
 
     def __init__(self, network: InstantIR, settings: LoopSettings, steps: int = 3, prompt: str = "red", **kwargs: Any):
         self.references: list[Tensor] = []
@@ -66,17 +66,17 @@ class Watched:
         self.clean: list[Tensor] = []
         self.noisy: list[Tensor] = []
         self.schedule, self.steps = network.prior.schedule, steps
-        positive, negative = given(network, prompt)
+        positive, negative = make_conditions(network, prompt)
         denoiser = InstantIRDenoiser(network, LQ, positive, negative, steps, settings, **kwargs)
         aggregate, predict = network.residuals, network.denoise_eps
 
-        def spy_aggregate(lq: Tensor, timesteps: Tensor, preview: Tensor, given: Conditions) -> Residuals:
+        def spy_aggregate(lq: Tensor, timesteps: Tensor, preview: Tensor, conditions: Conditions) -> Residuals:
             self.references.append(preview)
-            return aggregate(lq, timesteps, preview, given)
+            return aggregate(lq, timesteps, preview, conditions)
 
-        def spy_predict(latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Any = None) -> Tensor:
+        def spy_predict(latents: Tensor, timesteps: Tensor, conditions: Conditions, residuals: Any = None) -> Tensor:
             self.residuals.append(residuals)
-            return predict(latents, timesteps, given, residuals)
+            return predict(latents, timesteps, conditions, residuals)
 
         network.residuals, network.denoise_eps = spy_aggregate, spy_predict  # type: ignore[method-assign]
         try:
@@ -108,24 +108,24 @@ def close(a: Tensor, b: Tensor, atol: float = 1e-5) -> bool:
 
 
 @torch.no_grad()
-def test_each_reference_is_what_table_2a_says(awake: InstantIR) -> None:
+def test_each_reference_follows_table_2a(network: InstantIR) -> None:
     runs = {
-        kind: Watched(awake, replace(OURS, reference=kind), hq=HQ)  # type: ignore[arg-type]
+        kind: RecordedLoop(network, replace(OURS, reference=kind), hq=HQ)  # type: ignore[arg-type]
         for kind in ("preview", "preview_dcp", "preview_unconditional", "mean", "lq", "hq")
     }
     first = {kind: run.references[0] for kind, run in runs.items()}
     assert all(reference.shape == (2, 4, 8, 8) for reference in first.values())
     assert close(first["lq"], LQ.repeat(2, 1, 1, 1)) and close(first["hq"], HQ.repeat(2, 1, 1, 1))
     run = runs["mean"]
-    positive, negative = given(awake)
+    positive, negative = make_conditions(network)
     noisy, timesteps = run.noisy[0].repeat(2, 1, 1, 1), run.timesteps[:1].repeat(2)
-    eps = awake.denoise_eps(noisy, timesteps, negative.joined(positive))
+    eps = network.denoise_eps(noisy, timesteps, negative.concat(positive))
     a = run.alpha(0)
     assert close(first["mean"], (noisy - (1 - a).sqrt() * eps) / a.sqrt(), 1e-3)  # Eq. 2
-    empty = awake.unconditional(positive, [""])
-    nothing = awake.preview(run.noisy[0], run.timesteps[:1], empty)
-    picture = awake.preview(run.noisy[0], run.timesteps[:1], replace(empty, image_tokens=positive.image_tokens))
-    full = awake.preview(run.noisy[0], run.timesteps[:1], positive)
+    empty = network.unconditional(positive, [""])
+    nothing = network.preview(run.noisy[0], run.timesteps[:1], empty)
+    picture = network.preview(run.noisy[0], run.timesteps[:1], replace(empty, image_tokens=positive.image_tokens))
+    full = network.preview(run.noisy[0], run.timesteps[:1], positive)
     assert close(first["preview_unconditional"], nothing.repeat(2, 1, 1, 1), 1e-4)
     assert close(first["preview_dcp"], torch.cat([nothing, picture]), 1e-4)
     assert close(first["preview"][1:], full, 1e-4)
@@ -133,16 +133,16 @@ def test_each_reference_is_what_table_2a_says(awake: InstantIR) -> None:
     assert all(not close(a, b) for i, a in enumerate(finals) for b in finals[:i])
 
 
-def test_only_the_full_preview_hears_the_prompt(awake: InstantIR) -> None:
-    for kind, hears in (("preview", True), ("preview_dcp", False), ("preview_unconditional", False)):
+def test_only_the_full_preview_depends_on_the_prompt(network: InstantIR) -> None:
+    for kind, depends in (("preview", True), ("preview_dcp", False), ("preview_unconditional", False)):
         settings = replace(OURS, reference=kind)  # type: ignore[arg-type]
-        red, blue = (Watched(awake, settings, prompt=prompt).references[0] for prompt in ("red", "blue sky"))
-        assert close(red, blue) is not hears
+        red, blue = (RecordedLoop(network, settings, prompt=prompt).references[0] for prompt in ("red", "blue sky"))
+        assert close(red, blue) is not depends
 
 
-def test_a_noised_reference_has_the_steps_noise(awake: InstantIR) -> None:
+def test_a_noised_reference_has_the_steps_noise(network: InstantIR) -> None:
     noises = [tensor(1, 4, 8, 8, name=f"noise {i}") for i in range(3)]
-    run = Watched(awake, replace(OURS, reference_noise=True), noise=noises.__getitem__)
+    run = RecordedLoop(network, replace(OURS, reference_noise=True), noise=noises.__getitem__)
     for step, reference in enumerate(run.references):
         preview, a = run.previews[step], run.alpha(step)
         assert preview is not None
@@ -152,24 +152,24 @@ def test_a_noised_reference_has_the_steps_noise(awake: InstantIR) -> None:
     assert close(both[1:], a.sqrt() * LQ + (1 - a).sqrt() * HQ)
 
 
-def test_creative_restoration_stops_aggregator_and_previewer_late(awake: InstantIR) -> None:
-    run = Watched(awake, replace(OURS, aggregator_stop=0.5), steps=4)
+def test_creative_restoration_stops_aggregator_and_previewer_late(network: InstantIR) -> None:
+    run = RecordedLoop(network, replace(OURS, aggregator_stop=0.5), steps=4)
     assert [r is not None for r in run.residuals] == [True, True, False, False]
-    late = Watched(awake, replace(OURS, aggregator_start=0.5), steps=4)  # the released pipeline fails here
+    late = RecordedLoop(network, replace(OURS, aggregator_start=0.5), steps=4)  # the released pipeline fails here
     assert [r is not None for r in late.residuals] == [False, False, True, True]
-    window = Watched(awake, replace(OURS, preview_start=0.3, preview_stop=0.8), steps=4)
+    window = RecordedLoop(network, replace(OURS, preview_start=0.3, preview_stop=0.8), steps=4)
     is_lq = [close(reference, LQ.repeat(2, 1, 1, 1)) for reference in window.references]
     assert is_lq == [True, True, False, True]
 
 
-def test_references_that_lack_something_are_refused(awake: InstantIR) -> None:
-    positive, negative = given(awake)
+def test_references_without_their_inputs_are_refused(network: InstantIR) -> None:
+    positive, negative = make_conditions(network)
     for settings, message in (
         (replace(OURS, reference="hq"), "needs HQ latents"),
         (replace(OURS, reference_noise=True), "needs noise"),
     ):
         with pytest.raises(ValueError, match=message):
-            InstantIRDenoiser(awake, LQ, positive, negative, 2, settings)
+            InstantIRDenoiser(network, LQ, positive, negative, 2, settings)
     with pytest.raises(ValueError, match="compares previews"):
         replace(OURS, reference="lq", adaptive="paper")
 
@@ -179,15 +179,15 @@ def test_references_that_lack_something_are_refused(awake: InstantIR) -> None:
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])  # the released pipeline fails without guidance
 @pytest.mark.parametrize("clamp", [True, False])
-def test_adares_of_the_paper_is_algorithm_1(awake: InstantIR, cfg_scale: float, clamp: bool) -> None:
+def test_adares_of_the_paper_is_algorithm_1(network: InstantIR, cfg_scale: float, clamp: bool) -> None:
     settings = replace(OURS, adaptive="paper", adaptive_clamp=clamp, cfg_scale=cfg_scale)
-    run = Watched(awake, settings, steps=4)
+    run = RecordedLoop(network, settings, steps=4)
     delta, before = 1.0, torch.zeros_like(LQ)
     for step in range(4):
         preview = run.previews[step]
         assert preview is not None
-        used = min(max(delta, 0.0), 1.0) if clamp else delta
-        assert close(run.references[step], preview + used * (LQ - preview), 1e-3)  # line 5
+        factor = min(max(delta, 0.0), 1.0) if clamp else delta
+        assert close(run.references[step], preview + factor * (LQ - preview), 1e-3)  # line 5
         positive = preview[-1:]
         delta = float((positive - run.clean[step]).square().sum() / (positive - before).square().sum())  # line 7
         before = positive
@@ -195,29 +195,29 @@ def test_adares_of_the_paper_is_algorithm_1(awake: InstantIR, cfg_scale: float, 
     assert not clamp or close(run.references[0][-1:], LQ, 1e-4)  # delta is 1 at first
 
 
-def test_the_step_of_algorithm_1_is_ddims_not_the_printed_one(awake: InstantIR) -> None:
-    """Line 8 with the factor beta_{t-1} that the print lacks is what our sampler does; without it, it is not."""
-    run = Watched(awake, replace(OURS, adaptive="paper"), steps=4)
+def test_the_step_of_algorithm_1_is_ddims_not_the_printed_one(network: InstantIR) -> None:
+    """Our sampler's step equals line 8 with the missing factor beta_{t-1}, and differs from line 8 as printed."""
+    run = RecordedLoop(network, replace(OURS, adaptive="paper"), steps=4)
     for step in range(3):
         a, b = run.alpha(step).sqrt(), (1 - run.alpha(step)).sqrt()
         a_next, b_next = run.alpha(step + 1).sqrt(), (1 - run.alpha(step + 1)).sqrt()
         z, clean = run.noisy[step], run.clean[step]
-        mended = b_next / b * z - (b_next * a / b - a_next) * clean
-        printed = b_next / b * z - (a / b - a_next) * clean
-        assert close(run.noisy[step + 1], mended, 1e-4)
-        assert not close(run.noisy[step + 1], printed, 1e-2)
+        corrected = b_next / b * z - (b_next * a / b - a_next) * clean
+        uncorrected = b_next / b * z - (a / b - a_next) * clean
+        assert close(run.noisy[step + 1], corrected, 1e-4)
+        assert not close(run.noisy[step + 1], uncorrected, 1e-2)
 
 
-def test_released_adares_scales_residuals_and_ours_keeps_its_factor_finite(awake: InstantIR) -> None:
+def test_released_adares_scales_residuals_and_our_factor_stays_finite(network: InstantIR) -> None:
     scales = [1.0, 0.05, 0.9]  # 0.05: a step that the released rules skip
-    released = Watched(awake, LoopSettings(adaptive="released", aggregator_scale=scales))
-    ours = Watched(awake, replace(OURS, adaptive="released", aggregator_scale=scales))
+    released = RecordedLoop(network, LoopSettings(adaptive="released", aggregator_scale=scales))
+    ours = RecordedLoop(network, replace(OURS, adaptive="released", aggregator_scale=scales))
     assert len(released.references) == 2 and len(ours.references) == 3
-    assert not torch.equal(released.denoiser.applied, torch.zeros(2))
-    positive, negative = given(awake)
+    assert not torch.equal(released.denoiser.residual_scale, torch.zeros(2))
+    positive, negative = make_conditions(network)
     for settings, endless in ((LoopSettings(), True), (OURS, False)):
         settings = replace(settings, adaptive="released", aggregator_scale=[1.0, 0.05])
-        denoiser = InstantIRDenoiser(awake, LQ, positive, negative, 2, settings)
+        denoiser = InstantIRDenoiser(network, LQ, positive, negative, 2, settings)
         latents = LQ + 5 * tensor(1, 4, 8, 8, name="z")
         with torch.no_grad():
             for sigma in (5.0, 2.0):
@@ -225,34 +225,34 @@ def test_released_adares_scales_residuals_and_ours_keeps_its_factor_finite(awake
         assert bool(denoiser.factor.isinf().all()) is endless
 
 
-def test_a_skipped_step_reuses_residuals_only_as_released(awake: InstantIR) -> None:
+def test_a_skipped_step_reuses_residuals_only_by_the_released_rules(network: InstantIR) -> None:
     scales = [1.0, 0.05, 0.0]
-    released = Watched(awake, LoopSettings(aggregator_scale=scales))
+    released = RecordedLoop(network, LoopSettings(aggregator_scale=scales))
     first, second, third = released.residuals
     assert first is not None and second is not None and third is not None
     assert close(second.mid, 0.05 * first.mid) and not bool(third.mid.any())
-    ours = Watched(awake, replace(OURS, aggregator_scale=scales))
+    ours = RecordedLoop(network, replace(OURS, aggregator_scale=scales))
     first, second, third = ours.residuals
     assert first is not None and second is not None and third is None
     assert not close(second.mid, 0.05 * first.mid)
 
 
-def test_a_scale_above_one_counts_unless_released(awake: InstantIR) -> None:
-    for settings, applied in ((OURS, 1.5), (LoopSettings(), 1.0)):
-        run = Watched(awake, replace(settings, aggregator_scale=1.5), steps=1)
-        assert run.denoiser.applied.tolist() == [applied] * 2
+def test_a_scale_above_one_is_capped_only_by_the_released_rules(network: InstantIR) -> None:
+    for settings, scale in ((OURS, 1.5), (LoopSettings(), 1.0)):
+        run = RecordedLoop(network, replace(settings, aggregator_scale=1.5), steps=1)
+        assert run.denoiser.residual_scale.tolist() == [scale] * 2
 
 
 # ----------------------------------------------------------------------------------------------------------- presets
 
 
-def test_presets_settle_options_and_explicit_ones_win() -> None:
+def test_presets_set_options_and_explicit_ones_override_them() -> None:
     nano = Options(steps=4, cfg_scale=1.0)  # as from a recipe
     released = parse_options({"preset": "released"}, nano)
     assert (released.sampler, released.steps, released.view, released.encoding) == ("ddpm", 30, "crop", "sample")
     assert released.loop.released_rules and not nano.loop.released_rules
-    mixed = parse_options({"preset": "released", "steps": 4, "sampler": "ddim"}, nano)
-    assert (mixed.sampler, mixed.steps, mixed.cfg_scale) == ("ddim", 4, 7.0)
+    preset_and_options = parse_options({"preset": "released", "steps": 4, "sampler": "ddim"}, nano)
+    assert (preset_and_options.sampler, preset_and_options.steps, preset_and_options.cfg_scale) == ("ddim", 4, 7.0)
     paper = parse_options({"preset": "paper"}, nano)
     assert (paper.sampler, paper.start, paper.adaptive) == ("ddim", "noise", "paper")
     assert parse_options({"preset": "creative"}, nano).aggregator_stop == 0.7
@@ -265,7 +265,7 @@ def test_presets_settle_options_and_explicit_ones_win() -> None:
     assert restore_defaults(recipe) == {"steps": 4, "cfg_scale": 1.0, "reference_noise": True}
 
 
-def test_options_that_exclude_the_models_own_are_refused_before_a_job() -> None:
+def test_options_that_exclude_the_models_defaults_are_refused_before_a_job() -> None:
     defaults = restore_defaults({"reference": "lq"})
     for options in ({"preset": "paper"}, {"adaptive": "released"}):
         assert check_options(options) == options
@@ -309,76 +309,76 @@ def test_impossible_options_are_refused_before_a_job(options: dict[str, Any], me
     ],
     ids=str,
 )
-def test_every_mode_restores(awake: InstantIR, options: dict[str, Any]) -> None:
-    asked = request(**options)
-    plain, again = (InstantIRRestorer(awake).restore([asked])[0] for _ in range(2))
+def test_every_mode_restores(network: InstantIR, options: dict[str, Any]) -> None:
+    job = request(**options)
+    plain, again = (InstantIRRestorer(network).restore([job])[0] for _ in range(2))
     assert plain.image.shape == (13, 19, 3) and np.array_equal(plain.image, again.image)
     assert plain.info["preset"] == options.get("preset", "default")
-    if options != {"adaptive": "released"}:  # whose factor may be above 1, which changes nothing
-        usual = InstantIRRestorer(awake).restore([request(steps=int(plain.info["steps"]))])[0]
+    if options != {"adaptive": "released"}:  # here the factor may be above 1, which has no effect
+        usual = InstantIRRestorer(network).restore([request(steps=int(plain.info["steps"]))])[0]
         assert not np.array_equal(plain.image, usual.image)
 
 
-def test_the_released_sizes_reach_the_networks(awake: InstantIR, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 is no number of this test: the rule's multiple shows in the size that is restored."""
-    seen: list[tuple[int, ...]] = []
+def test_the_released_sizes_reach_the_networks(network: InstantIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture's sides are not multiples of 64, so the rule's multiple shows in the networks' size."""
+    sizes: list[tuple[int, ...]] = []
     predict = FastRun.denoise_eps
 
     def spy(run: FastRun, latents: Tensor, *args: Any) -> Tensor:
-        seen.append(tuple(latents.shape[-2:]))
+        sizes.append(tuple(latents.shape[-2:]))
         return predict(run, latents, *args)
 
     monkeypatch.setattr(FastRun, "denoise_eps", spy)
-    restorer = InstantIRRestorer(awake, {"tile_px": 8192})
+    restorer = InstantIRRestorer(network, {"tile_px": 8192})
     options = {"resize": "released", "cfg_scale": 1.0, "aggregator_scale": 0.0, "steps": 1}
     image = np.zeros((20, 30, 3), np.uint8)
     (restored,) = restorer.restore([Request(key="a", image=image, options=options)])
     (width, height), _ = released_sizes((30, 20))
-    assert seen == [(height // 4, width // 4)] and restored.image.shape == (20, 30, 3)
+    assert sizes == [(height // 4, width // 4)] and restored.image.shape == (20, 30, 3)
 
 
-def test_hq_reference_takes_the_picture_given_with_the_request(awake: InstantIR) -> None:
-    restorer = InstantIRRestorer(awake)
-    asked = request("a", reference="hq")
+def test_hq_reference_is_the_reference_of_the_request(network: InstantIR) -> None:
+    restorer = InstantIRRestorer(network)
+    job = request("a", reference="hq")
     with pytest.raises(ValueError, match="needs the HQ picture"):
-        restorer.restore([asked])
-    made = [
-        restorer.restore([replace(asked, reference=np.full(shape, 90, np.uint8))])[0].image
+        restorer.restore([job])
+    images = [
+        restorer.restore([replace(job, reference=np.full(shape, 90, np.uint8))])[0].image
         for shape in ((13, 19, 3), (26, 38, 3))
     ]
-    assert np.array_equal(*made)  # any size: it is brought to the picture's
-    other = restorer.restore([replace(asked, reference=np.full((13, 19, 3), 200, np.uint8))])[0].image
-    assert not np.array_equal(made[0], other)
+    assert np.array_equal(*images)  # a reference of any size is resized to the picture's
+    other = restorer.restore([replace(job, reference=np.full((13, 19, 3), 200, np.uint8))])[0].image
+    assert not np.array_equal(images[0], other)
     with pytest.raises(SampleError, match="reference"):
-        restorer.restore([replace(asked, reference=np.zeros((4, 4), np.uint8))])
+        restorer.restore([replace(job, reference=np.zeros((4, 4), np.uint8))])
 
 
 # -------------------------------------------------------------------------------------------------------------- view
 
 
-def test_only_the_released_view_is_blind_at_the_sides() -> None:
+def test_only_the_released_view_ignores_the_sides() -> None:
     view = ImageView(shortest_edge_px=32, crop_px=28)
     image = np.full((40, 160, 3), 120, np.uint8)
-    changed = image.copy()
-    changed[:, :30], changed[:, -30:] = 10, 250
+    other_sides = image.copy()
+    other_sides[:, :30], other_sides[:, -30:] = 10, 250
     for fit, blind in (("crop", True), ("whole", False), ("pad", False), ("crops", False)):
-        seen, other = (view_pixels(i, view, fit) for i in (image, changed))  # type: ignore[arg-type]
-        assert seen.shape == ((len(seen), 3, 28, 28)) and (len(seen) > 1) == (fit == "crops")
-        assert torch.equal(seen, other) is blind, fit
+        pixels, other_pixels = (view_pixels(i, view, fit) for i in (image, other_sides))  # type: ignore[arg-type]
+        assert pixels.shape == ((len(pixels), 3, 28, 28)) and (len(pixels) > 1) == (fit == "crops")
+        assert torch.equal(pixels, other_pixels) is blind, fit
     places = view_pixels(np.arange(160, dtype=np.uint8)[None, :, None].repeat(40, 0).repeat(3, 2), view, "crops")
     assert len(places) == 2 * 5  # a 128 x 32 picture in squares of 28
 
 
 @torch.no_grad()
-def test_copies_of_no_picture_are_no_picture(awake: InstantIR) -> None:
-    """With several views the negative half holds as many empty ones, which must change nothing."""
-    positive, _ = given(awake)
-    one = awake.unconditional(positive, [""])
+def test_several_empty_views_equal_one_empty_view(network: InstantIR) -> None:
+    """With several views the negative half has as many empty views; the result must not change."""
+    positive, _ = make_conditions(network)
+    one = network.unconditional(positive, [""])
     tokens = positive.image_tokens.unsqueeze(1).expand(-1, 3, -1, -1)
-    many = awake.unconditional(replace(positive, image_tokens=tokens), [""])
+    many = network.unconditional(replace(positive, image_tokens=tokens), [""])
     noisy, timesteps = tensor(1, 4, 8, 8), torch.tensor([400])
     assert many.image_tokens.shape[1] == 3
-    assert close(awake.denoise_eps(noisy, timesteps, one), awake.denoise_eps(noisy, timesteps, many), 1e-4)
+    assert close(network.denoise_eps(noisy, timesteps, one), network.denoise_eps(noisy, timesteps, many), 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- tiles
@@ -395,59 +395,61 @@ def large(key: str = "large", seed: int = 1, **options: Any) -> Request:
     [{}, {"sampler": "ddpm"}, {"adaptive": "paper"}, {"reference_noise": True, "cfg_scale": 2.0}, {"reference": "hq"}],
     ids=str,
 )
-def test_tiled_bytes_depend_on_the_request_alone(awake: InstantIR, options: dict[str, Any]) -> None:
-    restorer = InstantIRRestorer(awake)
-    asked = large(**options)
+def test_tiled_bytes_depend_only_on_the_request(network: InstantIR, options: dict[str, Any]) -> None:
+    restorer = InstantIRRestorer(network)
+    job = large(**options)
     if "reference" in options:
-        asked = replace(asked, reference=large("other").image)
-    alone = restorer.restore([asked])[0].image
-    company = restorer.restore([large("b", tile_px=128), asked])[1].image
+        job = replace(job, reference=large("other").image)
+    alone = restorer.restore([job])[0].image
+    company = restorer.restore([large("b", tile_px=128), job])[1].image
     assert alone.shape == (120, 200, 3) and np.array_equal(alone, company)
-    assert not np.array_equal(restorer.restore([replace(asked, seed=2)])[0].image, alone)
-    whole = restorer.restore([replace(asked, options={**asked.options, "tile_px": 8192})])[0].image
+    assert not np.array_equal(restorer.restore([replace(job, seed=2)])[0].image, alone)
+    whole = restorer.restore([replace(job, options={**job.options, "tile_px": 8192})])[0].image
     assert 0 < np.abs(whole.astype(float) - alone).mean() < 12
 
 
-def test_all_tiles_are_steered_by_one_factor_over_the_whole_picture(awake: InstantIR) -> None:
+def test_all_tiles_share_one_adaptive_factor(network: InstantIR) -> None:
     lq = tensor(1, 4, 8, 16, name="wide")
-    positive, _ = given(awake)
+    positive, _ = make_conditions(network)
     boxes = tile_boxes(8, 16, (8, 8), 0.0, 2)
     settings = replace(OURS, adaptive="paper", cfg_scale=1.0)
-    whole = InstantIRDenoiser(awake, lq, positive, None, 2, settings)
+    whole = InstantIRDenoiser(network, lq, positive, None, 2, settings)
     latents, sigma = lq + 5 * tensor(1, 4, 8, 16, name="z"), torch.tensor([5.0])
     with torch.no_grad():
         tiled(whole, 8, 16, boxes)(latents, sigma)
         sums = torch.zeros(2)
         for box in boxes:
-            alone = InstantIRDenoiser(awake, lq[..., box[1] : box[1] + 8], positive, None, 2, settings)
+            alone = InstantIRDenoiser(network, lq[..., box[1] : box[1] + 8], positive, None, 2, settings)
             clean = alone(latents[..., box[1] : box[1] + 8], sigma)
             assert alone.preview is not None
             sums += torch.stack([(alone.preview - clean).square().sum(), alone.preview.square().sum()])
     assert float(whole.factor) == pytest.approx(float(sums[0] / sums[1]), rel=1e-4)
 
 
-def test_every_tile_sees_the_whole_pictures_tokens_and_its_own_size(
-    awake: InstantIR, monkeypatch: pytest.MonkeyPatch
+def test_every_tile_has_the_whole_pictures_tokens_and_its_own_size(
+    network: InstantIR, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Conditions] = []
+    calls: list[Conditions] = []
     predict = FastRun.denoise_eps
 
-    def spy(run: FastRun, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Any = None) -> Tensor:
-        seen.append(given)
-        return predict(run, latents, timesteps, given, residuals)
+    def spy(run: FastRun, latents: Tensor, timesteps: Tensor, conditions: Conditions, residuals: Any = None) -> Tensor:
+        calls.append(conditions)
+        return predict(run, latents, timesteps, conditions, residuals)
 
     monkeypatch.setattr(FastRun, "denoise_eps", spy)
-    InstantIRRestorer(awake).restore([large(steps=1)])
-    assert len(seen) == 12  # 120 x 200 px in tiles of 64 that share a quarter: 3 rows of 4
-    pixels = view_pixels(large().image, awake.prior.view, "whole")
-    tokens = awake.prior.image_encoder(pixel_values=pixels).last_hidden_state
-    for conditions in seen:
+    InstantIRRestorer(network).restore([large(steps=1)])
+    assert len(calls) == 12  # 120 x 200 px in tiles of 64 with a quarter overlap: 3 rows of 4
+    pixels = view_pixels(large().image, network.prior.view, "whole")
+    tokens = network.prior.image_encoder(pixel_values=pixels).last_hidden_state
+    for conditions in calls:
         assert conditions.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]
         assert close(conditions.image_tokens[:, 0], tokens)
 
 
-def test_noise_is_drawn_for_the_whole_before_tiling(awake: InstantIR, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pure noise through a denoiser that believes its input: overlapping tiles agree, so the blend is the noise."""
+def test_the_start_noise_covers_the_whole_picture_before_tiling(
+    network: InstantIR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a noise prediction of zero the result is the start noise: overlapping tiles must agree on it."""
     calls: list[Tensor] = []
 
     def nothing(run: FastRun, latents: Tensor, *args: Any) -> Tensor:
@@ -455,13 +457,13 @@ def test_noise_is_drawn_for_the_whole_before_tiling(awake: InstantIR, monkeypatc
         return torch.zeros_like(latents)
 
     monkeypatch.setattr(FastRun, "denoise_eps", nothing)
-    InstantIRRestorer(awake).restore([large(steps=1, start="noise", aggregator_scale=0.0)])
+    InstantIRRestorer(network).restore([large(steps=1, start="noise", aggregator_scale=0.0)])
     boxes = tile_boxes(30, 50, (16, 16), 0.25, 2)
     assert len(calls) == len(boxes)
     canvas = torch.full((1, 4, 30, 50), float("nan"))
     for latents, (top, left, height, width) in zip(calls, boxes, strict=True):
         part = canvas[..., top : top + height, left : left + width]
-        known = ~part.isnan()
-        assert torch.equal(part[known], latents[known])
+        overlap = ~part.isnan()
+        assert torch.equal(part[overlap], latents[overlap])
         canvas[..., top : top + height, left : left + width] = latents
     assert not bool(canvas.isnan().any())

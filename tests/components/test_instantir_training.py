@@ -1,4 +1,4 @@
-"""InstantIR's training stages: references, weights, left-out parts, averaged weights, half precision, checkpointing."""
+"""InstantIR's training stages: references, loss weights, parts left out, EMA, half precision, checkpointing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from components.models import ModelCard, ModelError, save_model
 from components.objectives.consistency import consistency_output
 from components.objectives.diffusion import WeightedEpsilon, importance_weights
 from components.priors.nano import build_prior, build_tokenizer_json
-from components.priors.sdxl import Prior, load_prior
+from components.priors.opening import load_prior
+from components.priors.sdxl import Prior
 from components.randomness import Noise
-from components.recipes import Optimizer, RecipeError, load_recipe
+from components.recipes import Optimizer, RecipeError
 from components.samplers.schedules import Schedule
 from components.synthetic import dead_leaves
-from components.systems.instantir.build import build_objective
 from components.systems.instantir.checkpointing import checkpoint_gradients
 from components.systems.instantir.network import InstantIR, predict_noise
 from components.systems.instantir.objectives import AggregatorObjective, PerceptorObjective, PreviewerObjective
@@ -33,13 +33,15 @@ from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.preprocess import view_pixels
 from components.systems.instantir.previewer import previewer_enabled
 from components.systems.instantir.references import REFERENCE_NOISE, noised_reference
+from components.systems.instantir.system import INSTANTIR
+from components.systems.recipes import load_recipe
 from components.tensors import images_to_tensor
 from components.training import Ema, build_optimizers, build_scaler, restore_state, train_step, training_state
 from components.types import Batch
 
 
 def _by_path(name: str) -> Any:
-    """Helpers that test_instantir.py has already; tests are no package."""
+    """Load a test module's helpers by path, since tests are not a package."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -48,7 +50,7 @@ def _by_path(name: str) -> Any:
 
 
 tiny = _by_path("test_instantir")
-batch, conditions, tensor, wake = tiny.batch, tiny.conditions, tiny.tensor, tiny.wake
+batch, make_conditions, tensor, randomize_zeros = tiny.batch, tiny.make_conditions, tiny.tensor, tiny.randomize_zeros
 STAGES = ("perceptor", "previewer", "aggregator")
 KINDS = {"perceptor": PerceptorObjective, "previewer": PreviewerObjective, "aggregator": AggregatorObjective}
 
@@ -61,10 +63,10 @@ def make_prior() -> Prior:
 
 
 def make_network(stage: str = "aggregator", **more: Any) -> InstantIR:
-    """All parts that a stage has, every layer awake."""
+    """A network with the parts of a stage, where layers that start at zero have other values."""
     lora = tiny.LORA if stage != "perceptor" else None
     network = InstantIR(make_prior(), tiny.RESAMPLER, lora, aggregator=stage == "aggregator", **more)
-    wake(network)
+    randomize_zeros(network)
     return network
 
 
@@ -76,10 +78,10 @@ def loss_of(objective: Any, rows: Batch) -> Any:
 # ----------------------------------------------------------------------------------------------- the diffusion loss
 
 
-def test_importance_weights_are_the_released_ones() -> None:
-    """1 - cos(pi t / T) / 2, over its mean; half the weight at t = 0 and half as much again at the end."""
+def test_importance_weights_follow_the_released_formula() -> None:
+    """1 - cos(pi t / T) / 2, divided by its mean: factor 0.5 at t = 0 and almost 1.5 at the end."""
     weights = importance_weights(1000, 0.5)
-    mean = 1 - 0.5 / 1000  # the cosines of t and T - t cancel, but for that of t = 0
+    mean = 1 - 0.5 / 1000  # the cosines of t and T - t cancel, except at t = 0
     assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
     assert [float(weights[t]) for t in (0, 500, 250)] == pytest.approx(
         [0.5 / mean, 1 / mean, (1 - 0.5 * 2**-0.5) / mean], rel=1e-5
@@ -91,62 +93,62 @@ def test_importance_weights_are_the_released_ones() -> None:
 
 def test_importance_weighs_each_sample_by_its_time_step() -> None:
     prediction, target, timesteps = tensor(2, 4, 4, 4), tensor(2, 4, 4, 4, name="y"), torch.tensor([0, 999])
-    plain, weighted = WeightedEpsilon(Schedule()), WeightedEpsilon(Schedule(), timestep_importance=0.5)
+    plain, important = WeightedEpsilon(Schedule()), WeightedEpsilon(Schedule(), timestep_importance=0.5)
     each = (prediction - target).square().flatten(1).mean(1)
     by_hand = (each * importance_weights(1000, 0.5)[timesteps]).mean()
-    torch.testing.assert_close(weighted(prediction, target, timesteps).value, by_hand)
+    torch.testing.assert_close(important(prediction, target, timesteps).value, by_hand)
     assert torch.equal(plain(prediction, target, timesteps).value, each.mean())
 
 
-# --------------------------------------------------------------------------------------------- what the aggregator sees
+# ---------------------------------------------------------------------------------------- the aggregator's inputs
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[AggregatorObjective, Tensor, Tensor]]:
-    """(objective, LQ latents, reference) as the Aggregator was called with them in one phase."""
+def aggregator_inputs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[AggregatorObjective, Tensor, Tensor]]:
+    """(objective, LQ latents, reference): the Aggregator's inputs in one phase."""
 
-    def look(**settings: Any) -> tuple[AggregatorObjective, Tensor, Tensor]:
+    def call(**settings: Any) -> tuple[AggregatorObjective, Tensor, Tensor]:
         objective, calls = AggregatorObjective(make_network(), **settings), []
         aggregator = objective.network.aggregator
         assert aggregator is not None
-        handle = aggregator.register_forward_pre_hook(lambda _, given: calls.append((given[0], given[2])))
+        handle = aggregator.register_forward_pre_hook(lambda _, inputs: calls.append((inputs[0], inputs[2])))
         loss_of(objective, batch())
         handle.remove()
         ((lq, reference),) = calls
         return objective, lq, reference
 
-    return look
+    return call
 
 
-def drawn(objective: AggregatorObjective) -> tuple[Noise, Any, Tensor, Tensor]:
-    """(noise, conditions, noisy latents, timesteps) of the batch, drawn once more."""
+def draw_again(objective: AggregatorObjective) -> tuple[Noise, Any, Tensor, Tensor]:
+    """(noise, conditions, noisy latents, timesteps) of the batch, computed again."""
     noise = Noise(0, batch().positions)
-    clean, given = objective.clean_latents(batch()), objective.conditions(batch(), noise)
+    clean, conditions = objective.clean_latents(batch()), objective.conditions(batch(), noise)
     timesteps = noise.integers("timestep", 0, 1000)
     return (
         noise,
-        given,
+        conditions,
         Schedule().add_noise(clean, noise.normal("noise", tuple(clean.shape[1:])), timesteps),
         timesteps,
     )
 
 
-def test_the_reference_is_the_frozen_previewers_output(seen: Any) -> None:
-    objective, lq, reference = seen()
-    _, given, noisy, timesteps = drawn(objective)
-    torch.testing.assert_close(reference, objective.network.preview(noisy, timesteps, given))
+def test_the_reference_is_the_frozen_previewers_output(aggregator_inputs: Any) -> None:
+    objective, lq, reference = aggregator_inputs()
+    _, conditions, noisy, timesteps = draw_again(objective)
+    torch.testing.assert_close(reference, objective.network.preview(noisy, timesteps, conditions))
     torch.testing.assert_close(lq, objective.network.prior.encode(batch().lq))
 
 
-def test_without_previews_the_lq_latents_stand_in(seen: Any) -> None:
-    _, lq, reference = seen(reference="lq")
+def test_without_previews_the_reference_is_the_lq_latents(aggregator_inputs: Any) -> None:
+    _, lq, reference = aggregator_inputs(reference="lq")
     assert torch.equal(reference, lq)
 
 
-def test_a_noised_reference_has_fresh_noise_of_the_time_step(seen: Any) -> None:
-    _, _, plain = seen()
-    objective, _, reference = seen(reference_noise=True)
-    noise, _, _, timesteps = drawn(objective)
+def test_a_noised_reference_has_fresh_noise_of_the_time_step(aggregator_inputs: Any) -> None:
+    _, _, plain = aggregator_inputs()
+    objective, _, reference = aggregator_inputs(reference_noise=True)
+    noise, _, _, timesteps = draw_again(objective)
     alpha = Schedule().alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     fresh = noise.normal(REFERENCE_NOISE, tuple(plain.shape[1:]))
     torch.testing.assert_close(reference, alpha.sqrt() * plain + (1 - alpha).sqrt() * fresh)
@@ -154,16 +156,16 @@ def test_a_noised_reference_has_fresh_noise_of_the_time_step(seen: Any) -> None:
     torch.testing.assert_close(noised_reference(Schedule(), plain, fresh, timesteps), reference)
 
 
-def test_guided_previews_are_the_guided_noise_s(seen: Any) -> None:
-    """Scale from U[1, CFG]; guiding previews is guiding the noise that they come from."""
-    objective, _, reference = seen(preview_cfg_scale=5.0)
-    noise, given, noisy, timesteps = drawn(objective)
+def test_guided_previews_come_from_guided_noise(aggregator_inputs: Any) -> None:
+    """The scale is from U[1, CFG]; guiding previews equals guiding the noise."""
+    objective, _, reference = aggregator_inputs(preview_cfg_scale=5.0)
+    noise, conditions, noisy, timesteps = draw_again(objective)
     network = objective.network
     scale = noise.uniform("guidance", 1.0, 5.0).view(-1, 1, 1, 1)
     assert bool((scale > 1).all()) and bool((scale < 5).all())
     with torch.no_grad(), previewer_enabled(network.unet):
-        positive = predict_noise(network.unet, noisy, timesteps, given)
-        negative = predict_noise(network.unet, noisy, timesteps, network.unconditional(given, [""] * 3))
+        positive = predict_noise(network.unet, noisy, timesteps, conditions)
+        negative = predict_noise(network.unet, noisy, timesteps, network.unconditional(conditions, [""] * 3))
     eps = negative + scale * (positive - negative)
     expected = consistency_output(Schedule(), noisy, eps, timesteps)
     torch.testing.assert_close(reference, expected, atol=1e-3, rtol=1e-4)
@@ -180,16 +182,16 @@ def test_a_stage_refuses_settings_outside_their_range() -> None:
 
 def test_without_time_modulation_keys_and_values_are_the_same_at_every_time() -> None:
     tokens, early, late = tensor(2, 4, 16), tensor(2, 32), tensor(2, 32, name="late")
-    for modulated in (True, False):
-        processor = next(iter(make_network("perceptor", time_modulation=modulated).perceptor.ip_adapter.values()))
+    for time_modulation in (True, False):
+        processor = next(iter(make_network("perceptor", time_modulation=time_modulation).perceptor.ip_adapter.values()))
         for one, other in zip(
             processor.keys_and_values(tokens, early), processor.keys_and_values(tokens, late), strict=True
         ):
-            assert torch.equal(one, other) != modulated
+            assert torch.equal(one, other) != time_modulation
 
 
-def test_a_perceptor_without_time_learns_constants_and_keeps_the_files_meaning() -> None:
-    """Its modulation's weights stay zero, so that tools which do modulate compute the same from its files."""
+def test_a_perceptor_without_time_modulation_learns_biases_and_its_files_stay_compatible() -> None:
+    """Its modulation's weights stay zero, so that tools with modulation compute the same from its files."""
     network = InstantIR(make_prior(), tiny.RESAMPLER, time_modulation=False)
     objective = PerceptorObjective(network)
     optimizers = build_optimizers(objective, Optimizer(lr=1e-2))
@@ -203,36 +205,36 @@ def test_a_perceptor_without_time_learns_constants_and_keeps_the_files_meaning()
     same = InstantIR.from_parts(make_prior(), config, network.parts())
     released = InstantIR.from_parts(make_prior(), {**config, "time_modulation": True}, network.parts())
     assert not same.time_modulation and released.time_modulation
-    latents, timesteps, given = tensor(2, 4, 4, 4), torch.tensor([3, 900]), conditions(network, 2)
-    eps = network.denoise_eps(latents, timesteps, given)
-    assert torch.equal(same.denoise_eps(latents, timesteps, given), eps)
-    torch.testing.assert_close(released.denoise_eps(latents, timesteps, given), eps)
+    latents, timesteps, conditions = tensor(2, 4, 4, 4), torch.tensor([3, 900]), make_conditions(network, 2)
+    eps = network.denoise_eps(latents, timesteps, conditions)
+    assert torch.equal(same.denoise_eps(latents, timesteps, conditions), eps)
+    torch.testing.assert_close(released.denoise_eps(latents, timesteps, conditions), eps)
 
 
-def test_without_the_perceptor_the_picture_tokens_have_no_say() -> None:
+def test_without_the_perceptor_picture_tokens_have_no_effect() -> None:
     network = make_network(perceptor_scale=0.0)
     assert network.config()["perceptor_scale"] == 0
     again = InstantIR.from_parts(make_prior(), network.config(), network.parts())
-    given = conditions(network, 2)
-    other = replace(given, image_tokens=given.image_tokens * 2)
+    conditions = make_conditions(network, 2)
+    other = replace(conditions, image_tokens=conditions.image_tokens * 2)
     latents, timesteps = tensor(2, 4, 4, 4), torch.tensor([3, 900])
     for each in (network, again):
         assert torch.equal(
-            each.denoise_eps(latents, timesteps, given), each.denoise_eps(latents, timesteps, other)
-        ) and torch.equal(each.preview(latents, timesteps, given), each.preview(latents, timesteps, other))
+            each.denoise_eps(latents, timesteps, conditions), each.denoise_eps(latents, timesteps, other)
+        ) and torch.equal(each.preview(latents, timesteps, conditions), each.preview(latents, timesteps, other))
     with pytest.raises(ValueError, match="cannot be trained"):
         PerceptorObjective(make_network("perceptor", perceptor_scale=0.0))
 
 
-def test_a_model_is_restored_with_the_references_it_was_trained_on() -> None:
+def test_restore_defaults_follow_the_training_recipe() -> None:
     assert restore_defaults({"steps_at_restore": 4, "cfg_scale": 2.0}) == {"steps": 4, "cfg_scale": 2.0}
     assert restore_defaults({"reference": "lq"}) == {"reference": "lq"}
     assert restore_defaults({"view": "crop"}) == {"view": "crop"}
     assert restore_defaults({"reference": "preview", "reference_noise": True}) == {"reference_noise": True}
 
 
-def test_the_recipes_switches_reach_the_network() -> None:
-    """The dcp recipe's through build_objective, at nano size."""
+def test_recipe_keys_reach_the_network() -> None:
+    """The keys of the dcp recipe reach the network through build_objective, at nano size."""
     overrides = [
         "time_modulation=false",
         "perceptor_scale=0.5",
@@ -240,28 +242,28 @@ def test_the_recipes_switches_reach_the_network() -> None:
         "gradient_checkpointing=true",
     ]
     recipe = load_recipe("instantir-dcp-nano", [*overrides, "max_clean_weight=1"])
-    objective = build_objective(recipe, {})
+    objective = INSTANTIR.build_objective(recipe, {})
     assert objective.config["time_modulation"] is False and objective.config["perceptor_scale"] == 0.5
     assert torch.equal(objective.loss.weights, WeightedEpsilon(Schedule(), timestep_importance=0.5).weights)
     assert all(m.gradient_checkpointing for m in objective.network.unet.down_blocks)
 
 
-def test_a_stage_is_trained_with_the_view_that_it_is_restored_with() -> None:
-    """The restorer's view of a picture against the training's, whatever the prior's files say of cropping."""
+def test_training_and_restoring_use_the_same_view() -> None:
+    """The restorer's view equals the training's, whatever the crop settings in the prior's files."""
     picture = np.ascontiguousarray(dead_leaves(96, 0, 1)[:48])
     for view in ("whole", "crop"):
-        prior = build_objective(load_recipe("instantir-dcp-nano", [f"view={view}"]), {}).prior
-        trained = prior.view_images(images_to_tensor([picture]))
-        restored = view_pixels(picture, prior.view, view)
-        assert float((trained - restored).abs().mean()) < 0.02, view  # two bicubic filters
+        prior = INSTANTIR.build_objective(load_recipe("instantir-dcp-nano", [f"view={view}"]), {}).prior
+        training_view = prior.view_images(images_to_tensor([picture]))
+        restorer_view = view_pixels(picture, prior.view, view)
+        assert float((training_view - restorer_view).abs().mean()) < 0.02, view  # two bicubic filters
         other = view_pixels(picture, prior.view, "crop" if view == "whole" else "whole")
-        assert float((trained - other).abs().mean()) > 0.1, view
+        assert float((training_view - other).abs().mean()) > 0.1, view
     assert load_recipe("instantir-dcp").view == "whole"
     assert all(load_recipe(f"instantir-{s}-released").view == "crop" for s in ("dcp", "previewer", "aggregator"))
 
 
-def test_parts_that_are_there_are_trained_on(tmp_path: Path) -> None:
-    """Of a whole model: the perceptor goes on alone, with its weights; the Previewer with its own, if sizes agree."""
+def test_parts_of_the_parent_train_further(tmp_path: Path) -> None:
+    """From a whole model, stage dcp trains its perceptor further; stage previewer its Previewer, if sizes agree."""
     nano = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 16}
     whole = InstantIR(load_prior("nano"), nano, {"rank": 16, "alpha": 16.0}, aggregator=True, perceptor_scale=0.5)
     card = ModelCard(
@@ -273,51 +275,53 @@ def test_parts_that_are_there_are_trained_on(tmp_path: Path) -> None:
     )
     parent = save_model(tmp_path / "model", card, whole.parts())
     for stage, parts in (("dcp", {"perceptor"}), ("previewer", {"perceptor", "previewer", "aggregator"})):
-        objective = build_objective(load_recipe(f"instantir-{stage}-nano"), {"aggregator": parent})
-        made = objective.parts()
-        assert set(made) == parts
-        assert all(torch.equal(made[part][key], value) for part in parts for key, value in parent.part(part).items())
-        assert objective.config["perceptor_scale"] == 0.5  # as it was, where the recipe says nothing
+        objective = INSTANTIR.build_objective(load_recipe(f"instantir-{stage}-nano"), {"aggregator": parent})
+        new_parts = objective.parts()
+        assert set(new_parts) == parts
+        assert all(
+            torch.equal(new_parts[part][key], value) for part in parts for key, value in parent.part(part).items()
+        )
+        assert objective.config["perceptor_scale"] == 0.5  # the parent's value, since the recipe sets none
     with pytest.raises(ModelError, match="other sizes: lora_rank is 16, not 8"):
-        build_objective(load_recipe("instantir-previewer-nano", ["lora_rank=8"]), {"aggregator": parent})
+        INSTANTIR.build_objective(load_recipe("instantir-previewer-nano", ["lora_rank=8"]), {"aggregator": parent})
     other = load_recipe("instantir-dcp-nano", ["resampler_dim=32", "time_modulation=false"])
     with pytest.raises(ModelError, match=r"resampler_dim is 64, not 32; .*time_modulation is True, not False"):
-        build_objective(other, {"aggregator": parent})
+        INSTANTIR.build_objective(other, {"aggregator": parent})
 
 
 # ------------------------------------------------------------------------------------------ gradient checkpointing
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors made inside: alive now, and at most."""
+    """Bytes of the tensors that are created inside: current and peak."""
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self.known: set[int] = set()
+        self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         torch.utils._pytree.tree_map_only(Tensor, self._count, result)
         return result
 
-    def _count(self, made: Tensor) -> None:
-        storage = made.untyped_storage()
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
         number, size = id(storage), storage.nbytes()
-        if number not in self.known:
-            self.known.add(number)
+        if number not in self.storages:
+            self.storages.add(number)
             self.alive += size
             self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._gone, number, size)
+            weakref.finalize(storage, self._release, number, size)
 
-    def _gone(self, number: int, size: int) -> None:
-        self.known.discard(number)
+    def _release(self, number: int, size: int) -> None:
+        self.storages.discard(number)
         self.alive -= size
 
 
-def gradients(objective: Any, rows: Batch, checkpointed: bool) -> dict[str, Tensor]:
-    """Of the trained part's parameters; the backward pass runs after the phase is over, as in train_step."""
-    checkpoint_gradients(objective.network, checkpointed)
+def gradients(objective: Any, rows: Batch, checkpoint: bool) -> dict[str, Tensor]:
+    """Gradients of the part in training; the backward pass runs after the phase, as in train_step."""
+    checkpoint_gradients(objective.network, checkpoint)
     (module,) = objective.trainables.values()
     module.zero_grad(set_to_none=True)
     loss_of(objective, rows).value.backward()
@@ -325,31 +329,31 @@ def gradients(objective: Any, rows: Batch, checkpointed: bool) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_checkpointed_gradients_are_the_plain_ones(stage: str) -> None:
-    """Also the previewer's, whose LoRA is off again when its calls are repeated."""
+def test_checkpointed_gradients_equal_the_plain_ones(stage: str) -> None:
+    """Also for the previewer, whose LoRA is already off when the backward pass repeats its calls."""
     objective = KINDS[stage](make_network(stage))
-    plain, repeated = (gradients(objective, batch(), checkpointed) for checkpointed in (False, True))
-    assert set(plain) == set(repeated) and len(plain) > 10
+    plain, recomputed = (gradients(objective, batch(), checkpoint) for checkpoint in (False, True))
+    assert set(plain) == set(recomputed) and len(plain) > 10
     for name, gradient in plain.items():
-        torch.testing.assert_close(repeated[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def nano_rows(size: int) -> Batch:
-    """Two rows of noise, `size` pixels a side."""
+    """A batch of two noise pictures with sides of `size` pixels."""
     pictures = tensor(2, 3, size, size).clamp(-1, 1)
     sizes = torch.tensor([[size, size, 0, 0, size, size]]).expand(2, -1)
     return replace(batch(2), hq=pictures, lq=pictures, sizes=sizes)
 
 
-def test_checkpointing_lowers_the_peak_of_memory_at_nano() -> None:
-    """At 128 px activations are most of the peak (51 MiB, 21 with checkpointing); the rest is gradients, twice."""
+def test_checkpointing_lowers_peak_memory_at_nano() -> None:
+    """At 128 px most of the peak is activations (51 MiB, 21 with checkpointing); the rest is two sets of gradients."""
     resampler = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 4}
     objective = PerceptorObjective(InstantIR(load_prior("nano"), resampler))
     peaks = []
-    for checkpointed in (False, True):
+    for checkpoint in (False, True):
         memory = PeakMemory()
         with memory:
-            gradients(objective, nano_rows(128), checkpointed)
+            gradients(objective, nano_rows(128), checkpoint)
         peaks.append(memory.peak)
     assert peaks[1] < 0.5 * peaks[0], peaks
 
@@ -361,9 +365,9 @@ def test_checkpointing_lowers_the_peak_of_memory_at_nano() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_half_precision_gives_nearly_the_same_loss_and_a_step(stage: str, precision: str) -> None:
     losses = {}
-    for chosen in ("fp32", precision):
+    for name in ("fp32", precision):
         objective = KINDS[stage](make_network(stage))
-        optimizers, scaler = build_optimizers(objective, Optimizer()), build_scaler(chosen, "cpu")
+        optimizers, scaler = build_optimizers(objective, Optimizer()), build_scaler(name, "cpu")
         before = {n: p.detach().clone() for n, p in objective.trainables[stage].named_parameters()}
         report = train_step(
             objective,
@@ -371,32 +375,32 @@ def test_half_precision_gives_nearly_the_same_loss_and_a_step(stage: str, precis
             optimizers,
             lr=1e-3,
             clip_norm=1.0,
-            precision=chosen,
+            precision=name,
             scaler=scaler,
         )
-        losses[chosen] = report["loss"]
+        losses[name] = report["loss"]
         assert report["bad_steps"] == 0
-        moved = [n for n, p in objective.trainables[stage].named_parameters() if not torch.equal(p, before[n])]
-        assert len(moved) > 0.9 * len(before)
+        changes = [n for n, p in objective.trainables[stage].named_parameters() if not torch.equal(p, before[n])]
+        assert len(changes) > 0.9 * len(before)
         assert all(p.dtype == torch.float32 for p in objective.trainables[stage].parameters())
     assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
 
 
-def test_frozen_networks_in_half_precision_leave_the_models_own_parts_whole(tmp_path: Path) -> None:
-    """Through recipes and model folders: what the stage hands on of earlier stages is theirs to the bit."""
-    dcp = build_objective(load_recipe("instantir-dcp-nano"), {})
-    wake(dcp.network)
+def test_frozen_networks_in_half_precision_keep_the_models_parts_in_full_precision(tmp_path: Path) -> None:
+    """With recipes and model folders: the parent's parts in the new model keep their bits."""
+    dcp = INSTANTIR.build_objective(load_recipe("instantir-dcp-nano"), {})
+    randomize_zeros(dcp.network)
     dcp.network.add_previewer({"rank": 2, "alpha": 1})
     card = ModelCard(name="previewer", system="instantir", config=dcp.network.config(), prior=dcp.prior.source)
     parent = save_model(tmp_path / "previewer", card, dcp.network.parts())
     recipe = load_recipe("instantir-aggregator-nano", ["frozen_precision=bf16"])
-    objective = build_objective(recipe, {"previewer": parent})
+    objective = INSTANTIR.build_objective(recipe, {"previewer": parent})
     assert objective.network.unet.dtype == torch.bfloat16
     assert {p.dtype for p in objective.network.aggregator.parameters()} == {torch.float32}
     rows = nano_rows(64)
     optimizers = build_optimizers(objective, Optimizer(lr=1e-3))
     metrics = train_step(objective, [(rows, Noise(0, rows.positions))], optimizers, lr=1e-3, clip_norm=1.0)
-    whole = build_objective(load_recipe("instantir-aggregator-nano"), {"previewer": parent})
+    whole = INSTANTIR.build_objective(load_recipe("instantir-aggregator-nano"), {"previewer": parent})
     expected = float(loss_of(whole, rows).value.detach())
     assert metrics["loss"] == pytest.approx(expected, rel=0.02)
     parts = objective.parts()
@@ -417,8 +421,8 @@ def test_the_autoencoder_never_computes_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_averaged_weights_survive_a_resume_and_are_what_is_saved(stage: str) -> None:
-    """Two steps, a checkpoint, two more: a fresh objective that takes the checkpoint ends on the same bits."""
+def test_ema_weights_survive_a_resume_and_are_saved(stage: str) -> None:
+    """Two steps, a checkpoint, two more steps: a new objective with the checkpoint ends with the same bits."""
 
     def train(objective: Any, optimizers: Any, ema: Ema, first: int, last: int) -> None:
         for step in range(first, last):
@@ -429,24 +433,24 @@ def test_averaged_weights_survive_a_resume_and_are_what_is_saved(stage: str) -> 
         objective = KINDS[stage](make_network(stage))
         return objective, build_optimizers(objective, Optimizer()), Ema(objective.trainables, 0.5)
 
-    straight = start()
-    train(*straight, 0, 2)
-    state = deepcopy(training_state(*straight, 2, 2))
-    train(*straight, 2, 4)
-    resumed = start()
-    assert restore_state(state, *resumed) == 2
-    train(*resumed, 2, 4)
+    first_run = start()
+    train(*first_run, 0, 2)
+    state = deepcopy(training_state(*first_run, 2, 2))
+    train(*first_run, 2, 4)
+    second_run = start()
+    assert restore_state(state, *second_run) == 2
+    train(*second_run, 2, 4)
 
-    raw = {name: value.clone() for name, value in straight[0].parts()[stage].items()}
-    with straight[2].applied():
-        saved = {name: value.clone() for name, value in straight[0].parts()[stage].items()}
-    with resumed[2].applied():
-        again = {name: value.clone() for name, value in resumed[0].parts()[stage].items()}
-    assert all(torch.equal(saved[name], again[name]) for name in saved)
-    assert sum(not torch.equal(saved[name], raw[name]) for name in saved) > 0.9 * len(saved)
-    assert all(torch.equal(value, raw[name]) for name, value in straight[0].parts()[stage].items())
-    # second derivation: decay (1 + step) / (10 + step) while it is below 0.5, from the very start
-    parameter = next(n for n, p in straight[0].trainables[stage].named_parameters() if bool((p != 0).all()))
+    weights = {name: value.clone() for name, value in first_run[0].parts()[stage].items()}
+    with first_run[2].swap_in():
+        ema = {name: value.clone() for name, value in first_run[0].parts()[stage].items()}
+    with second_run[2].swap_in():
+        resumed_ema = {name: value.clone() for name, value in second_run[0].parts()[stage].items()}
+    assert all(torch.equal(ema[name], resumed_ema[name]) for name in ema)
+    assert sum(not torch.equal(ema[name], weights[name]) for name in ema) > 0.9 * len(ema)
+    assert all(torch.equal(value, weights[name]) for name, value in first_run[0].parts()[stage].items())
+    # second derivation: the decay is (1 + step) / (10 + step) while that is below 0.5
+    parameter = next(n for n, p in first_run[0].trainables[stage].named_parameters() if bool((p != 0).all()))
     follow = start()
     average = dict(follow[0].trainables[stage].named_parameters())[parameter].detach().clone()
     for step in range(4):
@@ -454,4 +458,4 @@ def test_averaged_weights_survive_a_resume_and_are_what_is_saved(stage: str) -> 
         decay = (1 + step) / (10 + step)
         value = dict(follow[0].trainables[stage].named_parameters())[parameter].detach()
         average = decay * average + (1 - decay) * value
-    torch.testing.assert_close(straight[2].shadow[f"{stage}.{parameter}"], average)
+    torch.testing.assert_close(first_run[2].shadow[f"{stage}.{parameter}"], average)

@@ -98,12 +98,15 @@ def conditions(family: str, batch: int = 2, side: int = 64) -> Conditions:
 
 
 def dit_backbone(predictor: EpsPredictor) -> Backbone:
-    """A DiT's backbone of small random networks that knows the released prompts and the empty one."""
+    """A DiT's backbone of small random networks with embeddings of the released prompts and the empty one."""
     with seeded_init(1, "vae"):
         autoencoder = AutoencoderKL(**tuples(TINY_VAE)).eval()
-    given = conditions("pixart", 3)
-    known = {
-        prompt: (given.text[i : i + 1], given.mask[i : i + 1] if given.mask is not None else None)
+    prompt_conditions = conditions("pixart", 3)
+    embeddings = {
+        prompt: (
+            prompt_conditions.text[i : i + 1],
+            prompt_conditions.mask[i : i + 1] if prompt_conditions.mask is not None else None,
+        )
         for i, prompt in enumerate(["", *FIXED_PROMPTS.values()])
     }
     prior = OneTextPrior(
@@ -114,7 +117,7 @@ def dit_backbone(predictor: EpsPredictor) -> Backbone:
         text_encoder=None,
         tokenizer=None,
         schedule=LINEAR,
-        known=known,
+        prompt_embeddings=embeddings,
     )
     return Backbone(family="pixart", prior=prior.freeze())
 
@@ -134,7 +137,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 class Darker(nn.Module):
-    """A coarse restorer that anybody can check: half as bright."""
+    """A coarse restorer whose result is easy to check: it halves the brightness."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,14 +159,14 @@ def restore(restorer: InstaReviveRestorer, image: np.ndarray, seed: int = 0, **o
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_makes_clean_latents_in_one_step(family: str) -> None:
-    predictor, given = tiny_predictor(family), conditions(family)
+    predictor, prompt_conditions = tiny_predictor(family), conditions(family)
     generator = OneStepGenerator(predictor)
     lq = torch.randn(2, predictor.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    clean = generator(lq, given)
+    clean = generator(lq, prompt_conditions)
     assert clean.shape == lq.shape and clean.dtype == lq.dtype
-    # by hand: x0 of the network's own eps at the generator's step
+    # x0 from the network's eps at the generator's step
     t = torch.full((2,), generator.timestep)
-    eps = predictor.raw(lq, t, given)[:, : lq.shape[1]]
+    eps = predictor.raw(lq, t, prompt_conditions)[:, : lq.shape[1]]
     torch.testing.assert_close(clean, predictor.schedule.x0_from_eps(lq, eps, t), atol=1e-5, rtol=1e-5)
     clean.square().mean().backward()
     assert all(
@@ -175,13 +178,13 @@ def test_every_family_makes_clean_latents_in_one_step(family: str) -> None:
     ("family", "config", "count"),
     [("pixart", PIXART_DIT, 610_856_096), ("sd", SD21_UNET, 865_910_724), ("sdxl", SDXL_UNET, 2_567_463_684)],
 )
-def test_real_sizes_count_what_the_reference_counted(family: str, config: dict[str, Any], count: int) -> None:
+def test_published_sizes_have_the_parameters_of_the_reference(family: str, config: dict[str, Any], count: int) -> None:
     with torch.device("meta"):
         network = build_network(family, config)
     assert sum(p.numel() for p in network.parameters()) == count
 
 
-def test_the_autoencoder_counts_what_the_reference_counted() -> None:
+def test_the_autoencoder_has_the_parameters_of_the_reference() -> None:
     with torch.device("meta"):
         autoencoder = AutoencoderKL(**tuples(dict(SD_VAE)))
     assert sum(p.numel() for p in autoencoder.parameters()) == 83_653_863
@@ -196,7 +199,7 @@ def test_the_step_has_the_released_noise_level_on_every_schedule() -> None:
 
 
 def test_v_prediction_becomes_noise() -> None:
-    given = conditions("sd")
+    prompt_conditions = conditions("sd")
     predictor = tiny_predictor("sd", prediction="v_prediction")
     clean, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     t = torch.tensor([100, 700])
@@ -204,42 +207,44 @@ def test_v_prediction_becomes_noise() -> None:
     alpha = predictor.schedule.alpha(t, 4)
     v = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean  # Salimans and Ho 2022
     predictor.network.forward = lambda *_, **__: (v,)  # type: ignore[method-assign]
-    torch.testing.assert_close(predictor.predict_eps(noisy, t, given), noise, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(predictor.predict_eps(noisy, t, prompt_conditions), noise, atol=1e-5, rtol=1e-5)
 
 
 def test_a_flows_velocity_becomes_noise_and_its_step_is_exact() -> None:
-    """Esser et al. 2024: the network predicts noise - clean and is told the shifted time out of 1,000."""
-    given, told = conditions("sd"), []
+    """Esser et al. 2024: the network predicts noise - clean and takes the shifted time out of 1,000."""
+    prompt_conditions, timesteps = conditions("sd"), []
     predictor = EpsPredictor(tiny_predictor("sd").network, FLOW, "flow_prediction")
     clean, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
 
     def exact(latents: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
-        told.append(timestep)
+        timesteps.append(timestep)
         return (noise - clean,)
 
     predictor.network.forward = exact  # type: ignore[method-assign]
     t = torch.tensor([100, 700])
-    eps = predictor.predict_eps(FLOW.add_noise(clean, noise, t), t, given)
+    eps = predictor.predict_eps(FLOW.add_noise(clean, noise, t), t, prompt_conditions)
     torch.testing.assert_close(eps, noise, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(told[0], torch.tensor([250.0, 875.0]))  # 3 t / (1 + 2 t)
+    torch.testing.assert_close(timesteps[0], torch.tensor([250.0, 875.0]))  # 3 t / (1 + 2 t)
     generator = OneStepGenerator(predictor)
     step = torch.full((2,), generator.timestep)
-    torch.testing.assert_close(generator(FLOW.add_noise(clean, noise, step), given), clean, atol=1e-5, rtol=1e-5)
-    level = 1 / (1 + FLOW.sigmas.double().square())  # the released share of signal, found on the flow's own map
+    torch.testing.assert_close(
+        generator(FLOW.add_noise(clean, noise, step), prompt_conditions), clean, atol=1e-5, rtol=1e-5
+    )
+    level = 1 / (1 + FLOW.sigmas.double().square())  # the released share of signal on the flow's schedule
     assert level[generator.timestep - 1] > 0.19357 > level[generator.timestep + 1]
     assert abs(float(level[generator.timestep]) - 0.19357) < 1e-3
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), [(FLOW, "epsilon"), (LINEAR, "flow_prediction")])
 def test_a_prediction_must_go_with_its_schedule(schedule: Any, prediction: Any) -> None:
-    with pytest.raises(ValueError, match=f"{prediction} does not go with"):
+    with pytest.raises(ValueError, match=f"{prediction} does not fit"):
         EpsPredictor(nn.Identity(), schedule, prediction)
 
 
 def test_a_model_folder_keeps_a_flow(tmp_path: Path) -> None:
     backbone = dit_backbone(tiny_predictor())
     backbone.prior.schedule, backbone.prior.prediction = FLOW, "flow_prediction"  # type: ignore[union-attr, assignment]
-    generator = OneStepGenerator(backbone.predictor(copied=True))
+    generator = OneStepGenerator(backbone.predictor(trainable=True))
     card = ModelCard(
         name="flow", system="instarevive", recipe={}, prior={}, config=generator_config(backbone, generator)
     )
@@ -249,61 +254,63 @@ def test_a_model_folder_keeps_a_flow(tmp_path: Path) -> None:
         "flow_prediction",
         generator.timestep,
     )
-    lq, given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), conditions("pixart", 1)
+    lq, prompt_conditions = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), conditions("pixart", 1)
     with torch.no_grad():
-        assert torch.equal(loaded(lq, given), generator(lq, given))
+        assert torch.equal(loaded(lq, prompt_conditions), generator(lq, prompt_conditions))
     assert schedule_from(asdict(LINEAR)) == LINEAR
     with pytest.raises(TypeError, match="beta_start"):
         schedule_from({"shift": 3.0, "beta_start": 1e-4})
 
 
 def test_the_mask_hides_padding_unless_it_is_a_bias() -> None:
-    given, t = conditions("pixart"), torch.tensor([10, 400])
+    prompt_conditions, t = conditions("pixart"), torch.tensor([10, 400])
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert given.mask is not None
-    changed = Conditions(text=given.text + 5 * (1 - given.mask)[..., None], mask=given.mask)
+    assert prompt_conditions.mask is not None
+    changed = Conditions(
+        text=prompt_conditions.text + 5 * (1 - prompt_conditions.mask)[..., None], mask=prompt_conditions.mask
+    )
     for as_bias, same in ((False, True), (True, False)):
         predictor = tiny_predictor(mask_as_bias=as_bias)
-        one, other = (predictor.predict_eps(latents, t, c) for c in (given, changed))
+        one, other = (predictor.predict_eps(latents, t, c) for c in (prompt_conditions, changed))
         assert torch.allclose(one, other, atol=1e-5) == same
 
 
-def test_a_generator_that_takes_noise_starts_as_if_there_were_none() -> None:
-    predictor, given = tiny_predictor(), conditions("pixart")
+def test_a_generator_with_noise_starts_as_one_without() -> None:
+    predictor, prompt_conditions = tiny_predictor(), conditions("pixart")
     lq, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     plain = OneStepGenerator(predictor)
     for kernel in (1, 3):
-        joined = OneStepGenerator(predictor, OneStep(input="noise", kernel=kernel))
-        torch.testing.assert_close(joined(lq, given, noise), plain(lq, given))
-        joined(lq, given, noise).square().mean().backward()
-        assert joined.align is not None and joined.align.weight.grad is not None
-        assert joined.align.weight.grad[:, 4:].abs().sum() > 0  # noise can be learned from the first step on
+        generator = OneStepGenerator(predictor, OneStep(input="noise", kernel=kernel))
+        torch.testing.assert_close(generator(lq, prompt_conditions, noise), plain(lq, prompt_conditions))
+        generator(lq, prompt_conditions, noise).square().mean().backward()
+        assert generator.align is not None and generator.align.weight.grad is not None
+        assert generator.align.weight.grad[:, 4:].abs().sum() > 0  # the noise half has a gradient from the first step
     with pytest.raises(ValueError, match="give noise"):
-        joined(lq, given)
-    with pytest.raises(ValueError, match="no place"):
-        plain(lq, given, noise)
+        generator(lq, prompt_conditions)
+    with pytest.raises(ValueError, match="leave noise out"):
+        plain(lq, prompt_conditions, noise)
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, FLOW], ids=["vp", "flow"])
 def test_a_generator_may_begin_with_lq_latents_noised_to_its_time(schedule: Any) -> None:
     kind: Any = "flow_prediction" if schedule is FLOW else "epsilon"
-    predictor, given = EpsPredictor(tiny_predictor().network, schedule, kind), conditions("pixart")
+    predictor, prompt_conditions = EpsPredictor(tiny_predictor().network, schedule, kind), conditions("pixart")
     lq, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    joined = OneStepGenerator(predictor, OneStep(input="noise"), "noised")
-    t = torch.full((2,), joined.timestep)
+    generator = OneStepGenerator(predictor, OneStep(input="noise"), "noised")
+    t = torch.full((2,), generator.timestep)
     with torch.no_grad():
-        torch.testing.assert_close(joined.joined(lq, noise), schedule.add_noise(lq, noise, t))
-        eps = predictor.predict_eps(schedule.add_noise(lq, noise, t), t, given)
-        wanted = schedule.x0_from_eps(schedule.add_noise(lq, noise, t), eps, t)
-        torch.testing.assert_close(joined(lq, given, noise), wanted, atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(joined(lq, given, noise), joined(lq, given, -noise))
+        torch.testing.assert_close(generator.network_input(lq, noise), schedule.add_noise(lq, noise, t))
+        eps = predictor.predict_eps(schedule.add_noise(lq, noise, t), t, prompt_conditions)
+        expected = schedule.x0_from_eps(schedule.add_noise(lq, noise, t), eps, t)
+        torch.testing.assert_close(generator(lq, prompt_conditions, noise), expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(generator(lq, prompt_conditions, noise), generator(lq, prompt_conditions, -noise))
 
 
 def test_conditions_are_joined_and_replaced_by_rows() -> None:
     one, other = conditions("sdxl", 2), conditions("sdxl", 1).expand(1)
     both = join([one, other])
     assert len(both) == 3 and both.mask is None
-    dropped = one.replaced(other, torch.tensor([True, False]))
+    dropped = one.replace_rows(other, torch.tensor([True, False]))
     assert torch.equal(dropped.text[0], other.text[0]) and torch.equal(dropped.text[1], one.text[1])
     assert dropped.pooled is not None and other.pooled is not None and torch.equal(dropped.pooled[0], other.pooled[0])
 
@@ -345,7 +352,7 @@ def test_any_size_is_restored_to_its_size(size: tuple[int, int]) -> None:
     assert larger.image.shape == (70, 50, 3) and larger.info["system"] == "instarevive"
 
 
-def test_neighbours_change_nothing_and_order_is_kept() -> None:
+def test_results_keep_order_and_do_not_depend_on_the_batch() -> None:
     predictor = tiny_predictor()
     restorer = InstaReviveRestorer(OneStepGenerator(predictor), dit_backbone(predictor), batch_size=4)
     images = [picture(32, 48, 0), picture(48, 32, 1), picture(32, 48, 2)]
@@ -383,32 +390,34 @@ def test_the_coarse_restorer_comes_first_and_gives_the_colours() -> None:
 
 @pytest.mark.parametrize("window", ["gaussian", "equal"])
 def test_tiles_of_a_local_network_equal_the_whole(window: str) -> None:
-    """A network that looks at single latents cannot tell tiles from the whole."""
+    """A network that treats each latent by itself gives the same result in tiles."""
     backbone = nano_backbone()
     predictor = EpsPredictor(backbone.network, backbone.prior.schedule)
-    predictor.raw = lambda latents, timesteps, given: latents.sin()  # type: ignore[method-assign]
+    predictor.raw = lambda latents, timesteps, conditions: latents.sin()  # type: ignore[method-assign]
     restorer = InstaReviveRestorer(OneStepGenerator(predictor), backbone)
     image = picture(200, 264)
     whole = restore(restorer, image, tiles="never")
-    asked: list[int] = []
+    calls: list[int] = []
     step = restorer.fast.generate
-    restorer.fast.generate = lambda *given: asked.append(1) or step(*given)  # type: ignore[method-assign, func-returns-value]
+    restorer.fast.generate = lambda *arguments: calls.append(1) or step(*arguments)  # type: ignore[method-assign, func-returns-value]
     tiled = restore(restorer, image, tile_px=64, window=window)
-    assert len(asked) > 4
+    assert len(calls) > 4
     assert np.abs(whole.astype(int) - tiled).max() <= 1
 
 
-def test_large_pictures_go_through_everything_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coarse restorer, encoder, generator and decoder in tiles give what they give at once."""
+def test_large_pictures_go_through_all_networks_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coarse restorer, encoder, generator and decoder give the same result in tiles as on the whole picture."""
     backbone, coarse = nano_backbone(), Coarse(Darker(), 32)
     predictor = EpsPredictor(backbone.network, backbone.prior.schedule)
-    predictor.raw = lambda latents, timesteps, given: latents.sin()  # type: ignore[method-assign]
+    predictor.raw = lambda latents, timesteps, conditions: latents.sin()  # type: ignore[method-assign]
     generator = OneStepGenerator(predictor)
-    image = picture(608, 544)  # more than 128 latents, the autoencoder's tile
+    image = picture(608, 544)  # more than 128 latents, a tile of the autoencoder
     with torch.inference_mode():
-        halved = coarse(images_to_tensor([image]) * 0.5 + 0.5).mul(255).round().div(255)
-        given = backbone.conditions([""], torch.zeros(1, 6))
-        whole = tensor_to_images(backbone.decode(generator(backbone.encode(halved * 2 - 1), given)))[0]
+        coarse_levels = coarse(images_to_tensor([image]) * 0.5 + 0.5).mul(255).round().div(255)
+        prompt_conditions = backbone.conditions([""], torch.zeros(1, 6))
+        whole = tensor_to_images(backbone.decode(generator(backbone.encode(coarse_levels * 2 - 1), prompt_conditions)))[
+            0
+        ]
     sides: set[int] = set()
     for name in ("encode", "decode"):
         call = getattr(backbone.autoencoder, name)
@@ -419,7 +428,7 @@ def test_large_pictures_go_through_everything_in_tiles(monkeypatch: pytest.Monke
     assert sides and 608 not in sides and 152 not in sides
 
 
-def test_known_pixels_keep_their_latents() -> None:
+def test_pixels_outside_the_mask_keep_their_latents() -> None:
     predictor = tiny_predictor()
     backbone = dit_backbone(predictor)
     restorer = InstaReviveRestorer(OneStepGenerator(predictor), backbone)
@@ -429,21 +438,23 @@ def test_known_pixels_keep_their_latents() -> None:
     mask[16:32, 16:48] = 255
     by_white = restore(restorer, image, inpaint="white")
     assert np.array_equal(by_white, restore(restorer, image, inpaint="reference", mask=mask))
-    unwanted = image.copy()
-    unwanted[16:32, 16:48] = picture(16, 32)  # what a mask covers is not white in most pictures, and must not be seen
+    other_image = image.copy()
+    other_image[16:32, 16:48] = picture(
+        16, 32
+    )  # the networks must not see pixels under the mask, which are not white in most pictures
     for size in (None, (96, 96)):
         ask = {"key": "k", "reference": mask, "size": size, "options": {"inpaint": "reference"}}
-        filled = restorer.restore([Request(image=seen_picture, **ask) for seen_picture in (image, unwanted)])
-        assert np.array_equal(filled[0].image, filled[1].image)
+        results = restorer.restore([Request(image=source, **ask) for source in (image, other_image)])
+        assert np.array_equal(results[0].image, results[1].image)
     with torch.inference_mode():
-        known = backbone.encode(images_to_tensor([image]))
-    seen: list[Tensor] = []
+        input_latents = backbone.encode(images_to_tensor([image]))
+    decoder_inputs: list[Tensor] = []
     decode = restorer.fast.decode
-    restorer.fast.decode = lambda latents: seen.append(latents) or decode(latents)  # type: ignore[method-assign, func-returns-value]
+    restorer.fast.decode = lambda latents: decoder_inputs.append(latents) or decode(latents)  # type: ignore[method-assign, func-returns-value]
     for preset in ("default", "released"):
         restore(restorer, image, inpaint="white", preset=preset, min_side_px=0)
-        kept = (seen[-1] == known).all(dim=1)[0]
-        assert not kept[2:4, 2:6].any() and kept.sum() == 64 - 8
+        same = (decoder_inputs[-1] == input_latents).all(dim=1)[0]
+        assert not same[2:4, 2:6].any() and same.sum() == 64 - 8
     with pytest.raises(SampleError, match="no missing pixel"):
         restore(restorer, picture(32, 32) // 2, inpaint="white")
     with pytest.raises(ValueError, match="give a reference"):
@@ -456,7 +467,7 @@ def test_released_prompts_and_unknown_ones() -> None:
     image = picture(32, 32)
     results = [restore(restorer, image, text=text) for text in ("given", "photo", "face")]
     assert not np.array_equal(results[0], results[1]) and not np.array_equal(results[1], results[2])
-    with pytest.raises(ValueError, match="no text encoder and knows only"):
+    with pytest.raises(ValueError, match="no text encoder; usable prompts are"):
         restorer.restore([Request(key="k", image=image, prompt="a cat")])
 
 
@@ -511,7 +522,7 @@ def test_released_windows() -> None:
 @pytest.mark.parametrize("step", [OneStep(), OneStep(input="noise", kernel=3, timestep=300)])
 def test_a_model_folder_restores_as_the_networks_did(step: OneStep, tmp_path: Path) -> None:
     backbone = open_backbone("nano")
-    generator = OneStepGenerator(backbone.predictor(copied=True), step)
+    generator = OneStepGenerator(backbone.predictor(trainable=True), step)
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -539,7 +550,7 @@ def test_a_model_folder_restores_as_the_networks_did(step: OneStep, tmp_path: Pa
         build_restorer(broken)
 
 
-def test_embeddings_are_kept_and_can_train(tmp_path: Path) -> None:
+def test_embeddings_are_cached_and_can_train(tmp_path: Path) -> None:
     backbone = nano_backbone()
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]]).expand(2, -1)
     with torch.inference_mode():
@@ -547,7 +558,7 @@ def test_embeddings_are_kept_and_can_train(tmp_path: Path) -> None:
     again = backbone.conditions(["red", "red"], sizes)
     assert torch.equal(again.text[0], first.text[0]) and torch.equal(again.text[0], again.text[1])
     conv = aligning_conv(12).requires_grad_(True)
-    predictor = backbone.predictor(copied=True)
+    predictor = backbone.predictor(trainable=True)
     latents = conv(torch.randn(2, 24, 16, 16, generator=torch.Generator().manual_seed(0)))
     predictor.predict_eps(latents, torch.tensor([5, 5]), again).sum().backward()
     assert conv.weight.grad is not None

@@ -1,4 +1,4 @@
-"""An IP-Adapter on the real score: it is told the input picture, and nobody else is."""
+"""An IP-Adapter on the real score: only this score takes the input picture."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ WIDTH, TOKENS = 8, 4
 
 
 def _by_path(name: str) -> Any:
-    """Helpers of another test file; tests are no package."""
+    """Helpers of another test file, as tests are not a package."""
     spec = importlib.util.spec_from_file_location(f"{name}_for_identity", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 trainings = _by_path("test_instarevive_training")
@@ -46,19 +46,21 @@ def random(*shape: int, name: str, scale: float = 0.3) -> Tensor:
 
 
 def write_adapter(network: Any, path: Path) -> Path:
-    """An IP-Adapter of random weights that fits a UNet, under the published names."""
-    across = network.config["cross_attention_dim"]
+    """An IP-Adapter of random weights that fits a UNet, with the published keys."""
+    cross_width = network.config["cross_attention_dim"]
     tensors = {
-        "image_proj.proj.weight": random(TOKENS * across, WIDTH, name="proj"),
-        "image_proj.proj.bias": random(TOKENS * across, name="bias"),
-        "image_proj.norm.weight": torch.ones(across),
-        "image_proj.norm.bias": torch.zeros(across),
+        "image_proj.proj.weight": random(TOKENS * cross_width, WIDTH, name="proj"),
+        "image_proj.proj.bias": random(TOKENS * cross_width, name="bias"),
+        "image_proj.norm.weight": torch.ones(cross_width),
+        "image_proj.norm.bias": torch.zeros(cross_width),
     }
     places = [name for name in network.attn_processors if not name.endswith("attn1.processor")]
     for number, name in enumerate(places):
-        wide = network.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
-        for which in ("k", "v"):
-            tensors[f"ip_adapter.{2 * number + 1}.to_{which}_ip.weight"] = random(wide, across, name=f"{which}{number}")
+        width = network.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
+        for kind in ("k", "v"):
+            tensors[f"ip_adapter.{2 * number + 1}.to_{kind}_ip.weight"] = random(
+                width, cross_width, name=f"{kind}{number}"
+            )
     save_file(tensors, path)
     return path
 
@@ -74,38 +76,40 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_real_score_alone_is_told_the_picture(encoder: Path, tmp_path: Path) -> None:
+def test_only_the_real_score_takes_the_picture(encoder: Path, tmp_path: Path) -> None:
     plain = build_objective(trainings.recipe(), {})
     adapter = write_adapter(plain.backbone.network, tmp_path / "ip.safetensors")
-    made = trainings.recipe(ip_adapter=str(adapter), picture_encoder=str(encoder))
-    objective = build_objective(made, {})
+    recipe = trainings.recipe(ip_adapter=str(adapter), picture_encoder=str(encoder))
+    objective = build_objective(recipe, {})
     rows = trainings.batch()
     assert objective.picture_embedder is not None
-    given = objective.texts.conditions(rows, torch.zeros(2, dtype=torch.bool))
-    told, empty = objective._told(rows, given)
-    assert told.image is not None and told.image.shape == (2, WIDTH) and given.image is None
+    conditions = objective.texts.conditions(rows, torch.zeros(2, dtype=torch.bool))
+    score_conditions, empty = objective._score_conditions(rows, conditions)
+    assert (
+        score_conditions.image is not None and score_conditions.image.shape == (2, WIDTH) and conditions.image is None
+    )
     assert empty.image is not None and not empty.image.any()
     latents, t = objective.lq_latents(rows), torch.tensor([300, 300])
-    seen = objective.real.predict_eps(latents, t, told)
-    other = objective.real.predict_eps(latents, t, replace(told, image=told.image.flip(0)))
-    assert (seen - other).abs().max() > 1e-3, "another picture, another score"
-    before = plain.real.predict_eps(latents, t, given)
-    assert (seen - before).abs().max() > 1e-3
-    assert objective.fake is not None  # the start of the fake score is the prior as it was
-    torch.testing.assert_close(objective.fake.predict_eps(latents, t, given), before)
+    eps = objective.real.predict_eps(latents, t, score_conditions)
+    other_eps = objective.real.predict_eps(latents, t, replace(score_conditions, image=score_conditions.image.flip(0)))
+    assert (eps - other_eps).abs().max() > 1e-3, "the score must depend on the picture"
+    prior_eps = plain.real.predict_eps(latents, t, conditions)
+    assert (eps - prior_eps).abs().max() > 1e-3
+    assert objective.fake is not None  # the fake score starts as the prior without the adapter
+    torch.testing.assert_close(objective.fake.predict_eps(latents, t, conditions), prior_eps)
     metrics = trainings.train(objective)
     assert np.isfinite(metrics["loss_dsm"]) and metrics["bad_steps"] == 0
     assert not [key for key in objective.parts()["generator"] if "ip" in key.split(".")]
     with pytest.raises(ValueError, match="needs picture embeddings"):
-        objective.real.predict_eps(latents, t, given)
+        objective.real.predict_eps(latents, t, conditions)
 
 
 def test_a_lora_on_the_fake_score_leaves_the_teacher_alone(encoder: Path, tmp_path: Path) -> None:
     plain = build_objective(trainings.recipe(), {})
     adapter = write_adapter(plain.backbone.network, tmp_path / "ip.safetensors")
     lora = Distillation(fake="lora", lora_rank=4)
-    made = trainings.recipe(ip_adapter=str(adapter), picture_encoder=str(encoder), distillation=lora)
-    objective = build_objective(made, {})
+    recipe = trainings.recipe(ip_adapter=str(adapter), picture_encoder=str(encoder), distillation=lora)
+    objective = build_objective(recipe, {})
     assert isinstance(objective.real, EpsPredictor)
     frozen = {key: value.clone() for key, value in objective.real.network.state_dict().items()}
     assert not [key for key in frozen if "lora" in key]
@@ -113,7 +117,7 @@ def test_a_lora_on_the_fake_score_leaves_the_teacher_alone(encoder: Path, tmp_pa
     assert all(torch.equal(value, frozen[key]) for key, value in objective.real.network.state_dict().items())
 
 
-def test_the_embedder_sees_what_clip_saw(encoder: Path) -> None:
+def test_the_embedder_preprocesses_like_clip(encoder: Path) -> None:
     embedder = load_picture_embedder(str(encoder))
     pictures = random(2, 3, 32, 32, name="pictures").clamp(-1, 1)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)))
@@ -122,7 +126,7 @@ def test_the_embedder_sees_what_clip_saw(encoder: Path) -> None:
     assert embedder(pictures.repeat_interleave(2, dim=2)).shape == (2, WIDTH)
 
 
-def test_what_is_no_fitting_adapter_is_refused(encoder: Path, tmp_path: Path) -> None:
+def test_adapters_that_do_not_fit_are_refused(encoder: Path, tmp_path: Path) -> None:
     network = build_objective(trainings.recipe(), {}).backbone
     adapter = write_adapter(network.network, tmp_path / "ip.safetensors")
     weights = load_ip_adapter(str(adapter))
@@ -135,7 +139,7 @@ def test_what_is_no_fitting_adapter_is_refused(encoder: Path, tmp_path: Path) ->
     with pytest.raises(ModelError, match="the network needs"):
         with_ip_adapter(network.predictor(), extra)
     save_file({"unet.conv_in.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match=r"unet\.conv_in\.weight is no key of an IP-Adapter"):
+    with pytest.raises(ModelError, match=r"unet\.conv_in\.weight is not a key of an IP-Adapter"):
         load_ip_adapter(str(tmp_path / "other.safetensors"))
     with pytest.raises(ModelError, match="neither a path nor a place on the hub"):
         load_ip_adapter("nowhere")

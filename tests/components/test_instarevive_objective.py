@@ -1,4 +1,4 @@
-"""InstaRevive's objective: gradients by hand, both phases, dynamic control, ablations, LoRA, and that it trains."""
+"""InstaRevive's objective: gradients by formula, both phases, dynamic control, ablations, LoRA, and training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from components.objectives.diffusion import epsilon_loss
 from components.objectives.regression import pyramid_distance
 from components.objectives.score_matching import draw_timesteps, largest_timesteps, score_gap
 from components.priors.nano import build_prior, build_tokenizer_json
-from components.priors.sdxl import Prior, load_prior
+from components.priors.opening import load_prior
+from components.priors.sdxl import Prior
 from components.randomness import Noise, generator
 from components.recipes import Optimizer, RecipeError
 from components.samplers.schedules import FlowSchedule, Schedule
@@ -29,7 +30,7 @@ from components.systems.instarevive.scores import build_scores
 from components.systems.instarevive.settings import Distillation
 from components.training import (
     Ema,
-    averaged,
+    averaged_trainables,
     build_optimizers,
     evaluate_loss,
     restore_state,
@@ -40,12 +41,12 @@ from components.types import Batch, Loss
 
 
 def _by_path(name: str) -> Any:
-    """Helpers that test_instantir.py has already; tests are no package."""
+    """Helpers of another test file, as tests are not a package."""
     spec = importlib.util.spec_from_file_location(f"{name}_for_instarevive", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    helpers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(helpers)
+    return helpers
 
 
 tiny = _by_path("test_instantir")
@@ -54,7 +55,7 @@ FLOW = FlowSchedule()
 
 @torch.no_grad()
 def awake(network: nn.Module, name: str) -> nn.Module:
-    """Every parameter with values of its own: real, fake and generator differ, and nothing is left at zero."""
+    """Add noise to every parameter, so that real, fake and generator differ and no parameter stays zero."""
     for key, parameter in network.named_parameters():
         values = generator(7, name, key).standard_normal(tuple(parameter.shape), dtype=np.float32)
         parameter.add_(0.1 * torch.from_numpy(values))
@@ -65,15 +66,15 @@ def awake(network: nn.Module, name: str) -> nn.Module:
 def prior() -> Prior:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = build_prior(tiny.TINY, build_tokenizer_json(["red", "blue", "sky"], tiny.TINY["text_length"]))
-    awake(made.autoencoder, "autoencoder")
-    return made.freeze()
+        tiny_prior = build_prior(tiny.TINY, build_tokenizer_json(["red", "blue", "sky"], tiny.TINY["text_length"]))
+    awake(tiny_prior.autoencoder, "autoencoder")
+    return tiny_prior.freeze()
 
 
 def make(
-    prior: Prior, settings: Distillation | None = None, mode: str = "lq", same: bool = False, **more: Any
+    prior: Prior, settings: Distillation | None = None, mode: str = "lq", same: bool = False, **arguments: Any
 ) -> InstaReviveObjective:
-    """Three different networks on the prior; with `same` the fake score begins as the real one."""
+    """Three different networks on the prior; with `same` the fake score starts as the real one."""
     settings = settings or Distillation()
     networks = {}
     for role in ("generator", "real", "fake"):
@@ -84,7 +85,7 @@ def make(
     if settings.fake == "full" and not same:
         fake = networks["fake"].requires_grad_(True)
     texts = PriorTexts(prior)
-    return InstaReviveObjective(generator_, real, fake if settings.score else None, prior, texts, settings, **more)
+    return InstaReviveObjective(generator_, real, fake if settings.score else None, prior, texts, settings, **arguments)
 
 
 def run(objective: InstaReviveObjective, rows: Batch, seed: int = 0) -> dict[str, Loss]:
@@ -94,43 +95,43 @@ def run(objective: InstaReviveObjective, rows: Batch, seed: int = 0) -> dict[str
 # ------------------------------------------------------------------------------------------------- the score's gradient
 
 
-class Held(nn.Module):
+class FixedGenerator(nn.Module):
     """A generator whose latents are its parameter."""
 
-    wants_noise = False
+    takes_noise = False
 
     def __init__(self, latents: Tensor) -> None:
         super().__init__()
         self.latents = nn.Parameter(latents)
 
-    def forward(self, lq: Tensor, given: Any, noise: Tensor | None = None) -> Tensor:
+    def forward(self, lq: Tensor, conditions: Any, noise: Tensor | None = None) -> Tensor:
         return self.latents
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 def test_the_generators_gradient_is_the_formula(prior: Prior, cfg_scale: float) -> None:
-    """Section 5.2 with the scores called one by one: (2 / N) weight coeff, and nothing else at alpha 0."""
+    """Section 5.2 with separate calls of the scores: at alpha 0 the gradient is (2 / N) weight coeff."""
     settings = Distillation(dynamic=False, fixed_alpha=0.0, cfg_scale=cfg_scale, weight=0.7, text_dropout=0.0)
     objective, rows = make(prior, settings), tiny.batch()
     latents = tiny.tensor(3, 4, 4, 4, name="held")
-    held = Held(latents)
-    objective.generator = held
+    fixed = FixedGenerator(latents)
+    objective.generator = fixed
     phases = objective.phases(rows, Noise(0, rows.positions))
     name, loss = next(phases)
     loss.value.backward()
     noise = Noise(0, rows.positions)
     t = draw_timesteps(noise.uniform("score_timestep"), torch.tensor(999))
     noisy = prior.schedule.add_noise(latents, noise.normal("score_noise", (4, 4, 4)), t)
-    given = objective.texts.conditions(rows, torch.zeros(3, dtype=torch.bool))
-    nothing = objective.texts.nothing(rows)
+    conditions = objective.texts.conditions(rows, torch.zeros(3, dtype=torch.bool))
+    empty_conditions = objective.texts.unconditional(rows)
     assert objective.fake is not None
     with torch.no_grad():
-        real, empty = (objective.real.predict_eps(noisy, t, c) for c in (given, nothing))
-        fake = objective.fake.predict_eps(noisy, t, given)
+        real, empty = (objective.real.predict_eps(noisy, t, c) for c in (conditions, empty_conditions))
+        fake = objective.fake.predict_eps(noisy, t, conditions)
     gap = score_gap(prior.schedule, latents, noisy, t, empty + cfg_scale * (real - empty), fake)
-    wanted = 0.7 * 2 / latents.numel() * gap.weight * gap.coeff
-    assert name == "generator" and held.latents.grad is not None and float(wanted.abs().max()) > 1e-4
-    torch.testing.assert_close(held.latents.grad, wanted, atol=1e-7, rtol=1e-4)
+    expected = 0.7 * 2 / latents.numel() * gap.weight * gap.coeff
+    assert name == "generator" and fixed.latents.grad is not None and float(expected.abs().max()) > 1e-4
+    torch.testing.assert_close(fixed.latents.grad, expected, atol=1e-7, rtol=1e-4)
     assert all(p.grad is None for p in objective.fake.parameters())
 
 
@@ -145,8 +146,8 @@ def test_the_loss_is_the_mixture_and_its_terms_are_logged(prior: Prior) -> None:
         alpha * regression + (1 - alpha) * 3.0 * matching, rel=1e-5
     )
     with torch.no_grad():
-        gone = Noise(0, rows.positions).uniform("text_dropout") < settings.text_dropout
-        latents = objective.generator(prior.encode(rows.lq), objective.texts.conditions(rows, gone))
+        dropped = Noise(0, rows.positions).uniform("text_dropout") < settings.text_dropout
+        latents = objective.generator(prior.encode(rows.lq), objective.texts.conditions(rows, dropped))
     target = prior.encode(rows.hq)
     distance = (latents - target).square().mean().sqrt()
     assert metrics["distance"] == pytest.approx(float(distance), rel=1e-5)
@@ -164,18 +165,20 @@ def test_the_fake_score_learns_the_noise_on_the_same_detached_latents(prior: Pri
     objective, rows = make(prior, settings), tiny.batch()
     phases = objective.phases(rows, Noise(0, rows.positions))
     next(phases)
-    given = objective.texts.conditions(rows, torch.zeros(3, dtype=torch.bool))
+    conditions = objective.texts.conditions(rows, torch.zeros(3, dtype=torch.bool))
     with torch.no_grad():
-        latents = objective.generator(prior.encode(rows.lq), given)
+        latents = objective.generator(prior.encode(rows.lq), conditions)
         for parameter in objective.generator.parameters():
-            parameter.add_(0.5)  # the generator's step between the phases changes nothing
+            parameter.add_(0.5)  # the generator's step between the phases has no effect
     name, loss = next(phases)
     noise = Noise(0, rows.positions)
     t, eps = noise.integers("fake_timestep", 1, 1000), noise.normal("fake_noise", (4, 4, 4))
     assert objective.fake is not None
-    wanted = epsilon_loss(objective.fake.predict_eps(prior.schedule.add_noise(latents, eps, t), t, given), eps).mean()
+    expected = epsilon_loss(
+        objective.fake.predict_eps(prior.schedule.add_noise(latents, eps, t), t, conditions), eps
+    ).mean()
     assert name == "fake_score"
-    torch.testing.assert_close(loss.value, wanted)
+    torch.testing.assert_close(loss.value, expected)
     loss.value.backward()
     assert all(p.grad is None for p in objective.generator.parameters())
     assert all(p.grad is not None for n, p in objective.fake.named_parameters() if "time_emb" in n)
@@ -183,55 +186,55 @@ def test_the_fake_score_learns_the_noise_on_the_same_detached_latents(prior: Pri
         next(phases)
 
 
-def test_further_steps_of_the_fake_score_have_noise_of_their_own(prior: Prior) -> None:
+def test_further_steps_of_the_fake_score_have_their_own_noise(prior: Prior) -> None:
     objective, rows = make(prior, Distillation(fake_steps=3)), tiny.batch()
     phases = list(objective.phases(rows, Noise(0, rows.positions)))
     assert [name for name, _ in phases] == ["generator"] + ["fake_score"] * 3
     values = [float(loss.value.detach()) for _, loss in phases[1:]]
     assert len(set(values)) == 3
     optimizers = build_optimizers(objective, Optimizer())
-    logged = train_step(objective, [(rows, Noise(0, rows.positions))], optimizers, lr=1e-9, clip_norm=1.0)
-    assert logged["loss_fake"] == pytest.approx(sum(values) / 3, rel=1e-3)
+    metrics = train_step(objective, [(rows, Noise(0, rows.positions))], optimizers, lr=1e-9, clip_norm=1.0)
+    assert metrics["loss_fake"] == pytest.approx(sum(values) / 3, rel=1e-3)
     assert evaluate_loss(objective, [rows], 0)["fake_score"] == pytest.approx(values[0], rel=1e-3)
 
 
 def test_same_range_keeps_the_fake_scores_times_below_t_max(prior: Prior, monkeypatch: pytest.MonkeyPatch) -> None:
     objective, rows = make(prior, Distillation(fake_range="same")), tiny.batch(8)
-    seen = []
+    times = []
     assert objective.fake is not None
     predict = objective.fake.predict_eps
-    monkeypatch.setattr(objective.fake, "predict_eps", lambda x, t, c: (seen.append(t), predict(x, t, c))[1])
+    monkeypatch.setattr(objective.fake, "predict_eps", lambda x, t, c: (times.append(t), predict(x, t, c))[1])
     losses = run(objective, rows)
-    assert len(seen) == 2 and all(int(t.max()) <= float(losses["generator"].metrics["t_max"]) for t in seen)
+    assert len(times) == 2 and all(int(t.max()) <= float(losses["generator"].metrics["t_max"]) for t in times)
 
 
 # ----------------------------------------------------------------------------------------------------- dynamic control
 
 
-def test_a_nearer_generator_gets_a_smaller_range_and_less_regression(prior: Prior) -> None:
-    rows, found = tiny.batch(), []
+def test_a_smaller_distance_gives_a_smaller_range_and_less_regression(prior: Prior) -> None:
+    rows, metrics = tiny.batch(), []
     target = prior.encode(rows.hq)
     for error in (0.05, 0.2, 0.4):
         objective = make(prior)
-        objective.generator = Held(target + error * tiny.tensor(3, 4, 4, 4, name="error"))
-        found.append(run(objective, rows)["generator"].metrics)
+        objective.generator = FixedGenerator(target + error * tiny.tensor(3, 4, 4, 4, name="error"))
+        metrics.append(run(objective, rows)["generator"].metrics)
     for name in ("distance", "t_max", "alpha"):
-        values = [float(m[name]) for m in found]
+        values = [float(m[name]) for m in metrics]
         assert values == sorted(values) and len(set(values)) == 3
 
 
 def test_each_sample_may_have_its_own_range(prior: Prior) -> None:
     rows = tiny.batch()
     error = torch.tensor([0.02, 0.2, 0.5]).view(3, 1, 1, 1)
-    held = prior.encode(rows.hq) + error * tiny.tensor(3, 4, 4, 4, name="error")
+    latents = prior.encode(rows.hq) + error * tiny.tensor(3, 4, 4, 4, name="error")
     objective = make(prior, Distillation(per_sample=True))
-    objective.generator = Held(held)
-    control = objective._control(held, prior.encode(rows.hq), False)
+    objective.generator = FixedGenerator(latents)
+    control = objective._control(latents, prior.encode(rows.hq), False)
     assert control.t_max.shape == (3,) and bool((control.t_max.diff() > 0).all())
     losses = run(objective, rows)
     assert float(losses["generator"].metrics["t_max"]) == pytest.approx(float(control.t_max.float().mean()))
     losses["generator"].value.backward()
-    assert held.grad is None and objective.generator.latents.grad is not None  # type: ignore[union-attr]
+    assert latents.grad is None and objective.generator.latents.grad is not None  # type: ignore[union-attr]
 
 
 def test_the_literal_sum_saturates(prior: Prior) -> None:
@@ -239,13 +242,13 @@ def test_the_literal_sum_saturates(prior: Prior) -> None:
     rows, values = tiny.batch(), []
     for reduction in ("mean", "sum"):
         objective = make(prior, Distillation(reduction=reduction))  # type: ignore[arg-type]
-        objective.generator = Held(prior.encode(rows.hq) + 0.1 * tiny.tensor(3, 4, 4, 4, name="error"))
+        objective.generator = FixedGenerator(prior.encode(rows.hq) + 0.1 * tiny.tensor(3, 4, 4, 4, name="error"))
         values.append(float(run(objective, rows)["generator"].metrics["t_max"]))
-    assert values[0] < 300 and values[1] > 700  # 64 elements: eight times the distance
+    assert values[0] < 300 and values[1] > 700  # 64 elements: the distance is eight times as large
 
 
-def test_alpha_may_start_at_one_and_remember_where(prior: Prior) -> None:
-    """t_high 0: alpha is 1 at the first training step's T_max; held-out losses do not set it; a resumed run has it."""
+def test_alpha_may_start_at_one_and_is_resumed(prior: Prior) -> None:
+    """t_high 0: alpha is 1 at T_max of the first training step, which held-out losses do not set and a resume keeps."""
     rows = tiny.batch()
     objective = make(prior, Distillation(t_high=0.0))
     evaluate_loss(objective, [rows], 0)
@@ -267,17 +270,17 @@ def test_alpha_may_start_at_one_and_remember_where(prior: Prior) -> None:
 
 def replace_generator(objective: InstaReviveObjective, latents: Tensor) -> InstaReviveObjective:
     other = copy.copy(objective)
-    other.generator = Held(latents)
+    other.generator = FixedGenerator(latents)
     return other
 
 
 def test_workers_share_the_distance_while_training_only(prior: Prior, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held-out losses run on one worker: a collective there would wait for ever."""
+    """Held-out losses run on one worker, where a collective would never return."""
     calls = []
 
     def average(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         calls.append(sorted(metrics))
-        return {k: v * 4 for k, v in metrics.items()}  # as if the others were further away
+        return {k: v * 4 for k, v in metrics.items()}  # as if other workers had larger distances
 
     objective, rows = make(prior), tiny.batch()
     alone = float(run(objective, rows)["generator"].metrics["distance"])
@@ -338,25 +341,25 @@ def test_noise_reaches_a_generator_that_takes_it(prior: Prior) -> None:
 
 
 def test_the_coarse_restorer_sees_unit_range(prior: Prior) -> None:
-    rows, seen = tiny.batch(), []
+    rows, inputs = tiny.batch(), []
 
     def coarse(images: Tensor) -> Tensor:
-        seen.append(images)
+        inputs.append(images)
         return (rows.hq + 1) / 2
 
     objective = make(prior, coarse=coarse)
     torch.testing.assert_close(objective.lq_latents(rows), prior.encode(rows.hq), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(seen[0], (rows.lq + 1) / 2)
+    torch.testing.assert_close(inputs[0], (rows.lq + 1) / 2)
 
 
-def test_embeddings_and_latents_that_a_batch_brings_are_used(prior: Prior) -> None:
+def test_precomputed_embeddings_and_latents_are_used(prior: Prior) -> None:
     rows = tiny.batch()
     text, pooled = prior.embed_prompts(rows.prompts)
-    brought = replace(rows, embeddings={"text": text, "pooled": pooled}, latents=prior.encode(rows.hq))
-    plain, other = (run(make(prior), r)["generator"] for r in (rows, brought))
+    precomputed = replace(rows, embeddings={"text": text, "pooled": pooled}, latents=prior.encode(rows.hq))
+    plain, other = (run(make(prior), r)["generator"] for r in (rows, precomputed))
     torch.testing.assert_close(plain.value, other.value, atol=1e-6, rtol=1e-5)
-    moved = replace(brought, latents=brought.latents + 1)  # type: ignore[operator]
-    assert float(run(make(prior), moved)["generator"].metrics["distance"]) != float(other.metrics["distance"])
+    shifted = replace(precomputed, latents=precomputed.latents + 1)  # type: ignore[operator]
+    assert float(run(make(prior), shifted)["generator"].metrics["distance"]) != float(other.metrics["distance"])
 
 
 def test_a_checkpointed_decoder_has_the_same_gradient(prior: Prior) -> None:
@@ -376,24 +379,24 @@ def test_a_lora_starts_as_the_real_score_and_leaves_it_alone(prior: Prior) -> No
     objective = make(prior, settings, same=True)
     full = make(prior, replace(settings, fake="full"), same=True)
     assert objective.fake is not None and full.fake is not None
-    for ours, theirs in zip(run(objective, rows).values(), run(full, rows).values(), strict=True):
-        torch.testing.assert_close(ours.value, theirs.value, atol=1e-6, rtol=1e-5)
+    for lora_loss, full_loss in zip(run(objective, rows).values(), run(full, rows).values(), strict=True):
+        torch.testing.assert_close(lora_loss.value, full_loss.value, atol=1e-6, rtol=1e-5)
     counts = [sum(p.numel() for p in f.parameters() if p.requires_grad) for f in (objective.fake, full.fake)]
     assert 0 < counts[0] < counts[1] / 5
     noisy, t = tiny.tensor(3, 4, 4, 4), torch.tensor([10, 300, 900])
-    given = objective.texts.nothing(rows)
-    before = objective.real.predict_eps(noisy, t, given)
+    conditions = objective.texts.unconditional(rows)
+    before = objective.real.predict_eps(noisy, t, conditions)
     optimizers = build_optimizers(objective, Optimizer(lr=1e-2))
     for _ in range(3):
         train_step(objective, [(rows, Noise(0, rows.positions))], optimizers, lr=1e-2, clip_norm=10)
-    assert torch.equal(objective.real.predict_eps(noisy, t, given), before)
+    assert torch.equal(objective.real.predict_eps(noisy, t, conditions), before)
     with torch.no_grad():
-        assert float((objective.fake.predict_eps(noisy, t, given) - before).abs().max()) > 1e-3
+        assert float((objective.fake.predict_eps(noisy, t, conditions) - before).abs().max()) > 1e-3
     assert not before.requires_grad
 
 
-def test_a_repeated_forward_pass_finds_the_lora_on(prior: Prior) -> None:
-    """Gradient checkpointing runs the network again in the backward pass, after the real score was asked."""
+def test_the_lora_is_on_in_a_repeated_forward_pass(prior: Prior) -> None:
+    """Gradient checkpointing runs the network again in the backward pass, after a call of the real score."""
     rows, gradients = tiny.batch(), []
     for checkpointed in (False, True):
         objective = make(prior, Distillation(fake="lora", text_dropout=0.0), same=True)
@@ -406,10 +409,12 @@ def test_a_repeated_forward_pass_finds_the_lora_on(prior: Prior) -> None:
                 if ".lora_B" in name:
                     parameter.add_(0.1)
         loss = run(objective, rows)["fake_score"].value
-        objective.real.predict_eps(tiny.tensor(3, 4, 4, 4), torch.tensor([5, 6, 7]), objective.texts.nothing(rows))
+        objective.real.predict_eps(
+            tiny.tensor(3, 4, 4, 4), torch.tensor([5, 6, 7]), objective.texts.unconditional(rows)
+        )
         loss.backward()
-        trained = [p for p in objective.fake.parameters() if p.requires_grad]
-        gradients.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
+        parameters = [p for p in objective.fake.parameters() if p.requires_grad]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
@@ -422,7 +427,7 @@ def test_wrong_scores_are_refused(prior: Prior) -> None:
     texts = PriorTexts(prior)
     with pytest.raises(ValueError, match="needs a fake score"):
         InstaReviveObjective(OneStepGenerator(predictor), predictor, None, prior, texts)
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="score=false takes none"):
         InstaReviveObjective(OneStepGenerator(predictor), predictor, predictor, prior, texts, Distillation(score=False))
     other = EpsPredictor(copy.deepcopy(prior.unet), replace(prior.schedule, beta_end=0.02))
     with pytest.raises(ValueError, match="different schedules"):
@@ -440,7 +445,7 @@ def test_wrong_scores_are_refused(prior: Prior) -> None:
         ({"reduction": "max"}, "mean, sum"),
         ({"regression": "l1"}, "perceptual, l2, both"),
         ({"t_low": 300.0, "t_high": 200.0}, "t_low"),
-        ({"score": False, "dynamic": False, "fixed_alpha": 0.0}, "nothing to learn"),
+        ({"score": False, "dynamic": False, "fixed_alpha": 0.0}, "leaves no loss"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], reason: str) -> None:
@@ -448,7 +453,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], reason: str
         Distillation(**settings)
 
 
-# ------------------------------------------------------------------------------------------------------- it trains
+# ------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="module")
@@ -457,7 +462,7 @@ def nano() -> Prior:
 
 
 def toy(size: int, first: int, side: int = 32) -> Batch:
-    """Two-colour pictures with an edge; LQ is blurred and noisy."""
+    """Pictures of two colours with an edge; LQ is blurred and noisy."""
     pictures = []
     for i in range(first, first + size):
         draw = generator(9, "toy", i)
@@ -478,7 +483,7 @@ def toy(size: int, first: int, side: int = 32) -> Batch:
 
 
 class AsFlow(nn.Module):
-    """A variance-preserving noise predictor as the velocity of the flow that passes the same noise over signal."""
+    """A variance-preserving noise predictor as a velocity predictor: the flow has the same noise over signal."""
 
     def __init__(self, unet: nn.Module, schedule: Schedule) -> None:
         super().__init__()
@@ -488,11 +493,11 @@ class AsFlow(nn.Module):
     def config(self) -> Any:
         return self.unet.config
 
-    def forward(self, latents: Tensor, timestep: Tensor, **given: Any) -> tuple[Tensor]:
+    def forward(self, latents: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
         time = (timestep / FLOW.num_train_timesteps).view(-1, 1, 1, 1)
         length = ((1 - time).square() + time.square()).sqrt()
         steps = self.schedule.timestep_of((time / (1 - time)).flatten())
-        eps = self.unet(latents / length, timestep=steps, **given)[0]
+        eps = self.unet(latents / length, timestep=steps, **arguments)[0]
         return (eps - (latents - time * eps) / (1 - time),)
 
 
@@ -507,7 +512,7 @@ class AsFlow(nn.Module):
     ],
 )
 def test_training_the_nano_prior_to_one_step_works(nano: Prior, fake: Any, kind: str) -> None:
-    """Held-out regression and distance fall, T_max with them; the fake score learns; EMA holds the generator."""
+    """Held-out regression, distance and T_max fall; the fake score trains; the EMA holds the generator."""
 
     def predictor() -> EpsPredictor:
         unet = copy.deepcopy(nano.unet)
@@ -520,27 +525,27 @@ def test_training_the_nano_prior_to_one_step_works(nano: Prior, fake: Any, kind:
     real, fake_score = build_scores(teacher, settings.fake, settings.lora_rank)
     frozen = {k: v.clone() for k, v in nano.unet.state_dict().items()}
     objective = InstaReviveObjective(student, real, fake_score, nano, PriorTexts(nano), settings)
-    optimizers, ema = build_optimizers(objective, Optimizer()), Ema(averaged(objective), 0.9)
+    optimizers, ema = build_optimizers(objective, Optimizer()), Ema(averaged_trainables(objective), 0.9)
     heldout = toy(8, 1000)
 
-    def measured() -> dict[str, float]:
+    def heldout_metrics() -> dict[str, float]:
         with torch.no_grad():
             losses = run(objective, heldout)
         return {k: float(v) for loss in losses.values() for k, v in loss.metrics.items()}
 
-    before, logged = measured(), []
+    before, metrics = heldout_metrics(), []
     for step in range(12):
         rows = toy(4, 4 * step)
-        logged.append(train_step(objective, [(rows, Noise(0, rows.positions))], optimizers, lr=1e-4, clip_norm=1.0))
+        metrics.append(train_step(objective, [(rows, Noise(0, rows.positions))], optimizers, lr=1e-4, clip_norm=1.0))
         ema.update(step)
-    after = measured()
-    schedule = objective.schedule  # Eq. 6 on the prior's own map
+    after = heldout_metrics()
+    schedule = objective.schedule  # Eq. 6 on the prior's schedule
     assert before["t_max"] == int(largest_timesteps(schedule, torch.tensor(1.5 * before["distance"]), 20))
     for name in ("loss_regression", "loss_l2", "distance", "t_max", "alpha"):
         assert after[name] < 0.9 * before[name], (name, before[name], after[name])
-    wanted = {"t_max", "alpha", "distance", "loss_regression", "loss_dsm", "loss_fake"}
-    assert wanted | {"generator/grad_norm", "fake_score/grad_norm"} <= set(logged[-1])
-    assert all(np.isfinite(v) for row in logged for v in row.values()) and logged[-1]["bad_steps"] == 0
+    expected = {"t_max", "alpha", "distance", "loss_regression", "loss_dsm", "loss_fake"}
+    assert expected | {"generator/grad_norm", "fake_score/grad_norm"} <= set(metrics[-1])
+    assert all(np.isfinite(v) for row in metrics for v in row.values()) and metrics[-1]["bad_steps"] == 0
     names = {key.split(".")[0] for key in ema.shadow}
     assert names == {"generator"}
     assert all(torch.equal(v, nano.unet.state_dict()[k]) for k, v in frozen.items())
@@ -549,12 +554,12 @@ def test_training_the_nano_prior_to_one_step_works(nano: Prior, fake: Any, kind:
 
 @pytest.mark.parametrize("fake", ["full", "lora"])
 def test_a_resumed_distillation_has_the_same_bits(prior: Prior, fake: Any) -> None:
-    """Generator, fake score, both optimisers, the average and where alpha started; the frozen weights never move."""
+    """Generator, fake score, both optimisers, EMA and the start of alpha are resumed; frozen weights do not change."""
     settings = Distillation(fake=fake, t_high=0.0, fake_steps=2)
 
-    def started() -> tuple[InstaReviveObjective, dict[str, torch.optim.Optimizer], Ema]:
+    def start() -> tuple[InstaReviveObjective, dict[str, torch.optim.Optimizer], Ema]:
         objective = make(prior, settings, same=True)
-        return objective, build_optimizers(objective, Optimizer()), Ema(averaged(objective), 0.9)
+        return objective, build_optimizers(objective, Optimizer()), Ema(averaged_trainables(objective), 0.9)
 
     def train(run: tuple[InstaReviveObjective, dict[str, torch.optim.Optimizer], Ema], first: int, last: int) -> None:
         objective, optimizers, ema = run
@@ -568,21 +573,23 @@ def test_a_resumed_distillation_has_the_same_bits(prior: Prior, fake: Any) -> No
         weights = {f"{n}.{k}": v for n, m in objective.trainables.items() for k, v in m.state_dict().items()}
         return {k: v.clone() for k, v in {**weights, **{f"ema.{k}": v for k, v in ema.shadow.items()}}.items()}
 
-    straight = started()
+    straight = start()
     begin = bits(straight)
     train(straight, 0, 4)
-    halted = started()
-    train(halted, 0, 2)
+    interrupted = start()
+    train(interrupted, 0, 2)
     stream = io.BytesIO()
-    torch.save(training_state(*halted, step=2, position=6), stream)
+    torch.save(training_state(*interrupted, step=2, position=6), stream)
     stream.seek(0)
-    resumed = started()
+    resumed = start()
     assert restore_state(torch.load(stream, weights_only=True), *resumed) == 2
     train(resumed, 2, 4)
-    wanted, found = bits(straight), bits(resumed)
-    assert set(wanted) == set(found) and all(torch.equal(found[key], value) for key, value in wanted.items())
-    moved = {key for key, value in wanted.items() if not torch.equal(value, begin[key])}
-    assert any(key.startswith("generator.") for key in moved) and any(key.startswith("ema.") for key in moved)
-    trained = [key for key in moved if key.startswith("fake_score.")]
-    assert trained and (fake == "full" or all(".lora_" in key for key in trained))
+    expected, bits_after_resume = bits(straight), bits(resumed)
+    assert set(expected) == set(bits_after_resume) and all(
+        torch.equal(bits_after_resume[key], value) for key, value in expected.items()
+    )
+    changed = {key for key, value in expected.items() if not torch.equal(value, begin[key])}
+    assert any(key.startswith("generator.") for key in changed) and any(key.startswith("ema.") for key in changed)
+    fake_keys = [key for key in changed if key.startswith("fake_score.")]
+    assert fake_keys and (fake == "full" or all(".lora_" in key for key in fake_keys))
     assert resumed[0].progress == straight[0].progress != {}

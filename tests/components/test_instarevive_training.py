@@ -1,4 +1,4 @@
-"""From a recipe to a trained folder and back: the distillation built on the shipped nano prior."""
+"""From a recipe to a trained model folder and back: distillation on the shipped nano prior."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from components.types import Batch, Request
 
 
 def recipe(**changes: Any) -> InstaReviveRecipe:
-    usual = {"family": "nano", "prior": "nano", "steps": 3, "batch_size": 2, "resolution": 64, "short_side": 64}
-    return InstaReviveRecipe(name="test", system="instarevive", stage="onestep", **{**usual, **changes})
+    defaults = {"family": "nano", "prior": "nano", "steps": 3, "batch_size": 2, "resolution": 64, "short_side": 64}
+    return InstaReviveRecipe(name="test", system="instarevive", stage="onestep", **{**defaults, **changes})
 
 
 def batch(side: int = 64) -> Batch:
@@ -58,11 +58,11 @@ def train(objective: BackboneObjective, steps: int = 2) -> dict[str, float]:
     return metrics
 
 
-def saved(objective: BackboneObjective, made: InstaReviveRecipe, path: Path) -> Model:
+def save_folder(objective: BackboneObjective, recipe: InstaReviveRecipe, path: Path) -> Model:
     card = ModelCard(
         name=path.name,
         system="instarevive",
-        recipe=as_dict(made),
+        recipe=as_dict(recipe),
         prior=objective.prior.source,
         config=objective.config,
     )
@@ -78,48 +78,48 @@ def coarse_model(path: Path) -> Model:
 @pytest.mark.parametrize("changes", [{}, {"input": "noise"}, {"distillation": Distillation(fake="lora", lora_rank=4)}])
 def test_a_recipe_trains_and_its_folder_restores(changes: dict[str, Any], tmp_path: Path) -> None:
     coarse = coarse_model(tmp_path / "coarse")
-    made = recipe(coarse=str(coarse.path), restore_options={"color": "wavelet"}, **changes)
-    objective = build_objective(made, {})
+    settings = recipe(coarse=str(coarse.path), restore_options={"color": "wavelet"}, **changes)
+    objective = build_objective(settings, {})
     before = {k: v.clone() for k, v in objective.parts()["generator"].items()}
     metrics = train(objective)
     assert {"t_max", "alpha", "loss_regression", "loss_dsm", "loss_fake"} <= set(metrics)
     after = objective.parts()["generator"]
     assert not all(torch.equal(before[key], value) for key, value in after.items())
     assert not [key for key in after if "lora" in key]
-    seen = look(objective, made, batch().lq, ["red", ""], seed=0)
-    assert seen.shape == (2, 3, 64, 64)
-    model = saved(objective, made, tmp_path / "model")
+    preview = look(objective, settings, batch().lq, ["red", ""], seed=0)
+    assert preview.shape == (2, 3, 64, 64)
+    model = save_folder(objective, settings, tmp_path / "model")
     restorer = build_restorer(model.path)
     image = np.zeros((40, 52, 3), dtype=np.uint8)
     result = restorer.restore([Request(key="k", image=image)])[0]
     assert result.image.shape == image.shape and result.info["color"] == "wavelet"
     assert model.info["config"]["coarse"] == {"id": str(coarse.path.resolve()), "digest": coarse.digest}
-    # its look while training is what the folder restores
+    # the preview during training equals the restoration of the folder
     from components.tensors import images_to_tensor, tensor_to_images
 
     (again,) = restorer.restore([Request(key="k", image=tensor_to_images(batch().lq)[0], prompt="red", seed=0)])
-    assert (images_to_tensor([again.image]) - seen[:1]).abs().max() < 0.02
+    assert (images_to_tensor([again.image]) - preview[:1]).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("kind", ["lq", "noise"])
-def test_held_out_pictures_are_measured_as_the_restorer_would(kind: str) -> None:
-    objective, held = build_objective(recipe(input=kind), {}), batch()
-    found = measure(objective, [held, held])
+def test_held_out_psnr_is_that_of_the_generators_pictures(kind: str) -> None:
+    objective, heldout = build_objective(recipe(input=kind), {}), batch()
+    psnrs = measure(objective, [heldout, heldout])
     with torch.no_grad():
-        noise = Noise(MEASURE_SEED, held.positions, "cpu")
-        lq = objective.backbone.encode(held.lq)
+        noise = Noise(MEASURE_SEED, heldout.positions, "cpu")
+        lq = objective.backbone.encode(heldout.lq)
         start = noise.normal("generator", tuple(lq.shape[1:])) if kind == "noise" else None
-        told = objective.backbone.conditions(held.prompts, held.sizes)
-        made = objective.backbone.decode(objective.generator(lq, told, start))
-    for name, images in (("psnr_heldout", made), ("psnr_heldout_lq", held.lq)):
-        levels = 127.5 * (images.clamp(-1, 1) - held.hq).double()
+        conditions = objective.backbone.conditions(heldout.prompts, heldout.sizes)
+        restored = objective.backbone.decode(objective.generator(lq, conditions, start))
+    for name, images in (("psnr_heldout", restored), ("psnr_heldout_lq", heldout.lq)):
+        levels = 127.5 * (images.clamp(-1, 1) - heldout.hq).double()
         expected = [20 * np.log10(255 / float(picture.square().mean().sqrt())) for picture in levels]
-        assert found[name] == pytest.approx(np.mean(expected), abs=1e-3)
+        assert psnrs[name] == pytest.approx(np.mean(expected), abs=1e-3)
     scores_alone = recipe(distillation=Distillation(regression="none"))
-    assert measure(build_objective(scores_alone, {}), [held]) == {}
+    assert measure(build_objective(scores_alone, {}), [heldout]) == {}
 
 
-def test_looking_leaves_training_as_it_was() -> None:
+def test_previews_do_not_change_the_training() -> None:
     objective = build_objective(recipe(), {})
     objective.generator.train()
     with torch.no_grad():
@@ -128,31 +128,31 @@ def test_looking_leaves_training_as_it_was() -> None:
     train(objective, 1)
 
 
-def test_a_generator_goes_on_from_another_folder(tmp_path: Path) -> None:
+def test_a_generator_starts_from_another_folder(tmp_path: Path) -> None:
     first = build_objective(recipe(), {})
     train(first)
-    model = saved(first, recipe(), tmp_path / "first")
+    model = save_folder(first, recipe(), tmp_path / "first")
     second = build_objective(recipe(warm_start=str(model.path), input="noise"), {})
     assert isinstance(second.generator, OneStepGenerator)
-    went_on = second.parts()["generator"]
-    assert all(torch.equal(value, went_on[key]) for key, value in model.part("generator").items())
-    prior_network = second.backbone.network.state_dict()  # the scores start from the prior's own
-    assert any(not torch.equal(value, went_on[key]) for key, value in prior_network.items())
-    with pytest.raises(ModelError, match="not one of InstaRevive"):
+    start = second.parts()["generator"]
+    assert all(torch.equal(value, start[key]) for key, value in model.part("generator").items())
+    prior_network = second.backbone.network.state_dict()  # the scores start from the prior's weights
+    assert any(not torch.equal(value, start[key]) for key, value in prior_network.items())
+    with pytest.raises(ModelError, match="not an InstaRevive to start from"):
         build_objective(recipe(warm_start="nano"), {})
     other = ModelCard(name="x", system="instarevive", prior=dict(model.info["prior"]), config=model.info["config"])
     small = {**model.info["config"]["network"], "block_out_channels": [16, 24, 32]}
     narrow = save_model(tmp_path / "narrow", other, {"generator": dict(narrower(small).state_dict())})
     info = load_model(narrow.path)
     info.info["config"]["network"].update(small)  # type: ignore[attr-defined]
-    with pytest.raises(ModelError, match="another shape than the prior's network"):
+    with pytest.raises(ModelError, match="does not have the shapes of the prior's network"):
         build_objective(recipe(), {"start": info})
 
 
-def test_a_start_hands_on_what_it_was_trained_with_or_is_refused(tmp_path: Path) -> None:
-    """Its time step and mask stay unless the recipe says others; what cannot be kept is told, and never dropped."""
+def test_the_settings_of_a_warm_start_are_kept_or_refused(tmp_path: Path) -> None:
+    """Its time step and mask hold unless the recipe sets others; settings that cannot be used are refused."""
     first = build_objective(recipe(input="noise", timestep=300, mask_as_bias=True), {})
-    model = saved(first, recipe(), tmp_path / "first")
+    model = save_folder(first, recipe(), tmp_path / "first")
     config = build_objective(recipe(input="noise"), {"onestep": model}).config
     assert (config["one_step"]["timestep"], config["mask_as_bias"]) == (300, True)
     config = build_objective(recipe(input="noise", timestep=200, mask_as_bias=False), {"onestep": model}).config
@@ -169,11 +169,11 @@ def test_a_start_hands_on_what_it_was_trained_with_or_is_refused(tmp_path: Path)
             build_objective(recipe(input="noise"), {"onestep": other})
 
 
-def test_a_distillation_is_not_judged_by_a_family_that_it_does_not_have() -> None:
-    """The teacher's family counts, and is known once the teacher is opened."""
-    made = recipe(family="pixart", prior="", distil=True, teacher="nano", embeddings="text")
-    with pytest.raises(ModelError, match="on no prior"):
-        build_objective(made, {})
+def test_with_a_teacher_the_recipes_own_family_is_not_checked() -> None:
+    """The teacher's family counts, and only the teacher's model folder has it."""
+    settings = recipe(family="pixart", prior="", distil=True, teacher="nano", embeddings="text")
+    with pytest.raises(ModelError, match="has no prior"):
+        build_objective(settings, {})
 
 
 def narrower(config: dict[str, Any]) -> torch.nn.Module:
@@ -190,12 +190,12 @@ def test_regression_alone_has_no_fake_score() -> None:
 
 def test_texts_of_a_backbone_are_those_of_its_prior() -> None:
     objective = build_objective(recipe(gradient_checkpointing=True), {})
-    given = batch()
+    rows = batch()
     dropped = torch.tensor([True, False])
     for texts in (objective.texts, BackboneTexts(objective.backbone)):
-        found, nothing = texts.conditions(given, dropped), texts.nothing(given)
-        torch.testing.assert_close(found.text[0], nothing.text[0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found.text, nothing.text, atol=1e-5, rtol=1e-5)  # both prompts are empty now
+        conditions, empty = texts.conditions(rows, dropped), texts.unconditional(rows)
+        torch.testing.assert_close(conditions.text[0], empty.text[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(conditions.text, empty.text, atol=1e-5, rtol=1e-5)  # both prompts are empty now
     train(objective, 1)
 
 
@@ -203,9 +203,9 @@ def test_texts_of_a_backbone_are_those_of_its_prior() -> None:
     ("changes", "words"),
     [
         ({"kernel": 2}, "kernel 1 or 3"),
-        ({"align_start": "noised"}, "align_start=noised is for input=noise"),
+        ({"align_start": "noised"}, "align_start=noised needs input=noise"),
         ({"timestep": -3}, "timestep >= -1"),
-        ({"family": "pixart", "embeddings": "text"}, "embeds its own"),
+        ({"family": "pixart", "embeddings": "text"}, "must embed its own"),
         ({"restore_options": {"windw": "equal"}}, 'Did you mean "window"'),
     ],
 )
@@ -216,8 +216,8 @@ def test_wrong_recipes_are_refused(changes: dict[str, Any], words: str) -> None:
 
 def test_the_system_is_registered() -> None:
     system = SYSTEMS["instarevive"]
-    assert system.stages == {"onestep": 1} and system.weights is not None
+    assert [(stage.name, stage.version) for stage in system.stages] == [("onestep", 1)] and system.weights is not None
     assert system.check_options is not None and system.check_options({"tile_px": 512.0}, {}) == {"tile_px": 512}
-    layout = system.weights.layout(sizes={})
+    layout = system.weights.code().layout(sizes={})
     assert sum(torch.Size(s).numel() for s in layout["InstaRevive_v1.ckpt"].values()) == 610_856_096
     assert asdict(recipe())["distillation"]["kappa"] == 1.5

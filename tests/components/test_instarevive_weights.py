@@ -1,4 +1,4 @@
-"""InstaRevive's released layout in and out: byte-equal, every fault named."""
+"""Import and export of InstaRevive's released layout: equal to the byte, and messages for every fault."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ TINY = {"network": SIZES}
 
 
 def released_tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """As the authors save it: a DiT's state dict, made by diffusers itself."""
+    """A DiT's state dict from diffusers, as the authors save it."""
     with seeded_init(0, "released"):
         network = PixArtTransformer2DModel(**SIZES, norm_type="ada_norm_single", attention_bias=True)
     return {key: value.to(dtype) for key, value in network.state_dict().items()}
 
 
-def saved(folder: Path, tensors: dict[str, Any], name: str = "InstaRevive_v1.ckpt") -> Path:
+def save_checkpoint(folder: Path, tensors: dict[str, Any], name: str = "InstaRevive_v1.ckpt") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, folder / name)
     return folder / name
@@ -48,42 +48,45 @@ def saved(folder: Path, tensors: dict[str, Any], name: str = "InstaRevive_v1.ckp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_round_trip_is_equal_to_the_byte(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = released_tensors(dtype)
-    path = saved(tmp_path / "in", tensors)
-    done = import_weights(find_files(tmp_path / "in"), tmp_path / "model", sizes=TINY)
-    assert done.sources[0].part == "generator" and done.sources[0].tensors == len(tensors)
+    path = save_checkpoint(tmp_path / "in", tensors)
+    report = import_weights(find_files(tmp_path / "in"), tmp_path / "model", sizes=TINY)
+    assert report.sources[0].part == "generator" and report.sources[0].tensors == len(tensors)
     for form in ("pt", "safetensors"):
         out = export_weights(tmp_path / "model", tmp_path / form, form=form)
         (name,) = out.files
-        back = torch.load(tmp_path / form / name) if form == "pt" else load_file(tmp_path / form / name)
-        assert set(back) == set(tensors)
+        tensors_again = torch.load(tmp_path / form / name) if form == "pt" else load_file(tmp_path / form / name)
+        assert set(tensors_again) == set(tensors)
         if form == "pt":
-            assert list(back) == list(tensors)  # the released order
-        assert all(torch.equal(back[key], value) and back[key].dtype == dtype for key, value in tensors.items())
-        # the sidecar says what the sizes said
+            assert list(tensors_again) == list(tensors)  # the released order
+        assert all(
+            torch.equal(tensors_again[key], value) and tensors_again[key].dtype == dtype
+            for key, value in tensors.items()
+        )
+        # the sidecar replaces the sizes
         again = import_weights(find_files(tmp_path / form), tmp_path / f"{form}-model")
-        assert load_model(str(again.model)).info["config"] == load_model(str(done.model)).info["config"]
+        assert load_model(str(again.model)).info["config"] == load_model(str(report.model)).info["config"]
     same = export_weights(tmp_path / "pt-model", tmp_path / "again")
     assert same.files == export_weights(tmp_path / "model", tmp_path / "pt").files
     assert path.is_file()
 
 
-def test_an_imported_model_computes_what_the_network_computed(tmp_path: Path) -> None:
-    saved(tmp_path, {"state_dict": {f"module.{k}": v for k, v in released_tensors().items()}, "epoch": 3})
-    done = import_weights(find_files(tmp_path), tmp_path / "model", sizes={**TINY, "mask_as_bias": True})
-    generator = load_generator(load_model(str(done.model)))
+def test_an_imported_model_computes_the_same_as_the_network(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"state_dict": {f"module.{k}": v for k, v in released_tensors().items()}, "epoch": 3})
+    report = import_weights(find_files(tmp_path), tmp_path / "model", sizes={**TINY, "mask_as_bias": True})
+    generator = load_generator(load_model(str(report.model)))
     assert generator.timestep == 400 and generator.predictor.mask_as_bias
     with seeded_init(0, "released"):
         network = PixArtTransformer2DModel(**SIZES, norm_type="ada_norm_single", attention_bias=True).eval()
     latents, text = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 12)
     with torch.no_grad():
         expected = network(latents, text, torch.tensor([400])).sample
-        found = generator.predictor.network(latents, text, torch.tensor([400])).sample
-    assert torch.equal(found, expected)
+        result = generator.predictor.network(latents, text, torch.tensor([400])).sample
+    assert torch.equal(result, expected)
 
 
-def test_the_published_layout_counts_what_the_reference_counted() -> None:
-    (name, shapes), *more = expected_layout().items()
-    assert name == "InstaRevive_v1.ckpt" and not more
+def test_the_published_layout_has_the_parameters_of_the_reference() -> None:
+    (name, shapes), *others = expected_layout().items()
+    assert name == "InstaRevive_v1.ckpt" and not others
     assert sum(torch.Size(s).numel() for s in shapes.values()) == 610_856_096
     assert shapes["transformer_blocks.27.attn2.to_out.0.bias"] == (1152,)
     assert shapes["caption_projection.linear_1.weight"] == (1152, 4096)
@@ -98,30 +101,30 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
     tensors["extra.weight"] = torch.zeros(1)
     tensors["scale_shift_table"] = torch.zeros(3, 16)
     tensors["pos_embed.proj.bias"] = torch.full((16,), torch.nan)
-    path = saved(tmp_path, tensors)
-    with pytest.raises(ModelError) as caught:
+    path = save_checkpoint(tmp_path, tensors)
+    with pytest.raises(ModelError) as error:
         import_weights([path], tmp_path / "model", sizes=TINY)
     for words in (
         "1 missing: proj_out.bias",
         "1 unexpected: extra.weight",
         "scale_shift_table is [3, 16] instead of [2, 16]",
-        "no finite numbers: pos_embed.proj.bias",
+        "not finite: pos_embed.proj.bias",
     ):
-        assert words in str(caught.value)
+        assert words in str(error.value)
     assert not (tmp_path / "model").exists()
 
 
-def test_a_file_of_other_sizes_says_which(tmp_path: Path) -> None:
-    path = saved(tmp_path, released_tensors())
+def test_the_message_for_another_size_names_the_sizes(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, released_tensors())
     with pytest.raises(ModelError, match=r"network.num_layers=2 .*network.caption_channels=12 .*head_dim = 16"):
         import_weights([path], None)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    path = saved(tmp_path / "in", released_tensors())
-    done = import_weights([path], tmp_path / "model", sizes=TINY, proceed=lambda plan: False)
-    assert done.model is None and not (tmp_path / "model").exists()
-    assert any("no coarse restorer" in note for note in done.notes)
+    path = save_checkpoint(tmp_path / "in", released_tensors())
+    report = import_weights([path], tmp_path / "model", sizes=TINY, proceed=lambda plan: False)
+    assert report.model is None and not (tmp_path / "model").exists()
+    assert any("no coarse restorer" in note for note in report.notes)
 
 
 def test_a_generator_with_noise_has_two_files(tmp_path: Path) -> None:
@@ -131,11 +134,11 @@ def test_a_generator_with_noise_has_two_files(tmp_path: Path) -> None:
         name="n", system="instarevive", prior=backbone.source, config=generator_config(backbone, generator)
     )
     model = save_model(tmp_path / "model", card, generator_parts(generator))
-    told = export_weights(model.path, tmp_path / "out", write=False)
-    assert len(told.files) == 2 and not (tmp_path / "out").exists() and len(told.notes) == 2
+    plan = export_weights(model.path, tmp_path / "out", write=False)
+    assert len(plan.files) == 2 and not (tmp_path / "out").exists() and len(plan.notes) == 2
     export_weights(model.path, tmp_path / "out")
-    done = import_weights(find_files(tmp_path / "out"), tmp_path / "back")
-    back = load_model(str(done.model))
+    report = import_weights(find_files(tmp_path / "out"), tmp_path / "back")
+    back = load_model(str(report.model))
     assert back.info["config"] == model.info["config"] and back.info["prior"] == model.info["prior"]
     for part in ("generator", "align"):
         before = model.part(part)
@@ -149,16 +152,16 @@ def test_a_coarse_restorer_is_recorded(tmp_path: Path) -> None:
     network = build_swinir(config)
     card = ModelCard(name="coarse", system="swinir", config=config.to_dict())
     coarse = save_model(tmp_path / "coarse", card, {"swinir": dict(network.named_parameters())})
-    path = saved(tmp_path / "in", released_tensors())
-    done = import_weights([path], tmp_path / "model", sizes={**TINY, "coarse": str(coarse.path)})
-    recorded = load_model(str(done.model)).info["config"]["coarse"]
-    assert recorded == {"id": str(coarse.path.resolve()), "digest": coarse.digest}
+    path = save_checkpoint(tmp_path / "in", released_tensors())
+    report = import_weights([path], tmp_path / "model", sizes={**TINY, "coarse": str(coarse.path)})
+    entry = load_model(str(report.model)).info["config"]["coarse"]
+    assert entry == {"id": str(coarse.path.resolve()), "digest": coarse.digest}
     with pytest.raises(ModelError, match="not a coarse restorer"):
         import_weights([path], None, sizes={**TINY, "coarse": "nano"})
 
 
 def test_a_prediction_of_another_kind_of_prior_is_refused_before_anything_is_read() -> None:
-    with pytest.raises(ValueError, match="flow_prediction does not go with Schedule"):
+    with pytest.raises(ValueError, match="flow_prediction does not fit Schedule"):
         expected_layout(sizes={"prediction": "flow_prediction"})
 
 
@@ -180,7 +183,7 @@ def test_wrong_sizes_are_refused(sizes: dict[str, Any], words: str) -> None:
         check_sizes(sizes)
 
 
-def test_files_are_found_and_told_apart(tmp_path: Path) -> None:
+def test_files_are_found_by_part(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_files(tmp_path / "none")
     with pytest.raises(ValueError, match="holds no weights of InstaRevive"):
@@ -190,9 +193,9 @@ def test_files_are_found_and_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no generator"):
         find_files(tmp_path)
     align.unlink()
-    path = saved(tmp_path, released_tensors())
+    path = save_checkpoint(tmp_path, released_tensors())
     assert find_files(tmp_path) == [path] == find_files(path)
-    saved(tmp_path, {}, "InstaRevive_v1.safetensors")
+    save_checkpoint(tmp_path, {}, "InstaRevive_v1.safetensors")
     with pytest.raises(ValueError, match="name the files one by one"):
         find_files(tmp_path)
     with pytest.raises(ValueError, match="both hold the generator"):

@@ -1,4 +1,4 @@
-"""Scores against closed forms, direction and identity, what is recorded where a number cannot exist, and no network."""
+"""Scores against closed forms, direction, identity, reasons for missing values, and no use of the network."""
 
 import math
 import socket
@@ -81,15 +81,15 @@ def test_every_name_has_a_number_or_a_reason(metrics):
     assert metrics.measure(flat, flat).missing == {"vif": "the target is one flat colour"}
 
 
-def test_a_value_that_is_no_number_is_missing():
+def test_a_value_that_is_not_a_number_is_missing():
     scorer = Metrics(("psnr",))
-    scorer._built["psnr"] = lambda restored, hq: restored.sum() * math.nan
+    scorer._networks["psnr"] = lambda restored, hq: restored.sum() * math.nan
     assert scorer.measure(picture(32, 32), picture(32, 32)).missing == {"psnr": "not a number (nan)"}
 
 
-def test_a_failing_metric_is_missing_with_its_own_words():
+def test_a_failing_metric_is_missing_with_its_error():
     scorer = Metrics(("psnr",))
-    scorer._built["psnr"] = lambda restored, hq: restored.reshape(7)
+    scorer._networks["psnr"] = lambda restored, hq: restored.reshape(7)
     assert scorer.measure(picture(32, 32), picture(32, 32)).missing["psnr"].startswith("RuntimeError: shape")
 
 
@@ -103,12 +103,12 @@ def test_a_failing_metric_is_missing_with_its_own_words():
     ],
 )
 def test_bad_pictures_name_the_sample(metrics, restored, hq):
-    with pytest.raises(SampleError, match="cat/7") as caught:
+    with pytest.raises(SampleError, match="cat/7") as error:
         metrics.score(restored, hq, key="cat/7")
-    assert caught.value.code == "shape"
+    assert error.value.code == "shape"
 
 
-def test_unknown_names_die_with_the_near_one():
+def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match='Did you mean "ms_ssim"'):
         Metrics(("psnr", "msssim"))
     with pytest.raises(ValueError, match="no metric was named"):
@@ -131,13 +131,13 @@ def test_table_agrees_with_pyiqa():
         assert info.full_reference is (DEFAULT_CONFIGS[name]["metric_mode"] == "FR"), name
 
 
-def test_the_callers_threads_are_left_as_they_were():
+def test_the_callers_thread_count_is_restored():
     import torch
 
     before = torch.get_num_threads()
-    seen = []
+    thread_counts = []
     scorer = Metrics(("psnr",))
-    scorer._built["psnr"] = lambda restored, hq: seen.append(torch.get_num_threads()) or restored.reshape(7)
-    scorer.measure(picture(32, 32), picture(32, 32))  # also where the metric fails
-    assert seen == [1]
+    scorer._networks["psnr"] = lambda restored, hq: thread_counts.append(torch.get_num_threads()) or restored.reshape(7)
+    scorer.measure(picture(32, 32), picture(32, 32))  # also if the metric fails
+    assert thread_counts == [1]
     assert torch.get_num_threads() == before

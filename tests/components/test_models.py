@@ -1,4 +1,4 @@
-"""Model folders: what is written is what is read, and every fault is named."""
+"""Model folders: a round trip is exact, and errors name every fault."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_round_trip_keeps_bits_and_files(tmp_path: Path) -> None:
     assert load_model(tmp_path / "m").digest == model.digest
 
 
-def test_equal_parts_give_equal_digests_and_other_weights_another(tmp_path: Path) -> None:
+def test_equal_parts_give_equal_digests_and_other_weights_differ(tmp_path: Path) -> None:
     first, again = save_model(tmp_path / "1", CARD, parts()), save_model(tmp_path / "2", CARD, parts())
     changed = parts()
     changed["b"]["x"][0] = 2
@@ -33,7 +33,7 @@ def test_equal_parts_give_equal_digests_and_other_weights_another(tmp_path: Path
     assert first.digest == again.digest != other.digest
 
 
-def test_the_digest_covers_files_and_recipe_but_not_what_people_read(tmp_path: Path) -> None:
+def test_the_digest_covers_files_and_recipe_but_not_markdown(tmp_path: Path) -> None:
     files = {"tokenizer.json": "{}", "CARD.md": "old"}
     first = save_model(tmp_path / "1", CARD, parts(), files)
     assert save_model(tmp_path / "2", CARD, parts(), {**files, "CARD.md": "new"}).digest == first.digest
@@ -67,7 +67,7 @@ def test_tampered_part_is_refused(tmp_path: Path) -> None:
         model.part("a")
 
 
-def test_missing_part_and_bad_json_are_named(tmp_path: Path) -> None:
+def test_errors_name_missing_parts_and_bad_json(tmp_path: Path) -> None:
     model = save_model(tmp_path / "m", CARD, parts())
     with pytest.raises(ModelError, match=r"no part 'c'; it has \['a', 'b'\]"):
         model.part("c")

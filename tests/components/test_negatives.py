@@ -1,4 +1,4 @@
-"""Image-to-image towards a negative prompt: diffusers as the oracle, what strength and prompt do, and same bits."""
+"""Image-to-image towards a negative prompt: comparison with diffusers, effect of strength and prompt, equal bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from components.negatives import (
     prompt_denoiser,
     square,
 )
-from components.priors.sdxl import Prior, load_prior
+from components.priors.opening import load_prior
+from components.priors.sdxl import Prior
 from components.randomness import Noise, generator, seeded_init
 from components.samplers.ddim import sample_ddim
 from components.samplers.schedules import Schedule
@@ -40,15 +41,15 @@ def nano() -> Prior:
 
 @pytest.fixture(scope="module")
 def photograph() -> np.ndarray:
-    """uint8 [96, 128, 3], of the demo corpus."""
+    """uint8 [96, 128, 3] from the demo corpus."""
     folder = Path(__file__).resolve().parents[2] / "pipelines" / "demo_corpus"
-    whole = decode((folder / "casa-mila.jpg").read_bytes())
-    return center_crop(resize_short_side(whole, 128), 96, 128)
+    full = decode((folder / "casa-mila.jpg").read_bytes())
+    return center_crop(resize_short_side(full, 128), 96, 128)
 
 
 @pytest.fixture(scope="module")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SDXL pipeline of a few thousand random weights, as diffusers saves it; its scheduler is DDIM."""
+    """An SDXL pipeline of a few thousand random weights, saved by diffusers; its scheduler is DDIM."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -107,7 +108,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_diffusers_own_image_to_image_gives_the_same_latents(tiny_sdxl: Path) -> None:
-    """Equal weights, start latents and noise: StableDiffusionXLImg2ImgPipeline under DDIM against our sampler."""
+    """Compare our sampler with StableDiffusionXLImg2ImgPipeline and DDIM, for equal weights, latents and noise."""
     from diffusers import AutoPipelineForImage2Image
 
     pipeline = AutoPipelineForImage2Image.from_pretrained(tiny_sdxl, use_safetensors=True)
@@ -141,8 +142,8 @@ def test_diffusers_own_image_to_image_gives_the_same_latents(tiny_sdxl: Path) ->
         assert len(sigmas) == int(10 * strength) + 1
         with torch.no_grad():
             denoise = prompt_denoiser(prior, ["a b c"], (16, 16), 3.0, negative_prompt="d")
-            found = sample_ddim(denoise, latents + sigmas[0] * noise, sigmas)
-        assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max()))
+            result = sample_ddim(denoise, latents + sigmas[0] * noise, sigmas)
+        assert torch.allclose(result, expected, atol=2e-4 * float(expected.abs().max()))
 
 
 def test_more_strength_leaves_less_of_the_source(nano: Prior, photograph: np.ndarray) -> None:
@@ -150,17 +151,17 @@ def test_more_strength_leaves_less_of_the_source(nano: Prior, photograph: np.nda
     noise = Noise(0, np.array([0])).normal("start", (nano.latent_channels, 16, 16))
     distances = []
     with torch.no_grad():
-        through = nano.decode(nano.encode(hq))
+        round_trip = nano.decode(nano.encode(hq))
         for strength in (0.1, 0.5, 1.0):
             settings = ImageToImageSettings(resolution=64, steps=10, strength=strength, cfg_scale=3.0)
             changed = image_to_image(nano, hq, [NEGATIVE_PROMPTS["supir-paper"]], noise, settings)
-            distances.append(float((changed - through).square().mean()))
+            distances.append(float((changed - round_trip).square().mean()))
     assert distances[0] < distances[1] < distances[2]
     assert distances[0] < 0.01
 
 
-def test_the_prompt_decides_where_it_goes(photograph: np.ndarray) -> None:
-    """The nano prior knows colour words only; the same source and noise follow them."""
+def test_results_follow_the_prompt(photograph: np.ndarray) -> None:
+    """The nano prior understands colour words only; results for the same source and noise follow them."""
     settings = ImageToImageSettings(resolution=64, steps=10, strength=0.9, cfg_scale=5.0)
     change = build_image_to_image("nano", settings)
     hues = ("red", "green", "blue")
@@ -169,17 +170,17 @@ def test_the_prompt_decides_where_it_goes(photograph: np.ndarray) -> None:
         assert hue_share(result, hue) == max(hue_share(other, hue) for other in results) > 0.2
 
 
-def test_bits_follow_from_seed_and_position_alone(photograph: np.ndarray) -> None:
+def test_bits_depend_on_seed_and_position_only(photograph: np.ndarray) -> None:
     first, second = build_image_to_image("nano", SMALL), build_image_to_image("nano", SMALL)
     one = first(photograph, "dirty", 5, 17)
     assert one.dtype == np.uint8 and one.shape == (64, 64, 3)
-    second(photograph[:64], "blur", 1, 2)  # what was made before does not matter
+    second(photograph[:64], "blur", 1, 2)  # earlier pictures do not matter
     assert np.array_equal(one, second(photograph, "dirty", 5, 17))
     assert not np.array_equal(one, first(photograph, "dirty", 5, 18))
     assert not np.array_equal(one, first(photograph, "dirty", 6, 17))
 
 
-def test_the_diffusers_route_repeats_itself_too(tiny_sdxl: Path, photograph: np.ndarray) -> None:
+def test_diffusers_models_are_reproducible(tiny_sdxl: Path, photograph: np.ndarray) -> None:
     settings = ImageToImageSettings(resolution=32, steps=4, cfg_scale=3.0)
     change, again = (build_image_to_image(str(tiny_sdxl), settings) for _ in range(2))
     one = change(photograph, "a b", 5, 17)
@@ -189,7 +190,9 @@ def test_the_diffusers_route_repeats_itself_too(tiny_sdxl: Path, photograph: np.
     assert not np.array_equal(one, change(photograph, "a b", 5, 18))
 
 
-def test_values_that_are_no_numbers_are_a_sample_error(tiny_sdxl: Path, tmp_path: Path, photograph: np.ndarray) -> None:
+def test_values_that_are_not_finite_raise_a_sample_error(
+    tiny_sdxl: Path, tmp_path: Path, photograph: np.ndarray
+) -> None:
     from safetensors.torch import load_file, save_file
 
     from components.types import SampleError
@@ -200,12 +203,12 @@ def test_values_that_are_no_numbers_are_a_sample_error(tiny_sdxl: Path, tmp_path
     tensors["conv_in.bias"] = torch.full_like(tensors["conv_in.bias"], torch.nan)
     save_file(tensors, weights, metadata={"format": "pt"})
     assert prior_digest(str(broken)) != prior_digest(str(tiny_sdxl))
-    with pytest.raises(SampleError) as caught:
+    with pytest.raises(SampleError) as error:
         build_image_to_image(str(broken), ImageToImageSettings(resolution=32, steps=2))(photograph, "a", 0, 0)
-    assert caught.value.code == "not_finite"
+    assert error.value.code == "not_finite"
 
 
-def test_digests_name_the_bytes(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_digests_depend_on_the_weights_only(tiny_sdxl: Path, tmp_path: Path) -> None:
     from components.models import load_model
 
     assert prior_digest("nano") == load_model("nano").digest
@@ -215,7 +218,7 @@ def test_digests_name_the_bytes(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert prior_digest(str(copy)) == prior_digest(str(tiny_sdxl))
 
 
-def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+def test_wrong_models_and_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model_index\.json"):
         prior_digest(str(tmp_path))
     with pytest.raises(ModelError, match="no/such-model"):
@@ -228,15 +231,15 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_are_names_or_texts() -> None:
-    """Every word of the paper's sentence is there; a name stands for its text."""
+    """The paper's prompt has all its terms, and a name gives its text."""
     assert negative_prompts(["supir-paper", "mine"]) == [NEGATIVE_PROMPTS["supir-paper"], "mine"]
     assert len(NEGATIVE_PROMPTS["supir-paper"].split(", ")) == 9
     for wrong in ([], [" "], ["a\0b"]):
-        with pytest.raises(ValueError, match="say something"):
+        with pytest.raises(ValueError, match="not blank"):
             negative_prompts(wrong)
 
 
-def test_the_square_is_the_middle_at_the_asked_side(photograph: np.ndarray) -> None:
+def test_the_square_is_the_middle_of_the_resized_picture(photograph: np.ndarray) -> None:
     assert square(photograph, 96).shape == (96, 96, 3)
     assert np.array_equal(square(photograph, 96), photograph[:, 16:112])
     assert square(photograph, 200).shape == (200, 200, 3)

@@ -1,4 +1,4 @@
-"""PixArt-alpha and Stable Diffusion 2.1 from a diffusers folder: tiny networks, saved by their own libraries."""
+"""PixArt-alpha and Stable Diffusion 2.1 from diffusers folders: tiny networks, saved by their libraries."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from components.models import ModelCard, ModelError, load_model, save_model
 from components.priors.nano import build_tokenizer_json
 from components.priors.one_text import load_one_text_prior
 from components.randomness import Noise, seeded_init
-from components.recipes import load_recipe
 from components.samplers.schedules import FlowSchedule
 from components.systems.instarevive.backbone import open_backbone
 from components.systems.instarevive.build import build_restorer, generator_config, generator_parts
 from components.systems.instarevive.network import OneStepGenerator
 from components.systems.instarevive.training import build_objective
 from components.systems.instarevive.weights import expected_layout
+from components.systems.recipes import load_recipe
 from components.types import Batch, Request
 
 WORDS = ["red", "blue"]
@@ -57,8 +57,8 @@ def tokenizer(length: int) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A pipeline's folder of each family."""
-    made = {}
+    """A pipeline's folder by family."""
+    paths = {}
     for family in ("pixart", "sd"):
         folder = tmp_path_factory.mktemp(family)
         with seeded_init(0, family):
@@ -109,8 +109,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tokenizer(6).save_pretrained(folder / "tokenizer")
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULES[family]))
-        made[family] = folder
-    return made
+        paths[family] = folder
+    return paths
 
 
 @pytest.mark.parametrize(("family", "tokens", "step"), [("pixart", 300, 400), ("sd", 6, None)])
@@ -118,36 +118,36 @@ def test_a_folder_becomes_a_backbone(family: str, tokens: int, step: int | None,
     backbone = open_backbone(family, str(folders[family]))
     assert backbone.factor == 2 and backbone.latent_channels == 4 and backbone.source["id"] == str(folders[family])
     assert backbone.prediction == SCHEDULES[family].get("prediction_type", "epsilon")
-    given = backbone.conditions(["red", "blue blue"], torch.tensor([[32, 32, 0, 0, 32, 32]]).expand(2, -1))
-    assert given.text.shape == (2, tokens, 12)
+    conditions = backbone.conditions(["red", "blue blue"], torch.tensor([[32, 32, 0, 0, 32, 32]]).expand(2, -1))
+    assert conditions.text.shape == (2, tokens, 12)
     if family == "pixart":
-        assert given.mask is not None and given.mask.sum(dim=1).tolist() == [3, 4]  # begin and end are tokens too
+        assert conditions.mask is not None and conditions.mask.sum(dim=1).tolist() == [3, 4]  # with begin and end
     else:
-        assert given.mask is None
+        assert conditions.mask is None
     generator = OneStepGenerator(backbone.predictor())
     assert step is None or generator.timestep == step
     with torch.no_grad():
         lq = backbone.encode(torch.zeros(2, 3, 32, 32))
-        assert backbone.decode(generator(lq, given)).shape == (2, 3, 32, 32)
+        assert backbone.decode(generator(lq, conditions)).shape == (2, 3, 32, 32)
     assert not any(p.requires_grad for module in backbone.prior.modules.values() for p in module.parameters())
 
 
 @pytest.mark.parametrize("family", ["pixart", "sd"])
-def test_training_embeds_a_batch_in_one_call_whatever_came_before(
+def test_training_embeds_a_batch_in_one_call_independent_of_earlier_batches(
     family: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone, asked = open_backbone(family, str(folders[family])), []
+    backbone, calls = open_backbone(family, str(folders[family])), []
     embed = backbone.prior.embed_prompts
     monkeypatch.setattr(
-        backbone.prior, "embed_prompts", lambda prompts: (asked.append(list(prompts)), embed(prompts))[1]
+        backbone.prior, "embed_prompts", lambda prompts: (calls.append(list(prompts)), embed(prompts))[1]
     )
     sizes = torch.tensor([[32, 32, 0, 0, 32, 32]])
     words = ["red", "", "blue", "red"]
     first = backbone.conditions(words, sizes.expand(4, -1), together=True)
-    assert asked == [["red", "blue"], [""]]
+    assert calls == [["red", "blue"], [""]]
     backbone.conditions(["blue"], sizes, together=True)
     again = backbone.conditions(words, sizes.expand(4, -1), together=True)
-    assert asked[2:] == [["blue"], ["red", "blue"]]  # as a run that was resumed would ask; the empty prompt is kept
+    assert calls[2:] == [["blue"], ["red", "blue"]]  # the same call as in a resumed run; the empty prompt is cached
     alone = open_backbone(family, str(folders[family])).conditions(words, sizes.expand(4, -1))
     for name, value in first.tensors().items():
         assert torch.equal(value, again.tensors()[name])
@@ -172,8 +172,8 @@ def test_a_recipe_in_bf16_halves_the_text_encoder_alone(folders: dict[str, Path]
 
 
 @pytest.mark.parametrize("family", ["pixart", "sd"])
-def test_latents_that_a_batch_brings_give_the_same_losses(family: str, folders: dict[str, Path]) -> None:
-    """Rounded to float16, as `restoray precompute` keeps them; this prior embeds its own prompts."""
+def test_precomputed_latents_give_the_same_losses(family: str, folders: dict[str, Path]) -> None:
+    """The latents are rounded to float16, as `restoray precompute` stores them; this prior embeds prompts itself."""
     recipe = load_recipe("instarevive-bsr-nano", [f"family={family}", f"prior={folders[family]}", "resolution=32"])
     objective = build_objective(recipe, {})
     draw = np.random.default_rng(0)
@@ -187,18 +187,18 @@ def test_latents_that_a_batch_brings_give_the_same_losses(family: str, folders: 
         sizes=torch.tensor([[32, 32, 0, 0, 32, 32]]).expand(3, -1),
     )
     latents = objective.backbone.encode(hq).half().float()
-    found = [
+    results = [
         {name: float(v) for _, loss in objective.phases(b, Noise(0, b.positions)) for name, v in loss.metrics.items()}
         for b in (batch, replace(batch, latents=latents), replace(batch, latents=latents + 1))
     ]
-    assert found[0].keys() == found[1].keys() >= {"distance", "loss_regression", "loss_dsm", "loss_fake"}
-    for name, value in found[0].items():
-        assert found[1][name] == pytest.approx(value, rel=2e-3), name
-    assert found[2]["distance"] > 1.01 * found[0]["distance"]
+    assert results[0].keys() == results[1].keys() >= {"distance", "loss_regression", "loss_dsm", "loss_fake"}
+    for name, value in results[0].items():
+        assert results[1][name] == pytest.approx(value, rel=2e-3), name
+    assert results[2]["distance"] > 1.01 * results[0]["distance"]
 
 
 @pytest.mark.parametrize("family", ["pixart", "sd"])
-def test_a_trained_folder_needs_all_of_its_prior_but_the_network(
+def test_a_trained_folder_needs_its_prior_except_the_network(
     family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     place = tmp_path / "prior"
@@ -219,32 +219,32 @@ def test_a_trained_folder_needs_all_of_its_prior_but_the_network(
     assert {k: tuple(v.shape) for k, v in model.part("generator").items()} == layout
 
 
-def test_precisions_keep_the_autoencoder_from_half(folders: dict[str, Path]) -> None:
+def test_fp16_keeps_the_autoencoder_in_fp32(folders: dict[str, Path]) -> None:
     half = load_one_text_prior(str(folders["pixart"]), "pixart", "fp16", with_text=False)
     assert {p.dtype for p in half.network.parameters()} == {torch.float16}
     assert {p.dtype for p in half.autoencoder.parameters()} == {torch.float32}
-    brain = load_one_text_prior(str(folders["pixart"]), "pixart", "bf16", with_text=False)
-    assert {p.dtype for p in brain.autoencoder.parameters()} == {torch.bfloat16}
-    assert brain.decode(torch.zeros(1, 4, 4, 4)).dtype == torch.float32
+    prior = load_one_text_prior(str(folders["pixart"]), "pixart", "bf16", with_text=False)
+    assert {p.dtype for p in prior.autoencoder.parameters()} == {torch.bfloat16}
+    assert prior.decode(torch.zeros(1, 4, 4, 4)).dtype == torch.float32
     with pytest.raises(ValueError, match="has no text encoder"):
-        brain.embed_prompts(["red"])
+        prior.embed_prompts(["red"])
 
 
 def test_a_flows_schedule_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
     place = tmp_path / "flow"
     shutil.copytree(folders["pixart"], place)
     scheduler = place / "scheduler" / "scheduler_config.json"
-    said = dict(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
-    scheduler.write_text(json.dumps({**said, "_class_name": "FlowMatchEulerDiscreteScheduler"}))
+    config = dict(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    scheduler.write_text(json.dumps({**config, "_class_name": "FlowMatchEulerDiscreteScheduler"}))
     prior = load_one_text_prior(str(place), "pixart", with_text=False)
     assert (prior.schedule, prior.prediction) == (FlowSchedule(shift=3.0), "flow_prediction")
     for wrong, words in (({"use_dynamic_shifting": True}, "use_dynamic_shifting"), ({"shift": 0.0}, "shift positive")):
-        scheduler.write_text(json.dumps({**said, "_class_name": "FlowMatchEulerDiscreteScheduler", **wrong}))
+        scheduler.write_text(json.dumps({**config, "_class_name": "FlowMatchEulerDiscreteScheduler", **wrong}))
         with pytest.raises(ModelError, match=words):
             load_one_text_prior(str(place), "pixart", with_text=False)
 
 
-def test_what_is_missing_or_does_not_fit_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_errors_name_missing_files_and_wrong_settings(folders: dict[str, Path], tmp_path: Path) -> None:
     place = tmp_path / "broken"
     shutil.copytree(folders["pixart"], place)
     config = json.loads((place / "transformer" / "config.json").read_text())

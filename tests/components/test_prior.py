@@ -1,4 +1,4 @@
-"""The shipped nano prior: it loads, it is small, and it does what its card says."""
+"""The shipped nano prior: it loads, it is small, and it reaches the metrics on its card."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from components.models import SHIPPED, ModelError, load_model, resolve_model
+from components.models import ModelError, load_model, resolve_model
+from components.places import SHIPPED
 from components.priors.autoencoder import SpaceToDepthAutoencoder
-from components.priors.sdxl import ImageView, load_prior
+from components.priors.opening import load_prior
+from components.priors.sdxl_config import ImageView
 from components.systems.instantir.build import open_prior
 
 
-def test_principal_components_alone_reconstruct_what_they_span() -> None:
+def test_principal_components_reconstruct_pictures_in_their_span() -> None:
     generator = torch.Generator().manual_seed(0)
     # pictures whose 2 x 2 patches live in four dimensions: four channels are enough, three are not
     basis = torch.randn(12, 4, generator=generator)
@@ -30,7 +32,7 @@ def test_principal_components_alone_reconstruct_what_they_span() -> None:
         assert (error < 1e-3) == exact
 
 
-def test_a_side_that_is_no_multiple_is_refused() -> None:
+def test_a_side_that_is_not_a_multiple_is_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         SpaceToDepthAutoencoder().encode(torch.zeros(1, 3, 10, 12))
 
@@ -66,43 +68,43 @@ def test_another_prompt_gives_another_embedding(nano) -> None:  # type: ignore[n
 def test_the_centre_crop_hides_the_border_and_squash_does_not(nano) -> None:  # type: ignore[no-untyped-def]
     images = torch.zeros(1, 3, 64, 256)
     images[..., :32] = 1.0
-    kept, nano.view = nano.view, ImageView(shortest_edge_px=64, crop_px=64, fit="crop")
+    view, nano.view = nano.view, ImageView(shortest_edge_px=64, crop_px=64, fit="crop")
     try:
         assert float(nano.view_images(images).std(dim=(2, 3)).max()) < 1e-4
         nano.view = ImageView(shortest_edge_px=64, crop_px=64, fit="squash")
         assert float(nano.view_images(images).std(dim=(2, 3)).max()) > 0.1
     finally:
-        nano.view = kept
+        nano.view = view
 
 
-def test_a_prior_that_is_not_there_says_what_was_tried() -> None:
+def test_a_missing_prior_is_refused() -> None:
     with pytest.raises(ModelError, match="no SDXL pipeline"):
         load_prior("no-such-folder")
 
 
-def test_a_prior_in_a_folder_is_found_again_by_what_a_model_records(tmp_path: Path) -> None:
+def test_a_models_record_finds_its_prior_in_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(resolve_model("nano"), folder)
     prior = load_prior(folder)
-    recorded = {"id": prior.name, "digest": prior.digest}
+    record = {"id": prior.name, "digest": prior.digest}
     assert load_prior("nano").name == "nano" and prior.name == str(folder.resolve())
-    assert open_prior(recorded["id"], recorded, "cpu").digest == prior.digest
+    assert open_prior(record["id"], record, "cpu").digest == prior.digest
     folder.rename(tmp_path / "moved")
     with pytest.raises(ModelError, match=r"was trained on prior .*mine.* bring it back"):
-        open_prior(recorded["id"], recorded, "cpu")
+        open_prior(record["id"], record, "cpu")
 
 
-def test_a_config_that_builds_no_prior_is_told_with_its_folder(tmp_path: Path) -> None:
+def test_a_config_that_builds_no_prior_is_refused_with_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(resolve_model("nano"), folder)
-    said = json.loads((folder / "model.json").read_text())
-    said["config"]["schedule"] = {"num_train_timesteps": 1000, "shift": 3.0}  # a flow's, which no prior here has
-    (folder / "model.json").write_text(json.dumps(said))
+    document = json.loads((folder / "model.json").read_text())
+    document["config"]["schedule"] = {"num_train_timesteps": 1000, "shift": 3.0}  # keys of a FlowSchedule
+    (folder / "model.json").write_text(json.dumps(document))
     with pytest.raises(ModelError, match=r"mine: its config builds no prior .*shift"):
         load_prior(folder)
 
 
-def test_a_restoration_model_is_no_prior(tmp_path: Path) -> None:
+def test_a_restoration_model_is_not_a_prior(tmp_path: Path) -> None:
     from components.models import ModelCard, save_model
 
     save_model(tmp_path / "m", ModelCard(name="x", system="instantir"), {"a": {"w": torch.zeros(1)}})
@@ -115,7 +117,7 @@ def test_sizes_become_floats_in_order(nano) -> None:  # type: ignore[no-untyped-
     assert nano.time_ids(sizes).tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
 
 
-def test_the_card_names_what_it_measures() -> None:
+def test_the_card_holds_the_required_metrics() -> None:
     metrics = load_model("nano").info["metrics"]
     assert metrics["autoencoder_psnr_heldout"] >= 32.0
     assert metrics["encoder_found_among_64"] > 0.5
@@ -123,7 +125,7 @@ def test_the_card_names_what_it_measures() -> None:
 
 @pytest.fixture(scope="module")
 def heldout() -> np.ndarray:
-    """Shipped photographs that the prior never saw, uint8 [N, 256, 256, 3]."""
+    """Shipped photographs outside the prior's training data, uint8 [N, 256, 256, 3]."""
     from components.images import center_crop, decode, resize_short_side
 
     corpus = Path(__file__).resolve().parents[2] / "pipelines" / "demo_corpus"
@@ -132,7 +134,7 @@ def heldout() -> np.ndarray:
     return np.stack([center_crop(resize_short_side(picture, 256), 256, 256) for picture in pictures])
 
 
-def test_the_autoencoder_keeps_held_out_photographs(nano, heldout: np.ndarray) -> None:  # type: ignore[no-untyped-def]
+def test_the_autoencoder_reconstructs_held_out_photographs(nano, heldout: np.ndarray) -> None:  # type: ignore[no-untyped-def]
     from components.tensors import images_to_tensor
 
     images = images_to_tensor(list(heldout))
@@ -145,23 +147,23 @@ def test_the_autoencoder_keeps_held_out_photographs(nano, heldout: np.ndarray) -
 def test_degraded_crops_find_their_originals(nano, heldout: np.ndarray) -> None:  # type: ignore[no-untyped-def]
     from components.degradations import build_degradation
     from components.images import to_float, to_uint8
-    from components.systems.prior import found_share
+    from components.systems.prior.training import retrieval_share
     from components.tensors import images_to_tensor
 
     degradation = build_degradation("realesrgan-nano")
     hq, lq = [], []
-    for number in range(60):  # twelve overlapping crops of each picture: siblings are the hard negatives
+    for number in range(60):  # twelve overlapping crops of each picture: crops of one picture are the hard negatives
         top, left = 32 * (number // 5 // 4), 32 * (number // 5 % 4)
         crop = np.ascontiguousarray(heldout[number % 5][top : top + 128, left : left + 128])
         hq.append(crop)
         lq.append(to_uint8(degradation.apply(to_float(crop), degradation.draw(9, str(number), number))))
     with torch.no_grad():
-        share = found_share(nano, images_to_tensor(lq), images_to_tensor(hq))
+        share = retrieval_share(nano, images_to_tensor(lq), images_to_tensor(hq))
     assert share >= 0.9
 
 
 def test_the_denoiser_beats_guessing_at_every_noise_level(nano, heldout: np.ndarray) -> None:  # type: ignore[no-untyped-def]
-    """Clean latents from noisy ones: nearer to the truth than both the noisy latents and the latents' own mean."""
+    """Its clean latents are nearer to the truth than the noisy latents and the mean of the latents."""
     from components.randomness import Noise
     from components.tensors import images_to_tensor
 
@@ -173,19 +175,19 @@ def test_the_denoiser_beats_guessing_at_every_noise_level(nano, heldout: np.ndar
         for t in (100, 300, 500, 700):
             times = torch.full((len(clean),), t)
             noisy = nano.schedule.add_noise(clean, eps, times)
-            added = {"text_embeds": pooled, "time_ids": nano.time_ids(sizes)}
-            predicted = nano.unet(noisy, times, encoder_hidden_states=text, added_cond_kwargs=added).sample
-            error = (nano.schedule.x0_from_eps(noisy, predicted, times) - clean).square().mean()
+            conditions = {"text_embeds": pooled, "time_ids": nano.time_ids(sizes)}
+            prediction = nano.unet(noisy, times, encoder_hidden_states=text, added_cond_kwargs=conditions).sample
+            error = (nano.schedule.x0_from_eps(noisy, prediction, times) - clean).square().mean()
             spread = (clean - clean.mean(dim=(2, 3), keepdim=True)).square().mean()
             alpha = nano.schedule.alphas_cumprod[t]
             assert error < spread and error < 0.5 * (1 - alpha) / alpha, (t, float(error), float(spread))
 
 
-def test_a_prompted_hue_shows(nano) -> None:  # type: ignore[no-untyped-def]
-    """The same noise under four prompts: each hue is strongest in the picture that asked for it."""
+def test_a_prompt_sets_the_hue(nano) -> None:  # type: ignore[no-untyped-def]
+    """Four prompts with the same noise: each hue is strongest in the picture of its prompt."""
     from components.captions.tags import hue_share
     from components.randomness import Noise
-    from components.systems.prior import generate
+    from components.systems.prior.training import generate
     from components.tensors import tensor_to_images
 
     hues = ("red", "green", "blue", "yellow")

@@ -1,4 +1,4 @@
-"""Quality scores: faults made here from good photographs are found for their reason, and good photographs pass."""
+"""Quality scores: artificial faults in good photographs are refused with their reason; good photographs pass."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from PIL import ImageDraw, ImageFont
 from components.corpora import Bounds
 from components.images import Limits, decode, sniff
 from components.quality import PRESETS, SCORES, bounds_of, judge, measure_scores
-from components.quality.detail import _packed
+from components.quality.detail import _spectrum_layout
 from components.synthetic import dead_leaves
 from components.types import Image
 
 RESTORATION = bounds_of("restoration", {}, flat_below=3.0)
-SIDE = 768  # of the pictures that faults are made from
+SIDE = 768  # long side of the pictures
 WORDS = (
     "The",
     "committee",
@@ -44,9 +44,9 @@ Fault = Callable[[Image, np.random.Generator], tuple[Image, bytes]]
 
 
 def verdict(picture: Image, data: bytes = b"") -> str:
-    """Reason code with the restoration preset, "" where the picture passes."""
-    found = judge(measure_scores(picture, data, sniff(data) if data else ""), RESTORATION)
-    return found[0] if found else ""
+    """Return the reason code with the restoration preset; "" if the picture passes."""
+    rejection = judge(measure_scores(picture, data, sniff(data) if data else ""), RESTORATION)
+    return rejection[0] if rejection else ""
 
 
 def score(name: str, picture: Image, data: bytes = b"") -> float:
@@ -54,7 +54,7 @@ def score(name: str, picture: Image, data: bytes = b"") -> float:
 
 
 def smaller(picture: Image, side: int = SIDE) -> Image:
-    """Longest side reduced to `side`, by areas."""
+    """Shrink the long side to `side` by area averages."""
     height, width = picture.shape[:2]
     factor = side / max(height, width)
     return cv2.resize(picture, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_AREA)
@@ -72,7 +72,7 @@ def rng(*name: object) -> np.random.Generator:
 
 @cache
 def photographs() -> tuple[Image, ...]:
-    """A dozen shipped photographs of different kinds, as large as the odd files."""
+    """Return a dozen shipped photographs of different kinds, as large as the odd files."""
     names = (
         "beacon-street-sunset casa-mila dragonfly-on-lavender high-trestle-trail jay-ruzesky lake-sherburne "
         "oakland-zoo-otters perched-osprey roman-colosseum solaris-grapes tea-gardens the-spices-of-life"
@@ -84,24 +84,24 @@ def photographs() -> tuple[Image, ...]:
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def enlarged(picture: Image, factor: int, how: int, blur: float = 0.0) -> Image:
-    """As large as before, with the detail of a picture `factor` times smaller."""
+def enlarge(picture: Image, factor: int, how: int, blur: float = 0.0) -> Image:
+    """Shrink and enlarge by `factor`: the same size with less detail."""
     height, width = picture.shape[:2]
     small = cv2.resize(picture, (width // factor, height // factor), interpolation=cv2.INTER_AREA)
     large = cv2.resize(small, (width, height), interpolation=how)
     return cv2.GaussianBlur(large, (0, 0), blur) if blur else large
 
 
-def noisy(picture: Image, sigma: float, generator: np.random.Generator) -> Image:
+def add_noise(picture: Image, sigma: float, generator: np.random.Generator) -> Image:
     return np.clip(picture + sigma * generator.standard_normal(picture.shape), 0, 255).round().astype(np.uint8)
 
 
-def barred(picture: Image, rows: int, columns: int, level: int) -> Image:
-    """With bars of one level: so many rows above and below, columns left and right."""
+def add_bars(picture: Image, rows: int, columns: int, level: int) -> Image:
+    """Add bars of one level: `rows` above and below, `columns` left and right."""
     return cv2.copyMakeBorder(picture, rows, rows, columns, columns, cv2.BORDER_CONSTANT, value=(level,) * 3)
 
 
-def cut(picture: Image, top: int, left: int) -> Image:
+def crop(picture: Image, top: int, left: int) -> Image:
     return np.ascontiguousarray(picture[top:, left:])
 
 
@@ -109,8 +109,10 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
 
 
-def marked(picture: Image, generator: np.random.Generator, layout: str, angle: int, opacity: float, size: int) -> Image:
-    """With a white watermark: three lines of it, or tiled over all."""
+def add_watermark(
+    picture: Image, generator: np.random.Generator, layout: str, angle: int, opacity: float, size: int
+) -> Image:
+    """Add a white watermark in three lines, or tiled over the whole picture."""
     height, width = picture.shape[:2]
     side = int(np.hypot(height, width)) if angle else 0
     mask = Pillow.new("L", (side or width, side or height))
@@ -124,14 +126,14 @@ def marked(picture: Image, generator: np.random.Generator, layout: str, angle: i
         for top in range(0, mask.height, 3 * size):
             for left in range(-long, mask.width, long + size):
                 draw.text((left, top), "SAMPLE PREVIEW", font=face, fill=255)
-    turned = mask.rotate(angle, resample=Pillow.Resampling.BICUBIC)
+    rotated = mask.rotate(angle, resample=Pillow.Resampling.BICUBIC)
     left, top = (mask.width - width) // 2, (mask.height - height) // 2
-    share = np.asarray(turned.crop((left, top, left + width, top + height)), np.float32)[..., None] / 255 * opacity
+    share = np.asarray(rotated.crop((left, top, left + width, top + height)), np.float32)[..., None] / 255 * opacity
     return (picture * (1 - share) + 255 * share).round().astype(np.uint8)
 
 
 def page(face: str, size: int, columns: int, paper: tuple[int, ...], ink: tuple[int, ...]) -> Image:
-    """A page of text, 700 x 900 pixels."""
+    """Draw a page of text, 700 x 900 pixels."""
     sheet = Pillow.new("RGB", (700, 900), paper)
     draw, letters, generator = ImageDraw.Draw(sheet), font(face, size), rng(face, size, columns)
     wide = (700 - 80 - 30 * (columns - 1)) // columns
@@ -145,42 +147,42 @@ def page(face: str, size: int, columns: int, paper: tuple[int, ...], ink: tuple[
 
 
 def ramp(kind: str, first: tuple[int, ...], last: tuple[int, ...]) -> Image:
-    """A smooth change from one colour to another, 600 x 800."""
+    """Make a smooth transition between two colours, 600 x 800."""
     y, x = np.mgrid[0:600, 0:800].astype(np.float64)
     place = {"horizontal": x, "diagonal": x + y, "radial": np.hypot(x - 300, y - 200)}[kind]
     place = (place - place.min()) / np.ptp(place)
     return (np.array(first) * (1 - place[..., None]) + np.array(last) * place[..., None]).round().astype(np.uint8)
 
 
-FAULTS: dict[str, tuple[str, float, Fault]] = {  # reason, least share found of the dozen
-    "x8, blurred": ("upscaled blurred", 1.0, lambda p, _: jpeg(enlarged(p, 8, cv2.INTER_CUBIC, 1.5), 95)),
-    "x8, cubic": ("upscaled blurred", 1.0, lambda p, _: jpeg(enlarged(p, 8, cv2.INTER_CUBIC), 85)),
-    "x4, cubic": ("upscaled blurred", 1.0, lambda p, _: jpeg(enlarged(p, 4, cv2.INTER_CUBIC), 90)),
-    "x4, linear": ("upscaled blurred", 1.0, lambda p, _: (enlarged(p, 4, cv2.INTER_LINEAR), b"")),
-    "x4, pixels repeated": ("blocky", 0.8, lambda p, _: (enlarged(p, 4, cv2.INTER_NEAREST), b"")),
+FAULTS: dict[str, tuple[str, float, Fault]] = {  # reasons, least share of the dozen that is refused for them, fault
+    "x8, blurred": ("upscaled blurred", 1.0, lambda p, _: jpeg(enlarge(p, 8, cv2.INTER_CUBIC, 1.5), 95)),
+    "x8, cubic": ("upscaled blurred", 1.0, lambda p, _: jpeg(enlarge(p, 8, cv2.INTER_CUBIC), 85)),
+    "x4, cubic": ("upscaled blurred", 1.0, lambda p, _: jpeg(enlarge(p, 4, cv2.INTER_CUBIC), 90)),
+    "x4, linear": ("upscaled blurred", 1.0, lambda p, _: (enlarge(p, 4, cv2.INTER_LINEAR), b"")),
+    "x4, pixels repeated": ("blocky", 0.8, lambda p, _: (enlarge(p, 4, cv2.INTER_NEAREST), b"")),
     "out of focus": ("upscaled blurred", 1.0, lambda p, _: jpeg(cv2.GaussianBlur(p, (0, 0), 2.5), 92)),
     "quality 3": ("blocky", 1.0, lambda p, _: jpeg(p, 3)),
     "quality 10": ("blocky", 1.0, lambda p, _: jpeg(p, 10)),
     "quality 5 as PNG": ("blocky", 1.0, lambda p, _: (jpeg(p, 5)[0], b"")),
-    "quality 5, cut, 95": ("blocky", 1.0, lambda p, _: jpeg(cut(jpeg(p, 5)[0], 3, 5), 95)),
-    "quality 10, cut, 95": ("blocky", 0.9, lambda p, _: jpeg(cut(jpeg(p, 10)[0], 6, 1), 95)),
-    "noise 25": ("noisy", 1.0, lambda p, g: jpeg(noisy(p, 25, g), 90)),
-    "noise 40, small": ("noisy", 1.0, lambda p, g: jpeg(noisy(smaller(p, 384), 40, g), 88)),
-    "noise 60": ("noisy", 1.0, lambda p, g: (noisy(p, 60, g), b"")),
-    "bars above and below": ("letterbox", 1.0, lambda p, _: jpeg(barred(p, 50, 0, 0), 88)),
-    "bars at the sides": ("letterbox", 1.0, lambda p, _: (barred(p, 0, 40, 255), b"")),
-    "bars all around": ("letterbox", 1.0, lambda p, _: jpeg(barred(smaller(p, 300), 20, 20, 90), 75)),
-    "watermark, 3 lines": ("watermark", 0.8, lambda p, g: jpeg(marked(p, g, "lines", 0, 1.0, 52), 88)),
-    "watermark, tiled": ("watermark", 0.8, lambda p, g: jpeg(marked(p, g, "tiles", 30, 0.4, 28), 90)),
-    "watermark, faint": ("watermark", 0.6, lambda p, g: jpeg(marked(p, g, "tiles", -45, 0.25, 24), 90)),
+    "quality 5, cut, 95": ("blocky", 1.0, lambda p, _: jpeg(crop(jpeg(p, 5)[0], 3, 5), 95)),
+    "quality 10, cut, 95": ("blocky", 0.9, lambda p, _: jpeg(crop(jpeg(p, 10)[0], 6, 1), 95)),
+    "noise 25": ("noisy", 1.0, lambda p, g: jpeg(add_noise(p, 25, g), 90)),
+    "noise 40, small": ("noisy", 1.0, lambda p, g: jpeg(add_noise(smaller(p, 384), 40, g), 88)),
+    "noise 60": ("noisy", 1.0, lambda p, g: (add_noise(p, 60, g), b"")),
+    "bars above and below": ("letterbox", 1.0, lambda p, _: jpeg(add_bars(p, 50, 0, 0), 88)),
+    "bars at the sides": ("letterbox", 1.0, lambda p, _: (add_bars(p, 0, 40, 255), b"")),
+    "bars all around": ("letterbox", 1.0, lambda p, _: jpeg(add_bars(smaller(p, 300), 20, 20, 90), 75)),
+    "watermark, 3 lines": ("watermark", 0.8, lambda p, g: jpeg(add_watermark(p, g, "lines", 0, 1.0, 52), 88)),
+    "watermark, tiled": ("watermark", 0.8, lambda p, g: jpeg(add_watermark(p, g, "tiles", 30, 0.4, 28), 90)),
+    "watermark, faint": ("watermark", 0.6, lambda p, g: jpeg(add_watermark(p, g, "tiles", -45, 0.25, 24), 90)),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_are_found_for_their_reason(name: str) -> None:
+def test_faults_are_refused_for_their_reason(name: str) -> None:
     reasons, share, fault = FAULTS[name]
-    found = Counter(verdict(*fault(picture, rng(name, number))) for number, picture in enumerate(photographs()))
-    assert sum(found[reason] for reason in reasons.split()) >= share * len(photographs()), found
+    counts = Counter(verdict(*fault(picture, rng(name, number))) for number, picture in enumerate(photographs()))
+    assert sum(counts[reason] for reason in reasons.split()) >= share * len(photographs()), counts
 
 
 @pytest.mark.parametrize("quality", [75, 92])
@@ -189,12 +191,12 @@ def test_the_photographs_themselves_pass(quality: int) -> None:
 
 
 def test_slight_noise_a_thin_frame_and_a_mirror_pass() -> None:
-    changed = [
+    pictures = [
         change
         for number, picture in enumerate(photographs())
-        for change in (noisy(picture, 4, rng(number)), barred(picture, 2, 2, 0), picture[:, ::-1])
+        for change in (add_noise(picture, 4, rng(number)), add_bars(picture, 2, 2, 0), picture[:, ::-1])
     ]
-    assert [verdict(picture) for picture in changed] == [""] * len(changed)
+    assert [verdict(picture) for picture in pictures] == [""] * len(pictures)
 
 
 PAPER, INK = (255, 255, 255), (20, 20, 20)
@@ -211,7 +213,7 @@ PAPER, INK = (255, 255, 255), (20, 20, 20)
         ("cmr10", 26, 1, (25, 30, 40), (220, 220, 210)),
     ],
 )
-def test_pages_of_text_are_found(
+def test_pages_of_text_are_refused(
     face: str, size: int, columns: int, paper: tuple[int, ...], ink: tuple[int, ...]
 ) -> None:
     sheet = page(face, size, columns, paper, ink)
@@ -221,7 +223,7 @@ def test_pages_of_text_are_found(
 
 @pytest.mark.parametrize("kind", ["horizontal", "diagonal", "radial"])
 @pytest.mark.parametrize(("first", "last"), [((0, 0, 0), (255, 255, 255)), ((200, 40, 90), (30, 120, 60))])
-def test_ramps_are_found(kind: str, first: tuple[int, ...], last: tuple[int, ...]) -> None:
+def test_ramps_are_refused(kind: str, first: tuple[int, ...], last: tuple[int, ...]) -> None:
     assert verdict(ramp(kind, first, last)) in ("flat", "smooth")
     assert verdict(*jpeg(ramp(kind, first, last), 90)) in ("flat", "smooth")
 
@@ -248,16 +250,16 @@ def test_decoys_are_refused_for_their_reason(images_dir: Path, name: str, reason
     assert verdict(decode(data, Limits(min_side_px=128, max_aspect=4.0)), data) in reasons.split()
 
 
-def refused(paths: list[Path]) -> dict[str, str]:
-    """Reasons by file name, of the files that are refused."""
+def refusals(paths: list[Path]) -> dict[str, str]:
+    """Return the reasons of refused files by file name."""
     assert paths
-    found = {path.name: verdict(decode(data := path.read_bytes()), data) for path in paths}
-    return {name: reason for name, reason in found.items() if reason}
+    reasons = {path.name: verdict(decode(data := path.read_bytes()), data) for path in paths}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def test_odd_files_of_good_photographs_pass(images_dir: Path) -> None:
     names = "dup_[acdef]_*", "exif_*", "gray*", "cmyk_*", "palette_256*", "png16_rgb.*"
-    assert refused([path for name in names for path in sorted((images_dir / "odd").glob(name))]) == {}
+    assert refusals([path for name in names for path in sorted((images_dir / "odd").glob(name))]) == {}
 
 
 def test_the_demo_corpus_passes(repository: Path) -> None:
@@ -265,30 +267,30 @@ def test_the_demo_corpus_passes(repository: Path) -> None:
     names = "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "rocket.jpg"
     paths = sorted((repository / "pipelines" / "demo_corpus").glob("*.jpg")) + [inside / name for name in names]
     assert len(paths) == 40
-    assert refused(paths) == {}
+    assert refusals(paths) == {}
 
 
 def test_some_shared_photographs_pass(images_dir: Path) -> None:
-    assert refused(sorted((images_dir / "train").glob("*.jpg"))[::4]) == {}
+    assert refusals(sorted((images_dir / "train").glob("*.jpg"))[::4]) == {}
 
 
 @pytest.mark.slow
 def test_all_shared_photographs_pass(images_dir: Path) -> None:
     paths = [path for folder in ("hq", "train") for path in sorted((images_dir / folder).glob("*.[jw]*"))]
     assert len(paths) >= 100
-    assert refused(paths) == {}
+    assert refusals(paths) == {}
 
 
-# --- single scores against what is known ------------------------------------------------------------------------------
+# --- single scores ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quality", [1, 5, 20, 40, 50, 62, 75, 90, 95, 100])
-def test_jpeg_quality_is_the_encoder_s(quality: int) -> None:
+def test_jpeg_quality_equals_the_encoders_setting(quality: int) -> None:
     picture, data = jpeg(photographs()[0], quality)
     assert score("jpeg_quality", picture, data) == pytest.approx(quality, abs=0.6)
 
 
-def test_jpeg_quality_of_anything_else_is_100() -> None:
+def test_jpeg_quality_of_other_files_is_100() -> None:
     picture, data = jpeg(photographs()[0], 20)
     assert measure_scores(picture)["jpeg_quality"] == 100
     assert measure_scores(picture, data, "PNG")["jpeg_quality"] == 100
@@ -296,7 +298,7 @@ def test_jpeg_quality_of_anything_else_is_100() -> None:
 
 
 @pytest.mark.parametrize("sigma", [2.0, 5.0, 12.0, 25.0])
-def test_the_noise_level_is_that_of_what_was_added(sigma: float) -> None:
+def test_the_noise_score_equals_the_sigma_of_added_noise(sigma: float) -> None:
     gray = rng(sigma).standard_normal((512, 512, 1)) * sigma + np.linspace(100, 150, 512)[:, None, None]
     picture = np.clip(gray, 0, 255).round().astype(np.uint8).repeat(3, axis=2)
     assert 0.85 * sigma < score("noise", picture) < 1.02 * sigma
@@ -307,14 +309,14 @@ def test_a_ramp_has_no_noise_and_no_texture() -> None:
     assert scores["noise"] < 0.5 and scores["texture"] < 0.5 and scores["flat_share"] == 1 and scores["luma_std"] > 40
 
 
-def test_luma_std_is_that_of_bt601() -> None:
+def test_luma_std_uses_bt601_luma() -> None:
     picture = photographs()[1]
     assert score("luma_std", picture) == pytest.approx((picture @ np.array([0.299, 0.587, 0.114])).std(), abs=0.05)
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_resolution_is_little_more_than_one_over_the_enlargement(factor: int) -> None:
-    """Sharp leaves, enlarged: nothing lies beyond the small grid's limit but what the interpolation leaks."""
+    """Enlarged sharp leaves have detail beyond the small grid's limit only from the interpolation."""
     small = dead_leaves(1024 // factor, 5, 0)
     assert score("resolution", small) > 0.9
     large = cv2.resize(small, (1024, 1024), interpolation=cv2.INTER_CUBIC)
@@ -322,25 +324,25 @@ def test_resolution_is_little_more_than_one_over_the_enlargement(factor: int) ->
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 9), (64, 64), (5, 64), (6, 15)])
-def test_the_packed_spectrum_is_read_as_the_whole_one(height: int, width: int) -> None:
-    """Power by frequency from OpenCV's packed half equals that from numpy's full transform."""
+def test_the_packed_spectrum_equals_the_full_one(height: int, width: int) -> None:
+    """Power by frequency from OpenCV's packed half equals that of numpy's full transform."""
     patch = rng(height, width).standard_normal((height, width)).astype(np.float32)
-    frequency, multiplicity = _packed(height, width)
-    packed = multiplicity * cv2.dft(patch).ravel().astype(np.float64) ** 2
+    frequency, multiplicity = _spectrum_layout(height, width)
+    half = multiplicity * cv2.dft(patch).ravel().astype(np.float64) ** 2
     whole = np.abs(np.fft.fft2(patch.astype(np.float64))).ravel() ** 2
     places = np.hypot(*np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")).ravel()
     for limit in (0.0, 0.1, 0.25, 0.4, 0.71):
-        here, there = packed[frequency <= limit + 1e-9].sum(), whole[places <= limit + 1e-9].sum()
-        assert here == pytest.approx(there, rel=1e-4)
+        half_power, whole_power = half[frequency <= limit + 1e-9].sum(), whole[places <= limit + 1e-9].sum()
+        assert half_power == pytest.approx(whole_power, rel=1e-4)
 
 
-def test_blockiness_does_not_depend_on_where_the_grid_lies() -> None:
+def test_blockiness_does_not_depend_on_the_grids_position() -> None:
     blocks = jpeg(photographs()[4], 8)[0]
-    found = [score("blockiness", cut(blocks, top, left)) for top, left in ((0, 0), (1, 0), (3, 5), (7, 7), (4, 2))]
-    assert min(found) > 0.5 and max(found) - min(found) < 0.1
+    scores = [score("blockiness", crop(blocks, top, left)) for top, left in ((0, 0), (1, 0), (3, 5), (7, 7), (4, 2))]
+    assert min(scores) > 0.5 and max(scores) - min(scores) < 0.1
 
 
-def test_a_fence_of_8_pixels_is_no_grid_and_blocks_are() -> None:
+def test_blocks_are_a_grid_but_a_fence_of_8_pixels_is_not() -> None:
     fence = np.zeros((512, 512, 3), np.uint8)
     fence[:, ::8] = 200
     assert score("blockiness", fence) < 0.1
@@ -354,23 +356,23 @@ def test_letterbox_is_the_share_of_the_bars(rows: int, columns: int, level: int)
     picture = photographs()[11]
     height, width = picture.shape[:2]
     share = 1 - height * width / ((height + 2 * rows) * (width + 2 * columns))
-    assert score("letterbox", barred(picture, rows, columns, level)) == pytest.approx(share, abs=0.01)
+    assert score("letterbox", add_bars(picture, rows, columns, level)) == pytest.approx(share, abs=0.01)
 
 
-def test_a_dark_sky_is_no_bar() -> None:
-    """Black down to a bright disc in the middle: the first line that is not black is black nearly everywhere."""
+def test_a_dark_sky_is_not_a_bar() -> None:
+    """A bright disc on black: the first line that is not black is nearly all black."""
     night = np.zeros((512, 512, 3), np.uint8)
     cv2.circle(night, (256, 256), 90, (230, 220, 200), -1)
     assert score("letterbox", night) == 0
 
 
-def test_a_facade_of_equal_windows_is_no_watermark() -> None:
+def test_a_facade_of_equal_windows_is_not_a_watermark() -> None:
     wall = np.full((768, 768, 3), 180, np.uint8)
     for top in range(20, 768, 64):
         for left in range(16, 768, 48):
             cv2.rectangle(wall, (left, top), (left + 24, top + 40), (60, 70, 80), -1)
             cv2.line(wall, (left + 12, top), (left + 12, top + 40), (220, 220, 220), 2)
-    assert score("watermark", noisy(wall, 3, rng("wall"))) < PRESETS["restoration"]["watermark"].max
+    assert score("watermark", add_noise(wall, 3, rng("wall"))) < PRESETS["restoration"]["watermark"].max
 
 
 # --- any picture ------------------------------------------------------------------------------------------------------
@@ -393,7 +395,7 @@ def test_scores_of_any_size_are_finite_named_and_repeatable(size: tuple[int, int
     assert measure_scores(np.asfortranarray(picture)) == scores
 
 
-def test_scores_leave_the_picture_alone() -> None:
+def test_scores_do_not_change_the_picture() -> None:
     picture = photographs()[2].copy()
     before = picture.copy()
     measure_scores(picture)
@@ -409,7 +411,7 @@ def test_presets_and_changes_name_known_scores() -> None:
     assert bounds_of("none", {}, 2.5) == {"luma_std": Bounds(min=2.5)}
 
 
-def test_a_change_replaces_the_score_s_bounds_whole() -> None:
+def test_a_change_replaces_both_bounds_of_a_score() -> None:
     before = bounds_of("restoration", {}, 3.0)
     after = bounds_of("restoration", {"noise": Bounds(min=1.0), "flat_share": Bounds(max=0.5)}, 3.0)
     assert after["noise"] == Bounds(min=1.0)
@@ -427,7 +429,7 @@ def test_flatness_is_always_bounded() -> None:
     assert bounds_of("none", {"luma_std": Bounds(min=1.0)}, 3.0)["luma_std"] == Bounds(min=3.0)
 
 
-def test_wrong_names_are_answered_with_the_near_one() -> None:
+def test_errors_for_wrong_names_suggest_one() -> None:
     with pytest.raises(ValueError, match='Did you mean "restoration"'):
         bounds_of("restauration", {}, 3.0)
     with pytest.raises(ValueError, match='Did you mean "blockiness"'):
@@ -439,9 +441,9 @@ def test_the_first_score_out_of_bounds_is_named_with_its_bound() -> None:
     bounds = {"sharpness": Bounds(min=1.0), "noise": Bounds(max=0.25), "texture": Bounds(min=0.1, max=0.9)}
     assert judge(good, {"texture": Bounds(min=0.5, max=0.5)}) is None
     assert judge(good, {}) is None
-    found = judge(good, bounds)
-    assert found is not None
-    assert found[0] == "noisy"
-    assert "noise" in found[1] and "0.5" in found[1] and "0.25" in found[1]
+    rejection = judge(good, bounds)
+    assert rejection is not None
+    assert rejection[0] == "noisy"
+    assert "noise" in rejection[1] and "0.5" in rejection[1] and "0.25" in rejection[1]
     assert judge(good | {"noise": 0.2}, bounds) == ("blurred", "sharpness is 0.5, below 1")
-    assert judge(good | {"noise": float("nan")}, bounds) == ("noisy", "noise is no number")
+    assert judge(good | {"noise": float("nan")}, bounds) == ("noisy", "noise is not a number")

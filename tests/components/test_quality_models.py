@@ -1,4 +1,4 @@
-"""Learned scores: the numbers of transformers' own pipelines, independence of company, and what is refused."""
+"""Learned scores: the numbers of transformers' pipelines, independence of the batch, and errors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
-    """Three prepared sizes for a detector, one of them twice."""
+    """Pictures of three sizes after a detector's preprocessing, one of them twice."""
     return [picture(48, 64, 1), picture(64, 40, 2), picture(48, 64, 3), picture(50, 50, 4)]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny networks of every kind, as save_pretrained writes them; large weights, so that pictures differ."""
+    """Tiny networks of every kind in save_pretrained's format; large weights, so that scores differ."""
     from transformers import (
         CLIPConfig,
         CLIPImageProcessor,
@@ -99,50 +99,50 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(models: Path, kind: str, **changes: object) -> ModelScore:
-    """A score of one of the tiny models."""
-    given = {
+def score_of(models: Path, kind: str, **changes: object) -> ModelScore:
+    """Make the score of one of the tiny models."""
+    defaults = {
         "classifier": {"model": str(models / "vit"), "label": "nsfw"},
         "zero_shot": {"model": str(models / "clip"), "label": "a", "others": ["b", "a b"]},
         "detector": {"model": str(models / "detr"), "label": "face"},
     }[kind]
-    return ModelScore(**{"name": "score", "kind": kind, "short_side_px": 0, **given, **changes})  # type: ignore[arg-type]
+    return ModelScore(**{"name": "score", "kind": kind, "short_side_px": 0, **defaults, **changes})  # type: ignore[arg-type]
 
 
 def by_pipeline(models: Path, kind: str, image: np.ndarray) -> float:
-    """What transformers' own pipeline says of the same question."""
+    """Compute the score with transformers' own pipeline."""
     from PIL import Image
     from transformers import pipeline
 
-    shown = Image.fromarray(image)
+    pillow_image = Image.fromarray(image)
     if kind == "classifier":
-        answers = pipeline("image-classification", model=str(models / "vit"))(shown, top_k=3)
+        answers = pipeline("image-classification", model=str(models / "vit"))(pillow_image, top_k=3)
         return next(a["score"] for a in answers if a["label"] == "nsfw")
     if kind == "zero_shot":
-        ask = pipeline("zero-shot-image-classification", model=str(models / "clip"))
-        answers = ask(shown, candidate_labels=["a", "b", "a b"], hypothesis_template="{}")
+        pipe = pipeline("zero-shot-image-classification", model=str(models / "clip"))
+        answers = pipe(pillow_image, candidate_labels=["a", "b", "a b"], hypothesis_template="{}")
         return next(a["score"] for a in answers if a["label"] == "a")
-    answers = pipeline("object-detection", model=str(models / "detr"))(shown, threshold=0.0)
+    answers = pipeline("object-detection", model=str(models / "detr"))(pillow_image, threshold=0.0)
     return max((a["score"] for a in answers if a["label"] == "face"), default=0.0)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "zero_shot", "detector"])
 def test_scores_are_those_of_the_librarys_own_pipeline(models: Path, pictures: list[np.ndarray], kind: str) -> None:
-    scores = build_scorer(asked(models, kind))(pictures)
+    scores = build_scorer(score_of(models, kind))(pictures)
     assert scores == pytest.approx([by_pipeline(models, kind, image) for image in pictures], abs=1e-5)
     assert all(0 <= value <= 1 for value in scores)
-    assert len(set(scores)) > 1  # else the comparison above says little
+    assert len(set(scores)) > 1  # equal scores would prove little
 
 
-def test_an_object_that_is_nowhere_the_likeliest_scores_nothing(models: Path, pictures: list[np.ndarray]) -> None:
-    assert build_scorer(asked(models, "detector", label="cat"))(pictures) == [0.0] * len(pictures)
+def test_an_object_that_is_nowhere_the_most_likely_scores_0(models: Path, pictures: list[np.ndarray]) -> None:
+    assert build_scorer(score_of(models, "detector", label="cat"))(pictures) == [0.0] * len(pictures)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "zero_shot", "detector"])
-def test_a_score_does_not_depend_on_company(models: Path, pictures: list[np.ndarray], kind: str) -> None:
-    """To the bit where the CPU judges one by one; in batches, a CPU's sums may depend on the place in the batch."""
+def test_a_score_does_not_depend_on_its_batch(models: Path, pictures: list[np.ndarray], kind: str) -> None:
+    """Exact on a CPU one by one; in batches, a CPU's sums may depend on the position in the batch."""
     for rows in (None, 3):
-        judge = build_scorer(asked(models, kind), rows=rows)
+        judge = build_scorer(score_of(models, kind), rows=rows)
         alone = [judge([image])[0] for image in pictures]
         for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 2, 2, 2, 0]):
             together, expected = judge([pictures[k] for k in order]), [alone[k] for k in order]
@@ -150,70 +150,70 @@ def test_a_score_does_not_depend_on_company(models: Path, pictures: list[np.ndar
         assert judge([]) == []
 
 
-def test_the_probability_is_the_labels_own(models: Path, pictures: list[np.ndarray]) -> None:
+def test_scores_are_probabilities_of_the_label(models: Path, pictures: list[np.ndarray]) -> None:
     from transformers import ViTForImageClassification, ViTImageProcessor
 
-    judged = [build_scorer(asked(models, "classifier", label=label))(pictures) for label in LABELS.values()]
-    assert [sum(column) for column in zip(*judged, strict=True)] == pytest.approx([1.0] * len(pictures), abs=1e-5)
-    many = [build_scorer(asked(models, "classifier", label=n, model=str(models / "many"))) for n in LABELS.values()]
+    columns = [build_scorer(score_of(models, "classifier", label=label))(pictures) for label in LABELS.values()]
+    assert [sum(column) for column in zip(*columns, strict=True)] == pytest.approx([1.0] * len(pictures), abs=1e-5)
+    many = [build_scorer(score_of(models, "classifier", label=n, model=str(models / "many"))) for n in LABELS.values()]
     network = ViTForImageClassification.from_pretrained(models / "many")
     processor = ViTImageProcessor.from_pretrained(models / "many")
     with torch.no_grad():
         logits = network(**processor(images=pictures[0], return_tensors="pt")).logits[0].double().numpy()
-    found = [judge(pictures[:1])[0] for judge in many]
-    assert found == pytest.approx(list(1 / (1 + np.exp(-logits))), abs=1e-5)
+    values = [judge(pictures[:1])[0] for judge in many]
+    assert values == pytest.approx(list(1 / (1 + np.exp(-logits))), abs=1e-5)
 
 
 def test_pictures_are_shrunk_first_and_never_enlarged(models: Path) -> None:
     from components.images import resize_short_side
 
     large, small = picture(96, 120, 5), picture(20, 30, 6)
-    judge, as_it_is = (
-        build_scorer(asked(models, "classifier", short_side_px=24)),
-        build_scorer(asked(models, "classifier")),
+    judge, judge_unshrunk = (
+        build_scorer(score_of(models, "classifier", short_side_px=24)),
+        build_scorer(score_of(models, "classifier")),
     )
-    assert judge([large, small]) == as_it_is([resize_short_side(large, 24), small])
-    assert judge([large]) != as_it_is([large])
+    assert judge([large, small]) == judge_unshrunk([resize_short_side(large, 24), small])
+    assert judge([large]) != judge_unshrunk([large])
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("classifier", {"label": "watermark"}, "knows no label 'watermark'. Did you mean \"Watermark\""),
+        ("classifier", {"label": "watermark"}, "has no label 'watermark'. Did you mean \"Watermark\""),
         ("classifier", {"label": "zzz"}, "Known: normal, nsfw, Watermark"),
         ("detector", {"label": "faces"}, 'Did you mean "face"'),
         ("zero_shot", {"others": []}, "needs others"),
         ("classifier", {"model": "no/such-model-here"}, "cannot be used as a classifier"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(models: Path, kind: str, changes: dict[str, object], message: str) -> None:
+def test_wrong_labels_and_models_are_refused(models: Path, kind: str, changes: dict[str, object], message: str) -> None:
     for judge in (build_scorer, check_scorer):
-        with pytest.raises(ValueError, match="score score: ") as caught:
-            judge(asked(models, kind, **changes))
-        assert message in str(caught.value)
+        with pytest.raises(ValueError, match="score score: ") as error:
+            judge(score_of(models, kind, **changes))
+        assert message in str(error.value)
 
 
 def test_names_are_checked_without_weights(models: Path, tmp_path: Path) -> None:
     bare = Path(shutil.copytree(models / "vit", tmp_path / "vit"))
     (bare / "model.safetensors").unlink()
-    check_scorer(asked(models, "classifier", model=str(bare)))
+    check_scorer(score_of(models, "classifier", model=str(bare)))
     with pytest.raises(ValueError, match="Did you mean"):
-        check_scorer(asked(models, "classifier", model=str(bare), label="nfsw"))
-    check_scorer(asked(models, "zero_shot"))
+        check_scorer(score_of(models, "classifier", model=str(bare), label="nfsw"))
+    check_scorer(score_of(models, "zero_shot"))
     check_scorer(ModelScore(name="score", kind="pyiqa", model="musiq"))
 
 
 def test_a_network_without_its_head_is_refused(models: Path, tmp_path: Path) -> None:
-    """transformers would fill the head with random numbers and warn."""
+    """transformers alone would fill the head with random numbers and warn."""
     from safetensors.torch import load_file, save_file
 
     broken = Path(shutil.copytree(models / "vit", tmp_path / "vit"))
     tensors = load_file(broken / "model.safetensors")
-    left = {k: v for k, v in tensors.items() if not k.startswith("classifier")}
-    assert len(left) < len(tensors)
-    save_file(left, broken / "model.safetensors", metadata={"format": "pt"})
+    rest = {k: v for k, v in tensors.items() if not k.startswith("classifier")}
+    assert len(rest) < len(tensors)
+    save_file(rest, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 2 of the weights .*classifier"):
-        build_scorer(asked(models, "classifier", model=str(broken)))
+        build_scorer(score_of(models, "classifier", model=str(broken)))
 
 
 def test_pickled_weights_are_not_read(models: Path, tmp_path: Path) -> None:
@@ -224,61 +224,61 @@ def test_pickled_weights_are_not_read(models: Path, tmp_path: Path) -> None:
     (broken / "model.safetensors").unlink()
     torch.save(weights, broken / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot be used as a classifier"):
-        build_scorer(asked(models, "classifier", model=str(broken)))
+        build_scorer(score_of(models, "classifier", model=str(broken)))
 
 
-def test_code_that_comes_with_a_model_is_not_run(models: Path, tmp_path: Path) -> None:
+def test_code_of_a_model_is_not_run(models: Path, tmp_path: Path) -> None:
     evil = Path(shutil.copytree(models / "vit", tmp_path / "vit"))
     config = json.loads((evil / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
     (evil / "config.json").write_text(json.dumps(config))
     (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     with pytest.raises(ValueError, match="cannot be used as a classifier"):
-        build_scorer(asked(models, "classifier", model=str(evil)))
+        build_scorer(score_of(models, "classifier", model=str(evil)))
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_picture_is_a_sample_error(models: Path) -> None:
-    judge = build_scorer(asked(models, "classifier"))
+def test_wrong_pictures_raise_a_sample_error(models: Path) -> None:
+    judge = build_scorer(score_of(models, "classifier"))
     for bad in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)):
-        with pytest.raises(SampleError) as caught:
+        with pytest.raises(SampleError) as error:
             judge([bad])
-        assert caught.value.code == "shape"
+        assert error.value.code == "shape"
 
 
 # --- pyiqa ------------------------------------------------------------------------------------------------------------
 
 
-def test_pyiqa_scores_stand_alone_and_are_missing_where_undefined() -> None:
+def test_pyiqa_scores_pictures_alone_and_gives_nan_if_undefined() -> None:
     from components.evaluation.metrics import Metrics
 
     judge = build_scorer(ModelScore(name="blocky", kind="pyiqa", model="piqe", short_side_px=0))
     pictures = [picture(64, 80, 1), picture(96, 64, 2), picture(20, 20, 3)]
     scores = judge(pictures)
     assert scores[:2] == [Metrics(("piqe",)).score(image)["piqe"] for image in pictures[:2]]
-    assert np.isnan(scores[2])  # piqe needs 32 px a side
+    assert np.isnan(scores[2])  # piqe needs sides of 32 px
     assert judge(pictures[1:2]) == scores[1:2]
 
 
-def test_a_metric_that_draws_draws_the_same_for_every_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tres cuts 224 px squares at random places; its own network with untrained weights stands in for the download."""
+def test_a_random_metric_draws_the_same_for_every_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tres crops 224 px squares at random; a network with untrained weights replaces the download."""
     import pyiqa
     from torch import nn
 
     real = pyiqa.create_metric
 
-    class Drawing(nn.Module):
-        """pyiqa's own random crop, and a draw of each other global generator."""
+    class RandomNetwork(nn.Module):
+        """pyiqa's random crop, plus a draw from each other global generator."""
 
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             from pyiqa.archs.arch_util import random_crop
 
-            cut = random_crop(image, crop_size=32, crop_num=3)
-            return cut.mean() * 255 + torch.rand(()) + random.random()
+            crops = random_crop(image, crop_size=32, crop_num=3)
+            return crops.mean() * 255 + torch.rand(()) + random.random()
 
     def create(name: str, device: str) -> nn.Module:
         metric = real("entropy", device=device)
-        metric.net = Drawing()
+        metric.net = RandomNetwork()
         return metric
 
     monkeypatch.setattr(pyiqa, "create_metric", create)
@@ -295,10 +295,8 @@ def test_a_metric_that_draws_draws_the_same_for_every_picture(monkeypatch: pytes
     assert after == before
 
 
-def test_pyiqas_weights_are_read_without_running_what_is_pickled(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """pyiqa loads with weights_only=False; a file with code in it must end in an error, not in its execution."""
+def test_code_in_pyiqas_weights_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pyiqa loads with weights_only=False; a file with code must raise an error, and its code must not run."""
     import pickle
 
     import pyiqa
@@ -310,7 +308,7 @@ def test_pyiqas_weights_are_read_without_running_what_is_pickled(
 
     torch.save({"params": Payload()}, tmp_path / "evil.pth")
     torch.load(tmp_path / "evil.pth", weights_only=False)["params"].close()
-    assert (tmp_path / "ran").exists()  # the file is as bad as it should be
+    assert (tmp_path / "ran").exists()  # loading without weights_only runs the code
     (tmp_path / "ran").unlink()
 
     def create(name: str, device: str) -> object:
@@ -332,7 +330,7 @@ def test_pyiqas_weights_are_read_without_running_what_is_pickled(
         ("musik", 'Did you mean "musiq"'),
     ],
 )
-def test_a_metric_that_cannot_judge_a_picture_alone_is_refused(metric: str, message: str) -> None:
+def test_a_metric_that_cannot_score_a_single_picture_is_refused(metric: str, message: str) -> None:
     for judge in (build_scorer, check_scorer):
         with pytest.raises(ValueError, match=message):
             judge(ModelScore(name="score", kind="pyiqa", model=metric))

@@ -27,7 +27,7 @@ def test_names_seeds_and_positions_are_independent_streams() -> None:
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40))
-def test_an_int_and_its_text_are_different_parts(seed: int, position: int) -> None:
+def test_an_int_and_its_text_give_different_keys(seed: int, position: int) -> None:
     assert stream_key(seed, position) != stream_key(seed, str(position))
 
 

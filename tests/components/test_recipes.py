@@ -1,4 +1,4 @@
-"""Recipes resolve, and a wrong one dies at once with the near name."""
+"""Recipes resolve, and a wrong one raises an error that suggests the right name."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from components.recipes import MIXTURES, RecipeError, identity, load_mixture, load_recipe, recipe_names
+from components.recipes import RecipeError, identity
 from components.systems import SYSTEMS
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instarevive.recipe import InstaReviveRecipe
 from components.systems.instarevive.settings import PRIORS
+from components.systems.recipes import MIXTURES, load_mixture, load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_shipped_recipe_resolves_under_its_own_name(name: str) -> None:
+def test_every_shipped_recipe_resolves_and_has_its_files_name(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     # a system of one stage need not name it
-    wanted = f"{recipe.system}-{recipe.stage}" if len(SYSTEMS[recipe.system].stages) > 1 else recipe.system
-    # a distillation is called after what it does to the models of any system
-    assert name.startswith("distil-" if getattr(recipe, "distil", False) else wanted)
+    prefix = f"{recipe.system}-{recipe.stage}" if len(SYSTEMS[recipe.system].stages) > 1 else recipe.system
+    # a distillation is named after its task, since it works for several systems
+    assert name.startswith("distil-" if getattr(recipe, "distil", False) else prefix)
 
 
-def test_the_papers_numbers_stand_in_the_recipes() -> None:
+def test_recipes_have_the_papers_numbers() -> None:
     dcp, previewer, aggregator = (load_recipe(f"instantir-{s}") for s in ("dcp", "previewer", "aggregator"))
     assert isinstance(aggregator, InstantIRRecipe)
     assert (dcp.steps, dcp.batch_size, dcp.resolution, dcp.optimizer.lr) == (200_000, 256, 1024, 1e-4)
@@ -35,7 +36,7 @@ def test_the_papers_numbers_stand_in_the_recipes() -> None:
     assert set(aggregator.sources) == {"div2k", "lsdir", "flickr2k", "ffhq"}
 
 
-def test_instarevives_numbers_stand_in_the_recipes() -> None:
+def test_recipes_have_instarevives_numbers() -> None:
     tasks = ("bsr", "bfr", "saltpepper", "derain", "lowlight", "inpaint", "cartoon", "daynight")
     recipes = {task: load_recipe(f"instarevive-{task}") for task in tasks}
     for recipe in recipes.values():
@@ -67,16 +68,16 @@ RELEASED = {
     "previewer": (32, 4, 1024, 4000, (0.0, 0.0, 0.0)),
     "aggregator": (12, 2, 512, 3000, (0.0, 0.85, 0.15)),
 }
-"""The scripts' batch_size, accumulation (ours but for the aggregator), resolution, checkpoint_every and dropout of
+"""The scripts' batch_size, accumulation (ours except for the aggregator), resolution, checkpoint_every and dropout of
 picture, text and both (reference sheet of InstantIR, section 7)."""
 
 
 @pytest.mark.parametrize("stage", sorted(RELEASED))
 def test_the_released_twins_have_the_scripts_numbers(stage: str) -> None:
-    recipe, wanted = load_recipe(f"instantir-{stage}-released"), RELEASED[stage]
+    recipe, expected = load_recipe(f"instantir-{stage}-released"), RELEASED[stage]
     assert isinstance(recipe, InstantIRRecipe)
     dropout = (recipe.image_dropout, recipe.text_dropout, recipe.both_dropout)
-    assert (recipe.batch_size, recipe.accumulation, recipe.resolution, recipe.checkpoint_every, dropout) == wanted
+    assert (recipe.batch_size, recipe.accumulation, recipe.resolution, recipe.checkpoint_every, dropout) == expected
     assert recipe.short_side == recipe.resolution and not recipe.flip and recipe.scale == [1.0, 1.0]
     optimizer = recipe.optimizer
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.eps) == (1e-4, [0.9, 0.999], 1e-2, 1e-8)
@@ -100,8 +101,8 @@ def test_the_released_target_is_the_sharpened_picture() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if not n.endswith("-nano")])
-def test_corpora_of_full_size_recipes_stand_in_the_catalogue(name: str) -> None:
-    """What a recipe's sources name can be curated by that name."""
+def test_sources_of_full_size_recipes_are_in_the_catalogue(name: str) -> None:
+    """Each source of a recipe has a corpus spec of its name."""
     corpora = {path.stem for path in (Path(__file__).parents[2] / "datasets").glob("*.yaml")}
     assert set(load_recipe(name).sources) <= corpora
 
@@ -115,7 +116,7 @@ def test_corpora_of_full_size_recipes_stand_in_the_catalogue(name: str) -> None:
         (["precision=fp8"], "precision"),
         (["steps"], "not key=value"),
         (["steps=0"], "at least 1"),
-        (["placement.workers=3"], "no multiple"),
+        (["placement.workers=3"], "not a multiple"),
         (["short_side=64"], "short_side"),
         (["image_dropout=0.9", "text_dropout=0.9"], "must not exceed 1"),
         (["perceptor_scale=0"], "above 0 where"),
@@ -149,18 +150,18 @@ def test_wrong_overrides_name_the_key(overrides: list[str], message: str) -> Non
         ("previewer", "teacher_cfg_scale=[-3,1]", "teacher_cfg_scale must be at least 0"),
     ],
 )
-def test_a_setting_that_a_stage_would_not_look_at_is_refused(stage: str, override: str, message: str) -> None:
+def test_a_setting_that_a_stage_ignores_is_refused(stage: str, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(f"instantir-{stage}-nano", override.split())
 
 
-def test_nothing_behind_an_override_empties_a_text() -> None:
+def test_an_override_without_a_value_sets_an_empty_text() -> None:
     assert load_recipe("instarevive-bsr", ["coarse=", "missing_captions.model="]).missing_captions.model == ""
     with pytest.raises(RecipeError, match="steps"):
         load_recipe("instarevive-bsr", ["steps="])
 
 
-def test_a_wrong_name_suggests_the_near_one() -> None:
+def test_the_error_for_a_wrong_name_suggests_one() -> None:
     with pytest.raises(RecipeError, match='Did you mean "instantir-dcp-nano"'):
         load_recipe("instantir-dcp-nanoo")
 
@@ -178,7 +179,7 @@ def test_a_wrong_system_or_stage_is_named(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-def test_placement_is_no_part_of_the_identity() -> None:
+def test_placement_is_not_part_of_the_identity() -> None:
     assert identity(load_recipe("instantir-dcp-nano")) == identity(
         load_recipe("instantir-dcp-nano", ["placement.workers=2", "placement.threads=1"])
     )
@@ -207,15 +208,15 @@ def test_every_mixture_fits_every_system(name: str) -> None:
         assert load_recipe(recipe, [f"mixture={name}"]).sources == load_mixture(name)["sources"]
 
 
-def test_a_mixture_replaces_the_recipes_sources_and_overrides_have_the_last_word(tmp_path: Path) -> None:
-    named = mixture(tmp_path, "sources: {a: 3, b: 1}\ncaptioners: {b: tags}\n")
-    recipe = load_recipe("instantir-dcp-nano", [named, "sources.b=2", "sources.c=1", "captioners.a=negative"])
+def test_a_mixture_replaces_the_recipes_sources_and_overrides_win(tmp_path: Path) -> None:
+    override = mixture(tmp_path, "sources: {a: 3, b: 1}\ncaptioners: {b: tags}\n")
+    recipe = load_recipe("instantir-dcp-nano", [override, "sources.b=2", "sources.c=1", "captioners.a=negative"])
     assert recipe.sources == {"a": 3, "b": 2, "c": 1}
     assert recipe.captioners == {"a": "negative", "b": "tags"} and recipe.captioner == "tags"
-    assert load_recipe("instantir-dcp-nano", [named, "sources.b=0"]).sources == {"a": 3}
+    assert load_recipe("instantir-dcp-nano", [override, "sources.b=0"]).sources == {"a": 3}
 
 
-def test_a_recipes_own_sources_are_all_there_are(tmp_path: Path) -> None:
+def test_a_recipes_sources_replace_the_default(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("system: prior\nstage: denoiser\nsteps: 1\nbatch_size: 1\nsources: {photographs: 1.0}\n")
     assert load_recipe(path).sources == {"photographs": 1.0}
@@ -226,7 +227,7 @@ def test_a_recipes_own_sources_are_all_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("sources: {a: 1}\nweights: {}\n", [], "'weights' is none of them"),
+        ("sources: {a: 1}\nweights: {}\n", [], "'weights' is neither"),
         ("captioners: {}\n", [], "there are no sources"),
         ("sources: {a: 1}\ncaptioners: {b: tags}\n", [], "captioners names 'b'"),
         ("sources: {a: 1}\ncaptioners: {a: tag}\n", [], 'Did you mean "tags"'),
@@ -239,6 +240,6 @@ def test_a_wrong_mixture_is_named(tmp_path: Path, text: str, overrides: list[str
         load_recipe("instantir-dcp-nano", [mixture(tmp_path, text), *overrides])
 
 
-def test_a_mixture_that_is_not_there_suggests_the_near_one() -> None:
+def test_the_error_for_an_unknown_mixture_suggests_one() -> None:
     with pytest.raises(RecipeError, match='Did you mean "supir"'):
         load_recipe("instantir-dcp-nano", ["mixture=suppir"])

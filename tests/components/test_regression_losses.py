@@ -1,4 +1,4 @@
-"""Losses between restored and clean: the pyramid without weights, LPIPS against another implementation, its files."""
+"""Regression losses: the pyramid without weights, LPIPS against another implementation, and the files of LPIPS."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def test_the_pyramid_is_zero_for_equal_pictures_and_per_sample() -> None:
     torch.testing.assert_close(latent_distance(x, y), (x - y).square().mean((1, 2, 3)))
 
 
-def test_the_pyramid_counts_a_coarse_error_once_and_a_lost_detail_as_well() -> None:
-    """A constant offset stands in the last band alone; a checkerboard in the first alone."""
+def test_the_pyramid_counts_coarse_and_fine_errors_alike() -> None:
+    """A constant offset is in the last band only, a checkerboard in the first only."""
     x = torch.zeros(1, 3, 64, 64)
     assert float(pyramid_distance(x + 0.2, x)) == pytest.approx(0.2, rel=1e-5)
     checks = 0.2 * ((torch.arange(64)[:, None] + torch.arange(64)[None]) % 2 * 2 - 1).float().expand(1, 3, 64, 64)
     assert float(pyramid_distance(checks, x)) == pytest.approx(0.2, rel=0.05)
-    # the same error on half of the scales costs about as much on a larger picture: it does not grow with the size
+    # white noise costs about the same on a larger picture: the loss does not grow with the size
     small, large = (float(pyramid_distance(pictures(1, side), pictures(1, side, "y"))) for side in (64, 128))
     assert small == pytest.approx(large, rel=0.1)
 
 
 @pytest.mark.parametrize("side", [1, 3, 17])
-def test_the_pyramid_takes_odd_and_tiny_pictures_and_has_a_gradient(side: int) -> None:
+def test_the_pyramid_accepts_odd_and_tiny_pictures_and_has_a_gradient(side: int) -> None:
     x = pictures(1, side).requires_grad_(True)
     pyramid_distance(x, pictures(1, side, "y")).sum().backward()
     assert x.grad is not None and bool(x.grad.isfinite().all()) and float(x.grad.abs().sum()) > 0
@@ -74,9 +74,9 @@ def reference_lpips(network: VggLpips, a: Tensor, b: Tensor) -> Tensor:
         x, y = layer(x), layer(y)
         if number in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
             tap = (3, 8, 15, 22, 29).index(number)
-            learned = network.state_dict()[f"lin{tap}.weight"].view(-1)
+            weights = network.state_dict()[f"lin{tap}.weight"].view(-1)
             unit = [f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in (x, y)]
-            total = total + torch.einsum("bchw,c->bhw", (unit[0] - unit[1]) ** 2, learned).mean((1, 2))
+            total = total + torch.einsum("bchw,c->bhw", (unit[0] - unit[1]) ** 2, weights).mean((1, 2))
     return total
 
 
@@ -87,47 +87,47 @@ def test_lpips_is_the_published_formula(network: VggLpips) -> None:
     assert float(network(a, a).abs().max()) == 0
 
 
-def test_lpips_has_a_gradient_by_the_picture_only(network: VggLpips) -> None:
+def test_lpips_has_a_gradient_for_the_picture_only(network: VggLpips) -> None:
     a = pictures(1, 32).requires_grad_(True)
     network(a, pictures(1, 32, "y")).sum().backward()
     assert a.grad is not None and float(a.grad.abs().sum()) > 0
     assert not any(p.requires_grad for p in network.parameters())
 
 
-def spelt(network: VggLpips, form: str) -> dict[str, dict[str, Tensor]]:
-    """The network's tensors as the files of that form hold them, by file name."""
+def published_files(network: VggLpips, form: str) -> dict[str, dict[str, Tensor]]:
+    """The network's tensors in a lin_weights form, by file name and key."""
     state = {k: v.contiguous() for k, v in network.state_dict().items()}
     convs = {k: v for k, v in state.items() if k.startswith("features")}
-    learned = {k: v for k, v in state.items() if k.startswith("lin")}
+    lin_tensors = {k: v for k, v in state.items() if k.startswith("lin")}
     slices = {0: 1, 2: 1, 5: 2, 7: 2, 10: 3, 12: 3, 14: 3, 17: 4, 19: 4, 21: 4, 24: 5, 26: 5, 28: 5}
-    published = {f"{k[:4]}.model.1.weight": v for k, v in learned.items()}
+    lin_weights = {f"{k[:4]}.model.1.weight": v for k, v in lin_tensors.items()}
     if form == "two":
         return {
             "vgg16-397923af.pth": {**convs, "classifier.0.weight": torch.zeros(2, 2)},
-            "LPIPS_v0.1_vgg.pth": published,
+            "LPIPS_v0.1_vgg.pth": lin_weights,
         }
     if form == "package":
-        named = {f"net.slice{slices[int(k.split('.')[1])]}.{k.split('.', 1)[1]}": v for k, v in convs.items()}
-        lists = {f"lins.{k[3]}.model.1.weight": v for k, v in learned.items()}
-        return {"whole.pth": {**named, **published, **lists, "scaling_layer.shift": torch.zeros(1, 3, 1, 1)}}
+        package_convs = {f"net.slice{slices[int(k.split('.')[1])]}.{k.split('.', 1)[1]}": v for k, v in convs.items()}
+        lists = {f"lins.{k[3]}.model.1.weight": v for k, v in lin_tensors.items()}
+        return {"whole.pth": {**package_convs, **lin_weights, **lists, "scaling_layer.shift": torch.zeros(1, 3, 1, 1)}}
     return {"own.safetensors": state}
 
 
 @pytest.mark.parametrize("form", ["two", "package", "own"])
-def test_lpips_reads_the_published_spellings(network: VggLpips, form: str, tmp_path: Path) -> None:
-    for name, tensors in spelt(network, form).items():
+def test_lpips_reads_the_published_forms(network: VggLpips, form: str, tmp_path: Path) -> None:
+    for name, tensors in published_files(network, form).items():
         if name.endswith("safetensors"):
             save_file(tensors, tmp_path / name)
         else:
             torch.save(tensors, tmp_path / name)
-    found = load_lpips(tmp_path)
-    assert all(torch.equal(v, network.state_dict()[k]) for k, v in found.state_dict().items())
-    only = list(tmp_path.iterdir())
-    if len(only) == 1:
-        assert torch.equal(load_lpips(only[0]).lin0.weight, network.lin0.weight)  # type: ignore[arg-type, union-attr]
+    lpips = load_lpips(tmp_path)
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in lpips.state_dict().items())
+    files = list(tmp_path.iterdir())
+    if len(files) == 1:
+        assert torch.equal(load_lpips(files[0]).lin0.weight, network.lin0.weight)  # type: ignore[arg-type, union-attr]
 
 
-def test_what_is_no_lpips_is_refused_with_the_reason(network: VggLpips, tmp_path: Path) -> None:
+def test_bad_lpips_files_are_refused_with_the_reason(network: VggLpips, tmp_path: Path) -> None:
     state = {k: v.contiguous() for k, v in network.state_dict().items()}
     with pytest.raises(ModelError, match="no such model"):
         load_lpips(tmp_path / "nowhere")
@@ -149,5 +149,5 @@ def test_what_is_no_lpips_is_refused_with_the_reason(network: VggLpips, tmp_path
     both.mkdir()
     save_file(state, both / "a.safetensors")
     save_file({"lin0.weight": state["lin0.weight"] + 1}, both / "b.safetensors")
-    with pytest.raises(ModelError, match="says something else"):
+    with pytest.raises(ModelError, match="differs from the same tensor"):
         load_lpips(both)

@@ -1,4 +1,4 @@
-"""From bytes to PNG bytes: output scale, transparency, grayness, orientation, profiles and references."""
+"""From bytes to PNG bytes: output scale, transparency, gray pictures, orientation, profiles and references."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import pytest
 from PIL import Image as Pillow
 from PIL import ImageCms
 
-from components.images import Limits, decode, decode_parts, encode_png, flattened, read_png_text, spread_colors
+from components.images import Limits, decode, decode_parts, encode_png, flatten, read_png_text, spread_colors
 from components.randomness import generator
 from components.restoring import Identity, Picture, parse_ask, request_of, restore_batch
-from components.types import Cancelled, OnStep, Request, Restored, SampleError
+from components.types import Cancelled, OnStep, Request, Restored, Restorer, SampleError
 
 IDENTITY = Identity(name="enlarger", system="none", recipe="none", digest="0" * 64)
 
 
 @dataclass
-class Enlarger:
-    """A restorer that enlarges and tints, and remembers what it was asked."""
+class Enlarger(Restorer):
+    """A restorer that enlarges and tints, and stores its requests."""
 
-    asked: list[Request] = field(default_factory=list)
+    history: list[Request] = field(default_factory=list)
 
     def restore(
         self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
     ) -> list[Restored]:
-        self.asked += requests
+        self.history += requests
         answers = []
         for request in requests:
             height, width = request.size or request.image.shape[:2]
             image = cv2.resize(request.image, (width, height), interpolation=cv2.INTER_NEAREST)
-            tinted = np.clip(image.astype(int) + np.array((9, 0, -9)), 0, 255).astype(np.uint8)
-            answers.append(Restored(key=request.key, image=tinted))
+            pixels = np.clip(image.astype(int) + np.array((9, 0, -9)), 0, 255).astype(np.uint8)
+            answers.append(Restored(key=request.key, image=pixels))
         return answers
 
 
@@ -45,7 +45,7 @@ def photo(height: int = 24, width: int = 32, name: str = "photo") -> np.ndarray:
     return generator(0, name).integers(40, 210, (height, width, 3), dtype=np.uint8)
 
 
-def encoded(image: np.ndarray | Pillow.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encode(image: np.ndarray | Pillow.Image, kind: str = "PNG", **options: Any) -> bytes:
     target = io.BytesIO()
     picture = image if isinstance(image, Pillow.Image) else Pillow.fromarray(image)
     picture.save(target, kind, **options)
@@ -61,10 +61,10 @@ def result(data: bytes, restorer: Enlarger | None = None, reference: bytes = b""
 
 
 def test_a_scale_multiplies_the_size() -> None:
-    assert result(encoded(photo())).size == (32, 24)
-    assert result(encoded(photo()), scale=2).size == (64, 48)
-    assert result(encoded(photo(25, 31)), scale=1.5).size == (46, 38)  # rounded half to even, as Python does
-    assert result(encoded(photo()), width=40, height=40).size == (40, 40)
+    assert result(encode(photo())).size == (32, 24)
+    assert result(encode(photo()), scale=2).size == (64, 48)
+    assert result(encode(photo(25, 31)), scale=1.5).size == (46, 38)  # rounded half to even, as Python does
+    assert result(encode(photo()), width=40, height=40).size == (40, 40)
     ask = parse_ask({"scale": 3})
     assert ask.document() == {"scale": 3.0} and ask.digest() != parse_ask({}).digest()
     assert parse_ask({"scale": 1, "alpha": "keep"}).document() == {}
@@ -81,74 +81,74 @@ def test_a_scale_multiplies_the_size() -> None:
         ({"gray": "no"}, "gray must be one of keep, color"),
     ],
 )
-def test_wrong_wishes_are_refused(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_ask(options)
 
 
-def test_a_result_beyond_the_budget_is_refused_for_its_picture_alone() -> None:
+def test_a_too_large_result_is_refused_for_its_picture_only() -> None:
     ask = parse_ask({"scale": 4}, max_output_pixels=16 * 24 * 32)
-    pictures = [Picture(key=k, data=encoded(photo(h)), seed=0) for k, h in (("fits", 24), ("large", 25))]
+    pictures = [Picture(key=k, data=encode(photo(h)), seed=0) for k, h in (("fits", 24), ("large", 25))]
     fits, large = restore_batch(Enlarger(), IDENTITY, pictures, ask)
     assert isinstance(fits, bytes)
     assert isinstance(large, SampleError) and large.code == "too_large"
     assert "128 x 100 pixels exceed max_output_pixels, which is 12288" in large.detail
 
 
-def test_transparency_comes_back_untouched() -> None:
+def test_transparency_stays_unchanged() -> None:
     alpha = generator(1, "alpha").integers(0, 256, (24, 32), dtype=np.uint8)
     restorer = Enlarger()
-    picture = result(encoded(np.dstack([photo(), alpha])), restorer)
+    picture = result(encode(np.dstack([photo(), alpha])), restorer)
     assert picture.mode == "RGBA" and np.array_equal(np.asarray(picture)[..., 3], alpha)
     visible = alpha > 0
-    assert np.array_equal(restorer.asked[0].image[visible], photo()[visible])
-    assert np.asarray(result(encoded(np.dstack([photo(), alpha])), scale=2)).shape == (48, 64, 4)
+    assert np.array_equal(restorer.history[0].image[visible], photo()[visible])
+    assert np.asarray(result(encode(np.dstack([photo(), alpha])), scale=2)).shape == (48, 64, 4)
     flat = Enlarger()
-    assert result(encoded(np.dstack([photo(), alpha])), flat, alpha="flatten").mode == "RGB"
-    assert np.array_equal(flat.asked[0].image, decode(encoded(np.dstack([photo(), alpha]))))
+    assert result(encode(np.dstack([photo(), alpha])), flat, alpha="flatten").mode == "RGB"
+    assert np.array_equal(flat.history[0].image, decode(encode(np.dstack([photo(), alpha]))))
 
 
-def test_transparency_can_be_restored_as_a_picture_of_its_own() -> None:
+def test_transparency_can_be_restored_as_a_separate_picture() -> None:
     alpha = np.full((24, 32), 100, np.uint8)
     restorer = Enlarger()
-    picture = result(encoded(np.dstack([photo(), alpha])), restorer, alpha="restore", prompt="a cat", scale=2)
-    assert [request.prompt for request in restorer.asked] == ["a cat", ""]
-    assert np.array_equal(restorer.asked[1].image, np.dstack([alpha] * 3)) and restorer.asked[1].seed == 5
+    picture = result(encode(np.dstack([photo(), alpha])), restorer, alpha="restore", prompt="a cat", scale=2)
+    assert [request.prompt for request in restorer.history] == ["a cat", ""]
+    assert np.array_equal(restorer.history[1].image, np.dstack([alpha] * 3)) and restorer.history[1].seed == 5
     assert picture.size == (64, 48)
     # the restorer's tint of (+9, 0, -9) in luma: 0.299 * 9 - 0.114 * 9 = 1.7
     assert np.abs(np.asarray(picture)[..., 3].astype(int) - 102).max() <= 1
 
 
-def test_a_references_own_transparency_goes_with_a_pictures() -> None:
+def test_alpha_is_restored_with_the_alpha_of_the_reference() -> None:
     alpha, other = np.full((24, 32), 100, np.uint8), np.full((24, 32), 7, np.uint8)
-    data = encoded(np.dstack([photo(), alpha]))
-    for reference, expected in ((encoded(np.dstack([photo(), other])), 7), (encoded(photo()), 255)):
+    data = encode(np.dstack([photo(), alpha]))
+    for reference, expected in ((encode(np.dstack([photo(), other])), 7), (encode(photo()), 255)):
         restorer = Enlarger()
         ask = parse_ask({"alpha": "restore"})
         restore_batch(restorer, IDENTITY, [Picture(key="a", data=data, seed=5, reference=reference)], ask)
-        colours, veil = (request.reference for request in restorer.asked)
-        assert np.array_equal(colours, decode(reference)) and np.array_equal(veil, np.full((24, 32, 3), expected))
+        colours, mask = (request.reference for request in restorer.history)
+        assert np.array_equal(colours, decode(reference)) and np.array_equal(mask, np.full((24, 32, 3), expected))
 
 
 def test_a_gray_picture_stays_gray() -> None:
     gray = photo()[..., 0]
-    for data in (encoded(gray), encoded(np.dstack([gray] * 3)), encoded(gray, "JPEG", quality=95)):
+    for data in (encode(gray), encode(np.dstack([gray] * 3)), encode(gray, "JPEG", quality=95)):
         picture = result(data)
         assert picture.mode == "L"
         assert np.abs(np.asarray(picture).astype(int) - decode(data)[..., 0]).max() <= 2
         assert result(data, gray="color").mode == "RGB"
-    veiled = Pillow.fromarray(np.dstack([gray, np.full_like(gray, 7)]), "LA")
-    assert result(encoded(veiled)).mode == "LA"
-    assert result(encoded(photo())).mode == "RGB"
+    with_alpha = Pillow.fromarray(np.dstack([gray, np.full_like(gray, 7)]), "LA")
+    assert result(encode(with_alpha)).mode == "LA"
+    assert result(encode(photo())).mode == "RGB"
     wide = (gray.astype(np.uint16) * 257).astype(np.uint16)
-    assert result(encoded(wide)).mode == "L"
+    assert result(encode(wide)).mode == "L"
 
 
-def test_orientation_is_honoured_for_colours_and_transparency() -> None:
+def test_orientation_is_applied_to_colours_and_transparency() -> None:
     exif = Pillow.Exif()
-    exif[0x0112] = 6  # stored lying on its side
+    exif[0x0112] = 6  # stored rotated by 90 degrees
     alpha = generator(1, "alpha").integers(1, 256, (24, 32), dtype=np.uint8)
-    data = encoded(np.dstack([photo(), alpha]), "PNG", exif=exif)
+    data = encode(np.dstack([photo(), alpha]), "PNG", exif=exif)
     picture = result(data, scale=2)
     assert picture.size == (48, 64) and picture.getexif().get(0x0112) is None
     parts = decode_parts(data)
@@ -156,66 +156,68 @@ def test_orientation_is_honoured_for_colours_and_transparency() -> None:
     assert np.array_equal(parts.alpha, np.rot90(alpha, -1)) and np.array_equal(parts.image, np.rot90(photo(), -1))
 
 
-def test_profiles_are_converted_as_decode_does() -> None:
+def test_decode_parts_converts_profiles_like_decode() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     for kind, options in (("PNG", {"icc_profile": profile}), ("JPEG", {}), ("WEBP", {"lossless": True})):
-        data = encoded(photo(), kind, **options)
+        data = encode(photo(), kind, **options)
         assert np.array_equal(decode_parts(data).image, decode(data))
 
 
-def test_parts_show_what_decode_shows() -> None:
+def test_flattened_parts_equal_decode() -> None:
     alpha = generator(1, "alpha").integers(0, 3, (24, 32), dtype=np.uint8) * 127
     for image in (np.dstack([photo(), alpha]), photo(), photo()[..., 0], np.dstack([photo()[..., 0], alpha])):
-        data = encoded(image)
+        data = encode(image)
         parts = decode_parts(data)
-        assert np.array_equal(flattened(parts), decode(data))
+        assert np.array_equal(flatten(parts), decode(data))
         assert (parts.alpha is not None) == (image.ndim == 3 and image.shape[2] in (2, 4))
         again = decode_parts(encode_png(image))
-        assert np.array_equal(flattened(again), decode(data))
+        assert np.array_equal(flatten(again), decode(data))
 
 
 def test_hidden_colours_do_not_bleed() -> None:
-    image = np.zeros((40, 60, 3), np.uint8)  # black lies under the transparency, as editors leave it
+    image = np.zeros((40, 60, 3), np.uint8)  # invisible pixels are black, as editors write them
     image[:, :20] = (200, 40, 90)
     alpha = np.zeros((40, 60), np.uint8)
     alpha[:, :20] = 255
     assert (spread_colors(image, alpha) == (200, 40, 90)).all()
     assert (spread_colors(image, np.zeros_like(alpha)) == 255).all()
     assert spread_colors(image, np.full_like(alpha, 1)) is image
-    mixed = spread_colors(photo(), (photo()[..., 0] > 100).astype(np.uint8))
-    seen = photo()[..., 0] > 100
-    assert np.array_equal(mixed[seen], photo()[seen])
-    low, high = photo()[seen].min(), photo()[seen].max()
-    assert mixed.min() >= low and mixed.max() <= high
+    result = spread_colors(photo(), (photo()[..., 0] > 100).astype(np.uint8))
+    visible = photo()[..., 0] > 100
+    assert np.array_equal(result[visible], photo()[visible])
+    low, high = photo()[visible].min(), photo()[visible].max()
+    assert result.min() >= low and result.max() <= high
 
 
-def test_a_reference_reaches_the_restorer_and_the_record() -> None:
+def test_a_reference_is_passed_to_the_restorer_and_recorded() -> None:
     restorer = Enlarger()
-    picture = result(encoded(photo()), restorer, encoded(photo(10, 12, "other")))
-    assert restorer.asked[0].reference is not None
-    assert np.array_equal(restorer.asked[0].reference, photo(10, 12, "other"))
+    picture = result(encode(photo()), restorer, encode(photo(10, 12, "other")))
+    assert restorer.history[0].reference is not None
+    assert np.array_equal(restorer.history[0].reference, photo(10, 12, "other"))
     assert len(picture.text["reference_sha256"]) == 64  # type: ignore[attr-defined]
-    with pytest.raises(SampleError, match="of the reference") as raised:
-        result(encoded(photo()), reference=b"<html>")
-    assert raised.value.code == "not_image"
+    with pytest.raises(SampleError, match="of the reference") as error:
+        result(encode(photo()), reference=b"<html>")
+    assert error.value.code == "not_image"
     limits = Limits(max_pixels=500)
-    bad = Picture(key="a", data=encoded(photo(10, 10)), seed=0, reference=encoded(photo()))
+    bad = Picture(key="a", data=encode(photo(10, 10)), seed=0, reference=encode(photo()))
     (answer,) = restore_batch(Enlarger(), IDENTITY, [bad], parse_ask({}), limits)
     assert isinstance(answer, SampleError) and answer.code == "too_large"
 
 
-def test_a_pictures_own_prompt_goes_before_the_jobs() -> None:
+def test_a_pictures_prompt_replaces_the_jobs() -> None:
     restorer, clear = Enlarger(), Pillow.fromarray(photo()).convert("RGBA")
     clear.putalpha(Pillow.fromarray(photo()[..., 0]))
     pictures = [
-        Picture(key="own", data=encoded(clear), seed=5, prompt="a fox"),
-        Picture(key="none", data=encoded(photo()), seed=5),
+        Picture(key="own", data=encode(clear), seed=5, prompt="a fox"),
+        Picture(key="none", data=encode(photo()), seed=5),
     ]
     ask = parse_ask({"prompt": "a photo", "alpha": "restore"})
     assert request_of(pictures[0], ask).prompt == "a fox"
     own, none = restore_batch(restorer, IDENTITY, pictures, ask)
-    assert [r.prompt for r in restorer.asked] == ["a fox", "a photo", ""]  # the last one is the transparency
+    assert [r.prompt for r in restorer.history] == ["a fox", "a photo", ""]  # the last request is the transparency
     assert json.loads(read_png_text(own)["options"]) == {"alpha": "restore", "prompt": "a fox"}  # type: ignore[arg-type]
     assert json.loads(read_png_text(none)["options"])["prompt"] == "a photo"  # type: ignore[arg-type]
-    assert ask.saying("a fox").digest() == parse_ask({"prompt": "a fox", "alpha": "restore"}).digest() != ask.digest()
-    assert ask.saying("") is ask
+    assert (
+        ask.with_prompt("a fox").digest() == parse_ask({"prompt": "a fox", "alpha": "restore"}).digest() != ask.digest()
+    )
+    assert ask.with_prompt("") is ask

@@ -22,12 +22,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def reference(kind: Any, **config: Any) -> Any:
-    """diffusers' scheduler; its lazy imports hide its attributes from type checkers."""
+    """A scheduler of diffusers, as Any: its lazy imports hide its attributes from type checkers."""
     return kind(**config)
 
 
 def gaussian_denoiser(mean: float, deviation: float):  # type: ignore[no-untyped-def]
-    """The exact posterior mean for data distributed N(mean, deviation^2): an oracle that needs no network."""
+    """The exact posterior mean for data distributed N(mean, deviation^2): a perfect denoiser without a network."""
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         s = sigma.view(-1, 1, 1, 1).square()
@@ -71,7 +71,7 @@ def test_impossible_schedules_are_refused(change: dict[str, object]) -> None:
         Schedule(**{**SDXL, **change})  # type: ignore[arg-type]
 
 
-def test_noise_can_be_taken_out_again() -> None:
+def test_noise_can_be_removed_again() -> None:
     schedule, clean, noise = Schedule(), normal(3, 4, 2, 2), normal(3, 4, 2, 2, seed=1)
     timesteps = torch.tensor([0, 500, 999])
     noisy = schedule.add_noise(clean, noise, timesteps)
@@ -89,7 +89,7 @@ def test_every_timestep_is_found_by_its_sigma() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 7])
-def test_ddim_with_a_perfect_denoiser_lands_on_the_clean_picture(steps: int) -> None:
+def test_ddim_with_a_perfect_denoiser_gives_the_clean_picture(steps: int) -> None:
     clean, schedule = normal(2, 4, 3, 3), Schedule()
     sigmas = schedule.sampling_sigmas(schedule.timesteps(steps))
     start = clean + sigmas[0] * normal(2, 4, 3, 3, seed=1)
@@ -125,7 +125,7 @@ def test_ddim_and_ddpm_agree_with_diffusers_step_for_step() -> None:
 
 
 def _ddpm_step(scheduler: Any, t: int, x: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Ho et al. 2020, Eqs. 6-7 written out (diffusers' own step draws its noise itself)."""
+    """Ho et al. 2020, Eqs. 6-7 (diffusers' step draws its own noise)."""
     before = int(scheduler.previous_timestep(t))
     alpha = scheduler.alphas_cumprod[t].double()
     alpha_before = scheduler.alphas_cumprod[before].double() if before >= 0 else torch.tensor(1.0).double()
@@ -136,7 +136,7 @@ def _ddpm_step(scheduler: Any, t: int, x: Tensor, clean: Tensor, noise: Tensor) 
 
 def test_ddpm_reaches_the_data_distribution() -> None:
     schedule = Schedule()
-    sigmas = schedule.sampling_sigmas(schedule.timesteps(500))  # few steps come out too narrow
+    sigmas = schedule.sampling_sigmas(schedule.timesteps(500))  # with few steps the distribution is too narrow
     start = Schedule.exploding(normal(1, 1, 100, 100), sigmas[:1])
     final = sample_ddpm(gaussian_denoiser(0.5, 0.7), start, sigmas, lambda i: normal(1, 1, 100, 100, seed=1000 + i))
     assert abs(float(final.mean()) - 0.5) < 0.02
@@ -162,7 +162,7 @@ def test_guidance() -> None:
     negative, positive = torch.zeros(2, 1, 2, 2), normal(2, 1, 2, 2)
     assert torch.equal(guide(negative, positive, 1.0), positive)
     assert torch.equal(guide(negative, positive, 3.0), 3 * positive)
-    # fully rescaled, guidance keeps the positive prediction's deviation
+    # with rescale 1, guidance keeps the positive prediction's deviation
     torch.testing.assert_close(guide(negative, positive, 3.0, rescale=1.0), positive)
     torch.testing.assert_close(
         distillation_guide(negative, positive, torch.tensor([0.0, 2.0])),

@@ -1,4 +1,4 @@
-"""Score matching with exact scores, T_max and its range on any prior's noise map, and the flow-matching times."""
+"""Score matching with exact scores, T_max and its range on every prior's noise map, and the flow-matching times."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class GaussianScore:
 
 @pytest.mark.parametrize("schedule", [PIXART, Schedule(), FLOW], ids=["pixart", "sdxl", "flow"])
 def test_particles_move_to_the_real_distribution(schedule: Schedule | FlowSchedule) -> None:
-    """Gradient steps along exact scores carry samples of N(-1, 0.5) to the mean and deviation of N(0.5, 0.3)."""
+    """Gradient steps along exact scores move samples of N(-1, 0.5) to the mean and deviation of N(0.5, 0.3)."""
     particles = (0.5 * normal(64, 1, 8, 8) - 1).requires_grad_(True)
     real = GaussianScore(schedule, 0.5, 0.3)
     for step in range(150):
@@ -89,16 +89,16 @@ def test_equal_scores_leave_the_latents_alone() -> None:
 
 def test_t_max_of_the_reference_sheet() -> None:
     """instarevive.md section 5.4: noise level -> the first step that reaches it."""
-    wanted = {0.3: 92, 0.45: 146, 0.6: 207, 0.75: 283, 0.9: 403, 0.99: 621}
-    found = largest_timesteps(PIXART, torch.tensor(list(wanted)))
-    assert (found - torch.tensor(list(wanted.values()))).abs().max() <= 1
+    expected = {0.3: 92, 0.45: 146, 0.6: 207, 0.75: 283, 0.9: 403, 0.99: 621}
+    steps = largest_timesteps(PIXART, torch.tensor(list(expected)))
+    assert (steps - torch.tensor(list(expected.values()))).abs().max() <= 1
     assert largest_timesteps(PIXART, torch.tensor([0.0, 5.0]), floor=20).tolist() == [20, 999]
 
 
 @given(level=st.floats(0, 1.2), shift=st.sampled_from([0.5, 1.0, 3.0]))
 @settings(deadline=None, max_examples=60)
 def test_every_prior_reaches_the_same_noise_over_signal(level: float, shift: float) -> None:
-    """Eq. 6 inverts the prior's own map: the step found is the first that has the noise, on any of them."""
+    """Eq. 6 inverts the prior's noise map: on every prior T_max is the first step that reaches the noise."""
     for schedule in (PIXART, Schedule(), FlowSchedule(shift=shift)):
         table = noise_levels(schedule)
         t = int(largest_timesteps(schedule, torch.tensor(level)))
@@ -118,7 +118,7 @@ def test_flow_matching_needs_another_time_for_the_same_noise() -> None:
     assert int(largest_timesteps(FLOW, level)) < t  # a shift puts more noise into early steps
 
 
-def test_the_literal_distance_saturates_where_the_mean_does_not() -> None:
+def test_the_summed_distance_saturates_and_the_mean_does_not() -> None:
     x = normal(2, 4, 16, 16)
     near = x + 0.1 * normal(2, 4, 16, 16, name="more")
     mean, total = (squared_distances(x, near, r).mean().sqrt() for r in ("mean", "sum"))
@@ -130,22 +130,22 @@ def test_the_literal_distance_saturates_where_the_mean_does_not() -> None:
 
 @given(t_max=st.integers(1, 999), share=st.sampled_from([0.0, 0.02, 0.07, 1.0]), uniform=st.floats(0, 1))
 @settings(deadline=None, max_examples=200)
-def test_times_are_drawn_inside_their_range(t_max: int, share: float, uniform: float) -> None:
+def test_times_stay_inside_their_range(t_max: int, share: float, uniform: float) -> None:
     low = int(smallest_timesteps(torch.tensor(t_max), share))
     assert low == max(1, math.ceil(round(share * t_max, 6)))
-    drawn = draw_timesteps(torch.tensor([0.0, uniform, 1.0]), torch.tensor(t_max), share)
-    assert drawn.dtype == torch.int64 and int(drawn[0]) == low and int(drawn[2]) == t_max
-    assert low <= int(drawn[1]) <= t_max
+    times = draw_timesteps(torch.tensor([0.0, uniform, 1.0]), torch.tensor(t_max), share)
+    assert times.dtype == torch.int64 and int(times[0]) == low and int(times[2]) == t_max
+    assert low <= int(times[1]) <= t_max
 
 
 def test_times_are_uniform_and_may_differ_by_sample() -> None:
     uniform = torch.from_numpy(generator(0, "u").random(60_000))
-    drawn = draw_timesteps(uniform, torch.tensor([4, 50, 999]).repeat(20_000))
+    times = draw_timesteps(uniform, torch.tensor([4, 50, 999]).repeat(20_000))
     for place, (low, high) in enumerate([(1, 4), (1, 50), (20, 999)]):
-        values = drawn[place::3]
+        values = times[place::3]
         assert (int(values.min()), int(values.max())) == (low, high)
         assert float(values.double().mean()) == pytest.approx((low + high) / 2, rel=0.02)
-    counts = torch.bincount(drawn[0::3])[1:5].double()
+    counts = torch.bincount(times[0::3])[1:5].double()
     assert float((counts / counts.mean() - 1).abs().max()) < 0.05
 
 

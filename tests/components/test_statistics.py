@@ -12,7 +12,7 @@ from components.evaluation.statistics import mean_band, psnr, rank_correlation, 
 from components.randomness import generator
 
 
-def test_a_band_of_equal_values_has_no_width_and_leaves_out_what_is_missing() -> None:
+def test_a_band_of_equal_values_has_no_width_and_ignores_missing_values() -> None:
     band = mean_band(np.array([[2.0, np.nan], [2.0, 5.0], [2.0, 7.0]]), 0, "x")
     assert band.mean.tolist() == [2.0, 6.0]
     assert (band.low[0], band.high[0]) == (2.0, 2.0)
@@ -32,7 +32,7 @@ def test_an_interval_is_about_two_standard_errors_wide() -> None:
 
 
 def test_one_name_gives_paired_curves() -> None:
-    """A band of a difference is narrower than the difference of bands only if pictures are resampled together."""
+    """The band of a difference is narrower than the difference of two bands only if both use the same resamples."""
     a = generator(0, "a").standard_normal(30) * 10
     assert mean_band(a - (a + 1), 0, "x").low == pytest.approx(-1)
     first, second = mean_band(a, 0, "x"), mean_band(a + 1, 0, "x")
@@ -50,7 +50,7 @@ def test_rank_correlation_of_known_orders() -> None:
     x = np.arange(20.0)
     up = rank_correlation(x, np.exp(x), 0, "x")
     assert (up.rho, up.low, up.high, up.n) == (pytest.approx(1), pytest.approx(1), pytest.approx(1), 20)
-    assert up.seen
+    assert up.excludes_zero
     assert rank_correlation(x, -(x**3), 0, "x").rho == pytest.approx(-1)
     four = rank_correlation(np.array([1.0, 2, 3, 4]), np.array([2.0, 1, 4, 3]), 0, "x")
     assert four.rho == pytest.approx(1 - 6 * 4 / (4 * 15))  # 1 - 6 sum d^2 / (n (n^2 - 1))
@@ -59,13 +59,13 @@ def test_rank_correlation_of_known_orders() -> None:
     for y in (np.ones(20), np.full(20, np.nan)):
         nothing = rank_correlation(x, y, 0, "x")
         assert math.isnan(nothing.rho)
-        assert not nothing.seen
+        assert not nothing.excludes_zero
 
 
 def test_unrelated_ranks_show_no_effect() -> None:
     draw = generator(3, "r")
-    found = rank_correlation(draw.standard_normal(60), draw.standard_normal(60), 0, "x")
-    assert not found.seen
+    correlation = rank_correlation(draw.standard_normal(60), draw.standard_normal(60), 0, "x")
+    assert not correlation.excludes_zero
 
 
 def test_psnr_of_a_known_difference() -> None:
@@ -76,12 +76,12 @@ def test_psnr_of_a_known_difference() -> None:
 
 
 def stripes(width: int) -> np.ndarray:
-    """Black and white vertical stripes, 128 px wide in all."""
+    """Black and white vertical stripes in a picture of 128 px."""
     row = np.repeat(np.arange(128 // width) % 2, width).astype(np.uint8) * 255
     return np.repeat(np.repeat(row[None], 128, 0)[..., None], 3, 2)
 
 
-def test_edges_are_the_share_of_pixels_that_differ_from_their_left_or_upper_one() -> None:
+def test_edges_are_the_share_of_pixels_that_differ_from_their_left_or_upper_neighbour() -> None:
     assert complexity(stripes(8))["edges"] == pytest.approx(15 / 128)
     assert complexity(stripes(16))["edges"] == pytest.approx(7 / 128)
     assert complexity(stripes(128))["edges"] == 0
@@ -93,12 +93,12 @@ def test_segments_of_a_colour_chart() -> None:
     for number, colour in enumerate(colours):
         top, left = 64 * (number // 2), 64 * (number % 2)
         chart[top : top + 64, left : left + 64] = colour
-    found = complexity(chart)
-    assert found["segments"] == 4
-    assert found["hues"] == pytest.approx(2.0)  # four hues of equal weight: two bits
+    measures = complexity(chart)
+    assert measures["segments"] == 4
+    assert measures["hues"] == pytest.approx(2.0)  # four hues of equal weight: two bits
 
 
-def test_gray_has_no_hue_and_chroma_weighs() -> None:
+def test_gray_has_no_hue_and_chroma_is_the_weight() -> None:
     gray = complexity(np.full((64, 64, 3), 90, np.uint8))
     assert gray == {"edges": 0.0, "segments": 1.0, "hues": 0.0}
     half = np.zeros((64, 64, 3), np.uint8)

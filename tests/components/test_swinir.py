@@ -1,4 +1,4 @@
-"""The coarse restorer: its published size, windows, tiles, training, and DiffBIR's files in and out."""
+"""The coarse restorer: published size, windows, tiles, training, import and export of DiffBIR's files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import Tensor
 from components.images import decode_parts, encode_png, read_png_text
 from components.models import ModelCard, ModelError, load_model, save_model
 from components.randomness import Noise, generator
-from components.recipes import RecipeError, load_recipe
+from components.recipes import RecipeError
 from components.restoring import Identity, Picture, parse_ask, restore_batch
 from components.systems import SYSTEMS
 from components.systems import build_restorer as build_any
+from components.systems.recipes import load_recipe
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import (
     MASKED,
@@ -73,7 +74,7 @@ def picture(height: int, width: int, name: str = "x") -> np.ndarray:
 
 
 def batch(size: int = 4, first: int = 0, side: int = 32) -> Batch:
-    """Smooth pictures, and the same with noise on them."""
+    """Smooth pictures, and the same with noise."""
     hq = torch.stack([torch.from_numpy(picture(side, side, f"p{first + i}")) for i in range(size)])
     hq = hq.permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = torch.from_numpy(generator(4, first).standard_normal(tuple(hq.shape), dtype=np.float32))
@@ -103,15 +104,15 @@ def test_the_published_size() -> None:
     assert len(masks) == 24 and all(int(k.split(".")[4]) % 2 for k in masks)
 
 
-def test_windows_cut_and_join() -> None:
+def test_windows_and_grids_are_inverse() -> None:
     grid = torch.arange(2 * 8 * 12 * 3).view(2, 8, 12, 3)
-    cut = windows_of(grid, 4)
-    assert cut.shape == (2, 6, 16, 3)
-    assert torch.equal(cut[1, 4].view(4, 4, 3), grid[1, 4:8, 4:8])
-    assert torch.equal(grid_of(cut, 4, 8, 12), grid)
+    tiles = windows_of(grid, 4)
+    assert tiles.shape == (2, 6, 16, 3)
+    assert torch.equal(tiles[1, 4].view(4, 4, 3), grid[1, 4:8, 4:8])
+    assert torch.equal(grid_of(tiles, 4, 8, 12), grid)
 
 
-def test_relative_positions_name_each_offset_once() -> None:
+def test_relative_positions_have_one_index_for_each_offset() -> None:
     table = relative_positions(3)
     offsets = {}
     for a in range(9):
@@ -123,17 +124,17 @@ def test_relative_positions_name_each_offset_once() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (12, 8), (12, 20)])
 def test_a_shifted_window_sees_its_true_neighbours_only(height: int, width: int) -> None:
-    """Two places may see each other exactly where they lie less than a window apart in the picture as it is."""
+    """Two places attend to each other if and only if they are less than a window apart in the picture."""
     window, shift = 4, 2
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    rolled = torch.stack([rows, columns], -1).roll((-shift, -shift), (0, 1))[None]
-    places = windows_of(rolled, window)[0]
+    shifted = torch.stack([rows, columns], -1).roll((-shift, -shift), (0, 1))[None]
+    places = windows_of(shifted, window)[0]
     near = ((places[:, :, None] - places[:, None]).abs() < window).all(-1)
     mask = shift_mask(height, width, window, shift)
     assert torch.equal(mask == 0, near) and set(mask.unique().tolist()) <= {0.0, MASKED}
 
 
-def test_what_lies_far_away_has_no_effect_before_the_network_reaches_it(network: SwinIR) -> None:
+def test_pixels_beyond_the_networks_reach_have_no_effect(network: SwinIR) -> None:
     """Five blocks of window 4, half of them shifted, reach at most 5 windows: 80 px at scale 4, plus convolutions."""
     image = torch.rand(1, 3, 32, 320, generator=torch.Generator().manual_seed(0))
     changed = image.clone()
@@ -144,14 +145,14 @@ def test_what_lies_far_away_has_no_effect_before_the_network_reaches_it(network:
     assert float(difference[-64:].max()) < 1e-6
 
 
-def test_sizes_that_make_no_network_are_refused() -> None:
+def test_invalid_sizes_are_refused() -> None:
     for wrong, reason in (
         ({"embed_dim": 10}, "3 heads"),
         ({"depths": [2]}, "each group"),
         ({"sf": 3}, "2, 4 or 8"),
         ({"window_size": 0}, "positive"),
         ({"upsampler": "pixelshuffle"}, "pixelshuffle"),
-        ({"unshuffle": False}, "pixel unshuffle"),
+        ({"unshuffle": False}, "unshuffle true"),
     ):
         with pytest.raises(ValueError, match=reason):
             SwinIRConfig(**{**TINY, **wrong})
@@ -175,19 +176,19 @@ def test_checkpointing_and_the_thin_convolution_work(network: SwinIR) -> None:
     for checkpointing in (False, True):
         network.gradient_checkpointing = checkpointing
         with torch.enable_grad():
-            kept = drop_path(0.5, network.depth, lambda name: torch.full((1,), 0.3))
-            (gradient,) = torch.autograd.grad(network(image, kept).square().sum(), network.layers[1].conv.weight)
+            factors = drop_path(0.5, network.depth, lambda name: torch.full((1,), 0.3))
+            (gradient,) = torch.autograd.grad(network(image, factors).square().sum(), network.layers[1].conv.weight)
         gradients.append(gradient)
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_drop_path_rises_from_the_first_block_and_keeps_the_mean() -> None:
     noise = Noise(0, np.arange(4000))
-    kept = drop_path(0.4, 3, noise.uniform)
-    assert kept is not None and kept.shape == (3, 2, 4000)
-    assert [float((kept[i] == 0).float().mean()) for i in range(3)] == pytest.approx([0.0, 0.2, 0.4], abs=0.02)
-    assert [float(kept[i].mean()) for i in range(3)] == pytest.approx([1, 1, 1], abs=0.04)
-    assert not torch.equal(kept[2, 0], kept[2, 1])
+    factors = drop_path(0.4, 3, noise.uniform)
+    assert factors is not None and factors.shape == (3, 2, 4000)
+    assert [float((factors[i] == 0).float().mean()) for i in range(3)] == pytest.approx([0.0, 0.2, 0.4], abs=0.02)
+    assert [float(factors[i].mean()) for i in range(3)] == pytest.approx([1, 1, 1], abs=0.04)
+    assert not torch.equal(factors[2, 0], factors[2, 1])
     assert drop_path(0.0, 3, noise.uniform) is None
     with pytest.raises(ValueError, match="drop_path"):
         drop_path(1.0, 3, noise.uniform)
@@ -195,12 +196,12 @@ def test_drop_path_rises_from_the_first_block_and_keeps_the_mean() -> None:
 
 @torch.no_grad()
 def test_a_dropped_branch_adds_nothing(network: SwinIR) -> None:
-    """With every branch left out, blocks are the identity: the groups are their convolutions alone."""
+    """With every branch dropped, blocks are the identity, and groups are their convolutions alone."""
     image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    kept = torch.ones(network.depth, 2, 2)
-    torch.testing.assert_close(network(image, kept), network(image), atol=1e-6, rtol=0)
-    kept[:, :, 1] = 0
-    result = network(image, kept)
+    factors = torch.ones(network.depth, 2, 2)
+    torch.testing.assert_close(network(image, factors), network(image), atol=1e-6, rtol=0)
+    factors[:, :, 1] = 0
+    result = network(image, factors)
     torch.testing.assert_close(result[:1], network(image[:1]), atol=1e-6, rtol=0)
     for group in network.layers:
         for block in group.residual_group.blocks:
@@ -217,16 +218,16 @@ def test_a_dropped_branch_adds_nothing(network: SwinIR) -> None:
 def test_the_loss_is_the_sum_of_squares_in_unit_range(network: SwinIR) -> None:
     rows = batch()
     objective = SwinIRObjective(network, drop_rate=0.5)
-    with torch.no_grad():  # held-out: nothing is left out
+    with torch.no_grad():  # held-out: no branch is dropped
         ((name, loss),) = objective.phases(rows, Noise(0, rows.positions))
-        by_hand = (network((rows.lq + 1) / 2) - (rows.hq + 1) / 2).square().sum()
+        expected = (network((rows.lq + 1) / 2) - (rows.hq + 1) / 2).square().sum()
     assert name == "swinir"
-    torch.testing.assert_close(loss.value, by_hand)
-    torch.testing.assert_close(loss.metrics["loss"], by_hand / rows.hq.numel())
-    ((_, dropped),) = objective.phases(rows, Noise(0, rows.positions))
+    torch.testing.assert_close(loss.value, expected)
+    torch.testing.assert_close(loss.metrics["loss"], expected / rows.hq.numel())
+    ((_, loss_with_drops),) = objective.phases(rows, Noise(0, rows.positions))
     ((_, again),) = objective.phases(rows, Noise(0, rows.positions))
     ((_, other),) = objective.phases(rows, Noise(1, rows.positions))
-    values = [float(loss.value.detach()) for loss in (dropped, again, other)]
+    values = [float(loss.value.detach()) for loss in (loss_with_drops, again, other)]
     assert values[0] == values[1] != values[2]
 
 
@@ -246,15 +247,15 @@ def test_training_lowers_the_held_out_loss_and_beats_the_input() -> None:
         )
     after = evaluate_loss(objective, heldout, 0)["swinir"]
     assert after < 0.3 * before and metrics["bad_steps"] == 0
-    found = measure(objective, heldout)
-    assert found["psnr_heldout"] > found["psnr_heldout_lq"] + 1
+    psnrs = measure(objective, heldout)
+    assert psnrs["psnr_heldout"] > psnrs["psnr_heldout_lq"] + 1
     with torch.no_grad():
-        shown = look(objective, recipe, heldout[0].lq, [""] * 8, 0)
-    assert shown.shape == heldout[0].lq.shape
-    assert float((shown - heldout[0].hq).square().mean()) < float((heldout[0].lq - heldout[0].hq).square().mean())
+        preview = look(objective, recipe, heldout[0].lq, [""] * 8, 0)
+    assert preview.shape == heldout[0].lq.shape
+    assert float((preview - heldout[0].hq).square().mean()) < float((heldout[0].lq - heldout[0].hq).square().mean())
 
 
-def test_a_warm_start_goes_on_from_a_model(network: SwinIR, tmp_path: Path) -> None:
+def test_a_warm_start_has_the_models_weights(network: SwinIR, tmp_path: Path) -> None:
     model = save_model(
         tmp_path / "m",
         ModelCard(name="m", system="swinir", config=network.config.to_dict()),
@@ -265,7 +266,7 @@ def test_a_warm_start_goes_on_from_a_model(network: SwinIR, tmp_path: Path) -> N
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in objective.network.state_dict().items())
 
 
-def test_recipes_have_diffbirs_numbers() -> None:
+def test_recipes_have_the_numbers_of_diffbir() -> None:
     for name, source, preset in (
         ("swinir", "imagenet", "instarevive-bsr"),
         ("swinir-face", "ffhq", "instarevive-bfr"),
@@ -298,13 +299,13 @@ def test_a_small_picture_goes_through_whole(network: SwinIR) -> None:
 
 @torch.no_grad()
 def test_tiles_agree_with_the_whole_inside_and_leave_no_seam() -> None:
-    """A network whose reach is small against the overlap gives the same picture either way."""
+    """A network with a reach well below the overlap gives the same picture in tiles and as a whole."""
     network = build_swinir(SwinIRConfig(**{**TINY, "depths": [1], "num_heads": [2]}), seed=1)
     image = picture(200, 260)
     whole = restore_image(network, image, tile_px=512)
     tiled = restore_image(network, image, tile_px=128, overlap=0.5)
     assert np.abs(whole.astype(int) - tiled.astype(int)).max() <= 1
-    # every pixel is covered, whatever the tile
+    # tiles of every size cover all pixels
     for tile in (16, 48, 100):
         assert restore_image(network, image[:50, :70], tile_px=tile).shape == (50, 70, 3)
 
@@ -319,7 +320,7 @@ def test_the_restorer_answers_requests(network: SwinIR) -> None:
     assert (a.key, a.image.shape, b.key, b.image.shape) == ("a", (20, 31, 3), "b", (40, 62, 3))
     assert steps == [(1, 2), (2, 2)] and b.info["tile_px"] == "32" and a.info["system"] == "swinir"
     assert np.array_equal(restorer.restore([requests[0]])[0].image, a.image)
-    # enlarged for the network, and brought back
+    # enlarged for the network, and resized back
     larger = restorer.restore([Request(key="c", image=image, options={"min_side_px": 64})])[0]
     assert larger.image.shape == image.shape and not np.array_equal(larger.image, a.image)
     with pytest.raises(SampleError, match="bad_image"):
@@ -338,14 +339,14 @@ def test_the_restorer_answers_requests(network: SwinIR) -> None:
         SwinIRRestorer(SwinIR(SwinIRConfig(**{**TINY, "sf": 2})))
 
 
-def test_bytes_go_in_and_a_png_comes_out(network: SwinIR) -> None:
-    """Through what `restoray restore` and the service call: another size, transparency kept, a broken one told."""
+def test_a_batch_of_bytes_becomes_pngs(network: SwinIR) -> None:
+    """The function of `restoray restore` and the service: another size, transparency kept, a broken input refused."""
     image = np.dstack([picture(20, 24), np.full((20, 24), 128, np.uint8)])
     pictures = [Picture(key="a", data=encode_png(image), seed=1), Picture(key="b", data=b"no picture", seed=1)]
     identity = Identity(name="m", system="swinir", recipe="swinir-nano", digest="0")
     ask = parse_ask({"scale": 2, "tile_px": 32}, check_options)
-    png, refused = restore_batch(SwinIRRestorer(network, {"min_side_px": 0}), identity, pictures, ask)
-    assert isinstance(png, bytes) and isinstance(refused, SampleError)
+    png, error = restore_batch(SwinIRRestorer(network, {"min_side_px": 0}), identity, pictures, ask)
+    assert isinstance(png, bytes) and isinstance(error, SampleError)
     parts = decode_parts(png)
     assert parts.image.shape == (40, 48, 3) and parts.alpha is not None and int(parts.alpha.mean()) == 128
     assert read_png_text(png)["system"] == "swinir"
@@ -354,7 +355,7 @@ def test_bytes_go_in_and_a_png_comes_out(network: SwinIR) -> None:
 # ---------------------------------------------------------------------------------------------------- published weights
 
 
-def as_saved(network: SwinIR, form: str) -> dict[str, Any]:
+def file_content(network: SwinIR, form: str) -> dict[str, Any]:
     state = {k: v.clone() for k, v in network.state_dict().items()}
     bare = {k: v.clone() for k, v in parameters_of(network).items()}
     return {
@@ -366,34 +367,34 @@ def as_saved(network: SwinIR, form: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", ["flat", "bare", "wrapped", "prefixed"])
-def test_released_files_come_in_and_go_out(network: SwinIR, form: str, tmp_path: Path) -> None:
+def test_released_files_are_imported_and_exported(network: SwinIR, form: str, tmp_path: Path) -> None:
     path = tmp_path / "general_swinir_v1.ckpt"
-    torch.save(as_saved(network, form), path)
+    torch.save(file_content(network, form), path)
     assert find_files(tmp_path) == [path]
-    told = {"img_size": 8} if form in ("bare", "prefixed") else {}  # the tables alone tell it
-    result = import_weights([path], tmp_path / "model", sizes=told)
+    sizes = {"img_size": 8} if form in ("bare", "prefixed") else {}  # it follows from the tables only
+    result = import_weights([path], tmp_path / "model", sizes=sizes)
     assert result.sources[0].parameters == sum(p.numel() for p in network.parameters())
     model = load_model(tmp_path / "model")
     assert SwinIRConfig(**model.info["config"]) == network.config and model.info["prior"] is None
     image = torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         assert torch.equal(network_of(model)(image), network(image))
-        assert torch.equal(read_swinir(path, told)(image), network(image))
+        assert torch.equal(read_swinir(path, sizes)(image), network(image))
     for kind, name in (("pt", "general_swinir_v1.ckpt"), ("safetensors", "general_swinir_v1.safetensors")):
         out = tmp_path / kind
-        exported = export_weights(model.path, out, form=kind)
-        assert list(exported.files) == [name] and exported.parameters == result.sources[0].parameters
-        again = import_weights([out / name], tmp_path / f"again-{kind}")  # the sidecar tells the size
+        report = export_weights(model.path, out, form=kind)
+        assert list(report.files) == [name] and report.parameters == result.sources[0].parameters
+        again = import_weights([out / name], tmp_path / f"again-{kind}")  # the sidecar holds the size
         assert load_model(str(again.model)).info["parts"]["swinir"] == model.info["parts"]["swinir"]
     faces = tmp_path / "face_swinir_v1.ckpt"
     path.rename(faces)
-    import_weights([faces], tmp_path / "faces", sizes=told)
+    import_weights([faces], tmp_path / "faces", sizes=sizes)
     assert list(export_weights(tmp_path / "faces", tmp_path / "out").files) == ["face_swinir_v1.ckpt"]
-    written = torch.load(tmp_path / "pt" / "general_swinir_v1.ckpt", weights_only=True)
-    assert {k: (v.shape, v.dtype) for k, v in written.items()} == {
+    file_tensors = torch.load(tmp_path / "pt" / "general_swinir_v1.ckpt", weights_only=True)
+    assert {k: (v.shape, v.dtype) for k, v in file_tensors.items()} == {
         k: (v.shape, v.dtype) for k, v in network.state_dict().items()
     }
-    assert all(torch.equal(v, written[k]) for k, v in network.state_dict().items())
+    assert all(torch.equal(v, file_tensors[k]) for k, v in network.state_dict().items())
     assert isinstance(build_any(model.path), SwinIRRestorer)
 
 
@@ -414,14 +415,14 @@ def test_a_network_of_one_window_is_read_back(tmp_path: Path) -> None:
         (lambda t: t.update({"norm.weight": torch.zeros(7)}), ModelError, r"norm.weight: \(7,\) instead of \(12,\)"),
         (lambda t: t["layers.0.residual_group.blocks.1.attn_mask"].zero_(), ModelError, "attn_mask are not the tables"),
         (lambda t: t["conv_hr.bias"].fill_(float("nan")), ModelError, "conv_hr.bias"),
-        (lambda t: t.pop("conv_first.1.weight"), WeightsFileError, "no SwinIR"),
+        (lambda t: t.pop("conv_first.1.weight"), WeightsFileError, "not a SwinIR with"),
         (lambda t: t.pop("layers.1.residual_group.blocks.1.mlp.fc1.bias"), ModelError, "blocks.1.mlp.fc1.bias"),
     ],
 )
 def test_every_fault_of_a_file_is_named(
     network: SwinIR, change: Callable[[dict[str, Tensor]], Any], error: type[Exception], reason: str, tmp_path: Path
 ) -> None:
-    tensors = as_saved(network, "flat")
+    tensors = file_content(network, "flat")
     change(tensors)
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
@@ -430,9 +431,9 @@ def test_every_fault_of_a_file_is_named(
     assert not (tmp_path / "model").exists()
 
 
-def test_wrong_wishes_of_import_and_export(network: SwinIR, tmp_path: Path) -> None:
+def test_wrong_arguments_of_import_and_export_are_refused(network: SwinIR, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file(as_saved(network, "flat"), path)
+    save_file(file_content(network, "flat"), path)
     with pytest.raises(ValueError, match="no prior"):
         import_weights([path], None, prior="nano")
     with pytest.raises(ValueError, match="one file"):
@@ -450,11 +451,12 @@ def test_wrong_wishes_of_import_and_export(network: SwinIR, tmp_path: Path) -> N
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match="name the files one by one"):
         find_files(tmp_path)
-    with pytest.raises(WeightsFileError, match="no weights file"):
+    with pytest.raises(WeightsFileError, match="not a weights file"):
         import_weights([tmp_path / "face_swinir_v1.ckpt"], None)
 
 
-def test_the_verbs_know_the_system() -> None:
+def test_the_system_is_registered() -> None:
     system = SYSTEMS["swinir"]
-    assert system.weights is not None and system.build_restorer is not None and system.look is not None
-    assert system.weights.layout()["general_swinir_v1.ckpt"]["conv_last.bias"] == (3,)
+    networks = system.networks()
+    assert system.weights is not None and networks.build_restorer is not None and networks.look is not None
+    assert system.weights.code().layout()["general_swinir_v1.ckpt"]["conv_last.bias"] == (3,)

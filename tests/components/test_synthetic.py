@@ -1,4 +1,4 @@
-"""Dead leaves: deterministic, of every hue, with edges at every scale."""
+"""Dead leaves: deterministic, with every hue, and with edges at every scale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from components.captions.tags import HUES, hue_share
 from components.synthetic import dead_leaves
 
 
-def test_the_same_arguments_give_the_same_picture_and_others_another() -> None:
+def test_equal_arguments_give_equal_pictures_and_others_differ() -> None:
     picture = dead_leaves(64, 3, 5)
     assert picture.shape == (64, 64, 3)
     assert picture.dtype == np.uint8
@@ -27,8 +27,8 @@ def test_every_hue_dominates_some_picture_and_brightness_varies() -> None:
     assert max(means) > 170
 
 
-def test_the_spectrum_falls_as_that_of_photographs() -> None:
-    """Power against frequency falls with an exponent near -2; noise would give 0, one edge -3 in this plane."""
+def test_the_spectrum_falls_like_that_of_photographs() -> None:
+    """Power falls with frequency at an exponent near -2; noise would give 0, a single edge -3 in this plane."""
     spectrum = np.zeros((64, 64))
     for index in range(24):
         gray = dead_leaves(64, 1, index).mean(-1)
@@ -42,7 +42,7 @@ def test_the_spectrum_falls_as_that_of_photographs() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 17, 96, 200])
-def test_any_size_from_16_is_filled(size: int) -> None:
+def test_pictures_of_any_size_from_16_have_contrast(size: int) -> None:
     picture = dead_leaves(size, 0, 0)
     assert picture.shape == (size, size, 3)
     assert picture.std() > 10

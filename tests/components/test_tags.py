@@ -1,4 +1,4 @@
-"""Captions of measured facts: true by construction, in a closed vocabulary."""
+"""Captions of measured facts: correct by construction, with a closed vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from components import images
 from components.captions.tags import BRIGHTNESS, COLOURS, TEXTURE, VOCABULARY, Tags, describe, hue_share
 from components.synthetic import dead_leaves
 
-NAMED = {  # what anyone would call these colours, RGB
+RGB = {  # RGB values with undisputed names
     "red": (220, 20, 20),
     "orange": (255, 140, 0),
     "yellow": (250, 220, 30),
@@ -31,13 +31,13 @@ NAMED = {  # what anyone would call these colours, RGB
 
 
 def flat(*colours: tuple[int, int, int]) -> np.ndarray:
-    """Equal vertical bands of the colours, uint8 [48, 48, 3]."""
+    """Make equal vertical bands of the colours, uint8 [48, 48, 3]."""
     return np.repeat(np.array([colours], np.uint8), 48 // len(colours), axis=1).repeat(48, axis=0)
 
 
 @pytest.mark.parametrize("word", COLOURS)
 def test_each_colour_has_its_word(word: str) -> None:
-    picture = flat(NAMED[word])
+    picture = flat(RGB[word])
     assert describe(picture).startswith(f"{word}, ")
     assert hue_share(picture, word) == 1
     assert all(hue_share(picture, other) == 0 for other in COLOURS if other != word)
@@ -48,7 +48,7 @@ def test_light_red_is_pink() -> None:
 
 
 def test_two_colours_are_named_by_share_and_a_small_second_is_not() -> None:
-    blue, white, red = NAMED["blue"], NAMED["white"], NAMED["red"]
+    blue, white, red = RGB["blue"], RGB["white"], RGB["red"]
     assert describe(flat(white, blue, blue)).startswith("blue and white, ")
     assert describe(flat(*[white] * 7, red)).startswith("white, ")
     assert hue_share(flat(white, blue, blue), "blue") == pytest.approx(2 / 3)
@@ -78,8 +78,8 @@ def test_float_and_uint8_and_batches_agree() -> None:
     assert Tags().caption(pictures) == [describe(images.to_float(picture)) for picture in pictures]
 
 
-def test_photographs_are_described_truly(images_dir: Path) -> None:
-    """Seen by eye: a blue sea and sky under a palm, a green tea plantation, a dark night above the moon."""
+def test_photographs_are_described_correctly(images_dir: Path) -> None:
+    """By eye: a blue sea and sky under a palm, a green tea plantation, a dark sky above the moon."""
     for name, start in (
         ("ibm-palm-tree.webp", "blue"),
         ("tea-gardens.jpg", "green, "),
@@ -89,8 +89,8 @@ def test_photographs_are_described_truly(images_dir: Path) -> None:
         assert describe(picture).startswith(start), name
 
 
-def test_an_unknown_hue_names_the_near_one() -> None:
+def test_the_error_for_an_unknown_hue_suggests_one() -> None:
     with pytest.raises(ValueError, match='Did you mean "green"'):
-        hue_share(flat(NAMED["red"]), "grean")
+        hue_share(flat(RGB["red"]), "grean")
     with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
         describe(np.zeros((8, 8), np.uint8))

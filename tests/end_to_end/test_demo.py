@@ -1,4 +1,4 @@
-"""The main job at a tiny size, as a user runs it: the command itself, its folder, its exit codes, its second run."""
+"""The demo at a tiny size, as a user runs it: the command, its folder, its exit codes, its second run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.timeout(1800)  # seven stages, each with processes of its own, on what may be a busy machine
+pytestmark = pytest.mark.timeout(1800)  # seven stages, each with processes of its own; the machine may be busy
 
 STAGES = ("corpus", "dcp", "previewer", "aggregator", "restored", "scores", "service")
 TINY_TRAINING = (
@@ -36,7 +36,7 @@ TINY = [
 
 
 def restoray(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipelines.cli", *arguments]
+    return [sys.executable, "-m", "pipelines.commands.main", *arguments]
 
 
 def demo(out: Path, *more: str, timeout_s: float = 1500) -> subprocess.CompletedProcess[str]:
@@ -52,17 +52,17 @@ def stage_folder(out: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whole run."""
+    """One complete run."""
     out = tmp_path_factory.mktemp("demo")
-    finished = demo(out)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    process = demo(out)
+    assert process.returncode == 0, process.stderr[-3000:]
     for word in ("Report", "Model", "MLflow", "Scores"):
-        assert word in finished.stdout
+        assert word in process.stdout
     return out
 
 
 @pytest.mark.slow
-def test_every_stage_left_its_work(run: Path) -> None:
+def test_every_stage_has_its_results(run: Path) -> None:
     for name in STAGES:
         assert json.loads((stage_folder(run, name) / "done.json").read_text())["digest"]
     restored = sorted((stage_folder(run, "restored") / "restored").glob("*.png"))
@@ -81,7 +81,7 @@ def test_every_stage_left_its_work(run: Path) -> None:
 
 @pytest.mark.slow
 def test_mlflow_has_a_parent_with_a_child_for_each_stage_and_the_model(run: Path) -> None:
-    from pipelines.tracking import resolve
+    from pipelines.runs.tracking import resolve
 
     listing = subprocess.run(
         [
@@ -111,27 +111,27 @@ def test_mlflow_has_a_parent_with_a_child_for_each_stage_and_the_model(run: Path
 
 
 @pytest.mark.slow
-def test_a_second_run_skips_what_is_done_and_says_so(run: Path) -> None:
+def test_a_second_run_skips_done_stages(run: Path) -> None:
     again = demo(run)
     assert again.returncode == 0
     assert again.stderr.count("done before, skipped") == len(STAGES)
 
 
 @pytest.mark.slow
-def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path) -> None:
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "nothing"
-    shown = demo(out, "--dry-run")
-    assert shown.returncode == 0 and not out.exists()
+    process = demo(out, "--dry-run")
+    assert process.returncode == 0 and not out.exists()
     for name in STAGES:
-        assert name in shown.stdout
+        assert name in process.stdout
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_killed_in_any_stage_resumes(stage: str, run: Path, tmp_path: Path) -> None:
-    """kill -9 of the driver while the stage works: no orphan stays, the same command ends well, done stages stand."""
-    from pipelines.tracking import resolve
+    """kill -9 of the driver while a stage works leaves no orphan; the same command skips done stages and finishes."""
+    from pipelines.runs.tracking import resolve
 
     out = tmp_path / "run"
     shutil.copytree(run, out)
@@ -148,12 +148,12 @@ def test_a_run_killed_in_any_stage_resumes(stage: str, run: Path, tmp_path: Path
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    # Ray's two agents spend a fixed 60 s on telling the dead driver that its raylet died, and end then (73 s measured)
+    # Ray's two agents try for a fixed 60 s to report the raylet's death to the dead driver, then end (73 s measured)
     _, alive = psutil.wait_procs(family, timeout=150)
     assert not alive, [p.cmdline() for p in alive]
-    finished = demo(out)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stderr.count("done before, skipped") >= STAGES.index(stage)
+    result = demo(out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count("done before, skipped") >= STAGES.index(stage)
     assert (resolve("models:/instantir-aggregator-nano@latest", out) / "model.json").is_file()
     first, second = ((stage_folder(o, "restored") / "restored") for o in (run, out))
     assert {p.name: p.read_bytes() for p in first.glob("*.png")} == {
@@ -163,11 +163,11 @@ def test_a_run_killed_in_any_stage_resumes(stage: str, run: Path, tmp_path: Path
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_two_workers_see_the_samples_that_one_saw(run: Path, tmp_path: Path) -> None:
-    from pipelines.train import read_order
+def test_two_workers_see_the_samples_of_one_worker(run: Path, tmp_path: Path) -> None:
+    from pipelines.training.stage_files import read_order
 
-    finished = demo(tmp_path / "run", "workers=2")
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    process = demo(tmp_path / "run", "workers=2")
+    assert process.returncode == 0, process.stderr[-3000:]
     for name in ("dcp", "previewer", "aggregator"):
         one, two = (read_order(stage_folder(out, name)) for out in (run, tmp_path / "run"))
         assert one == two and len(one) == 12
@@ -176,12 +176,12 @@ def test_two_workers_see_the_samples_that_one_saw(run: Path, tmp_path: Path) -> 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_every_training_stage_of_the_demo_as_shipped_learns(tmp_path: Path) -> None:
-    """The loss on 64 fixed held-out triples ends at least a tenth below its start."""
-    from pipelines.train import heldout_losses
+    """The loss on 64 fixed held-out triples must fall by at least a tenth."""
+    from pipelines.core.metrics import heldout_losses
 
     out = tmp_path / "run"
-    finished = subprocess.run(restoray("demo", "--out", str(out)), capture_output=True, text=True, timeout=3500)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    process = subprocess.run(restoray("demo", "--out", str(out)), capture_output=True, text=True, timeout=3500)
+    assert process.returncode == 0, process.stderr[-3000:]
     for name, trainable in (("dcp", "perceptor"), ("previewer", "previewer"), ("aggregator", "aggregator")):
         losses = heldout_losses(stage_folder(out, name) / "metrics.jsonl")[trainable]
         assert losses[max(losses)] <= 0.9 * losses[min(losses)], (name, losses)
@@ -190,8 +190,8 @@ def test_every_training_stage_of_the_demo_as_shipped_learns(tmp_path: Path) -> N
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_broken_pictures_end_in_quarantine_with_exit_3(images_dir: Path, tmp_path: Path) -> None:
-    finished = demo(tmp_path / "run", "--images", str(images_dir / "odd"))
-    assert finished.returncode == 3, finished.stderr[-3000:]
+    process = demo(tmp_path / "run", "--images", str(images_dir / "odd"))
+    assert process.returncode == 3, process.stderr[-3000:]
     rows = [
         json.loads(line)
         for line in (stage_folder(tmp_path / "run", "corpus") / "quarantine.jsonl").read_text().splitlines()
@@ -214,7 +214,7 @@ def test_wrong_input_gets_one_clear_sentence(arguments: list[str], code: int, wo
     (tmp_path / "empty").mkdir()
     arguments = [str(tmp_path / "empty") if a == "EMPTY" else a for a in arguments]
     extra = ["--out", str(tmp_path / "out")] if arguments[0] in ("demo", "run") else []
-    finished = subprocess.run(restoray(*arguments, *extra), capture_output=True, text=True, timeout=300)
-    said = finished.stderr + finished.stdout
-    assert finished.returncode == code, said
-    assert words in said and "Traceback" not in said
+    process = subprocess.run(restoray(*arguments, *extra), capture_output=True, text=True, timeout=300)
+    output = process.stderr + process.stdout
+    assert process.returncode == code, output
+    assert words in output and "Traceback" not in output

@@ -1,6 +1,7 @@
-"""Web servers on loopback that send exactly the bytes they are told, and ways to ask them.
+"""Web servers on loopback that send exact bytes, and helpers for requests to them.
 
-Names end in .invalid, which no resolver knows: whoever asks the system's resolver instead of the injected one fails.
+Host names end in .invalid, which no resolver knows: code that uses the system's resolver instead of the injected one
+fails.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import pytest
 from components.corpora import DownloadSpec
 from components.images import encode_png
 from components.types import SampleError
-from pipelines.fetch import Fetched, Fetcher
+from pipelines.curation.sources.fetch import FetchedFile, Fetcher
 
 PNG = encode_png(np.random.default_rng(7).integers(0, 256, (24, 24, 3), dtype=np.uint8))
 LIMIT = 200_000
 LOCAL = ["127.0.0.1"]
 Route = Callable[[int], Iterable[bytes]]
-"""Answers the n-th request (from 0) of a path, block by block."""
+"""Yields the answer to request n (from 0) of a path, block by block."""
 
 
 def head(status: int = 200, *fields: str) -> bytes:
@@ -43,7 +44,7 @@ def redirect(location: str, status: int = 302) -> bytes:
 
 
 class Server:
-    """A loopback server that sends exactly the bytes it is told; keeps connections where the path begins with /keep."""
+    """A loopback server that sends the exact bytes of its routes; paths that begin with /keep keep the connection."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, context: ssl.SSLContext | None = None) -> None:
         self.routes: dict[str, bytes | Route] = {}
@@ -62,7 +63,7 @@ class Server:
                     while outer.answer(self.rfile, self.wfile):
                         pass
                 except OSError:
-                    pass  # the client has hung up, or does not like the certificate
+                    pass  # the client closed the connection, or refused the certificate
                 finally:
                     if context is not None:
                         self.connection.close()
@@ -79,7 +80,7 @@ class Server:
         if not first:
             return False
         path = first.split()[1].decode()
-        count = sum(path == seen for seen, _ in self.requests)
+        count = sum(path == earlier for earlier, _ in self.requests)
         self.requests.append((path, b"".join([first, *lines]).decode("latin-1")))
         route = self.routes.get(path, whole(b"", 404))
         for block in [route] if isinstance(route, bytes) else route(count):
@@ -100,7 +101,7 @@ def rules(**changes: Any) -> DownloadSpec:
 
 
 def resolver(*addresses: str) -> Callable[..., list[tuple[Any, ...]]]:
-    """Every name has these addresses."""
+    """Return a resolver that gives every name these addresses."""
 
     def resolve(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
@@ -112,24 +113,24 @@ def no_resolver(*_: Any, **__: Any) -> list[tuple[Any, ...]]:
     raise AssertionError("nothing had to be resolved")
 
 
-def fetch(url: str, resolve: Any = resolver("127.0.0.1"), sleep: Any = None, **changes: Any) -> Fetched:
+def fetch(url: str, resolve: Any = resolver("127.0.0.1"), sleep: Any = None, **changes: Any) -> FetchedFile:
     with Fetcher(rules(**changes), LIMIT, resolve, sleep or (lambda _: None)) as fetcher:
         return fetcher.fetch(url, "picture-1")
 
 
 def refusal(url: str, resolve: Any = resolver("127.0.0.1"), sleep: Any = None, **changes: Any) -> SampleError:
-    with pytest.raises(SampleError) as caught:
+    with pytest.raises(SampleError) as info:
         fetch(url, resolve, sleep, **changes)
-    assert caught.value.key == "picture-1"
-    assert type(caught.value) is SampleError
-    return caught.value
+    assert info.value.key == "picture-1"
+    assert type(info.value) is SampleError
+    return info.value
 
 
 def endless(block: bytes, pause_s: float = 0.0, start: bytes = b"") -> Route:
     def route(_: int) -> Iterator[bytes]:
         yield start
         end = time.monotonic() + 8
-        while time.monotonic() < end:  # until the client hangs up
+        while time.monotonic() < end:  # until the client closes the connection
             yield block
             time.sleep(pause_s)
 
@@ -137,7 +138,7 @@ def endless(block: bytes, pause_s: float = 0.0, start: bytes = b"") -> Route:
 
 
 def certificate(folder: Path, name: str) -> Path:
-    """A self-signed certificate for one name and its key, in one PEM file."""
+    """Write a self-signed certificate for one name, with its key, to one PEM file."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -146,7 +147,7 @@ def certificate(folder: Path, name: str) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     today = datetime.datetime.now(datetime.UTC)
-    built = (
+    own_certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(subject)
@@ -160,7 +161,7 @@ def certificate(folder: Path, name: str) -> Path:
     )
     path = folder / f"{name}.pem"
     path.write_bytes(
-        built.public_bytes(serialization.Encoding.PEM)
+        own_certificate.public_bytes(serialization.Encoding.PEM)
         + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return path

@@ -1,15 +1,15 @@
-"""A real restorer small enough for tests of jobs and services: an edge-preserving filter with a seeded dither.
+"""A small real restorer for tests of jobs and services: an edge-preserving filter with a seeded dither.
 
-It is built from a model folder, in the worker, as every system is. Its tests load it by path and register it with
-Ray's pickler by value, since tests are no package that a worker could import.
+A worker builds it from a model folder, like every system. Tests load this module by path and register it with Ray's
+pickler by value: tests are not a package, so a worker cannot import it.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,20 +22,20 @@ from components.images import to_uint8
 from components.options import typed_options
 from components.randomness import generator
 from components.recipes import Recipe
-from components.systems import System
-from components.types import Cancellation, Cancelled, OnStep, Request, Restored, StepEvent
+from components.systems.system import Networks, System
+from components.types import Cancellation, Cancelled, OnStep, Request, Restored, Restorer, StepEvent
 
 MAX_STEPS = 1_000_000
-"""Only the restorer judges this one, as InstantIR's prior does."""
+"""Limit that only the restorer checks, like the limit of InstantIR's prior."""
 
 
-def check_options(given: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """See components.options.SystemOptionCheck."""
-    return typed_options(given, {"steps": int, "cfg_scale": float})
+    return typed_options(options, {"steps": int, "cfg_scale": float})
 
 
 def write_model(folder: Path, strength: float = 20.0) -> Path:
-    """A model folder of one part with one number: the filter's strength in 8-bit levels."""
+    """Write a model folder with one part and one number: the filter's strength in 8-bit levels."""
     import torch
 
     from components.models import ModelCard, save_model
@@ -46,8 +46,8 @@ def write_model(folder: Path, strength: float = 20.0) -> Path:
 
 
 @dataclass
-class TinyRestorer:
-    """Args: strength of the filter; step_s, what a step costs besides; lethal, a key over which the process dies."""
+class TinyRestorer(Restorer):
+    """Args: strength of the filter; step_s, seconds of sleep per step; lethal, the key at which the process exits."""
 
     strength: float
     step_s: float = 0.0
@@ -70,7 +70,7 @@ class TinyRestorer:
                 if cancelled is not None and cancelled():
                     raise Cancellation
                 time.sleep(self.step_s)
-                if step <= 2:  # further passes change nothing that a test looks at
+                if step <= 2:  # tests need no more passes
                     image = cv2.bilateralFilter(image, 5, self.strength, 2.0)
                 if on_step is not None:
                     on_step(StepEvent(step=step, of=steps))
@@ -84,20 +84,46 @@ class TinyRestorer:
 
 
 def build_tiny(model: Path, step_s: float = 0.0, lethal: str = "") -> TinyRestorer:
-    """From the model folder's part; raises where the folder is broken."""
+    """Build the restorer from the model folder; raises if the folder is broken."""
     strength = float(load_file(model / "parts" / "filter.safetensors")["strength"][0])
     return TinyRestorer(strength=strength, step_s=step_s, lethal=lethal)
 
 
 def build_never(model: Path) -> TinyRestorer:
-    """A system whose loading fails."""
+    """A factory that fails."""
     raise RuntimeError(f"weights of {model.name} do not fit")
 
 
 def build_dying(model: Path) -> TinyRestorer:
-    """A system whose loading kills the process, as the kernel does when memory is short."""
+    """A factory that kills its process, as the kernel does without free memory."""
     os._exit(1)
 
 
-SYSTEM = System(recipe=Recipe, stages={}, build_objective=build_never, check_options=check_options)
-"""For `SYSTEMS`, where the driver looks up what judges a model's options."""
+SYSTEM = System(recipe=Recipe, stages=(), networks=Networks, check_options=check_options)
+"""Entry for `SYSTEMS`, where the driver finds the check of a model's options."""
+
+
+def run_job(
+    model: str | Path,
+    src: Path,
+    out: Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    factory: Callable[[], Restorer] | None = None,
+    workers: int = 0,
+    batch_size: int = 1,
+    progress: Any = None,
+    **job: Any,
+) -> Any:
+    """Call restore_folder with untyped options; workers=0 runs in this process. `job`: fields of RestoreJob."""
+    from pipelines.core.pool import Pool
+    from pipelines.restoration.batch import RestoreJob, restore_folder
+    from pipelines.restoration.models import open_model
+
+    opened = open_model(model)
+    if factory is not None:
+        opened = replace(opened, factory=factory)
+    pool = Pool(workers=workers, batch_size=batch_size)
+    return restore_folder(
+        opened, src, out, RestoreJob(ask=opened.request_options(options or {}), **job), pool, progress
+    )

@@ -1,43 +1,43 @@
-"""What the tests of pipelines share: curation without Ray, and a tiny InstantIR."""
+"""Fixtures for tests of pipelines: curation without Ray, and a tiny InstantIR."""
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipelines.core.pool import object_column
+
 
 def phase_in_process(
-    rows: Sequence[Mapping[str, Any]], task: Any, what: str, spec: Any, alive: Callable[[], float], **how: Any
-) -> Iterator[dict[str, Any]]:
-    """What `pipelines.curate._run` does, without Ray: every row in turn, in this process."""
+    jobs: Sequence[Any], task: Any, what: str, spec: Any, alive: Callable[[], float], **options: Any
+) -> Iterator[Any]:
+    """`pipelines.curation.curate._run` without Ray: one job after the other, in this process."""
     if isinstance(task, type):
-        call = task(*how.get("fn_constructor_args", ()))
+        call = task(*options.get("fn_constructor_args", ()))
     else:
-        call = functools.partial(task, **how.get("fn_kwargs", {}))
-    for row in rows:
-        batch = {name: np.array([value], dtype=object) for name, value in row.items()}
-        yield from (json.loads(result) for result in call(batch)["result"])
+        call = functools.partial(task, **options.get("fn_kwargs", {}))
+    for job in jobs:
+        yield from call({"job": object_column([job])})["answer"]
 
 
 def task_in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `pipelines.curate._in_task` does, without Ray."""
+    """`pipelines.curation.curate._in_task` without Ray."""
     return function(*arguments)
 
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The phases of a curation as plain calls, in order: for tests of what they do.
+    """Run the phases of a curation as plain calls, in order.
 
-    How Ray runs them is shown by the tests that ask for `ray_session`, in tests/cluster too. A phase costs Ray a
-    second or two, and most tests curate several times.
+    With Ray a phase takes one or two seconds more, and most tests curate several times. Tests with the fixture
+    `ray_session`, here and in tests/cluster, run the phases under Ray.
     """
-    from pipelines import curate as curating
+    from pipelines.curation import curate as curating
 
     monkeypatch.setattr(curating, "_run", phase_in_process)
     monkeypatch.setattr(curating, "_in_task", task_in_process)
@@ -45,11 +45,11 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained InstantIR on the shipped nano prior, with every part awake."""
+    """An untrained InstantIR on the shipped nano prior, with random numbers in all zero weights."""
     import torch
 
     from components.models import ModelCard, save_model
-    from components.priors.sdxl import load_prior
+    from components.priors.opening import load_prior
     from components.randomness import generator
     from components.systems.instantir.network import InstantIR
 
@@ -61,8 +61,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parts[part] = {name: value.clone() for name, value in tensors.items()}
         for name, value in parts[part].items():
             if not bool(value.any()):
-                drawn = generator(5, part, name).standard_normal(tuple(value.shape), dtype=np.float32)
-                parts[part][name] = 0.05 * torch.from_numpy(drawn)
+                noise = generator(5, part, name).standard_normal(tuple(value.shape), dtype=np.float32)
+                parts[part][name] = 0.05 * torch.from_numpy(noise)
     card = ModelCard(
         name="tiny",
         system="instantir",

@@ -1,12 +1,13 @@
-"""The torch back end: executes a batch of plans at once, on a GPU or a CPU.
+"""The torch back end: executes the plans of a whole batch, on a GPU or a CPU.
 
-Every picture has its own plan, so sizes, kernels, modes and even the order of operations differ inside a batch.
-Pictures of similar size share a canvas and each has its valid part at the top left of it; what lies outside is finite
-and means nothing. In turn the operation that most pictures wait for runs on all of them. The same plan gives the same
-noise as on the CPU back end, and the same picture up to arithmetic; JPEG is computed, not called, and differs by what
-libjpeg rounds. On a CPU a picture's bits are its own; a GPU's libraries choose their arithmetic by the size of a batch,
-so there the same batch has the same bits, and a picture in other company the same but for rounding. Operations are in
-ops.py, resizing in resizing.py.
+Every picture has its own plan, so sizes, kernels, modes and the order of operations differ within a batch. Pictures of
+similar size share a canvas. The valid part of a picture is at the top left of the canvas; the values outside are finite
+and have no meaning. Each round runs one operation: the one that is next for the most pictures.
+
+A plan gives the same noise as on the CPU back end, and the same picture up to arithmetic. JPEG is computed here without
+libjpeg and differs by libjpeg's roundings. On a CPU a picture's bits do not depend on its batch. On a GPU the libraries
+choose their arithmetic by the batch size: equal batches give equal bits, and other batches differ by rounding.
+Operations are in ops.py, resizing in resizing.py.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.degradations.batched.ops import DRAWN, OPERATIONS, draw_words
+from components.degradations.batched.ops import OPERATIONS, RANDOM, draw_words
 from components.degradations.batched.resizing import Job, resize_all
-from components.degradations.batched.transfer import sent
+from components.degradations.batched.transfer import to_device
 from components.degradations.plans import MAX_SIDE_PX, operations, out_sides
 from components.types import Plan, SampleError
 
-BUCKET = 1.5  # canvases grow in such steps: finer ones waste fewer pixels, and coarser ones keep a GPU busier
+BUCKET = 1.5  # ratio of canvas sizes: a smaller one wastes fewer pixels, a larger one keeps a GPU busier
 SMALLEST_PX = 32
 
 
@@ -36,8 +37,8 @@ class Canvas:
 
     Attributes:
         images: float32 [b, 3, Hc, Wc].
-        rows: which pictures of the batch these are.
-        sides: (height, width) of each one's valid part.
+        rows: indices of the pictures in the batch.
+        sides: (height, width) of each picture's valid part.
     """
 
     images: Tensor
@@ -45,10 +46,10 @@ class Canvas:
     sides: list[tuple[int, int]]
 
     def select(self, places: Sequence[int]) -> Canvas:
-        """Some of the pictures; all of them without a copy."""
+        """The pictures at `places`; for all of them this returns itself, without a copy."""
         if len(places) == len(self.rows):
             return self
-        index = sent(places, self.images.device)
+        index = to_device(places, self.images.device)
         return Canvas(
             images=self.images[index], rows=[self.rows[i] for i in places], sides=[self.sides[i] for i in places]
         )
@@ -56,7 +57,7 @@ class Canvas:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """Whose turn an operation is on a canvas: places `ready`, which `part` holds, with an operation each."""
+    """One operation on some pictures of a canvas: `part` holds the pictures at places `ready`, `ops` one each."""
 
     canvas: Canvas
     ready: list[int]
@@ -66,19 +67,20 @@ class Turn:
 
 @torch.no_grad()
 def apply_plans(hq: Tensor, plans: Sequence[Plan], keys: Sequence[str] = ()) -> Tensor:
-    """Execute a plan on each picture of a batch.
+    """Executes one plan per picture of a batch.
 
     Args:
-        hq: [B, 3, H, W], float in 0..1 or uint8, on the device that does the work.
+        hq: [B, 3, H, W], float in 0..1 or uint8; the work runs on its device.
         plans: B plans.
-        keys: B names for errors.
+        keys: B sample keys for errors; empty for none.
 
     Returns:
         float32 [B, 3, H', W'] in 0..1; H' x W' is hq's size unless the plans end smaller.
 
     Raises:
-        SampleError: a picture holds NaN ("nan") or leaves 0..1 ("range"), or hq is no such batch ("shape").
-        ValueError: the number of plans is wrong, a plan is of another kind, or plans end at different sizes.
+        SampleError: "nan" (NaN or infinity in a picture), "range" (values outside 0..1), or "shape", "too_large" and
+            "dtype" for the batch.
+        ValueError: the number of plans is wrong, a plan has another kind, or the plans end at different sizes.
     """
     images = check_batch(hq, keys)
     if len(plans) != len(images):
@@ -105,12 +107,12 @@ def apply_plans(hq: Tensor, plans: Sequence[Plan], keys: Sequence[str] = ()) -> 
     (side,) = sides
     result = images.new_empty(len(plans), 3, *side)
     for canvas in canvases:
-        result[sent(canvas.rows, result.device)] = canvas.images[..., : side[0], : side[1]]
+        result[to_device(canvas.rows, result.device)] = canvas.images[..., : side[0], : side[1]]
     return result
 
 
 def check_batch(hq: Tensor, keys: Sequence[str]) -> Tensor:
-    """The batch as float32; raises as apply_plans."""
+    """The batch as float32; raises SampleError as apply_plans does."""
     if hq.ndim != 4 or hq.shape[1] != 3 or 0 in hq.shape:
         raise SampleError("shape", f"expected [B, 3, H, W], got {list(hq.shape)}")
     if max(hq.shape[2:]) > MAX_SIDE_PX:
@@ -120,7 +122,7 @@ def check_batch(hq: Tensor, keys: Sequence[str]) -> Tensor:
     if not hq.is_floating_point():
         raise SampleError("dtype", f"expected uint8 or floats in 0..1, got {hq.dtype}")
     low, high = hq.amin((1, 2, 3)), hq.amax((1, 2, 3))
-    wrong = ~((low >= 0) & (high <= 1))  # NaN compares false
+    wrong = ~((low >= 0) & (high <= 1))  # comparisons with NaN are false
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         reach = float(low[row]), float(high[row])
@@ -132,24 +134,24 @@ def check_batch(hq: Tensor, keys: Sequence[str]) -> Tensor:
 
 
 def _operate(name: str, turns: Sequence[Turn]) -> list[Canvas]:
-    """One operation on the pictures whose turn it is; the others of each canvas stay as they are."""
-    drawn = None
-    if name in DRAWN:
+    """Runs one operation on the ready pictures; the other pictures of each canvas do not change."""
+    words = None
+    if name in RANDOM:
         sides, ops = [s for turn in turns for s in turn.part.sides], [op for turn in turns for op in turn.ops]
-        drawn = draw_words(sides, ops, turns[0].part.images.device)
+        words = draw_words(sides, ops, turns[0].part.images.device)
     after, first = [], 0
     for turn in turns:
-        more = () if drawn is None else (drawn, first)
-        made = OPERATIONS[name](turn.part.images, turn.part.sides, turn.ops, *more)
+        more = () if words is None else (words, first)
+        result = OPERATIONS[name](turn.part.images, turn.part.sides, turn.ops, *more)
         first += len(turn.ops)
         if len(turn.ready) < len(turn.canvas.rows):
-            made = turn.canvas.images.index_copy(0, sent(turn.ready, made.device), made)
-        after.append(Canvas(images=made, rows=turn.canvas.rows, sides=turn.canvas.sides))
+            result = turn.canvas.images.index_copy(0, to_device(turn.ready, result.device), result)
+        after.append(Canvas(images=result, rows=turn.canvas.rows, sides=turn.canvas.sides))
     return after
 
 
 def _resize(turns: Sequence[Turn], hq: tuple[int, int]) -> list[Canvas]:
-    """Resize each picture to its own size; of each canvas one a bucket of sizes, and one of what waits."""
+    """Resizes each ready picture to its size. A canvas becomes one per bucket of sizes, and one of the others."""
     after, jobs, rows = [], [], []
     for turn in turns:
         rest = [i for i in range(len(turn.canvas.rows)) if i not in set(turn.ready)]
@@ -160,16 +162,15 @@ def _resize(turns: Sequence[Turn], hq: tuple[int, int]) -> list[Canvas]:
             buckets.setdefault(_edges(goal), []).append(place)
         for edges, places in buckets.items():
             part = turn.part.select(places)
-            wanted, ops = [goals[i] for i in places], [turn.ops[i] for i in places]
-            jobs.append(Job(images=part.images, sides=part.sides, goals=wanted, ops=ops, canvas=edges))
+            sizes, ops = [goals[i] for i in places], [turn.ops[i] for i in places]
+            jobs.append(Job(images=part.images, sides=part.sides, goals=sizes, ops=ops, canvas=edges))
             rows.append(part.rows)
-    made = zip(resize_all(jobs), rows, jobs, strict=True)
-    return after + [Canvas(images=images, rows=numbers, sides=list(job.goals)) for images, numbers, job in made]
+    results = zip(resize_all(jobs), rows, jobs, strict=True)
+    return after + [Canvas(images=images, rows=numbers, sides=list(job.goals)) for images, numbers, job in results]
 
 
 def _bucket(side: int) -> int:
-    """The side of the canvas that a side falls into. A picture's canvas, and so its arithmetic, is its own affair: it
-    does not depend on what else is in the batch."""
+    """The canvas side for a picture's side; it must not depend on the batch, or a picture's bits would."""
     edge = float(SMALLEST_PX)
     while side > math.ceil(edge):
         edge *= BUCKET
@@ -177,12 +178,12 @@ def _bucket(side: int) -> int:
 
 
 def _edges(goal: tuple[int, int]) -> tuple[int, int]:
-    """The canvas of a size."""
+    """The canvas size for a picture's size."""
     return _bucket(goal[0]), _bucket(goal[1])
 
 
 def _merge(canvases: Sequence[Canvas]) -> list[Canvas]:
-    """Put pictures of equal canvases together."""
+    """Joins canvases of equal size."""
     groups: dict[tuple[int, int], list[Canvas]] = {}
     for canvas in canvases:
         height, width = canvas.images.shape[2:]

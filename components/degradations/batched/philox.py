@@ -1,6 +1,6 @@
-"""Philox 4x64-10 in torch: the very words that numpy's Philox makes, on any device (Salmon et al. 2011).
+"""Philox 4x64-10 in torch: the same words as numpy's Philox, on any device (Salmon et al. 2011).
 
-Torch has no unsigned 64-bit arithmetic; int64 wraps the same way, so only the high half of a product needs care.
+Torch has no unsigned 64-bit arithmetic. int64 wraps the same way, so only the high half of a product needs care.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from components.degradations.batched.transfer import sent
+from components.degradations.batched.transfer import to_device
 
 MASK32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 ROUNDS = 10
-BLOCK = 16  # words of a counter
+BLOCK = 16  # 16-bit words of one counter
 
 
-def signed(value: int) -> int:
-    """A 64-bit pattern as torch's int64."""
+def as_int64(value: int) -> int:
+    """The int64 value with the same bits as an unsigned 64-bit number."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
@@ -33,7 +33,7 @@ class Words:
 
     Attributes:
         flat: int32 in 0..65535.
-        starts: where each stream begins.
+        starts: index of the first word of each stream.
     """
 
     flat: Tensor
@@ -41,9 +41,9 @@ class Words:
 
 
 def words(seeds: Sequence[int], counts: Sequence[int], device: torch.device) -> Words:
-    """The first `counts` random 16-bit words of each seed, as noise.words; a few more, up to whole blocks of 16.
+    """The first `counts` random 16-bit words of each seed, as noise.words, rounded up to whole blocks of 16.
 
-    All streams are made together: on a GPU it is the number of steps that costs.
+    All streams are made together, since a GPU's time depends on the number of steps.
 
     Args:
         seeds: 0 .. 2**63 - 1.
@@ -51,15 +51,15 @@ def words(seeds: Sequence[int], counts: Sequence[int], device: torch.device) -> 
     """
     blocks = [-(-count // BLOCK) for count in counts]
     begins = [0, *accumulate(blocks)]
-    numbers = sent([seeds, begins[:-1], blocks], device)
+    numbers = to_device([seeds, begins[:-1], blocks], device)
     owner = torch.repeat_interleave(torch.arange(len(seeds), device=device), numbers[2], output_size=begins[-1])
-    counter = torch.arange(1, begins[-1] + 1, device=device) - numbers[1][owner]  # numpy steps before it draws
+    counter = torch.arange(1, begins[-1] + 1, device=device) - numbers[1][owner]  # numpy counts first
     zeros = torch.zeros_like(counter)
-    # of the four words of the state the first and third are multiplied, the others only mixed in
+    # of the four words of the state, the first and third are multiplied, the other two are only mixed in
     even, odd = torch.stack([counter, zeros]), torch.stack([zeros, zeros])
     keys = torch.stack([numbers[0][owner], zeros])
-    factors = sent([signed(m) for m in MULTIPLIERS], device)[:, None]
-    weyl = sent([signed(w) for w in WEYL], device)[:, None]
+    factors = to_device([as_int64(m) for m in MULTIPLIERS], device)[:, None]
+    weyl = to_device([as_int64(w) for w in WEYL], device)[:, None]
     parts = factors & MASK32, (factors >> 32) & MASK32
     for _ in range(ROUNDS):
         high, low = _high(even, *parts), even * factors
@@ -71,7 +71,7 @@ def words(seeds: Sequence[int], counts: Sequence[int], device: torch.device) -> 
 
 
 def _high(a: Tensor, low1: Tensor, high1: Tensor) -> Tensor:
-    """The high 64 bits of unsigned products with a constant, given by its 32-bit halves."""
+    """The high 64 bits of unsigned products of `a` with a constant; low1 and high1 are the constant's 32-bit halves."""
     low0, high0 = a & MASK32, (a >> 32) & MASK32
     middle = high0 * low1 + (((low0 * low1) >> 32) & MASK32)
     other = low0 * high1 + (middle & MASK32)

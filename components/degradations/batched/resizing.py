@@ -1,8 +1,8 @@
 """Resizing of batches: each picture to its own size, in its own mode, as a matrix of weights along each axis.
 
-On a GPU the number of steps counts, not their size. So the weights of all pictures, both axes and all canvases of a
-round are made together ("taps": what an output pixel takes from which input pixels), and a canvas only spreads its
-share of them over its matrices.
+A GPU's time depends on the number of steps, not on their size. So the weights of all pictures, both axes and all
+canvases of a round are made together as taps: each output pixel's input pixels and their weights. Each canvas then only
+scatters its part of the taps into its matrices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.degradations.batched.transfer import sent
+from components.degradations.batched.transfer import to_device
 
 Sides = Sequence[tuple[int, int]]
 """(height, width) of each picture's valid part."""
@@ -26,30 +26,31 @@ Ops = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Taps:
-    """What each output pixel takes of a line of input pixels, for N lines.
+    """The input pixels of each output pixel and their weights, for N lines of pixels.
 
     Attributes:
-        where: int64 [N, R, T], inside each line's own input.
-        weights: float32 [N, R, T], zero beyond each line's own output; of taps with one place all but one are zero.
+        where: int64 [N, R, T], indices of input pixels, within each line's own input.
+        weights: float32 [N, R, T], zero beyond each line's own output. If several taps of an output pixel have the same
+            index, all but one are zero.
     """
 
     where: Tensor
     weights: Tensor
 
     def matrices(self, start: int, stop: int, rows: int, size: int) -> Tensor:
-        """Lines start .. stop - 1 as matrices, float32 [n, rows, size]."""
+        """The matrices of lines start .. stop - 1, float32 [n, rows, size]."""
         where, weights = self.where[start:stop, :rows], self.weights[start:stop, :rows]
         return weights.new_zeros(stop - start, rows, size).scatter_add_(2, where, weights)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Pictures that share a canvas before and after.
+    """A resize of pictures that share a canvas before and after it.
 
     Attributes:
         images: float32 [b, 3, H, W].
-        sides, goals: (height, width) of each one's valid part, before and after.
-        ops: each one's operation.
+        sides, goals: (height, width) of each picture's valid part, before and after.
+        ops: each picture's operation.
         canvas: (height, width) of the result.
     """
 
@@ -61,14 +62,14 @@ class Job:
 
 
 def resize(images: Tensor, sides: Sides, goals: Sides, ops: Ops, canvas: tuple[int, int] | None = None) -> Tensor:
-    """Each picture to its own goal on a canvas [B, 3, H', W'], by default the largest goal. Modes as in resize.py."""
+    """Resizes each picture to its goal, on a canvas [B, 3, H', W'] (default: the largest goal). Modes: resize.py."""
     canvas = canvas or (max(g[0] for g in goals), max(g[1] for g in goals))
-    (made,) = resize_all([Job(images=images, sides=sides, goals=goals, ops=ops, canvas=canvas)])
-    return made
+    (result,) = resize_all([Job(images=images, sides=sides, goals=goals, ops=ops, canvas=canvas)])
+    return result
 
 
 def resize_all(jobs: Sequence[Job]) -> list[Tensor]:
-    """Every job's result, float32 [b, 3, H', W']."""
+    """The result of each job, float32 [b, 3, H', W']."""
     steps = [
         (1 / op["scale"],) * 2
         if op.get("sampling") == "factor" and op["mode"] in ("bilinear", "bicubic")
@@ -85,14 +86,14 @@ def resize_all(jobs: Sequence[Job]) -> list[Tensor]:
         max(max(job.canvas) for job in jobs),
         jobs[0].images.device,
     )
-    made, start = [], 0
+    results, start = [], 0
     for job in jobs:
         stop, (height, width) = start + len(job.ops), job.images.shape[2:]
         rows = taps.matrices(start, stop, job.canvas[0], height)
         columns = taps.matrices(count + start, count + stop, job.canvas[1], width)
-        made.append(rows[:, None] @ job.images @ columns.transpose(1, 2)[:, None])
+        results.append(rows[:, None] @ job.images @ columns.transpose(1, 2)[:, None])
         start = stop
-    return made
+    return results
 
 
 def sampling_matrices(
@@ -104,7 +105,7 @@ def sampling_matrices(
     like: Tensor,
     tallest: int,
 ) -> Tensor:
-    """resize.sampling_matrix for each picture, zero beyond its goal: float32 [B, tallest, size]."""
+    """resize.sampling_matrix of each picture, zero beyond its goal: float32 [B, tallest, size]."""
     return make_taps(sides, goals, steps, modes, tallest, like.device).matrices(0, len(sides), tallest, size)
 
 
@@ -116,27 +117,27 @@ def make_taps(
     rows: int,
     device: torch.device,
 ) -> Taps:
-    """The taps of N lines: `rows` output pixels each, of which the first `goals` count.
+    """The taps of N lines with `rows` output pixels each; only the first `goals` of them have weights.
 
     Args:
         sides, goals: input and output pixels of each line.
-        steps: input pixels an output pixel.
-        modes: each line's, see resize.py.
+        steps: input pixels per output pixel.
+        modes: the mode of each line, see resize.py.
     """
-    whole = sent([sides, goals], device)[..., None, None]
-    step = sent(steps, device, torch.float64)[:, None, None]
+    whole = to_device([sides, goals], device)[..., None, None]
+    step = to_device(steps, device, torch.float64)[:, None, None]
     row = torch.arange(rows, device=device)[None, :, None]
     parts: list[tuple[list[int], Tensor, Tensor]] = []
     for mode in sorted(set(modes)):
         places = [i for i, other in enumerate(modes) if other == mode]
         alone = len(places) == len(modes)
-        index = sent(places, device)
+        index = to_device(places, device)
         side, goal = whole if alone else whole[:, index]
         reach = _reach(mode, [sides[i] for i in places], [goals[i] for i in places], [steps[i] for i in places])
         where, weights = _taps(mode, row, side, goal, step if alone else step[index], reach)
         weights = torch.where(row < goal, weights, 0.0).float()
         where = torch.minimum(where.clamp_min(0), side - 1).expand(weights.shape)
-        for tap in range(1, reach):  # an edge that repeats: in turn, so that bits do not hang on a GPU's order
+        for tap in range(1, reach):  # merge taps on a repeated edge in order: bits must not depend on a GPU's order
             same = where[..., tap] == where[..., tap - 1]
             weights[..., tap] += torch.where(same, weights[..., tap - 1], 0.0)
             weights[..., tap - 1].masked_fill_(same, 0.0)
@@ -148,15 +149,15 @@ def make_taps(
         torch.zeros(len(modes), rows, taps, dtype=torch.int64, device=device),
         torch.zeros(len(modes), rows, taps, device=device),
     )
-    for places, *found in parts:
-        index = sent(places, device)
-        for whole_part, part in zip(both, found, strict=True):
+    for places, *taps_of_mode in parts:
+        index = to_device(places, device)
+        for whole_part, part in zip(both, taps_of_mode, strict=True):
             whole_part[index, :, : part.shape[2]] = part
     return Taps(*both)
 
 
 def _reach(mode: str, sides: Sequence[int], goals: Sequence[int], steps: Sequence[float]) -> int:
-    """How many taps any of these lines may need."""
+    """The number of taps T that suffices for all of these lines."""
     if mode == "pool":
         return max(-(-side // goal) for side, goal in zip(sides, goals, strict=True)) + 1
     if mode == "area":
@@ -165,7 +166,7 @@ def _reach(mode: str, sides: Sequence[int], goals: Sequence[int], steps: Sequenc
 
 
 def _taps(mode: str, row: Tensor, side: Tensor, goal: Tensor, step: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    """One mode: where int64 and weights float64, both [n, R, T].
+    """The taps of one mode: where (int64) and weights (float64), both [n, R, T].
 
     Args:
         row: int64 [1, R, 1]. side, goal: int64 [n, 1, 1]. step: float64 [n, 1, 1]. reach: T.
@@ -181,8 +182,8 @@ def _taps(mode: str, row: Tensor, side: Tensor, goal: Tensor, step: Tensor, reac
         overlap = torch.where(where < side, overlap.clamp_min(0), 0.0)
         share = (row + 1) - (first + 1) / step
         share = torch.where(share > 0, share - torch.floor(share), 0.0)
-        mixed = torch.where(tap == 0, 1 - share, torch.where(tap == 1, share, 0.0))
-        return where, torch.where(step >= 1, overlap / _total(overlap).clamp_min(1e-12), mixed)
+        mix = torch.where(tap == 0, 1 - share, torch.where(tap == 1, share, 0.0))
+        return where, torch.where(step >= 1, overlap / _total(overlap).clamp_min(1e-12), mix)
     centre = (row + 0.5) * step - 0.5
     if mode == "bilinear":
         centre = centre.clamp_min(0)
@@ -196,7 +197,7 @@ def _taps(mode: str, row: Tensor, side: Tensor, goal: Tensor, step: Tensor, reac
 
 
 def _total(weights: Tensor) -> Tensor:
-    """The sum over taps, [n, R, 1], one after the other: zeros that company brings then change no bit."""
+    """The sum over taps, [n, R, 1], in order: extra zeros, which depend on the batch, then change no bit."""
     total = weights[..., :1].clone()
     for tap in range(1, weights.shape[2]):
         total += weights[..., tap : tap + 1]

@@ -1,4 +1,4 @@
-"""Numbers from the host to the device that works, without waiting for it."""
+"""Copies numbers from the host to a device without waiting for the device."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 
-def sent(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on a device, of (nested) numbers or of a tensor of the host's.
+def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on a device, from (nested) numbers or from a tensor on the host.
 
-    From pageable memory, as `torch.tensor(values, device=...)` sends them, a copy would first let the GPU end all that
-    it was given, and nothing would be prepared meanwhile.
+    `torch.tensor(values, device=...)` copies from pageable memory: that waits until the GPU has finished its queue, and
+    the host prepares nothing in that time. Pinned memory avoids the wait.
     """
-    made = values.to(dtype) if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+    tensor = values.to(dtype) if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,8 +1,8 @@
 """InstantIR's Latent Aggregator: a copy of the UNet's compression path that fuses the LQ latents with a preview.
 
-Both go in side by side (LQ first) as one double-sized latent, so that self-attention fuses them; at each of the UNet's
-skip levels the two halves are cut apart again and joined by a spatial feature transform (InstantIR Eq. 6), with the LQ
-half modulating the preview's. There is no text cross-attention; pooled text and sizes still enter by the embedding.
+The input is one double-sized latent, LQ latents first and preview second, so that self-attention fuses them. At each of
+the UNet's skip levels the halves are split again. A spatial feature transform (InstantIR Eq. 6) then lets the LQ half
+modulate the preview half. There is no text cross-attention. Pooled text and sizes still enter through the embedding.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ SFT_WIDTH = 128  # the released model's, at every level (instantir.md section 4)
 
 
 class Residuals(NamedTuple):
-    """What is added to the UNet: a tensor for each skip connection [B, W, h, w], and one for the middle block."""
+    """The tensors that are added to the UNet: one for each skip connection [B, W, h, w], one for the middle block."""
 
     down: tuple[Tensor, ...]
     mid: Tensor
 
-    def scaled(self, scale: float | Tensor) -> Residuals:
-        """All times `scale`, a number or [B]."""
+    def scale_by(self, scale: float | Tensor) -> Residuals:
+        """All residuals times `scale`, a number or [B]."""
         if isinstance(scale, Tensor):
             scale = scale.view(-1, 1, 1, 1)
         return Residuals(tuple(r * scale for r in self.down), self.mid * scale)
 
     def to(self, dtype: torch.dtype) -> Residuals:
-        """All in another type."""
+        """All residuals in another dtype."""
         return Residuals(tuple(r.to(dtype) for r in self.down), self.mid.to(dtype))
 
 
@@ -57,20 +57,20 @@ class SpatialFeatureTransform(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """See the module's docstring. Make one with `Aggregator.from_unet`.
+    """The Latent Aggregator (see the module's docstring). `Aggregator.from_unet` makes one.
 
     Args:
         config: the UNet's configuration.
-        device: "cpu", or "meta" to look at shapes only. The copied part's memory comes uninitialised: load weights.
-        dtype: of the copied part; float32 for None.
+        device: "cpu", or "meta" for shapes without memory. The copied part is uninitialised until weights are loaded.
+        dtype: dtype of the copied part; None is float32.
     """
 
     def __init__(self, config: Mapping[str, Any], device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        # a perceptor in the UNet is none of ours, and a fresh UNet would refuse its entry
+        # the Aggregator has no perceptor, and a new UNet would refuse the perceptor's config entry
         bare = {**config, "encoder_hid_dim_type": None, "encoder_hid_dim": None}
         with torch.device("meta"):
-            # only half of it is used: the other half must cost nothing
+            # only half of the UNet is used, so the other half must not take memory
             skeleton = UNet2DConditionModel.from_config(bare)  # type: ignore[arg-type]
         self.config = bare
         self.conv_in = skeleton.conv_in
@@ -83,21 +83,21 @@ class Aggregator(nn.Module):
         for module in self.modules():
             if hasattr(module, "attn2"):
                 module.attn2, module.norm2 = None, None  # type: ignore[assignment]
-        self.to(dtype).to_empty(device=device)  # cast while it is meta: a gigabyte of numbers is never there twice
+        self.to(dtype).to_empty(device=device)  # the cast happens on meta, so the weights are never in memory twice
         widths = _skip_widths(self)
         self.controlnet_down_blocks = nn.ModuleList(_join(width) for width in widths)
         self.controlnet_mid_block = _join(widths[-1])
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, seed: int = 0) -> Aggregator:
-        """A new Aggregator that starts as the UNet's compression path, adding nothing (its last layers are zero).
+        """A new Aggregator with the UNet's compression path; it adds nothing at first, since its last layers are zero.
 
         Args:
-            unet: the prior's; a perceptor or previewer in it is left out.
-            seed: fixes the random start of the joins.
+            unet: the prior's UNet; its perceptor and previewer are not copied.
+            seed: fixes the random start of the spatial feature transforms.
         """
         like = next(unet.parameters())
-        # made on the CPU, so that the random start has the same bits on every device
+        # the random start is computed on the CPU, so that it has the same bits on every device
         with seeded_init(seed, "aggregator"):
             aggregator = cls(dict(unet.config), "meta" if like.is_meta else "cpu", like.dtype)
         aggregator.to(device=like.device, dtype=like.dtype)
@@ -117,19 +117,19 @@ class Aggregator(nn.Module):
         conditioning_scale: float | Tensor = 1.0,
         cat_dim: int = -2,
     ) -> Residuals:
-        """Residuals for the UNet.
+        """The residuals for the UNet.
 
         Args:
             lq: latents of the LQ picture [B, C, h, w]; sides divisible by 2 ** (levels - 1).
             timesteps: [B] or [1].
-            preview: latents of the preview, same shape.
+            preview: latents of the preview, the same shape.
             text_embeds: pooled text [B, P].
             time_ids: size ids [B, 6].
-            conditioning_scale: multiplies everything; a number or [B].
-            cat_dim: -2 joins along the height (released), -1 along the width.
+            conditioning_scale: factor of all residuals; a number or [B].
+            cat_dim: -2 concatenates along the height (released), -1 along the width.
 
         Raises:
-            ValueError: shapes differ, sides do not halve evenly, or another cat_dim.
+            ValueError: the shapes differ, a side is not divisible by 2 ** (levels - 1), or cat_dim is not -2 or -1.
         """
         self.check_pair(lq, preview, cat_dim)
         temb = self.embedding(timesteps.expand(len(lq)), text_embeds, time_ids, lq.dtype)
@@ -140,9 +140,10 @@ class Aggregator(nn.Module):
             features.extend(skips)
         sample = self.mid_block(sample, temb)  # type: ignore[misc]
         down = tuple(
-            _joined(join, feature, cat_dim) for join, feature in zip(self.controlnet_down_blocks, features, strict=True)
+            _apply_join(join, feature, cat_dim)
+            for join, feature in zip(self.controlnet_down_blocks, features, strict=True)
         )
-        return Residuals(down, _joined(self.controlnet_mid_block, sample, cat_dim)).scaled(conditioning_scale)
+        return Residuals(down, _apply_join(self.controlnet_mid_block, sample, cat_dim)).scale_by(conditioning_scale)
 
     def embedding(self, timesteps: Tensor, text_embeds: Tensor, time_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The whole embedding [B, E] from timesteps [B], pooled text [B, P] and size ids [B, 6]."""
@@ -151,7 +152,7 @@ class Aggregator(nn.Module):
         return self.time_embedding(self.time_proj(timesteps).to(dtype)) + self.add_embedding(extra)
 
     def check_pair(self, lq: Tensor, preview: Tensor, cat_dim: int) -> None:
-        """Raises ValueError where LQ latents and preview cannot be joined; see forward."""
+        """Raises ValueError where LQ latents and preview cannot be concatenated; see forward."""
         if cat_dim not in (-2, -1):
             raise ValueError(f"cat_dim must be -2 (height) or -1 (width), got {cat_dim}")
         if lq.shape != preview.shape:
@@ -162,7 +163,7 @@ class Aggregator(nn.Module):
 
 
 def load_aggregator(aggregator: Aggregator, state: Mapping[str, Tensor]) -> None:
-    """Copy weights under aggregator.pt's names. Raises ValueError that lists every fault."""
+    """Copy weights that have aggregator.pt's names. Raises ValueError that lists every fault."""
     copy_strictly(base_parameters(aggregator), state, "aggregator")
 
 
@@ -172,14 +173,14 @@ def aggregator_state(aggregator: Aggregator) -> dict[str, Tensor]:
 
 
 def _join(channels: int) -> nn.ModuleList:
-    """Spatial feature transform, then a 1x1 convolution that starts at zero."""
+    """A spatial feature transform, then a 1x1 convolution that starts at zero."""
     zero = nn.Conv2d(channels, channels, 1)
     nn.init.zeros_(zero.weight)
     nn.init.zeros_(zero.bias)  # type: ignore[arg-type]
     return nn.ModuleList([SpatialFeatureTransform(channels), zero])
 
 
-def _joined(join: Any, feature: Tensor, cat_dim: int) -> Tensor:
+def _apply_join(join: Any, feature: Tensor, cat_dim: int) -> Tensor:
     transform, zero = join[0], join[1]
     half = feature.shape[cat_dim] // 2
     lq = feature.narrow(cat_dim, 0, half)

@@ -1,16 +1,17 @@
-"""Builders: from a recipe to a stage's objective, from a model folder to a restorer."""
+"""Builders: a recipe becomes a stage's objective, a model folder becomes a restorer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from components.models import Model, ModelError, resolve_model
-from components.priors.hub import Precision
-from components.priors.sdxl import Prior, load_prior
+from components.priors.files import Precision
+from components.priors.opening import load_prior
+from components.priors.sdxl import Prior
 from components.priors.sdxl_config import DINOV2
 from components.randomness import seeded_init
 from components.systems.instantir.checkpointing import checkpoint_gradients
@@ -20,65 +21,124 @@ from components.systems.instantir.objectives import (
     AggregatorObjective,
     PerceptorObjective,
     PreviewerObjective,
-    StageObjective,
 )
 from components.systems.instantir.options import restore_defaults
-from components.systems.instantir.recipe import InstantIRRecipe
+from components.systems.instantir.recipe import STAGES, WEIGHTING, InstantIRRecipe
 from components.systems.instantir.restorer import InstantIRRestorer
+from components.systems.system import stage_of
 
 
 def open_prior(
-    recipe_prior: str, recorded: Mapping[str, str] | None, device: str, precision: Precision = "fp32"
+    recipe_prior: str, record: Mapping[str, str] | None, device: str, precision: Precision = "fp32"
 ) -> Prior:
-    """The prior that a model or recipe names; refuses another one than the parents were trained on.
+    """Open the prior that a model or recipe names; a prior with another digest than the recorded one is refused.
 
     Args:
         recipe_prior: see load_prior.
-        recorded: what model.json says of it: id, digest ("" where it is not of ours), image_encoder.
-        device: where it goes.
-        precision: of its weights.
+        record: model.json's entry of the prior: id, digest ("" where the prior is not a Restoray model),
+            image_encoder. None without a model.
+        device: device of the networks.
+        precision: precision of the weights.
 
     Raises:
-        ModelError: no such prior, or its digest is not the recorded one.
+        ModelError: there is no such prior, or its digest is not the recorded one.
     """
-    wanted = (recorded or {}).get("digest", "")
-    encoder = (recorded or {}).get("image_encoder") or DINOV2
+    digest = (record or {}).get("digest", "")
+    encoder = (record or {}).get("image_encoder") or DINOV2
     try:
-        # with a digest: never a hub
-        prior = load_prior(resolve_model(recipe_prior) if wanted else recipe_prior, device, encoder, precision)
+        # a prior with a digest is a local model folder, never a hub's
+        prior = load_prior(resolve_model(recipe_prior) if digest else recipe_prior, device, encoder, precision)
     except ModelError as error:
-        if not wanted:
+        if not digest:
             raise
         raise ModelError(
-            f"the model was trained on prior {recipe_prior!r} with digest {wanted[:12]}: bring it back there ({error})"
+            f"the model was trained on prior {recipe_prior!r} with digest {digest[:12]}: "
+            f"bring it back to that place ({error})"
         ) from error
-    if wanted and prior.digest and wanted != prior.digest:
+    if digest and prior.digest and digest != prior.digest:
         raise ModelError(
-            f"prior {recipe_prior!r} has digest {prior.digest[:12]}, but the model was trained on {wanted[:12]}: "
+            f"prior {recipe_prior!r} has digest {prior.digest[:12]}, but the model was trained on {digest[:12]}: "
             "bring that prior back, or train the model again"
         )
     return prior
 
 
-def build_objective(
+def perceptor_objective(
     recipe: InstantIRRecipe,
     parents: Mapping[str, Model],
     examples: Callable[[], Tensor] | None = None,
     device: str = "cpu",
-) -> StageObjective:
-    """The objective of a stage.
+) -> PerceptorObjective:
+    """The objective of stage dcp.
 
     Args:
         recipe: resolved recipe.
-        parents: the model folder to go on from, under any name: none for dcp, dcp's for previewer, previewer's for
-            aggregator; or a model that has the stage's own part already, which is trained on. The perceptor's own
-            training leaves out previewer and aggregator: they go with the perceptor that they were trained with.
-        examples: unused; other systems look at pictures while they are built.
-        device: where the networks go.
+        parents: empty, or one model whose perceptor trains further. Its previewer and aggregator are left out, since
+            they belong to the perceptor that they were trained with.
+        examples: unused; builders of other systems take example pictures.
+        device: device of the networks.
 
     Raises:
-        ModelError: the parent is missing or of another stage, or its sizes are not the recipe's.
+        ModelError: the prior cannot be opened, or the parent's sizes differ from the recipe's.
     """
+    network = _stage_networks(recipe, parents, device).network
+    return PerceptorObjective(network, **_dropout(recipe), **_weighting(recipe))
+
+
+def previewer_objective(
+    recipe: InstantIRRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> PreviewerObjective:
+    """The objective of stage previewer; arguments and errors as for perceptor_objective.
+
+    `parents` holds the model of stage dcp, or a model that already has a previewer.
+    """
+    low_high = recipe.teacher_cfg_scale
+    return PreviewerObjective(
+        _stage_networks(recipe, parents, device).network,
+        num_ddim_timesteps=recipe.teacher_timesteps,
+        huber_c=recipe.huber_c if recipe.distance == "huber" else None,
+        guidance_range=(low_high[0], low_high[1]) if low_high else None,
+        **_dropout(recipe),
+    )
+
+
+def aggregator_objective(
+    recipe: InstantIRRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> AggregatorObjective:
+    """The objective of stage aggregator; arguments and errors as for perceptor_objective.
+
+    `parents` holds the model of stage previewer, or a model that already has an aggregator.
+    """
+    stage = _stage_networks(recipe, parents, device)
+    return AggregatorObjective(
+        stage.network,
+        reference=recipe.reference,
+        reference_noise=recipe.reference_noise,
+        preview_cfg_scale=recipe.preview_cfg_scale,
+        speed=stage.speed,
+        parent_parts=stage.parent_parts,
+        **_dropout(recipe),
+        **_weighting(recipe),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StageNetworks:
+    """A stage's networks, the fast path's settings if the recipe sets any, and the parent's parts in full precision."""
+
+    network: InstantIR
+    speed: Speed | None
+    parent_parts: Mapping[str, Mapping[str, Tensor]]
+
+
+def _stage_networks(recipe: InstantIRRecipe, parents: Mapping[str, Model], device: str) -> _StageNetworks:
+    """The networks of a stage, from its parent model (the first of `parents`) and the prior."""
     parent = next(iter(parents.values()), None)
     prior = open_prior(recipe.prior, parent.info["prior"] if parent else None, device)
     resampler = {
@@ -102,86 +162,61 @@ def build_objective(
     if recipe.perceptor_scale is not None:
         network.perceptor_scale = recipe.perceptor_scale
     prior.view = replace(prior.view, fit="squash" if recipe.view == "whole" else "crop")
-    inherited: dict[str, Any] = {}
+    parent_parts: dict[str, dict[str, Tensor]] = {}
     if recipe.frozen_precision != "fp32" and parent is not None:
-        inherited = {name: parent.part(name) for name in ("perceptor", "previewer")}
+        parent_parts = {name: parent.part(name) for name in ("perceptor", "previewer")}
         prior.in_precision(recipe.frozen_precision)
     network.to(device)
-    speed = Speed(compile=recipe.compile, checkpoint=recipe.gradient_checkpointing)
-    fast = recipe.compile != "off" or recipe.frozen_precision != "fp32"
-    if not fast:
-        checkpoint_gradients(network, recipe.gradient_checkpointing)
-    dropout: dict[str, Any] = {
-        "image_dropout": recipe.image_dropout,
-        "text_dropout": recipe.text_dropout,
-        "both_dropout": recipe.both_dropout,
-    }
-    weighting: dict[str, Any] = {
-        "max_clean_weight": recipe.max_clean_weight,
-        "noise_offset": recipe.noise_offset,
-        "timestep_importance": recipe.timestep_importance,
-    }
-    objective: StageObjective
-    if recipe.stage == "dcp":
-        objective = PerceptorObjective(network, **dropout, **weighting)
-    elif recipe.stage == "previewer":
-        low_high = recipe.teacher_cfg_scale
-        objective = PreviewerObjective(
-            network,
-            num_ddim_timesteps=recipe.teacher_timesteps,
-            huber_c=recipe.huber_c if recipe.distance == "huber" else None,
-            guidance_range=(low_high[0], low_high[1]) if low_high else None,
-            **dropout,
-        )
-    else:
-        objective = AggregatorObjective(
-            network,
-            reference=recipe.reference,
-            reference_noise=recipe.reference_noise,
-            preview_cfg_scale=recipe.preview_cfg_scale,
-            speed=speed if fast else None,
-            inherited=inherited,
-            **dropout,
-            **weighting,
-        )
-    return objective
+    if recipe.compile != "off" or recipe.frozen_precision != "fp32":
+        speed = Speed(compile=recipe.compile, checkpoint=recipe.gradient_checkpointing)
+        return _StageNetworks(network=network, speed=speed, parent_parts=parent_parts)
+    checkpoint_gradients(network, recipe.gradient_checkpointing)
+    return _StageNetworks(network=network, speed=None, parent_parts=parent_parts)
+
+
+def _dropout(recipe: InstantIRRecipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in ("image_dropout", "text_dropout", "both_dropout")}
+
+
+def _weighting(recipe: InstantIRRecipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in WEIGHTING}
 
 
 def _check_parts(stage: str, network: InstantIR, parent: Model | None) -> None:
-    needs = {"dcp": "", "previewer": "dcp", "aggregator": "previewer"}
-    if stage not in needs:
-        raise ValueError(f"no stage {stage!r}; there are {sorted(needs)}")
-    if needs[stage] and parent is None:
-        raise ModelError(f"stage {stage} needs the model folder of stage {needs[stage]}")
+    """Raises ModelError where a stage's parent model is missing or lacks a part that the stage needs."""
+    parent_stage = stage_of(STAGES, stage).follows
+    if parent_stage and parent is None:
+        raise ModelError(f"stage {stage} needs the model folder of stage {parent_stage}")
     if stage == "aggregator" and not network.has_previewer:
         raise ModelError(f"{parent.path if parent else ''}: has no previewer; stage aggregator follows stage previewer")
 
 
 def _check_settings(recipe: InstantIRRecipe, network: InstantIR, resampler: Mapping[str, int], parent: Model) -> None:
-    """Raises ModelError where a part that is trained on has other settings than the recipe says."""
-    has, wants = network.config(), dict[str, Any]()
+    """Raises ModelError where a part that trains further has other settings than the recipe."""
+    model_settings, recipe_settings = network.config(), dict[str, Any]()
     if recipe.stage == "dcp":
-        wants = {"resampler": resampler, "time_modulation": recipe.time_modulation}
+        recipe_settings = {"resampler": resampler, "time_modulation": recipe.time_modulation}
     elif recipe.stage == "previewer" and network.has_previewer:
-        wants = {"lora": {"rank": recipe.lora_rank, "alpha": recipe.lora_alpha}}
+        recipe_settings = {"lora": {"rank": recipe.lora_rank, "alpha": recipe.lora_alpha}}
     faults = []
-    for name, wanted in wants.items():
-        pairs = wanted.items() if isinstance(wanted, Mapping) else [("", wanted)]
-        there = has[name] if isinstance(wanted, Mapping) else {"": has[name]}
-        faults += [f"{name}_{key}".rstrip("_") + f" is {there[key]}, not {v}" for key, v in pairs if there[key] != v]
+    for name, value in recipe_settings.items():
+        pairs = value.items() if isinstance(value, Mapping) else [("", value)]
+        own = model_settings[name] if isinstance(value, Mapping) else {"": model_settings[name]}
+        faults += [f"{name}_{key}".rstrip("_") + f" is {own[key]}, not {x}" for key, x in pairs if own[key] != x]
     if faults:
         raise ModelError(
-            f"{parent.path}: what stage {recipe.stage} would train on has other sizes: {'; '.join(faults)}"
+            f"{parent.path}: the part that stage {recipe.stage} trains further has other sizes: {'; '.join(faults)}"
         )
 
 
 def network_of(model: Model, prior: Prior, only_perceptor: bool = False) -> InstantIR:
-    """The networks of a model folder on its prior; only the perceptor where nothing else is wanted."""
+    """The networks of a model folder on its prior: all parts, or only the perceptor."""
     tokens = int(model.info["config"]["resampler"]["embedding_dim"])
     if tokens != prior.image_token_dim:
         raise ModelError(
             f"{model.path}: its perceptor was trained on picture tokens of {tokens}, but the picture encoder "
-            f"{prior.image_encoder_name or prior.name} makes tokens of {prior.image_token_dim}: another DINOv2?"
+            f"{prior.image_encoder_name or prior.name} makes tokens of {prior.image_token_dim}: "
+            "open the prior with the picture encoder of the training"
         )
     if only_perceptor:
         config = {**model.info["config"], "lora": None, "aggregator": False}
@@ -201,22 +236,24 @@ def build_restorer(
 
     Args:
         model: a folder with perceptor, previewer and aggregator.
-        device: where the networks go.
+        device: device of the networks.
         batch_size: see InstantIRRestorer.
-        precision: of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
+        precision: precision of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
         speed: settings of fast.Speed by name.
         defaults: options that replace the recipe's.
 
     Raises:
         ModelError: a part is missing, or the prior cannot be opened.
-        ValueError: an unknown or wrong setting of speed.
+        ValueError: `speed` has an unknown name or a wrong value.
     """
-    lacking = [part for part in PARTS if part not in model.info["parts"]]
-    if lacking:  # before gigabytes are read
-        raise ModelError(f"{model.path}: restoring needs {' and '.join(lacking)} too, which the model does not have")
-    wanted = Speed.of(speed or {})
-    # on the CPU first: the parts are made there, in the wanted precision, and go to the device together
+    missing = [part for part in PARTS if part not in model.info["parts"]]
+    if missing:  # checked before gigabytes are loaded
+        raise ModelError(f"{model.path}: restoring needs {' and '.join(missing)} too, which the model does not have")
+    speed_settings = Speed.of(speed or {})
+    # the parts are built on the CPU, in the given precision, and then go to the device together
     prior = open_prior(str(model.info["prior"]["id"]), model.info["prior"], "cpu", precision)
     network = network_of(model, prior)
     network.to(device)
-    return InstantIRRestorer(network, {**restore_defaults(model.info["recipe"]), **defaults}, batch_size, wanted)
+    return InstantIRRestorer(
+        network, {**restore_defaults(model.info["recipe"]), **defaults}, batch_size, speed_settings
+    )

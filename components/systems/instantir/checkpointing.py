@@ -1,31 +1,29 @@
-"""Gradient checkpointing of InstantIR's networks: activations are computed again in the backward pass.
+"""Gradient checkpointing of InstantIR's networks: the backward pass computes activations again.
 
-diffusers' blocks do it by themselves where they are told to, and call back for each residual block and transformer
-block. What they do not know is the Previewer: its LoRA is switched on for one call only, and must be found as it was
-when the call is repeated.
+diffusers' blocks have a switch for it and call a checkpoint function for each residual block and transformer block.
+They do not handle the Previewer: its LoRA is on for one call only. This module restores the LoRA's state when the
+backward pass repeats that call.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from components.systems.instantir.network import InstantIR
 from components.systems.instantir.previewer import has_previewer, lora_layers
-
-if TYPE_CHECKING:
-    from components.systems.instantir.network import InstantIR
 
 
 def checkpoint_gradients(network: InstantIR, enabled: bool = True) -> None:
-    """Switch it on or off in the UNet and in the Aggregator; parts that are added later are not reached.
+    """Switch checkpointing on or off in the UNet and in the Aggregator, but not in parts that are added later.
 
-    Costs one more forward pass of what trains. Gradients equal the plain ones up to rounding; calls without gradients
-    stay as they are.
+    It costs one more forward pass of the networks that train. Gradients equal those without checkpointing up to
+    rounding. Calls without gradients do not change.
     """
     layers = list(lora_layers(network.unet).values()) if has_previewer(network.unet) else []
 
@@ -33,21 +31,22 @@ def checkpoint_gradients(network: InstantIR, enabled: bool = True) -> None:
         off = [layer.disable_adapters for layer in layers[:1]]
 
         def contexts() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), _switched_as(layers, off)
+            return contextlib.nullcontext(), _lora_state(layers, off)
 
-        # nothing random happens inside: the networks are in evaluation mode
+        # the networks are in evaluation mode, so a repeated call needs no random state
         return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    _tell(network.unet, enabled, repeat)
+    _set_checkpointing(network.unet, enabled, repeat)
     if network.aggregator is not None:
-        _tell(network.aggregator, enabled, repeat)
+        _set_checkpointing(network.aggregator, enabled, repeat)
 
 
 @contextlib.contextmanager
-def _switched_as(layers: Sequence[LoraLayer], off: Sequence[bool]) -> Iterator[None]:
-    """Inside, the LoRA is as `off` says (empty where there is none); after, as it was before.
+def _lora_state(layers: Sequence[LoraLayer], off: Sequence[bool]) -> Iterator[None]:
+    """Inside the context the LoRA is off or on as in `off` (empty without a LoRA); afterwards as before.
 
-    Sets peft's flag and no more: a backward pass comes here a hundred times, and its own switch walks all parameters.
+    It sets peft's private flag: a backward pass enters about a hundred times, and peft's own switch visits all
+    parameters.
     """
     before = [layer.disable_adapters for layer in layers]
     for layer in layers:
@@ -55,12 +54,12 @@ def _switched_as(layers: Sequence[LoraLayer], off: Sequence[bool]) -> Iterator[N
     try:
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
+        for layer, flag in zip(layers, before, strict=True):
+            layer._disable_adapters = flag
 
 
-def _tell(root: nn.Module, enabled: bool, function: Callable[..., Any]) -> None:
-    """What diffusers' enable_gradient_checkpointing does, for modules that are no ModelMixin as well."""
+def _set_checkpointing(root: nn.Module, enabled: bool, function: Callable[..., Any]) -> None:
+    """Does what diffusers' enable_gradient_checkpointing does, also for modules that are not a ModelMixin."""
     for module in root.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = enabled  # type: ignore[assignment]

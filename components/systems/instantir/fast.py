@@ -1,15 +1,14 @@
-"""InstantIR's networks made ready for many calls under the same conditions: the same numbers for less work.
+"""The fast path of InstantIR's networks: the same results with less compute, for many calls with the same conditions.
 
-Two objects. `FastInstantIR` belongs to a bundle whose weights stand still and holds what follows from the weights
-alone: the UNet without LoRA wrappers (its parameters are the bundle's own), a second one with the Previewer merged in
-where memory allows, joined weight matrices, compiled blocks. `FastRun` belongs to one run (a picture, a batch, all
-tiles of a picture) and holds what follows from its conditions: text keys and values of every cross-attention, the
-Resampler's tokens and the picture's keys and values before modulation, the embedding of pooled text and sizes. Only the
-modulation by time is left to each step. A run offers preview, residuals and denoise_eps as InstantIR does, so a
-denoiser takes either.
+There are two objects. `FastInstantIR` belongs to a bundle with fixed weights and holds all values that depend on the
+weights alone: the UNet without LoRA wrappers (with the bundle's own parameters), a second UNet with the Previewer
+merged in where memory allows, fused weight matrices, compiled blocks. `FastRun` belongs to one run (a picture, a batch,
+all tiles of a picture) and holds all values that depend on its conditions: text keys and values of every
+cross-attention, the Resampler's tokens, the picture's keys and values before modulation, the embedding of pooled text
+and sizes. Each step then computes only the modulation by time. A run has the methods preview, residuals and denoise_eps
+of InstantIR, so a denoiser takes either.
 
-Nothing is hidden in the modules: drop the object and the bundle is as it was (but for the memory layout of its
-convolutions under channels_last).
+The bundle's modules do not change, apart from the convolutions' memory layout with channels_last.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +29,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from components.cuda_graphs import Function, Graphed, can_record
+from components.cuda_graphs import Function, GraphedFunction, can_record
 from components.objectives.consistency import consistency_output
 from components.options import check_choices, settings_by_name
+from components.priors.sdxl import Prior
 from components.systems.instantir.aggregator import Residuals
-from components.systems.instantir.block_calls import autocasts, by_kind, computed_again
+from components.systems.instantir.block_calls import autocast_is_on, compile_by_kind, recompute
 from components.systems.instantir.network import Conditions, InstantIR
-from components.systems.instantir.perceptor import normalised, split_heads
+from components.systems.instantir.perceptor import layer_norm, split_heads
 from components.systems.instantir.previewer import each_previewer_delta, lora_layers, previewer_enabled
 from components.systems.instantir.walk import (
     Blocks,
@@ -49,37 +49,35 @@ from components.systems.instantir.walk import (
     walk_unet,
 )
 
-if TYPE_CHECKING:
-    from components.priors.sdxl import Prior
-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-"""Tables of a module that copy.copy would share."""
+"""Attributes of a module that copy.copy would share with the copy."""
 
-KEPT_CONDITIONS = 8
-"""Conditions whose keys and values a run keeps; the longest unused go first. A step of any mode needs at most three."""
+MAX_CONDITIONS = 8
+"""Most conditions that a run caches values for; the least recently used is dropped. A step uses at most three."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How a bundle is made fast. Results agree to rounding whatever is chosen.
+    """Settings of the fast path. All settings give the same results up to rounding.
 
     Attributes:
-        merge_previewer: "on" keeps a second copy of the layers that the LoRA changes, with it merged in; "off" switches
-            the LoRA on and off in the one UNet; "auto" merges where the copy takes at most half of the device's free
+        merge_previewer: "on" holds a second copy of the layers that the LoRA changes, with the LoRA merged in; "off"
+            switches the LoRA on and off in one UNet; "auto" merges if the copy takes at most half of the device's free
             memory (a quarter of the machine's on a CPU). Below float32 a merged weight is rounded once.
-        join: join the self-attentions' query, key and value weights, and all projections of the embedding, into single
-            matrices (a copy of 1.5 GB at SDXL size in bf16; the merged UNet's needs none).
-        compile: what goes through torch.compile: "autoencoder" alone (seconds), "blocks", each kind of block of the
-            networks once too (a minute or two at SDXL size), "whole", each network as one (minutes), or "off".
+        join: fuse the self-attentions' query, key and value weights, and all projections of the embedding, into single
+            matrices (a copy of 1.5 GB at SDXL size in bf16; the merged UNet needs no copy).
+        compile: what torch.compile compiles. "autoencoder": only the autoencoder (seconds); "blocks": also each kind of
+            block of the networks (a minute or two at SDXL size); "whole": also each network as one (minutes); "off".
         compile_mode: torch.compile's mode, for example "max-autotune-no-cudagraphs"; "" for the default.
-        channels_last: memory layout of the convolutions; "auto" is on wherever there is a GPU.
-        checkpoint: for training: keep only the blocks' inputs for the backward pass and compute the rest again; not
+        channels_last: memory layout of the convolutions; "auto" is on for all devices but the CPU.
+        checkpoint: for training: store only the blocks' inputs for the backward pass and compute the rest again; not
             with compile "whole".
-        graphs: record each network's call as a CUDA graph, so that Python starts one thing instead of thousands; costs
-            the values of a call as memory for each size of latents. "auto": on a GPU with compile "blocks" or "whole".
+        graphs: capture each network's call as a CUDA graph, so that Python launches one graph instead of thousands of
+            kernels. It takes the memory of one call for each latent size. "auto": on a GPU, with compile "blocks" or
+            "whole".
 
     Raises:
-        ValueError: a value outside its set.
+        ValueError: a value is outside its set.
     """
 
     merge_previewer: Literal["auto", "on", "off"] = "auto"
@@ -96,22 +94,22 @@ class Speed:
             raise ValueError("checkpoint does not go with compile whole")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Speed:
-        """From settings by name. Raises ValueError for an unknown name, with the near one."""
-        return settings_by_name(cls, given, "speed setting")
+    def of(cls, settings: Mapping[str, Any]) -> Speed:
+        """A Speed from settings by name. Raises ValueError for an unknown name; it suggests the nearest one."""
+        return settings_by_name(cls, settings, "speed setting")
 
 
 @dataclass(frozen=True)
 class Walkable:
-    """A UNet or aggregator with what was derived from its weights.
+    """A UNet or aggregator with the values that are derived from its weights.
 
     Attributes:
-        network: the module that is walked.
-        project: the embedding after SiLU [B, E] -> its part for each resnet, then the modulation of keys and of values
+        network: the module, an argument of `walk`.
+        project: the embedding after SiLU [B, E] -> its shift for each resnet, then the modulation of keys and of values
             [B, 2 W] for each cross-attention.
         fused: see walk.Inputs.
-        walk: walk_unet or walk_aggregator, perhaps compiled.
-        inside: context in which the network is used (LoRA on).
+        walk: walk_unet or walk_aggregator, plain or compiled.
+        inside: context manager for the calls (LoRA on).
     """
 
     network: Any
@@ -127,24 +125,24 @@ class Walkable:
 
 
 class FastInstantIR:
-    """See the module's docstring.
+    """The fast path of one bundle (see the module's docstring).
 
     Args:
-        network: frozen, on its device and in its precision; its perceptor, previewer and UNet must not change any more
-            (make another object after loading weights). An aggregator that trains is used as it stands at each call.
-        speed: what is done.
+        network: frozen bundle on its device and in its precision. Its perceptor, previewer and UNet must not change
+            (make another object after loading weights). An aggregator in training is used with its current weights.
+        speed: settings; None for the defaults.
 
     Attributes:
         merged: whether the Previewer is merged.
 
     Raises:
-        ValueError: the UNet is not built as SDXL's.
+        ValueError: the UNet's blocks differ from SDXL's.
     """
 
     def __init__(self, network: InstantIR, speed: Speed | None = None) -> None:
         self.network, self.speed = network, speed or Speed()
         check_walkable(network.unet)
-        self._covered = tuple(lora_layers(network.unet)) if network.has_previewer else ()
+        self._lora_names = tuple(lora_layers(network.unet)) if network.has_previewer else ()
         device = network.prior.device
         self.channels_last = self.speed.channels_last == "on" or (
             self.speed.channels_last == "auto" and device.type != "cpu"
@@ -154,15 +152,17 @@ class FastInstantIR:
                 if module is not None:
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compiler = self._compiler()
-        blocks = Blocks().wrapped(lambda f: by_kind(f, compiler)) if self.speed.compile == "blocks" else Blocks()
+        blocks = (
+            Blocks().wrap_all(lambda f: compile_by_kind(f, compiler)) if self.speed.compile == "blocks" else Blocks()
+        )
         if self.speed.checkpoint:
-            blocks = blocks.wrapped(computed_again)
+            blocks = blocks.wrap_all(recompute)
 
         def walk(function: Callable[..., Any]) -> Callable[..., Any]:
-            def walked(*arguments: Any, **named: Any) -> Any:
-                return function(*arguments, **named, blocks=blocks)
+            def walk_with_blocks(*arguments: Any, **options: Any) -> Any:
+                return function(*arguments, **options, blocks=blocks)
 
-            return compiler(walked) if self.speed.compile == "whole" else walked
+            return compiler(walk_with_blocks) if self.speed.compile == "whole" else walk_with_blocks
 
         self._walk_unet, self._walk_aggregator = walk(walk_unet), walk(walk_aggregator)
         self.base = self._walkable(bare_unet(network.unet), self._walk_unet)
@@ -171,16 +171,17 @@ class FastInstantIR:
         self.aggregator = None
         if network.aggregator is not None:
             self.aggregator = self._walkable(network.aggregator, self._walk_aggregator)
-        self._decode = self._compiler(fullgraph=False)(_decode)  # diffusers' own forward: a break costs little
+        # diffusers' own forward, where a graph break costs little
+        self._decode = self._compiler(fullgraph=False)(_decode)
         self._encode = self._compiler(fullgraph=False)(_encode)
         self.graphs = self.speed.graphs == "on" or (
             self.speed.graphs == "auto" and self.speed.compile in ("blocks", "whole")
         )
-        self._graphed: dict[str, Graphed] = {}
+        self._graph_functions: dict[str, GraphedFunction] = {}
 
     @property
     def autoencoder(self) -> nn.Module:
-        """The prior's, as are the next three: a tiling.LatentPrior."""
+        """The prior's autoencoder. With the next three properties this class is a tiling.LatentPrior."""
         return self.network.prior.autoencoder
 
     @property
@@ -196,19 +197,19 @@ class FastInstantIR:
         return self.network.prior.latent_channels
 
     def run(self) -> FastRun:
-        """An object for one run, empty at first."""
+        """A new object for one run, with empty caches."""
         return FastRun(self)
 
-    def call(self, name: str, function: Function, changing: Sequence[Tensor], standing: Sequence[Tensor]) -> Any:
-        """The results of one network's call, recorded where that is wanted and possible."""
+    def call(self, name: str, function: Function, changing: Sequence[Tensor], constant: Sequence[Tensor]) -> Any:
+        """The results of one network's call, by a CUDA graph if `graphs` is on and a capture is possible."""
         if not (self.graphs and can_record(self.network.prior.device)):
-            return function(changing, standing)
-        if name not in self._graphed:
-            self._graphed[name] = Graphed(function)
-        return self._graphed[name](changing, standing, self.network.time_modulation)
+            return function(changing, constant)
+        if name not in self._graph_functions:
+            self._graph_functions[name] = GraphedFunction(function)
+        return self._graph_functions[name](changing, constant, self.network.time_modulation)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """As Prior.encode, compiled with the rest."""
+        """Prior.encode, compiled if `compile` is on."""
         prior = self.network.prior
         if noise is not None or not self._compiles(prior.autoencoder):
             return prior.encode(images, noise)
@@ -216,14 +217,14 @@ class FastInstantIR:
             return self._encode(prior.autoencoder, images) * prior.autoencoder.config["scaling_factor"]  # type: ignore
 
     def decode(self, latents: Tensor) -> Tensor:
-        """As Prior.decode, compiled with the rest."""
+        """Prior.decode, compiled if `compile` is on."""
         prior = self.network.prior
         if not self._compiles(prior.autoencoder):
             return prior.decode(latents)
         return self._decode(prior.autoencoder, latents / prior.autoencoder.config["scaling_factor"])  # type: ignore[index]
 
     def _compiles(self, autoencoder: nn.Module) -> bool:
-        """Whether an autoencoder is compiled: one that tiles by itself is left to do so."""
+        """Whether an autoencoder is compiled; one with its own tiling is not."""
         return self.speed.compile != "off" and isinstance(autoencoder, AutoencoderKL) and not autoencoder.use_tiling
 
     def _merges(self, device: torch.device) -> bool:
@@ -234,17 +235,21 @@ class FastInstantIR:
     def _previewer(self) -> Walkable:
         unet = self.network.unet
         if self.merged:
-            return self._walkable(merged_unet(unet, self.channels_last), self._walk_unet, owned=True)
-        # with the wrappers in place: neither joined nor compiled, since the wrappers decide in Python what they do
-        return Walkable(unet, *_apart(unet), walk_unet, lambda: previewer_enabled(unet))
+            return self._walkable(merged_unet(unet, self.channels_last), self._walk_unet, replace=True)
+        # with LoRA wrappers: neither fused nor compiled, since the wrappers choose their computation in Python
+        return Walkable(unet, *_call_each_layer(unet), walk_unet, lambda: previewer_enabled(unet))
 
-    def _walkable(self, network: Any, walk: Callable[..., Any], owned: bool = False) -> Walkable:
-        still = not any(parameter.requires_grad for parameter in network.parameters())
-        return Walkable(network, *(_joined(network, owned) if self.speed.join and still else _apart(network)), walk)
+    def _walkable(self, network: Any, walk: Callable[..., Any], replace: bool = False) -> Walkable:
+        is_frozen = not any(parameter.requires_grad for parameter in network.parameters())
+        return Walkable(
+            network,
+            *(_fuse_layers(network, replace) if self.speed.join and is_frozen else _call_each_layer(network)),
+            walk,
+        )
 
     def lora_covers(self, parts: tuple[str, ...]) -> bool:
-        """Whether the LoRA changes a layer whose name holds one of `parts`."""
-        return any(part in f".{name}." for name in self._covered for part in parts)
+        """Whether the LoRA changes a layer whose name contains one of `parts`."""
+        return any(part in f".{name}." for name in self._lora_names for part in parts)
 
     def _compiler(self, fullgraph: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         if self.speed.compile == "off":
@@ -254,118 +259,127 @@ class FastInstantIR:
 
 
 class FastRun:
-    """One run's share of a FastInstantIR: the three calls of a step, with what its conditions settle kept.
+    """One run of a FastInstantIR: the three calls of a step, with a cache of the values that depend on the conditions.
 
-    Conditions are recognised by identity, and their tensors must not be changed in place: hand in the same object in
-    every step. Latents come and go in their own precision, whatever the networks'. Gradients pass through `latents`,
-    `preview` and `residuals` only.
+    The cache identifies conditions by object identity. Pass the same object in every step, and do not change its
+    tensors in place. Results have the precision of the latents, whatever the networks' precision. Gradients pass only
+    through `latents`, `preview` and `residuals`.
     """
 
     def __init__(self, fast: FastInstantIR) -> None:
         self.fast, self.network = fast, fast.network
-        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        self._caches: OrderedDict[int, _Cache] = OrderedDict()
         self._last: tuple[Tensor, Conditions, Tensor] | None = None
 
     @property
     def prior(self) -> Prior:
-        """The bundle's."""
+        """The bundle's prior."""
         return self.network.prior
 
-    def unconditional(self, given: Conditions, negative_prompts: list[str]) -> Conditions:
-        """As InstantIR.unconditional."""
-        return self.network.unconditional(given, negative_prompts)
+    def unconditional(self, conditions: Conditions, negative_prompts: list[str]) -> Conditions:
+        """See InstantIR.unconditional."""
+        return self.network.unconditional(conditions, negative_prompts)
 
     def denoise_eps(
-        self, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None = None
+        self, latents: Tensor, timesteps: Tensor, conditions: Conditions, residuals: Residuals | None = None
     ) -> Tensor:
-        """As InstantIR.denoise_eps."""
-        return self._predict(self.fast.base, latents, timesteps, given, residuals)
+        """See InstantIR.denoise_eps."""
+        return self._predict(self.fast.base, latents, timesteps, conditions, residuals)
 
-    def preview(self, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor:
-        """As InstantIR.preview. Raises ValueError where there is no previewer."""
+    def preview(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """See InstantIR.preview. Raises ValueError if there is no previewer."""
         if self.fast.previewer is None:
             raise ValueError("the network has no previewer")
-        eps = self._predict(self.fast.previewer, latents, timesteps, given, None)
+        eps = self._predict(self.fast.previewer, latents, timesteps, conditions, None)
         return consistency_output(self.prior.schedule, latents, eps, timesteps.expand(len(latents)))
 
-    def residuals(self, lq: Tensor, timesteps: Tensor, preview: Tensor, given: Conditions) -> Residuals:
-        """As InstantIR.residuals."""
+    def residuals(self, lq: Tensor, timesteps: Tensor, preview: Tensor, conditions: Conditions) -> Residuals:
+        """See InstantIR.residuals."""
         walkable = self.fast.aggregator
         if walkable is None:
             raise ValueError("the network has no aggregator")
-        added = self._keep(given).once("added to aggregator", lambda: _added(walkable, given))
-        embedded = F.silu(_time(walkable, timesteps.expand(len(lq))) + added)
-        changing = (embedded, self._layout(lq, walkable), self._layout(preview, walkable))
+        constant_part = self._cache(conditions).once(
+            "aggregator embedding", lambda: _conditions_embedding(walkable, conditions)
+        )
+        embedding = F.silu(_time_embedding(walkable, timesteps.expand(len(lq))) + constant_part)
+        changing = (embedding, self._layout(lq, walkable), self._layout(preview, walkable))
         *down, mid = self.fast.call("aggregator", partial(_aggregate, walkable), changing, ())
         return Residuals(tuple(down), mid)
 
     def _predict(
-        self, walkable: Walkable, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None
+        self,
+        walkable: Walkable,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditions: Conditions,
+        residuals: Residuals | None,
     ) -> Tensor:
         with walkable.inside(), _own_precision(walkable):
-            embedded = F.silu(self._embedding(walkable, timesteps, given))
-            changing = [embedded, self._layout(latents, walkable)]
+            embedding = F.silu(self._embedding(walkable, timesteps, conditions))
+            changing = [embedding, self._layout(latents, walkable)]
             if residuals is not None:
                 residuals = residuals.to(walkable.dtype)
                 changing += [*residuals.down, residuals.mid]
             name = "previewer" if walkable is self.fast.previewer else "base"
-            standing = self._keep(given).once(f"standing {name}", lambda: self._standing(walkable, given))
+            constant = self._cache(conditions).once(f"constants {name}", lambda: self._constants(walkable, conditions))
             function = partial(_predict, walkable, self.network)
-            (eps,) = self.fast.call(name, function, changing, standing)
+            (eps,) = self.fast.call(name, function, changing, constant)
         return eps.to(latents.dtype)  # type: ignore[no-any-return]
 
-    def _standing(self, walkable: Walkable, given: Conditions) -> list[Tensor]:
-        """The first four of Context for each cross-attention, one after the other."""
-        texts, pictures = self._texts(walkable, given), self._pictures(walkable, given)
+    def _constants(self, walkable: Walkable, conditions: Conditions) -> list[Tensor]:
+        """The first four tensors of Context for each cross-attention, in one list."""
+        texts, pictures = self._texts(walkable, conditions), self._pictures(walkable, conditions)
         return [tensor for text, picture in zip(texts, pictures, strict=True) for tensor in (*text, *picture)]
 
     def _layout(self, latents: Tensor, walkable: Walkable) -> Tensor:
-        """Latents as the network wants them."""
+        """Latents in the network's dtype and memory layout."""
         latents = latents.to(walkable.dtype)
         return latents.contiguous(memory_format=torch.channels_last) if self.fast.channels_last else latents
 
-    def _embedding(self, walkable: Walkable, timesteps: Tensor, given: Conditions) -> Tensor:
-        """The UNet's whole embedding [B, E]; Previewer and UNet of one step share it, as the LoRA leaves it alone."""
+    def _embedding(self, walkable: Walkable, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The UNet's whole embedding [B, E]; Previewer and UNet of a step share it unless the LoRA changes it."""
         source, name = self._source(walkable, "embedding", (".time_embedding.", ".add_embedding."))
-        if self._last is not None and name == "" and self._last[0] is timesteps and self._last[1] is given:
+        if self._last is not None and name == "" and self._last[0] is timesteps and self._last[1] is conditions:
             return self._last[2]
-        added = self._keep(given).once(f"added {name}", lambda: _added(source, given))
-        embedded = _time(source, timesteps.expand(len(added))) + added
+        constant_part = self._cache(conditions).once(
+            f"embedding {name}", lambda: _conditions_embedding(source, conditions)
+        )
+        embedding = _time_embedding(source, timesteps.expand(len(constant_part))) + constant_part
         if name == "":
-            self._last = (timesteps, given, embedded)
-        return embedded
+            self._last = (timesteps, conditions, embedding)
+        return embedding
 
-    def _texts(self, walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor]]:
-        """The text's keys and values of each cross-attention; both UNets' are the same unless a LoRA covers them."""
+    def _texts(self, walkable: Walkable, conditions: Conditions) -> list[tuple[Tensor, Tensor]]:
+        """The text's keys and values of each cross-attention; both UNets share them unless the LoRA changes them."""
         source, name = self._source(walkable, "text", (".attn2.to_k.", ".attn2.to_v."))
-        return self._keep(given).once(f"text {name}", lambda: _text_keys(source, given))
+        return self._cache(conditions).once(f"text {name}", lambda: _text_keys(source, conditions))
 
-    def _pictures(self, walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor]]:
+    def _pictures(self, walkable: Walkable, conditions: Conditions) -> list[tuple[Tensor, Tensor]]:
         """The picture's normalised keys and values of each cross-attention, before modulation."""
         name = "previewer" if walkable is self.fast.previewer else ""
-        return self._keep(given).once(f"picture {name}", lambda: _picture_keys(walkable, given))
+        return self._cache(conditions).once(f"picture {name}", lambda: _picture_keys(walkable, conditions))
 
     def _source(self, walkable: Walkable, what: str, parts: tuple[str, ...]) -> tuple[Walkable, str]:
-        """(network to compute with, name to keep it under): the base's for both where the LoRA leaves it alone."""
+        """(network to compute with, name in the cache): the base network unless the LoRA changes one of `parts`."""
         if walkable is self.fast.previewer and self.fast.lora_covers(parts):
             return walkable, "previewer"
         return self.fast.base, ""
 
-    def _keep(self, given: Conditions) -> _Kept:
-        kept = self._kept.get(id(given))
-        if kept is None:
-            kept = self._kept[id(given)] = _Kept(given)
-            if len(self._kept) > KEPT_CONDITIONS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(id(given))
-        return kept
+    def _cache(self, conditions: Conditions) -> _Cache:
+        cache = self._caches.get(id(conditions))
+        if cache is None:
+            cache = self._caches[id(conditions)] = _Cache(conditions)
+            if len(self._caches) > MAX_CONDITIONS:
+                self._caches.popitem(last=False)
+        self._caches.move_to_end(id(conditions))
+        return cache
 
 
 @dataclass
-class _Kept:
-    """What was computed from one Conditions object, which is held so that its identity stays its own."""
+class _Cache:
+    """Values computed from one Conditions object; it holds the object, so that its id is not reused."""
 
-    given: Conditions
+    conditions: Conditions
     values: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -375,17 +389,17 @@ class _Kept:
 
 
 def bare_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The UNet without LoRA wrappers: other module objects around the same parameters, so no weight is copied."""
+    """The UNet without LoRA wrappers: new module objects with the same parameters, so no weight is copied."""
     return _without_wrappers(unet)  # type: ignore[return-value]
 
 
 def _without_wrappers(module: nn.Module) -> nn.Module:
-    """A module tree with objects and parameter tables of its own, in which what peft wrapped stands in its place."""
+    """A copy of the module tree, with its own parameter tables, where the base layers replace peft's wrappers."""
     if isinstance(module, LoraLayer):
         module = module.get_base_layer()
     bare = copy.copy(module)
     bare._parameters = dict(module._parameters)
-    for name in HOOKS:  # who watches one of the two does not watch the other
+    for name in HOOKS:  # hooks of one copy do not run in the other
         setattr(bare, name, OrderedDict(getattr(module, name)))
     bare._modules = {n: None if m is None else _without_wrappers(m) for n, m in module._modules.items()}
     return bare
@@ -393,41 +407,41 @@ def _without_wrappers(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def merged_unet(unet: UNet2DConditionModel, channels_last: bool = False) -> UNet2DConditionModel:
-    """bare_unet with the LoRA merged in: the layers that it changes are copies, all others the bundle's own.
+    """bare_unet with the LoRA merged in: only layers with the LoRA are copies.
 
-    Sums are made in float32 and rounded once to the weights' precision.
+    Sums are computed in float32 and rounded once to the weights' precision.
     """
     bare = bare_unet(unet)
     for name, delta in each_previewer_delta(unet):
         layer: Any = bare.get_submodule(name)
-        merged = (layer.weight.float() + delta).to(layer.weight.dtype)
-        if channels_last and merged.ndim == 4:
-            merged = merged.contiguous(memory_format=torch.channels_last)
-        layer.weight = nn.Parameter(merged, requires_grad=False)
+        weight = (layer.weight.float() + delta).to(layer.weight.dtype)
+        if channels_last and weight.ndim == 4:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
     return bare
 
 
 def merged_bytes(unet: UNet2DConditionModel) -> int:
-    """Memory that merged_unet takes: the weights of all layers that carry the LoRA."""
+    """Bytes that merged_unet takes: the weights of all layers with the LoRA."""
     layers: list[Any] = [layer.get_base_layer() for layer in lora_layers(unet).values()]
     weights = [layer.weight for layer in layers]
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def memory_to_spare(device: torch.device) -> int:
-    """Bytes that a merged copy may take: half of a GPU's free memory, a quarter of all on a CPU, elsewhere none."""
+    """Bytes that a merged copy may take: half of a GPU's free memory, a quarter of a CPU's total, else 0."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     if device.type != "cpu":
         return 0
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (AttributeError, ValueError, OSError):  # not every system tells
+    except (AttributeError, ValueError, OSError):  # some systems lack these values
         return 0
 
 
 def _projections(network: Any) -> list[nn.Linear]:
-    """Layers that the embedding goes through: each resnet's, then the modulations of each cross-attention."""
+    """Layers with the embedding as input: one of each resnet, then two modulations of each cross-attention."""
     layers: list[Any] = [resnet.time_emb_proj for resnet in resnets_of(network)]
     for block in transformers_of(network):
         if block.attn2 is not None:
@@ -436,106 +450,106 @@ def _projections(network: Any) -> list[nn.Linear]:
     return layers
 
 
-def _apart(network: Any) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor | None]]:
-    """(project, fused) of a Walkable with every layer called by itself, so that weights may change and LoRA acts."""
+def _call_each_layer(network: Any) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor | None]]:
+    """(project, fused) of a Walkable that calls each layer, so that weights may change and the LoRA works."""
     layers = _projections(network)
-    return lambda embedded: [layer(embedded) for layer in layers], [None] * len(transformers_of(network))
+    return lambda embedding: [layer(embedding) for layer in layers], [None] * len(transformers_of(network))
 
 
 @torch.no_grad()
-def _joined(network: Any, owned: bool) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor | None]]:
+def _fuse_layers(network: Any, replace: bool) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor | None]]:
     """(project, fused) of a Walkable with one product for all projections, and one for query, key and value.
 
-    Where the network is `owned`, its layers then look into the joined matrices, which so cost no memory.
+    With `replace`, the network's layers become views of the fused matrices, which then take no extra memory.
     """
     layers = _projections(network)
-    weight, bias = _in_one(layers, owned), torch.cat([layer.bias.detach() for layer in layers])
+    weight, bias = _concat_weights(layers, replace), torch.cat([layer.bias.detach() for layer in layers])
     sizes = [layer.out_features for layer in layers]
     fused: list[Tensor | None] = []
     for block in transformers_of(network):
         three: list[Any] = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
-        fused.append(_in_one(three, owned) if all(layer.bias is None for layer in three) else None)
-    return lambda embedded: F.linear(embedded, weight, bias).split(sizes, dim=-1), fused
+        fused.append(_concat_weights(three, replace) if all(layer.bias is None for layer in three) else None)
+    return lambda embedding: F.linear(embedding, weight, bias).split(sizes, dim=-1), fused
 
 
-def _in_one(layers: Sequence[nn.Linear], owned: bool) -> Tensor:
-    """The layers' weights below each other [sum of outputs, inputs]."""
-    joined = torch.cat([layer.weight.detach() for layer in layers])
-    if owned:
-        for layer, part in zip(layers, joined.split([layer.out_features for layer in layers]), strict=True):
+def _concat_weights(layers: Sequence[nn.Linear], replace: bool) -> Tensor:
+    """The layers' weights, concatenated [sum of outputs, inputs]; with `replace` the layers become views of it."""
+    matrix = torch.cat([layer.weight.detach() for layer in layers])
+    if replace:
+        for layer, part in zip(layers, matrix.split([layer.out_features for layer in layers]), strict=True):
             layer.weight = nn.Parameter(part, requires_grad=False)
-    return joined
+    return matrix
 
 
 def _own_precision(walkable: Walkable) -> contextlib.AbstractContextManager[Any]:
-    """Networks below float32 compute as they are: autocast would only take their norms to float32 and back."""
+    """Autocast is off for networks below float32: it would only cast their norms to float32 and back."""
     device = walkable.network.conv_in.weight.device.type
-    below = walkable.dtype != torch.float32 and autocasts(device)
+    below = walkable.dtype != torch.float32 and autocast_is_on(device)
     return torch.autocast(device, enabled=False) if below else contextlib.nullcontext()
 
 
 def _decode(autoencoder: Any, latents: Tensor) -> Tensor:
-    """AutoencoderKL's decoding of unscaled latents, without its wrapping."""
+    """AutoencoderKL's decoding of unscaled latents, without tiling, slicing and its output class."""
     if autoencoder.post_quant_conv is not None:
         latents = autoencoder.post_quant_conv(latents)
-    decoded: Tensor = autoencoder.decoder(latents)
-    return decoded
+    images: Tensor = autoencoder.decoder(latents)
+    return images
 
 
 def _encode(autoencoder: Any, images: Tensor) -> Tensor:
-    """The mode of AutoencoderKL's posterior, unscaled, without its wrapping."""
+    """The mode of AutoencoderKL's posterior, unscaled, without tiling, slicing and its output class."""
     moments = autoencoder.encoder(images.to(autoencoder.dtype))
     if autoencoder.quant_conv is not None:
         moments = autoencoder.quant_conv(moments)
-    found: Tensor = moments.chunk(2, dim=1)[0].to(images.dtype)
-    return found
+    mode: Tensor = moments.chunk(2, dim=1)[0].to(images.dtype)
+    return mode
 
 
 def _predict(
-    walkable: Walkable, network: InstantIR, changing: Sequence[Tensor], standing: Sequence[Tensor]
+    walkable: Walkable, network: InstantIR, changing: Sequence[Tensor], constant: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """A UNet's call: (embedding after SiLU, latents, perhaps residuals), see FastRun._standing -> (noise,)."""
-    embedded, latents, *added = changing
-    parts, count = list(walkable.project(embedded)), 2 * len(walkable.fused)
+    """A UNet's call: (embedding after SiLU, latents, residuals if any), FastRun._constants -> (noise,)."""
+    embedding, latents, *residual_tensors = changing
+    parts, count = list(walkable.project(embedding)), 2 * len(walkable.fused)
     shifts = parts[:-count]
-    if not network.time_modulation:  # see PerceptorAttnProcessor: what is left are the biases
-        parts = list(walkable.project(torch.zeros_like(embedded)))
+    if not network.time_modulation:  # see PerceptorAttnProcessor: only the biases remain
+        parts = list(walkable.project(torch.zeros_like(embedding)))
     modulations = parts[-count:]
     contexts = [
-        Context(*standing[4 * i : 4 * i + 4], *modulations[2 * i : 2 * i + 2]) for i in range(len(walkable.fused))
+        Context(*constant[4 * i : 4 * i + 4], *modulations[2 * i : 2 * i + 2]) for i in range(len(walkable.fused))
     ]
-    residuals = Residuals(tuple(added[:-1]), added[-1]) if added else None
+    residuals = Residuals(tuple(residual_tensors[:-1]), residual_tensors[-1]) if residual_tensors else None
     return (walkable.walk(walkable.network, latents, Inputs(shifts, contexts, walkable.fused), residuals),)
 
 
-def _aggregate(walkable: Walkable, changing: Sequence[Tensor], standing: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The aggregator's call: (embedding after SiLU, LQ latents, preview) -> residuals, the middle's last."""
-    embedded, lq, preview = changing
-    inputs = Inputs(list(walkable.project(embedded)), [None] * len(walkable.fused), walkable.fused)
+def _aggregate(walkable: Walkable, changing: Sequence[Tensor], constant: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The aggregator's call: (embedding after SiLU, LQ latents, preview) -> residuals, the middle block's last."""
+    embedding, lq, preview = changing
+    inputs = Inputs(list(walkable.project(embedding)), [None] * len(walkable.fused), walkable.fused)
     residuals = walkable.walk(walkable.network, lq, preview, inputs)
     return [*residuals.down, residuals.mid]
 
 
-def _time(walkable: Walkable, timesteps: Tensor) -> Tensor:
-    """The time's part of the embedding [B, E] for timesteps [B]."""
+def _time_embedding(walkable: Walkable, timesteps: Tensor) -> Tensor:
+    """The embedding's time term [B, E] for timesteps [B]."""
     network = walkable.network
-    embedded: Tensor = network.time_embedding(network.time_proj(timesteps).to(walkable.dtype))
-    return embedded
+    embedding: Tensor = network.time_embedding(network.time_proj(timesteps).to(walkable.dtype))
+    return embedding
 
 
-def _added(walkable: Walkable, given: Conditions) -> Tensor:
-    """The part of the embedding [B, E] that pooled text and sizes settle."""
+def _conditions_embedding(walkable: Walkable, conditions: Conditions) -> Tensor:
+    """The embedding's term of pooled text and sizes [B, E]."""
     network = walkable.network
-    sizes = network.add_time_proj(given.time_ids.flatten()).view(len(given.pooled), -1)
-    added: Tensor = network.add_embedding(
-        torch.cat([given.pooled, sizes.to(given.pooled.dtype)], dim=-1).to(walkable.dtype)
+    sizes = network.add_time_proj(conditions.time_ids.flatten()).view(len(conditions.pooled), -1)
+    embedding: Tensor = network.add_embedding(
+        torch.cat([conditions.pooled, sizes.to(conditions.pooled.dtype)], dim=-1).to(walkable.dtype)
     )
-    return added
+    return embedding
 
 
-def _text_keys(walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor]]:
+def _text_keys(walkable: Walkable, conditions: Conditions) -> list[tuple[Tensor, Tensor]]:
     """The text's keys and values [B, heads, S, d] of each cross-attention."""
-    text, keys = given.text.to(walkable.dtype), []
+    text, keys = conditions.text.to(walkable.dtype), []
     for block in transformers_of(walkable.network):
         attention: Any = block.attn2
         heads = attention.heads
@@ -543,16 +557,16 @@ def _text_keys(walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tens
     return keys
 
 
-def _picture_keys(walkable: Walkable, given: Conditions) -> list[tuple[Tensor, Tensor]]:
+def _picture_keys(walkable: Walkable, conditions: Conditions) -> list[tuple[Tensor, Tensor]]:
     """The picture's keys and values [B, Q, W] of each cross-attention, normalised but not modulated."""
     resampler = walkable.network.encoder_hid_proj.image_projection_layers[0]
-    tokens, keys = given.image_tokens.to(walkable.dtype), []
-    if tokens.ndim == 4:  # [B, views, N, D]: each view has queries of its own
+    tokens, keys = conditions.image_tokens.to(walkable.dtype), []
+    if tokens.ndim == 4:  # [B, views, N, D]: the Resampler takes each view separately
         tokens = resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).flatten(1, 2)
     else:
         tokens = resampler(tokens)
     for block in transformers_of(walkable.network):
         attention: Any = block.attn2
         key, value = attention.processor.to_k_ip(tokens), attention.processor.to_v_ip(tokens)
-        keys.append((normalised(key), normalised(value)))
+        keys.append((layer_norm(key), layer_norm(value)))
     return keys

@@ -1,8 +1,8 @@
-"""What InstantIR's previews do while a picture is restored: recorded runs, Fig. 4's distances, token retrieval.
+"""Measurements of InstantIR's previews during a restoration: recorded runs, Fig. 4's distances, token retrieval.
 
-A run is recorded by wrapping its InstantIRDenoiser, so that what is measured is the sampling loop itself. Distances are
-root mean squares over latent elements, that is the paper's L2 norms divided by sqrt(C h w): pictures of any size share
-one scale. Eq. 7's delta is a ratio of squared norms and does not depend on that.
+A recorder wraps the run's InstantIRDenoiser, so the measurements come from the sampling loop itself. Distances are root
+mean squares over latent elements. These are the paper's L2 norms divided by sqrt(C h w), so that pictures of any size
+share one scale. Eq. 7's delta is a ratio of squared norms, where this factor cancels.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from components.systems.instantir.references import REFERENCE_NOISE
 from components.tensors import tensor_to_images
 from components.types import OnStep
 
-UNRECORDED = {"resize": "native", "min_side_px": 0, "tile_px": 0, "color": "none"}
-"""Options of a restoration that a recorded run does not have, as they usually are."""
+UNSUPPORTED_DEFAULTS = {"resize": "native", "min_side_px": 0, "tile_px": 0, "color": "none"}
+"""Defaults of the restorer's options that a recorded run does not support."""
 
 TOKEN_VIEWS = ("pooled", "whole", "class", "perceptor")
-"""How a picture's tokens become one vector: mean of the patch tokens; all tokens joined; the class token; and all of
-the Resampler's queries joined, which is what the UNet is told."""
+"""Ways to turn a picture's tokens into one vector: "pooled" is the mean of the patch tokens, "whole" concatenates all
+tokens, "class" is the class token, "perceptor" concatenates the Resampler's queries, which the UNet attends to."""
 
 
 class Previewing(Protocol):
-    """What a recorder needs of a denoiser; InstantIRDenoiser is one."""
+    """A denoiser's interface to a recorder; InstantIRDenoiser implements it."""
 
     preview: Tensor | None
     renewed: bool
@@ -50,14 +50,14 @@ class Previewing(Protocol):
 
 
 class Recorder:
-    """A types.Denoiser that keeps what its inner one previews, predicts and adapts, step by step.
+    """A types.Denoiser that records the previews, clean latents and factors of an inner denoiser in each step.
 
     Args:
-        denoiser: driven by whoever calls the recorder; of a guided one the positive half's previews are kept.
+        denoiser: the inner denoiser; with guidance, only the previews of its positive half are recorded.
 
     Attributes:
-        previews, denoised: latents [B, C, h, w] of each step so far; a preview that was never made is zero.
-        renewed: whether the step made a preview of its own (not stale, and not the LQ latents standing in).
+        previews, denoised: latents [B, C, h, w] of each step so far; the preview is zero before the first one.
+        renewed: whether the Previewer ran in the step; False for repeated previews and for LQ latents as the reference.
         factors: the adaptive factor after each step [B].
     """
 
@@ -83,9 +83,9 @@ class Trajectory:
     """A recorded run of n steps over B pictures.
 
     Attributes:
-        timesteps: int64 [n], falling.
+        timesteps: int64 [n], descending.
         previews, denoised: [n, B, C, h, w].
-        renewed: bool [n]; where False the preview is an old one, or none.
+        renewed: bool [n]; False where the Previewer did not run in the step.
         factors: adaptive factors after each step [n, B].
         latents: the result [B, C, h, w].
     """
@@ -100,11 +100,11 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """Fig. 4 of one run, float64 [n, B] each; NaN where a preview that is needed was not made in that step.
+    """Fig. 4's curves of one run, float64 [n, B] each; NaN where the Previewer did not run in a step of the distance.
 
     Attributes:
-        to_denoised: (a) between preview and denoising mean.
-        change: (b) between this step's preview and the one before; NaN at the first step.
+        to_denoised: (a) distance between preview and denoising mean.
+        change: (b) distance between this step's preview and the one before; NaN at the first step.
         delta: (c) Eq. 7, (to_denoised / change)^2.
     """
 
@@ -114,7 +114,7 @@ class Distances:
 
 
 def rms(a: Tensor, b: Tensor) -> Tensor:
-    """Root mean square of a - b over all but the leading dimensions [n, B] (or [B] of [B, C, h, w]), float64."""
+    """Root mean square of a - b over C, h and w: [n, B, C, h, w] -> [n, B], or [B, C, h, w] -> [B], in float64."""
     difference = (a - b).to(torch.float64)
     return difference.square().flatten(-3).mean(dim=-1).sqrt()
 
@@ -131,9 +131,9 @@ def distances(run: Trajectory) -> Distances:
 
 
 def errors(run: Trajectory, hq: Tensor) -> dict[str, Tensor]:
-    """Distances from the clean picture's latents [B, C, h, w]: of previews and denoising means [n, B], float64.
+    """Distances of previews and denoising means from the HQ latents [B, C, h, w]: float64 [n, B] each.
 
-    A preview that was not made in its step is NaN.
+    The preview's distance is NaN in steps where the Previewer did not run.
     """
     previews = rms(run.previews, hq[None].expand_as(run.previews))
     previews = torch.where(run.renewed[:, None], previews, torch.full_like(previews, float("nan")))
@@ -150,17 +150,17 @@ def record(
     negative_prompts: Sequence[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Trajectory:
-    """Restore a batch as InstantIRRestorer does, and keep everything on the way.
+    """Restore a batch as InstantIRRestorer does, and record each step.
 
     Args:
-        network: with previewer and aggregator.
-        images: LQ pictures [B, 3, H, W] in [-1, 1]; sides multiples of the prior's `multiple_px`.
-        options: as of a request that restores at the picture's size in one tile, without a reference of its own.
-        seeds: of each picture; the noise is the one that a request of that seed gets.
+        network: network with previewer and aggregator.
+        images: LQ pictures [B, 3, H, W] in [-1, 1]; sides are multiples of the prior's `multiple_px`.
+        options: options of a restoration at the picture's size, in one tile and without an HQ reference.
+        seeds: one for each picture; the noise equals that of a request with this seed.
         prompts, negative_prompts: B each; None for empty ones.
 
     Raises:
-        ValueError: sides that do not fit, lists of another length than B, or options that a recorded run has not.
+        ValueError: a side is not such a multiple, a list has not B items, or a recorded run does not support an option.
     """
     prior, batch = network.prior, len(images)
     height, width = images.shape[-2:]
@@ -204,15 +204,21 @@ def record(
 
 
 def check_recordable(options: Options) -> None:
-    """Raises ValueError that names the options which a recorded run would not follow."""
-    told = [f"{name}={getattr(options, name)}" for name, usual in UNRECORDED.items() if getattr(options, name) != usual]
-    told += ["reference=hq"] if options.loop.reference == "hq" else []
-    if told:
-        raise ValueError(f"a study restores as the pictures are, without {', '.join(told)}: set what it usually is")
+    """Raises ValueError that names the options which a recorded run does not support."""
+    unsupported = [
+        f"{name}={getattr(options, name)}"
+        for name, default in UNSUPPORTED_DEFAULTS.items()
+        if getattr(options, name) != default
+    ]
+    unsupported += ["reference=hq"] if options.loop.reference == "hq" else []
+    if unsupported:
+        raise ValueError(
+            f"a recorded run restores at the picture's size, without {', '.join(unsupported)}: use the default"
+        )
 
 
 def conditions_of(network: InstantIR, images: Tensor, prompts: Sequence[str], view: Fit | None = None) -> Conditions:
-    """What the UNet is told of pictures [B, 3, H, W] in [-1, 1] and their prompts; see view_pixels for `view`."""
+    """The UNet's conditions for pictures [B, 3, H, W] in [-1, 1] and prompts; see view_pixels for `view`."""
     text, pooled = network.prior.embed_prompts(prompts)
     height, width = images.shape[-2:]
     sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(images), -1)
@@ -225,29 +231,29 @@ def conditions_of(network: InstantIR, images: Tensor, prompts: Sequence[str], vi
 
 
 def _tokens(network: InstantIR, images: Tensor, view: Fit | None) -> Tensor:
-    """Tokens [B, N, D] of the training's view, or [B, V, N, D] of a restorer's."""
+    """Tokens [B, N, D] of the training's view (`view` is None), or [B, V, N, D] of the restorer's V views."""
     if view is None:
         return network.prior.embed_images(images)
     views = torch.stack([view_pixels(picture, network.prior.view, view) for picture in tensor_to_images(images)])
     encoder = network.prior.image_encoder
-    seen = views.flatten(0, 1).to(network.prior.device, next(encoder.parameters()).dtype)
-    tokens: Tensor = encoder(pixel_values=seen).last_hidden_state
+    pixels = views.flatten(0, 1).to(network.prior.device, next(encoder.parameters()).dtype)
+    tokens: Tensor = encoder(pixel_values=pixels).last_hidden_state
     return tokens.unflatten(0, views.shape[:2])
 
 
 @contextmanager
 def time_blind(network: InstantIR, timestep: int) -> Iterator[None]:
-    """Inside, the perceptor is told one and the same time step, whatever the true one is.
+    """Inside the context the perceptor gets the fixed `timestep`, whatever the true time step is.
 
-    Only the embedding handed to the perceptor's processors is changed (its time term is exchanged, its text and size
-    terms stay); the UNet's own residual blocks and the Aggregator keep the true time. It is an ablation at inference:
-    a network trained without the input could do better.
+    It replaces the time term in the embedding of the perceptor's processors, and keeps the text and size terms. The
+    UNet's residual blocks and the Aggregator get the true time step. This is an ablation at inference: a network
+    trained without the time input could do better.
 
     Args:
         timestep: 0 .. T - 1.
 
     Raises:
-        ValueError: a time step outside of the schedule.
+        ValueError: `timestep` is outside the schedule.
     """
     unet = network.unet
     if not 0 <= timestep < network.prior.schedule.num_train_timesteps:
@@ -259,10 +265,10 @@ def time_blind(network: InstantIR, timestep: int) -> Iterator[None]:
 
     def exchange(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         latents, timesteps = args[0], args[1]
-        told = dict(kwargs["cross_attention_kwargs"])
-        fixed = torch.full_like(timesteps, timestep)
-        told["temb"] = told["temb"] - term(latents, timesteps) + term(latents, fixed)
-        return args, {**kwargs, "cross_attention_kwargs": told}
+        attention_kwargs = dict(kwargs["cross_attention_kwargs"])
+        replacement = torch.full_like(timesteps, timestep)
+        attention_kwargs["temb"] = attention_kwargs["temb"] - term(latents, timesteps) + term(latents, replacement)
+        return args, {**kwargs, "cross_attention_kwargs": attention_kwargs}
 
     handle = unet.register_forward_pre_hook(exchange, with_kwargs=True)
     try:
@@ -279,13 +285,13 @@ def token_vectors(network: InstantIR, images: Tensor, views: Sequence[str] = TOK
     """Unit vectors [B, D] of pictures [B, 3, H, W] in [-1, 1], by view of TOKEN_VIEWS.
 
     Raises:
-        ValueError: an unknown view.
+        ValueError: a view is unknown.
     """
     unknown = [name for name in views if name not in TOKEN_VIEWS]
     if unknown:
         raise ValueError(f"unknown token view {unknown[0]!r}; there are {', '.join(TOKEN_VIEWS)}")
     tokens = network.prior.embed_images(images.to(network.prior.device))
-    found: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
     for name in views:
         if name == "pooled":
             vector = tokens[:, 1:].mean(dim=1)
@@ -294,13 +300,13 @@ def token_vectors(network: InstantIR, images: Tensor, views: Sequence[str] = TOK
         elif name == "whole":
             vector = tokens.flatten(1)
         else:
-            vector = _perceived(network, tokens).flatten(1)
-        found[name] = F.normalize(vector.to(torch.float64), dim=-1)
-    return found
+            vector = _resampler_queries(network, tokens).flatten(1)
+        vectors[name] = F.normalize(vector.to(torch.float64), dim=-1)
+    return vectors
 
 
-def _perceived(network: InstantIR, tokens: Tensor) -> Tensor:
-    """The Resampler's queries [B, Q, D], as the base network sees them."""
+def _resampler_queries(network: InstantIR, tokens: Tensor) -> Tensor:
+    """The Resampler's queries [B, Q, D] with the LoRA off."""
     if not network.has_previewer:
         return network.perceptor.image_proj(tokens)
     with previewer_enabled(network.unet, False):
@@ -309,12 +315,12 @@ def _perceived(network: InstantIR, tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """How well n query pictures find their own in a gallery.
+    """Retrieval of n query pictures in a gallery; each query has one matching picture.
 
     Attributes:
-        rank: int64 [n]; 1 is found. Ties count against the query.
-        similarity: cosine with its own, [n].
-        margin: that less the best of all others; positive is found. NaN in a gallery of one.
+        rank: int64 [n], rank of the match; 1 is a hit. Ties count against the query.
+        similarity: cosine between query and match, [n].
+        margin: similarity minus the largest cosine with another picture; positive is a hit. NaN in a gallery of one.
     """
 
     rank: Tensor
@@ -327,10 +333,10 @@ def retrieve(queries: Tensor, gallery: Tensor, own: Tensor) -> Retrieval:
 
     Args:
         queries, gallery: unit vectors [n, D] and [m, D].
-        own: int64 [n], the gallery's row that each query belongs to.
+        own: int64 [n], the gallery row that matches each query.
 
     Raises:
-        ValueError: shapes do not fit, or an own row outside of the gallery.
+        ValueError: shapes do not fit, or a row of `own` is outside the gallery.
     """
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1] or own.shape != queries.shape[:1]:
         shapes = f"{tuple(queries.shape)}, {tuple(gallery.shape)} and {tuple(own.shape)}"

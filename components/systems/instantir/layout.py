@@ -1,6 +1,6 @@
 """Names and shapes of InstantIR's released files for a prior of any size, computed from configurations alone.
 
-Everything is built on the meta device: no memory, no weights. At SDXL's size this gives the published layout.
+All modules are built on the meta device, without memory or weights. At SDXL's size the result is the published layout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """A UNet of that configuration without memory."""
+    """A UNet of that configuration on the meta device."""
     bare = {**config, "encoder_hid_dim_type": None, "encoder_hid_dim": None}
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(bare)  # type: ignore[arg-type, return-value]
@@ -29,12 +29,12 @@ def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 def layout(
     unet_config: Mapping[str, Any], resampler: Mapping[str, Any] | None = None, lora: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Shape]]:
-    """Shapes by key of the parts perceptor, previewer and aggregator, under the released files' names.
+    """Shapes of the parts perceptor, previewer and aggregator, by the released files' keys.
 
     Args:
-        unet_config: the prior's.
-        resampler: ResamplerConfig's fields; output_dim defaults to the UNet's text width.
-        lora: LoraSettings' fields.
+        unet_config: configuration of the prior's UNet.
+        resampler: ResamplerConfig fields; output_dim defaults to the UNet's text width.
+        lora: LoraSettings fields.
 
     Raises:
         ValueError: the Resampler does not fit the UNet.
@@ -53,7 +53,7 @@ def layout(
 
 
 def _lora_shapes(unet: UNet2DConditionModel, settings: LoraSettings) -> Iterator[tuple[str, Shape]]:
-    """Of the LoRA that peft would put there: down k x k with the layer's geometry, up 1 x 1."""
+    """(key, shape) of the LoRA that peft would install: down k x k with the layer's geometry, up 1 x 1."""
     for name, module in unet.named_modules():
         if not any(name == target or name.endswith(f".{target}") for target in settings.targets):
             continue
@@ -67,5 +67,5 @@ def _lora_shapes(unet: UNet2DConditionModel, settings: LoraSettings) -> Iterator
 
 
 def parameter_count(shapes: Mapping[str, Shape]) -> int:
-    """Numbers in tensors of these shapes."""
+    """Number of values in tensors of these shapes."""
     return sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -1,4 +1,4 @@
-"""Pictures to look at while a stage trains: what the parts that exist so far make of held-out LQ pictures."""
+"""Sample pictures during training: held-out LQ pictures, restored with the parts that exist at that stage."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from components.types import Request
 
 
 def look(objective: StageObjective, recipe: InstantIRRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
-    """Restore LQ pictures [B, 3, H, W] in [-1, 1] with the network in training; same shape and range.
+    """Restore LQ pictures [B, 3, H, W] in [-1, 1] with the network in training; the result has their shape and range.
 
-    With the perceptor alone: a picture generated from noise under its guidance. With the previewer: one preview of LQ
-    latents noised half-way. With the aggregator: the whole restoration.
+    With the perceptor alone, a picture is sampled from noise with guidance. With the previewer, it is one preview of LQ
+    latents, noised to half of the schedule. With the aggregator, it is the whole restoration.
     """
     network = objective.network
-    with torch.no_grad(), kept_trainable(objective.trainables.values()):
+    with torch.no_grad(), preserve_requires_grad(objective.trainables.values()):
         if network.aggregator is not None:
-            # nothing derived from weights that still change, and their memory left as it is
+            # these weights still train: no copies are derived from them, and their memory layout does not change
             plain = Speed(merge_previewer="off", join=False, channels_last="off")
             restorer = InstantIRRestorer(network, restore_defaults(as_dict(recipe)), speed=plain)
             requests = [
@@ -45,19 +45,19 @@ def look(objective: StageObjective, recipe: InstantIRRecipe, lq: Tensor, prompts
         sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(lq), -1)
         text, pooled = network.prior.embed_prompts(list(prompts))
         tokens = network.prior.embed_images(lq)
-        given = Conditions(text=text, pooled=pooled, time_ids=network.prior.time_ids(sizes), image_tokens=tokens)
+        conditions = Conditions(text=text, pooled=pooled, time_ids=network.prior.time_ids(sizes), image_tokens=tokens)
         latents = network.prior.encode(lq)
         noise = Noise(seed, np.arange(len(lq)), str(lq.device)).normal("start", tuple(latents.shape[1:]))
         if network.has_previewer:
             half = torch.full((len(lq),), network.prior.schedule.num_train_timesteps // 2 - 1, device=lq.device)
             noisy = network.prior.schedule.add_noise(latents, noise, half)
-            return network.prior.decode(network.preview(noisy, half, given))
-        return network.prior.decode(_generate(network, noise, given, recipe))
+            return network.prior.decode(network.preview(noisy, half, conditions))
+        return network.prior.decode(_generate(network, noise, conditions, recipe))
 
 
-def _generate(network: InstantIR, noise: Tensor, given: Conditions, recipe: InstantIRRecipe) -> Tensor:
+def _generate(network: InstantIR, noise: Tensor, conditions: Conditions, recipe: InstantIRRecipe) -> Tensor:
     schedule = network.prior.schedule
-    both = network.unconditional(given, [""] * len(noise)).joined(given)
+    both = network.unconditional(conditions, [""] * len(noise)).concat(conditions)
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         noisy = Schedule.preserving(latents, sigma).repeat(2, 1, 1, 1)
@@ -70,8 +70,8 @@ def _generate(network: InstantIR, noise: Tensor, given: Conditions, recipe: Inst
 
 
 @contextlib.contextmanager
-def kept_trainable(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restoring freezes the network it gets; afterwards the parameters in training require gradients again."""
+def preserve_requires_grad(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore requires_grad of the modules' parameters afterwards, since a restorer freezes its network."""
     parameters = [p for module in modules for p in module.parameters()]
     flags = [p.requires_grad for p in parameters]
     try:

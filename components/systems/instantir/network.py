@@ -1,19 +1,21 @@
 """InstantIR's networks as one bundle: a prior whose UNet carries the perceptor and the previewer, and the aggregator.
 
-Latents here are variance-preserving, as the UNet was trained; samplers' variance-exploding form ends at denoiser.py.
+Latents here are variance-preserving, as in the UNet's training. denoiser.py converts the samplers' variance-exploding
+latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from components.objectives.consistency import consistency_output
+from components.priors.sdxl import Prior
 from components.systems.instantir.aggregator import Aggregator, Residuals, aggregator_state, load_aggregator
 from components.systems.instantir.perceptor import (
     PerceptorAttnProcessor,
@@ -32,22 +34,19 @@ from components.systems.instantir.previewer import (
     previewer_state,
 )
 
-if TYPE_CHECKING:
-    from components.priors.sdxl import Prior
-
 PARTS = ("perceptor", "previewer", "aggregator")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Everything a UNet call is told besides latents and time; B rows each.
+    """The conditions of a UNet call, that is all inputs besides latents and time; B rows each.
 
     Attributes:
         text: token embeddings [B, L, D].
         pooled: pooled text [B, P].
         time_ids: size ids, float [B, 6].
-        image_tokens: the picture encoder's tokens of the LQ picture [B, N, D'], or of P views of it [B, P, N, D']; the
-            Resampler takes each view by itself, and attention sees the tokens of all.
+        image_tokens: the picture encoder's tokens of the LQ picture [B, N, D'], or of P views of it [B, P, N, D']. The
+            Resampler takes each view separately; attention uses the tokens of all views.
     """
 
     text: Tensor
@@ -55,8 +54,8 @@ class Conditions:
     time_ids: Tensor
     image_tokens: Tensor
 
-    def joined(self, other: Conditions) -> Conditions:
-        """These rows, then the other's."""
+    def concat(self, other: Conditions) -> Conditions:
+        """These rows, then the rows of `other`."""
         return Conditions(
             text=torch.cat([self.text, other.text]),
             pooled=torch.cat([self.pooled, other.pooled]),
@@ -65,7 +64,7 @@ class Conditions:
         )
 
     def to(self, dtype: torch.dtype) -> Conditions:
-        """Embeddings and tokens in another type; the size ids stay in float32, since half precision rounds 1023."""
+        """Embeddings and tokens in another dtype; the size ids stay in float32, since half precision rounds 1023."""
         return Conditions(
             text=self.text.to(dtype),
             pooled=self.pooled.to(dtype),
@@ -75,33 +74,33 @@ class Conditions:
 
 
 class LoopNetworks(Protocol):
-    """What a sampling loop asks of the networks; InstantIR and fast.FastRun both are this."""
+    """The networks' interface to a sampling loop; InstantIR and fast.FastRun implement it."""
 
     @property
     def prior(self) -> Prior: ...
 
-    def preview(self, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor: ...
+    def preview(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor: ...
 
-    def residuals(self, lq: Tensor, timesteps: Tensor, preview: Tensor, given: Conditions) -> Residuals: ...
+    def residuals(self, lq: Tensor, timesteps: Tensor, preview: Tensor, conditions: Conditions) -> Residuals: ...
 
     def denoise_eps(
-        self, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None = None
+        self, latents: Tensor, timesteps: Tensor, conditions: Conditions, residuals: Residuals | None = None
     ) -> Tensor: ...
 
-    def unconditional(self, given: Conditions, negative_prompts: list[str]) -> Conditions: ...
+    def unconditional(self, conditions: Conditions, negative_prompts: list[str]) -> Conditions: ...
 
 
 class InstantIR:
-    """The bundle. It changes the prior's UNet in place, so a prior belongs to one bundle.
+    """The bundle of InstantIR's networks. It changes the prior's UNet in place, so a prior belongs to one bundle.
 
     Args:
-        prior: frozen; its UNet is without perceptor.
+        prior: frozen prior whose UNet has no perceptor.
         resampler: ResamplerConfig fields; embedding_dim and output_dim default to the prior's widths.
         lora: LoraSettings fields; None for no previewer (yet).
-        aggregator: whether there is one.
+        aggregator: whether to build an aggregator.
         seed: fixes the random start of all parts.
-        time_modulation: whether the perceptor's keys and values follow the time step (Eq. 4).
-        perceptor_scale: Eq. 3's w, the released model's 1; 0 leaves the perceptor out.
+        time_modulation: whether the perceptor's keys and values depend on the time step (Eq. 4).
+        perceptor_scale: Eq. 3's w; 1 as in the released model; 0 leaves the perceptor out.
     """
 
     def __init__(
@@ -131,30 +130,30 @@ class InstantIR:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the networks compute in; latents outside stay as they are."""
+        """The dtype that the networks compute in; the sampler's latents keep their own."""
         return next(self.unet.parameters()).dtype
 
     @classmethod
     def from_parts(
         cls, prior: Prior, config: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
     ) -> InstantIR:
-        """The bundle of a model folder: `config` as by `config()`, and weights for exactly the parts that it names.
+        """The bundle of a model folder, from the result of `config()` and weights for exactly the parts that it names.
 
         Raises:
-            ValueError: parts are missing, unknown or do not fit.
+            ValueError: a part is missing or unknown, or its weights do not fit.
         """
         network = cls(
             prior,
             config["resampler"],
             config.get("lora"),
             bool(config.get("aggregator")),
-            # folders of the first format's first writers do not say, and have both
+            # the oldest folders lack these two keys; their models have both at the default
             time_modulation=bool(config.get("time_modulation", True)),
             perceptor_scale=float(config.get("perceptor_scale", 1.0)),
         )
-        expected = set(network.parts())
-        if set(parts) != expected:
-            raise ValueError(f"an InstantIR of this config has the parts {sorted(expected)}, got {sorted(parts)}")
+        names = set(network.parts())
+        if set(parts) != names:
+            raise ValueError(f"an InstantIR of this config has the parts {sorted(names)}, got {sorted(parts)}")
         network.load_parts(parts)
         return network
 
@@ -164,7 +163,7 @@ class InstantIR:
 
     @property
     def time_modulation(self) -> bool:
-        """See PerceptorAttnProcessor."""
+        """Whether keys and values depend on the time step; see PerceptorAttnProcessor."""
         return all(p.time_modulation for p in self._processors())
 
     @property
@@ -185,34 +184,34 @@ class InstantIR:
         return has_previewer(self.unet)
 
     def add_previewer(self, lora: Mapping[str, Any] | None = None, seed: int = 0) -> None:
-        """Install a new LoRA, frozen. Raises ValueError where there is one."""
+        """Install a new LoRA, frozen. Raises ValueError if the UNet already has one."""
         install_previewer(self.unet, lora, seed)
-        self.perceptor = perceptor_of(self.unet)  # peft replaced some of its layers
+        self.perceptor = perceptor_of(self.unet)  # peft replaced some of the perceptor's layers
         self.freeze()
 
     def add_aggregator(self, seed: int = 0) -> None:
-        """Make a new aggregator from the UNet, frozen. Raises ValueError where there is one."""
+        """Make a new aggregator from the UNet, frozen. Raises ValueError if there already is one."""
         if self.aggregator is not None:
             raise ValueError("the network has an aggregator already")
         self.aggregator = Aggregator.from_unet(self.unet, seed)
         self.freeze()
 
     def freeze(self) -> InstantIR:
-        """Evaluation mode and no gradients anywhere; a training stage then frees its own part."""
+        """Set evaluation mode and switch all gradients off; a training stage then switches those of its own part on."""
         self.prior.freeze()
         if self.aggregator is not None:
             self.aggregator.eval().requires_grad_(False)
         return self
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> InstantIR:
-        """Onto a device and, with `dtype`, into another precision; see Prior.to."""
+        """Move all networks to a device and, with `dtype`, to another precision; see Prior.to."""
         self.prior.to(device, dtype)
         if self.aggregator is not None:
             self.aggregator.to(device=device, dtype=dtype)
         return self
 
     def config(self) -> dict[str, Any]:
-        """What from_parts needs to build the same shapes; goes to model.json."""
+        """The settings that from_parts needs for the same shapes; model.json holds them."""
         return {
             "resampler": resampler_config(self.perceptor),
             "lora": lora_settings_of(self.unet).to_dict() if self.has_previewer else None,
@@ -231,7 +230,7 @@ class InstantIR:
         return parts
 
     def load_parts(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy weights into the parts named; the others stay. Raises ValueError that lists every fault."""
+        """Copy weights into the named parts; other parts do not change. Raises ValueError that lists every fault."""
         for name, state in parts.items():
             if name == "perceptor":
                 load_perceptor(self.unet, state)
@@ -243,29 +242,29 @@ class InstantIR:
                 raise ValueError(f"no such part {name!r} in this network; it has {sorted(self.parts())}")
 
     def denoise_eps(
-        self, latents: Tensor, timesteps: Tensor, given: Conditions, residuals: Residuals | None = None
+        self, latents: Tensor, timesteps: Tensor, conditions: Conditions, residuals: Residuals | None = None
     ) -> Tensor:
-        """The prior's noise prediction with the perceptor (LoRA off).
+        """The noise prediction of the prior with the perceptor (LoRA off).
 
         Args:
-            latents: VP [B, C, h, w].
+            latents: VP latents [B, C, h, w].
             timesteps: int64 [B] or [1].
-            given: conditions of B rows.
-            residuals: the aggregator's, or None for none.
+            conditions: B rows.
+            residuals: the aggregator's residuals, or None.
         """
         if not self.has_previewer:
-            return predict_noise(self.unet, latents, timesteps, given, residuals)
+            return predict_noise(self.unet, latents, timesteps, conditions, residuals)
         with previewer_enabled(self.unet, False):
-            return predict_noise(self.unet, latents, timesteps, given, residuals)
+            return predict_noise(self.unet, latents, timesteps, conditions, residuals)
 
-    def preview(self, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor:
-        """One-step clean latents [B, C, h, w] by the Previewer (LoRA on), arguments as denoise_eps."""
+    def preview(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The Previewer's one-step clean latents [B, C, h, w] (LoRA on); arguments as in denoise_eps."""
         timesteps = timesteps.expand(len(latents))
         with previewer_enabled(self.unet):
-            eps = predict_noise(self.unet, latents, timesteps, given)
+            eps = predict_noise(self.unet, latents, timesteps, conditions)
         return consistency_output(self.prior.schedule, latents, eps, timesteps)
 
-    def residuals(self, lq: Tensor, timesteps: Tensor, preview: Tensor, given: Conditions) -> Residuals:
+    def residuals(self, lq: Tensor, timesteps: Tensor, preview: Tensor, conditions: Conditions) -> Residuals:
         """The aggregator's residuals for LQ latents and a preview [B, C, h, w].
 
         Raises:
@@ -273,63 +272,67 @@ class InstantIR:
         """
         if self.aggregator is None:
             raise ValueError("the network has no aggregator")
-        # the Aggregator computes in the UNet's type, whatever the loop's latents have
-        return self.aggregator(lq.to(self.dtype), timesteps, preview.to(self.dtype), given.pooled, given.time_ids)
+        # the Aggregator computes in the UNet's dtype, whatever the dtype of the loop's latents
+        return self.aggregator(
+            lq.to(self.dtype), timesteps, preview.to(self.dtype), conditions.pooled, conditions.time_ids
+        )
 
-    def unconditional(self, given: Conditions, negative_prompts: list[str]) -> Conditions:
-        """The negative half of guidance: other text, no picture, same sizes."""
+    def unconditional(self, conditions: Conditions, negative_prompts: list[str]) -> Conditions:
+        """The conditions of guidance's negative half: the negative prompts, no picture, the same sizes."""
         text, pooled = self.prior.embed_prompts(negative_prompts)
         nothing = self.prior.null_image_tokens(len(text))
-        if given.image_tokens.ndim == 4:  # as often as there are views: attention over copies is attention over one
-            nothing = nothing.unsqueeze(1).expand(-1, given.image_tokens.shape[1], -1, -1)
-        return Conditions(text=text, pooled=pooled, time_ids=given.time_ids, image_tokens=nothing)
+        if conditions.image_tokens.ndim == 4:  # one copy for each view: attention over copies equals attention over one
+            nothing = nothing.unsqueeze(1).expand(-1, conditions.image_tokens.shape[1], -1, -1)
+        return Conditions(text=text, pooled=pooled, time_ids=conditions.time_ids, image_tokens=nothing)
 
 
-def unet_embedding(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor:
-    """The UNet's whole embedding [B, E]: time plus pooled text and sizes, without activation."""
-    embedded = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
-    added = unet.get_aug_embed(emb=embedded, encoder_hidden_states=given.text, added_cond_kwargs=_added(given))
-    return embedded + added
+def unet_embedding(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+    """The UNet's whole embedding [B, E]: time plus pooled text and sizes, before the activation."""
+    time = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
+    extra = unet.get_aug_embed(
+        emb=time, encoder_hidden_states=conditions.text, added_cond_kwargs=_added_cond_kwargs(conditions)
+    )
+    return time + extra
 
 
 def predict_noise(
     unet: UNet2DConditionModel,
     latents: Tensor,
     timesteps: Tensor,
-    given: Conditions,
+    conditions: Conditions,
     residuals: Residuals | None = None,
 ) -> Tensor:
-    """One call of a UNet with a perceptor, with the LoRA as it stands: VP latents [B, C, h, w] -> noise, same shape.
+    """One call of a UNet with a perceptor: VP latents [B, C, h, w] -> noise, the same shape. The LoRA's switch stays.
 
-    Everything goes in as the UNet's type and the answer comes back as the latents': a half-precision UNet under a
-    float32 loop.
+    All inputs are cast to the UNet's dtype and the result is cast back to the latents' dtype, so that a half-precision
+    UNet works in a float32 loop.
     """
     dtype = next(unet.parameters()).dtype
-    timesteps, given, wanted, latents = (
+    timesteps, conditions, latents_dtype, latents = (
         timesteps.expand(len(latents)),
-        given.to(dtype),
+        conditions.to(dtype),
         latents.dtype,
         latents.to(dtype),
     )
     residuals = residuals.to(dtype) if residuals else None
-    temb = unet_embedding(unet, latents, timesteps, given)
+    temb = unet_embedding(unet, latents, timesteps, conditions)
     return unet(
         latents,
         timesteps,
-        encoder_hidden_states=given.text,
+        encoder_hidden_states=conditions.text,
         cross_attention_kwargs={"temb": temb},
-        added_cond_kwargs=_added(given),
+        added_cond_kwargs=_added_cond_kwargs(conditions),
         down_block_additional_residuals=residuals.down if residuals else None,
         mid_block_additional_residual=residuals.mid if residuals else None,
         return_dict=False,
-    )[0].to(wanted)
+    )[0].to(latents_dtype)
 
 
-def _added(given: Conditions) -> dict[str, Any]:
-    tokens = given.image_tokens
+def _added_cond_kwargs(conditions: Conditions) -> dict[str, Any]:
+    tokens = conditions.image_tokens
     return {
-        "text_embeds": given.pooled,
-        "time_ids": given.time_ids,
-        # diffusers: a list of adapters, [B, pictures, N, D]
+        "text_embeds": conditions.pooled,
+        "time_ids": conditions.time_ids,
+        # diffusers takes a list with one tensor [B, pictures, N, D] for each adapter
         "image_embeds": [tokens if tokens.ndim == 4 else tokens.unsqueeze(1)],
     }

@@ -1,15 +1,15 @@
-"""What InstantIR's three training stages minimise: perceptor, previewer, aggregator (instantir.md section 7).
+"""Objectives of InstantIR's three training stages: perceptor, previewer, aggregator (instantir.md section 7).
 
-Each objective frees one part of the bundle and leaves the rest frozen. All randomness comes from the Noise handed to
-`phases`, by these names: "timestep" (or "index"), "noise", "conditions" (which are dropped), "guidance" (the teacher's
-or the previews' scale) and references.REFERENCE_NOISE.
+Each objective trains one part of the bundle; the other parts are frozen. All randomness comes from the Noise argument
+of `phases`, under these stream names: "timestep" (or "index"), "noise", "conditions" (which ones are dropped),
+"guidance" (scale of the teacher or of the previews) and references.REFERENCE_NOISE.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +21,23 @@ from components.objectives.consistency import (
     squared_distance,
 )
 from components.objectives.diffusion import WeightedEpsilon, check_dropout, drop_conditions, replace_rows
-from components.objectives.precomputed import clean_latents, embed_nothing, embedded_prompts, repeated
+from components.objectives.precomputed import clean_latents, embed_batch_prompts, embed_empty_prompt, repeat_embeddings
+from components.priors.sdxl import Prior
+from components.randomness import Noise
 from components.samplers.guidance import distillation_guide, guide
 from components.systems.instantir.fast import FastInstantIR, Speed
 from components.systems.instantir.network import Conditions, InstantIR, LoopNetworks
 from components.systems.instantir.previewer import previewer_of
 from components.systems.instantir.references import REFERENCE_NOISE, noised_reference
-from components.types import Batch, Loss
-
-if TYPE_CHECKING:
-    from components.priors.sdxl import Prior
-    from components.randomness import Noise
+from components.types import Batch, Loss, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
-    """Probabilities with which a sample loses its picture tokens, its text, or both (one draw decides).
+    """Probabilities of dropping a sample's picture tokens, its text, or both (one draw decides).
 
     Raises:
-        ValueError: negative, or more than 1 together.
+        ValueError: a probability is negative, or their sum exceeds 1.
     """
 
     image: float = 0.0
@@ -50,14 +48,14 @@ class Dropout:
         check_dropout(self.image, self.text, self.both)
 
 
-class StageObjective:
-    """What the three stages share: a bundle of which one part trains, and the conditions of a batch.
+class StageObjective(Objective):
+    """What the three stages share: a bundle with one part in training, and the conditions of a batch.
 
     Attributes:
-        network: the bundle; everything but the trained part is frozen.
-        trainables: the trained part by name.
+        network: the bundle; all parts but the one in training are frozen.
+        trainables: the part in training, by name.
         config: architecture for model.json.
-        dropout: of the conditions.
+        dropout: dropout probabilities of the conditions.
     """
 
     def __init__(self, network: InstantIR, name: str, trainable: nn.Module, dropout: Dropout) -> None:
@@ -66,15 +64,16 @@ class StageObjective:
         self.network, self.dropout = network, dropout
         self.trainables: Mapping[str, nn.Module] = {name: trainable}
         self.config: Mapping[str, Any] = network.config()
+        self.progress: MutableMapping[str, float] = {}
         self._nothing: tuple[Tensor, Tensor] | None = None
 
     @property
     def prior(self) -> Prior:
-        """The frozen prior, for its name and digest."""
+        """The frozen prior, with its name and digest."""
         return self.network.prior
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """All weights of the finished model folder, by part, under the released files' names."""
+        """All weights of the finished model folder, by part and by the released files' keys."""
         return self.network.parts()
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
@@ -83,49 +82,51 @@ class StageObjective:
 
     @property
     def nothing(self) -> tuple[Tensor, Tensor]:
-        """The empty prompt's embeddings [1, L, D] and [1, P]; the frozen encoders make them once."""
+        """The empty prompt's embeddings [1, L, D] and [1, P]; the frozen encoders compute them once."""
         if self._nothing is None:
-            self._nothing = embed_nothing(self.network.prior)
+            self._nothing = embed_empty_prompt(self.network.prior)
         return self._nothing
 
     def clean_latents(self, batch: Batch) -> Tensor:
-        """Latents of the targets [B, C, h, w]."""
+        """Latents of the HQ targets [B, C, h, w]."""
         return clean_latents(self.network.prior, batch)
 
     @torch.no_grad()
     def conditions(self, batch: Batch, noise: Noise) -> Conditions:
-        """Text, sizes and picture tokens of the LQ inputs, some dropped."""
+        """Text, sizes and picture tokens of the LQ inputs, after dropout."""
         prior = self.network.prior
-        dropped = drop_conditions(noise.uniform("conditions"), self.dropout.image, self.dropout.text, self.dropout.both)
+        drop = drop_conditions(noise.uniform("conditions"), self.dropout.image, self.dropout.text, self.dropout.both)
         if batch.embeddings:
-            text, pooled = embedded_prompts(prior, batch, dropped.text, self.nothing)
+            text, pooled = embed_batch_prompts(prior, batch, drop.text, self.nothing)
         else:
-            gone = dropped.text.tolist()
-            text, pooled = prior.embed_prompts(["" if g else p for p, g in zip(batch.prompts, gone, strict=True)])
+            drops_text = drop.text.tolist()
+            text, pooled = prior.embed_prompts(
+                ["" if empty else p for p, empty in zip(batch.prompts, drops_text, strict=True)]
+            )
         tokens = prior.embed_images(batch.lq)
-        tokens = replace_rows(tokens, prior.null_image_tokens(len(batch)), dropped.image)
+        tokens = replace_rows(tokens, prior.null_image_tokens(len(batch)), drop.image)
         return Conditions(text=text, pooled=pooled, time_ids=prior.time_ids(batch.sizes), image_tokens=tokens)
 
     @torch.no_grad()
-    def without_text(self, given: Conditions, batch: Batch) -> Conditions:
-        """The same with the empty prompt; of a batch that brings embeddings along, no text encoder runs."""
-        rows = len(given.text)
+    def without_text(self, conditions: Conditions, batch: Batch) -> Conditions:
+        """`conditions` with the empty prompt; for a batch with precomputed embeddings no text encoder runs."""
+        rows = len(conditions.text)
         text, pooled = (
-            repeated(self.nothing, rows) if batch.embeddings else self.network.prior.embed_prompts([""] * rows)
+            repeat_embeddings(self.nothing, rows) if batch.embeddings else self.network.prior.embed_prompts([""] * rows)
         )
-        return Conditions(text=text, pooled=pooled, time_ids=given.time_ids, image_tokens=given.image_tokens)
+        return Conditions(text=text, pooled=pooled, time_ids=conditions.time_ids, image_tokens=conditions.image_tokens)
 
 
 class PerceptorObjective(StageObjective):
     """Stage 1: the perceptor learns to condition the frozen prior (InstantIR Eq. 1).
 
     Args:
-        network: the bundle, without a previewer (its LoRA would sit inside the layers that train).
+        network: the bundle without a previewer (its LoRA would be inside the layers that train).
         image_dropout, text_dropout, both_dropout: released 0.05 each; the paper drops the picture in 15 %.
         max_clean_weight, noise_offset, timestep_importance: see objectives.diffusion; 1, 0 and 0 are Eq. 1.
 
     Raises:
-        ValueError: there is a previewer, the perceptor is left out (perceptor_scale 0), or impossible probabilities.
+        ValueError: there is a previewer, the perceptor is left out (perceptor_scale 0), or a setting is out of range.
     """
 
     def __init__(
@@ -149,26 +150,26 @@ class PerceptorObjective(StageObjective):
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise."""
-        clean, given = self.clean_latents(batch), self.conditions(batch, noise)
+        clean, conditions = self.clean_latents(batch), self.conditions(batch, noise)
         noisy, target, timesteps = self.loss.noisy(clean, noise)
-        yield "perceptor", self.loss(self.network.denoise_eps(noisy, timesteps, given), target, timesteps)
+        yield "perceptor", self.loss(self.network.denoise_eps(noisy, timesteps, conditions), target, timesteps)
 
 
 class PreviewerObjective(StageObjective):
     """The previewer's consistency distillation (InstantIR Eq. 5), as printed or as released.
 
-    The teacher is the same UNet with the LoRA off and takes one DDIM step from `start` to `end` with text and picture;
-    the student previews at `start`, its target at `end`, both with the empty prompt.
+    The teacher is the same UNet with the LoRA off. It takes one DDIM step from `start` to `end` with text and picture.
+    The student's preview is at `start`, the target's preview at `end`; both use the empty prompt.
 
     Args:
         network: the bundle with a previewer.
         num_ddim_timesteps: points of the teacher's time grid; released 50.
         huber_c: pseudo-Huber constant, released 0.001; None for Eq. 5's squared distance.
-        guidance_range: the teacher's w is drawn uniformly from it, released (3, 15); None for no guidance (Eq. 5).
-        image_dropout, text_dropout, both_dropout: released 0; text dropout touches the teacher only.
+        guidance_range: uniform range of the teacher's scale w, released (3, 15); None for no guidance (Eq. 5).
+        image_dropout, text_dropout, both_dropout: released 0; text dropout affects the teacher only.
 
     Raises:
-        ValueError: no previewer, or settings outside their range.
+        ValueError: there is no previewer, or a setting is out of range.
     """
 
     def __init__(
@@ -193,29 +194,29 @@ class PreviewerObjective(StageObjective):
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: distance between the previews at both ends of a teacher step."""
-        clean, given = self.clean_latents(batch), self.conditions(batch, noise)
+        clean, conditions = self.clean_latents(batch), self.conditions(batch, noise)
         start, end = self.grid.interval(noise.integers("index", 0, self.grid.points))
         noisy = self.network.prior.schedule.add_noise(clean, noise.normal("noise", tuple(clean.shape[1:])), start)
-        nothing = self.without_text(given, batch)
-        previous = self._teacher_step(noisy, start, end, given, nothing, noise)
-        given = nothing
+        nothing = self.without_text(conditions, batch)
+        previous = self._teacher_step(noisy, start, end, conditions, nothing, noise)
+        conditions = nothing
         with torch.no_grad():
-            target = self.network.preview(previous, end, given)
-        student = self.network.preview(noisy, start, given)
+            target = self.network.preview(previous, end, conditions)
+        student = self.network.preview(noisy, start, conditions)
         distances = (
             squared_distance(student, target) if self.huber_c is None else pseudo_huber(student, target, self.huber_c)
         )
         value = distances.mean()
-        # how far previews are from the truth: what distillation is for, and what a collapse would show in
+        # distance of previews from the HQ latents: distillation lowers it, a collapse raises it
         error = squared_distance(student.detach(), clean).mean()
         yield "previewer", Loss(value=value, metrics={"loss": value.detach(), "preview_error": error})
 
     @torch.no_grad()
     def _teacher_step(
-        self, noisy: Tensor, start: Tensor, end: Tensor, given: Conditions, empty: Conditions, noise: Noise
+        self, noisy: Tensor, start: Tensor, end: Tensor, conditions: Conditions, empty: Conditions, noise: Noise
     ) -> Tensor:
         schedule = self.network.prior.schedule
-        eps = self.network.denoise_eps(noisy, start, given)
+        eps = self.network.denoise_eps(noisy, start, conditions)
         clean = schedule.x0_from_eps(noisy, eps, start)
         if self.guidance_range is not None:
             w = noise.uniform("guidance", *self.guidance_range).to(noisy.dtype)
@@ -232,18 +233,18 @@ class AggregatorObjective(StageObjective):
 
     Args:
         network: the bundle with a (trained) previewer and an aggregator.
-        image_dropout, text_dropout, both_dropout: released 0, 0.85 and 0.15: the text is always empty. The LQ latents
+        image_dropout, text_dropout, both_dropout: released 0, 0.85 and 0.15, so the text is always empty. LQ latents
             are never dropped.
         max_clean_weight, noise_offset, timestep_importance: see objectives.diffusion; 1, 0 and 0 are Eq. 1.
-        reference: what stands beside the LQ latents: the frozen Previewer's output, or ("lq") the LQ latents once
-            more, which is the model without previews.
-        reference_noise: the reference carries fresh noise of the time step (section 4.4, last row of Table 2a).
-        preview_cfg_scale: above 1 previews are guided, with a scale drawn from 1 .. this (a released option, off).
-        speed: how the networks are made fast; None for the plain forward passes.
-        inherited: parts of the finished model as they were before the frozen networks were rounded to half precision.
+        reference: the Aggregator's second input: "preview" is the frozen Previewer's output, "lq" the LQ latents once
+            more, for a model without previews.
+        reference_noise: whether the reference has fresh noise of the time step (section 4.4, last row of Table 2a).
+        preview_cfg_scale: above 1 previews are guided, with a random scale in 1 .. this (a released option, off).
+        speed: settings of the fast path; None for the plain forward passes.
+        parent_parts: the parent model's parts in full precision, where the frozen networks are in half precision.
 
     Raises:
-        ValueError: previewer or aggregator is missing, impossible probabilities, or settings outside their range.
+        ValueError: previewer or aggregator is missing, or a setting is out of range.
     """
 
     def __init__(
@@ -260,7 +261,7 @@ class AggregatorObjective(StageObjective):
         reference_noise: bool = False,
         preview_cfg_scale: float = 1.0,
         speed: Speed | None = None,
-        inherited: Mapping[str, Mapping[str, Tensor]] | None = None,
+        parent_parts: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         if network.aggregator is None or not network.has_previewer:
             raise ValueError("the aggregator's stage needs a network with a previewer and an aggregator")
@@ -275,23 +276,23 @@ class AggregatorObjective(StageObjective):
         self.loss = WeightedEpsilon(network.prior.schedule, max_clean_weight, noise_offset, timestep_importance)
         self.fast = None if speed is None else FastInstantIR(network, speed)
         self._encode = network.prior.encode if self.fast is None else self.fast.encode
-        self._inherited = dict(inherited or {})
+        self._parent_parts = dict(parent_parts or {})
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """See StageObjective.parts."""
-        return super().parts() | {name: dict(part) for name, part in self._inherited.items()}
+        """All weights, see StageObjective.parts; parts in `parent_parts` come from the parent model."""
+        return super().parts() | {name: dict(part) for name, part in self._parent_parts.items()}
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise, with residuals."""
         network: LoopNetworks = self.network if self.fast is None else self.fast.run()
         clean = clean_latents(self.network.prior, batch, self._encode)
-        given = self.conditions(batch, noise)
+        conditions = self.conditions(batch, noise)
         noisy, target, timesteps = self.loss.noisy(clean, noise)
         with torch.no_grad():
             lq = self._encode(batch.lq)
-            reference = self._reference(network, batch, lq, noisy, timesteps, given, noise)
-        residuals = network.residuals(lq, timesteps, reference, given)
-        yield "aggregator", self.loss(network.denoise_eps(noisy, timesteps, given, residuals), target, timesteps)
+            reference = self._reference(network, batch, lq, noisy, timesteps, conditions, noise)
+        residuals = network.residuals(lq, timesteps, reference, conditions)
+        yield "aggregator", self.loss(network.denoise_eps(noisy, timesteps, conditions, residuals), target, timesteps)
 
     @torch.no_grad()
     def _reference(
@@ -301,18 +302,18 @@ class AggregatorObjective(StageObjective):
         lq: Tensor,
         noisy: Tensor,
         timesteps: Tensor,
-        given: Conditions,
+        conditions: Conditions,
         noise: Noise,
     ) -> Tensor:
-        """What the Aggregator sees beside the LQ latents, [B, C, h, w]."""
+        """The Aggregator's second input [B, C, h, w], next to the LQ latents."""
         if self.reference == "lq":
             reference = lq
         else:
-            reference = network.preview(noisy, timesteps, given)
+            reference = network.preview(noisy, timesteps, conditions)
             if self.preview_cfg_scale > 1:
-                # a preview is affine in the predicted noise: guiding previews is guiding the noise they come from
+                # a preview is affine in the predicted noise, so guiding previews equals guiding the noise
                 blank = self.network.prior.null_image_tokens(len(lq))
-                nothing = replace(self.without_text(given, batch), image_tokens=blank)
+                nothing = replace(self.without_text(conditions, batch), image_tokens=blank)
                 scale = noise.uniform("guidance", 1.0, self.preview_cfg_scale).to(lq.dtype).view(-1, 1, 1, 1)
                 reference = guide(network.preview(noisy, timesteps, nothing), reference, scale)
         if self.reference_noise:

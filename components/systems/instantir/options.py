@@ -1,4 +1,4 @@
-"""What a request may ask of InstantIR, and how its loop is steered. Torch-free: judged before a job starts."""
+"""InstantIR's options of a request and the settings of its loop. Torch-free, for checks before a job starts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
-from components.options import on_top, typed_options
+from components.options import apply_preset, typed_options
 
 Reference = Literal["preview", "preview_dcp", "preview_unconditional", "mean", "lq", "hq"]
-"""Table 2a, from the full one ("+DCP +prompt") down: what the Aggregator sees beside the LQ latents."""
+"""Kinds of reference, the Aggregator's second input: Table 2a, from the full preview ("+DCP +prompt") down."""
 
 Adaptive = Literal["none", "paper", "released"]
 PREVIEWS = ("preview", "preview_dcp", "preview_unconditional")
@@ -38,17 +38,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     "creative": {**_BUILT_IN, "aggregator_stop": 0.7},
 }
-"""What each preset settles; explicit options win over it, and it wins over a recipe's defaults.
+"""Options of each preset. Explicit options override the preset, and the preset overrides a recipe's defaults.
 
 paper: section 4.1 and Alg. 1. released: command line of the official code at commit 183ccf5. creative: section 4.4,
-with the Aggregator stopped at the middle of the 0.6 to 0.8 that the authors advise; it wants a prompt.
+where the Aggregator stops at 0.7, the middle of the 0.6 to 0.8 that the authors advise; it needs a prompt.
 """
 
 
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Restorer options that a resolved recipe settles; a model imported without a recipe takes the paper's.
+    """Restorer options from a resolved recipe; a model that was imported without a recipe takes the paper's.
 
-    A model is restored with the view and the references that it was trained on.
+    A restoration uses the view and the references of the training.
     """
     names = {
         "steps": "steps_at_restore",
@@ -60,53 +60,55 @@ def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return options | ({"reference": "lq"} if recipe.get("reference") == "lq" else {})
 
 
-def check_options(given: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """The given options in their own types; see components.options.OptionCheck.
+def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The options, converted to their types; see components.options.OptionCheck.
 
     Args:
-        defaults: what the model's recipe settles, see restore_defaults.
+        options: options by name.
+        defaults: options from the model's recipe, see restore_defaults.
 
     Raises:
-        ValueError: an unknown name (with the near one), a wrong type, a value outside its range, or two options that
-            exclude each other, one of them perhaps the model's own.
+        ValueError: an unknown name (the error suggests the nearest one), a wrong type, a value outside its range, or
+            two options that exclude each other; one of them may be the model's default.
     """
-    values = typed_options(given, get_type_hints(Options))
-    on_top(values, parse_options(defaults, Options()), PRESETS)  # checks the ranges
+    values = typed_options(options, get_type_hints(Options))
+    apply_preset(values, parse_options(defaults, Options()), PRESETS)  # checks the ranges
     return values
 
 
-def parse_options(given: Mapping[str, Any], defaults: Options) -> Options:
-    """Options by name on top of their preset's, on top of defaults; raises as check_options."""
-    return on_top(typed_options(given, get_type_hints(Options)), defaults, PRESETS)
+def parse_options(options: Mapping[str, Any], defaults: Options) -> Options:
+    """`defaults`, overridden by the preset's options, then by the named options; raises the errors of check_options."""
+    return apply_preset(typed_options(options, get_type_hints(Options)), defaults, PRESETS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """How the loop is steered; the defaults are the released pipeline's.
+    """Settings of the sampling loop; the defaults are the released pipeline's.
 
     Attributes:
-        cfg_scale: guidance; 1 or less runs the positive half only.
+        cfg_scale: scale of guidance; 1 or less runs the positive half only.
         guidance_rescale: see samplers.guidance.guide.
-        aggregator_scale: multiplies the residuals; one number or one for each step.
-        aggregator_start, aggregator_stop: shares of the steps between which Previewer and Aggregator work. (The
-            released pipeline fails where the start is above 0; here there are no residuals before it.)
-        preview_start, preview_stop: shares of the steps between which references are made; outside, the LQ latents
-            stand in for them.
+        aggregator_scale: factor of the residuals; one number or one for each step.
+        aggregator_start, aggregator_stop: shares of the steps between which Previewer and Aggregator run. (The released
+            pipeline fails with a start above 0; here there are no residuals before the start.)
+        preview_start, preview_stop: shares of the steps between which references are computed; outside, the LQ latents
+            replace them.
         adaptive: "released" scales the residuals by the adaptive factor of the step before; "paper" moves the reference
-            towards the LQ latents by it (Alg. 1, line 5).
-        adaptive_clamp: "paper" only: keep the factor in 0 .. 1. The clamp is ours; without it the reference may lie
-            beyond the LQ latents.
-        reference: what the Aggregator sees beside the LQ latents.
-        reference_noise: give the reference fresh noise of the current step.
-        released_rules: the released pipeline's surprises: a step whose scale is 0.1 or less makes no preview and reuses
-            the residuals of the step before, scaled once more; a factor over an unrenewed preview is infinite; and no
-            scale exceeds 1, as the factor of 1 caps it. Otherwise only a scale of 0 leaves the Aggregator out, nothing
-            is reused, a factor that cannot be renewed stays, and a scale is what it says.
-        preview_every, aggregator_every: steps between two previews, and between two calls of the Aggregator; what lies
-            between takes the last ones. 1 is exact; above, time is saved for a stated error (docs/benchmarks.md).
+            towards the LQ latents by the factor (Alg. 1, line 5).
+        adaptive_clamp: "paper" only: keep the factor in 0 .. 1. The paper has no clamp; without it the reference may
+            lie beyond the LQ latents.
+        reference: kind of the Aggregator's second input, next to the LQ latents.
+        reference_noise: add fresh noise of the current step to the reference.
+        released_rules: True follows three quirks of the released pipeline. A step whose scale is 0.1 or less makes no
+            preview and reuses the residuals of the step before, scaled once more. The factor of a repeated preview is
+            infinite. No scale exceeds 1, since the factor of 1 caps it. False: only a scale of 0 skips the Aggregator,
+            residuals are not reused, the factor of a repeated preview does not change, and scales have no cap.
+        preview_every, aggregator_every: steps between two previews, and between two calls of the Aggregator; the steps
+            between use the last results. 1 is exact; above 1 saves time at an error in docs/benchmarks.md.
 
     Raises:
-        ValueError: a share outside 0 .. 1, a negative scale, an interval below 1, or options that exclude each other.
+        ValueError: a share is outside 0 .. 1, a scale is negative, an interval is below 1, or two options exclude each
+            other.
     """
 
     cfg_scale: float = 7.0
@@ -139,14 +141,14 @@ class LoopSettings:
                 f"got {self.reference}"
             )
         if self.reference_noise and self.adaptive == "released" and self.released_rules:
-            raise ValueError("reference_noise is none of the released pipeline's, so preset released excludes it")
+            raise ValueError("the released pipeline has no reference_noise: leave it out with preset released")
 
     @property
     def guided(self) -> bool:
         return self.cfg_scale > 1
 
     def scale_at(self, step: int, of: int) -> float:
-        """The residuals' scale at a 0-based step, without the adaptive factor."""
+        """The residuals' scale at a 0-based step of `of` steps, without the adaptive factor."""
         if step / of < self.aggregator_start or (step + 1) / of > self.aggregator_stop:
             return 0.0
         if isinstance(self.aggregator_scale, Sequence):
@@ -154,7 +156,7 @@ class LoopSettings:
         return float(self.aggregator_scale)
 
     def previews_at(self, step: int, of: int) -> bool:
-        """Whether the reference is made at a 0-based step."""
+        """Whether a reference is computed at a 0-based step of `of` steps."""
         return not (step / of < self.preview_start or (step + 1) / of > self.preview_stop)
 
 
@@ -163,39 +165,39 @@ class Options:
     """A request's options, with InstantIR's defaults.
 
     Attributes:
-        preset: "default", "paper", "released" or "creative": sets others, see PRESETS.
+        preset: "default", "paper", "released" or "creative"; sets other options, see PRESETS.
         steps: sampler steps (paper 4.1: 30).
-        cfg_scale: guidance (paper 4.1: 7.0); 1 or less switches it off and halves the cost.
+        cfg_scale: scale of guidance (paper 4.1: 7.0); 1 or less switches guidance off and halves the cost.
         sampler: "ddim" as in the paper, "ddpm" (ancestral) as in the released tools.
         start: "lq" starts from the noised LQ latents (released), "noise" from pure noise (paper Alg. 1).
-        reference: what the Aggregator sees beside the LQ latents (Table 2a): "preview" by the Previewer with picture
-            and prompt, "preview_dcp" with the picture only, "preview_unconditional" with neither, "mean" the clean
-            estimate of the UNet without Aggregator and guidance (Eq. 2), "lq" the LQ latents again, "hq" the picture
-            given with the request.
-        reference_noise: give the reference fresh noise of the current step; for an Aggregator trained so.
+        reference: the Aggregator's second input next to the LQ latents (Table 2a). "preview": the Previewer's output
+            with picture and prompt; "preview_dcp": with the picture only; "preview_unconditional": with neither;
+            "mean": the clean estimate of the UNet without Aggregator and guidance (Eq. 2); "lq": the LQ latents again;
+            "hq": the HQ picture of the request.
+        reference_noise: add fresh noise of the current step to the reference; for an Aggregator trained with it.
         adaptive: AdaRes. "paper": Alg. 1 moves the reference towards the LQ latents; "released": the adaptive factor
             scales the residuals; "none".
         adaptive_clamp: keep the paper's factor in 0 .. 1.
-        preview_start, preview_stop: shares of the steps outside of which the LQ latents stand in for the reference; a
-            start of 0.1 to 0.4 for fidelity.
-        aggregator_start, aggregator_stop: shares of the steps between which the Aggregator works; a stop at 0.6 to 0.8
-            for creative restoration.
-        aggregator_scale: multiplies the aggregator's residuals.
-        guidance_rescale: share of the guided prediction brought back to the unguided one's contrast.
+        preview_start, preview_stop: shares of the steps between which references are computed; outside, the LQ latents
+            replace them. A start of 0.1 to 0.4 raises fidelity.
+        aggregator_start, aggregator_stop: shares of the steps between which the Aggregator runs; a stop at 0.6 to 0.8
+            is for creative restoration.
+        aggregator_scale: factor of the Aggregator's residuals.
+        guidance_rescale: share of the guided prediction that is rescaled to the unguided one's contrast.
         color: colour transfer from the input, see components.color.
-        view: how the perceptor sees the picture, see preprocess.view_pixels: "whole", "crop" (released), "pad" or
+        view: the perceptor's view of the picture, see preprocess.view_pixels: "whole", "crop" (released), "pad" or
             "crops".
-        encoding: of the LQ picture: the "mode" of the encoder's distribution, or a "sample" of it (released), seeded.
+        encoding: encoding of the LQ picture: the "mode" of the encoder's distribution, or a seeded "sample" (released).
         resize: "native" restores at the result's size; "released" at the size of the official command line (short side
             at least 768, long side at most 1024, multiples of 64), and resizes the result.
-        min_side_px: with "native": a shorter short side is enlarged to it for the networks; 0 for no limit.
+        min_side_px: with "native": a shorter short side is enlarged to this for the networks; 0 for no limit.
         tile_px: pictures with a longer side are restored in tiles of this side; 0 takes 128 latents (1024 px at SDXL's
             factor of 8).
-        tile_overlap: share of a tile that neighbours share at least.
+        tile_overlap: smallest share of a tile that neighbouring tiles share.
         preview_every, aggregator_every: see LoopSettings; 1 is exact.
 
     Raises:
-        ValueError: a value outside its range, or options that exclude each other.
+        ValueError: a value is outside its range, or options exclude each other.
     """
 
     preset: Literal["default", "paper", "released", "creative"] = "default"
@@ -236,7 +238,7 @@ class Options:
             raise ValueError(f"tile_overlap must be between 0 and 0.75, got {self.tile_overlap}")
         if self.resize == "released" and self.min_side_px:
             raise ValueError("resize released has its own shortest side: leave min_side_px out")
-        self.loop  # noqa: B018  the loop's own checks
+        self.loop  # noqa: B018  runs the checks of LoopSettings
 
     @property
     def loop(self) -> LoopSettings:

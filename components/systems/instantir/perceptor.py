@@ -1,9 +1,9 @@
 """InstantIR's Degradation Content Perceptor (DCP): picture tokens -> extra keys and values in every cross-attention.
 
-Two parts (instantir.md section 2): a Resampler, which condenses the picture encoder's tokens to a few queries, and one
-processor for each cross-attention of the UNet, which attends to them with keys and values modulated by the UNet's whole
-embedding (time, pooled text, sizes). The Resampler sits in `unet.encoder_hid_proj` and the processors in
-`attn2.processor`, so that they take part in the UNet's call and LoRA can target both.
+It has two parts (instantir.md section 2). A Resampler condenses the picture encoder's tokens to a few queries. One
+processor for each cross-attention of the UNet attends to these queries; the UNet's whole embedding (time, pooled text,
+sizes) modulates its keys and values. The Resampler is in `unet.encoder_hid_proj` and the processors are in
+`attn2.processor`, so that the UNet's call includes them and LoRA can target them.
 
 Shapes: B batch, N picture tokens, Q queries, W attention width, E embedding width.
 """
@@ -26,16 +26,16 @@ from components.randomness import seeded_init
 
 @dataclass(frozen=True, kw_only=True)
 class ResamplerConfig:
-    """Size of the Resampler; the defaults are the released model's.
+    """Size of the Resampler; the defaults are those of the released model.
 
     Attributes:
         dim: inner width.
         depth: layers.
-        dim_head, heads: attention geometry.
-        num_queries: Q, tokens that come out.
+        dim_head, heads: width and number of the attention heads.
+        num_queries: Q, number of output tokens.
         embedding_dim: width of the picture encoder's tokens.
         output_dim: width of the UNet's text tokens.
-        ff_mult: feed-forward widening.
+        ff_mult: widening factor of the feed-forward layers.
     """
 
     dim: int = 1280
@@ -49,7 +49,7 @@ class ResamplerConfig:
 
 
 class PerceiverAttention(nn.Module):
-    """Queries attend to the picture's tokens and to themselves; no biases; pre-norm on both."""
+    """Queries attend to the picture's tokens and to themselves, with pre-norm on both and without biases."""
 
     def __init__(self, dim: int, dim_head: int, heads: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class PerceiverAttention(nn.Module):
         tokens, queries = self.norm1(tokens), self.norm2(queries)
         query = self._split(self.to_q(queries))
         key, value = (self._split(part) for part in self.to_kv(torch.cat([tokens, queries], dim=1)).chunk(2, dim=-1))
-        # the scale is split over both factors so that half-precision products stay in range; softmax in float32
+        # both factors get the root of the scale, so that half-precision products stay in range; softmax in float32
         scale = self.dim_head**-0.25
         weights = ((query * scale) @ (key * scale).transpose(-2, -1)).float().softmax(dim=-1).to(value.dtype)
         return self.to_out((weights @ value).transpose(1, 2).flatten(2))
@@ -76,7 +76,7 @@ class PerceiverAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Picture tokens [B, N, embedding_dim] -> [B, num_queries, output_dim]. Takes no time step."""
+    """Picture tokens [B, N, embedding_dim] -> [B, num_queries, output_dim]. It has no time step input."""
 
     def __init__(self, config: ResamplerConfig) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Resampler(nn.Module):
 
 
 class AdaLayerNorm(nn.Module):
-    """LayerNorm without weights, then (1 + scale) and shift, both linear in SiLU(embedding); shift comes first."""
+    """LayerNorm without weights, then x (1 + scale) + shift. One layer maps SiLU(embedding) to (shift, scale)."""
 
     def __init__(self, width: int, embedding_width: int) -> None:
         super().__init__()
@@ -122,23 +122,24 @@ class AdaLayerNorm(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B, Q, W], embedding [B, E] -> [B, Q, W]."""
         shift, scale = self.linear(F.silu(embedding)).unsqueeze(1).chunk(2, dim=-1)
-        return normalised(x) * (1 + scale) + shift
+        return layer_norm(x) * (1 + scale) + shift
 
 
 class PerceptorAttnProcessor(nn.Module):
     """Attention to the text, plus `scale` times attention to the picture's tokens (InstantIR Eqs. 3-4, as released).
 
     Both share the queries and the output projection. `encoder_hidden_states` is (text, [picture tokens]), as diffusers'
-    UNet hands it over, or both joined along the tokens, in which case the last `num_tokens` are the picture's.
+    UNet passes it, or their concatenation along the tokens, where the last `num_tokens` are the picture's.
 
     Args:
         width: W, the attention's inner width.
         cross_attention_dim: width of text and picture tokens.
         embedding_width: E, width of the UNet's embedding.
-        num_tokens: Q, needed for the joined form only.
+        num_tokens: Q, used for the concatenated form only.
         scale: Eq. 3's w.
-        time_modulation: Eq. 4's; without it shift and scale are learnt constants, the linear layers' biases. Their
-            weights then stay as they are (zero in a new perceptor), so that files keep their layout and meaning.
+        time_modulation: whether Eq. 4's modulation is on. Without it shift and scale are learnt constants, the linear
+            layers' biases. Their weights then do not change (zero in a new perceptor), so that the files' layout and
+            meaning stay the same.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class PerceptorAttnProcessor(nn.Module):
             temb = torch.zeros_like(temb)
         return self.ln_k_ip(self.to_k_ip(tokens), temb), self.ln_v_ip(self.to_v_ip(tokens), temb)
 
-    # __call__, not forward: diffusers reads the signature of __call__ to decide which arguments to pass on
+    # __call__, not forward, since diffusers selects the arguments by the signature of __call__
     def __call__(  # type: ignore[override]
         self,
         attn: Attention,
@@ -172,7 +173,7 @@ class PerceptorAttnProcessor(nn.Module):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """[B, L, D] -> [B, L, D]. Raises ValueError without `temb`, or with a mask (SDXL uses none)."""
+        """[B, L, D] -> [B, L, D]. Raises ValueError without `temb`, or with a mask (SDXL has no masks)."""
         if encoder_hidden_states is None or temb is None:
             raise ValueError("the perceptor needs encoder_hidden_states and temb (pass it in cross_attention_kwargs)")
         if attention_mask is not None:
@@ -184,21 +185,21 @@ class PerceptorAttnProcessor(nn.Module):
             tokens = encoder_hidden_states[:, -self.num_tokens :]
         tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # [B, pictures, Q, D]: tokens of all pictures
         query = split_heads(attn.to_q(hidden_states), attn.heads)
-        attended = _attend(query, attn.to_k(text), attn.to_v(text))
+        output = _attend(query, attn.to_k(text), attn.to_v(text))
         if self.scale != 0:
             key, value = self.keys_and_values(tokens, temb)
-            attended = attended + self.scale * _attend(query, key, value)
+            output = output + self.scale * _attend(query, key, value)
         for layer in attn.to_out:  # type: ignore[union-attr]
-            attended = layer(attended)
+            output = layer(output)
         if attn.residual_connection:
-            attended = attended + hidden_states
-        return attended / attn.rescale_output_factor
+            output = output + hidden_states
+        return output / attn.rescale_output_factor
 
 
 class Perceptor(nn.Module):
-    """The trainable parts inside a UNet, under the names of adapter.pt: image_proj.*, ip_adapter.<i>.*.
+    """The trainable modules in a UNet, with the names of adapter.pt: image_proj.*, ip_adapter.<i>.*.
 
-    A view: the modules are the UNet's own.
+    This is a view: the modules belong to the UNet.
     """
 
     def __init__(self, image_proj: Resampler, ip_adapter: Mapping[str, PerceptorAttnProcessor]) -> None:
@@ -213,18 +214,18 @@ def install_perceptor(
     seed: int = 0,
     time_modulation: bool = True,
 ) -> Perceptor:
-    """Put a new Resampler and processors into a UNet (in place) and return them.
+    """Install a new Resampler and processors in a UNet (in place) and return them.
 
-    Keys and values start as copies of the text's, the modulation at zero, as released; the Resampler at random.
+    As released, key and value weights start as copies of the text's, the modulation at zero, the Resampler at random.
 
     Args:
-        unet: SDXL-shaped, without a perceptor.
-        resampler: its size; output_dim must be the UNet's cross_attention_dim.
+        unet: SDXL-shaped UNet without a perceptor.
+        resampler: size of the Resampler; output_dim must equal the UNet's cross_attention_dim.
         seed: fixes the random start.
         time_modulation: see PerceptorAttnProcessor.
 
     Raises:
-        ValueError: widths do not fit, or there is a perceptor already.
+        ValueError: widths do not fit, or the UNet already has a perceptor.
     """
     config = resampler if isinstance(resampler, ResamplerConfig) else ResamplerConfig(**resampler)
     if unet.encoder_hid_proj is not None:
@@ -250,7 +251,7 @@ def install_perceptor(
 
 
 def perceptor_of(unet: UNet2DConditionModel) -> Perceptor:
-    """The perceptor installed in a UNet. Raises ValueError where there is none."""
+    """The perceptor of a UNet. Raises ValueError if it has none."""
     if not isinstance(unet.encoder_hid_proj, MultiIPAdapterImageProjection):
         raise ValueError("the UNet has no perceptor: call install_perceptor first")
     attentions = cross_attentions(unet)
@@ -261,15 +262,15 @@ def perceptor_of(unet: UNet2DConditionModel) -> Perceptor:
 
 
 def perceptor_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The perceptor's weights under adapter.pt's names, its two dictionaries flattened; LoRA weights left out.
+    """The perceptor's weights by adapter.pt's names, with its two dictionaries flattened; without LoRA weights.
 
-    The tensors are the modules' own: clone them to keep them.
+    The tensors share memory with the modules: clone them before the modules change.
     """
     return base_state(perceptor_of(unet))
 
 
 def load_perceptor(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> None:
-    """Copy weights named as by perceptor_state into the installed perceptor.
+    """Copy weights, with the names of perceptor_state, into the UNet's perceptor.
 
     Raises:
         ValueError: lists every missing and unexpected key and every wrong shape.
@@ -278,11 +279,11 @@ def load_perceptor(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> N
 
 
 def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
-    """Cross-attention layers by their number among all attention layers, in the order down, up, mid blocks.
+    """Cross-attention layers by their index among all attention layers, in the order down, up, mid blocks.
 
-    The numbers are those of adapter.pt, which come from the order in which the UNet's blocks are registered.
+    These are the indices in adapter.pt; they follow the order in which the UNet registers its blocks.
     """
-    found: dict[str, Attention] = {}
+    attentions: dict[str, Attention] = {}
     blocks: list[tuple[str, nn.Module | None]] = [
         ("down_blocks", unet.down_blocks),
         ("up_blocks", unet.up_blocks),
@@ -293,13 +294,13 @@ def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
         for name, module in block.named_modules() if block is not None else ():
             if isinstance(module, Attention):
                 if name.rpartition(".")[2] == "attn2":
-                    found[str(number)] = module
+                    attentions[str(number)] = module
                 number += 1
-    return found
+    return attentions
 
 
 def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names they had before peft wrapped some layers; LoRA weights left out."""
+    """Parameters by their names without peft's wrappers; LoRA weights are left out."""
     return {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in module.named_parameters()
@@ -308,13 +309,13 @@ def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """base_parameters, detached; they share the parameters' memory."""
+    """base_parameters, detached; the tensors share the parameters' memory."""
     return {name: parameter.detach() for name, parameter in base_parameters(module).items()}
 
 
 @torch.no_grad()
 def copy_strictly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Copy tensors by name; nothing is copied unless all of it fits.
+    """Copy tensors by name; copies nothing unless every tensor fits.
 
     Raises:
         ValueError: lists every missing and unexpected key and every wrong shape.
@@ -333,12 +334,12 @@ def copy_strictly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor],
 
 
 def resampler_config(perceptor: Perceptor) -> dict[str, int]:
-    """The installed Resampler's size, for model.json."""
+    """The Resampler's size, for model.json."""
     return asdict(perceptor.image_proj.config)
 
 
-def normalised(x: Tensor) -> Tensor:
-    """AdaLayerNorm's normalisation over the last dimension, which no embedding enters."""
+def layer_norm(x: Tensor) -> Tensor:
+    """AdaLayerNorm's normalisation over the last dimension, before the modulation."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -350,10 +351,10 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query [B, heads, L, d]; key and value [B, S, W] -> [B, L, W]."""
     heads = query.shape[1]
-    attended = F.scaled_dot_product_attention(query, split_heads(key, heads), split_heads(value, heads))
-    return attended.transpose(1, 2).flatten(2)
+    hidden = F.scaled_dot_product_attention(query, split_heads(key, heads), split_heads(value, heads))
+    return hidden.transpose(1, 2).flatten(2)
 
 
 def _base(layer: nn.Module) -> nn.Linear:
-    """The layer itself, or what peft wrapped."""
+    """The layer itself, or the layer inside peft's wrapper."""
     return getattr(layer, "base_layer", layer)  # type: ignore[return-value, arg-type]

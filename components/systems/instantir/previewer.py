@@ -1,8 +1,9 @@
 """InstantIR's Instant Restoration Previewer: a LoRA on the perceptor's UNet, switched on for one-step previews.
 
-Through peft. Off, the UNet is the prior bit for bit (with the perceptor); on, one call and the consistency boundary
-(objectives/consistency.py) give a preview. Files carry previewer_lora_weights.bin's names: "unet." in front,
-".processor" left out, and diffusers' older spelling (.lora.down, .lora.up) for the attention projections.
+The LoRA is a peft adapter. With the LoRA off, the results equal those of the UNet without LoRA, bit for bit. With the
+LoRA on, one call and the consistency boundary (objectives/consistency.py) give a preview. Files have the key names of
+previewer_lora_weights.bin: prefix "unet.", no ".processor", and diffusers' older spelling (.lora.down, .lora.up) for
+the attention projections.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TARGETS = (
     "upsamplers.0.conv",
     "time_emb_proj",
 )
-"""Suffixes of the layers that carry the LoRA (instantir.md section 3)."""
+"""Name suffixes of the layers that have the LoRA (instantir.md section 3)."""
 
 _OLD_SPELLING = (".to_q", ".to_k", ".to_v", ".to_out.0")
 _SPELLINGS = {
@@ -57,12 +58,12 @@ _SPELLINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Size of the Previewer's LoRA; the defaults are the released model's.
+    """Size of the Previewer's LoRA; the defaults are those of the released model.
 
     Attributes:
         rank: inner width.
-        alpha: the update is scaled by alpha / rank.
-        targets: name suffixes of the layers that carry it.
+        alpha: the update's scale is alpha / rank.
+        targets: name suffixes of the layers that have the LoRA.
     """
 
     rank: int = 64
@@ -74,11 +75,11 @@ class LoraSettings:
 
 
 class PreviewerLora(nn.Module):
-    """The LoRA's own weights, for an optimiser or a checkpoint. A view: the modules are the UNet's."""
+    """The LoRA's weights, for an optimizer or a checkpoint. This is a view: the modules belong to the UNet."""
 
     def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
         super().__init__()
-        # a ModuleDict's keys may not hold dots
+        # a ModuleDict's keys must not contain dots
         self.down = nn.ModuleDict({_escape(n): layer.lora_A[ADAPTER] for n, layer in layers.items()})
         self.up = nn.ModuleDict({_escape(n): layer.lora_B[ADAPTER] for n, layer in layers.items()})
 
@@ -86,15 +87,15 @@ class PreviewerLora(nn.Module):
 def install_previewer(
     unet: UNet2DConditionModel, lora: LoraSettings | Mapping[str, Any] | None = None, seed: int = 0
 ) -> PreviewerLora:
-    """Add a new LoRA to a UNet that has its perceptor (in place), switched off. It starts as no change.
+    """Add a new LoRA, switched off, to a UNet that has a perceptor (in place). Its update starts at zero.
 
     Args:
-        unet: with install_perceptor done, since the LoRA also covers the perceptor.
-        lora: its size.
+        unet: UNet after install_perceptor, since the LoRA also covers the perceptor.
+        lora: size of the LoRA.
         seed: fixes the random start.
 
     Raises:
-        ValueError: there is a previewer already, or no layer matches the targets.
+        ValueError: the UNet already has a previewer, or no layer matches the targets.
     """
     settings = lora if isinstance(lora, LoraSettings) else LoraSettings(**(lora or {}))
     if has_previewer(unet):
@@ -111,7 +112,7 @@ def install_previewer(
             ),
             adapter_name=ADAPTER,
         )
-    # peft freezes what it wraps; whether the prior and the perceptor train is not its business
+    # peft freezes the layers that it wraps; restore the flags of the prior and the perceptor
     for name, parameter in unet.named_parameters():
         if ".lora_" not in name:
             parameter.requires_grad_(trainable[name.replace(".base_layer.", ".")])
@@ -121,17 +122,17 @@ def install_previewer(
 
 
 def has_previewer(unet: UNet2DConditionModel) -> bool:
-    """Whether install_previewer was called."""
+    """Whether the UNet has a previewer."""
     return any(True for _ in _lora_modules(unet))
 
 
 def previewer_of(unet: UNet2DConditionModel) -> PreviewerLora:
-    """The LoRA installed in a UNet. Raises ValueError where there is none."""
+    """The LoRA of a UNet. Raises ValueError if it has none."""
     return PreviewerLora(lora_layers(unet))
 
 
 def lora_layers(unet: UNet2DConditionModel) -> dict[str, LoraLayer]:
-    """Layers that carry the LoRA by their name in the UNet. Raises ValueError where there is none."""
+    """Layers with the LoRA by their name in the UNet. Raises ValueError if there are none."""
     layers = dict(_lora_modules(unet))
     if not layers:
         raise ValueError("the UNet has no previewer: call install_previewer first")
@@ -140,9 +141,9 @@ def lora_layers(unet: UNet2DConditionModel) -> dict[str, LoraLayer]:
 
 @contextlib.contextmanager
 def previewer_enabled(unet: UNet2DConditionModel, enabled: bool = True) -> Iterator[None]:
-    """Inside, the UNet's calls carry the LoRA (or, with enabled=False, do not); after, as it was before.
+    """Inside the context the LoRA is on (or off, with enabled=False); afterwards as before.
 
-    A backward pass may run outside; gradient checkpointing, which repeats calls, takes care of it (checkpointing.py).
+    A backward pass may run outside the context; gradient checkpointing restores the switch (checkpointing.py).
     """
     layers = list(lora_layers(unet).values())
     before = not layers[0].disable_adapters
@@ -154,7 +155,7 @@ def previewer_enabled(unet: UNet2DConditionModel, enabled: bool = True) -> Itera
 
 
 def previewer_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The LoRA's weights under previewer_lora_weights.bin's names; the tensors are the modules' own."""
+    """The LoRA's weights by previewer_lora_weights.bin's keys; the tensors share memory with the modules."""
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(unet).items():
         down, up = released_names(name)
@@ -164,57 +165,57 @@ def previewer_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
 
 
 def released_names(layer: str) -> tuple[str, str]:
-    """Keys of a layer's down and up weights in previewer_lora_weights.bin, from the layer's name in the UNet."""
+    """Keys of a layer's down and up weights in previewer_lora_weights.bin, by the layer's name in the UNet."""
     down, up = (".lora.down", ".lora.up") if layer.endswith(_OLD_SPELLING) else (".lora_A", ".lora_B")
     return f"unet.{_file_name(layer)}{down}.weight", f"unet.{_file_name(layer)}{up}.weight"
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(layer, "A" or "B") of a LoRA file's key in any spelling; None for a key of another kind."""
+    """(layer, "A" or "B") of a LoRA file's key in any spelling; None for other keys."""
     layer, _, letter = _parameter_name(key).rpartition(" ")
     return (layer, letter) if layer else None
 
 
 def load_previewer(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> None:
-    """Copy a LoRA's weights into the installed one.
+    """Copy a LoRA's weights into the UNet's LoRA.
 
-    Either spelling is taken for every layer (.lora_A/.lora_B or .lora.down/.lora.up), with or without "unet." in front
-    and with or without ".processor".
+    Each key may have either spelling (.lora_A/.lora_B or .lora.down/.lora.up), with or without the prefix "unet." and
+    ".processor".
 
     Raises:
-        ValueError: lists every missing and unexpected key and every wrong shape; also a layer that is given twice.
+        ValueError: lists every missing and unexpected key and every wrong shape, or names a duplicate layer.
     """
     parameters: dict[str, Tensor] = {}
     for name, layer in lora_layers(unet).items():
         parameters[f"{_file_name(name)} A"] = _weight(layer.lora_A)
         parameters[f"{_file_name(name)} B"] = _weight(layer.lora_B)
-    given: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = _parameter_name(key)
-        if name in given:
+        if name in tensors:
             raise ValueError(f"the previewer's weights name {name.rpartition(' ')[0]} twice, in different spellings")
-        given[name] = tensor
-    copy_strictly(parameters, given, "previewer")
+        tensors[name] = tensor
+    copy_strictly(parameters, tensors, "previewer")
 
 
 def lora_settings_of(unet: UNet2DConditionModel) -> LoraSettings:
-    """Size of the installed LoRA. Raises ValueError where there is none."""
+    """Size of the UNet's LoRA. Raises ValueError if it has none."""
     layer = next(iter(lora_layers(unet).values()))
     targets = unet.peft_config[ADAPTER].target_modules
     return LoraSettings(
         rank=layer.r[ADAPTER],
         alpha=layer.lora_alpha[ADAPTER],
-        # peft keeps a set, whose order changes from process to process
+        # peft holds a set, whose order differs between processes
         targets=sorted(targets, key=lambda t: (TARGETS.index(t) if t in TARGETS else len(TARGETS), t)),
     )
 
 
 @torch.no_grad()
 def each_previewer_delta(unet: UNet2DConditionModel) -> Iterator[tuple[str, Tensor]]:
-    """(layer's name in the UNet, what the LoRA adds to its weight: (alpha / rank) up @ down), one layer at a time.
+    """Yield (layer's name in the UNet, the LoRA's update of its weight: (alpha / rank) up @ down), layer by layer.
 
-    In float32, however the weights are kept. For a convolution `down` is k x k with the layer's stride and padding and
-    `up` is 1 x 1.
+    Updates are float32, whatever the weights' dtype. For a convolution `down` is k x k with the layer's stride and
+    padding and `up` is 1 x 1.
     """
     for name, layer in lora_layers(unet).items():
         down, up = _weight(layer.lora_A).detach().float(), _weight(layer.lora_B).detach().float()
@@ -223,7 +224,7 @@ def each_previewer_delta(unet: UNet2DConditionModel) -> Iterator[tuple[str, Tens
 
 
 def previewer_deltas(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """each_previewer_delta, all at once."""
+    """The updates of each_previewer_delta as a dictionary."""
     return dict(each_previewer_delta(unet))
 
 
@@ -234,8 +235,10 @@ def _lora_modules(unet: UNet2DConditionModel) -> Iterator[tuple[str, LoraLayer]]
 
 
 def _switch(layers: Any, enabled: bool) -> None:
-    """Turn the LoRA on or off without touching what trains: peft's own switch also flips requires_grad, and a leaf
-    without it drops the gradient of a graph that was recorded before."""
+    """Turn the LoRA on or off and preserve requires_grad.
+
+    peft's switch also changes requires_grad, and a leaf without it drops the gradients of an existing graph.
+    """
     for layer in layers:
         flags = [(p, p.requires_grad) for p in layer.parameters()]
         layer.enable_adapters(enabled)
@@ -252,7 +255,7 @@ def _file_name(name: str) -> str:
 
 
 def _parameter_name(key: str) -> str:
-    """A file's key -> "<layer> A" or "<layer> B"; a key that is neither comes back as it is."""
+    """A file's key -> "<layer> A" or "<layer> B"; other keys are returned as they are."""
     for suffix, letter in _SPELLINGS.items():
         if key.endswith(suffix):
             return f"{_file_name(key.removeprefix('unet.').removesuffix(suffix))} {letter}"

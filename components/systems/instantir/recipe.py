@@ -1,27 +1,49 @@
-"""Recipe of InstantIR's training stages. Torch-free, so that recipes list fast."""
+"""Recipe of InstantIR's training stages. Torch-free, so that listing recipes is fast."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from components.recipes import Recipe, RecipeError
+from components.systems.system import Stage, check_stage_keys
 
-STAGE_KEYS: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    (
-        "resampler_dim",
-        "resampler_depth",
-        "resampler_head_dim",
-        "resampler_heads",
-        "resampler_queries",
-        "time_modulation",
-    ): ("dcp",),
-    ("lora_rank", "lora_alpha", "distance", "huber_c", "teacher_cfg_scale", "teacher_timesteps"): ("previewer",),
-    ("reference", "reference_noise", "preview_cfg_scale", "compile", "frozen_precision"): ("aggregator",),
-    ("max_clean_weight", "noise_offset", "timestep_importance"): ("dcp", "aggregator"),
-}
-"""Settings that only some stages look at."""
+WEIGHTING = ("max_clean_weight", "noise_offset", "timestep_importance")
+
+STAGES = (
+    Stage(
+        name="dcp",
+        version=2,
+        continues=("dcp", "previewer", "aggregator"),
+        keys=(
+            "resampler_dim",
+            "resampler_depth",
+            "resampler_head_dim",
+            "resampler_heads",
+            "resampler_queries",
+            "time_modulation",
+            *WEIGHTING,
+        ),
+        precomputed=("latents", "embeddings"),
+    ),
+    Stage(
+        name="previewer",
+        version=2,
+        follows="dcp",
+        continues=("previewer", "aggregator"),
+        keys=("lora_rank", "lora_alpha", "distance", "huber_c", "teacher_cfg_scale", "teacher_timesteps"),
+        precomputed=("latents", "embeddings"),
+    ),
+    Stage(
+        name="aggregator",
+        version=2,
+        follows="previewer",
+        continues=("aggregator",),
+        keys=("reference", "reference_noise", "preview_cfg_scale", "compile", "frozen_precision", *WEIGHTING),
+        precomputed=("latents", "embeddings"),
+    ),
+)
+"""The training stages in order."""
 
 AT_LEAST_ONE = (
     "resampler_dim",
@@ -41,28 +63,30 @@ class InstantIRRecipe(Recipe):
 
     Attributes:
         resampler_dim, resampler_depth, resampler_head_dim, resampler_heads, resampler_queries: size of the Resampler.
-        lora_rank, lora_alpha: the Previewer's LoRA.
-        image_dropout, text_dropout, both_dropout: probabilities of "no picture", "no prompt", neither; one draw.
+        lora_rank, lora_alpha: rank and alpha of the Previewer's LoRA.
+        image_dropout, text_dropout, both_dropout: probabilities of dropping the picture, the prompt, or both; one draw
+            decides.
         max_clean_weight: dcp and aggregator: largest weight of a time step's loss, see objectives.diffusion; 1 is
             the paper's plain loss.
-        noise_offset: dcp and aggregator: see objectives.diffusion.offset_noise; the paper has none.
-        distance: of the Previewer's consistency loss: Eq. 5's squared L2, or the released Huber.
+        noise_offset: dcp and aggregator: see objectives.diffusion.offset_noise; 0 as in the paper.
+        distance: distance of the Previewer's consistency loss: Eq. 5's squared L2, or the released Huber.
         huber_c: constant of the Huber distance.
         teacher_cfg_scale: range of the guided teacher step's scale; empty for no guidance.
         teacher_timesteps: points of the teacher's DDIM grid.
-        timestep_importance: dcp and aggregator: a of loss weights 1 - a cos(pi t / T); released: an option of 0.5, off.
-        time_modulation: dcp: whether keys and values follow the time step (Eq. 4); later stages keep what dcp had.
-        perceptor_scale: Eq. 3's w, of this stage and of what it makes; null: what the model before had, and 1 at first,
-            as released. 0 leaves the perceptor out.
-        view: what the perceptor's encoder sees of a picture: "whole", or the released "crop", which never sees the
-            edges; the model is restored with the same view.
-        reference: aggregator: "preview", or "lq" for a model without previews; its restorer follows.
+        timestep_importance: dcp and aggregator: a in the loss weights 1 - a cos(pi t / T); the released code has an
+            option of 0.5 that is off.
+        time_modulation: dcp: whether keys and values depend on the time step (Eq. 4); later stages keep dcp's setting.
+        perceptor_scale: Eq. 3's w, in this stage and in its model. null takes the parent model's, or the released 1
+            without a parent. 0 leaves the perceptor out.
+        view: the perceptor's view of a picture: "whole", or the released "crop", which cuts the edges off. The model's
+            restorer uses the same view.
+        reference: aggregator: "preview", or "lq" for a model without previews; the model's restorer uses the same.
         reference_noise: aggregator: fresh noise on the reference (section 4.4, last row of Table 2a).
         preview_cfg_scale: aggregator: above 1 previews are guided with a scale from 1 .. this (released option, off).
-        gradient_checkpointing: activations are computed again instead of kept: less memory, a third more work.
-        compile: aggregator: what goes through torch.compile, see fast.Speed.
-        frozen_precision: aggregator: what the frozen networks' weights are kept in; the model's own parts stay whole.
-        steps_at_restore, cfg_scale: how held-out pictures are restored while training.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, a third more compute.
+        compile: aggregator: the functions that torch.compile compiles, see fast.Speed.
+        frozen_precision: aggregator: precision of the frozen networks' weights in memory; the model's parts stay fp32.
+        steps_at_restore, cfg_scale: options for restoring held-out pictures during training.
     """
 
     resampler_dim: int = 1280
@@ -112,7 +136,7 @@ class InstantIRRecipe(Recipe):
             )
         if self.preview_cfg_scale < 1:
             raise RecipeError(f"preview_cfg_scale must be at least 1, got {self.preview_cfg_scale}")
-        self._check_stage_keys()
+        check_stage_keys(self, STAGES)
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -127,14 +151,3 @@ class InstantIRRecipe(Recipe):
             len(self.teacher_cfg_scale) != 2 or self.teacher_cfg_scale[0] > self.teacher_cfg_scale[1]
         ):
             raise RecipeError(f"teacher_cfg_scale needs [low, high] or [], got {self.teacher_cfg_scale}")
-
-    def _check_stage_keys(self) -> None:
-        """A setting that this stage would not look at is refused: it would seem to be in force."""
-        usual = {field.name: field for field in fields(self)}
-        for names, stages in STAGE_KEYS.items():
-            if self.stage in stages:
-                continue
-            for name in names:
-                made = usual[name].default_factory
-                if getattr(self, name) != (usual[name].default if made is MISSING else made()):  # type: ignore[misc]
-                    raise RecipeError(f"{name} is for stage {' and '.join(stages)}, not {self.stage}")

@@ -1,4 +1,4 @@
-"""InstantIR's released files by name, and the sizes that a file does not tell. Torch-free: judged early."""
+"""Names of InstantIR's released files, and the sizes that a file does not hold. Torch-free, for early checks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PUBLISHED = "InstantX/InstantIR on the Hugging Face hub, folder models/"
 LICENCE = "apache-2.0, if these are the published files (card of InstantX/InstantIR)"
 
 RELEASED = {"perceptor": "adapter.pt", "previewer": "previewer_lora_weights.bin", "aggregator": "aggregator.pt"}
-"""Released file by part."""
+"""Released file name by part."""
 
-KNOWN_NAMES: Mapping[str, tuple[str, ...]] = {
+FILE_NAMES: Mapping[str, tuple[str, ...]] = {
     "perceptor": ("adapter.pt", "adapter_ckpt.pt", "adapter.safetensors"),
     "previewer": (
         "previewer_lora_weights.bin",
@@ -25,13 +25,14 @@ KNOWN_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "aggregator": ("aggregator.pt", "aggregator_ckpt.pt", "aggregator.safetensors"),
 }
-"""What a folder is searched for: published names, those of the training scripts, and twins as safetensors."""
+"""File names to search a folder for: the published ones, those of the training scripts, and safetensors variants."""
 
 SIDECAR = "restoray.json"
-"""Written beside exported files: what they do not tell themselves (attention heads, alpha, licence, prior)."""
+"""File next to exported weights, with facts that they do not hold (attention heads, alpha, licence, prior)."""
 
 SPELLINGS = ("released", "peft", "diffusers")
-"""released: .lora.down/.lora.up for attention projections, .lora_A/.lora_B elsewhere; the others one of the two."""
+"""Spellings of LoRA keys. released: .lora.down/.lora.up for attention projections, else .lora_A/.lora_B. peft: always
+.lora_A/.lora_B. diffusers: always .lora.down/.lora.up."""
 
 _SIZES: Mapping[str, Mapping[str, type]] = {
     "resampler": {
@@ -48,27 +49,27 @@ _SIZES: Mapping[str, Mapping[str, type]] = {
 }
 
 
-def check_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes {"resampler": {...}, "lora": {...}} in their types.
+def check_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes {"resampler": {...}, "lora": {...}}, converted to their types.
 
     Raises:
-        ValueError: an unknown name (with the near one), a wrong type, or a size below 1.
+        ValueError: an unknown name (the error suggests the nearest one), a wrong type, or a size below 1.
     """
-    checked: dict[str, Any] = {}
-    known = [f"{group}.{name}" for group, names in _SIZES.items() for name in names]
-    for group, values in given.items():
+    result: dict[str, Any] = {}
+    choices = [f"{group}.{name}" for group, names in _SIZES.items() for name in names]
+    for group, values in sizes.items():
         if group not in _SIZES or not isinstance(values, Mapping):
-            raise UnknownOption(str(group), known)
+            raise UnknownOption(str(group), choices)
         try:
-            checked[group] = typed_options(values, _SIZES[group])
+            result[group] = typed_options(values, _SIZES[group])
         except UnknownOption as error:
-            raise UnknownOption(f"{group}.{error.name}", known) from None
-        for name, value in checked[group].items():
+            raise UnknownOption(f"{group}.{error.name}", choices) from None
+        for name, value in result[group].items():
             if value <= 0 or (name != "alpha" and value < 1):
                 raise ValueError(f"{group}.{name} must be positive, got {value}")
-    return checked
+    return result
 
 
 def find_files(place: Path) -> list[Path]:
-    """The weights files in a folder, or in models/ below it; see find_released."""
-    return find_released(place, KNOWN_NAMES, "InstantIR", (".", "models"))
+    """The weights files in a folder, or in its subfolder models/; see find_released."""
+    return find_released(place, FILE_NAMES, "InstantIR", (".", "models"))

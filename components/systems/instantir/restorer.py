@@ -1,4 +1,4 @@
-"""Restores pictures with a trained InstantIR: the object behind batch jobs, the service and evaluation."""
+"""The restorer of a trained InstantIR; batch jobs, the service and evaluation use it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.options import Options, parse_options
 from components.systems.instantir.preprocess import released_sizes, resize, view_pixels
 from components.systems.instantir.references import REFERENCE_NOISE
-from components.types import Box, Cancelled, Image, OnStep, Request, Restored, SampleError, StepEvent
+from components.types import Box, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A request made ready.
+    """A prepared request.
 
     Attributes:
-        index: its place among the requests.
-        image: the picture at the working size, padded to what the networks take.
-        seen: the same without padding.
-        hq: the reference, padded too; None where none is wanted.
+        index: position among the requests.
+        image: the picture at the working size, padded to the networks' multiple.
+        unpadded: `image` without padding.
+        hq: the HQ reference, padded like `image`; None without reference "hq".
         size: (height, width) of the result.
     """
 
@@ -43,24 +43,25 @@ class _Job:
     request: Request
     options: Options
     image: Image
-    seen: Image
+    unpadded: Image
     hq: Image | None
     size: tuple[int, int]
 
 
-class InstantIRRestorer:
-    """See types.Restorer.
+class InstantIRRestorer(Restorer):
+    """InstantIR's implementation of types.Restorer.
 
     Args:
-        network: with perceptor, previewer and aggregator.
+        network: networks with perceptor, previewer and aggregator; their weights must not change while this object is
+            in use.
         defaults: options that replace the built-in defaults, from a recipe.
-        batch_size: pictures of one size and of equal options that go through the networks together. With 1, a picture's
-            bytes are the same whatever else is asked for, which is why the service and the batch job agree to the byte;
-            above, convolutions and matrix products may round differently, by about 1e-6 before rounding to 8 bit.
-        speed: how the networks are made fast. The network's weights must stand still while this object is used.
+        batch_size: largest number of pictures of one size and equal options in a batch. With 1, a picture's bytes do
+            not depend on the other requests, so the service and the batch job give equal bytes. Above 1, convolutions
+            and matrix products may round differently, by about 1e-6 before rounding to 8 bit.
+        speed: settings of the fast path, see fast.Speed.
 
     Raises:
-        ValueError: a part is missing, or a default is unknown or out of range.
+        ValueError: a part is missing, or a default is unknown or outside its range.
     """
 
     def __init__(
@@ -81,31 +82,32 @@ class InstantIRRestorer:
     def restore(
         self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
     ) -> list[Restored]:
-        """Restore in request order.
+        """Restore pictures; the results are in request order.
 
         Args:
-            requests: any sizes and aspects; `size` enlarges or shrinks by bicubic interpolation first. What is larger
-                than a tile is restored in tiles, in bounded memory beside the latents and the 8-bit pictures.
-            on_step: told after each sampler step; steps are counted over all batches of this call.
-            cancelled: asked before each step.
+            requests: pictures of any sizes and aspects; `size` first resizes by bicubic interpolation. A picture larger
+                than a tile is restored in tiles. Their memory is bounded, apart from latents and 8-bit pictures.
+            on_step: called after each sampler step; steps are counted over all batches of this call.
+            cancelled: called before each step.
 
         Raises:
-            SampleError: a picture that is not uint8 RGB ("bad_image"), or an impossible size ("bad_size").
-            ValueError: unknown or wrong options; names the near option, and no request: all that share them fail alike.
-            Cancellation: `cancelled()` became true.
+            SampleError: a picture is not uint8 RGB ("bad_image"), or a size is below 1 ("bad_size").
+            ValueError: options are unknown or wrong. The message suggests the nearest option and names no request,
+                since all requests with these options fail with it.
+            Cancellation: `cancelled()` returned True.
         """
         batches = list(self._batches([self._prepare(i, r) for i, r in enumerate(requests)]))
-        total, done = sum(batch[0].options.steps for batch in batches), 0
+        total, offset = sum(batch[0].options.steps for batch in batches), 0
         restored: dict[int, Restored] = {}
 
         def report(event: StepEvent) -> None:
             if on_step is not None:
-                on_step(replace(event, step=done + event.step, of=total))
+                on_step(replace(event, step=offset + event.step, of=total))
 
         for batch in batches:
             for job, image in zip(batch, self._run(batch, report, cancelled), strict=True):
                 restored[job.index] = Restored(key=job.request.key, image=image, info=_info(job))
-            done += batch[0].options.steps
+            offset += batch[0].options.steps
         return [restored[i] for i in range(len(requests))]
 
     def _prepare(self, index: int, request: Request) -> _Job:
@@ -117,29 +119,29 @@ class InstantIRRestorer:
         if height < 1 or width < 1:
             raise SampleError("bad_size", f"size must be positive, got {height} x {width}", request.key)
         work, how = _work_size(image, (height, width), options)
-        seen = resize(image, work, how)
+        unpadded = resize(image, work, how)
         hq = None
         if options.reference == "hq":
-            if request.reference is None:  # the same sentence for every picture: a job without references ends at once
+            if request.reference is None:  # one message for all pictures, so a job without references ends at once
                 raise ValueError("reference hq needs the HQ picture of each input: give a reference with it")
             if not _is_picture(request.reference):
-                raise SampleError("bad_image", "the reference is no uint8 [H, W, 3] picture", request.key)
+                raise SampleError("bad_image", "the reference is not a uint8 [H, W, 3] picture", request.key)
             hq = pad_to_multiple(resize(request.reference, work, how), self.network.prior.multiple_px)
-        padded = pad_to_multiple(seen, self.network.prior.multiple_px)
-        return _Job(index, request, options, padded, seen, hq, (height, width))
+        padded = pad_to_multiple(unpadded, self.network.prior.multiple_px)
+        return _Job(index, request, options, padded, unpadded, hq, (height, width))
 
     def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """Jobs of one working size and one set of options, in order of their first appearance."""
+        """Batches of jobs with one working size and equal options, in order of first appearance."""
         groups: dict[Any, list[_Job]] = {}
         for job in jobs:
-            groups.setdefault((job.seen.shape, job.options), []).append(job)
+            groups.setdefault((job.unpadded.shape, job.options), []).append(job)
         for group in groups.values():
             for first in range(0, len(group), self.batch_size):
                 yield group[first : first + self.batch_size]
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[_Job], on_step: OnStep, cancelled: Cancelled | None) -> list[Image]:
-        """Restored pictures of one batch, at their sizes."""
+        """The restored pictures of one batch, at their result sizes."""
         prior, options = self.network.prior, batch[0].options
         shape = (prior.latent_channels, *(side // prior.factor for side in batch[0].image.shape[:2]))
         noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
@@ -173,10 +175,10 @@ class InstantIRRestorer:
             clean = sample_ddpm(denoise, latents, sigmas, step_noise, on_step, cancelled)
         del whole, denoise, latents, lq, hq
         pictures = decode_images(self.fast, clean)
-        return [_finished(job, picture) for job, picture in zip(batch, pictures, strict=True)]
+        return [_finish(job, picture) for job, picture in zip(batch, pictures, strict=True)]
 
     def _boxes(self, height: int, width: int, options: Options) -> list[Box]:
-        """Tiles of the latent grid; one where the picture is no larger than a tile."""
+        """Tiles of the latent grid; a picture that is not larger than a tile has one."""
         prior = self.network.prior
         multiple = prior.multiple_px // prior.factor
         side = options.tile_px // prior.factor if options.tile_px else TILE
@@ -186,13 +188,13 @@ class InstantIRRestorer:
     def _conditions(self, batch: Sequence[_Job], size: tuple[int, int]) -> tuple[Conditions, Conditions | None]:
         """Positive and, with guidance, negative conditions, for pictures or tiles of (height, width) pixels.
 
-        Every tile sees the tokens of the whole picture, and the size ids of a picture of the tile's size: crop offsets
-        and sizes of a large picture lie far outside of what a prior has seen (docs/decisions/0006).
+        Every tile gets the tokens of the whole picture, and the size ids of a picture of the tile's size: crop offsets
+        and sizes of a large picture are far outside the prior's training range (docs/decisions/0006).
         """
         prior = self.network.prior
         text, pooled = prior.embed_prompts([job.request.prompt for job in batch])
         sizes = torch.tensor([[*size, 0, 0, *size]]).expand(len(batch), -1)
-        views = torch.stack([view_pixels(job.seen, prior.view, batch[0].options.view) for job in batch])
+        views = torch.stack([view_pixels(job.unpadded, prior.view, batch[0].options.view) for job in batch])
         tokens = prior.image_encoder(pixel_values=views.flatten(0, 1).to(prior.device)).last_hidden_state
         positive = Conditions(
             text=text,
@@ -205,7 +207,7 @@ class InstantIRRestorer:
         return positive, self.network.unconditional(positive, [job.request.negative_prompt for job in batch])
 
     def _noise(self, batch: Sequence[_Job], name: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal [B, *shape], drawn for the whole picture; each picture's depends on its own seed only."""
+        """Standard normal [B, *shape] for whole pictures; each row depends only on its picture's seed."""
         rows = [generator(job.request.seed, name).standard_normal(shape, dtype=np.float32) for job in batch]
         return torch.from_numpy(np.stack(rows) if len(rows) > 1 else rows[0][None]).to(self.network.prior.device)
 
@@ -215,7 +217,7 @@ def _is_picture(image: Image) -> bool:
 
 
 def _work_size(image: Image, size: tuple[int, int], options: Options) -> tuple[tuple[int, int], Pillow.Resampling]:
-    """(height, width) at which the networks run before padding, and how a picture is brought to it."""
+    """((height, width) at which the networks run before padding, resampling filter for that size)."""
     if options.resize == "released":
         (width, height), _ = released_sizes((image.shape[1], image.shape[0]), size[1], size[0])
         return (height, width), Pillow.Resampling.BILINEAR
@@ -223,15 +225,15 @@ def _work_size(image: Image, size: tuple[int, int], options: Options) -> tuple[t
     return (round(size[0] * ratio), round(size[1] * ratio)), Pillow.Resampling.BICUBIC
 
 
-def _finished(job: _Job, picture: Image) -> Image:
-    """Without its padding, with its colours transferred, at its size."""
-    height, width = job.seen.shape[:2]
-    picture = transfer_colors(np.ascontiguousarray(picture[:height, :width]), job.seen, job.options.color)
+def _finish(job: _Job, picture: Image) -> Image:
+    """Remove the padding, transfer the colours and resize to the result's size."""
+    height, width = job.unpadded.shape[:2]
+    picture = transfer_colors(np.ascontiguousarray(picture[:height, :width]), job.unpadded, job.options.color)
     how = Pillow.Resampling.BILINEAR if job.options.resize == "released" else Pillow.Resampling.BICUBIC
     return resize(picture, job.size, how)
 
 
 def _info(job: _Job) -> dict[str, str]:
-    """What the PNG's text chunks say: enough to make the picture again."""
+    """Texts for the PNG's text chunks; they suffice to restore the picture again."""
     options = {name: str(value) for name, value in asdict(job.options).items()}
     return {"system": "instantir", "seed": str(job.request.seed), **options}

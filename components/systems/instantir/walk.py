@@ -1,11 +1,11 @@
 """The forward passes of UNet and aggregator, written out over diffusers' own modules.
 
-diffusers' forward computes again in each call what holds for a whole run (text keys, picture keys, embeddings), and
-hands tensors from block to block by keyword dictionaries. Here everything that does not depend on the latents comes in
-as arguments, so that who calls decides what is kept (fast.py), and each block is a function of tensors that compiles by
-itself. Values equal diffusers' to rounding; the recorded goldens hold for both.
+diffusers' forward computes values that are constant in a run (text keys, picture keys, embeddings) in each call, and
+passes tensors between blocks in keyword dictionaries. Here all values that do not depend on the latents are arguments,
+so that the caller can cache them (fast.py), and each block is a function of tensors that compiles separately. Results
+equal diffusers' up to rounding; the golden tests check both.
 
-Shapes: B batch, L tokens of the latents, S tokens attended to, C channels, E embedding width.
+Shapes: B batch, L tokens of the latents, S tokens of the context, C channels, E embedding width.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from components.systems.instantir.perceptor import split_heads
 
 
 class Context(NamedTuple):
-    """What a cross-attention attends to.
+    """The keys and values of a cross-attention.
 
     Attributes:
-        text_key, text_value: the text's, heads apart [B, heads, S, d].
-        key, value: the picture's [B, Q, W], normalised but not modulated.
-        key_modulation, value_modulation: shift, then scale, of the picture's at this time step [B, 2 W].
+        text_key, text_value: keys and values of the text, split into heads [B, heads, S, d].
+        key, value: keys and values of the picture [B, Q, W], normalised but not modulated.
+        key_modulation, value_modulation: modulation of `key` and `value` at this time step [B, 2 W]: shift, then scale.
     """
 
     text_key: Tensor
@@ -43,12 +43,12 @@ class Context(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the blocks of a network are given besides latents, in the order of the walk.
+    """The inputs of a network's blocks besides latents, in the order of the walk.
 
     Attributes:
-        shifts: the embedding's part for each resnet [B, C].
-        contexts: for each transformer block; None without cross-attention.
-        fused: for each transformer block the query, key and value weights of its self-attention in one [3 C, C]; None
+        shifts: the embedding's shift for each resnet [B, C].
+        contexts: the context for each transformer block; None without cross-attention.
+        fused: for each transformer block the fused query, key and value weights of its self-attention [3 C, C]; None
             for three separate products.
     """
 
@@ -58,49 +58,49 @@ class Inputs(NamedTuple):
 
 
 def resnet_block(
-    block: Any, x: Tensor, shift: Tensor, skip: Tensor | None = None, added: Tensor | None = None
+    block: Any, x: Tensor, shift: Tensor, skip: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """One ResnetBlock2D, its time projection already done: x [B, C, h, w], shift [B, C'] -> [B, C', h, w].
+    """One ResnetBlock2D after its time projection: x [B, C, h, w], shift [B, C'] -> [B, C', h, w].
 
-    On the way up it is given a `skip` to join to x, perhaps with a residual that is `added` to it.
+    On the expansion path, `skip` (plus `residual`, if any) is concatenated to x.
     """
     if skip is not None:
-        x = torch.cat([x, skip if added is None else skip + added], dim=1)
+        x = torch.cat([x, skip if residual is None else skip + residual], dim=1)
     hidden = block.conv1(F.silu(block.norm1(x))) + shift[:, :, None, None]
     hidden = block.conv2(F.silu(block.norm2(hidden)))
     return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x))
 
 
 def transformer_block(block: Any, x: Tensor, context: Context | None, fused: Tensor | None) -> Tensor:
-    """One BasicTransformerBlock with the perceptor in its cross-attention: [B, L, C] -> [B, L, C]."""
-    attention, normed = block.attn1, block.norm1(x)
+    """One BasicTransformerBlock with the perceptor in its cross-attention: [B, L, C] -> the same shape."""
+    attention, x_norm = block.attn1, block.norm1(x)
     if fused is None:
-        query, key, value = attention.to_q(normed), attention.to_k(normed), attention.to_v(normed)
+        query, key, value = attention.to_q(x_norm), attention.to_k(x_norm), attention.to_v(x_norm)
     else:
-        query, key, value = F.linear(normed, fused).chunk(3, dim=-1)
+        query, key, value = F.linear(x_norm, fused).chunk(3, dim=-1)
     heads = attention.heads
-    attended = F.scaled_dot_product_attention(
+    output = F.scaled_dot_product_attention(
         split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
     )
-    x = x + attention.to_out[0](attended.transpose(1, 2).flatten(2))
+    x = x + attention.to_out[0](output.transpose(1, 2).flatten(2))
     if context is not None:
         attention = block.attn2
         query = split_heads(attention.to_q(block.norm2(x)), attention.heads)
-        attended = F.scaled_dot_product_attention(query, context.text_key, context.text_value)
+        output = F.scaled_dot_product_attention(query, context.text_key, context.text_value)
         scale = attention.processor.scale
         if scale != 0:
-            key = modulated(context.key, context.key_modulation, attention.heads)
-            value = modulated(context.value, context.value_modulation, attention.heads)
-            attended = attended + scale * F.scaled_dot_product_attention(query, key, value)
-        x = x + attention.to_out[0](attended.transpose(1, 2).flatten(2))
+            key = modulate(context.key, context.key_modulation, attention.heads)
+            value = modulate(context.value, context.value_modulation, attention.heads)
+            output = output + scale * F.scaled_dot_product_attention(query, key, value)
+        x = x + attention.to_out[0](output.transpose(1, 2).flatten(2))
     hidden, gate = block.ff.net[0].proj(block.norm3(x)).chunk(2, dim=-1)
     return x + block.ff.net[2](hidden * F.gelu(gate))
 
 
-def modulated(normed: Tensor, modulation: Tensor, heads: int) -> Tensor:
-    """AdaLayerNorm after its normalisation: normed [B, Q, W], modulation [B, 2 W] -> [B, heads, Q, d]."""
+def modulate(x: Tensor, modulation: Tensor, heads: int) -> Tensor:
+    """AdaLayerNorm after its normalisation: x [B, Q, W], modulation [B, 2 W] -> [B, heads, Q, d]."""
     shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
-    return split_heads(normed * (1 + scale) + shift, heads)
+    return split_heads(x * (1 + scale) + shift, heads)
 
 
 def enter_block(model: Any, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def enter_block(model: Any, x: Tensor) -> Tensor:
 
 
 def leave_block(model: Any, hidden: Tensor, x: Tensor) -> Tensor:
-    """The end of a Transformer2DModel that was given x: tokens [B, h w, C] and x [B, C, h, w] -> as x."""
+    """The end of a Transformer2DModel with input x: tokens [B, h w, C] and x [B, C, h, w] -> x's shape."""
     if model.use_linear_projection:
         hidden = model.proj_out(hidden)
     hidden = hidden.transpose(1, 2).unflatten(2, x.shape[-2:])
@@ -123,13 +123,13 @@ def leave_block(model: Any, hidden: Tensor, x: Tensor) -> Tensor:
 
 
 def join_block(join: Any, lq: Tensor, preview: Tensor) -> Tensor:
-    """The aggregator's spatial feature transform and zero convolution at one level: [B, C, h, w] twice -> the same."""
+    """The aggregator's spatial feature transform and zero convolution at one level; all shapes are [B, C, h, w]."""
     return join[1](join[0](preview, lq))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The functions that the walks are made of, plain or compiled."""
+    """The block functions of the walks, plain or compiled."""
 
     resnet: Callable[..., Tensor] = resnet_block
     enter: Callable[[Any, Tensor], Tensor] = enter_block
@@ -137,35 +137,35 @@ class Blocks:
     leave: Callable[[Any, Tensor, Tensor], Tensor] = leave_block
     join: Callable[[Any, Tensor, Tensor], Tensor] = join_block
 
-    def wrapped(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Blocks:
-        """All through `wrap` (a compiler)."""
+    def wrap_all(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Blocks:
+        """All block functions, each wrapped by `wrap` (a compiler)."""
         return replace(self, **{f.name: wrap(getattr(self, f.name)) for f in fields(self)})
 
 
 def walk_unet(
     unet: Any, latents: Tensor, inputs: Inputs, residuals: Residuals | None = None, blocks: Blocks | None = None
 ) -> Tensor:
-    """VP latents [B, C, h, w] -> predicted noise, same shape.
+    """VP latents [B, C, h, w] -> predicted noise, the same shape.
 
     Args:
-        unet: SDXL-shaped, with a perceptor.
-        latents: any sides; skips are met by size, so odd ones pass.
-        inputs: for unet_resnets and unet_transformers, in their order.
-        residuals: added to the skips and to the middle block.
-        blocks: compiled functions, or None for the plain ones.
+        unet: SDXL-shaped UNet with a perceptor.
+        latents: latents with any sides; upsampling takes the skip's size, so odd sides work.
+        inputs: inputs in the order of resnets_of and transformers_of.
+        residuals: residuals of the skips and of the middle block.
+        blocks: compiled block functions, or None for the plain ones.
     """
     blocks, shifts, rest = blocks or Blocks(), iter(inputs.shifts), zip(inputs.contexts, inputs.fused, strict=True)
     x, skips = _walk_down(unet, unet.conv_in(latents), shifts, rest, blocks)
     x = _walk_mid(unet.mid_block, x, shifts, rest, blocks)
-    added: list[Tensor | None] = [None] * len(skips)
+    skip_residuals: list[Tensor | None] = [None] * len(skips)
     if residuals is not None:
         if len(residuals.down) != len(skips):
             raise ValueError(f"{len(residuals.down)} residuals for {len(skips)} skips")
-        added, x = list(residuals.down), x + residuals.mid
+        skip_residuals, x = list(residuals.down), x + residuals.mid
     for block in unet.up_blocks:
         attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
         for resnet, attention in zip(block.resnets, attentions, strict=True):
-            x = blocks.resnet(resnet, x, next(shifts), skips.pop(), added.pop())
+            x = blocks.resnet(resnet, x, next(shifts), skips.pop(), skip_residuals.pop())
             x = _spatial(attention, x, rest, blocks)
         if block.upsamplers is not None:
             x = block.upsamplers[0].conv(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
@@ -175,35 +175,35 @@ def walk_unet(
 def walk_aggregator(
     aggregator: Any, lq: Tensor, preview: Tensor, inputs: Inputs, blocks: Blocks | None = None
 ) -> Residuals:
-    """Residuals of LQ latents and a preview [B, C, h, w], joined along the height as released.
+    """Residuals from LQ latents and a preview [B, C, h, w], concatenated along the height as released.
 
     Raises:
-        ValueError: shapes differ, or sides do not halve evenly.
+        ValueError: the shapes differ, or a side is not divisible by 2 ** (levels - 1).
     """
     aggregator.check_pair(lq, preview, -2)
     blocks, shifts, rest = blocks or Blocks(), iter(inputs.shifts), zip(inputs.contexts, inputs.fused, strict=True)
     x = torch.cat([aggregator.conv_in(lq), aggregator.ref_conv_in(preview)], dim=-2)
     x, features = _walk_down(aggregator, x, shifts, rest, blocks)
     x = _walk_mid(aggregator.mid_block, x, shifts, rest, blocks)
-    joins, joined = [*aggregator.controlnet_down_blocks, aggregator.controlnet_mid_block], []
+    joins, residuals = [*aggregator.controlnet_down_blocks, aggregator.controlnet_mid_block], []
     for join, feature in zip(joins, [*features, x], strict=True):
         half = feature.shape[-2] // 2
-        joined.append(blocks.join(join, feature[..., :half, :], feature[..., -half:, :]))
-    return Residuals(tuple(joined[:-1]), joined[-1])
+        residuals.append(blocks.join(join, feature[..., :half, :], feature[..., -half:, :]))
+    return Residuals(tuple(residuals[:-1]), residuals[-1])
 
 
 def resnets_of(network: Any) -> list[ResnetBlock2D]:
     """The resnets of a UNet or aggregator in the order of the walk: down, middle, up."""
-    return [module for module in _walked(network) if isinstance(module, ResnetBlock2D)]
+    return [module for module in _modules(network) if isinstance(module, ResnetBlock2D)]
 
 
 def transformers_of(network: Any) -> list[BasicTransformerBlock]:
     """The transformer blocks of a UNet or aggregator in the order of the walk: down, middle, up."""
-    return [module for module in _walked(network) if isinstance(module, BasicTransformerBlock)]
+    return [module for module in _modules(network) if isinstance(module, BasicTransformerBlock)]
 
 
 def check_walkable(network: nn.Module) -> None:
-    """Raises ValueError, naming the first block not built as SDXL's: the walk would compute it wrongly."""
+    """Raises ValueError that names the first block that differs from SDXL's: the walk would compute it wrongly."""
     for name, module in network.named_modules():
         wrong = ""
         if isinstance(module, ResnetBlock2D):
@@ -218,13 +218,13 @@ def check_walkable(network: nn.Module) -> None:
             elif not isinstance(module.ff.net[0], GEGLU) or len(module.ff.net) != 3:
                 wrong = "another feed-forward than GEGLU"
         if wrong:
-            raise ValueError(f"{name}: {wrong}; only SDXL-shaped networks are walked")
+            raise ValueError(f"{name}: {wrong}; only SDXL-shaped networks work here")
 
 
 def _walk_down(
     network: Any, x: Tensor, shifts: Iterator[Tensor], rest: Iterator[Any], blocks: Blocks
 ) -> tuple[Tensor, list[Tensor]]:
-    """The compression path of a UNet or aggregator after its input convolution: its end, and all skips."""
+    """The compression path of a UNet or aggregator after its input convolution: (output, all skips)."""
     skips = [x]
     for block in network.down_blocks:
         attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
@@ -245,7 +245,7 @@ def _walk_mid(mid: Any, x: Tensor, shifts: Iterator[Tensor], rest: Iterator[Any]
 
 
 def _spatial(model: Any, x: Tensor, rest: Iterator[Any], blocks: Blocks) -> Tensor:
-    """One Transformer2DModel (None passes through): [B, C, h, w] -> the same."""
+    """One Transformer2DModel: [B, C, h, w] -> the same shape. For None it returns x."""
     if model is None:
         return x
     hidden = blocks.enter(model, x)
@@ -255,8 +255,8 @@ def _spatial(model: Any, x: Tensor, rest: Iterator[Any], blocks: Blocks) -> Tens
     return blocks.leave(model, hidden, x)
 
 
-def _walked(network: Any) -> Iterator[nn.Module]:
-    """Modules in the order of the walk. Inside a block, resnets and transformers each come in their own order."""
+def _modules(network: Any) -> Iterator[nn.Module]:
+    """Modules in the order of the walk. In a block, resnets keep their order, and so do transformers."""
     for part in (network.down_blocks, network.mid_block, getattr(network, "up_blocks", None)):
         if part is not None:
             yield from part.modules()

@@ -1,14 +1,13 @@
 """InstantIR's published weights, in and out: adapter.pt, previewer_lora_weights.bin, aggregator.pt <-> a model folder.
 
-Layouts: instantir.md section 6. An import compares every key and shape with what the prior's configuration asks for and
-tells all faults at once; an export writes float32 tensors under the released names, equal to the byte to what was read.
-Files stay mapped: neither way needs memory for more than one tensor at a time, except where numbers change.
+Layouts: instantir.md section 6. An import compares every key and shape with the layout for the prior's configuration,
+and reports all faults at once. An export writes float32 tensors with the released keys; its bytes equal those of the
+import. Files are memory-mapped: both directions hold one tensor at a time in memory, unless values change.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,26 +25,27 @@ from components.systems.instantir.network import PARTS
 from components.systems.instantir.perceptor import ResamplerConfig
 from components.systems.instantir.previewer import LoraSettings, released_names, split_key
 from components.systems.instantir.released import LICENCE, RELEASED, SIDECAR, SPELLINGS, check_sizes
-from components.systems.weights_io import Exported, Imported, WeightsSource, own_words
+from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, read_tensors
+from components.writing import whole_file
 
 PUBLISHED_DCP_PARAMETERS = 849_799_424
-"""Of the published adapter.pt: 82,695,424 + 767,104,000 (instantir.md section 1)."""
+"""Parameters of the published adapter.pt: 82,695,424 + 767,104,000 (instantir.md section 1)."""
 
 OWN_SETTINGS = ("time_modulation", "perceptor_scale")
-"""Of a network's configuration: what the released tools do not know, and a sidecar brings back."""
+"""Keys of a network's config that released files do not hold; an import takes them from a sidecar."""
 
-Renamed = dict[str, tuple[str, Tensor]]
-"""Released name -> the file's own name, and the tensor."""
+NamedTensors = dict[str, tuple[str, Tensor]]
+"""Released key -> (the file's own key, the tensor)."""
 
 
 @dataclass
 class _File:
-    """One file under the released names, and what was wrong with it so far."""
+    """One file's tensors by the released keys, and the faults in it so far."""
 
     path: Path
     part: str
-    tensors: Renamed
+    tensors: NamedTensors
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     alpha: float | None = None
@@ -53,7 +53,7 @@ class _File:
 
 @dataclass(frozen=True, kw_only=True)
 class _Expected:
-    """What the files are compared with."""
+    """The sizes and the layout that the files must have."""
 
     shape: PriorShape
     resampler: ResamplerConfig
@@ -70,67 +70,68 @@ def import_weights(
     sizes: Mapping[str, Any] | None = None,
     name: str = "",
     licence: str = "",
-    proceed: Callable[[Imported], bool] = lambda plan: True,
-    progress: Callable[[int, int, str], None] = lambda done, of, note: None,
-) -> Imported:
+    proceed: Callable[[ImportReport], bool] = lambda plan: True,
+    progress: Callable[[int, int, str], None] = lambda number, of, note: None,
+) -> ImportReport:
     """Turn released files into a model folder.
 
     Args:
-        files: one to three files; which is which is seen by the keys inside.
-        out: the folder to make; replaced as a whole, at the end. None only checks.
-        prior, image_encoder: what the weights sit on; default: what a sidecar says, else SDXL base and DINOv2-large.
-        sizes: see released.check_sizes; default: what a sidecar says, else the published sizes.
-        name: of the model; default: the folder's.
-        licence: replaces what is said of the weights' licence.
-        proceed: asked once everything was checked, with what would be imported; False writes nothing.
-        progress: told (files done, files, file).
+        files: one to three files; their keys tell which part each file holds.
+        out: the model folder; it is replaced as a whole at the end. None only checks the files.
+        prior, image_encoder: prior and picture encoder of the weights; default: the sidecar's, else SDXL base and
+            DINOv2-large.
+        sizes: see released.check_sizes; default: the sidecar's, else the published sizes.
+        name: name of the model; default: the folder's name.
+        licence: licence of the weights; replaces the sidecar's.
+        proceed: called after all checks with the result to come; False writes nothing.
+        progress: called with (finished files, files, file name).
 
     Raises:
-        WeightsFileError: a file cannot be read or is none of InstantIR's.
-        ModelError: keys or shapes do not fit (all of them are named), no adapter is among the files, or no such prior.
-        ValueError: wrong sizes.
+        WeightsFileError: a file cannot be read or is not InstantIR's.
+        ModelError: keys or shapes do not fit (the error lists all), no file is an adapter, or there is no such prior.
+        ValueError: `sizes` is wrong.
     """
-    said = _sidecar(files)
-    expected = _expected(said, prior, image_encoder, sizes or {})
-    read = [_open(path) for path in files]
-    _check_parts(read)
+    sidecar = _sidecar(files)
+    expected = _expected(sidecar, prior, image_encoder, sizes or {})
+    contents = [_open(path) for path in files]
+    _check_parts(contents)
     sources = []
-    for number, file in enumerate(read):
-        progress(number, len(read), file.path.name)
+    for number, file in enumerate(contents):
+        progress(number, len(contents), file.path.name)
         _compare(file, expected)
         sources.append(_source(file))
-    said, foreign = own_words(said, sources)
-    faulty = [file for file in read if file.faults]
+    sidecar, sidecar_notes = valid_entries(sidecar, sources)
+    faulty = [file for file in contents if file.faults]
     if faulty:
-        raise ModelError("\n".join(_told(file, expected) for file in faulty))
+        raise ModelError("\n".join(_fault_message(file, expected) for file in faulty))
     lora = expected.lora
-    alphas = {file.alpha for file in read if file.alpha is not None}
+    alphas = {file.alpha for file in contents if file.alpha is not None}
     if alphas:
         lora = replace(lora, alpha=alphas.pop())
-    present = {file.part for file in read}
+    present = {file.part for file in contents}
     config = {
         "resampler": asdict(expected.resampler),
         "lora": lora.to_dict() if "previewer" in present else None,
         "aggregator": "aggregator" in present,
     }
-    config |= {name: said["config"][name] for name in OWN_SETTINGS if name in (said.get("config") or {})}
-    published = sum(s.parameters for s in sources if s.part == "perceptor") == PUBLISHED_DCP_PARAMETERS
+    config |= {name: sidecar["config"][name] for name in OWN_SETTINGS if name in (sidecar.get("config") or {})}
+    is_published = sum(s.parameters for s in sources if s.part == "perceptor") == PUBLISHED_DCP_PARAMETERS
     card = ModelCard(
-        name=name or said.get("name") or (out.name if out else "instantir"),
+        name=name or sidecar.get("name") or (out.name if out else "instantir"),
         system="instantir",
-        recipe=said.get("recipe") or {},
+        recipe=sidecar.get("recipe") or {},
         prior=expected.shape.source(),
         config=config,
         parents={source.file: f"sha256:{source.sha256}" for source in sources},
-        data_manifest_digest=said.get("data_manifest_digest", ""),
-        licence=licence or said.get("licence") or (LICENCE if published else "unstated"),
-        permitted_use=said.get("permitted_use") or _permitted_use(expected.shape),
-        metrics=said.get("metrics") or {},
+        data_manifest_digest=sidecar.get("data_manifest_digest", ""),
+        licence=licence or sidecar.get("licence") or (LICENCE if is_published else "unstated"),
+        permitted_use=sidecar.get("permitted_use") or _permitted_use(expected.shape),
+        metrics=sidecar.get("metrics") or {},
     )
-    notes = [*foreign, *(note for file in read for note in file.notes)]
+    notes = [*sidecar_notes, *(note for file in contents for note in file.notes)]
     if expected.shape.note:
-        notes.append(f"{expected.shape.note}; bring them before restoring")
-    result = Imported(
+        notes.append(f"{expected.shape.note}; get them before restoring")
+    result = ImportReport(
         model=None,
         digest="",
         sources=tuple(sources),
@@ -143,9 +144,9 @@ def import_weights(
     )
     if out is not None and proceed(result):
         out.parent.mkdir(parents=True, exist_ok=True)
-        model = save_model(out, card, {f.part: {k: tensor for k, (_, tensor) in f.tensors.items()} for f in read})
+        model = save_model(out, card, {f.part: {k: tensor for k, (_, tensor) in f.tensors.items()} for f in contents})
         result = replace(result, model=str(model.path), digest=model.digest)
-    progress(len(read), len(read), "")
+    progress(len(contents), len(contents), "")
     return result
 
 
@@ -156,22 +157,22 @@ def export_weights(
     spelling: str = "released",
     form: str = "pt",
     write: bool = True,
-) -> Exported:
-    """Write a model folder's parts as the authors' tools read them: float32, released names.
+) -> ExportReport:
+    """Write a model folder's parts for the authors' tools: float32, released keys.
 
-    A LoRA whose alpha is not 1 gets it multiplied into its up weights, since the released file says no alpha and the
-    tools take 1. Beside the weights goes restoray.json with what the files do not tell, for an import without options.
+    A LoRA's alpha other than 1 is multiplied into its up weights, since the released file holds no alpha and the tools
+    take 1. The sidecar restoray.json holds the facts that the files lack, so that an import needs no options.
 
     Args:
         model: model folder or name.
-        folder: receives the files; each is renamed into place when it is whole.
-        spelling: of the LoRA's keys, see released.SPELLINGS.
+        folder: folder for the files; each is renamed into place when it is complete.
+        spelling: spelling of the LoRA's keys, see released.SPELLINGS.
         form: "pt" (the released pickles) or "safetensors".
-        write: False only says what would be written.
+        write: False writes nothing and returns the same description.
 
     Raises:
-        ModelError: no such model, or none of InstantIR.
-        ValueError: unknown spelling or form.
+        ModelError: there is no such model, or it is not an InstantIR model.
+        ValueError: `spelling` or `form` is unknown.
     """
     if spelling not in SPELLINGS or form not in ("pt", "safetensors"):
         raise ValueError(f"spelling must be one of {', '.join(SPELLINGS)} and form pt or safetensors")
@@ -187,10 +188,10 @@ def export_weights(
         notes.append(f"the LoRA's rank is {lora.get('rank')}; the released tools take {LoraSettings().rank}")
     scale = float(source.info["config"].get("perceptor_scale", 1))
     if scale != 1:
-        notes.append(f"the model's perceptor_scale is {scale:g}; the released tools take 1 unless they are told")
-    lacking = [part for part in PARTS if part not in source.info["parts"]]
-    if lacking:
-        notes.append(f"the model has no {' and no '.join(lacking)}")
+        notes.append(f"the model's perceptor_scale is {scale:g}; the released tools take 1 unless you set it")
+    missing = [part for part in PARTS if part not in source.info["parts"]]
+    if missing:
+        notes.append(f"the model has no {' and no '.join(missing)}")
     files: dict[str, str] = {}
     parameters = 0
     if write:
@@ -201,71 +202,70 @@ def export_weights(
         name = RELEASED[part] if form == "pt" else f"{RELEASED[part].rpartition('.')[0]}.safetensors"
         files[name] = ""
         if write:
-            temporary = folder / f".{name}.writing"
-            if form == "pt":
-                torch.save(_nested(tensors) if part == "perceptor" else tensors, temporary)
-            else:
-                save_file(tensors, temporary)
-            os.replace(temporary, folder / name)
+            with whole_file(folder / name) as draft:
+                if form == "pt":
+                    torch.save(_nest(tensors) if part == "perceptor" else tensors, draft.temporary)
+                else:
+                    save_file(tensors, draft.temporary)
             files[name] = file_sha256(folder / name)
-    told = ("name", "recipe", "prior", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
+    card_keys = ("name", "recipe", "prior", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
     sidecar = {
         "system": "instantir",
         "exported_from": source.digest,
         "config": {**source.info["config"], "lora": lora or None},
         "files": files,
-        **{name: source.info.get(name) for name in told},
+        **{name: source.info.get(name) for name in card_keys},
     }
     if write:
         (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return Exported(folder=str(folder), files=files, parameters=parameters, notes=tuple(notes))
+    return ExportReport(folder=str(folder), files=files, parameters=parameters, notes=tuple(notes))
 
 
 def expected_layout(
     prior: str = "", image_encoder: str = "", sizes: Mapping[str, Any] | None = None
 ) -> dict[str, Mapping[str, Shape]]:
-    """Every key and shape by released file, for a prior and sizes as import_weights takes them."""
+    """Every key and shape by released file, for a prior and sizes as in import_weights."""
     expected = _expected({}, prior, image_encoder, sizes or {})
     return {RELEASED[part]: expected.layout[part] for part in PARTS}
 
 
-# -- what is expected --------------------------------------------------------------------------------------------------
+# -- layout ------------------------------------------------------------------------------------------------------------
 
 
 def _sidecar(files: Sequence[Path]) -> dict[str, Any]:
-    """What restoray.json beside the files says; {} where there is none."""
+    """The sidecar restoray.json next to the files; {} if there is none."""
     for folder in dict.fromkeys(path.parent for path in files):
         path = folder / SIDECAR
         if not path.is_file():
             continue
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            if said["system"] == "instantir" and isinstance(said["config"]["resampler"], dict):
-                return dict(said)
+            sidecar = json.loads(path.read_text(encoding="utf-8"))
+            if sidecar["system"] == "instantir" and isinstance(sidecar["config"]["resampler"], dict):
+                return dict(sidecar)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsFileError(f"{path}: not as an export writes it ({type(error).__name__}: {error})") from error
-        raise WeightsFileError(f"{path}: describes a {said['system']} model, not one of InstantIR")
+            raise WeightsFileError(f"{path}: not the sidecar of an export ({type(error).__name__}: {error})") from error
+        raise WeightsFileError(f"{path}: describes a {sidecar['system']} model, not one of InstantIR")
     return {}
 
 
-def _expected(said: Mapping[str, Any], prior: str, image_encoder: str, sizes: Mapping[str, Any]) -> _Expected:
-    recorded, config = said.get("prior") or {}, said.get("config") or {}
+def _expected(sidecar: Mapping[str, Any], prior: str, image_encoder: str, sizes: Mapping[str, Any]) -> _Expected:
+    prior_entry, config = sidecar.get("prior") or {}, sidecar.get("config") or {}
     shape = prior_shape(
-        prior or str(recorded.get("id") or SDXL), image_encoder or str(recorded.get("image_encoder") or DINOV2)
+        prior or str(prior_entry.get("id") or SDXL), image_encoder or str(prior_entry.get("image_encoder") or DINOV2)
     )
-    given = check_sizes(sizes)
+    checked_sizes = check_sizes(sizes)
     resampler = {
         "embedding_dim": shape.image_token_dim,
         "output_dim": int(shape.unet["cross_attention_dim"]),
         **(config.get("resampler") or {}),
-        **given.get("resampler", {}),
+        **checked_sizes.get("resampler", {}),
     }
     if resampler["embedding_dim"] != shape.image_token_dim:
         raise ModelError(
             f"resampler.embedding_dim is {resampler['embedding_dim']}, but the picture encoder of {shape.id} "
             f"makes tokens of {shape.image_token_dim}: name the one that the weights were trained with"
         )
-    lora = LoraSettings(**{**(config.get("lora") or {}), **given.get("lora", {})})
+    lora = LoraSettings(**{**(config.get("lora") or {}), **checked_sizes.get("lora", {})})
     size = ResamplerConfig(**resampler)
     return _Expected(shape=shape, resampler=size, lora=lora, layout=layout(shape.unet, resampler, lora.to_dict()))
 
@@ -275,11 +275,11 @@ def _permitted_use(shape: PriorShape) -> str:
     return f"as the licences allow; of the prior {shape.id}: {LICENCES.get(shape.id, 'see there')}{encoder}"
 
 
-# -- what the files hold -----------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def _open(path: Path) -> _File:
-    """Read a file, see which part it is, and put its keys under the released names."""
+    """Read a file, detect its part by the keys, and map the keys to the released ones."""
     tensors = read_tensors(path)
     if any(key.startswith("controlnet_down_blocks.") for key in tensors):
         return _File(path, "aggregator", {key: (key, tensor) for key, tensor in tensors.items()})
@@ -292,14 +292,14 @@ def _open(path: Path) -> _File:
 
 
 def _open_adapter(path: Path, tensors: Mapping[str, Tensor]) -> _File:
-    """The published dictionary of two, or the older flat layout."""
+    """The published layout of two dictionaries, or the older flat layout."""
     file = _File(path, "perceptor", {})
     older = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}
     for key, tensor in tensors.items():
         name = key
-        for prefix, released in older.items():
+        for prefix, new_prefix in older.items():
             if key.startswith(prefix):
-                name = released + key.removeprefix(prefix)
+                name = new_prefix + key.removeprefix(prefix)
         _put(file, name, key, tensor)
     return file
 
@@ -326,9 +326,9 @@ def _put(file: _File, name: str, key: str, tensor: Tensor) -> None:
     file.tensors[name] = (key, tensor)
 
 
-def _check_parts(read: Sequence[_File]) -> None:
+def _check_parts(files: Sequence[_File]) -> None:
     by_part: dict[str, Path] = {}
-    for file in read:
+    for file in files:
         if file.part in by_part:
             raise ModelError(f"{by_part[file.part]} and {file.path} both hold the {file.part}: give one of them")
         by_part[file.part] = file.path
@@ -340,29 +340,29 @@ def _check_parts(read: Sequence[_File]) -> None:
 
 
 def _compare(file: _File, expected: _Expected) -> None:
-    """Add every fault; fill in what an older adapter leaves out."""
-    wanted = expected.layout[file.part]
-    modulation = [key for key in wanted if ".ln_k_ip." in key or ".ln_v_ip." in key]
+    """Add every fault to the file; add the zero modulation that an older adapter lacks."""
+    shapes = expected.layout[file.part]
+    modulation = [key for key in shapes if ".ln_k_ip." in key or ".ln_v_ip." in key]
     if file.part == "perceptor" and modulation and not any(".ln_" in key and "_ip." in key for key in file.tensors):
         like = next(iter(file.tensors.values()))[1]
-        file.tensors |= {key: (key, torch.zeros(wanted[key], dtype=like.dtype)) for key in modulation}
+        file.tensors |= {key: (key, torch.zeros(shapes[key], dtype=like.dtype)) for key in modulation}
         file.notes.append(f"{file.path.name} holds no time modulation (ln): it was set to zero, as released")
-    missing = [key for key in wanted if key not in file.tensors]
-    unexpected = [key for name, (key, _) in file.tensors.items() if name not in wanted]
-    shared = [(name, *file.tensors[name]) for name in wanted if name in file.tensors]
+    missing = [key for key in shapes if key not in file.tensors]
+    unexpected = [key for name, (key, _) in file.tensors.items() if name not in shapes]
+    shared = [(name, *file.tensors[name]) for name in shapes if name in file.tensors]
     misshapen = [
-        f"{key} is {list(tensor.shape)} instead of {list(wanted[name])}"
+        f"{key} is {list(tensor.shape)} instead of {list(shapes[name])}"
         for name, key, tensor in shared
-        if tuple(tensor.shape) != wanted[name]
+        if tuple(tensor.shape) != shapes[name]
     ]
-    untyped = [f"{key} is {tensor.dtype}" for _, key, tensor in shared if not tensor.is_floating_point()]
-    broken = [key for _, key, tensor in shared if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    not_float = [f"{key} is {tensor.dtype}" for _, key, tensor in shared if not tensor.is_floating_point()]
+    not_finite = [key for _, key, tensor in shared if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
     for what, keys in (
         ("missing", missing),
         ("unexpected", unexpected),
         ("of the wrong shape", misshapen),
-        ("no floating point numbers", untyped),
-        ("with values that are no finite numbers", broken),
+        ("not of a floating point type", not_float),
+        ("with values that are not finite", not_finite),
     ):
         if keys:
             file.faults.append(f"{len(keys)} {what}: {', '.join(keys)}")
@@ -378,41 +378,41 @@ def _source(file: _File) -> WeightsSource:
     )
 
 
-def _told(file: _File, expected: _Expected) -> str:
-    wanted = expected.layout[file.part]
+def _fault_message(file: _File, expected: _Expected) -> str:
+    shapes = expected.layout[file.part]
     looks = _looks_like(file, expected)
     return (
         f"{file.path}: does not fit InstantIR's {RELEASED[file.part]} on the prior {expected.shape.id} "
-        f"({len(wanted)} tensors, {parameter_count(wanted):,} parameters): {'; '.join(file.faults)}"
-        f"{f'. The file looks like {looks}: give these as KEY=VALUE if that is meant' if looks else ''}"
+        f"({len(shapes)} tensors, {parameter_count(shapes):,} parameters): {'; '.join(file.faults)}"
+        f"{f'. The file looks like {looks}: give these as KEY=VALUE if that is right' if looks else ''}"
     )
 
 
 def _looks_like(file: _File, expected: _Expected) -> str:
-    """Sizes that the file's shapes tell where they are others than expected; the split into heads they do not tell."""
-    seen = {name: tuple(tensor.shape) for name, (_, tensor) in file.tensors.items()}
+    """Sizes in the file's shapes that differ from the expected ones; shapes do not show the split into heads."""
+    shapes = {name: tuple(tensor.shape) for name, (_, tensor) in file.tensors.items()}
     if file.part == "previewer":
-        ranks = {shape[0] for name, shape in seen.items() if name.endswith((".lora_A.weight", ".lora.down.weight"))}
+        ranks = {shape[0] for name, shape in shapes.items() if name.endswith((".lora_A.weight", ".lora.down.weight"))}
         rank = ranks.pop() if len(ranks) == 1 else expected.lora.rank
         return f"lora.rank={rank}" if rank != expected.lora.rank else ""
-    needed = [f"image_proj.{n}" for n in ("latents", "layers.0.0.to_q.weight", "layers.0.1.1.weight")]
-    if file.part != "perceptor" or any(name not in seen or len(seen[name]) < 2 for name in needed):
+    keys = [f"image_proj.{n}" for n in ("latents", "layers.0.0.to_q.weight", "layers.0.1.1.weight")]
+    if file.part != "perceptor" or any(name not in shapes or len(shapes[name]) < 2 for name in keys):
         return ""
-    latents, query, wide = (seen[name] for name in needed)
-    depth = len({name.split(".")[2] for name in seen if name.startswith("image_proj.layers.")})
-    found = {"dim": latents[-1], "depth": depth, "num_queries": latents[1], "ff_mult": wide[0] // latents[-1]}
-    ours = asdict(expected.resampler)
-    told = [f"resampler.{name}={value}" for name, value in found.items() if value != ours[name]]
-    if query[0] != ours["heads"] * ours["dim_head"]:
-        told.append(f"resampler.heads x resampler.dim_head = {query[0]}")
-    return " ".join(told)
+    latents, query, wide = (shapes[name] for name in keys)
+    depth = len({name.split(".")[2] for name in shapes if name.startswith("image_proj.layers.")})
+    sizes = {"dim": latents[-1], "depth": depth, "num_queries": latents[1], "ff_mult": wide[0] // latents[-1]}
+    expected_sizes = asdict(expected.resampler)
+    differences = [f"resampler.{name}={value}" for name, value in sizes.items() if value != expected_sizes[name]]
+    if query[0] != expected_sizes["heads"] * expected_sizes["dim_head"]:
+        differences.append(f"resampler.heads x resampler.dim_head = {query[0]}")
+    return " ".join(differences)
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
+# -- export ------------------------------------------------------------------------------------------------------------
 
 
 def _for_release(part: str, tensors: Mapping[str, Tensor], alpha: float, spelling: str) -> dict[str, Tensor]:
-    """A part's tensors in float32 under the released names, each with memory of its own."""
+    """A part's tensors in float32 by the released keys; each has its own memory."""
     if part != "previewer":
         return {name: tensor.float() for name, tensor in tensors.items()}
     return {
@@ -426,14 +426,14 @@ def _spelt(tensors: Mapping[str, Tensor], spelling: str) -> Iterator[tuple[str, 
     for key, tensor in tensors.items():
         split = split_key(key)
         if split is None:
-            raise ModelError(f"the previewer holds {key}, which is no LoRA weight")
+            raise ModelError(f"the previewer holds {key}, which is not a LoRA weight")
         layer, up = split[0], split[1] == "B"
         name = released_names(layer)[up] if spelling == "released" else f"unet.{layer}{endings[spelling][up]}"
         yield name, up, tensor
 
 
-def _nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """adapter.pt's two dictionaries."""
+def _nest(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Split an adapter's tensors into adapter.pt's two dictionaries."""
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".")

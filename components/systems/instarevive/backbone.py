@@ -1,4 +1,4 @@
-"""What a generator stands on: autoencoder, text encoders, schedule and start weights, alike for all families."""
+"""The prior under a generator: autoencoder, text encoders, schedule and start weights, for all families."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from components.models import ModelError, resolve_model
 from components.naming import did_you_mean
-from components.priors.hub import DTYPES, Precision
+from components.priors.files import DTYPES, Precision
 from components.priors.one_text import OneTextPrior, load_one_text_prior
-from components.priors.sdxl import Prior, load_prior
+from components.priors.opening import load_prior
+from components.priors.sdxl import Prior
 from components.systems.instarevive.network import (
     FAMILIES,
     Conditions,
@@ -27,13 +28,13 @@ from components.systems.instarevive.network import (
 from components.systems.instarevive.settings import PRIORS, Family
 from components.types import Prediction
 
-KEPT_PROMPTS = 32
-"""Embedded prompts that are kept: most jobs say the same of every picture, and T5-XXL takes longer than the rest."""
+PROMPT_CACHE_SIZE = 32
+"""Embedded prompts in the cache: most jobs use one prompt for all pictures, and T5-XXL is slower than the rest."""
 
 
 @dataclass(kw_only=True)
 class Backbone:
-    """A prior of any family; a tiling.LatentPrior.
+    """A prior of any family; it is a tiling.LatentPrior.
 
     Attributes:
         family: see settings.Family.
@@ -42,7 +43,7 @@ class Backbone:
 
     family: Family
     prior: Prior | OneTextPrior
-    _kept: OrderedDict[str, Conditions] = field(default_factory=OrderedDict, repr=False)
+    _prompt_cache: OrderedDict[str, Conditions] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def network(self) -> nn.Module:
@@ -66,7 +67,7 @@ class Backbone:
 
     @property
     def source(self) -> dict[str, str]:
-        """As model.json records a prior."""
+        """The prior's entry in model.json."""
         return self.prior.source
 
     @property
@@ -83,12 +84,12 @@ class Backbone:
 
     @property
     def multiple_px(self) -> int:
-        """Picture sides must be multiples of this for the network."""
+        """The network needs picture sides that are multiples of this."""
         return self.factor * latent_multiple(self.network.config)  # type: ignore[arg-type]
 
     def to(self, device: str | torch.device) -> Backbone:
         self.prior.to(device)
-        self._kept.clear()
+        self._prompt_cache.clear()
         return self
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -100,51 +101,51 @@ class Backbone:
         return self.prior.decode(latents)
 
     def conditions(self, prompts: Sequence[str], sizes: Tensor, *, together: bool = False) -> Conditions:
-        """What a network of this family is told.
+        """The conditions for a network of this family.
 
         Args:
             prompts: B texts.
             sizes: int64 [B, 6], see types.Batch.
-            together: for training: embed the batch's prompts in one call and keep none but the empty one, so that what
-                comes out is a function of the batch, whatever was asked before. Without it each is embedded by itself,
-                which no neighbour can round otherwise, and the last ones are kept.
+            together: for training: embeds the batch's prompts in one call and caches only the empty prompt. The result
+                then depends on the batch alone, not on earlier calls. Without it, each prompt is embedded by itself, so
+                that its rounding does not depend on other prompts, and the last ones are cached.
 
         Raises:
-            ValueError: the prior has no text encoder and does not know a prompt.
+            ValueError: the prior has no text encoder and no stored embedding of a prompt.
         """
-        unlike = [prompt for prompt in dict.fromkeys(prompts) if prompt or not together]
+        unique = [prompt for prompt in dict.fromkeys(prompts) if prompt or not together]
         if together:
-            known = dict(zip(unlike, self._embedded(unlike), strict=True)) if unlike else {}
-            known |= {"": self._alone("")} if "" in prompts else {}
+            conditions = dict(zip(unique, self._embed(unique), strict=True)) if unique else {}
+            conditions |= {"": self._alone("")} if "" in prompts else {}
         else:
-            known = {prompt: self._alone(prompt) for prompt in unlike}
-        return join([known[prompt] for prompt in prompts]).with_sizes(sizes.to(self.device, torch.float32))
+            conditions = {prompt: self._alone(prompt) for prompt in unique}
+        return join([conditions[prompt] for prompt in prompts]).with_sizes(sizes.to(self.device, torch.float32))
 
     def _alone(self, prompt: str) -> Conditions:
-        """Of one prompt, embedded by itself; the last ones are kept."""
-        if prompt not in self._kept:
-            (self._kept[prompt],) = self._embedded([prompt])
-            if len(self._kept) > KEPT_PROMPTS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(prompt)
-        return self._kept[prompt]
+        """Conditions of one prompt, embedded by itself; the last ones are cached."""
+        if prompt not in self._prompt_cache:
+            (self._prompt_cache[prompt],) = self._embed([prompt])
+            if len(self._prompt_cache) > PROMPT_CACHE_SIZE:
+                self._prompt_cache.popitem(last=False)
+        self._prompt_cache.move_to_end(prompt)
+        return self._prompt_cache[prompt]
 
-    def _embedded(self, prompts: Sequence[str]) -> list[Conditions]:
-        """Of each prompt, all embedded in one call."""
-        # kept embeddings may be asked for by a training step next, which inference tensors would break
+    def _embed(self, prompts: Sequence[str]) -> list[Conditions]:
+        """Conditions of each prompt, all embedded in one call."""
+        # a training step may use the cached embeddings next, and inference tensors would break it
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             text, second = self.prior.embed_prompts(prompts)
         name = "pooled" if isinstance(self.prior, Prior) else "mask"
         rows = range(len(prompts))
         return [Conditions(text=text[i : i + 1], **({} if second is None else {name: second[i : i + 1]})) for i in rows]
 
-    def predictor(self, *, mask_as_bias: bool = False, copied: bool = False) -> EpsPredictor:
-        """The prior's network as a noise predictor: itself, or a copy with gradients, to be trained."""
-        network = copy.deepcopy(self.network).requires_grad_(True) if copied else self.network
+    def predictor(self, *, mask_as_bias: bool = False, trainable: bool = False) -> EpsPredictor:
+        """The prior's network as a noise predictor: itself, or with `trainable` a copy with gradients."""
+        network = copy.deepcopy(self.network).requires_grad_(True) if trainable else self.network
         return EpsPredictor(network, self.prior.schedule, self.prediction, mask_as_bias)
 
     def config(self) -> dict[str, Any]:
-        """As model.json keeps it: what builds the network again, without the prior."""
+        """The config for model.json, which builds the network again without the prior."""
         arguments: Mapping[str, Any] = self.network.config  # type: ignore[assignment]
         network = {k: v for k, v in arguments.items() if not k.startswith("_")}
         return {
@@ -158,7 +159,7 @@ class Backbone:
 def open_backbone(
     family: str,
     name: str = "",
-    recorded: Mapping[str, str] | None = None,
+    record: Mapping[str, str] | None = None,
     precision: Precision = "fp32",
     *,
     with_network: bool = True,
@@ -167,20 +168,20 @@ def open_backbone(
 
     Args:
         family: one of network.FAMILIES.
-        name: of its prior; "" for the family's own: a diffusers folder or hub id, for nano a model folder.
-        recorded: what a trained model says of its prior; another digest is refused.
+        name: the prior: a diffusers folder or hub id, for nano a model folder; "" for the family's own.
+        record: the prior's entry in a trained model's model.json; a prior with another digest is refused.
         precision: of its weights.
-        with_network: False where other weights replace the prior's own, which then need not be there.
+        with_network: False if other weights replace the prior's own, which then may be missing.
 
     Raises:
-        ModelError: an unknown family, no such prior, or another one than recorded.
+        ModelError: an unknown family, no such prior, or another digest than in `record`.
     """
     if family not in FAMILIES:
         raise ModelError(f"unknown generator family {family!r}. {did_you_mean(str(family), FAMILIES)}")
     name = name or PRIORS[family]
     prior: Prior | OneTextPrior
     if family in ("sdxl", "nano"):
-        digest = (recorded or {}).get("digest", "")
+        digest = (record or {}).get("digest", "")
         prior = load_prior(resolve_model(name) if digest else name, image_encoder="", precision=precision)
         if digest and prior.digest != digest:
             raise ModelError(
@@ -199,5 +200,5 @@ def network_like(config: Mapping[str, Any], precision: Precision = "fp32") -> nn
         ValueError: an unknown family, or a configuration of another shape.
     """
     network = build_network(str(config["family"]), config["network"])
-    # torch's own: diffusers' warns of every cast
+    # torch's own method: the one of diffusers warns at every cast
     return nn.Module.to(network, dtype=DTYPES[precision]).eval().requires_grad_(False)

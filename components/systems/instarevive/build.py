@@ -1,4 +1,4 @@
-"""Builders: from a model folder to its generator and restorer, and back to the parts of a folder."""
+"""Builds the generator and the restorer of a model folder, and the parts of a folder from a generator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from components.models import Model, ModelError, load_model, load_strictly
-from components.priors.hub import DTYPES, Precision
+from components.priors.files import DTYPES, Precision
 from components.samplers.schedules import schedule_from
 from components.systems.instarevive.backbone import Backbone, network_like, open_backbone
 from components.systems.instarevive.fast import Speed
@@ -19,17 +19,17 @@ from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.restorer import Coarse, InstaReviveRestorer
 from components.systems.swinir.weights import network_of as swinir_of
 
-NEEDED = ("family", "network", "schedule", "prediction", "one_step")
-"""What model.json's config must say."""
+REQUIRED_KEYS = ("family", "network", "schedule", "prediction", "one_step")
+"""Keys that model.json's config must have."""
 
 
 def generator_config(
     backbone: Backbone, generator: OneStepGenerator, coarse: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """What model.json keeps of a generator.
+    """The config of a generator for model.json.
 
     Args:
-        coarse: the coarse restorer that it was trained behind: {"id": name or folder, "digest": of its model folder}.
+        coarse: the coarse restorer in front of it in training: {"id": name or folder, "digest": of its model folder}.
     """
     return {
         **backbone.config(),
@@ -40,7 +40,7 @@ def generator_config(
 
 
 def generator_parts(generator: OneStepGenerator) -> dict[str, dict[str, Tensor]]:
-    """Parts of a model folder: the network under the released names, and the aligning convolution if any."""
+    """Parts of a model folder: the network under the released keys, and the aligning convolution, if any."""
     parts = {"generator": dict(generator.predictor.network.state_dict())}
     if generator.align is not None:
         parts["align"] = dict(generator.align.state_dict())
@@ -51,13 +51,13 @@ def load_generator(model: Model, precision: Precision = "fp32") -> OneStepGenera
     """The generator of a model folder, on the CPU, frozen.
 
     Raises:
-        ModelError: the folder lacks something, or keys or shapes do not fit its config; all are named.
+        ModelError: the folder is incomplete, or keys or shapes do not fit its config; the message names all of them.
     """
     config = model.info["config"]
-    lacking = [name for name in NEEDED if name not in config]
-    if lacking or "generator" not in model.info["parts"]:
-        what = f"no {', '.join(lacking)} in its config" if lacking else "no part generator"
-        raise ModelError(f"{model.path}: no InstaRevive model: {what}")
+    missing_keys = [name for name in REQUIRED_KEYS if name not in config]
+    if missing_keys or "generator" not in model.info["parts"]:
+        what = f"no {', '.join(missing_keys)} in its config" if missing_keys else "no part generator"
+        raise ModelError(f"{model.path}: not an InstaRevive model: {what}")
     try:
         network = network_like(config, precision)
         predictor = EpsPredictor(
@@ -77,10 +77,10 @@ def open_coarse(name: str, digest: str = "", precision: Precision = "fp32") -> C
 
     Args:
         name: a folder, or a name below RESTORAY_HOME/weights.
-        digest: the one that a generator was trained behind; "" for any.
+        digest: the expected one, from the generator's config; "" for any.
 
     Raises:
-        ModelError: no such model, another system's, or another digest.
+        ModelError: no such model, a model of another system, or another digest.
     """
     model = load_model(name)
     if model.info["system"] != "swinir":
@@ -111,14 +111,14 @@ def build_restorer(
         batch_size: see InstaReviveRestorer.
         precision: of the networks' weights; latents and noise stay in float32, and fp16 keeps a KL autoencoder in fp32.
         speed: settings of fast.Speed by name.
-        coarse_model: another coarse restorer than the recorded one; "none" for none.
-        defaults: options that replace the recipe's.
+        coarse_model: replaces the coarse restorer of the config; "none" for none.
+        defaults: options that replace those of the recipe.
 
     Raises:
-        ModelError: a part is missing, or prior or coarse restorer cannot be opened.
-        ValueError: an unknown or wrong setting of speed, or option.
+        ModelError: a part is missing, or the prior or coarse restorer cannot be opened.
+        ValueError: an unknown or wrong speed setting or option.
     """
-    wanted = Speed.of(speed or {})
+    speed_settings = Speed.of(speed or {})
     generator = load_generator(model, precision)
     config, prior = model.info["config"], model.info.get("prior") or {}
     backbone = open_backbone(config["family"], str(prior.get("id", "")), prior, precision, with_network=False)
@@ -127,14 +127,14 @@ def build_restorer(
             f"{model.path}: its generator takes latents of {generator.predictor.latent_channels} channels, the prior "
             f"{backbone.source['id']} makes {backbone.latent_channels}"
         )
-    backbone.network = generator.predictor.network  # the prior's own is not needed beside it
-    recorded = config.get("coarse") or {}
+    backbone.network = generator.predictor.network  # replaces the prior's own, which is not needed
+    coarse_record = config.get("coarse") or {}
     coarse = None
-    if coarse_model != "none" and (coarse_model or recorded):
-        named = coarse_model or str(recorded["id"])
-        coarse = open_coarse(named, "" if coarse_model else str(recorded.get("digest", "")), precision)
+    if coarse_model != "none" and (coarse_model or coarse_record):
+        coarse_name = coarse_model or str(coarse_record["id"])
+        coarse = open_coarse(coarse_name, "" if coarse_model else str(coarse_record.get("digest", "")), precision)
         coarse.network.to(device)
     backbone.to(device)
     generator.to(torch.device(device))
-    usual = {**restore_defaults(model.info.get("recipe") or {}), **defaults}
-    return InstaReviveRestorer(generator, backbone, coarse, usual, batch_size, wanted)
+    options = {**restore_defaults(model.info.get("recipe") or {}), **defaults}
+    return InstaReviveRestorer(generator, backbone, coarse, options, batch_size, speed_settings)

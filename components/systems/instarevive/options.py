@@ -1,4 +1,4 @@
-"""What a request may ask of InstaRevive. Torch-free: judged before a job starts."""
+"""Options of an InstaRevive request. Torch-free: they are checked before a job starts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
-from components.options import on_top, typed_options
+from components.options import apply_preset, typed_options
 
 FIXED_PROMPTS: Mapping[str, str] = {
     "photo": "real-world image, realistic, high quality, photograph, film, professional, 4k, highly detailed",
     "face": "portrait photo of human face, photograph, film, professional, 4k, highly detailed",
 }
-"""What the released inference tells the network of every picture (reference, section 4)."""
+"""Prompts that the released inference uses for every picture (reference, section 4)."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
@@ -29,36 +29,36 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rounding": "truncate",
     },
 }
-"""What each preset settles; explicit options win over it, and it wins over a recipe's defaults.
+"""Options of each preset. Explicit options override them, and they override a recipe's defaults.
 
 released: the official command line at commit 50ed1d9; its --tiled is tiles=auto here. Coarse restorer and encoder then
-see the whole picture in floating point, colours are transferred in each tile by itself and with tiles only, and the
-result comes back to its size by Lanczos.
+process the whole picture in floating point. Colours are transferred within each tile, and only if there are tiles. The
+result is resized by Lanczos.
 """
 
 
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Restorer options that a resolved recipe settles: what lies in its `restore_options`."""
+    """Default restorer options from a resolved recipe: its `restore_options`."""
     return dict(recipe.get("restore_options") or {})
 
 
-def check_options(given: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """The given options in their own types; see components.options.OptionCheck.
+def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The options in their own types; see components.options.OptionCheck.
 
     Args:
-        defaults: what the model's recipe settles, see restore_defaults.
+        defaults: from the model's recipe, see restore_defaults.
 
     Raises:
-        ValueError: an unknown name (with the near one), a wrong type, or a value outside its range.
+        ValueError: an unknown name (with the nearest one), a wrong type, or a value outside its range.
     """
-    values = typed_options(given, get_type_hints(Options))
-    on_top(values, parse_options(defaults, Options()), PRESETS)  # checks the ranges
+    values = typed_options(options, get_type_hints(Options))
+    apply_preset(values, parse_options(defaults, Options()), PRESETS)  # checks the ranges
     return values
 
 
-def parse_options(given: Mapping[str, Any], defaults: Options) -> Options:
-    """Options by name on top of their preset's, on top of defaults; raises as check_options."""
-    return on_top(typed_options(given, get_type_hints(Options)), defaults, PRESETS)
+def parse_options(options: Mapping[str, Any], defaults: Options) -> Options:
+    """Options by name over their preset's over defaults; raises like check_options."""
+    return apply_preset(typed_options(options, get_type_hints(Options)), defaults, PRESETS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +67,20 @@ class Options:
 
     Attributes:
         preset: "default", or "released", which sets others, see PRESETS.
-        text: what the network is told: "given" the request's prompt, "photo" or "face" a released fixed one.
-        coarse: use the model's coarse restorer before the generator, where it has one.
-        color: colour transfer from what the generator saw, see components.color. None by default: a model may be meant
-            to change colours (low light, cartoons).
-        window: how overlapping tiles of the generator are weighed: "gaussian", on tiles spread evenly, or "equal", on
-            tiles from the top left with the last ones flush to the border (released).
-        tiles: "auto" lets the generator see what is larger than a tile in tiles, "never" all at once.
-        tile_px: side of a tile; 0 takes the size that the network was made for, else 128 latents.
-        tile_overlap: share of a tile that neighbours share at least.
-        min_side_px: a shorter short side is enlarged to it for the networks; 0 for no limit.
-        padding: what fills the picture up to the multiples that the networks take: its "mirror" image, or "zero".
-        rounding: to 8 bit: "nearest", or "truncate" (released).
-        inpaint: which pixels are missing; all others keep their latents from the input: "none" (all are restored),
-            "white" those that are white in all channels, "reference" where the picture given with the request is white.
+        text: the prompt: "given" for the request's own, "photo" or "face" for a fixed one of the release.
+        coarse: use the model's coarse restorer before the generator, if it has one.
+        color: colour transfer from the generator's input, see components.color. None by default: some models must
+            change colours (low light, cartoons).
+        window: weights of the generator's overlapping tiles: "gaussian", with evenly spread tiles, or "equal", with
+            tiles from the top left and the last ones flush with the border (released).
+        tiles: "auto": a picture larger than a tile goes through the generator in tiles; "never": always as a whole.
+        tile_px: side of a tile; 0 for the network's native size, else 128 latents.
+        tile_overlap: least overlap of neighbours, as a share of a tile.
+        min_side_px: a picture with a shorter short side is enlarged to it for the networks; 0 for no limit.
+        padding: fills the picture up to the multiples that the networks need: its "mirror" image, or "zero".
+        rounding: to 8 bits: "nearest", or "truncate" (released).
+        inpaint: which pixels are missing; all others keep their latents from the input. "none": all are restored;
+            "white": pixels that are white in all channels; "reference": where the request's reference is white.
 
     Raises:
         ValueError: a value outside its range.

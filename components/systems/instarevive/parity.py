@@ -1,4 +1,4 @@
-"""The released command line's own ways with windows, colours and rounding (reference, section 4)."""
+"""Windows, colours and rounding as in the released command line (reference, section 4)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def windows(height: int, width: int, side: int, stride: int) -> list[Box]:
 
     Args:
         height, width: of the grid.
-        side: of a window; a shorter side of the grid is covered by one.
+        side: of a window; one window covers a shorter side of the grid.
         stride: 1 to side.
 
     Raises:
@@ -42,28 +42,28 @@ def decode_windows(
     factor: int,
     color: Transfer,
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1] (not clipped): each window decoded and coloured by itself, then the plain mean.
+    """Pictures [B, 3, H, W] in [0, 1] (not clipped): each window is decoded and coloured by itself, then averaged.
 
     Args:
         decode: scaled latents -> pictures in [-1, 1].
         latents: [B, C, H / factor, W / factor].
-        source: where colours come from, [B, 3, H, W] in [0, 1].
+        source: pictures with the target colours, [B, 3, H, W] in [0, 1].
         boxes: in latent pixels; they cover the latents.
         color: "none", "adain" or "wavelet".
     """
     total, count = torch.zeros_like(source), torch.zeros_like(source[:1, :1])
     for top, left, height, width in boxes:
-        made = decode(latents[..., top : top + height, left : left + width].contiguous()) / 2 + 0.5
+        picture = decode(latents[..., top : top + height, left : left + width].contiguous()) / 2 + 0.5
         rows, columns = (slice(a * factor, (a + n) * factor) for a, n in ((top, height), (left, width)))
         if color != "none":
-            made = (adain if color == "adain" else wavelet)(made, source[..., rows, columns])
-        total[..., rows, columns] += made
+            picture = (adain if color == "adain" else wavelet)(picture, source[..., rows, columns])
+        total[..., rows, columns] += picture
         count[..., rows, columns] += 1
     return total / count
 
 
 def nearest_pool(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask [B, 1, H, W] at (height, width) by its nearest pixels."""
+    """A mask [B, 1, H, W] resized to (height, width) by nearest pixels."""
     return F.interpolate(mask, size)
 
 

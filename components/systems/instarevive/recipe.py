@@ -5,35 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from components.recipes import Recipe, RecipeError
+from components.recipes import Gate, Recipe, RecipeError
 from components.systems.instarevive.options import check_options
-from components.systems.instarevive.settings import PRIORS, AlignStart, Distillation, Family, Gate
+from components.systems.instarevive.settings import PRIORS, AlignStart, Distillation, Family
 
 
 @dataclass(kw_only=True)
 class InstaReviveRecipe(Recipe):
-    """Distils a prior into a restoring generator of one step (arXiv 2504.00508); its one stage is "onestep".
+    """Distils a prior into a one-step restoration generator (arXiv 2504.00508); its only stage is "onestep".
 
     Attributes:
-        family: shape of the prior's network, see settings.Family.
-        prior: of that shape; "" for the family's own, see settings.PRIORS.
-        timestep, input, kernel: see network.OneStep; a start's own time step goes before the nearest one (-1).
-        align_start: with input=noise, what the generator begins with, see network.aligning_conv.
-        mask_as_bias: see network.EpsPredictor; null: what the start was trained with, else the correct mask.
-        warm_start: a model folder of InstaRevive whose generator goes on, for tasks that start from another task's
-            weights; "" starts from the prior's own. Both scores start from the prior's in any case: a generator of one
-            step is a poor score network (reference, section 5.1).
+        family: of the prior's network, see settings.Family.
+        prior: of that family; "" for the family's own, see settings.PRIORS.
+        timestep, input, kernel: see network.OneStep; for timestep -1, a warm start's own time step, else the nearest.
+        align_start: with input=noise, start weights of the aligning convolution, see network.aligning_conv.
+        mask_as_bias: see network.EpsPredictor; null: as in the warm start's training, else false (the correct mask).
+        warm_start: a model folder of InstaRevive with the generator's start weights, for tasks that start from another
+            task's; "" for the prior's. Both scores always start from the prior's weights: a one-step generator is a
+            poor score network (reference, section 5.1).
         coarse: model folder of the frozen coarse restorer (swinir) in front; "" for none.
         distillation: see Distillation.
-        teacher: model folder of any restoring system: its prior (whose network starts generator and scores) stands
-            in the place of `prior` and `family`, and the trained student must pass `gate` against it; "" for none.
-        distil: there must be a teacher.
+        teacher: model folder of any restoration system; "" for none. Its prior replaces `prior` and `family` and starts
+            generator and scores. The trained student must pass `gate` against the teacher.
+        distil: the recipe needs a teacher.
         gate: see Gate.
-        ip_adapter: weights of an IP-Adapter on the real score, which is then told the input picture: a safetensors
+        ip_adapter: weights of an IP-Adapter for the real score, which then takes the input picture too: a safetensors
             file, or owner/name/file on the hub; "" for none.
-        picture_encoder: the CLIP that goes with it: a folder, a hub id, or owner/name/folder.
-        gradient_checkpointing: activations are computed again instead of kept: less memory, a third more work.
-        restore_options: options that the trained model restores with, see options.Options.
+        picture_encoder: the adapter's CLIP: a folder, a hub id, or owner/name/folder.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more work.
+        restore_options: default options of the trained model's restorer, see options.Options.
     """
 
     prior: str = ""
@@ -54,28 +54,33 @@ class InstaReviveRecipe(Recipe):
     gradient_checkpointing: bool = False
     restore_options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def student_gate(self) -> Gate | None:
+        """`gate` if there is a teacher, else None."""
+        return self.gate if self.teacher else None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.prior = self.prior or PRIORS[self.family]
-        own = not (self.teacher or self.distil)  # a teacher's family is known when it is opened
+        family_known = not (self.teacher or self.distil)  # the family of a teacher is not known yet
         if self.timestep < -1 or self.kernel not in (1, 3):
             raise RecipeError(f"needs timestep >= -1 and kernel 1 or 3, got {self.timestep} and {self.kernel}")
         if self.align_start != "lq" and self.input != "noise":
-            raise RecipeError(f"align_start={self.align_start} is for input=noise: without it there is no noise")
-        if own and self.embeddings and self.family in ("pixart", "sd"):
-            raise RecipeError(f"precomputed embeddings are those of SDXL's shape: family {self.family} embeds its own")
+            raise RecipeError(f"align_start={self.align_start} needs input=noise")
+        if family_known and self.embeddings and self.family in ("pixart", "sd"):
+            raise RecipeError(f"precomputed embeddings have SDXL's shape: family {self.family} must embed its own")
         if bool(self.ip_adapter) != bool(self.picture_encoder):
             raise RecipeError("ip_adapter and picture_encoder go together: name both or neither")
-        if self.ip_adapter and ((own and self.family == "pixart") or not self.distillation.score):
-            raise RecipeError("an IP-Adapter sits on the real score of a UNet: family sdxl, sd or nano, and score true")
+        if self.ip_adapter and ((family_known and self.family == "pixart") or not self.distillation.score):
+            raise RecipeError("an IP-Adapter needs a real score of a UNet: family sdxl, sd or nano, and score true")
         if self.distillation.inpaint and self.degradation.preset != "strokes":
-            raise RecipeError("distillation.inpaint needs masks of what is missing: degradation.preset=strokes")
+            raise RecipeError("distillation.inpaint needs masks of the missing pixels: set degradation.preset=strokes")
         if self.unpaired and self.teacher:
             raise RecipeError(
-                "a student is judged by targets, and unpaired inputs have none: leave teacher or unpaired out"
+                "the gate compares a student with targets, and unpaired inputs have none: leave teacher or unpaired out"
             )
         if self.unpaired and self.distillation.regression != "none":
-            raise RecipeError("unpaired inputs show other things than the targets: distillation.regression=none")
+            raise RecipeError("unpaired inputs differ from the targets: set distillation.regression=none")
         try:
             check_options(self.restore_options)
         except ValueError as error:

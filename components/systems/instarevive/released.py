@@ -1,4 +1,4 @@
-"""InstaRevive's released file by name, and what a file does not tell of its network. Torch-free: judged early."""
+"""InstaRevive's released file, and the sizes that a file does not determine. Torch-free: checked early."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LICENCE = "MIT (code of EternalEvan/InstaRevive) on CreativeML OpenRAIL++-M (wei
 RELEASED = {"generator": "InstaRevive_v1.ckpt", "align": "InstaRevive_v1_align.ckpt"}
 """File by part. The second is ours: the released generator takes no noise and has no aligning convolution."""
 
-KNOWN_NAMES: Mapping[str, tuple[str, ...]] = {
+FILE_NAMES: Mapping[str, tuple[str, ...]] = {
     part: (name, f"{Path(name).stem}.safetensors") for part, name in RELEASED.items()
 }
-"""What a folder is searched for."""
+"""File names to look for in a folder, by part."""
 
 SIDECAR = "restoray.json"
-"""Written beside exported files: what they do not tell themselves (family, heads, time step, prior, licence)."""
+"""Written next to exported files: what they do not hold (family, heads, time step, prior, licence)."""
 
 _KINDS: Mapping[str, Any] = {
     "family": Family,
@@ -56,28 +56,28 @@ _LISTS = ("attention_head_dim", "block_out_channels", "transformer_layers_per_bl
 _TEXTS = ("down_block_types", "up_block_types")
 
 
-def check_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes in their types: names of _KINDS, coarse=MODEL, and network.NAME=NUMBER in diffusers' words.
+def check_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes in their types: names of _KINDS, coarse=MODEL, and network.NAME=NUMBER with diffusers' names.
 
     Raises:
-        ValueError: an unknown name (with the near one), a wrong type, or a size below 1.
+        ValueError: an unknown name (with the nearest one), a wrong type, or a size below 1.
     """
-    network, coarse = given.get("network", {}), given.get("coarse", "")
-    inner = dict.fromkeys([*_NUMBERS, *_LISTS, *_TEXTS])
-    known = (*_KINDS, "coarse", *(f"network.{name}" for name in inner))
+    network, coarse = sizes.get("network", {}), sizes.get("coarse", "")
+    network_names = dict.fromkeys([*_NUMBERS, *_LISTS, *_TEXTS])
+    choices = (*_KINDS, "coarse", *(f"network.{name}" for name in network_names))
     try:
-        checked = typed_options({k: v for k, v in given.items() if k not in ("network", "coarse")}, _KINDS)
+        checked = typed_options({k: v for k, v in sizes.items() if k not in ("network", "coarse")}, _KINDS)
     except UnknownOption as error:
-        raise UnknownOption(error.name, known) from None
+        raise UnknownOption(error.name, choices) from None
     if not isinstance(coarse, str):
         raise ValueError(f"coarse must name a model folder, got {coarse!r:.80}")
     if coarse:
         checked["coarse"] = coarse
     if not isinstance(network, Mapping):
-        raise UnknownOption("network", known)
+        raise UnknownOption("network", choices)
     for name, value in network.items():
-        if name not in inner:
-            raise UnknownOption(f"network.{name}", known)
+        if name not in network_names:
+            raise UnknownOption(f"network.{name}", choices)
         _check_size(str(name), value)
     return checked | ({"network": dict(network)} if network else {})
 
@@ -95,8 +95,8 @@ def _check_size(name: str, value: Any) -> None:
 
 
 def find_files(place: Path) -> list[Path]:
-    """The weights files in a folder, the generator first; see find_released. ValueError too where it is missing."""
-    found = find_released(place, KNOWN_NAMES, "InstaRevive")
-    if place.is_dir() and found[0].name not in KNOWN_NAMES["generator"]:
-        raise ValueError(f"{place} holds no generator of InstaRevive; looked for {', '.join(KNOWN_NAMES['generator'])}")
-    return found
+    """The weights files in a folder, the generator first; see find_released. ValueError if the generator is missing."""
+    paths = find_released(place, FILE_NAMES, "InstaRevive")
+    if place.is_dir() and paths[0].name not in FILE_NAMES["generator"]:
+        raise ValueError(f"{place} holds no generator of InstaRevive; looked for {', '.join(FILE_NAMES['generator'])}")
+    return paths

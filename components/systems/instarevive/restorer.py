@@ -33,15 +33,16 @@ from components.types import (
     OnStep,
     Request,
     Restored,
+    Restorer,
     SampleError,
     StepEvent,
 )
 
 COARSE_TILE_PX = 1024
-"""A larger picture goes through the coarse restorer in tiles, ours."""
+"""Larger pictures go through the coarse restorer in tiles; the number is ours."""
 
 WHITE = 128
-"""A reference picture's mean from which on a pixel means "missing", ours."""
+"""A pixel is missing where the reference picture's mean over channels is at least this; the number is ours."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Coarse:
     """A coarse restorer.
 
     Attributes:
-        network: [B, 3, H, W] in [0, 1] -> the same, perhaps beyond the range.
+        network: [B, 3, H, W] in [0, 1] -> the same shape, not clipped.
         multiple_px: sides must be multiples of it.
     """
 
@@ -57,19 +58,19 @@ class Coarse:
     multiple_px: int = 64
 
     def __call__(self, images: Tensor) -> Tensor:
-        """float32 whatever the network computes in."""
+        """float32 for every dtype of the network."""
         weight = next(self.network.parameters())
         return self.network(images.to(weight)).to(torch.float32)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request made ready.
+    """A prepared request.
 
     Attributes:
-        index: its place among the requests.
-        image: the picture at the working size, padded to what the networks take.
-        missing: bool [H, W] of that size, true where inpainting fills in; None to restore all.
+        index: its position among the requests.
+        image: the picture at the working size, padded to the multiples that the networks need.
+        missing: bool [H, W] of that size, true where a pixel is missing; None to restore all.
         inside: (height, width) of `image` without its padding.
         size: (height, width) of the result.
     """
@@ -83,17 +84,17 @@ class Job:
     size: tuple[int, int]
 
 
-class InstaReviveRestorer:
+class InstaReviveRestorer(Restorer):
     """See types.Restorer.
 
     Args:
         generator: trained.
-        backbone: the prior that it stands on.
-        coarse: restores before the generator; None for none.
+        backbone: its prior.
+        coarse: restorer in front of the generator; None for none.
         defaults: options that replace the built-in defaults, from a recipe.
-        batch_size: pictures of one size and of equal options that go through the networks together. With 1, a picture's
-            bytes are the same whatever else is asked for; above, products may round differently, by about 1e-6.
-        speed: how the networks are made fast; their weights must stand still while this object is used.
+        batch_size: pictures of equal size and options that go through the networks together. With 1, a picture's bytes
+            do not depend on the other requests; above, rounding may differ by about 1e-6.
+        speed: how the networks are made fast; their weights must not change while this object is used.
 
     Raises:
         ValueError: a default is unknown or out of range.
@@ -121,16 +122,16 @@ class InstaReviveRestorer:
         """Restore in request order.
 
         Args:
-            requests: any sizes and aspects; `size` enlarges or shrinks by bicubic interpolation first. What is larger
-                than a tile is restored in tiles, in bounded memory beside the latents and the 8-bit pictures. The seed
-                has an effect where the generator takes noise.
-            on_step: told after each batch, as a picture takes one step.
-            cancelled: asked before each batch and each tile of the generator.
+            requests: any sizes and aspects; `size` enlarges or shrinks by bicubic interpolation first. A picture
+                larger than a tile is restored in tiles. Memory is then bounded, except for the latents and the 8-bit
+                pictures. The seed has an effect if the generator takes noise.
+            on_step: called after each batch, as a picture takes one step.
+            cancelled: called before each batch and each tile of the generator.
 
         Raises:
             SampleError: a picture that is not uint8 RGB ("bad_image"), an impossible size ("bad_size"), or inpainting
                 without a missing pixel ("no_mask").
-            ValueError: unknown or wrong options; names the near option.
+            ValueError: unknown or wrong options; the message names the nearest option.
             Cancellation: `cancelled()` became true.
         """
         batches = list(self._batches([self._prepare(i, r) for i, r in enumerate(requests)]))
@@ -146,13 +147,13 @@ class InstaReviveRestorer:
 
     @torch.inference_mode()
     def preview(self, request: Request) -> Image | None:
-        """What the coarse restorer makes of a request's picture, for captions.
+        """The coarse restoration of a request's picture, for captions.
 
         Returns:
-            uint8 [H, W, 3] at the size that the networks see; None where no coarse restorer is used.
+            uint8 [H, W, 3] at the working size; None without a coarse restorer.
 
         Raises:
-            SampleError, ValueError: as restore.
+            SampleError, ValueError: as in restore.
         """
         job = self._prepare(0, request)
         if self.coarse is None or not job.options.coarse:
@@ -161,14 +162,14 @@ class InstaReviveRestorer:
         return np.ascontiguousarray(self._coarse_images([job.image])[0][:height, :width])
 
     def check_prompts_heard(self, options: Mapping[str, Any]) -> None:
-        """Options with which the network is told a request's own prompt.
+        """Check that the options pass each request's own prompt to the network.
 
         Raises:
-            ValueError: it is told a fixed one.
+            ValueError: they use a fixed prompt.
         """
         text = parse_options(options, self.defaults).text
         if text != "given":
-            raise ValueError(f"text={text} tells the network one prompt of all pictures: say text=given for their own")
+            raise ValueError(f"text={text} uses one fixed prompt for all pictures: set text=given for their own")
 
     def _prepare(self, index: int, request: Request) -> Job:
         image = request.image
@@ -180,23 +181,25 @@ class InstaReviveRestorer:
             raise SampleError("bad_size", f"size must be positive, got {height} x {width}", request.key)
         ratio = max(1.0, options.min_side_px / min(height, width))
         work = (round(height * ratio), round(width * ratio))
-        hole = None if options.inpaint == "none" else _missing(request, options)
-        if hole is not None:  # as in training: what is to be filled in must not be seen
-            image = np.where(hole[:, :, None] > 0, np.uint8(255), image)
-        seen = _resized(image, work, Pillow.Resampling.BICUBIC)
+        mask = None if options.inpaint == "none" else _missing(request, options)
+        if mask is not None:  # as in training: the networks must not see what is missing
+            image = np.where(mask[:, :, None] > 0, np.uint8(255), image)
+        resized = _resize(image, work, Pillow.Resampling.BICUBIC)
         multiple = self.multiple_px
         if self.coarse is not None and options.coarse:
             multiple = math.lcm(multiple, self.coarse.multiple_px)
-        padded = pad_to_multiple(seen, multiple) if options.padding == "mirror" else _zero_padded(seen, multiple)
+        padded = (
+            pad_to_multiple(resized, multiple) if options.padding == "mirror" else _pad_with_zeros(resized, multiple)
+        )
         missing = None
-        if hole is not None:
-            mask = _resized(hole, work, Pillow.Resampling.NEAREST) > 0
+        if mask is not None:
+            resized_mask = _resize(mask, work, Pillow.Resampling.NEAREST) > 0
             missing = np.zeros(padded.shape[:2], dtype=bool)
-            missing[: work[0], : work[1]] = mask
+            missing[: work[0], : work[1]] = resized_mask
         return Job(index, request, options, padded, missing, work, (height, width))
 
     def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Jobs of one working size and one set of options, in order of their first appearance."""
+        """Batches of jobs with equal working size and options, in order of their first appearance."""
         groups: dict[Any, list[Job]] = {}
         for job in jobs:
             groups.setdefault((job.image.shape, job.inside, job.options), []).append(job)
@@ -212,56 +215,58 @@ class InstaReviveRestorer:
             return self._run_released(batch, cancelled)
         images = [job.image for job in batch]
         use_coarse = self.coarse is not None and options.coarse
-        seen = self._coarse_images(images) if use_coarse else images
-        lq = encode_images(self.fast, seen)
+        sources = self._coarse_images(images) if use_coarse else images
+        lq = encode_images(self.fast, sources)
         clean = self._clean(batch, lq, self._boxes(lq, options), cancelled)
         if batch[0].missing is not None:
-            known = encode_images(self.fast, images) if use_coarse else lq
-            clean = torch.where(self._missing_latents(batch, F.adaptive_max_pool2d), clean, known)
+            input_latents = encode_images(self.fast, images) if use_coarse else lq
+            clean = torch.where(self._missing_latents(batch, F.adaptive_max_pool2d), clean, input_latents)
         pictures = decode_images(self.fast, clean)
-        finished = []
-        for job, picture, source in zip(batch, pictures, seen, strict=True):
+        results = []
+        for job, picture, source in zip(batch, pictures, sources, strict=True):
             height, width = job.inside
             picture, source = (np.ascontiguousarray(p[:height, :width]) for p in (picture, source))
             picture = transfer_colors(picture, source, options.color)
-            finished.append(_resized(picture, job.size, Pillow.Resampling.BICUBIC))
-        return finished
+            results.append(_resize(picture, job.size, Pillow.Resampling.BICUBIC))
+        return results
 
     def _run_released(self, batch: Sequence[Job], cancelled: Cancelled | None) -> list[Image]:
-        """As the official command line does it; see options.PRESETS."""
+        """Like the official command line; see options.PRESETS."""
         options = batch[0].options
         pixels = (images_to_tensor([job.image for job in batch]) * 0.5 + 0.5).to(self.backbone.device)
-        seen = self.coarse(pixels) if self.coarse is not None and options.coarse else pixels
-        lq = self.fast.encode(seen * 2 - 1)
+        source = self.coarse(pixels) if self.coarse is not None and options.coarse else pixels
+        lq = self.fast.encode(source * 2 - 1)
         boxes = self._boxes(lq, options)
         clean = self._clean(batch, lq, boxes, cancelled)
         if batch[0].missing is not None:
-            known = self.fast.encode(pixels * 2 - 1)
-            clean = torch.where(self._missing_latents(batch, parity.nearest_pool), clean, known)
+            input_latents = self.fast.encode(pixels * 2 - 1)
+            clean = torch.where(self._missing_latents(batch, parity.nearest_pool), clean, input_latents)
         if options.tiles == "never":
-            made = self.fast.decode(clean) / 2 + 0.5
+            restored = self.fast.decode(clean) / 2 + 0.5
         else:
-            made = parity.decode_windows(self.fast.decode, clean, seen, boxes, self.backbone.factor, options.color)
-        finished = []
-        for job, picture in zip(batch, parity.to_levels(made, options.rounding), strict=True):
+            restored = parity.decode_windows(
+                self.fast.decode, clean, source, boxes, self.backbone.factor, options.color
+            )
+        results = []
+        for job, picture in zip(batch, parity.to_levels(restored, options.rounding), strict=True):
             height, width = job.inside
             inside = np.ascontiguousarray(picture[:height, :width])
-            finished.append(_resized(inside, job.size, Pillow.Resampling.LANCZOS))
-        return finished
+            results.append(_resize(inside, job.size, Pillow.Resampling.LANCZOS))
+        return results
 
     def _clean(self, batch: Sequence[Job], lq: Tensor, boxes: Sequence[Box], cancelled: Cancelled | None) -> Tensor:
         """Clean latents of LQ latents [B, C, h, w], in tiles."""
         options, factor = batch[0].options, self.backbone.factor
         height, width = boxes[0][2] * factor, boxes[0][3] * factor
         sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(batch), -1)
-        given = self.backbone.conditions([_prompt(job) for job in batch], sizes)
-        noise = self._noise(batch, lq) if self.generator.wants_noise else None
+        conditions = self.backbone.conditions([_prompt(job) for job in batch], sizes)
+        noise = self._noise(batch, lq) if self.generator.takes_noise else None
         weigh = gaussian_weights if options.window == "gaussian" else equal_weights
-        step = tiled(_Step(self.fast, given, noise), lq.shape[-2], lq.shape[-1], boxes, cancelled, weigh)
+        step = tiled(_Step(self.fast, conditions, noise), lq.shape[-2], lq.shape[-1], boxes, cancelled, weigh)
         return step(lq, lq.new_zeros(len(lq)))
 
     def _boxes(self, lq: Tensor, options: Options) -> list[Box]:
-        """Tiles of the latent grid; one where the picture is no larger than a tile, or tiles are not wanted."""
+        """Tiles of the latent grid; one if the picture is at most as large as a tile, or with tiles=never."""
         height, width = int(lq.shape[-2]), int(lq.shape[-1])
         multiple = self.generator.predictor.multiple
         side = options.tile_px // self.backbone.factor or self._native_side()
@@ -273,12 +278,12 @@ class InstaReviveRestorer:
         return tile_boxes(height, width, (side, side), options.tile_overlap, multiple)
 
     def _native_side(self) -> int:
-        """Latent pixels of a side that the network was made for, where its configuration says so."""
+        """Side of the network's native size in latent pixels; TILE if its configuration has none."""
         side = self.generator.predictor.network.config.get("sample_size")  # type: ignore[union-attr, operator]
         return side if isinstance(side, int) else TILE
 
     def _coarse_images(self, images: Sequence[Image]) -> list[Image]:
-        """Pictures of one size through the coarse restorer, rounded to 8 bit; in tiles above COARSE_TILE_PX."""
+        """Coarse restorations of pictures of one size, rounded to 8 bits; in tiles above COARSE_TILE_PX."""
         assert self.coarse is not None
         device, multiple = self.backbone.device, self.coarse.multiple_px
         coarse = self.coarse
@@ -292,7 +297,7 @@ class InstaReviveRestorer:
         return paint(len(images), size, max(1, COARSE_TILE_PX // multiple), 1, 1, multiple, run)
 
     def _missing_latents(self, batch: Sequence[Job], pool: Any) -> Tensor:
-        """bool [B, 1, h, w]: latents that stand for a missing pixel.
+        """bool [B, 1, h, w]: latents with a missing pixel.
 
         Args:
             pool: (float [B, 1, H, W], (h, w)) -> [B, 1, h, w].
@@ -303,25 +308,25 @@ class InstaReviveRestorer:
         return pool(pixels, size) > 0  # type: ignore[no-any-return]
 
     def _noise(self, batch: Sequence[Job], lq: Tensor) -> Tensor:
-        """Standard normal of lq's shape, drawn for the whole picture; each picture's depends on its own seed only."""
+        """Standard normal of lq's shape for whole pictures; each depends on its own request's seed only."""
         shape = tuple(lq.shape[1:])
         rows = [random_generator(job.request.seed, "start").standard_normal(shape, dtype=np.float32) for job in batch]
         return torch.from_numpy(np.stack(rows)).to(lq)
 
 
 class _Step:
-    """The generator as something that samplers.tiles cuts: noise is cut with the latents, sigma is not looked at."""
+    """The generator as a Denoiser for samplers.tiles: `tile` crops the noise with the latents; sigma is ignored."""
 
-    def __init__(self, fast: FastOneStep, given: Conditions, noise: Tensor | None) -> None:
-        self.fast, self.given, self.noise = fast, given, noise
+    def __init__(self, fast: FastOneStep, conditions: Conditions, noise: Tensor | None) -> None:
+        self.fast, self.conditions, self.noise = fast, conditions, noise
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        return self.fast.generate(latents, self.given, self.noise)
+        return self.fast.generate(latents, self.conditions, self.noise)
 
     def tile(self, box: Box) -> Denoiser:
         top, left, height, width = box
         noise = None if self.noise is None else self.noise[..., top : top + height, left : left + width].contiguous()
-        return _Step(self.fast, self.given, noise)
+        return _Step(self.fast, self.conditions, noise)
 
 
 def _prompt(job: Job) -> str:
@@ -337,33 +342,33 @@ def _missing(request: Request, options: Options) -> Image:
     if options.inpaint == "white":
         missing = (request.image == 255).all(axis=2)
     else:
-        if request.reference is None:  # the same sentence for every picture: a job without masks ends at once
+        if request.reference is None:  # not a SampleError: a job without masks must end at once
             raise ValueError(
-                "inpaint reference needs a mask for each input: give a reference with it, white is missing"
+                "inpaint=reference needs a mask for each input: give a reference that is white where pixels are missing"
             )
         if not _is_picture(request.reference):
-            raise SampleError("bad_image", "the reference is no uint8 [H, W, 3] picture", request.key)
+            raise SampleError("bad_image", "the reference is not a uint8 [H, W, 3] picture", request.key)
         size = (request.image.shape[0], request.image.shape[1])
-        missing = _resized(request.reference, size, Pillow.Resampling.NEAREST).mean(axis=2) >= WHITE
+        missing = _resize(request.reference, size, Pillow.Resampling.NEAREST).mean(axis=2) >= WHITE
     if not missing.any():
         raise SampleError("no_mask", f"inpaint {options.inpaint} finds no missing pixel", request.key)
     return missing.astype(np.uint8) * 255
 
 
-def _zero_padded(image: Image, multiple: int) -> Image:
+def _pad_with_zeros(image: Image, multiple: int) -> Image:
     """Black rows and columns below and to the right, up to multiples."""
     height, width = image.shape[:2]
     return np.pad(image, ((0, -height % multiple), (0, -width % multiple), (0, 0)))
 
 
-def _resized(image: Image, size: tuple[int, int], how: Pillow.Resampling) -> Image:
-    """uint8 [H, W, 3] or [H, W] at (height, width), through Pillow; the same size comes back untouched."""
+def _resize(image: Image, size: tuple[int, int], resampling: Pillow.Resampling) -> Image:
+    """uint8 [H, W, 3] or [H, W] resized to (height, width) by Pillow; unchanged if it has that size."""
     if image.shape[:2] == size:
         return image
-    return np.array(Pillow.fromarray(image).resize((size[1], size[0]), how))
+    return np.array(Pillow.fromarray(image).resize((size[1], size[0]), resampling))
 
 
 def _info(job: Job) -> dict[str, str]:
-    """What the PNG's text chunks say: enough to make the picture again."""
+    """Text chunks of the PNG: enough to restore the picture again."""
     options = {name: str(value) for name, value in asdict(job.options).items()}
     return {"system": "instarevive", "seed": str(job.request.seed), **options}

@@ -1,7 +1,7 @@
-"""The two scores of the distillation: frozen real one, trained fake one as a copy or as a LoRA on the real one.
+"""The two scores of the distillation: the frozen real one, and the trained fake one, a copy or a LoRA on the real one.
 
-As a LoRA both share one network, on which it is switched on. It is off only inside the real score's call, which keeps
-no gradients: a forward pass that gradient checkpointing repeats finds it on, as it was.
+With a LoRA both share one network, and the LoRA is on by default. It is off only inside the real score's call, which
+keeps no gradients. A forward pass that gradient checkpointing repeats therefore runs with the LoRA on, as before.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from components.samplers.schedules import FlowSchedule, Schedule
 from components.systems.instarevive.network import Conditions, EpsPredictor, ScoreNetwork
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""Attention projections, in DiTs and UNets alike."""
+"""Attention projections, of DiTs and UNets."""
 
 ADAPTER = "fake"
 
 
 class WithoutLora:
-    """A ScoreNetwork that is another one with its LoRA switched off for the call."""
+    """A predictor as a ScoreNetwork, with its LoRA off during the call."""
 
     def __init__(self, predictor: EpsPredictor) -> None:
         self.predictor = predictor
@@ -38,14 +38,14 @@ class WithoutLora:
         return self.predictor.schedule
 
     @torch.no_grad()
-    def predict_eps(self, latents: Tensor, timesteps: Tensor, given: Conditions) -> Tensor:
+    def predict_eps(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """See ScoreNetwork; keeps no gradients."""
         with self._off():
-            return self.predictor.predict_eps(latents, timesteps, given)
+            return self.predictor.predict_eps(latents, timesteps, conditions)
 
     @contextlib.contextmanager
     def _off(self) -> Iterator[None]:
-        # peft's flag and no more: its own switch also walks all parameters and their requires_grad
+        # sets only peft's flag: peft's own switch also visits all parameters and changes requires_grad
         for layer in self.layers:
             layer._disable_adapters = True
         try:
@@ -62,17 +62,17 @@ def build_scores(
     seed: int = 0,
     targets: Sequence[str] = LORA_TARGETS,
 ) -> tuple[ScoreNetwork, EpsPredictor]:
-    """(real, fake) scores of a trained predictor; the fake one starts as the same function.
+    """(real, fake) scores from a trained predictor; the fake one starts as the same function.
 
     Args:
-        teacher: frozen here, and with "lora" changed in place: its layers get the LoRA.
+        teacher: frozen here; "lora" changes it in place and adds the LoRA to its layers.
         kind: "full" copies the network; "lora" shares it.
         rank: of the LoRA; its alpha is the same number.
         seed: fixes the LoRA's random start.
-        targets: name suffixes of the layers that get it.
+        targets: name suffixes of the layers with a LoRA.
 
     Returns:
-        Of `fake.network`'s parameters those that train require gradients.
+        The scores. Those parameters of `fake.network` that train require gradients.
 
     Raises:
         ValueError: an unknown kind, or no layer matches the targets.

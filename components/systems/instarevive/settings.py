@@ -1,10 +1,10 @@
-"""Settings of the distillation, as a recipe holds them. Torch-free, so that recipes list fast."""
+"""A recipe's settings of the distillation. Torch-free, so that recipes list fast."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from components.priors.one_text_config import PIXART, SD21
 from components.priors.sdxl_config import SDXL
@@ -15,37 +15,10 @@ Family = Literal["pixart", "sd", "sdxl", "nano"]
 
 
 AlignStart = Literal["lq", "noised"]
-"""What a generator that takes noise begins with: LQ latents alone, or noised to its time step."""
+"""Start of a generator with noise: LQ latents alone, or LQ latents noised to its time step."""
 
 PRIORS: Mapping[str, str] = {"pixart": PIXART, "sd": SD21, "sdxl": SDXL, "nano": "nano"}
-"""The prior of each family where none is named."""
-
-
-@dataclass(kw_only=True)
-class Gate:
-    """How far a distilled student may fall behind its teacher, on held-out pictures one by one.
-
-    Attributes:
-        psnr_db: largest mean loss of PSNR.
-        perceptual: largest mean loss of `metric`, as a share of the teacher's mean.
-        metric: the perceptual one, by pyiqa's name; the default needs no download ("lpips" fetches weights).
-        pictures: held-out pictures at most.
-        teacher_options, student_options: of their restorers (steps, guidance, prompt): what a teacher is worth depends
-            on them. Neither has a prompt of its own.
-    """
-
-    psnr_db: float = 0.5
-    perceptual: float = 0.02
-    metric: str = "gmsd"
-    pictures: int = 64
-    teacher_options: dict[str, Any] = field(default_factory=dict)
-    student_options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if min(self.psnr_db, self.perceptual) < 0 or self.pictures < 1:
-            raise RecipeError("gate needs psnr_db and perceptual of at least 0, and a picture")
-        if self.metric in ("", "psnr"):
-            raise RecipeError(f"gate.metric must be a second metric beside psnr, got {self.metric!r}")
+"""Default prior of each family."""
 
 
 @dataclass(kw_only=True)
@@ -55,33 +28,32 @@ class Distillation:
     The ablations of Table 3 are `score: false`, `dynamic: false` and `prompt: false`.
 
     Attributes:
-        score: match scores; without it the generator learns by regression alone, and there is no fake score.
-        dynamic: T_max and alpha follow the distance (Eqs. 6, 7); without it times span the whole range and alpha is
+        score: score matching; without it the generator learns by regression alone, and there is no fake score.
+        dynamic: T_max and alpha depend on the distance (Eqs. 6, 7); without it times cover the whole range and alpha is
             fixed_alpha.
-        prompt: captions; without them every prompt is empty.
+        prompt: use captions; without them every prompt is empty.
         kappa: factor on the distance in Eq. 6.
-        reduction: of the squared distance over a sample's elements: "mean", or Eq. 7's literal "sum".
+        reduction: of the squared distance over a sample's elements: "mean", or "sum" as Eq. 7 has it literally.
         per_sample: a T_max for each picture instead of one for the batch.
-        t_floor: T_max is not below it, so that times still have a range.
-        t_share: the lowest time over T_max.
-        t_low, t_high: T_max between which alpha goes from 0 to 1; t_high 0 stands for T_max at the first step.
+        t_floor: lowest T_max, so that times always have a range.
+        t_share: lowest time, as a share of T_max.
+        t_low, t_high: alpha goes from 0 to 1 as T_max goes from t_low to t_high; t_high 0: T_max of the first step.
         fixed_alpha: weight of the regression without dynamic control.
         weight: lambda, of the score matching.
-        cfg_scale: guidance of the real score; 1 is none.
-        text_dropout: probability of an empty prompt, so that guidance has one to go by and prompts may be left out.
-        regression: "perceptual" (LPIPS where `lpips` names weights, else the pyramid), "l2" of latents, "both", or
-            "none" for targets that show other things than the inputs (recipe's `unpaired`): scores alone then teach.
+        cfg_scale: guidance of the real score; 1 for none.
+        text_dropout: probability of an empty prompt, which guidance and restoration without a prompt need.
+        regression: "perceptual" (LPIPS if `lpips` names weights, else the pyramid), "l2" of latents, "both", or "none"
+            for targets that do not match the inputs (recipe's `unpaired`): the scores are then the only loss.
         lpips: file, folder or hub id of LPIPS's weights; see objectives.regression.load_lpips.
-        perceptual_weight, l2_weight: of the two.
-        fake: "full" trains a copy of the real score, "lora" a low-rank change of it, which needs less memory.
-        lora_rank: of that change.
-        fake_range: times of the fake score's training: "full", or the "same" as the generator's, as long as T_max
-            stands there.
-        fake_steps: steps of the fake score after each of the generator's, with noise of their own; released 1. A
-            generator that moves fast needs more, or it follows a score of what it made long ago (DMD2 has 5).
-        inpaint: keep what the restorer keeps: latents without a missing pixel come from the input, so that losses and
-            scores see the filled-in picture, and gradients its missing part. The paper masks at inference only.
-        checkpoint_decoder: the decoder's activations are computed again instead of kept.
+        perceptual_weight, l2_weight: weights of the two terms.
+        fake: "full" trains a copy of the real score, "lora" a LoRA on it, which needs less memory.
+        lora_rank: of that LoRA.
+        fake_range: times of the fake score's training: "full", or "same", up to T_max as for the generator.
+        fake_steps: steps of the fake score after each step of the generator, each with its own noise; released 1. A
+            generator that changes fast needs more, or its fake score lags behind (DMD2 has 5).
+        inpaint: as in the restorer, latents without a missing pixel come from the input. Losses and scores see the
+            completed picture, and only its missing part has gradients. The paper masks at inference only.
+        checkpoint_decoder: recompute the decoder's activations in the backward pass.
     """
 
     score: bool = True
@@ -128,17 +100,17 @@ class Distillation:
             if value < low or (high is not None and value > high):
                 span = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise RecipeError(f"{name} must be {span}, got {value}")
-        for name, known in (
+        for name, choices in (
             ("reduction", ("mean", "sum")),
             ("regression", ("perceptual", "l2", "both", "none")),
             ("fake", ("full", "lora")),
             ("fake_range", ("full", "same")),
         ):
-            if getattr(self, name) not in known:
-                raise RecipeError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in choices:
+                raise RecipeError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.t_high and self.t_low >= self.t_high:
             raise RecipeError(f"t_low must be below t_high, got {self.t_low} and {self.t_high}")
         if not self.score and ((not self.dynamic and self.fixed_alpha == 0) or self.regression == "none"):
             raise RecipeError(
-                "without score, and with fixed_alpha 0 or without regression, there is nothing to learn from"
+                "score=false with fixed_alpha 0 or without regression leaves no loss: turn one of them on"
             )

@@ -1,4 +1,4 @@
-"""Builds the distillation of a recipe: generator, real and fake score around one backbone; and pictures to look at."""
+"""Builds a recipe's distillation: generator, real and fake score on one backbone; and previews during training."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ from components.systems.instarevive.scores import build_scores
 from components.tensors import images_to_tensor, psnr_of_batch, tensor_to_images
 from components.types import Batch, Request
 
-MEASURE_SEED = 20260103  # of the noise that a generator takes, where held-out pictures are measured
+MEASURE_SEED = 20260103  # of the generator's noise on held-out pictures
 
 
 class BackboneTexts:
     """objective.Texts by the frozen text encoder of any backbone.
 
     Args:
-        backbone: embeds the prompts of each batch.
+        backbone: embeds the prompts.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
 
     def conditions(self, batch: Batch, dropped: Tensor) -> Conditions:
-        gone = dropped.tolist()
-        prompts = ["" if empty else prompt for prompt, empty in zip(batch.prompts, gone, strict=True)]
+        drops = dropped.tolist()
+        prompts = ["" if empty else prompt for prompt, empty in zip(batch.prompts, drops, strict=True)]
         return self.backbone.conditions(prompts, batch.sizes, together=True)
 
-    def nothing(self, batch: Batch) -> Conditions:
+    def unconditional(self, batch: Batch) -> Conditions:
         return self.backbone.conditions([""] * len(batch), batch.sizes)
 
 
 class BackboneObjective(InstaReviveObjective):
-    """The distillation of a recipe, with what its restorer needs while it trains.
+    """The distillation of a recipe, with the parts that its restorer needs during training.
 
     Attributes:
-        backbone: frozen. coarse_restorer: what stands in front, None for nothing.
+        backbone: frozen. coarse_restorer: the one in front of the generator; None for none.
     """
 
     backbone: Backbone
@@ -81,12 +81,12 @@ def build_objective(
 
     Args:
         recipe: resolved recipe.
-        parents: at most one model folder of InstaRevive, in the place of recipe.warm_start.
-        examples: unused; other systems look at pictures while they are built.
+        parents: at most one model folder of InstaRevive; it replaces recipe.warm_start.
+        examples: unused; other systems need example pictures.
         device: where the networks go.
 
     Raises:
-        ModelError: prior, start, coarse restorer or LPIPS cannot be opened, or do not belong together.
+        ModelError: prior, warm start, coarse restorer or LPIPS cannot be opened, or do not fit together.
     """
     if recipe.stage != "onestep":
         raise ValueError(f"no stage {recipe.stage!r}; there is onestep")
@@ -94,32 +94,32 @@ def build_objective(
     if start is None and recipe.warm_start:
         start = load_model(recipe.warm_start)
     family: str = recipe.family
-    prior, recorded_prior = recipe.prior, start.info.get("prior") if start else None
+    prior, prior_record = recipe.prior, start.info.get("prior") if start else None
     if recipe.teacher:
-        family, prior, recorded_prior = teachers_prior(load_model(recipe.teacher))
+        family, prior, prior_record = prior_of_teacher(load_model(recipe.teacher))
     elif recipe.distil:
-        raise ModelError(f"{recipe.name}: there is nothing to distil: name a teacher")
-    backbone = open_backbone(family, prior, recorded_prior)
+        raise ModelError(f"{recipe.name}: distil=true needs a teacher: set teacher=MODEL")
+    backbone = open_backbone(family, prior, prior_record)
     _check_family(recipe, backbone)
-    before = start.info["config"] if start is not None and start.info["system"] == "instarevive" else {}
+    start_config = start.info["config"] if start is not None and start.info["system"] == "instarevive" else {}
     timestep, mask = recipe.timestep, recipe.mask_as_bias
     if timestep == -1:
-        timestep = int((before.get("one_step") or {}).get("timestep", -1))
+        timestep = int((start_config.get("one_step") or {}).get("timestep", -1))
     if mask is None:
-        mask = bool(before.get("mask_as_bias", False))
+        mask = bool(start_config.get("mask_as_bias", False))
     one_step = OneStep(timestep=timestep, input=recipe.input, kernel=recipe.kernel)
-    predictor = backbone.predictor(mask_as_bias=mask, copied=True)
+    predictor = backbone.predictor(mask_as_bias=mask, trainable=True)
     generator = OneStepGenerator(predictor, one_step, recipe.align_start)
     if start is not None:
         _continue_from(generator, start)
-    coarse, recorded = None, None
+    coarse, coarse_record = None, None
     if recipe.coarse:
         folder = load_model(recipe.coarse)
-        # a folder's whole path, so that the trained model finds it from anywhere; other names as they are
+        # a folder's absolute path, so that the trained model finds it from any current folder; other names unchanged
         place = str(folder.path.resolve()) if Path(recipe.coarse).is_dir() else recipe.coarse
-        coarse, recorded = open_coarse(recipe.coarse), {"id": place, "digest": folder.digest}
+        coarse, coarse_record = open_coarse(recipe.coarse), {"id": place, "digest": folder.digest}
         coarse.network.to(device)
-    config = generator_config(backbone, generator, recorded)
+    config = generator_config(backbone, generator, coarse_record)
     if recipe.precision == "bf16" and isinstance(backbone.prior, OneTextPrior):
         backbone.prior.halve_text_encoder()
     backbone.to(device)
@@ -129,7 +129,7 @@ def build_objective(
     fake: EpsPredictor | None = None
     teacher: EpsPredictor | None = None
     embedder: PictureEmbedder | None = None
-    if recipe.ip_adapter:  # a copy, made before a LoRA changes the prior's own network
+    if recipe.ip_adapter:  # copied before a LoRA changes the prior's own network
         teacher = with_ip_adapter(backbone.predictor(), load_ip_adapter(recipe.ip_adapter)).to(torch.device(device))
         embedder = load_picture_embedder(recipe.picture_encoder).to(torch.device(device))
     if settings.score:
@@ -158,80 +158,85 @@ def build_objective(
 
 
 def _check_family(recipe: InstaReviveRecipe, backbone: Backbone) -> None:
-    """What a recipe with a teacher could not judge by itself; raises ModelError."""
+    """Checks that a recipe with a teacher cannot do itself; raises ModelError."""
     if recipe.embeddings and not isinstance(backbone.prior, Prior):
-        raise ModelError(f"{recipe.name}: precomputed embeddings are those of SDXL's shape, not of {backbone.family}")
+        raise ModelError(f"{recipe.name}: precomputed embeddings have SDXL's shape, not that of {backbone.family}")
     if recipe.ip_adapter and backbone.family == "pixart":
-        raise ModelError(f"{recipe.name}: an IP-Adapter sits on a UNet, and the family is {backbone.family}")
+        raise ModelError(f"{recipe.name}: an IP-Adapter needs a UNet, and the family is {backbone.family}")
 
 
-def teachers_prior(teacher: Model) -> tuple[str, str, Mapping[str, str]]:
-    """(family, prior, what the teacher's model.json records of it): what a student of a model stands on.
+def prior_of_teacher(teacher: Model) -> tuple[str, str, Mapping[str, str]]:
+    """(family, name, entry in the teacher's model.json) of the prior of a teacher and its student.
 
-    Nothing here depends on the teacher's system. A model whose prior is not of SDXL's shape says its family in its
-    config.
+    It works for every system. A model whose prior does not have SDXL's shape has a "family" in its config.
 
     Raises:
-        ModelError: the model stands on no prior.
+        ModelError: the model has no prior.
     """
-    recorded = teacher.info.get("prior") or {}
-    if not recorded.get("id"):
-        raise ModelError(f"{teacher.path}: a {teacher.info['system']} model on no prior: there is no score to distil")
-    return str(teacher.info["config"].get("family") or "sdxl"), str(recorded["id"]), recorded
+    record = teacher.info.get("prior") or {}
+    if not record.get("id"):
+        raise ModelError(
+            f"{teacher.path}: a {teacher.info['system']} model has no prior, so there is no score to distil"
+        )
+    return str(teacher.info["config"].get("family") or "sdxl"), str(record["id"]), record
 
 
 def encoded_with(recipe: InstaReviveRecipe, parents: Mapping[str, Any]) -> str:
-    """Name of the prior whose encoders precomputed columns must come from."""
-    return teachers_prior(load_model(recipe.teacher))[1] if recipe.teacher else recipe.prior
+    """Name of the prior that must have encoded the precomputed columns."""
+    return prior_of_teacher(load_model(recipe.teacher))[1] if recipe.teacher else recipe.prior
 
 
 def _continue_from(generator: OneStepGenerator, start: Model) -> None:
-    """Copy the weights of an InstaRevive model folder; an aligning convolution that it lacks keeps its own start.
+    """Copy the weights of an InstaRevive model folder; without an aligning convolution there, the new one stays.
 
     Raises:
-        ModelError: another system's model, or one of another shape, noise schedule, prediction or input.
+        ModelError: a model of another system, shape, noise schedule, prediction or input.
     """
     if start.info["system"] != "instarevive":
-        raise ModelError(f"{start.path}: holds a {start.info['system']} model, not one of InstaRevive to go on from")
+        raise ModelError(f"{start.path}: holds a {start.info['system']} model, not an InstaRevive to start from")
     before = load_generator(start)
     if before.align is not None and generator.align is None:
         raise ModelError(f"{start.path}: its generator takes noise (input=noise), and the recipe's takes none")
-    for name, had, has in (
+    for name, start_value, value in (
         ("prediction", before.predictor.prediction, generator.predictor.prediction),
         ("noise schedule", before.predictor.schedule, generator.predictor.schedule),
     ):
-        if had != has:
-            raise ModelError(f"{start.path}: was trained with the {name} {had}, and the prior has {has}")
+        if start_value != value:
+            raise ModelError(f"{start.path}: was trained with the {name} {start_value}, and the prior has {value}")
     _copy(before.predictor.network, generator.predictor.network, start)
     if before.align is not None and generator.align is not None:
         _copy(before.align, generator.align, start)
 
 
 def _copy(source: nn.Module, target: nn.Module, model: Model) -> None:
-    had, wanted = source.state_dict(), target.state_dict()
-    differ = sorted(k for k in {*had, *wanted} if k not in had or k not in wanted or had[k].shape != wanted[k].shape)
+    tensors, expected = source.state_dict(), target.state_dict()
+    differ = sorted(
+        k
+        for k in {*tensors, *expected}
+        if k not in tensors or k not in expected or tensors[k].shape != expected[k].shape
+    )
     if differ:
-        raise ModelError(f"{model.path}: is of another shape than the prior's network: {', '.join(differ)}")
-    target.load_state_dict(had)
+        raise ModelError(f"{model.path}: does not have the shapes of the prior's network: {', '.join(differ)}")
+    target.load_state_dict(tensors)
 
 
 @torch.no_grad()
 def measure(objective: BackboneObjective, heldout: Sequence[Batch]) -> dict[str, float]:
-    """Mean PSNR over held-out pictures, dB, of what the generator makes of them and of the LQ pictures themselves.
+    """Mean PSNR over held-out pictures, dB, of the generator's results and of the LQ pictures themselves.
 
-    The losses of different steps do not compare, since alpha moves between the two; this does. Nothing where inputs and
-    targets are no pairs.
+    Losses of different steps are not comparable, since alpha changes; PSNR is. Empty if inputs and targets are not
+    pairs.
     """
     if objective.settings.regression == "none":
         return {}
-    found: dict[str, list[Tensor]] = {"psnr_heldout": [], "psnr_heldout_lq": []}
+    psnrs: dict[str, list[Tensor]] = {"psnr_heldout": [], "psnr_heldout_lq": []}
     for batch in heldout:
         noise = Noise(MEASURE_SEED, batch.positions, str(batch.hq.device))
-        made = objective.autoencoder.decode(objective.clean(batch, noise))
+        restored = objective.autoencoder.decode(objective.clean(batch, noise))
         hq, lq = batch.hq * 0.5 + 0.5, batch.lq * 0.5 + 0.5
-        found["psnr_heldout"].append(psnr_of_batch(made * 0.5 + 0.5, hq))
-        found["psnr_heldout_lq"].append(psnr_of_batch(lq, hq))
-    return {name: float(torch.cat(values).mean()) for name, values in found.items()}
+        psnrs["psnr_heldout"].append(psnr_of_batch(restored * 0.5 + 0.5, hq))
+        psnrs["psnr_heldout_lq"].append(psnr_of_batch(lq, hq))
+    return {name: float(torch.cat(values).mean()) for name, values in psnrs.items()}
 
 
 def look(
@@ -242,9 +247,9 @@ def look(
     assert isinstance(generator, OneStepGenerator)
     training = generator.training
     options: dict[str, Any] = restore_defaults(as_dict(recipe))
-    # a sheet has no masks, but the strokes that inpainting is trained on are white
+    # previews have no masks, but the strokes of inpainting's training pictures are white
     options["inpaint"] = "white" if recipe.distillation.inpaint else "none"
-    # nothing that changes weights which still learn, or their memory
+    # the weights still train: do not change them or their memory layout
     plain = Speed(channels_last="off")
     restorer = InstaReviveRestorer(generator, objective.backbone, objective.coarse_restorer, options, speed=plain)
     requests = [

@@ -1,14 +1,13 @@
-"""InstaRevive's released weights, in and out: InstaRevive_v1.ckpt <-> a model folder (layout: reference, section 1).
+"""InstaRevive's released weights, import and export: InstaRevive_v1.ckpt <-> a model folder (reference, section 1).
 
-The file is a flat dictionary under diffusers' names. An import compares every key and shape with what the configuration
-asks for, on the meta device; an export writes the tensors as they were read, to the byte. The same layout carries the
-other families, which their authors never released; restoray.json beside the file then tells what it is.
+The file is a flat dictionary with diffusers' keys. An import compares every key and shape with the configuration's
+network on the meta device. An export writes the same tensors, to the byte. The other families, which the authors never
+released, have the same layout; restoray.json next to the file then holds their configuration.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,26 +29,27 @@ from components.samplers.schedules import Schedule, schedule_from
 from components.systems.instarevive.network import FAMILIES, OneStep, aligning_conv, build_network, check_prediction
 from components.systems.instarevive.released import LICENCE, RELEASED, SIDECAR, check_sizes
 from components.systems.instarevive.settings import PRIORS
-from components.systems.weights_io import Exported, Imported, WeightsSource, own_words
+from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, read_tensors
+from components.writing import whole_file
 
 Shapes = dict[str, tuple[int, ...]]
 
 PUBLISHED_PARAMETERS = 610_856_096
-"""Of PixArt's DiT at 512 (reference, section 8; the paper says 611M)."""
+"""Of PixArt's DiT at 512 (reference, section 8; 611M in the paper)."""
 
 TABLES = ("pos_embed.pos_embed",)
-"""Keys of older diffusers that follow from the sizes alone: left out."""
+"""Keys of older diffusers that follow from the sizes alone; an import drops them."""
 
 _SIZES: Mapping[str, Mapping[str, Any]] = {PIXART: PIXART_DIT, SD21: SD21_UNET, SDXL: SDXL_UNET}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Expected:
-    """What files are compared with.
+    """What an import expects of the files.
 
     Attributes:
-        config: as model.json keeps it. prior: what finds it again. layout: shapes by key, by part. note: for people.
+        config: for model.json. prior: its entry in model.json. layout: shapes by key, by part. note: for people.
     """
 
     config: Mapping[str, Any]
@@ -67,48 +67,52 @@ def import_weights(
     sizes: Mapping[str, Any] | None = None,
     name: str = "",
     licence: str = "",
-    proceed: Callable[[Imported], bool] = lambda plan: True,
+    proceed: Callable[[ImportReport], bool] = lambda plan: True,
     progress: Callable[[int, int, str], None] = lambda done, of, note: None,
-) -> Imported:
+) -> ImportReport:
     """Turn released files into a model folder.
 
     Args:
-        files: the generator's, and for one that takes noise the aligning convolution's; told apart by their keys.
-        out: the folder to make; replaced as a whole, at the end. None only checks.
-        prior: what the generator stands on; default: what a sidecar says, else the family's own.
-        image_encoder: must be empty: InstaRevive looks at pictures with its autoencoder alone.
-        sizes: see released.check_sizes; default: what a sidecar says, else PixArt's at 512.
+        files: the generator's, and with input noise also the aligning convolution's; their keys tell which is which.
+        out: the model folder; replaced as a whole at the end. None only checks.
+        prior: of the generator; default: the sidecar's, else the family's own.
+        image_encoder: must be empty: InstaRevive encodes pictures with its autoencoder alone.
+        sizes: see released.check_sizes; default: the sidecar's, else PixArt's at 512.
         name: of the model; default: the folder's.
-        licence: replaces what is said of the weights' licence.
-        proceed: asked once everything was checked, with what would be imported; False writes nothing.
-        progress: told (files done, files, file).
+        licence: replaces the sidecar's or the default licence.
+        proceed: called with the plan after all checks; False writes nothing.
+        progress: called with (files done, files, file).
 
     Raises:
         WeightsFileError: a file cannot be read.
-        ModelError: keys, shapes or numbers do not fit (all of them are named), or no such prior or coarse restorer.
-        ValueError: wrong sizes, or files that are not one of each.
+        ModelError: keys, shapes or numbers do not fit (the message names all), or no such prior or coarse restorer.
+        ValueError: wrong sizes, or a missing or second file of a part.
     """
     if image_encoder:
         raise ValueError("InstaRevive has no picture encoder: leave it out")
-    said = _sidecar(files)
-    expected = _expected(said, prior, sizes or {})
-    read: dict[str, tuple[Path, dict[str, Tensor]]] = {}
+    sidecar = _sidecar(files)
+    expected = _expect(sidecar, prior, sizes or {})
+    file_tensors: dict[str, tuple[Path, dict[str, Tensor]]] = {}
     notes = [expected.note] if expected.note else []
     for number, path in enumerate(files):
         progress(number, len(files), path.name)
         tensors = read_tensors(path, inside="state_dict")
         part = "align" if set(tensors) <= {"weight", "bias"} else "generator"
-        if part in read:
-            raise ValueError(f"{read[part][0]} and {path} both hold the {part}: give one of them")
+        if part in file_tensors:
+            raise ValueError(f"{file_tensors[part][0]} and {path} both hold the {part}: give one of them")
         tables = [key for key in TABLES if tensors.pop(key, None) is not None]
-        notes += [f"{path.name}: {key} follows from the sizes and was left out" for key in tables]
-        read[part] = (path, tensors)
-    lacking = set(expected.layout) - set(read)
-    if lacking:
-        raise ValueError(f"no file for {' and '.join(sorted(lacking))}: an InstaRevive of these sizes needs it too")
-    if set(read) - set(expected.layout):
-        raise ValueError(f"{read['align'][0]}: a generator without noise has no aligning convolution; give input=noise")
-    faults = [text for part, (path, tensors) in read.items() if (text := _faults(path, part, tensors, expected))]
+        notes += [f"{path.name}: dropped {key}, which follows from the sizes" for key in tables]
+        file_tensors[part] = (path, tensors)
+    missing = set(expected.layout) - set(file_tensors)
+    if missing:
+        raise ValueError(f"no file for {' and '.join(sorted(missing))}: an InstaRevive of these sizes needs it too")
+    if set(file_tensors) - set(expected.layout):
+        raise ValueError(
+            f"{file_tensors['align'][0]}: a generator without noise has no aligning convolution; give input=noise"
+        )
+    faults = [
+        text for part, (path, tensors) in file_tensors.items() if (text := _faults(path, part, tensors, expected))
+    ]
     if faults:
         raise ModelError("\n".join(faults))
     sources = tuple(
@@ -119,26 +123,26 @@ def import_weights(
             tensors=len(tensors),
             parameters=sum(tensor.numel() for tensor in tensors.values()),
         )
-        for part, (path, tensors) in read.items()
+        for part, (path, tensors) in file_tensors.items()
     )
-    said, foreign = own_words(said, sources)
-    notes += foreign
+    sidecar, dropped_notes = valid_entries(sidecar, sources)
+    notes += dropped_notes
     published = sources[0].parameters == PUBLISHED_PARAMETERS
     card = ModelCard(
-        name=name or said.get("name") or (out.name if out else "instarevive"),
+        name=name or sidecar.get("name") or (out.name if out else "instarevive"),
         system="instarevive",
-        recipe=said.get("recipe") or {},
+        recipe=sidecar.get("recipe") or {},
         prior=expected.prior,
         config=expected.config,
         parents={source.file: f"sha256:{source.sha256}" for source in sources},
-        data_manifest_digest=said.get("data_manifest_digest") or "",
-        licence=licence or said.get("licence") or (LICENCE if published else "unstated"),
-        permitted_use=said.get("permitted_use") or _permitted_use(str(expected.prior["id"])),
-        metrics=said.get("metrics") or {},
+        data_manifest_digest=sidecar.get("data_manifest_digest") or "",
+        licence=licence or sidecar.get("licence") or (LICENCE if published else "unstated"),
+        permitted_use=sidecar.get("permitted_use") or _permitted_use(str(expected.prior["id"])),
+        metrics=sidecar.get("metrics") or {},
     )
     if expected.config["coarse"] is None:
         notes.append("no coarse restorer is recorded: give coarse=MODEL, made by restoray weights import swinir")
-    result = Imported(
+    result = ImportReport(
         model=None,
         digest="",
         sources=sources,
@@ -150,7 +154,7 @@ def import_weights(
     )
     if out is not None and proceed(result):
         out.parent.mkdir(parents=True, exist_ok=True)
-        model = save_model(out, card, {part: tensors for part, (_, tensors) in read.items()})
+        model = save_model(out, card, {part: tensors for part, (_, tensors) in file_tensors.items()})
         result = replace(result, model=str(model.path), digest=model.digest)
     progress(len(files), len(files), "")
     return result
@@ -163,19 +167,19 @@ def export_weights(
     spelling: str = "released",
     form: str = "pt",
     write: bool = True,
-) -> Exported:
-    """Write a model folder's generator as the released tools read it: the released keys in their order.
+) -> ExportReport:
+    """Write a model folder's generator for the released tools: the released keys in their order.
 
     Args:
         model: model folder or name.
-        folder: receives the files, each renamed into place when it is whole, and restoray.json with what they do not
-            tell, for an import without options.
+        folder: for the files, each renamed into place when it is complete, and for restoray.json with the settings that
+            they do not hold, so that an import needs no options.
         spelling: "released" is the only one.
         form: "pt" (the released pickle) or "safetensors".
-        write: False only says what would be written.
+        write: False only returns the plan.
 
     Raises:
-        ModelError: no such model, none of InstaRevive, or one that does not fit its own config.
+        ModelError: no such model, a model of another system, or one that does not fit its own config.
         ValueError: unknown spelling or form.
     """
     if spelling != "released" or form not in ("pt", "safetensors"):
@@ -187,37 +191,36 @@ def export_weights(
     if config["family"] != "pixart":
         notes.append(f"the authors' tools read a DiT only; this is the {config['family']} family under the same name")
     if config["one_step"]["input"] == "noise":
-        notes.append(f"the authors' tools know no noise: {RELEASED['align']} goes beside what they read")
-    wanted = layout(config)
+        notes.append(f"the authors' tools do not support noise: {RELEASED['align']} is an additional file")
+    expected = layout(config)
     files: dict[str, str] = {}
     parameters = 0
     if write:
         folder.mkdir(parents=True, exist_ok=True)
     for part, tensors in source.parts().items():
         name = RELEASED[part] if form == "pt" else f"{Path(RELEASED[part]).stem}.safetensors"
-        if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != wanted[part]:
+        if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != expected[part]:
             raise ModelError(f"{source.path}: part {part} does not fit the model's own config")
         parameters += sum(tensor.numel() for tensor in tensors.values())
         files[name] = ""
         if write:
-            temporary = folder / f".{name}.writing"
-            if form == "pt":
-                torch.save({key: tensors[key] for key in wanted[part]}, temporary)
-            else:
-                save_file(tensors, temporary)
-            os.replace(temporary, folder / name)
+            with whole_file(folder / name) as draft:
+                if form == "pt":
+                    torch.save({key: tensors[key] for key in expected[part]}, draft.temporary)
+                else:
+                    save_file(tensors, draft.temporary)
             files[name] = file_sha256(folder / name)
-    told = ("name", "recipe", "prior", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
+    keys = ("name", "recipe", "prior", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
     sidecar = {
         "system": "instarevive",
         "exported_from": source.digest,
         "config": dict(config),
         "files": files,
-        **{key: source.info.get(key) for key in told},
+        **{key: source.info.get(key) for key in keys},
     }
     if write:
         (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return Exported(folder=str(folder), files=files, parameters=parameters, notes=tuple(notes))
+    return ExportReport(folder=str(folder), files=files, parameters=parameters, notes=tuple(notes))
 
 
 def expected_layout(
@@ -226,14 +229,14 @@ def expected_layout(
     """Every key and shape by released file, for a prior and sizes as import_weights takes them."""
     if image_encoder:
         raise ValueError("InstaRevive has no picture encoder: leave it out")
-    return {RELEASED[part]: shapes for part, shapes in _expected({}, prior, sizes or {}).layout.items()}
+    return {RELEASED[part]: shapes for part, shapes in _expect({}, prior, sizes or {}).layout.items()}
 
 
 def layout(config: Mapping[str, Any]) -> dict[str, Shapes]:
     """Shapes by key, by part, of a model folder's config; computed without memory.
 
     Raises:
-        ValueError: the config makes no network.
+        ValueError: the config does not build a network.
     """
     one_step = OneStep(**config["one_step"])
     with torch.device("meta"):
@@ -246,70 +249,70 @@ def layout(config: Mapping[str, Any]) -> dict[str, Shapes]:
     }
 
 
-# -- what is expected --------------------------------------------------------------------------------------------------
+# -- what an import expects --------------------------------------------------------------------------------------------
 
 
 def _sidecar(files: Sequence[Path]) -> dict[str, Any]:
-    """What restoray.json beside the files says; {} where there is none."""
+    """The content of restoray.json next to the files; {} if there is none."""
     for folder in dict.fromkeys(path.parent for path in files):
         path = folder / SIDECAR
         if not path.is_file():
             continue
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            if said["system"] == "instarevive" and isinstance(said["config"]["network"], dict):
-                return dict(said)
+            sidecar = json.loads(path.read_text(encoding="utf-8"))
+            if sidecar["system"] == "instarevive" and isinstance(sidecar["config"]["network"], dict):
+                return dict(sidecar)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsFileError(f"{path}: not as an export writes it ({type(error).__name__}: {error})") from error
-        raise WeightsFileError(f"{path}: describes a {said['system']} model, not one of InstaRevive")
+            raise WeightsFileError(f"{path}: not the format of an export ({type(error).__name__}: {error})") from error
+        raise WeightsFileError(f"{path}: describes a {sidecar['system']} model, not one of InstaRevive")
     return {}
 
 
-def _expected(said: Mapping[str, Any], prior: str, sizes: Mapping[str, Any]) -> _Expected:
-    given = check_sizes(sizes)
-    config = dict(said.get("config") or {})
-    family = str(given.get("family") or config.get("family") or "pixart")
+def _expect(sidecar: Mapping[str, Any], prior: str, sizes: Mapping[str, Any]) -> _Expected:
+    options = check_sizes(sizes)
+    config = dict(sidecar.get("config") or {})
+    family = str(options.get("family") or config.get("family") or "pixart")
     if family not in FAMILIES:
         raise ValueError(f"unknown generator family {family!r}. {did_you_mean(family, FAMILIES)}")
     if config and config["family"] != family:
-        raise ValueError(f"the file's {SIDECAR} says that it is of the {config['family']} family, not {family}")
-    recorded = said.get("prior") or {}
-    name = prior or str(recorded.get("id") or PRIORS[family])
+        raise ValueError(f"the file's {SIDECAR} is for the {config['family']} family, not {family}")
+    prior_record = sidecar.get("prior") or {}
+    name = prior or str(prior_record.get("id") or PRIORS[family])
     try:
-        known, source, note = _known(family, name)
+        prior_config, source, note = _read_prior(family, name)
     except ModelError:
         if not config or prior:
             raise
-        known, source, note = config, dict(recorded), f"the prior {name} is not on this machine"
-    usual = {"prediction": "epsilon", "mask_as_bias": False, **known, **config}
-    named = ("timestep", "input", "kernel")
-    one_step = OneStep(**{**(config.get("one_step") or {}), **{k: given[k] for k in named if k in given}})
+        prior_config, source, note = config, dict(prior_record), f"the prior {name} is not on this machine"
+    defaults = {"prediction": "epsilon", "mask_as_bias": False, **prior_config, **config}
+    names = ("timestep", "input", "kernel")
+    one_step = OneStep(**{**(config.get("one_step") or {}), **{k: options[k] for k in names if k in options}})
     coarse = config.get("coarse")
-    if "coarse" in given:
-        model = load_model(given["coarse"])
+    if "coarse" in options:
+        model = load_model(options["coarse"])
         if model.info["system"] != "swinir":
             raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a coarse restorer (swinir)")
         coarse = {"id": str(model.path.resolve()), "digest": model.digest}
-    made = {
+    merged_config = {
         "family": family,
-        "network": {**usual["network"], **given.get("network", {})},
-        "schedule": usual["schedule"],
-        "prediction": given.get("prediction", usual["prediction"]),
-        "mask_as_bias": given.get("mask_as_bias", usual["mask_as_bias"]),
+        "network": {**defaults["network"], **options.get("network", {})},
+        "schedule": defaults["schedule"],
+        "prediction": options.get("prediction", defaults["prediction"]),
+        "mask_as_bias": options.get("mask_as_bias", defaults["mask_as_bias"]),
         "one_step": asdict(one_step),
         "coarse": coarse,
     }
-    check_prediction(made["prediction"], schedule_from(made["schedule"]))
+    check_prediction(merged_config["prediction"], schedule_from(merged_config["schedule"]))
     if note:
-        note += "; bring it before restoring"
-    return _Expected(config=made, prior=source, layout=layout(made), note=note)
+        note += "; install it before restoring"
+    return _Expected(config=merged_config, prior=source, layout=layout(merged_config), note=note)
 
 
-def _known(family: str, name: str) -> tuple[dict[str, Any], dict[str, str], str]:
-    """(network, schedule and prediction of a prior, what finds it again, a note) from its configuration files.
+def _read_prior(family: str, name: str) -> tuple[dict[str, Any], dict[str, str], str]:
+    """(network, schedule and prediction; entry in model.json; a note) of a prior, from its configuration files.
 
     Raises:
-        ModelError: no such prior, or a model that is none.
+        ModelError: no such prior, or a model that is not a prior.
     """
     if family in ("nano", "sdxl"):
         try:
@@ -321,9 +324,9 @@ def _known(family: str, name: str) -> tuple[dict[str, Any], dict[str, str], str]
             if model.info["system"] != "prior":
                 raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a prior")
             config = model.info["config"]
-            where = name if name == PRIORS["nano"] else str(model.path.resolve())
-            found = {"network": dict(config["unet"]), "schedule": asdict(Schedule(**config["schedule"]))}
-            return found, {"id": where, "digest": model.digest}, ""
+            place = name if name == PRIORS["nano"] else str(model.path.resolve())
+            prior_config = {"network": dict(config["unet"]), "schedule": asdict(Schedule(**config["schedule"]))}
+            return prior_config, {"id": place, "digest": model.digest}, ""
     part = "transformer" if family == "pixart" else "unet"
     file = f"{part}/config.json"
     try:
@@ -331,64 +334,68 @@ def _known(family: str, name: str) -> tuple[dict[str, Any], dict[str, str], str]
     except ModelError:
         if name not in _SIZES:
             raise
-        usual = Schedule(**PIXART_SCHEDULE) if family == "pixart" else Schedule()
-        note = f"{name} is not on this machine: its published sizes were taken"
-        return {"network": dict(_SIZES[name]), "schedule": asdict(usual)}, {"id": name, "digest": ""}, note
+        default_schedule = Schedule(**PIXART_SCHEDULE) if family == "pixart" else Schedule()
+        note = f"{name} is not on this machine: its published sizes are used"
+        return {"network": dict(_SIZES[name]), "schedule": asdict(default_schedule)}, {"id": name, "digest": ""}, note
     schedule, prediction = read_schedule(folder)
     network = {key: value for key, value in read_json(folder / file).items() if not key.startswith("_")}
-    made = {"network": network, "schedule": asdict(schedule), "prediction": prediction}
-    return made, {"id": found_id, "digest": ""}, ""
+    source_config = {"network": network, "schedule": asdict(schedule), "prediction": prediction}
+    return source_config, {"id": found_id, "digest": ""}, ""
 
 
 def _permitted_use(prior: str) -> str:
     return f"as the licences allow; of the prior {prior}: {({**LICENCES, **SDXL_LICENCES}).get(prior, 'see there')}"
 
 
-# -- what the files hold -----------------------------------------------------------------------------------------------
+# -- comparison with the files -----------------------------------------------------------------------------------------
 
 
 def _faults(path: Path, part: str, tensors: Mapping[str, Tensor], expected: _Expected) -> str:
-    """Everything about a file that does not fit; "" where all does."""
-    wanted = expected.layout[part]
-    shared = [(key, tensors[key]) for key in wanted if key in tensors]
-    kinds = {
-        "missing": [key for key in wanted if key not in tensors],
-        "unexpected": [key for key in tensors if key not in wanted],
+    """A message with everything in a file that does not fit; "" if all fits."""
+    expected_shapes = expected.layout[part]
+    common = [(key, tensors[key]) for key in expected_shapes if key in tensors]
+    keys_by_fault = {
+        "missing": [key for key in expected_shapes if key not in tensors],
+        "unexpected": [key for key in tensors if key not in expected_shapes],
         "of the wrong shape": [
-            f"{key} is {list(tensor.shape)} instead of {list(wanted[key])}"
-            for key, tensor in shared
-            if tuple(tensor.shape) != wanted[key]
+            f"{key} is {list(tensor.shape)} instead of {list(expected_shapes[key])}"
+            for key, tensor in common
+            if tuple(tensor.shape) != expected_shapes[key]
         ],
-        "no floating point numbers": [f"{key} is {t.dtype}" for key, t in shared if not t.is_floating_point()],
-        "with values that are no finite numbers": [
-            key for key, t in shared if t.is_floating_point() and not bool(t.isfinite().all())
+        "not floating point": [f"{key} is {t.dtype}" for key, t in common if not t.is_floating_point()],
+        "with values that are not finite": [
+            key for key, t in common if t.is_floating_point() and not bool(t.isfinite().all())
         ],
     }
-    told = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in kinds.items() if keys]
-    if not told:
+    faults = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in keys_by_fault.items() if keys]
+    if not faults:
         return ""
-    count = sum(torch.Size(shape).numel() for shape in wanted.values())
+    count = sum(torch.Size(shape).numel() for shape in expected_shapes.values())
     return (
         f"{path}: does not fit InstaRevive's {part} of the {expected.config['family']} family "
-        f"({len(wanted)} tensors, {count:,} parameters): {'; '.join(told)}{_looks_like(tensors, expected)}"
+        f"({len(expected_shapes)} tensors, {count:,} parameters): {'; '.join(faults)}{_looks_like(tensors, expected)}"
     )
 
 
 def _looks_like(tensors: Mapping[str, Tensor], expected: _Expected) -> str:
-    """Sizes of a DiT that its shapes tell where they are others than expected."""
+    """A hint with the sizes of a DiT, from its shapes, that differ from the expected ones; "" if none do."""
     patch, caption = tensors.get("pos_embed.proj.weight"), tensors.get("caption_projection.linear_1.weight")
     if expected.config["family"] != "pixart" or patch is None or patch.ndim != 4 or caption is None:
         return ""
-    ours = expected.config["network"]
+    expected_sizes = expected.config["network"]
     layers = {key.split(".")[1] for key in tensors if key.startswith("transformer_blocks.")}
-    found = {
+    file_sizes = {
         "num_layers": len(layers),
         "in_channels": patch.shape[1],
         "patch_size": patch.shape[2],
         "caption_channels": caption.shape[1],
     }
-    told = [f"network.{name}={value}" for name, value in found.items() if value != ours.get(name)]
-    width = ours["num_attention_heads"] * ours["attention_head_dim"]
+    differences = [f"network.{name}={value}" for name, value in file_sizes.items() if value != expected_sizes.get(name)]
+    width = expected_sizes["num_attention_heads"] * expected_sizes["attention_head_dim"]
     if patch.shape[0] != width:
-        told.append(f"network.num_attention_heads x network.attention_head_dim = {patch.shape[0]}")
-    return f". The file looks like {' '.join(told)}: give these as KEY=VALUE if that is meant" if told else ""
+        differences.append(f"network.num_attention_heads x network.attention_head_dim = {patch.shape[0]}")
+    return (
+        f". The file looks like {' '.join(differences)}: give these as KEY=VALUE if they are right"
+        if differences
+        else ""
+    )

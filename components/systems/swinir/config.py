@@ -1,4 +1,4 @@
-"""Sizes of a SwinIR. Torch-free: recipes and checks of options need them early."""
+"""Sizes of a SwinIR. Torch-free: recipes and option checks need them early."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
-"""Taken out before and put back after: of DIV2K, as the authors have it."""
+"""Mean of DIV2K, as in the authors' code: subtracted before the network and added after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwinIRConfig:
-    """Size of the network; the defaults are the published files' (15,792,587 parameters).
+    """Sizes of the network; the defaults are those of the published files (15,792,587 parameters).
 
     Attributes:
-        img_size: side of the feature grid that the stored masks are made for; any other grid works as well.
-        patch_size: 1: a token is a pixel of the feature grid.
+        img_size: side of the feature grid that the stored masks fit; other grids work too.
+        patch_size: 1 only: a token is a pixel of the feature grid.
         in_chans: colours.
         embed_dim: width of a token.
         depths: blocks of each group.
@@ -24,15 +24,15 @@ class SwinIRConfig:
         window_size: side of an attention window, tokens.
         mlp_ratio: inner width of a block's MLP over embed_dim.
         sf: factor of the upsampling part: 2, 4 or 8.
-        img_range: the picture is multiplied by it inside.
-        upsampler: "nearest+conv", the only one published.
-        resi_connection: convolution at a group's end: "1conv", or "3conv" (a thinner one of three).
+        img_range: factor on the picture inside the network.
+        upsampler: "nearest+conv", the only published one.
+        resi_connection: convolution at a group's end: "1conv", or "3conv" (three with a narrow one between).
         unshuffle: always true: without it the network would run at the picture's size.
         unshuffle_scale: the picture's side over the feature grid's.
-        features: width of the upsampling part, which costs most of a small network's time; 64 where it is published.
+        features: width of the upsampling part, which takes most of a small network's time; published 64.
 
     Raises:
-        ValueError: sizes that make no network; says which.
+        ValueError: invalid sizes; the message names them.
     """
 
     img_size: int = 64
@@ -66,25 +66,25 @@ class SwinIRConfig:
         if self.sf not in (2, 4, 8):
             raise ValueError(f"sf must be 2, 4 or 8, got {self.sf}")
         if self.in_chans != len(RGB_MEAN) or self.patch_size != 1 or not self.unshuffle:
-            raise ValueError("only networks on RGB pictures with pixel unshuffle and patches of one are known here")
+            raise ValueError("in_chans must be 3, patch_size 1 and unshuffle true: no other networks are supported")
         if self.upsampler != "nearest+conv" or self.resi_connection not in ("1conv", "3conv"):
             raise ValueError(f"unknown upsampler {self.upsampler!r} or resi_connection {self.resi_connection!r}")
 
     @property
     def multiple_px(self) -> int:
-        """Sides of a picture must be multiples of this: whole windows of the feature grid."""
+        """Picture sides must be multiples of this, so that the feature grid has whole windows."""
         return self.unshuffle_scale * self.attention_window
 
     @property
     def attention_window(self) -> int:
-        """window_size, or the whole feature grid where that is smaller."""
+        """window_size, or the whole feature grid if that is smaller."""
         return min(self.window_size, self.img_size)
 
     @property
     def shift(self) -> int:
-        """Tokens by which every other block's windows are moved; 0 where one window covers the feature grid."""
+        """Shift of every other block's windows in tokens; 0 if one window covers the feature grid."""
         return 0 if self.img_size <= self.window_size else self.window_size // 2
 
     def to_dict(self) -> dict[str, Any]:
-        """As model.json keeps it."""
+        """The config for model.json."""
         return {**asdict(self), "depths": list(self.depths), "num_heads": list(self.num_heads)}

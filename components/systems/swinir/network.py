@@ -1,9 +1,8 @@
-"""SwinIR (Liang et al. 2021) in DiffBIR's form, which works on a grid of an eighth of the picture's side.
+"""SwinIR (Liang et al. 2021) in DiffBIR's form, which works on a grid with an eighth of the picture's side.
 
     picture -> pixel unshuffle -> conv -> groups of window-attention blocks -> conv, + -> x2 steps -> picture
 
-Names of modules are those of the published files, so that their keys load as they are (instarevive.md sections
-1 and 3).
+Modules have the names in the published files, whose keys therefore load unchanged (instarevive.md sections 1 and 3).
 """
 
 from __future__ import annotations
@@ -19,35 +18,35 @@ from components.randomness import seeded_init
 from components.systems.swinir.config import RGB_MEAN, SwinIRConfig
 
 MASKED = -100.0
-"""Added to the logits of two places that are no neighbours in the picture, only in the shifted window."""
+"""Added to the logits of two places that share a shifted window but are not neighbours in the picture."""
 
 
 def windows_of(grid: Tensor, window: int) -> Tensor:
-    """[B, H, W, C] -> [B, windows, window * window, C], row by row."""
+    """[B, H, W, C] -> [B, windows, window * window, C], in reading order."""
     batch, height, width, channels = grid.shape
-    cut = grid.view(batch, height // window, window, width // window, window, channels)
-    return cut.transpose(2, 3).reshape(batch, -1, window * window, channels)
+    tiles = grid.view(batch, height // window, window, width // window, window, channels)
+    return tiles.transpose(2, 3).reshape(batch, -1, window * window, channels)
 
 
 def grid_of(windows: Tensor, window: int, height: int, width: int) -> Tensor:
-    """Undo windows_of."""
+    """The inverse of windows_of."""
     batch, _, _, channels = windows.shape
-    cut = windows.view(batch, height // window, width // window, window, window, channels)
-    return cut.transpose(2, 3).reshape(batch, height, width, channels)
+    tiles = windows.view(batch, height // window, width // window, window, window, channels)
+    return tiles.transpose(2, 3).reshape(batch, height, width, channels)
 
 
 def relative_positions(window: int) -> Tensor:
-    """Row of the bias table for each pair of places in a window, int64 [window^2, window^2] (Swin, Eq. 4)."""
+    """Index into the bias table for each pair of places in a window, int64 [window^2, window^2] (Swin, Eq. 4)."""
     rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()])
-    apart = places[:, :, None] - places[:, None, :] + window - 1  # 0 .. 2 window - 2 along each axis
-    return apart[0] * (2 * window - 1) + apart[1]
+    offsets = places[:, :, None] - places[:, None, :] + window - 1  # 0 .. 2 window - 2 along each axis
+    return offsets[0] * (2 * window - 1) + offsets[1]
 
 
 def shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:
-    """What is added to the logits of shifted windows, float32 [windows, window^2, window^2]: 0 or MASKED.
+    """The mask that is added to the logits of shifted windows, float32 [windows, window^2, window^2]: 0 or MASKED.
 
-    Rolling the grid brings its opposite borders into one window; they must not see each other.
+    Rolling the grid brings opposite borders into one window. They must not attend to each other.
     """
 
     def strips(length: int) -> Tensor:
@@ -78,12 +77,12 @@ class WindowAttention(nn.Module):
         parts = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         bias = bias.expand(windows, -1, -1, -1) if mask is None else bias + mask[:, None].to(bias)
-        # windows count as heads: four dimensions are what fused kernels take, and one bias serves the whole batch
+        # windows are merged with heads: fused kernels take four dimensions, and one bias serves the whole batch
         query, key, value = parts.flatten(2, 3).unbind(0)
-        added = bias.flatten(0, 1)[None].to(query.dtype)
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
-        seen = seen.view(len(x), windows, self.heads, places, -1)
-        return self.proj(seen.transpose(2, 3).flatten(3))
+        bias_mask = bias.flatten(0, 1)[None].to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_mask)
+        attended = attended.view(len(x), windows, self.heads, places, -1)
+        return self.proj(attended.transpose(2, 3).flatten(3))
 
 
 class Mlp(nn.Module):
@@ -98,7 +97,7 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and an MLP, each normalised before and added; `shift` moves the windows."""
+    """Window attention and an MLP, each with a norm before it and a residual; `shift` moves the windows."""
 
     attn_mask: Tensor | None
 
@@ -113,18 +112,18 @@ class SwinBlock(nn.Module):
         mask = shift_mask(self.own_size, self.own_size, self.window, shift) if shift else None
         self.register_buffer("attn_mask", mask)
 
-    def forward(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        """x [B, H, W, C]; kept [2, B] multiplies what the two branches add (0 leaves one out)."""
+    def forward(self, x: Tensor, factors: Tensor | None) -> Tensor:
+        """x [B, H, W, C]; factors [2, B] multiply the outputs of the two branches (0 drops one)."""
         height, width = x.shape[1:3]
-        seen = self.norm1(x)
+        inner = self.norm1(x)
         mask = self._mask(height, width, x.device)
         if self.shift:
-            seen = seen.roll((-self.shift, -self.shift), dims=(1, 2))
-        seen = grid_of(self.attn(windows_of(seen, self.window), mask), self.window, height, width)
+            inner = inner.roll((-self.shift, -self.shift), dims=(1, 2))
+        inner = grid_of(self.attn(windows_of(inner, self.window), mask), self.window, height, width)
         if self.shift:
-            seen = seen.roll((self.shift, self.shift), dims=(1, 2))
-        x = x + _times(seen, kept, 0)
-        return x + _times(self.mlp(self.norm2(x)), kept, 1)
+            inner = inner.roll((self.shift, self.shift), dims=(1, 2))
+        x = x + _scale_branch(inner, factors, 0)
+        return x + _scale_branch(self.mlp(self.norm2(x)), factors, 1)
 
     def _mask(self, height: int, width: int, device: torch.device) -> Tensor | None:
         if not self.shift or (height, width) == (self.own_size, self.own_size):
@@ -132,12 +131,12 @@ class SwinBlock(nn.Module):
         return shift_mask(height, width, self.window, self.shift).to(device)
 
 
-def _times(added: Tensor, kept: Tensor | None, branch: int) -> Tensor:
-    return added if kept is None else added * kept[branch].to(added).view(-1, 1, 1, 1)
+def _scale_branch(output: Tensor, factors: Tensor | None, branch: int) -> Tensor:
+    return output if factors is None else output * factors[branch].to(output).view(-1, 1, 1, 1)
 
 
 class Blocks(nn.Module):
-    """The blocks of a group; every other one is shifted."""
+    """The blocks of a group; every other one has shifted windows."""
 
     def __init__(self, config: SwinIRConfig, depth: int, heads: int) -> None:
         super().__init__()
@@ -145,23 +144,23 @@ class Blocks(nn.Module):
 
 
 class Group(nn.Module):
-    """Blocks, a convolution, and the group's input added (the authors' RSTB)."""
+    """Blocks, a convolution and a residual (the authors' RSTB)."""
 
     def __init__(self, config: SwinIRConfig, depth: int, heads: int) -> None:
         super().__init__()
         self.residual_group = Blocks(config, depth, heads)
         self.conv = last_conv(config.embed_dim, config.resi_connection)
 
-    def forward(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        """x [B, H, W, C]; kept [blocks, 2, B]."""
+    def forward(self, x: Tensor, factors: Tensor | None) -> Tensor:
+        """x [B, H, W, C]; factors [blocks, 2, B]."""
         inner = x
         for number, block in enumerate(self.residual_group.blocks):
-            inner = block(inner, None if kept is None else kept[number])
+            inner = block(inner, None if factors is None else factors[number])
         return x + self.conv(inner.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class PatchNorm(nn.Module):
-    """The normalisation of the first tokens, under the name that the files have for it."""
+    """The normalisation of the first tokens, under its key in the files."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -169,7 +168,7 @@ class PatchNorm(nn.Module):
 
 
 def last_conv(dim: int, kind: str) -> nn.Module:
-    """The 3x3 convolution after blocks, or three with a waist of a quarter."""
+    """The 3x3 convolution after blocks, or three with a quarter of the width between."""
     if kind == "1conv":
         return nn.Conv2d(dim, dim, 3, padding=1)
     waist = dim // 4
@@ -186,8 +185,8 @@ class SwinIR(nn.Module):
     """The coarse restorer: RGB pictures in [0, 1] -> restored pictures, not clipped.
 
     Args:
-        config: its size.
-        gradient_checkpointing: groups are computed again in the backward pass: less memory, a third more work.
+        config: its sizes.
+        gradient_checkpointing: recompute groups in the backward pass: less memory, a third more work.
     """
 
     def __init__(self, config: SwinIRConfig = SwinIRConfig(), gradient_checkpointing: bool = False) -> None:
@@ -218,41 +217,41 @@ class SwinIR(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Blocks in all."""
+        """Number of blocks."""
         return sum(self.config.depths)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, factors: Tensor | None = None) -> Tensor:
         """Restore pictures.
 
         Args:
             images: [B, 3, H, W] in [0, 1]; sides are multiples of config.multiple_px.
-            kept: float [blocks, 2, B], factors of the blocks' two branches, see drop_path; None keeps all.
+            factors: float [blocks, 2, B], of the blocks' two branches, see drop_path; None for 1.
 
         Returns:
-            [B, 3, H * sf / unshuffle_scale, W * sf / unshuffle_scale]: the picture's size where the two are equal.
+            [B, 3, H * sf / unshuffle_scale, W * sf / unshuffle_scale]: the picture's size if the two are equal.
 
         Raises:
-            ValueError: sides that are no such multiples.
+            ValueError: other sides.
         """
         multiple = self.config.multiple_px
         if images.shape[-1] % multiple or images.shape[-2] % multiple:
             raise ValueError(f"sides must be multiples of {multiple}, got {tuple(images.shape[-2:])}")
         mean = torch.tensor(RGB_MEAN, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
         first = self.conv_first((images - mean) * self.config.img_range)
-        x = first + self.conv_after_body(self._body(first, kept))
+        x = first + self.conv_after_body(self._body(first, factors))
         x = self.conv_before_upsample(x)
         for name in self.stages:
             x = F.leaky_relu(self.get_submodule(name)(F.interpolate(x, scale_factor=2.0, mode="nearest")), 0.2)
         x = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
         return x / self.config.img_range + mean
 
-    def _body(self, x: Tensor, kept: Tensor | None) -> Tensor:
+    def _body(self, x: Tensor, factors: Tensor | None) -> Tensor:
         tokens = self.patch_embed.norm(x.permute(0, 2, 3, 1))
         begin = 0
         for group in self.layers:
             assert isinstance(group, Group)
             end = begin + len(group.residual_group.blocks)
-            part = None if kept is None else kept[begin:end]
+            part = None if factors is None else factors[begin:end]
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(group, tokens, part, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -262,21 +261,21 @@ class SwinIR(nn.Module):
 
 
 def build_swinir(config: SwinIRConfig, seed: int = 0, gradient_checkpointing: bool = False) -> SwinIR:
-    """A new network whose start depends on the seed only."""
+    """A new network whose start weights depend on the seed only."""
     with seeded_init(seed, "swinir"):
         return SwinIR(config, gradient_checkpointing)
 
 
 def drop_path(rate: float, depth: int, uniform: Callable[[str], Tensor]) -> Tensor | None:
-    """Which branches a training step leaves out (stochastic depth, Huang et al. 2016), float32 [depth, 2, B].
+    """Factors of the branches in a training step (stochastic depth, Huang et al. 2016), float32 [depth, 2, B].
 
     Args:
-        rate: of the last block; it rises from 0 at the first in equal steps. Released: 0.1.
-        depth: blocks.
+        rate: of the last block; it rises from 0 at the first block in equal steps. Released: 0.1.
+        depth: number of blocks.
         uniform: name -> [B] in [0, 1), as Noise.uniform.
 
     Returns:
-        0 where a branch is left out, 1 / (1 - its rate) elsewhere; None for rate 0.
+        0 for a dropped branch, 1 / (1 - its rate) for others; None for rate 0.
 
     Raises:
         ValueError: rate outside [0, 1).

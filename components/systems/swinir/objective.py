@@ -1,8 +1,8 @@
-"""What the coarse restorer minimises, and how it is looked at and measured while it trains."""
+"""The coarse restorer's objective, and its previews and measures during training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from components.systems.swinir.recipe import SwinIRRecipe
 from components.systems.swinir.released import PART, check_sizes
 from components.systems.swinir.weights import network_of, parameters_of
 from components.tensors import psnr_of_batch
-from components.types import Batch, Loss
+from components.types import Batch, Loss, Objective
 
 
-class SwinIRObjective:
-    """Summed square error between restored and clean picture, both in [0, 1] (instarevive.md section 3).
+class SwinIRObjective(Objective):
+    """Summed square error between restored and HQ picture, both in [0, 1] (instarevive.md section 3).
 
     Args:
-        network: all of it trains.
+        network: all of its parameters train.
         drop_rate: see network.drop_path.
     """
 
@@ -32,19 +32,20 @@ class SwinIRObjective:
         self.network, self.drop_rate = network.train().requires_grad_(True), drop_rate
         self.trainables: Mapping[str, nn.Module] = {PART: network}
         self.config: Mapping[str, Any] = network.config.to_dict()
+        self.progress: MutableMapping[str, float] = {}
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """The network's parameters under the released keys."""
         return {PART: parameters_of(self.network)}
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
-        """One phase. Without gradients (held-out losses) no branch is left out.
+        """One phase. Without gradients (held-out losses) no branch is dropped.
 
-        Draws "drop_path <block> <branch>". Metrics: loss (mean square error) and psnr, in dB, of pictures in [0, 1].
+        Noise names: "drop_path <block> <branch>". Metrics of pictures in [0, 1]: loss (mean square error), psnr (dB).
         """
-        kept = drop_path(self.drop_rate, self.network.depth, noise.uniform) if torch.is_grad_enabled() else None
+        factors = drop_path(self.drop_rate, self.network.depth, noise.uniform) if torch.is_grad_enabled() else None
         hq, lq = (to_unit(side) for side in (batch.hq, batch.lq))
-        value = F.mse_loss(restore(self.network, lq, kept).float(), hq, reduction="sum")
+        value = F.mse_loss(restore(self.network, lq, factors).float(), hq, reduction="sum")
         mean = value.detach() / hq.numel()
         yield PART, Loss(value=value, metrics={"loss": mean, "psnr": -10 * torch.log10(mean.clamp_min(1e-10))})
 
@@ -54,16 +55,17 @@ def to_unit(images: Tensor) -> Tensor:
     return (images + 1) / 2
 
 
-def restore(network: SwinIR, images: Tensor, kept: Tensor | None = None) -> Tensor:
+def restore(network: SwinIR, images: Tensor, factors: Tensor | None = None) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] of any size -> the same size, not clipped.
 
-    Sides are padded by repeating the border up to config.multiple_px, below and to the right, and cut again.
+    Pictures are padded below and to the right to multiples of config.multiple_px by repeating the border. The result is
+    cropped.
     """
     height, width = images.shape[-2:]
     multiple = network.config.multiple_px
     padding = (0, -width % multiple, 0, -height % multiple)
-    seen = F.pad(images, padding, mode="replicate") if any(padding) else images
-    return network(seen, kept)[..., :height, :width]
+    padded = F.pad(images, padding, mode="replicate") if any(padding) else images
+    return network(padded, factors)[..., :height, :width]
 
 
 def build_objective(
@@ -76,13 +78,13 @@ def build_objective(
 
     Args:
         recipe: resolved recipe.
-        parents: none: there is no stage before.
+        parents: none, as there is only one stage.
         examples: unused.
         device: where the network goes.
 
     Raises:
         ModelError: warm_start names no usable SwinIR.
-        ValueError: sizes that make no network, or whose output is not of the picture's size.
+        ValueError: invalid sizes, or an output of another size than the picture.
     """
     if recipe.warm_start:
         network = network_of(load_model(resolve_model(recipe.warm_start)))
@@ -95,7 +97,7 @@ def build_objective(
 
 
 def check_same_size(config: SwinIRConfig) -> None:
-    """Raises ValueError for a network whose output is not of its input's size: it restores nothing here."""
+    """Raises ValueError for a network whose output has another size than its input."""
     if config.sf != config.unshuffle_scale:
         raise ValueError(f"sf and unshuffle_scale must be equal, got {config.sf} and {config.unshuffle_scale}")
 
@@ -107,10 +109,10 @@ def look(objective: SwinIRObjective, recipe: SwinIRRecipe, lq: Tensor, prompts: 
 
 @torch.no_grad()
 def measure(objective: SwinIRObjective, heldout: Sequence[Batch]) -> dict[str, float]:
-    """Mean PSNR over held-out pictures, dB, of what is restored and of the LQ pictures themselves."""
-    found: dict[str, list[Tensor]] = {"psnr_heldout": [], "psnr_heldout_lq": []}
+    """Mean PSNR over held-out pictures, dB, of the restored and of the LQ pictures."""
+    psnrs: dict[str, list[Tensor]] = {"psnr_heldout": [], "psnr_heldout_lq": []}
     for batch in heldout:
         hq, lq = to_unit(batch.hq), to_unit(batch.lq)
         for name, image in (("psnr_heldout", restore(objective.network, lq)), ("psnr_heldout_lq", lq)):
-            found[name].append(psnr_of_batch(image, hq))
-    return {name: float(torch.cat(values).mean()) for name, values in found.items()}
+            psnrs[name].append(psnr_of_batch(image, hq))
+    return {name: float(torch.cat(values).mean()) for name, values in psnrs.items()}

@@ -1,4 +1,4 @@
-"""What a request may ask of the coarse restorer. Torch-free: judged before a job starts."""
+"""Options of a coarse restoration request. Torch-free: they are checked before a job starts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from components.options import typed_options
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Settings of a restoration.
+    """Options of a restoration.
 
     Attributes:
-        min_side_px: a picture whose result would have a shorter short side is enlarged to it for the network, and
-            brought back; DiffBIR and InstaRevive have 512. 0 leaves sizes alone.
-        tile_px: side of a tile; larger pictures are restored in tiles. Rounded down to what the network takes.
-        tile_overlap: share of a tile that neighbours share at least.
+        min_side_px: a picture with a shorter short side is enlarged to it for the network, and the result is resized
+            back; 512 in DiffBIR and InstaRevive; 0 for no limit.
+        tile_px: side of a tile; larger pictures are restored in tiles. Rounded down to the network's multiple.
+        tile_overlap: least overlap of neighbours, as a share of a tile.
     """
 
     min_side_px: int = 512
@@ -35,29 +35,29 @@ class Options:
 
 
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Restorer options that a resolved recipe settles: pictures are seen no smaller than in training."""
+    """Default restorer options from a resolved recipe: pictures are at least as large as in training."""
     return {"min_side_px": recipe["resolution"]} if "resolution" in recipe else {}
 
 
-def check_options(given: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """The given options in their own types; see components.options.OptionCheck.
+def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The options in their own types; see components.options.OptionCheck.
 
     Args:
-        defaults: what the model's recipe settles, see restore_defaults.
+        defaults: from the model's recipe, see restore_defaults.
 
     Raises:
-        ValueError: an unknown name (with the near one), a wrong type, or a value outside its range.
+        ValueError: an unknown name (with the nearest one), a wrong type, or a value outside its range.
     """
-    values = typed_options(given, get_type_hints(Options))
+    values = typed_options(options, get_type_hints(Options))
     replace(parse_options(defaults, Options()), **values)  # checks the ranges
     return values
 
 
-def parse_options(given: Mapping[str, Any], defaults: Options) -> Options:
-    """Options by name on top of defaults; raises as check_options."""
-    return replace(defaults, **typed_options(given, get_type_hints(Options)))
+def parse_options(options: Mapping[str, Any], defaults: Options) -> Options:
+    """Options by name over defaults; raises like check_options."""
+    return replace(defaults, **typed_options(options, get_type_hints(Options)))
 
 
-def told(options: Options) -> dict[str, str]:
-    """For a PNG's text chunks."""
+def option_texts(options: Options) -> dict[str, str]:
+    """Options as text, for a PNG's text chunks."""
     return {name: str(value) for name, value in asdict(options).items()}

@@ -11,19 +11,24 @@ from components.systems.swinir.released import check_sizes
 
 @dataclass(kw_only=True)
 class SwinIRRecipe(Recipe):
-    """Trains a SwinIR on pairs by the summed square error (DiffBIR, stage 1).
+    """Trains a SwinIR on pairs with the summed square error (DiffBIR, stage 1).
 
     Attributes:
-        size: replaces sizes of SwinIRConfig, e.g. `size.embed_dim`; empty: the published network.
-        drop_path: share of left-out branches in the last block, while training; released 0.1.
-        gradient_checkpointing: activations are computed again instead of kept: less memory, a third more work.
-        warm_start: a model folder to go on from instead of starting anew; its size counts.
+        size: replaces fields of SwinIRConfig, e.g. `size.embed_dim`; empty: the published network.
+        drop_path: probability of a dropped branch in the last block in training; released 0.1.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more work.
+        warm_start: a model folder with start weights; its sizes replace `size`.
     """
 
     size: dict[str, Any] = field(default_factory=dict)
     drop_path: float = 0.1
     gradient_checkpointing: bool = False
     warm_start: str = ""
+
+    @property
+    def opens_prior(self) -> bool:
+        """False: SwinIR has no prior."""
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()

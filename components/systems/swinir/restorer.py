@@ -1,4 +1,4 @@
-"""Restores pictures of any size with a SwinIR alone, in tiles where they are large."""
+"""Restores pictures of any size with a SwinIR alone; large ones in tiles."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from components.images import pad_to_multiple
 from components.models import Model
-from components.priors.hub import DTYPES, Precision
+from components.priors.files import DTYPES, Precision
 from components.samplers.tiles import gaussian_weights, tile_boxes
 from components.systems.swinir.network import SwinIR
 from components.systems.swinir.objective import check_same_size
-from components.systems.swinir.options import Options, parse_options, restore_defaults, told
+from components.systems.swinir.options import Options, option_texts, parse_options, restore_defaults
 from components.systems.swinir.weights import network_of
-from components.types import Cancellation, Cancelled, Image, OnStep, Request, Restored, SampleError, StepEvent
+from components.types import Cancellation, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
 
 
-class SwinIRRestorer:
-    """See types.Restorer. The network is deterministic: a request's seed and prompts have no effect.
+class SwinIRRestorer(Restorer):
+    """See types.Restorer. The network is deterministic: seed and prompts have no effect.
 
     Args:
-        network: whose output has its input's size.
+        network: its output must have its input's size.
         defaults: options that replace the built-in defaults.
 
     Raises:
@@ -44,24 +44,24 @@ class SwinIRRestorer:
 
         Args:
             requests: any sizes; `size` enlarges or shrinks by bicubic interpolation first.
-            on_step: told after each picture.
-            cancelled: asked before each tile.
+            on_step: called after each picture.
+            cancelled: called before each tile.
 
         Raises:
             SampleError: a picture that is not uint8 RGB ("bad_image"), or an impossible size ("bad_size").
-            ValueError: unknown or wrong options; names the near option.
+            ValueError: unknown or wrong options; the message names the nearest option.
             Cancellation: `cancelled()` became true.
         """
         restored = []
         for number, request in enumerate(requests, start=1):
             options = parse_options(request.options, self.defaults)
-            image = self._restored(request, options, cancelled)
-            restored.append(Restored(key=request.key, image=image, info={"system": "swinir", **told(options)}))
+            image = self._restore_request(request, options, cancelled)
+            restored.append(Restored(key=request.key, image=image, info={"system": "swinir", **option_texts(options)}))
             if on_step is not None:
                 on_step(StepEvent(step=number, of=len(requests)))
         return restored
 
-    def _restored(self, request: Request, options: Options, cancelled: Cancelled | None) -> Image:
+    def _restore_request(self, request: Request, options: Options, cancelled: Cancelled | None) -> Image:
         image = request.image
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise SampleError("bad_image", f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}", request.key)
@@ -69,8 +69,8 @@ class SwinIRRestorer:
         if min(size) < 1:
             raise SampleError("bad_size", f"size must be positive, got {size[0]} x {size[1]}", request.key)
         ratio = max(1.0, options.min_side_px / min(size))
-        seen = _resized(image, (round(size[0] * ratio), round(size[1] * ratio)))
-        return _resized(restore_image(self.network, seen, options.tile_px, options.tile_overlap, cancelled), size)
+        enlarged = _resize(image, (round(size[0] * ratio), round(size[1] * ratio)))
+        return _resize(restore_image(self.network, enlarged, options.tile_px, options.tile_overlap, cancelled), size)
 
 
 @torch.inference_mode()
@@ -83,14 +83,15 @@ def restore_image(
 ) -> Image:
     """Restore one picture, uint8 [H, W, 3] -> the same size.
 
-    It is padded with its mirror image to what the network takes. Above tile_px it goes through in overlapping tiles
-    with Gaussian weights; memory beside the 8-bit pictures is that of a tile and of a row of tiles.
+    The picture is padded with its mirror image to the network's multiple. Sides above tile_px are split
+    into overlapping tiles with Gaussian weights. Memory, except for the 8-bit pictures, is that of a tile and a row of
+    tiles.
 
     Args:
-        network: on any device; pictures go there tile by tile.
+        network: on any device; tiles are moved there one by one.
         tile_px: rounded down to a multiple of network.config.multiple_px.
-        overlap: share of a tile that neighbours share at least, 0 to 0.9.
-        cancelled: asked before each tile.
+        overlap: least overlap of neighbours, as a share of a tile, 0 to 0.9.
+        cancelled: called before each tile.
 
     Raises:
         Cancellation: `cancelled()` became true.
@@ -110,32 +111,32 @@ def restore_image(
     for top, left, h, w in boxes:
         if cancelled is not None and cancelled():
             raise Cancellation("cancelled between two tiles")
-        if top > strip_top:  # boxes come row by row: what lies above is complete
-            _settle(result, strip[: top - strip_top], strip_top)
+        if top > strip_top:  # boxes are in reading order: the rows above are complete
+            _write_rows(result, strip[: top - strip_top], strip_top)
             strip, strip_top = strip[top - strip_top :], top
-        lacking = top + h - strip_top - len(strip)
-        if lacking > 0:
-            strip = np.concatenate([strip, np.zeros((lacking, columns, 3), np.float32)])
-        restored = _through(network, padded[top : top + h, left : left + w])
+        missing_rows = top + h - strip_top - len(strip)
+        if missing_rows > 0:
+            strip = np.concatenate([strip, np.zeros((missing_rows, columns, 3), np.float32)])
+        restored = _restore_tile(network, padded[top : top + h, left : left + w])
         strip[:h, left : left + w] += restored * (weights / total[top : top + h, left : left + w])
-    _settle(result, strip, strip_top)
+    _write_rows(result, strip, strip_top)
     return np.ascontiguousarray(result[:height, :width])
 
 
-def _through(network: SwinIR, image: Image) -> np.ndarray:
-    """One tile, uint8 -> float32 [h, w, 3] in [0, 1], not clipped."""
+def _restore_tile(network: SwinIR, image: Image) -> np.ndarray:
+    """Restore one tile, uint8 [h, w, 3] -> float32 [h, w, 3] in [0, 1], not clipped."""
     weight = network.conv_last.weight
     pixels: Tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(weight.device)
     restored = network(pixels.to(torch.float32).div(255).to(weight.dtype))
     return restored[0].permute(1, 2, 0).to(torch.float32).cpu().numpy()
 
 
-def _settle(result: Image, rows: np.ndarray, top: int) -> None:
-    """Round finished float rows into the 8-bit picture."""
+def _write_rows(result: Image, rows: np.ndarray, top: int) -> None:
+    """Round complete float rows into the 8-bit picture."""
     result[top : top + len(rows)] = np.rint(np.clip(rows, 0, 1) * 255).astype(np.uint8)
 
 
-def _resized(image: Image, size: tuple[int, int]) -> Image:
+def _resize(image: Image, size: tuple[int, int]) -> Image:
     if image.shape[:2] == size:
         return image
     return np.array(Pillow.fromarray(image).resize((size[1], size[0]), Pillow.Resampling.BICUBIC))
@@ -150,11 +151,11 @@ def build_restorer(
         model: a folder with a SwinIR.
         device: where the network goes.
         precision: of its weights.
-        batch_size: unused: pictures differ in size, and go through one by one.
-        defaults: options that replace the built-in ones, and min_side_px, which is the resolution of the training.
+        batch_size: unused: pictures differ in size and are restored one by one.
+        defaults: options that replace the built-in ones and the recipe's min_side_px, its training resolution.
 
     Raises:
         ModelError: the folder is damaged.
     """
-    usual = {**restore_defaults(model.info["recipe"]), **defaults}
-    return SwinIRRestorer(network_of(model).to(device, DTYPES[precision]), usual)
+    options = {**restore_defaults(model.info["recipe"]), **defaults}
+    return SwinIRRestorer(network_of(model).to(device, DTYPES[precision]), options)

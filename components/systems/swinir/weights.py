@@ -1,13 +1,12 @@
-"""DiffBIR's published SwinIR files, in and out of model folders (layout: instarevive.md section 1).
+"""DiffBIR's published SwinIR files: import to and export from model folders (layout: instarevive.md section 1).
 
-A file holds the parameters and, as the authors saved it, two kinds of tables that follow from the sizes alone: they may
-be missing, and where they are there they must be right. An export writes them, since the authors' tools insist on them.
+The authors' files hold the parameters and two kinds of tables, which follow from the sizes alone. A table may be
+missing in a file; otherwise it must be right. An export writes the tables, since the authors' tools require them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from components.models import Model, ModelCard, ModelError, file_sha256, load_model, load_strictly, save_model
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import SwinIR
-from components.systems.swinir.released import KNOWN_NAMES, LICENCE, PART, RELEASED, SIDECAR, check_sizes
-from components.systems.weights_io import Exported, Imported, WeightsSource, own_words
+from components.systems.swinir.released import FILE_NAMES, LICENCE, PART, RELEASED, SIDECAR, check_sizes
+from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, read_tensors
+from components.writing import whole_file
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -39,10 +39,10 @@ def load_swinir(tensors: Mapping[str, Tensor], config: SwinIRConfig, what: str) 
     Args:
         tensors: by released key, with or without the tables.
         config: its size.
-        what: where they come from, for the message.
+        what: their origin, for messages.
 
     Raises:
-        ModelError: names every missing, unexpected or misshapen key, and tables that are not this size's.
+        ModelError: the message names every missing, unexpected or misshapen key, and tables of another size.
     """
     network = SwinIR(config)
     complete = {**dict(network.named_buffers()), **tensors}
@@ -58,14 +58,14 @@ def load_swinir(tensors: Mapping[str, Tensor], config: SwinIRConfig, what: str) 
 
 
 def read_swinir(path: Path, sizes: Mapping[str, Any] | None = None) -> SwinIR:
-    """The network in a published or exported file; its size is read off the shapes.
+    """The network in a published or exported file; its sizes follow from the shapes.
 
     Args:
-        path: safetensors or a pickle, as itself or in a training checkpoint's "state_dict", with or without "module.".
-        sizes: SwinIRConfig's fields that the shapes do not tell, or that override what they tell.
+        path: safetensors or a pickle of tensors, or a training checkpoint's "state_dict", with or without "module.".
+        sizes: SwinIRConfig's fields; they override those from the shapes.
 
     Raises:
-        WeightsFileError: unreadable, or no SwinIR.
+        WeightsFileError: unreadable, or not a SwinIR.
         ModelError: keys, shapes or tables do not fit.
         ValueError: wrong sizes.
     """
@@ -87,24 +87,24 @@ def import_weights(
     sizes: Mapping[str, Any] | None = None,
     name: str = "",
     licence: str = "",
-    proceed: Callable[[Imported], bool] = lambda plan: True,
+    proceed: Callable[[ImportReport], bool] = lambda plan: True,
     progress: Callable[[int, int, str], None] = lambda done, of, note: None,
-) -> Imported:
+) -> ImportReport:
     """Turn a released file into a model folder.
 
     Args:
         files: one file.
-        out: the folder to make; replaced as a whole, at the end. None only checks.
-        prior, image_encoder: must be empty: SwinIR sits on no prior.
+        out: the model folder; replaced as a whole at the end. None only checks.
+        prior, image_encoder: must be empty: SwinIR has no prior.
         sizes: see read_swinir.
         name: of the model; default: the folder's.
-        licence: replaces what is said of the weights' licence.
-        proceed: asked once everything was checked, with what would be imported; False writes nothing.
-        progress: told (files done, files, file).
+        licence: replaces the sidecar's or the default licence.
+        proceed: called with the plan after all checks; False writes nothing.
+        progress: called with (files done, files, file).
 
     Raises:
-        WeightsFileError: the file cannot be read or holds no SwinIR.
-        ModelError: keys, shapes or numbers do not fit (all of them are named).
+        WeightsFileError: the file cannot be read or does not hold a SwinIR.
+        ModelError: keys, shapes or numbers do not fit; the message names all.
         ValueError: wrong sizes, more than one file, or a prior.
     """
     _check_alone(prior, image_encoder)
@@ -112,13 +112,13 @@ def import_weights(
         raise ValueError(f"a SwinIR is one file, got {', '.join(path.name for path in files)}")
     path = files[0]
     progress(0, 1, path.name)
-    said = _sidecar(path)
+    sidecar = _sidecar(path)
     tensors = read_tensors(path, inside="state_dict")
-    config = _config(path, tensors, {**(said.get("config") or {}), **check_sizes(sizes or {})})
+    config = _config(path, tensors, {**(sidecar.get("config") or {}), **check_sizes(sizes or {})})
     network = load_swinir(tensors, config, str(path))
-    broken = [key for key, value in parameters_of(network).items() if not bool(value.isfinite().all())]
-    if broken:
-        raise ModelError(f"{path}: {len(broken)} with values that are no finite numbers: {', '.join(broken)}")
+    not_finite = [key for key, value in parameters_of(network).items() if not bool(value.isfinite().all())]
+    if not_finite:
+        raise ModelError(f"{path}: {len(not_finite)} with values that are not finite: {', '.join(not_finite)}")
     source = WeightsSource(
         file=path.name,
         part=PART,
@@ -126,20 +126,20 @@ def import_weights(
         tensors=len(tensors),
         parameters=sum(value.numel() for value in parameters_of(network).values()),
     )
-    said, notes = own_words(said, [source])
+    sidecar, notes = valid_entries(sidecar, [source])
     published = path.stem.endswith("_swinir_v1") and config == SwinIRConfig()
     card = ModelCard(
-        name=name or said.get("name") or (out.name if out else PART),
+        name=name or sidecar.get("name") or (out.name if out else PART),
         system=PART,
-        recipe=said.get("recipe") or {},
+        recipe=sidecar.get("recipe") or {},
         config=config.to_dict(),
         parents={source.file: f"sha256:{source.sha256}"},
-        data_manifest_digest=said.get("data_manifest_digest") or "",
-        licence=licence or said.get("licence") or (LICENCE if published else "unstated"),
-        permitted_use=said.get("permitted_use") or ("as the licence allows" if published else "unstated"),
-        metrics=said.get("metrics") or {},
+        data_manifest_digest=sidecar.get("data_manifest_digest") or "",
+        licence=licence or sidecar.get("licence") or (LICENCE if published else "unstated"),
+        permitted_use=sidecar.get("permitted_use") or ("as the licence allows" if published else "unstated"),
+        metrics=sidecar.get("metrics") or {},
     )
-    result = Imported(
+    result = ImportReport(
         model=None,
         digest="",
         sources=(source,),
@@ -164,18 +164,18 @@ def export_weights(
     spelling: str = "released",
     form: str = "pt",
     write: bool = True,
-) -> Exported:
-    """Write a model as DiffBIR's and InstaRevive's tools read it: float32, released keys, with the tables.
+) -> ExportReport:
+    """Write a model for DiffBIR's and InstaRevive's tools: float32, released keys, with the tables.
 
     Args:
         model: model folder or name.
-        folder: receives the file, renamed into place when it is whole, and restoray.json with what it does not tell.
+        folder: for the file, renamed into place when it is complete, and for restoray.json with what it does not hold.
         spelling: "released" is the only one.
         form: "pt" (the released pickle) or "safetensors".
-        write: False only says what would be written.
+        write: False only returns the plan.
 
     Raises:
-        ModelError: no such model, or none of SwinIR.
+        ModelError: no such model, or a model of another system.
         ValueError: unknown spelling or form.
     """
     if spelling != "released" or form not in ("pt", "safetensors"):
@@ -185,30 +185,29 @@ def export_weights(
         raise ModelError(f"{source.path}: holds a {source.info['system']} model, not a SwinIR")
     network = network_of(source)
     tensors = {key: value.clone() for key, value in network.state_dict().items()}
-    came = [name for name in source.info.get("parents") or {} if name in KNOWN_NAMES]
-    stem = Path(came[0] if came else RELEASED[PART]).stem  # the faces' weights keep their name
+    origins = [name for name in source.info.get("parents") or {} if name in FILE_NAMES]
+    stem = Path(origins[0] if origins else RELEASED[PART]).stem  # the weights for faces keep their file name
     name = f"{stem}.ckpt" if form == "pt" else f"{stem}.safetensors"
     digest = ""
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{name}.writing"
-        if form == "pt":
-            torch.save(tensors, temporary)
-        else:
-            save_file(tensors, temporary)
-        os.replace(temporary, folder / name)
+        with whole_file(folder / name) as draft:
+            if form == "pt":
+                torch.save(tensors, draft.temporary)
+            else:
+                save_file(tensors, draft.temporary)
         digest = file_sha256(folder / name)
-        told = ("name", "recipe", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
+        keys = ("name", "recipe", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
         sidecar = {
             "system": PART,
             "exported_from": source.digest,
             "config": dict(source.info["config"]),
             "files": {name: digest},
-            **{key: source.info.get(key) for key in told},
+            **{key: source.info.get(key) for key in keys},
         }
         (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     count = sum(value.numel() for value in parameters_of(network).values())
-    return Exported(folder=str(folder), files={name: digest}, parameters=count)
+    return ExportReport(folder=str(folder), files={name: digest}, parameters=count)
 
 
 def expected_layout(
@@ -223,45 +222,45 @@ def expected_layout(
 
 def _check_alone(prior: str, image_encoder: str) -> None:
     if prior or image_encoder:
-        raise ValueError("SwinIR sits on no prior and has no picture encoder: leave both out")
+        raise ValueError("SwinIR has no prior and no picture encoder: leave both out")
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
-    """What restoray.json beside the file says; {} where there is none."""
+    """The content of restoray.json next to the file; {} if there is none."""
     place = path.parent / SIDECAR
     if not place.is_file():
         return {}
     try:
-        said = json.loads(place.read_text(encoding="utf-8"))
-        if said["system"] == PART and isinstance(said["config"], dict):
-            return dict(said)
+        sidecar = json.loads(place.read_text(encoding="utf-8"))
+        if sidecar["system"] == PART and isinstance(sidecar["config"], dict):
+            return dict(sidecar)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsFileError(f"{place}: not as an export writes it ({type(error).__name__}: {error})") from error
-    raise WeightsFileError(f"{place}: describes a {said['system']} model, not a SwinIR")
+        raise WeightsFileError(f"{place}: not the format of an export ({type(error).__name__}: {error})") from error
+    raise WeightsFileError(f"{place}: describes a {sidecar['system']} model, not a SwinIR")
 
 
-def _config(path: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> SwinIRConfig:
-    """The network's size: what is given, else what the shapes tell, else the published number."""
+def _config(path: Path, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> SwinIRConfig:
+    """The network's sizes: from `sizes`, else from the shapes, else the published ones."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     first, bias_table = shapes.get("conv_first.1.weight", ()), shapes.get(_block(0, 0, _BIAS), ())
     if len(first) != 4 or len(bias_table) != 2:
-        few = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise WeightsFileError(f"{path}: no SwinIR with pixel unshuffle; it holds {few}, ...")
-    usual = SwinIRConfig()
-    groups = 1 + max(int(found[1]) for key in shapes if (found := re.match(r"layers\.(\d+)\.", key)))
+        examples = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise WeightsFileError(f"{path}: not a SwinIR with pixel unshuffle; it holds {examples}, ...")
+    defaults = SwinIRConfig()
+    groups = 1 + max(int(match[1]) for key in shapes if (match := re.match(r"layers\.(\d+)\.", key)))
     depths, heads = [], []
     for group in range(groups):
         prefix = f"layers.{group}.residual_group.blocks."
         depths.append(len({key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)}))
-        heads.append(shapes.get(_block(group, 0, _BIAS), (0, usual.num_heads[0]))[-1])
+        heads.append(shapes.get(_block(group, 0, _BIAS), (0, defaults.num_heads[0]))[-1])
     window = (round(bias_table[0] ** 0.5) + 1) // 2
-    inner = shapes.get(_block(0, 0, "mlp.fc1.weight"), (first[0] * usual.mlp_ratio,))[0]
+    inner = shapes.get(_block(0, 0, "mlp.fc1.weight"), (first[0] * defaults.mlp_ratio,))[0]
     steps = sum(f"conv_up{i}.weight" in shapes for i in (1, 2, 3))
     mask = shapes.get(_block(0, 1, "attn_mask"))
-    img_size = round(mask[0] ** 0.5) * window if mask else usual.img_size
+    img_size = round(mask[0] ** 0.5) * window if mask else defaults.img_size
     if mask is None and depths[0] > 1 and _block(0, 1, _INDEX) in shapes:
-        img_size = window  # with tables but no mask: nothing is shifted, as one window covers the grid
-    told = {
+        img_size = window  # tables but no mask: no window is shifted, as one window covers the grid
+    file_sizes = {
         "img_size": img_size,
         "embed_dim": first[0],
         "depths": depths,
@@ -269,14 +268,14 @@ def _config(path: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Any])
         "window_size": window,
         "mlp_ratio": inner / first[0],
         "sf": 2 ** max(1, steps),
-        "features": shapes.get("conv_last.weight", (0, usual.features))[1],
-        "unshuffle_scale": round((first[1] / usual.in_chans) ** 0.5),
+        "features": shapes.get("conv_last.weight", (0, defaults.features))[1],
+        "unshuffle_scale": round((first[1] / defaults.in_chans) ** 0.5),
         "resi_connection": "3conv" if "layers.0.conv.0.weight" in shapes else "1conv",
     }
     try:
-        return replace(usual, **{**told, **given})
+        return replace(defaults, **{**file_sizes, **sizes})
     except ValueError as error:
-        raise WeightsFileError(f"{path}: its shapes make no SwinIR ({error})") from error
+        raise WeightsFileError(f"{path}: its shapes do not fit a SwinIR ({error})") from error
 
 
 _BIAS, _INDEX = "attn.relative_position_bias_table", "attn.relative_position_index"

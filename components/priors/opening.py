@@ -1,0 +1,71 @@
+"""Opens a prior by name: a shipped or trained model folder, a diffusers folder, or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.models import Model, ModelError, load_model, load_strictly
+from components.places import SHIPPED
+from components.priors.files import Precision, check_prior_folder, first_line
+from components.priors.hub import load_sdxl
+from components.priors.nano import build_prior
+from components.priors.sdxl import Prior
+from components.priors.sdxl_config import DINOV2
+
+
+def load_prior(
+    name: str | Path, device: str = "cpu", image_encoder: str = DINOV2, precision: Precision = "fp32"
+) -> Prior:
+    """Loads a prior, frozen.
+
+    Args:
+        name: a shipped name ("nano"), a model folder, a diffusers folder or a hub id of an SDXL pipeline; a folder may
+            be a name below RESTORAY_HOME/weights.
+        device: torch device.
+        image_encoder: Dinov2 folder or hub id, used with a diffusers prior only; "" for none.
+        precision: dtype of the networks' weights, see Prior.in_precision.
+
+    Raises:
+        ModelError: no prior under that name; the message lists the places that were tried.
+    """
+    try:
+        model = load_model(name)
+    except ModelError as error:
+        if "nor a shipped model" not in str(error):
+            raise
+        return load_diffusers_prior(str(name), image_encoder, precision, str(error)).to(device).freeze()
+    check_prior_folder(model)
+    return prior_from_model(model).in_precision(precision).to(device).freeze()
+
+
+def prior_from_model(model: Model) -> Prior:
+    """Builds a prior from its model folder.
+
+    Raises:
+        ModelError: its config builds no prior, or its weights do not fit.
+    """
+    tokenizer = model.file("tokenizer.json").read_text(encoding="utf-8")
+    try:
+        prior = build_prior(model.info["config"], tokenizer)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{model.path}: its config builds no prior ({first_line(error)})") from error
+    for part, module in prior.modules.items():
+        load_strictly(module, model.part(part), f"{model.path}: part {part}")
+    # the name that identifies it: a shipped name, or the path of the folder
+    prior.name = model.path.name if model.path.parent == SHIPPED else str(model.path.resolve())
+    prior.digest = model.digest
+    return prior
+
+
+def load_diffusers_prior(
+    name: str, image_encoder: str = DINOV2, precision: Precision = "fp32", before: str = ""
+) -> Prior:
+    """Loads an SDXL pipeline in diffusers' layout (folder or hub id) and a Dinov2 model in transformers' layout.
+
+    Raises:
+        ModelError: the message lists the places that were tried; `before` is the message of an earlier attempt.
+    """
+    try:
+        return Prior(**load_sdxl(name, image_encoder, precision))
+    except ModelError as error:
+        raise ModelError(f"no SDXL pipeline: {error}{f' ({before})' if before else ''}") from error

@@ -1,0 +1,1 @@
+"""The SDXL-shaped nano prior, trained in three stages."""

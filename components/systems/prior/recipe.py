@@ -1,0 +1,50 @@
+"""Recipe of the prior's training stages. Torch-free, so that recipes list fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.recipes import Recipe, RecipeError
+
+
+@dataclass(kw_only=True)
+class PriorRecipe(Recipe):
+    """Trains an SDXL-shaped prior in three stages: autoencoder, picture encoder, denoiser with its text encoders.
+
+    Attributes:
+        size: replaces entries of priors.nano.NANO, e.g. `size.unet.block_out_channels`.
+        latent_noise: standard deviation of the noise that is added to latents in the autoencoder's training, so that
+            its decoder tolerates a sampler's small errors.
+        text_dropout: probability of an empty prompt, for guidance.
+        pooled_dropout: probability that only the pooled prompt is empty. The cross-attention does not learn what the
+            pooled prompt already holds, and picture adapters are part of the cross-attention.
+        contrast_temperature: of the picture encoder's InfoNCE loss.
+        max_clean_weight: a sample's loss is weighted by min(1 / alphas_cumprod[t], this), over its mean. 1 is the
+            plain loss (InstantIR Eq. 1). Larger values weigh errors of the clean latents: a short training then learns
+            layout and colour, which high noise levels decide, before grain.
+        noise_offset: strength of the channel means added to the noise, see objectives.diffusion.offset_noise.
+        warm_start: a model folder (or shipped prior) with start weights; "" for random ones.
+    """
+
+    size: dict[str, Any] = field(default_factory=dict)
+    latent_noise: float = 0.05
+    text_dropout: float = 0.1
+    pooled_dropout: float = 0.0
+    contrast_temperature: float = 0.1
+    warm_start: str = ""
+    max_clean_weight: float = 1.0
+    noise_offset: float = 0.0
+
+    @property
+    def opens_prior(self) -> bool:
+        """False: the stages train a prior."""
+        return False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("text_dropout", "pooled_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.max_clean_weight < 1:
+            raise RecipeError(f"max_clean_weight must be at least 1, got {self.max_clean_weight}")

@@ -1,0 +1,1 @@
+"""The commands of `restoray`: each parses its arguments, calls one function of another room and prints the result."""

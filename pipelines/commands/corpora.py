@@ -1,0 +1,137 @@
+"""`restoray curate`, `datasets`, `caption` and `replay`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.support import (
+    complete_captioner,
+    complete_role,
+    complete_spec,
+    end_curation,
+    parse_options,
+    plain,
+    yaml_text,
+)
+from pipelines.commands.words import DryRun, Images, Json, Out, Overrides
+from pipelines.core.console import Console
+from pipelines.core.errors import EXIT_QUARANTINED, UsageError
+
+
+def curate(
+    spec: Annotated[
+        str, typer.Argument(autocompletion=complete_spec, help="The name of a corpus spec or a YAML file.")
+    ],
+    overrides: Overrides = None,
+    out: Out = None,
+    images: Images = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Curate pictures of any source into shards with an index, a manifest, a quarantine and a report."""
+    from pipelines.core.cluster import local_ray
+    from pipelines.corpus.catalogue import check_sources as check_paths
+    from pipelines.corpus.catalogue import load_spec
+    from pipelines.curation.curate import curate as curate_corpus
+    from pipelines.curation.select import thresholds
+    from pipelines.curation.sources import check_sources, for_folder
+
+    console = Console(silent=as_json)
+    resolved = load_spec(spec, overrides or [])
+    if images is not None:
+        resolved = for_folder(resolved, images)
+    bounds = thresholds(resolved)
+    if dry_run:
+        document = {**plain(resolved), "thresholds": {name: plain(bound) for name, bound in bounds.items()}}
+        console.result(document, [yaml_text(document)])
+        return
+    if out is None:
+        raise UsageError("curate needs --out FOLDER (or --dry-run).")
+    if images is None:
+        check_paths(resolved, argument=spec)
+    check_sources(resolved, out)  # a folder without pictures fails here, before Ray starts
+    with local_ray(), console.bar("curate") as progress:
+        result = curate_corpus(resolved, out, progress=progress)
+    end_curation(result, out, console)
+
+
+def datasets(
+    name: Annotated[
+        str | None, typer.Argument(autocompletion=complete_spec, help="A corpus to describe in full.")
+    ] = None,
+    role: Annotated[
+        str | None,
+        typer.Option(autocompletion=complete_role, help="List only this role: train, regularisation or benchmark."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the corpora and benchmarks of the papers with their licences and how to get and curate them."""
+    from pipelines.corpus.catalogue import describe, list_corpora, list_json, list_lines
+
+    console = Console(silent=as_json)
+    if name is not None:
+        description = describe(name)
+        console.result(description.to_json(), description.lines())
+        return
+    entries = list_corpora(role)
+    console.result(list_json(entries), list_lines(entries))
+
+
+def caption(
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A curated corpus.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", autocompletion=complete_captioner, help="The name of a captioner, a hub id or a folder."
+        ),
+    ],
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="Name of the column that holds the captions.")] = "captions",
+    engine: Annotated[
+        str, typer.Option(help="Engine: transformers, or vllm if that extra is installed.")
+    ] = "transformers",
+    as_json: Json = False,
+) -> None:
+    """Caption a corpus; KEY=VALUE sets prompt, max_tokens, batch_size, workers, num_gpus, revision or overwrite."""
+    from pipelines.commands.support import caption_spec
+    from pipelines.core.cluster import local_ray
+    from pipelines.corpus.columns.captions import CaptionOptions, caption_corpus
+    from pipelines.corpus.shards import open_corpus
+
+    console = Console(silent=as_json)
+    spec = caption_spec(model, parse_options(overrides or []))
+    open_corpus(corpus)
+    with local_ray(), console.bar("caption") as progress:
+        result = caption_corpus(corpus, spec, name, CaptionOptions(engine=engine), progress)
+    captioned = result.samples - result.given - result.quarantined
+    counts = f"{captioned} captioned, {result.given} came with the corpus, {result.quarantined} quarantined"
+    console.result(plain(result), [f"{counts}; {result.folder}"])
+    raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
+
+
+def replay(
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A corpus that `restoray curate` made.")],
+    codes: Annotated[
+        list[str] | None, typer.Option("--code", help="Only pictures with this reason; may be repeated.")
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Only count the reasons.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Try the quarantined pictures of a corpus again, and only those."""
+    from pipelines.curation.curate import replay as replay_quarantine
+    from pipelines.curation.curate import retryable_reasons, saved_spec
+
+    console = Console(silent=as_json)
+    if listing:
+        reasons = retryable_reasons(corpus)
+        console.result(reasons, [f"{count:>8}  {code}" for code, count in reasons.items()] or ["nothing"])
+        return
+    saved_spec(corpus)
+    from pipelines.core.cluster import local_ray
+
+    with local_ray(), console.bar("replay") as progress:
+        result = replay_quarantine(corpus, codes or (), progress=progress)
+    end_curation(result, corpus, console)

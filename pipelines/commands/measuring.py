@@ -1,0 +1,83 @@
+"""`restoray evaluate` and `degrade`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.commands.support import complete_preset, parse_options, plain
+from pipelines.commands.words import Json, Overrides, RequiredOut
+from pipelines.core.console import Console
+from pipelines.core.errors import EXIT_QUARANTINED, Failure, UsageError
+
+
+def degrade(
+    source: Annotated[Path | None, typer.Argument(metavar="IN", help="A folder of pictures, or one picture.")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder of the results.")] = None,
+    overrides: Overrides = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset", "-p", autocompletion=complete_preset, help="Degradation preset, realesrgan by default."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed, 0 by default; with a picture's key it determines every random number.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option("--replay", metavar="RECORDS", help="Apply the plans of these records again.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Degrade pictures and record their plans, or replay recorded plans; KEY=VALUE sets the options of the preset."""
+    from pipelines.evaluation.degrade import degrade_folder, replay
+
+    console = Console(silent=as_json)
+    if record is not None:
+        if overrides or preset is not None or seed is not None:
+            raise UsageError("--replay takes no preset, seed or options: the records hold them.")
+        if source is not None and out is None:
+            raise UsageError(
+                "--replay takes IN and OUT, or neither: then OUT is the folder `replayed` next to the records."
+            )
+        target = out or record.parent / "replayed"
+        with console.bar("replay") as progress:
+            result = replay(record, source, target, progress=progress)
+    elif source is None or out is None or "=" in out.name:  # OUT is missing and an option took its place
+        raise UsageError("degrade needs IN and OUT (or --replay RECORDS).")
+    else:
+        with console.bar("degrade") as progress:
+            result = degrade_folder(
+                source, out, preset or "realesrgan", parse_options(overrides or []), seed or 0, progress=progress
+            )
+    counts = f"{result.degraded} degraded, {result.skipped} done before, {result.quarantined} quarantined"
+    sheet = [f"look at {result.sheet}"] if result.sheet else []
+    console.result(plain(result), [f"{counts}; {result.folder}", *sheet])
+    if result.differing:
+        raise Failure(f"{len(result.differing)} pictures differ from their records, first {result.differing[0]}.")
+    raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
+
+
+def evaluate(
+    restored: Annotated[Path, typer.Argument(help="The folder of the restored pictures.")],
+    hq: Annotated[Path, typer.Option("--hq", help="The originals under the same names.")],
+    lq: Annotated[Path, typer.Option("--lq", help="The degraded inputs under the same names.")],
+    out: RequiredOut,
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", help="Name of a pyiqa metric; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score restored pictures, their inputs and a classical baseline against the originals."""
+    from pipelines.evaluation.evaluate import evaluate as evaluate_pictures
+
+    console = Console(silent=as_json)
+    arguments: dict[str, Any] = {"metrics": metrics} if metrics else {}
+    with console.bar("evaluate") as progress:
+        summary = evaluate_pictures(restored, lq, hq, out, progress=progress, **arguments)
+    console.result(
+        plain(summary), [*(f"{name}: {text}" for name, text in summary.verdicts.items()), summary.verdict, str(out)]
+    )
+    raise typer.Exit(EXIT_QUARANTINED if summary.quarantined else 0)

@@ -1,0 +1,116 @@
+"""`restoray restore` and `serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.support import (
+    Compile,
+    Device,
+    Precision,
+    build_options,
+    complete_captioner,
+    parse_options,
+    plain,
+)
+from pipelines.commands.words import Json, ModelOption, Overrides, RequiredOut
+from pipelines.core.console import Console
+from pipelines.core.errors import EXIT_QUARANTINED, UsageError
+
+
+def restore(
+    source: Annotated[Path, typer.Argument(help="A folder of pictures.")],
+    model: ModelOption,
+    out: RequiredOut,
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(help="Seed; with a picture's key it determines every random number.")] = 0,
+    reference: Annotated[
+        Path | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File with a prompt for each picture: .jsonl of {key, prompt or caption}, or .csv."),
+    ] = None,
+    captioner: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=complete_captioner,
+            help="Captioner that writes missing prompts: a name, a hub id or a folder.",
+        ),
+    ] = None,
+    caption_view: Annotated[
+        str, typer.Option(help="View for the captioner: lq, coarse, or auto (coarse if the model has it).")
+    ] = "auto",
+    max_megapixels: Annotated[float, typer.Option(min=0.0001, help="Refuse inputs with more megapixels.")] = 50,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    compile_mode: Compile = "off",
+    as_json: Json = False,
+) -> None:
+    """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
+    from components.images import Limits
+    from pipelines.commands.support import caption_spec
+    from pipelines.core.cluster import local_ray
+    from pipelines.core.pictures import list_pictures
+    from pipelines.core.pool import Pool
+    from pipelines.restoration.batch import RestoreJob, restore_folder
+    from pipelines.restoration.models import open_model
+    from pipelines.restoration.prompts import AUTO, job_captioner, read_prompts
+    from pipelines.runs.registry import local_model
+
+    console = Console(silent=as_json)
+    options, build = parse_options(overrides or []), build_options(device, precision, compile_mode)
+    sources, _ = list_pictures(source, out)
+    if captioner is None and caption_view != AUTO:
+        raise UsageError("--caption-view needs --captioner.")
+    opened = open_model(local_model(model), build)
+    ask, identity = opened.request_options(options), opened.identity
+    own = read_prompts(prompts, sources, source, identity.frame) if prompts is not None else None
+    writer = (
+        job_captioner(caption_spec(captioner, {}), caption_view, identity, device) if captioner is not None else None
+    )
+    job = RestoreJob(
+        ask=ask,
+        seed=seed,
+        references=reference,
+        prompts=own,
+        captioner=writer,
+        limits=Limits(max_pixels=round(max_megapixels * 1e6)),
+    )
+    with local_ray(), console.bar("restore") as progress:
+        result = restore_folder(opened, source, out, job, Pool(num_gpus=float(device == "cuda")), progress)
+    line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
+    lines = [f"{result.unprompted} of {len(sources)} pictures have no line in {prompts}"] if result.unprompted else []
+    console.result(plain(result), [line, *lines])
+    raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
+
+
+def serve(
+    model: ModelOption,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default is reachable from this machine only.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    compile_mode: Compile = "off",
+) -> None:
+    """Serve a model over HTTP: POST /v1/restore and GET /health."""
+    from pipelines.core.cluster import local_ray
+    from pipelines.restoration.models import open_model
+    from pipelines.runs.registry import local_model
+    from pipelines.service.serve import serve as serve_model
+
+    build = build_options(device, precision, compile_mode)
+    opened = open_model(local_model(model), build)
+    with local_ray():
+        serve_model(
+            opened,
+            host=host,
+            port=port,
+            on_ready=lambda url: typer.echo(f"ready: {url}"),
+            num_gpus=float(device == "cuda"),
+        )

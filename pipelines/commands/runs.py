@@ -1,0 +1,64 @@
+"""`restoray run`, `demo` and `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.support import complete_plan, plan_lines
+from pipelines.commands.words import DryRun, Images, Json, Out, Overrides
+from pipelines.core.console import Console
+from pipelines.core.errors import UsageError
+
+
+def demo(
+    overrides: Overrides = None,
+    out: Out = None,
+    images: Images = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run the demo plan on real photographs, the same as `restoray run demo`."""
+    run_and_print("demo", overrides, out, images, dry_run, as_json)
+
+
+def run(
+    plan: Annotated[str, typer.Argument(autocompletion=complete_plan, help="The name of a plan or a YAML file.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    images: Images = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run the stages of a plan in order; done stages are skipped and an interrupted one continues."""
+    run_and_print(plan, overrides, out, images, dry_run, as_json)
+
+
+def run_and_print(
+    plan: str, overrides: list[str] | None, out: Path | None, images: Path | None, dry_run: bool, as_json: bool
+) -> None:
+    """Run a plan, print its result and exit."""
+    from pipelines.runs.engine import RunOptions, run_plan
+
+    console = Console(silent=as_json)
+    result = run_plan(plan, out, overrides or (), RunOptions(images=images, dry_run=dry_run, console=console))
+    lines = plan_lines(result) if dry_run else result.lines()
+    console.result(result.to_json(), lines)
+    raise typer.Exit(0 if dry_run else result.exit_code)
+
+
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file, RUN/report.html by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained report.html about a finished or unfinished run."""
+    from pipelines.runs.report import write_report
+
+    if not (run_dir / "plan.json").is_file():
+        raise UsageError(f"{run_dir} is not a run: it has no plan.json.")
+    target = out or run_dir / "report.html"
+    write_report(run_dir, target)
+    Console(silent=as_json).result({"report": str(target)}, [str(target)])

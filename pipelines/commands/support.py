@@ -1,0 +1,198 @@
+"""Helpers of the commands: completion, arguments to values, results to lines. It imports nothing slow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from pipelines.core.console import Console
+from pipelines.core.errors import EXIT_QUARANTINED, UsageError, unknown
+
+if TYPE_CHECKING:
+    from components.corpora import CaptionSpec
+    from pipelines.curation.curate import CurateResult
+    from pipelines.runs.records import PlanResult
+
+COMPILE_MODES = ("off", "autoencoder", "blocks", "whole")
+"""Which networks of a restorer torch.compile compiles, from none to all."""
+
+Device = Annotated[str, typer.Option(help="Device of the networks: cpu or cuda.")]
+
+Precision = Annotated[str, typer.Option(help="Precision of the weights: fp32, bf16 or fp16.")]
+
+Compile = Annotated[
+    str,
+    typer.Option(
+        "--compile",
+        help=f"Networks for torch.compile: {', '.join(COMPILE_MODES)}; the start takes minutes, and bits may differ.",
+    ),
+]
+
+
+class Command(TyperCommand):
+    """A command that answers a mistyped option with the nearest option's name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the command."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # the parser's error classes are private to typer
+            suggestions = getattr(error, "possibilities", None)
+            if not suggestions:
+                raise
+            raise UsageError(
+                f'no such option "{getattr(error, "option_name", "")}". Did you mean "{suggestions[0]}"?'
+            ) from error
+
+
+# -- completion --------------------------------------------------------------------------------------------------------
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes whose names start with `incomplete`."""
+    return complete("recipes", incomplete)
+
+
+def complete_plan(incomplete: str) -> list[str]:
+    """Shipped plans whose names start with `incomplete`."""
+    return complete("plans", incomplete)
+
+
+def complete_spec(incomplete: str) -> list[str]:
+    """Shipped corpus specs whose names start with `incomplete`."""
+    return complete("datasets", incomplete)
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Degradation presets whose names start with `incomplete`."""
+    from components.degradations import PRESETS
+
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
+def complete_captioner(incomplete: str) -> list[str]:
+    """Captioners whose names start with `incomplete`."""
+    from components.captions.presets import PRESETS
+
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
+def complete_role(incomplete: str) -> list[str]:
+    """Roles of corpora whose names start with `incomplete`."""
+    from pipelines.corpus.catalogue import ROLES
+
+    return [name for name in ROLES if name.startswith(incomplete)]
+
+
+def complete(kind: str, incomplete: str) -> list[str]:
+    """Names of the shipped YAML files of a kind that start with `incomplete`."""
+    from pipelines.core.home import shipped_files
+
+    return [name for name in shipped_files(kind) if name.startswith(incomplete)]
+
+
+# -- arguments to values -----------------------------------------------------------------------------------------------
+
+
+def input_folders(inputs: Sequence[str]) -> dict[str, Path]:
+    """The folders of NAME=FOLDER pairs, by name. Raises UsageError for a folder that does not exist."""
+    folders: dict[str, Path] = {}
+    for pair in inputs:
+        name, equals, folder = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f'--input "{pair}" is not NAME=FOLDER.')
+        if not Path(folder).is_dir():
+            raise UsageError(f"--input {name}: there is no folder {folder}.")
+        folders[name] = Path(folder)
+    return folders
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """The values of key=value pairs, parsed as YAML: numbers, booleans and lists keep their type."""
+    from omegaconf import OmegaConf
+
+    for pair in pairs:
+        if "=" not in pair or pair.startswith("="):
+            raise UsageError(f'"{pair}" is not key=value.')
+    return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs))).items()}  # type: ignore[union-attr]
+
+
+def build_options(device: str, precision: str, compile_mode: str = "off") -> dict[str, Any]:
+    """The options with which a restorer is built. Defaults are left out, so that records of earlier jobs still match.
+
+    Raises:
+        UsageError: the device, precision or compile mode does not exist.
+    """
+    devices, precisions = ("cpu", "cuda"), ("fp32", "bf16", "fp16")
+    for kind, name, choices in (
+        ("device", device, devices),
+        ("precision", precision, precisions),
+        ("compile", compile_mode, COMPILE_MODES),
+    ):
+        if name not in choices:
+            raise unknown(kind, name, choices)
+    options: dict[str, Any] = {"device": device, "precision": precision, "speed": {"compile": compile_mode}}
+    defaults = {"device": "cpu", "precision": "fp32", "speed": {"compile": "off"}}
+    return {k: v for k, v in options.items() if v != defaults[k]}
+
+
+def caption_spec(model: str, options: Mapping[str, Any]) -> CaptionSpec:
+    """A captioner's settings from the command line. Raises UsageError for an unknown setting."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from components.corpora import CaptionSpec
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(CaptionSpec), dict(options) | {"model": model})
+        spec = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    assert isinstance(spec, CaptionSpec)
+    return spec
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A dataclass or mapping as plain data, for --json."""
+    if hasattr(value, "to_json"):
+        return dict(value.to_json())
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else dict(value)  # type: ignore[arg-type]
+
+
+def yaml_text(document: Mapping[str, Any]) -> str:
+    """A resolved document as YAML, which can be saved and run again."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(document))).rstrip()
+
+
+# -- results to lines --------------------------------------------------------------------------------------------------
+
+
+def plan_lines(result: PlanResult) -> list[str]:
+    """The lines of --dry-run: each stage with its folder, state and resolved settings."""
+    from omegaconf import OmegaConf
+
+    lines = [f"plan {result.plan} in {result.run_dir}"]
+    for number, record in enumerate(result.stages, 1):
+        stage = record.stage
+        state = {"done": "done, would be skipped"}.get(record.state, "would run")
+        if state == "would run" and (result.run_dir / stage.folder).is_dir():
+            state = "interrupted, would continue"
+        needs = f" after {', '.join(stage.needs)}" if stage.needs else ""
+        lines.append(f"\n{number}. {stage.name}: {stage.verb}{needs}; {stage.folder}; {state}")
+        lines += [f"     {line}" for line in OmegaConf.to_yaml(OmegaConf.create(dict(stage.resolved))).splitlines()]
+    return lines
+
+
+def end_curation(result: CurateResult, out: Path, console: Console) -> None:
+    """Print the result of curate or replay, and exit."""
+    reasons = ", ".join(f"{count} {code}" for code, count in result.reasons.items())
+    lines = [f"{result.accepted} accepted, {result.rejected} quarantined{f' ({reasons})' if reasons else ''}; {out}"]
+    console.result(plain(result), [*lines, f"look at {result.report}"])
+    raise typer.Exit(EXIT_QUARANTINED if result.rejected else 0)

@@ -1,0 +1,20 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes settings for this run only.")
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the results.")]
+RequiredOut = Annotated[Path, typer.Option("--out", "-o", help="The folder of the results.")]
+Images = Annotated[Path | None, typer.Option("--images", help="Your own folder of photographs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and do nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and no progress.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="A model folder, models:/name@alias or a shipped name.")
+]

@@ -1,0 +1,148 @@
+"""A local Ray for one command: it starts with the command, listens on loopback only, and ends with the command.
+
+Ray's daemons watch the driver through a pipe and end when the driver dies. So even kill -9 leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from pipelines.core.environment import quiet_environment
+from pipelines.core.errors import RetryLater, UsageError
+from pipelines.core.home import data_folder
+
+START_ATTEMPTS = 3
+
+
+@dataclass(kw_only=True)
+class LocalCluster:
+    """Contents of clusters/local.yaml: the size of the cluster on one machine."""
+
+    name: str = "local"
+    minimum_logical_cpus: int = 4
+    object_store_mib: int = 400
+
+
+def load_local() -> LocalCluster:
+    """Read clusters/local.yaml; OmegaConf refuses an unknown key."""
+    document = OmegaConf.load(data_folder("clusters") / "local.yaml")
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LocalCluster), document))
+    assert isinstance(settings, LocalCluster)
+    return settings
+
+
+def logical_cpus(minimum: int) -> int:
+    """CPUs to announce to Ray: the cores of this process, and at least `minimum`, so that small actors have room."""
+    return max(minimum, len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) -> Iterator[None]:
+    """Start an isolated local Ray and stop it at the end. If the process already has a Ray, use that one.
+
+    Args:
+        num_cpus: logical CPUs; None: from clusters/local.yaml.
+        object_store_mib: shared memory for objects, MiB; None: from clusters/local.yaml.
+
+    Raises:
+        UsageError: RAY_ADDRESS names a cluster, and a command cannot join a cluster.
+        RetryLater: see start_ray.
+    """
+    quiet_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        raise UsageError(
+            "RAY_ADDRESS is set, but each command starts its own Ray on this machine and cannot join a cluster yet: "
+            "unset it."
+        )
+    settings = load_local()
+    # A Unix socket path holds at most 107 bytes, and Ray appends about 70 to this folder's name.
+    temporary = short_temporary_folder()
+    remove_leftovers(Path(temporary))
+    folder = Path(tempfile.mkdtemp(prefix=f"rr-{os.getpid()}-", dir=temporary))
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
+    try:
+        start_ray(
+            folder,
+            num_cpus or logical_cpus(settings.minimum_logical_cpus),
+            object_store_mib or settings.object_store_mib,
+        )
+        if in_main_thread and sigterm_handler is not None:
+            signal.signal(signal.SIGTERM, sigterm_handler)  # Ray installs its own handler, which exits with 15
+        quiet_data()
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_ray(folder: Path, num_cpus: int, object_store_mib: int) -> None:
+    """Start Ray's processes with their sockets and logs below `folder`.
+
+    Raises:
+        RetryLater: the processes did not start within Ray's limit of 30 s in START_ATTEMPTS attempts.
+    """
+    import ray
+
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=object_store_mib * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder / str(attempt)),
+            )
+            return
+        except SystemExit as error:  # from Ray's own SIGTERM handler, while Ray starts
+            raise KeyboardInterrupt if error.code == signal.SIGTERM else error from error
+        except Exception as error:  # Ray raises a bare Exception here
+            ray.shutdown()
+            if "timed out" not in str(error):
+                raise
+    raise RetryLater("Ray could not start in time: this machine is too busy. Run the same command again later.")
+
+
+def quiet_data() -> None:
+    """Turn off progress bars and operator logs of Ray Data: the commands report progress themselves."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def short_temporary_folder() -> str:
+    """The system's temporary folder, or /tmp where its name is too long for Unix sockets."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= 16 else "/tmp"
+
+
+def remove_leftovers(temporary: Path) -> None:
+    """Remove the folders of our dead drivers; a folder's name holds the process id of its driver."""
+    for folder in temporary.glob("rr-*-*"):
+        owner = folder.name.split("-")[1]
+        try:
+            if owner.isdigit() and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # another process removed it first
+            continue

@@ -1,0 +1,16 @@
+"""The environment of Ray: settings that it reads when it is imported. Imports nothing, so that commands start fast."""
+
+from __future__ import annotations
+
+import os
+
+
+def quiet_environment() -> None:
+    """Set Ray's environment variables, for this process and its workers. Ray reads them at import."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
+    # A proxy of Ray Serve has 5 s to start by default. On a busy machine its imports take longer.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
+    # Despite its name, this variable makes a local Ray listen on loopback only, on any system. Checked with 2.60: with
+    # it all sockets are on 127.0.0.1; without it most are on every address, also with _node_ip_address.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

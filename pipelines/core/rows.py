@@ -1,0 +1,53 @@
+"""Files of rows, with one JSON object per line. A running job appends rows; at its end it replaces the whole file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from components.writing import replace_file
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read all rows of a file. A last line that a kill cut off is dropped; a missing file has no rows."""
+    return parse_lines(path.read_bytes()) if path.exists() else []
+
+
+def parse_lines(data: bytes) -> list[dict[str, Any]]:
+    """Parse the rows in a file's bytes; lines that are not a JSON object are dropped."""
+    rows = []
+    for line in data.split(b"\n"):  # not splitlines: JSON text may hold other line separators
+        try:
+            row = json.loads(line)
+        except ValueError:  # a kill or a crash of the machine damaged the line
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of any size one at a time; a missing file has no rows."""
+    if not path.exists():
+        return
+    with open(path, "rb") as source:
+        for line in source:
+            yield from parse_lines(line)
+
+
+def end_torn_line(path: Path) -> None:
+    """Add a newline to a last line that a kill cut off, so that the next row starts a new line."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the file by these rows, atomically."""
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

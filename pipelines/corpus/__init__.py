@@ -1,0 +1,1 @@
+"""A finished corpus: its shards, the catalogue of known corpora, and the columns beside it."""

@@ -1,0 +1,1 @@
+"""Columns beside a corpus: captions, latents and embeddings, computed by actors and read by streams."""

@@ -1,0 +1,328 @@
+"""Sources of single files: folders, stores, shipped demo pictures, scikit-image's photographs, dead leaves.
+
+Listing uses names and sizes only, and yields one entry at a time, since a folder may hold millions.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from components.corpora import CorpusSpec, SourceSpec, SplitSpec
+from pipelines.core.errors import Failure, UsageError, unknown
+from pipelines.core.home import package_folder
+from pipelines.core.pictures import SIDECARS, is_output
+from pipelines.corpus import shards
+from pipelines.curation.sources import stores
+
+KINDS = frozenset({"folder", "skimage", "demo_corpus", "dead_leaves", "negatives"})
+"""Kinds of sources that this module lists."""
+
+DEFAULT_HELD_OUT_FRACTION = 0.2  # for a user's folder in a spec that names its held-out pictures
+
+SKIMAGE_CREDITS = {  # file: (licence, credit), from the docstrings of scikit-image 0.26's loaders
+    "astronaut.png": ("public domain", "NASA"),
+    "chelsea.png": ("CC0-1.0", "Stefan van der Walt"),
+    "coffee.png": ("CC0-1.0", "Rachel Michetti"),
+    "hubble_deep_field.jpg": ("public domain", "NASA"),
+    "rocket.jpg": ("public domain", "SpaceX"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One candidate picture of a listing.
+
+    Attributes:
+        key: key of the sample.
+        source: name of the picture in the manifest, without a path of the machine.
+        path: where its bytes are.
+        size, mtime_ns: bytes and modification time of a local file.
+        licence, credit: for the manifest.
+        version: version in a store, in the place of a modification time.
+        caption_path: path of a text file of the same name.
+        caption_version: size and modification time of that text file.
+        leaves: (size_px, seed, index) of a synthetic picture.
+        refused: (code, detail) of a picture that listing refuses.
+    """
+
+    key: str
+    source: str
+    path: str = ""
+    size: int = 0
+    mtime_ns: int = 0
+    licence: str = ""
+    credit: str = ""
+    version: str = ""
+    caption_path: str = ""
+    caption_version: str = ""
+    leaves: tuple[int, int, int] | None = None
+    refused: tuple[str, str] | None = None
+
+    def to_line(self) -> dict[str, Any]:
+        """A line of work/parts; it has no empty fields."""
+        return {name: value for name, value in asdict(self).items() if value not in ("", 0, None)}
+
+    @staticmethod
+    def from_line(line: Mapping[str, Any]) -> Entry:
+        """The inverse of `to_line`."""
+        pairs = {name: tuple(line[name]) for name in ("leaves", "refused") if line.get(name)}
+        return Entry(**{**line, **pairs})
+
+
+@dataclass
+class SkippedFiles:
+    """Number of sidecar and hidden files in a listing."""
+
+    count: int = 0
+
+
+def iter_entries(source: SourceSpec, out: Path | None, skipped: SkippedFiles) -> Iterator[Entry]:
+    """Candidates of one source of files, ordered by name. Files below `out`, or below an output of a run, are not.
+
+    Raises:
+        UsageError: the source is missing, is `out` itself, or names a picture that does not exist.
+    """
+    if source.kind == "dead_leaves":
+        yield from _leaves(source)
+    elif source.kind == "skimage":
+        yield from _skimage(source)
+    elif source.kind == "demo_corpus":
+        yield from _folder(package_folder() / "demo_corpus", source, out, skipped)
+    elif source.kind == "negatives":
+        yield from _negatives(source, out, skipped)
+    elif not source.path:
+        raise UsageError("a folder source needs its path: give --images DIR or sources.0.path=DIR.")
+    elif stores.is_address(source.path):
+        yield from _stored(source, skipped)
+    else:
+        yield from _folder(Path(source.path).absolute(), source, out, skipped)
+
+
+def negatives_folder(source: SourceSpec, out: Path) -> Path:
+    """Folder of the pictures of a source of negatives; every corpus and every setting has its own."""
+    settings = {n: v for n, v in asdict(source.negatives).items() if n not in ("count", "workers", "num_gpus")}
+    digest = hashlib.sha256(json.dumps([source.path, settings], sort_keys=True).encode()).hexdigest()[:8]
+    return out / "work" / f"negatives-{digest}"
+
+
+def _negatives(source: SourceSpec, out: Path | None, skipped: SkippedFiles) -> Iterator[Entry]:
+    """The pictures so far. Before the first one, a single entry stands for them; a missing corpus is an error then."""
+    pictures = negatives_folder(source, out) / "pictures" if out is not None else Path()
+    if out is not None and pictures.is_dir():
+        yield from _folder(pictures, source, None, skipped)
+        return
+    corpus = shards.open_corpus(source.path)
+    yield Entry(key="negatives", source=f"negatives:{corpus.digest}")
+
+
+def list_entries(spec: CorpusSpec, out: Path | None = None) -> tuple[list[Entry], int]:
+    """All candidates of a spec's sources of files, and the number of skipped files; errors as `iter_entries`."""
+    skipped = SkippedFiles()
+    entries = [entry for source in spec.sources if source.kind in KINDS for entry in iter_entries(source, out, skipped)]
+    if not entries and all(source.kind in KINDS for source in spec.sources):
+        raise nothing_to_curate(spec)
+    return entries, skipped.count
+
+
+def identities(spec: CorpusSpec) -> Iterator[list[Any]]:
+    """Facts that change when the candidates of a spec change, for any kind of source; errors as `check_sources`."""
+    check_sources(spec)
+    for source in spec.sources:
+        if source.kind in KINDS:
+            for entry in iter_entries(source, None, SkippedFiles()):
+                # shipped pictures have the modification time of their check-out
+                mtime_ns = entry.mtime_ns if source.kind == "folder" else 0
+                yield [entry.key, entry.source, entry.size, mtime_ns, entry.version, entry.refused]
+        else:
+            files = stores.list_files(source.path, source.storage)
+            yield from ([name, size, version] for _, name, size, version in files)
+
+
+def check_sources(spec: CorpusSpec, out: Path | None = None) -> None:
+    """Check that every source exists and that there is a candidate, before anything is written.
+
+    Raises:
+        UsageError: as `iter_entries`; or all sources together hold no candidate.
+    """
+    has_candidates = False
+    for number, source in enumerate(spec.sources):
+        if source.kind in KINDS:
+            has_candidates = next(iter_entries(source, out, SkippedFiles()), None) is not None or has_candidates
+        elif not source.path:
+            raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
+        else:
+            has_candidates = next(stores.list_files(source.path, source.storage), None) is not None or has_candidates
+    if not has_candidates:
+        raise nothing_to_curate(spec)
+
+
+def nothing_to_curate(spec: CorpusSpec) -> UsageError:
+    """The error for a spec whose sources hold no candidate."""
+    where = " and ".join(source.path or source.kind for source in spec.sources) or "no source"
+    return UsageError(f"no picture to curate: {where} holds none.")
+
+
+def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: SkippedFiles) -> Iterator[Entry]:
+    """Candidates of a directory tree."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder." if folder.exists() else f"there is no folder {folder}.")
+    if out is not None and out.resolve() == folder.resolve():
+        raise UsageError(f"{folder} is both input and output; choose another output folder.")
+    notes_of = _read_credits(folder)
+    unreadable: list[OSError] = []
+    for parent, folders, files in os.walk(folder, onerror=unreadable.append):
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not is_output(Path(parent) / n, out))
+        for name in folders:
+            if os.path.islink(os.path.join(parent, name)):
+                place = _printable((Path(parent) / name).relative_to(folder).as_posix())
+                refused = ("linked_folder", "links to folders are not followed: name the folder as a source")
+                yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{place}", refused=refused)
+        captions = {name for name in files if name.endswith(".txt")}
+        for name in sorted(files):
+            path = Path(parent) / name
+            if name.startswith(".") or path.suffix.lower() in SIDECARS:
+                skipped.count += 1
+                continue
+            entry = _file_entry(path, path.relative_to(folder).as_posix(), source, notes_of)
+            text_file = path.with_suffix(".txt")
+            yield _with_caption(entry, text_file) if text_file.name in captions else entry
+    for error in unreadable:
+        place = Path(error.filename).relative_to(folder).as_posix() if error.filename else ""
+        if place in ("", "."):
+            raise UsageError(f"{folder} cannot be read: {error.strerror}.")
+        refused = ("unreadable", f"folder cannot be listed: {error.strerror}")
+        yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{_printable(place)}", refused=refused)
+
+
+def _with_caption(entry: Entry, text_file: Path) -> Entry:
+    """The entry with its caption file, whose version is its size and time."""
+    try:
+        status = text_file.stat()
+    except OSError:
+        return entry
+    return replace(entry, caption_path=str(text_file), caption_version=f"{status.st_size}|{status.st_mtime_ns}")
+
+
+def _stored(source: SourceSpec, skipped: SkippedFiles) -> Iterator[Entry]:
+    """Candidates below an address of a store, or those that match a pattern."""
+    for path, relative, size, version in stores.list_files(source.path, source.storage):
+        name = relative.rpartition("/")[2]
+        suffix = "." + name.rpartition(".")[2].lower() if "." in name else ""
+        if name.startswith(".") or suffix in SIDECARS:
+            skipped.count += 1
+            continue
+        entry = Entry(
+            key=shards.safe_key(relative[: len(relative) - len(suffix)] if _is_picture(suffix[1:]) else relative),
+            source=f"{source.kind}:{relative}",
+            path=path,
+            size=size,
+            version=version,
+            licence=source.licence,
+            credit=source.credit,
+        )
+        if suffix and not _is_picture(suffix[1:]):
+            refused = ("not_image", f"the suffix {suffix} is of no picture format that we read")
+            entry = replace(entry, refused=refused)
+        yield entry
+
+
+def _file_entry(path: Path, relative: str, source: SourceSpec, notes_of: Mapping[str, tuple[str, str]]) -> Entry:
+    suffix = path.suffix[1:].lower()
+    name = _printable(relative)
+    licence, credit = notes_of.get(relative, (source.licence, source.credit))
+    entry = Entry(
+        key=shards.safe_key(name[: len(name) - len(suffix) - 1] if _is_picture(suffix) else name),
+        source=f"{source.kind}:{name}",
+        path=str(path),
+        licence=licence,
+        credit=credit,
+    )
+    try:
+        status = path.stat()
+    except OSError as error:
+        return replace(entry, refused=("unreadable", f"cannot be read: {error.strerror}"))
+    if not stat.S_ISREG(status.st_mode):
+        return replace(entry, refused=("not_image", "neither a file nor a link to one"))
+    if suffix and not _is_picture(suffix):  # the content decides about a name without a suffix
+        return replace(entry, refused=("not_image", f"the suffix .{suffix} is of no picture format that we read"))
+    return replace(entry, size=status.st_size, mtime_ns=status.st_mtime_ns)
+
+
+def _is_picture(suffix: str) -> bool:
+    """Whether a suffix, in lower case and without its dot, is one of a picture."""
+    return suffix in shards.PICTURE_SUFFIXES
+
+
+def entry_again(entry: Entry, source: SourceSpec) -> Entry | None:
+    """The entry of a listed local file in its present state; None for an entry that is not a local file."""
+    if not entry.path or stores.is_address(entry.path):
+        return None
+    relative = entry.source.removeprefix(f"{source.kind}:")
+    notes_of = {relative: (entry.licence, entry.credit)}
+    present = _file_entry(Path(entry.path), relative, source, notes_of)
+    text_file = entry.caption_path
+    return replace(_with_caption(present, Path(text_file)) if text_file else present, key=entry.key)
+
+
+def _skimage(source: SourceSpec) -> Iterator[Entry]:
+    package = importlib.util.find_spec("skimage")  # not imported: that takes a second
+    if package is None or not package.submodule_search_locations:
+        raise Failure("scikit-image is not installed: install the project's requirements.")
+    folder = Path(package.submodule_search_locations[0]) / "data"
+    for name in source.names or sorted(SKIMAGE_CREDITS):
+        if name not in SKIMAGE_CREDITS:
+            raise unknown("cleared picture of scikit-image", name, SKIMAGE_CREDITS)
+        yield _file_entry(folder / name, name, source, SKIMAGE_CREDITS)
+
+
+def _leaves(source: SourceSpec) -> Iterator[Entry]:
+    for number in range(source.count):
+        name = f"dead-leaves-{source.seed}-{number:06d}"
+        leaves = (source.size_px, source.seed, number)
+        yield Entry(
+            key=name,
+            source=f"dead_leaves:{source.size_px}/{source.seed}/{number}",
+            size=source.size_px**2 * 2,
+            licence="CC0-1.0",
+            credit="made by this project",
+            leaves=leaves,
+        )
+
+
+def _read_credits(folder: Path) -> dict[str, tuple[str, str]]:
+    """(licence, credit) by file name from a CREDITS.csv in the folder; {} without one."""
+    try:
+        with open(folder / "CREDITS.csv", newline="", encoding="utf-8") as table:
+            rows = list(csv.DictReader(table))
+        return {row["file"]: (row["licence"], row["credit"]) for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise UsageError(f"{folder / 'CREDITS.csv'} cannot be read: it needs columns file, licence, credit.") from error
+
+
+def _printable(name: str) -> str:
+    """A file name as text for JSON: bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def for_folder(spec: CorpusSpec, folder: Path) -> CorpusSpec:
+    """The spec with one folder in place of its sources."""
+    fraction = spec.split.held_out_fraction or DEFAULT_HELD_OUT_FRACTION
+    return replace(
+        spec,
+        name=Path(os.path.abspath(folder)).name or spec.name,  # ".." has a name too
+        licence="as their owner says",
+        sources=[SourceSpec(kind="folder", path=os.path.abspath(folder))],
+        pairs=[],  # the spec's pairs belong to other pictures
+        split=SplitSpec(held_out_fraction=fraction),
+    )

@@ -1,0 +1,299 @@
+"""Cut sources into parts, the units of work of a curation. The driver holds a few hundred bytes of each part.
+
+A part is one tar, one row group of a parquet file, or about a hundred files or addresses. Hashes of names decide where
+runs of files and addresses are cut, so a new file changes only its own part.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.corpora import CorpusSpec, SourceSpec
+from components.writing import replace_file
+from pipelines.core.errors import Failure, UsageError, near_miss
+from pipelines.corpus import shards
+from pipelines.curation.sources import stores
+from pipelines.curation.sources.files import KINDS, Entry, SkippedFiles, iter_entries, nothing_to_curate
+
+SMALLEST, USUAL, LARGEST = 8, 64, 256
+"""Entries of a part of single files: least, usual and largest number. Ours: a part is some seconds of work."""
+
+ADDRESSES = (32, 256, 1024)
+"""The same numbers for addresses, many of which are fetched at the same time."""
+
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One unit of work.
+
+    Attributes:
+        source: number of its source in the spec.
+        name: name of its files in work/; the same in every run.
+        digest: digest of its content.
+        where: {"list": file in work/parts} or {"path", "size"} of a tar, or {"path", "group"} of a parquet file.
+    """
+
+    source: int
+    name: str
+    digest: str
+    where: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """All parts in the order of the sources, and the number of skipped sidecar and hidden files."""
+
+    parts: list[Part]
+    skipped: int
+
+
+def list_parts(spec: CorpusSpec, out: Path) -> Listing:
+    """List every source; entries of files and addresses go to work/parts below `out`.
+
+    Raises:
+        UsageError: a source is missing or empty, or no source has a held-out picture that the spec names.
+        Failure: a store or a table cannot be read.
+    """
+    folder = out / "work" / "parts"
+    held_out = {shards.safe_key(name): name for name in spec.split.held_out}
+    parts: list[Part] = []
+    skipped = SkippedFiles()
+    some: list[str] = []  # keys for suggestions; a spec that names pictures is small
+    for number, source in enumerate(spec.sources):
+        if source.kind in KINDS:
+            lines = (_file_line(entry, held_out, some) for entry in iter_entries(source, out, skipped))
+            parts += _write_lists(number, lines, folder, (SMALLEST, USUAL, LARGEST), "")
+        elif not source.path:
+            raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
+        elif source.kind == "tar":
+            parts += (_tar(number, archive) for archive in _archives(source, out))
+        elif source.kind == "parquet":
+            parts += (part for archive in _archives(source, out) for part in _row_groups(number, source, archive))
+        else:
+            parts += _write_lists(number, _address_lines(source), folder, ADDRESSES, about(source))
+    if not parts:
+        raise nothing_to_curate(spec)
+    names = {part.name for part in parts}
+    if len(names) != len(parts):
+        raise UsageError(f"{spec.name}: two sources name the same files.")
+    if held_out and all(source.kind in KINDS for source in spec.sources):
+        name = next(iter(held_out.values()))
+        raise UsageError(f'{spec.name}: no source has the held-out picture "{name}".{near_miss(name, some)}')
+    for stale in folder.glob("*.jsonl") if folder.is_dir() else ():
+        if stale.stem not in names:
+            stale.unlink()
+    return Listing(parts=parts, skipped=skipped.count)
+
+
+def _file_line(entry: Entry, held_out: dict[str, str], some: list[str]) -> tuple[str, dict[str, Any]]:
+    """Name and line of an entry. Its key is removed from `held_out`, and added to `some` up to a number."""
+    if held_out:
+        held_out.pop(entry.key, None)
+        if len(some) < 100_000:
+            some.append(entry.key)
+    return entry.source, entry.to_line()
+
+
+def _write_lists(
+    number: int, lines: Iterable[tuple[str, dict[str, Any]]], folder: Path, sizes: tuple[int, int, int], settings: str
+) -> Iterator[Part]:
+    """Cut a run of (name, line) into parts, each with its file."""
+    smallest, usual, largest = sizes
+    texts: list[str] = []
+    first, counts = "", Counter[str]()
+
+    def part() -> Part:
+        counts[first] += 1  # a list of addresses may hold one twice
+        unique = first if counts[first] == 1 else f"{first}|{counts[first]}"
+        name = f"{number:02d}-{hashlib.sha256(unique.encode()).hexdigest()[:20]}"
+        return write_list(number, name, "".join(texts).encode(), folder, settings)
+
+    for name, line in lines:
+        first = first or name
+        texts.append(json.dumps(line, sort_keys=True) + "\n")  # ASCII: names on disk need not be text
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+        if len(texts) >= largest or (len(texts) >= smallest and place % usual == 0):
+            yield part()
+            texts, first = [], ""
+    if texts:
+        yield part()
+
+
+def write_list(number: int, name: str, data: bytes, folder: Path, settings: str) -> Part:
+    """The part of these lines; writes its file."""
+    path = folder / f"{name}.jsonl"
+    if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
+    return Part(source=number, name=name, digest=list_digest(data, settings), where={"list": path.name})
+
+
+def list_digest(data: bytes, settings: str) -> str:
+    """Digest of a part of single files or addresses: of its lines, and of the source's settings, see `about`."""
+    return hashlib.sha256(settings.encode() + data).hexdigest()[:32]
+
+
+def about(source: SourceSpec) -> str:
+    """Settings of a source that decide its rows besides its content; entries of files hold them already."""
+    if source.kind in KINDS:
+        return ""
+    names = ("licence", "credit", "image_column", "key_column", "caption_column", "licence_column")
+    return json.dumps([getattr(source, name) for name in names])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Archive:
+    """A tar or a parquet file: its path, its name in the source, and its present size and digest."""
+
+    path: str
+    label: str
+    size: int
+    digest: str
+
+    def name(self, number: int) -> str:
+        """Name of its part in source `number`."""
+        return f"{number:02d}-{hashlib.sha256(self.label.encode()).hexdigest()[:20]}"
+
+
+def _archives(source: SourceSpec, out: Path) -> Iterator[_Archive]:
+    """Files of a source, without hidden ones and without our own output."""
+    own = f"{out.resolve()}{os.sep}"
+    for path, relative, size, version in stores.list_files(source.path, source.storage):
+        if relative.rpartition("/")[2].startswith(".") or os.path.realpath(path).startswith(own):
+            continue
+        yield _archive(path, relative, size, version, source)
+
+
+def _archive(path: str, relative: str, size: int, version: str, source: SourceSpec) -> _Archive:
+    label = relative.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    digest = hashlib.sha256(f"{label}|{size}|{version}|{about(source)}".encode()).hexdigest()[:32]
+    return _Archive(path=path, label=label, size=size, digest=digest)
+
+
+def archive_parts(number: int, source: SourceSpec, path: str, label: str) -> list[Part]:
+    """The parts of one file of a source in its present state; UsageError if it is gone, Failure if unreadable."""
+    _, _, size, version = next(stores.list_files(path, source.storage))
+    archive = _archive(path, label, size, version, source)
+    return [_tar(number, archive)] if source.kind == "tar" else list(_row_groups(number, source, archive))
+
+
+def _tar(number: int, archive: _Archive) -> Part:
+    where = {"path": archive.path, "label": archive.label, "size": archive.size}
+    return Part(source=number, name=archive.name(number), digest=archive.digest, where=where)
+
+
+def _row_groups(number: int, source: SourceSpec, archive: _Archive) -> Iterator[Part]:
+    name, digest = archive.name(number), archive.digest
+    where = {"path": archive.path, "label": archive.label}
+    try:
+        with stores.open_file(archive.path, source.storage) as file:
+            metadata = pq.ParquetFile(file).metadata
+    except (OSError, pa.ArrowException) as error:  # the part's only row has this error
+        sentence = getattr(error, "strerror", "") or str(error).splitlines()[0]
+        yield Part(source=number, name=name, digest=digest, where={**where, "broken": sentence})
+        return
+    columns = (source.image_column, source.key_column, source.caption_column, source.licence_column)
+    for column in filter(None, columns):
+        fields = metadata.schema.to_arrow_schema().names
+        if column not in fields:
+            raise UsageError(f'{archive.label} has no column "{column}".{near_miss(column, fields)}')
+    for group in range(metadata.num_row_groups):
+        yield Part(source=number, name=f"{name}-{group:05d}", digest=digest, where={**where, "group": group})
+
+
+# --- tables of addresses ----------------------------------------------------------------------------------------------
+
+
+def _address_lines(source: SourceSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, relative, _, _ in stores.list_files(source.path, source.storage):
+        is_empty = True
+        for row in _table_rows(path, relative, source):
+            url = str(row.get(source.url_column) or "").strip()
+            if not url:
+                continue
+            is_empty = False
+            key = str(row.get(source.key_column) or "") if source.key_column else ""
+            line = {
+                "url": url,
+                "key": shards.safe_key(key or "url-" + hashlib.sha256(url.encode()).hexdigest()[:20]),
+                "caption": str(row.get(source.caption_column) or "") if source.caption_column else "",
+                "licence": str(row.get(source.licence_column) or "") if source.licence_column else "",
+            }
+            yield url, {name: value for name, value in line.items() if value}
+        if is_empty:
+            raise UsageError(f'{relative} holds no address in the column "{source.url_column}".')
+
+
+def _table_rows(path: str, label: str, source: SourceSpec) -> Iterator[Mapping[str, Any]]:
+    """Rows of a table of addresses, one at a time."""
+    suffix = "." + label.rpartition(".")[2].lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise UsageError(f"{label} is no table of addresses: {', '.join(TABLE_SUFFIXES)} are read.")
+    columns = [c for c in (source.url_column, source.key_column, source.caption_column, source.licence_column) if c]
+    try:
+        with stores.open_file(path, source.storage) as file:
+            if suffix == ".parquet":
+                yield from _parquet_rows(file, label, columns)
+                return
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+            reader: Callable[[TextIO, str], Iterator[Mapping[str, Any]]] = {
+                ".jsonl": _json_rows,
+                ".txt": lambda lines, _: ({source.url_column: line} for line in lines if not line.startswith("#")),
+            }.get(suffix, _csv_rows)
+            for number, row in enumerate(reader(text, label)):
+                if not number and suffix != ".txt":
+                    _check_columns(label, columns, row)
+                yield row
+    except OSError as error:
+        raise Failure(f"{label} cannot be read: {error.strerror or error}.") from error
+
+
+def _parquet_rows(file: Any, label: str, columns: list[str]) -> Iterator[Mapping[str, Any]]:
+    try:
+        table = pq.ParquetFile(file)
+        _check_columns(label, columns, dict.fromkeys(table.schema_arrow.names))
+        for batch in table.iter_batches(batch_size=4096, columns=columns):
+            yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise Failure(f"{label} is no readable parquet file: {str(error).splitlines()[0]}.") from error
+
+
+def _json_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UsageError(f"{label}, line {number}: no JSON object.")
+        yield row
+
+
+def _csv_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(1 << 24)  # captions may be longer than the module's 128 KiB
+    try:
+        yield from csv.DictReader(lines, delimiter="\t" if label.lower().endswith(".tsv") else ",")
+    except csv.Error as error:
+        raise UsageError(f"{label} is no readable table: {error}.") from error
+
+
+def _check_columns(label: str, columns: list[str], row: Mapping[str, Any]) -> None:
+    for column in columns:
+        if column not in row:
+            raise UsageError(f'{label} has no column "{column}".{near_miss(column, [str(name) for name in row])}')

@@ -1,0 +1,122 @@
+"""Files of any fsspec store (file, s3, gs, hf, memory, ...): listing, sizes, ranged reads. Local paths go without."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+
+from pipelines.core.errors import Failure, UsageError
+
+
+def is_address(path: str) -> bool:
+    """Whether a path names a store ("s3://bucket/x") rather than a local file."""
+    return re.match(r"[a-zA-Z][\w+.-]*://", path) is not None
+
+
+def open_store(address: str, storage: Mapping[str, Any]) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of an address.
+
+    Raises:
+        UsageError: the protocol is unknown, or its package is not installed.
+        Failure: the store refuses access.
+    """
+    try:
+        store, path = fsspec.core.url_to_fs(address, **dict(storage))
+    except ValueError as error:
+        raise UsageError(f"{address}: {error}.") from error
+    except ImportError as error:
+        extra = {"s3": "s3", "gs": "gs", "gcs": "gs"}.get(address.partition("://")[0])
+        hint = f': install "restoray[{extra}]"' if extra else ""
+        raise UsageError(f"{address}: {str(error).splitlines()[0]}{hint}.") from error
+    except OSError as error:
+        raise Failure(f"{address} cannot be opened: {error}.") from error
+    return store, str(path)
+
+
+def list_files(pattern: str, storage: Mapping[str, Any]) -> Iterator[tuple[str, str, int, str]]:
+    """(address, name below the pattern's fixed part, size, version) of files, sorted by name.
+
+    A pattern may hold "*", "?" and "[...]" ("**" crosses folders). Without these it names one file, or a folder with
+    its whole tree.
+
+    Raises:
+        UsageError: there is no file.
+        Failure: the store cannot be read.
+    """
+    if not is_address(pattern):
+        yield from _list_local(pattern)
+        return
+    store, path = open_store(pattern, storage)
+    scheme = pattern.partition("://")[0]
+    try:
+        if _has_wildcard(path):
+            infos = store.glob(path, detail=True)
+            base = path[: re.search(r"[*?\[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
+        else:
+            infos = store.find(path, detail=True)
+            base = path if path not in infos else path.rpartition("/")[0]
+    except FileNotFoundError:
+        infos, base = {}, ""
+    except OSError as error:
+        raise Failure(f"{pattern} cannot be listed: {error}.") from error
+    files = sorted((name, info) for name, info in infos.items() if info.get("type", "file") == "file")
+    if not files:
+        raise UsageError(f"{pattern} holds no file.")
+    for name, info in files:
+        version = next((str(info[field]) for field in ("ETag", "etag", "mtime", "LastModified") if field in info), "")
+        relative = name.removeprefix(base).lstrip("/")
+        yield (
+            f"{scheme}://{name.lstrip('/') if scheme != 'file' else name}",
+            relative,
+            int(info.get("size") or 0),
+            version,
+        )
+
+
+def _list_local(pattern: str) -> Iterator[tuple[str, str, int, str]]:
+    path = os.path.abspath(pattern)
+    if _has_wildcard(path) and not os.path.exists(path):  # "[2020] trip" may be a folder's name
+        prefix = path[: re.search(r"[*?\[]", path).start()]  # type: ignore[union-attr]
+        base = Path(prefix.rpartition("/")[0] or "/")
+        names = sorted(name for name in glob.iglob(path, recursive=True) if os.path.isfile(name))
+    elif os.path.isdir(path):
+        base = Path(path)
+        names = sorted(str(name) for name in base.rglob("*") if name.is_file())
+    else:
+        base, names = Path(path).parent, [path] if os.path.isfile(path) else []
+    if not names:
+        raise UsageError(
+            f"{pattern} holds no file." if _has_wildcard(path) or os.path.isdir(path) else f"there is no {pattern}."
+        )
+    for name in names:
+        status = os.stat(name)
+        yield name, Path(name).relative_to(base).as_posix(), status.st_size, str(status.st_mtime_ns)
+
+
+def _has_wildcard(path: str) -> bool:
+    return any(letter in path for letter in "*?[")
+
+
+def open_file(address: str, storage: Mapping[str, Any]) -> BinaryIO:
+    """Open a file of any store for reading; it is seekable. OSError if it cannot be opened."""
+    if not is_address(address):
+        return open(address, "rb")
+    store, path = open_store(address, storage)
+    return store.open(path, "rb", block_size=4 << 20)  # type: ignore[no-any-return]
+
+
+def read_range(address: str, storage: Mapping[str, Any], offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` on; size -1 reads to the end. OSError if they cannot be read."""
+    if not is_address(address):
+        with open(address, "rb") as source:
+            source.seek(offset)
+            rest = max(0, os.fstat(source.fileno()).st_size - offset)
+            return source.read(rest if size < 0 else min(size, rest))  # read(n) allocates n bytes at once
+    store, path = open_store(address, storage)
+    return bytes(store.cat_file(path, start=offset, end=None if size < 0 else offset + size))

@@ -1,0 +1,1 @@
+"""Pairs for measuring, scores of restored pictures, and the gate that a student must pass."""

@@ -1,0 +1,410 @@
+"""Scores restored pictures and two baselines against the same targets, and states the outcome in words.
+
+Arms:
+    restored         the pictures under test.
+    lq               the degraded input, resized bicubically to its target's size if it is smaller.
+    bicubic_median   a 3 x 3 median filter on the input, then the same resize: a baseline without a model.
+
+Pictures are paired by key: the path below the folder without its suffix. A picture without its counterparts is
+reported by name. Each row is appended to scores.jsonl at once. A rerun reuses every row whose pictures' sha256 and
+metric versions are unchanged, so a killed job loses at most one picture's work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from components.evaluation.metrics import NO_DOWNLOAD, MetricInfo, Metrics, metric_info
+from components.images import decode
+from components.randomness import generator
+from components.types import Image, SampleError
+from components.writing import replace_file
+from pipelines.core.console import Progress, no_progress
+from pipelines.core.errors import Failure, UsageError, unknown
+from pipelines.core.pictures import pictures_by_key
+from pipelines.core.rows import end_torn_line, read_lines, write_lines
+
+RESTORED = "restored"
+BASELINES = ("lq", "bicubic_median")
+RESAMPLES = 10_000
+"""Bootstrap resamples: the interval's own sampling error is then about 1 % of its width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Restored against one opponent in one metric, over the pictures on which both have a score.
+
+    Attributes:
+        mean_difference: mean of restored minus opponent, in the metric's unit.
+        low, high: bootstrap 95 % interval of the mean; None with fewer than two pictures.
+        wins, losses, ties: number of pictures on which restored is better, worse, equal.
+        outcome: "beats" or "loses" if the interval excludes 0, "even" if it holds 0, "too few" without an interval.
+    """
+
+    metric: str
+    opponent: str
+    pictures: int
+    mean_difference: float
+    low: float | None
+    high: float | None
+    wins: int
+    losses: int
+    ties: int
+    outcome: str
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The result of an evaluation; `summary.json` holds it as JSON.
+
+    Attributes:
+        pictures: keys of the pictures that were scored.
+        metrics: metric -> {"higher_is_better", "full_reference", "unit"}.
+        means: arm -> metric -> {"mean", "pictures"}.
+        comparisons: restored against each baseline, per metric.
+        verdict: the outcome over all metrics, one sentence per baseline.
+        verdicts: one sentence per metric, against the input.
+        missing: pictures and scores that are missing: {"key", "where", perhaps "metric", "reason"}.
+        quarantined: number of pictures without any score; `missing` has the reasons.
+        folders: role -> folder relative to the evaluation's own, for the report.
+        versions: of pyiqa and of the rows' format.
+        reused: number of rows from an earlier scores.jsonl.
+    """
+
+    pictures: list[str]
+    metrics: dict[str, dict[str, Any]]
+    means: dict[str, dict[str, dict[str, float]]]
+    comparisons: list[Comparison]
+    verdict: str
+    verdicts: dict[str, str]
+    missing: list[dict[str, str]] = field(default_factory=list)
+    quarantined: int = 0
+    folders: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    reused: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain mappings and lists, ready for json.dumps."""
+        return asdict(self)
+
+
+def fit(picture: Image, height: int, width: int) -> Image:
+    """Bicubic resize of uint8 [h, w, 3] to [height, width, 3]; a picture of that size is returned as it is."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
+
+
+def median_baseline(lq: Image, height: int, width: int) -> Image:
+    """3 x 3 median at the input's size, then a bicubic resize: the median removes impulses before they spread."""
+    return fit(np.asarray(cv2.medianBlur(np.ascontiguousarray(lq), 3), dtype=np.uint8), height, width)
+
+
+def bootstrap_interval(differences: np.ndarray, seed: int, *name: str) -> tuple[float, float] | None:
+    """95 % percentile interval of the mean of paired differences [n]; None with fewer than two.
+
+    Deterministic in (seed, name). The interval covers the choice of pictures, not the sampler's noise. With fewer than
+    about ten pictures it is slightly too narrow.
+    """
+    if len(differences) < 2:
+        return None
+    draws = generator(seed, "bootstrap", *name).integers(0, len(differences), size=(RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[draws].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def compare(
+    metric: str, info: MetricInfo, opponent: str, pairs: Sequence[tuple[float, float]], seed: int = 0
+) -> Comparison:
+    """Compare restored with one opponent.
+
+    Args:
+        pairs: (restored, opponent) scores of each picture; at least one pair.
+    """
+    differences = np.array([restored - other for restored, other in pairs], dtype=np.float64)
+    gains = differences if info.higher_is_better else -differences
+    wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
+    mean = float(differences.mean())
+    interval = bootstrap_interval(differences, seed, metric, opponent)
+    if interval is None:
+        outcome = "too few"
+    elif interval[0] > 0 or interval[1] < 0:
+        outcome = "beats" if float(gains.mean()) > 0 else "loses"
+    else:
+        outcome = "even"
+    name = "its input" if opponent == "lq" else f"the {opponent} baseline"
+    verb = {
+        "beats": f"beats {name}",
+        "loses": f"loses to {name}",
+        "even": f"shows no clear difference from {name}",
+        "too few": f"has too few pictures to compare with {name}",
+    }[outcome]
+    unit = f" {info.unit}" if info.unit else ""
+    digits = 2 if info.unit == "dB" or abs(mean) >= 10 else 4
+    spread = f" [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]" if interval else ""
+    direction = "" if info.higher_is_better else " (lower is better)"
+    sentence = (
+        f"In {metric} restored {verb}: better on {wins} of {len(pairs)} pictures, "
+        f"mean {mean:+.{digits}f}{unit}{spread}{direction}."
+    )
+    return Comparison(
+        metric=metric,
+        opponent=opponent,
+        pictures=len(pairs),
+        mean_difference=mean,
+        low=interval[0] if interval else None,
+        high=interval[1] if interval else None,
+        wins=wins,
+        losses=losses,
+        ties=len(pairs) - wins - losses,
+        outcome=outcome,
+        sentence=sentence,
+    )
+
+
+def overall_verdict(comparisons: Sequence[Comparison], opponent: str, metrics: Mapping[str, MetricInfo]) -> str:
+    """One sentence over all metrics against one opponent, with the numbers of the first metric."""
+    own = [c for c in comparisons if c.opponent == opponent]
+    if not own:
+        return "Nothing could be compared with the input." if opponent == "lq" else ""
+    clauses: list[str] = []
+    for outcome, words in (
+        ("beats", "beats {} in"),
+        ("loses", "loses to {} in"),
+        ("even", "shows no clear difference from {} in"),
+        ("too few", "has too few pictures to compare with {} in"),
+    ):
+        names = [c.metric for c in own if c.outcome == outcome]
+        if names:
+            name = ("its input" if opponent == "lq" else f"the {opponent} baseline") if not clauses else "it"
+            clauses.append(f"{words.format(name)} {', '.join(names)}")
+    first = own[0]
+    unit = f" {metrics[first.metric].unit}" if metrics[first.metric].unit else ""
+    digits = 2 if unit else 4
+    spread = "" if first.low is None else f" [{first.low:+.{digits}f}, {first.high:+.{digits}f}]"
+    numbers = (
+        f"{first.metric} better on {first.wins} of {first.pictures} pictures, "
+        f"mean {first.mean_difference:+.{digits}f}{unit}{spread}"
+    )
+    return f"Restored {'; '.join(clauses)} ({numbers})."
+
+
+def evaluate(
+    restored_dir: Path,
+    lq_dir: Path,
+    hq_dir: Path | None,
+    out: Path,
+    metrics: Sequence[str] = NO_DOWNLOAD,
+    baselines: Sequence[str] = BASELINES,
+    progress: Progress = no_progress,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Summary:
+    """Score every restored picture and its baselines; write scores.jsonl and summary.json below `out`.
+
+    Args:
+        restored_dir, lq_dir: folders of pictures, paired by key.
+        hq_dir: folder of targets; with None only metrics without a target are scored.
+        out: made if it does not exist; an existing scores.jsonl is continued.
+        metrics: names; see components.evaluation.metrics.
+        baselines: of "lq" and "bicubic_median".
+        progress: called as (done, total, key) after each picture.
+        device: of the metrics' networks.
+        seed: of the bootstrap.
+
+    Returns:
+        The summary; `missing` names every picture and metric without a score, with the reason.
+
+    Raises:
+        UsageError: a folder does not exist, there is no restored picture, or a metric or baseline is unknown.
+        Failure: `out` cannot be written, or no picture could be scored; summary.json then has the reasons.
+    """
+    for name in baselines:
+        if name not in BASELINES:
+            raise unknown("baseline", name, BASELINES)
+    try:
+        scorer = Metrics(metrics, device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    missing: list[dict[str, str]] = []
+    folders = {RESTORED: Path(restored_dir), "lq": Path(lq_dir), **({"hq": Path(hq_dir)} if hq_dir is not None else {})}
+    paths = {role: pictures_by_key(folder, missing) for role, folder in folders.items()}
+    if not paths[RESTORED]:
+        raise UsageError(f"no pictures in {str(restored_dir)!r}")
+    keys = []
+    for key in sorted(set().union(*paths.values())):
+        missing_roles = [role for role in folders if key not in paths[role]]
+        missing += [
+            {"key": key, "where": role, "reason": f"no counterpart in the {role} folder"} for role in missing_roles
+        ]
+        if not missing_roles:
+            keys.append(key)
+    out = Path(out)
+    arms = (RESTORED, *baselines)
+    versions = {"pyiqa": version("pyiqa"), "rows": "1"}
+    place = {role: Path(os.path.relpath(folder, out)).as_posix() for role, folder in folders.items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files = {key: {role: paths[role][key] for role in folders} for key in keys}
+        rows, reused = _score_all(files, out / "scores.jsonl", versions, arms, scorer, missing, progress)
+        summary = summarise(rows, scorer.names, arms, missing, seed)
+        summary = replace(summary, folders=place, versions=versions, reused=reused)
+        replace_file(out / "summary.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
+    except OSError as error:
+        raise Failure(f"cannot write to {out}: {error.strerror or error}.") from error
+    if not summary.means[RESTORED]:
+        first = f"{summary.missing[0]['key']}: {summary.missing[0]['reason']}"
+        raise Failure(f"not one picture of {restored_dir} could be scored ({first}); see {out / 'summary.json'}.")
+    return summary
+
+
+def _score_all(
+    files: Mapping[str, Mapping[str, Path]],
+    scores_path: Path,
+    versions: Mapping[str, str],
+    arms: Sequence[str],
+    scorer: Metrics,
+    missing: list[dict[str, str]],
+    progress: Progress,
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows of all pictures in the order of `files` (key -> role -> path), and the number of reused rows."""
+    earlier = {row.get("key"): row for row in read_lines(scores_path)}
+    rows: list[dict[str, Any]] = []
+    reused = 0
+    end_torn_line(scores_path)
+    with scores_path.open("a", encoding="utf-8") as stream:
+        for number, (key, paths) in enumerate(files.items(), start=1):
+            try:
+                data = {role: _read_picture(path, key) for role, path in paths.items()}
+                digests = {role: hashlib.sha256(bytes_).hexdigest() for role, bytes_ in data.items()}
+                row = earlier.get(key)
+                if row is not None and _reusable(row, digests, versions, arms, scorer.names):
+                    reused += 1
+                else:
+                    row = _score_row(key, data, digests, versions, arms, scorer)
+                    stream.write(json.dumps(row) + "\n")
+                    stream.flush()
+                rows.append(row)
+            except SampleError as error:
+                missing.append({"key": key, "where": "score", "reason": f"[{error.code}] {error.detail}"})
+            progress(number, len(files), key)
+    write_lines(scores_path, rows)  # removes stale rows of earlier runs and orders the rest by key
+    return rows, reused
+
+
+def _read_picture(path: Path, key: str) -> bytes:
+    """A picture's bytes. An unreadable file is a SampleError: `evaluate` takes an OSError for a failure of `out`."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError("unreadable", f"{path.name} cannot be read: {error.strerror}", key) from error
+
+
+def _reusable(
+    row: Mapping[str, Any],
+    digests: Mapping[str, str],
+    versions: Mapping[str, str],
+    arms: Sequence[str],
+    names: Sequence[str],
+) -> bool:
+    if row.get("sha256") != dict(digests) or row.get("versions") != dict(versions):
+        return False
+    scores, missing = row.get("scores", {}), row.get("missing", {})
+    return all({*scores.get(arm, {}), *missing.get(arm, {})} >= set(names) for arm in arms)
+
+
+def _score_row(
+    key: str,
+    data: Mapping[str, bytes],
+    digests: Mapping[str, str],
+    versions: Mapping[str, str],
+    arms: Sequence[str],
+    scorer: Metrics,
+) -> dict[str, Any]:
+    pictures = {role: decode(bytes_, key=key) for role, bytes_ in data.items()}
+    restored, hq = pictures[RESTORED], pictures.get("hq")
+    height, width = (restored if hq is None else hq).shape[:2]
+    results = {a: scorer.measure(_arm_picture(a, restored, pictures["lq"], height, width), hq, key) for a in arms}
+    return {
+        "key": key,
+        "sha256": dict(digests),
+        "versions": dict(versions),
+        "size": [height, width],
+        "scores": {arm: {name: round(value, 6) for name, value in s.values.items()} for arm, s in results.items()},
+        "missing": {arm: s.missing for arm, s in results.items()},
+    }
+
+
+def _arm_picture(arm: str, restored: Image, lq: Image | None, height: int, width: int) -> Image:
+    if arm == RESTORED:
+        return restored
+    assert lq is not None
+    return fit(lq, height, width) if arm == "lq" else median_baseline(lq, height, width)
+
+
+def summarise(
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    arms: Sequence[str],
+    missing: Sequence[Mapping[str, str]] = (),
+    seed: int = 0,
+) -> Summary:
+    """Means, paired comparisons and the verdict of rows as in scores.jsonl."""
+    infos = {name: metric_info(name) for name in names}
+    all_missing = [dict(entry) for entry in missing]
+    means: dict[str, dict[str, dict[str, float]]] = {}
+    for arm in arms:
+        means[arm] = {}
+        for name in names:
+            values = [row["scores"][arm][name] for row in rows if name in row["scores"][arm]]
+            if values:
+                means[arm][name] = {"mean": float(np.mean(values)), "pictures": len(values)}
+        for row in rows:
+            all_missing += [
+                {"key": row["key"], "where": arm, "metric": name, "reason": reason}
+                for name, reason in row["missing"].get(arm, {}).items()
+                if name in infos
+            ]
+    comparisons = []
+    for opponent in arms[1:]:
+        for name in names:
+            pairs = [
+                (row["scores"][RESTORED][name], row["scores"][opponent][name])
+                for row in rows
+                if name in row["scores"][RESTORED] and name in row["scores"][opponent]
+            ]
+            if pairs:
+                comparisons.append(compare(name, infos[name], opponent, pairs, seed))
+    opponents = arms[1:]
+    verdicts = {c.metric: c.sentence for c in comparisons if opponents and c.opponent == opponents[0]}
+    sentences = [overall_verdict(comparisons, opponent, infos) for opponent in opponents]
+    verdict = " ".join(sentence for sentence in sentences if sentence)
+    without_scores = len({entry["key"] for entry in all_missing if "metric" not in entry})
+    if without_scores:
+        verdict += (
+            f" {without_scores} {'picture has' if without_scores == 1 else 'pictures have'} no score (see missing)."
+        )
+    return Summary(
+        pictures=[row["key"] for row in rows],
+        metrics={
+            n: {"higher_is_better": i.higher_is_better, "full_reference": i.full_reference, "unit": i.unit}
+            for n, i in infos.items()
+        },
+        means=means,
+        comparisons=comparisons,
+        verdict=verdict.strip() or "No picture could be compared.",
+        verdicts=verdicts,
+        missing=all_missing,
+        quarantined=without_scores,
+    )

@@ -1,0 +1,159 @@
+"""The batch job behind `restoray restore`: a folder of pictures through a pool of workers. A rerun resumes.
+
+    <out>/KEY.png             results; text chunks hold model, recipe, seed, options and the source's sha256
+    <out>/records.jsonl       one line per result: key, source, source_sha256, output, output_sha256, width, height,
+                              seconds, seed, model_digest, options_digest; where they apply also prompt, captioner
+                              (who wrote the prompt), reference_sha256, build (device, precision, speed)
+    <out>/quarantine.jsonl    one line per picture that could not be restored: key, source, stage, code, detail,
+                              bytes_sha256
+
+The driver lists the pictures and sends paths to the workers, with the records of earlier jobs. A worker (worker.py)
+reads its pictures, skips those with an up-to-date result, restores the others and writes the PNG files. Its answers
+are rows, which the driver (books.py) appends to the two lists. Pixels never pass through the driver.
+
+A picture is up to date if its record has this job's model, options and seed, and both files have the recorded sha256.
+A worker renames a result into place before the driver writes the record. So a job can be killed at any time, and the
+next one restores what has no record. Marks (core/deaths.py) show which picture killed a worker. A picture that kills
+MAX_DEATHS workers is quarantined.
+
+A job overwrites and deletes only its own files: those with a record, or with PNG text that names the same key and
+source. It deletes a result only if the source has changed and is no longer readable as a picture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from components.images import Limits
+from components.restoring import Ask, Picture, picture_seed
+from pipelines.core.console import Progress, no_progress
+from pipelines.core.errors import UsageError
+from pipelines.core.folders import folder_lock
+from pipelines.core.pictures import list_pictures
+from pipelines.core.pool import Pool, answers_of
+from pipelines.restoration.books import Books
+from pipelines.restoration.models import OpenedModel
+from pipelines.restoration.prompts import JobCaptioner
+from pipelines.restoration.worker import RestoreWorker, Task, WorkerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreJob:
+    """Settings of a job, for all its pictures.
+
+    Attributes:
+        ask: prompt, size and the system's own options, with types; see OpenedModel.request_options.
+        seed: seed of the job; a picture gets the seed `picture_seed(seed, key)`.
+        seeds: seeds by key that replace this.
+        references: folder of second pictures by key, for options that need one.
+        prompts: prompts by key, see prompts.read_prompts. A picture without one gets the captioner's text, or without a
+            captioner the prompt in `ask`.
+        captioner: writes missing prompts, see prompts.job_captioner. A rerun does not caption an unchanged picture
+            again.
+        limits: larger inputs are refused.
+    """
+
+    ask: Ask = field(default_factory=Ask)
+    seed: int = 0
+    seeds: Mapping[str, int] | None = None
+    references: Path | None = None
+    prompts: Mapping[str, str] | None = None
+    captioner: JobCaptioner | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreResult:
+    """Result of a job.
+
+    Attributes:
+        restored: pictures restored by this job. quarantined: pictures that could not be restored.
+        skipped: pictures with an up-to-date result of an earlier job.
+        ignored: files that are not pictures: hidden files, and sidecars by their suffix.
+        unprompted: pictures without their own prompt; 0 if the job has no `prompts`.
+        folder: folder of the PNG files. records, quarantine: paths of the two lists.
+    """
+
+    restored: int
+    quarantined: int
+    skipped: int
+    ignored: int
+    folder: Path
+    records: Path
+    quarantine: Path
+    unprompted: int = 0
+
+
+def restore_folder(
+    model: OpenedModel,
+    src: Path,
+    out: Path,
+    job: RestoreJob = RestoreJob(),
+    pool: Pool = Pool(),
+    progress: Progress | None = None,
+) -> RestoreResult:
+    """Restore every picture below `src` into `out`.
+
+    Args:
+        model: see models.open_model.
+        src: a folder, or one picture.
+        out: folder for results and records.
+        job: settings for all pictures.
+        pool: the workers; `batch_size` is the number of pictures per call of the restorer.
+        progress: counts pictures.
+
+    Raises:
+        UsageError: there are no pictures or references, a prompt has no picture, or a result would overwrite a file of
+            another program.
+        RetryLater: another job works on `out`.
+        Failure: `out` cannot be written, the model cannot be loaded, or all pictures fail for the same reason.
+    """
+    sources, ignored = list_pictures(src, out)
+    references = list_pictures(job.references)[0] if job.references is not None else {}
+    if job.references is not None and not set(references) & set(sources):
+        raise UsageError(f"no picture in {job.references} has the name of one in {src}")
+    if unknown_keys := sorted(set(job.prompts or {}) - set(sources)):
+        raise UsageError(f"no picture in {src} has the key of a prompt: {', '.join(unknown_keys[:5])}")
+    with folder_lock(out):
+        books = Books(out.absolute())
+        records = books.open(sources)
+        tasks = [
+            Task(
+                picture=Picture(
+                    key=key,
+                    seed=(job.seeds or {}).get(key, picture_seed(job.seed, key)),
+                    prompt=(job.prompts or {}).get(key, ""),
+                ),
+                source=path,
+                reference=references.get(key),
+                record=records.get(key, {}),
+            )
+            for key, path in sources.items()
+        ]
+        settings = WorkerSettings(
+            factory=model.factory,
+            identity=model.identity,
+            ask=job.ask,
+            limits=job.limits,
+            out=books.out,
+            marks=books.marks.folder,
+            threads=pool.threads,
+            others=pool.others,
+            build=model.build,
+            captioner=job.captioner,
+        )
+        answers = answers_of(functools.partial(RestoreWorker, settings), tasks, pool)
+        counts = books.collect(answers, len(tasks), progress or no_progress)
+    return RestoreResult(
+        restored=counts["restored"],
+        quarantined=counts["quarantined"],
+        skipped=counts["skipped"],
+        ignored=ignored,
+        folder=books.out,
+        records=books.records,
+        quarantine=books.quarantine,
+        unprompted=len(sources) - len(job.prompts) if job.prompts is not None else 0,
+    )

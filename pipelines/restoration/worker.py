@@ -1,0 +1,289 @@
+"""The worker of a restoration job: reads pictures by path, writes PNG files, returns records."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal, TypeVar
+
+from components.images import Limits, probe
+from components.restoring import Ask, Identity, Picture, as_sample_error, request_of, restore_batch
+from components.types import Restorer, SampleError
+from components.writing import replace_file
+from pipelines.core.deaths import MAX_DEATHS, Marks
+from pipelines.core.errors import Failure
+from pipelines.core.pool import THREADS, set_threads
+from pipelines.restoration.models import Factory
+from pipelines.restoration.prompts import JobCaptioner, PictureCaptioner
+
+T = TypeVar("T")
+
+RESTORER_CODES = frozenset({"refused", "failed", "out_of_memory", "no_view", "empty_caption"})
+"""Reason codes that are not about the source: an earlier result stays valid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One picture of a job.
+
+    Attributes:
+        picture: key, seed and prompt; the worker reads its bytes.
+        source: path of the picture.
+        reference: path of a second picture, for options that need one.
+        record: the picture's record of an earlier job; empty for a new picture.
+        captioner: captioner that wrote the prompt, and its view; empty if no captioner did.
+    """
+
+    picture: Picture
+    source: Path
+    reference: Path | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+    captioner: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return self.picture.key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Result of a task, with its row of records.jsonl or quarantine.jsonl; "fatal" ends the job with row["detail"]."""
+
+    status: Literal["restored", "skipped", "quarantined", "fatal"]
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Settings that all tasks of a job share.
+
+    Attributes:
+        factory: builds the restorer.
+        identity: information about the model.
+        ask: options of every picture.
+        limits: larger inputs are refused.
+        out: folder of the results.
+        marks: folder of the marks, see core/deaths.py.
+        threads: torch threads of a worker.
+        others: number of other workers that may load the model at the same time.
+        build: settings of the restorer, for the records.
+        captioner: writes missing prompts; None: they stay empty.
+    """
+
+    factory: Factory
+    identity: Identity
+    ask: Ask
+    limits: Limits
+    out: Path
+    marks: Path
+    threads: int = THREADS
+    others: int = 0
+    build: Mapping[str, Any] = field(default_factory=dict)
+    captioner: JobCaptioner | None = None
+
+
+class RestoreWorker:
+    """Restores batches of tasks in a worker process. It loads the model when the first picture needs it.
+
+    It returns every failure as an answer: an exception would end the whole job, or Ray would retry it without end.
+    """
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings, self.marks = settings, Marks(settings.marks)
+        self.restorer: Restorer | None = None
+        self.captioner: PictureCaptioner | None = None
+        self.broken = ""
+
+    def __call__(self, tasks: Sequence[Task]) -> list[Answer]:
+        """Return the answers in the order of the tasks."""
+        answers: dict[str, Answer] = {}
+        remaining: list[Task] = []
+        for task in tasks:
+            data = b""
+            try:
+                data = self._read(task.source)
+                reference = self._read(task.reference) if task.reference is not None else b""
+                task = replace(task, picture=replace(task.picture, data=data, reference=reference))
+                if self._up_to_date(task):
+                    answers[task.key] = Answer(status="skipped", row={"key": task.key})
+                else:
+                    probe(data, self.settings.limits, task.key)  # a broken picture needs no model
+                    remaining.append(task)
+            except SampleError as error:
+                answers[task.key] = self._quarantine(task, error, data)
+        lacks_prompt = any(not task.picture.prompt for task in remaining)
+        if remaining and not self._load(with_captioner=lacks_prompt):
+            answers.update({task.key: _fatal(task, self.broken) for task in remaining})
+            remaining = []
+        suspects = any(self.marks.deaths(_mark(task)) for task in remaining)  # one of them killed a worker
+        for group in [[task] for task in remaining] if suspects else [remaining] if remaining else []:
+            answers.update(self._restore_group(group))
+        return [answers[task.key] for task in tasks]
+
+    def _restore_group(self, group: Sequence[Task]) -> dict[str, Answer]:
+        assert self.restorer is not None
+        if len(group) == 1 and self.marks.deaths(_mark(group[0])) >= MAX_DEATHS:
+            error = SampleError("worker_died", f"{MAX_DEATHS} workers died over this picture", group[0].key)
+            return {group[0].key: self._quarantine(group[0], error, group[0].picture.data)}
+        answers: dict[str, Answer] = {}
+        settings = self.settings
+        with ExitStack() as stack:
+            for task in group:
+                stack.enter_context(self.marks.work_on(_mark(task)))
+            start = perf_counter()
+            ready: list[Task] = []
+            for task in group:
+                try:
+                    ready.append(self._with_prompt(task))
+                except Exception as error:  # noqa: BLE001 - a captioner may raise any error; the job goes on
+                    answers[task.key] = self._quarantine(task, as_sample_error(error, task.key), task.picture.data)
+            pictures = [task.picture for task in ready]
+            results = restore_batch(self.restorer, settings.identity, pictures, settings.ask, settings.limits)
+            seconds = (perf_counter() - start) / len(group)
+            for task, result in zip(ready, results, strict=True):
+                if isinstance(result, SampleError):
+                    answers[task.key] = self._quarantine(task, result, task.picture.data)
+                else:
+                    answers[task.key] = self._write(task, result, seconds)
+        return answers
+
+    def _with_prompt(self, task: Task) -> Task:
+        """Return the task with the picture's own prompt, from the job or from the captioner, if there is one."""
+        assert self.restorer is not None
+        settings = self.settings
+        if not task.picture.prompt and self.captioner is None:
+            return task
+        self.restorer.check_prompts_heard(settings.ask.options)
+        if task.picture.prompt or settings.captioner is None or self.captioner is None:
+            return task
+        request = request_of(task.picture, settings.ask, settings.limits)
+        prompt, view = self.captioner.prompt(self.restorer, request)
+        captioner = {**settings.captioner.identity(), "saw": view}
+        return replace(task, picture=replace(task.picture, prompt=prompt), captioner=captioner)
+
+    def _read(self, path: Path) -> bytes:
+        """Read a file's bytes; a file above the limit is refused before it is read."""
+        limit = self.settings.limits.max_bytes
+        try:
+            size = path.stat().st_size
+            if size > limit:
+                raise SampleError("too_large", f"{size} bytes exceed the limit of {limit}")
+            return path.read_bytes()
+        except OSError as error:
+            raise SampleError("unreadable", error.strerror or str(error)) from error
+
+    def _up_to_date(self, task: Task) -> bool:
+        """Whether the record has this model, these options and these bytes, and its result is still there."""
+        record, picture, settings = task.record, task.picture, self.settings
+        prompt = picture.prompt
+        if not prompt and settings.captioner is not None:  # the captioner would write the record's caption again
+            prompt, author = str(record.get("prompt", "")), record.get("captioner") or {}
+            if not prompt or {**author, **settings.captioner.identity()} != author:
+                return False
+        reference = _sha256(picture.reference) if picture.reference else None
+        expected = {
+            "model_digest": settings.identity.digest,
+            "options_digest": settings.ask.with_prompt(prompt).digest(),
+            "seed": picture.seed,
+            "source_sha256": _sha256(picture.data),
+            "reference_sha256": reference,
+        }
+        if any(record.get(name) != value for name, value in expected.items()):
+            return False
+        if (record.get("build") or {}) != settings.build:
+            return False
+        try:
+            return _sha256((settings.out / record["output"]).read_bytes()) == record["output_sha256"]
+        except OSError:
+            return False
+
+    def _load(self, with_captioner: bool) -> bool:
+        """Load the model, and the captioner if a picture needs it; after a failure `broken` holds the reason."""
+        settings = self.settings
+        if self.restorer is None:
+            self.restorer = self._load_one(f"the model {settings.identity.name}", "loading", settings.factory)
+        if with_captioner and settings.captioner is not None and self.captioner is None:
+            make = functools.partial(PictureCaptioner, settings.captioner)
+            self.captioner = self._load_one(f"the captioner {settings.captioner.plan.model}", "loading-captioner", make)
+        return not self.broken
+
+    def _load_one(self, what: str, mark: str, make: Callable[[], T]) -> T | None:
+        if self.broken:
+            return None
+        try:
+            model = self.marks.load(mark, self.settings.others, make)
+            set_threads(self.settings.threads)
+            return model
+        except Failure:
+            self.broken = f"workers died again and again while loading {what}"
+        except Exception as error:  # noqa: BLE001 - any error while loading ends the job with one sentence
+            self.broken = f"{what} cannot be loaded: {type(error).__name__}: {error}"
+        return None
+
+    def _write(self, task: Task, png: bytes, seconds: float) -> Answer:
+        picture, settings = task.picture, self.settings
+        output, ask = f"{picture.key}.png", settings.ask.with_prompt(picture.prompt)
+        try:
+            replace_file(settings.out / output, png)
+        except OSError as error:
+            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            return _fatal(task, f"cannot write {settings.out / output}: {reason}")
+        row = {
+            "key": picture.key,
+            "source": _printable(task.source),
+            "source_sha256": _sha256(picture.data),
+            "output": output,
+            "output_sha256": _sha256(png),
+            "width": int.from_bytes(png[16:20], "big"),  # IHDR
+            "height": int.from_bytes(png[20:24], "big"),
+            "seconds": round(seconds, 3),
+            "seed": picture.seed,
+            "model_digest": settings.identity.digest,
+            "options_digest": ask.digest(),
+            **({"prompt": ask.prompt} if ask.prompt else {}),
+            **({"captioner": dict(task.captioner)} if task.captioner else {}),
+            **({"build": dict(settings.build)} if settings.build else {}),
+        }
+        if picture.reference:
+            row["reference_sha256"] = _sha256(picture.reference)
+        return Answer(status="restored", row=row)
+
+    def _quarantine(self, task: Task, error: SampleError, data: bytes) -> Answer:
+        """Return the quarantine row; remove an earlier result if the source changed and is no longer readable."""
+        sha256 = _sha256(data) if data or error.code == "empty" else ""
+        earlier_sha256 = task.record.get("source_sha256", sha256)
+        if sha256 and sha256 != earlier_sha256 and error.code not in RESTORER_CODES:
+            (self.settings.out / f"{task.key}.png").unlink(missing_ok=True)
+        row = {
+            "key": task.key,
+            "source": _printable(task.source),
+            "stage": "restore",
+            "code": error.code,
+            "detail": error.detail,
+            "bytes_sha256": sha256,
+        }
+        return Answer(status="quarantined", row=row)
+
+
+def _fatal(task: Task, detail: str) -> Answer:
+    return Answer(status="fatal", row={"key": task.key, "detail": detail})
+
+
+def _mark(task: Task) -> str:
+    """Name of a picture's mark: a hash of its key, which differs from the names of the other marks."""
+    return hashlib.sha256(f"key:{task.key}".encode()).hexdigest()[:24]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _printable(path: Path) -> str:
+    """Return a path as text for JSON; bytes that are not UTF-8 become question marks."""
+    return str(path).encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,54 @@
+"""The digest of a stage: sha256 over everything that determines its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.captions.presets import folder_digest
+from components.places import SHIPPED, weights_folder
+from components.recipes import Recipe
+
+
+def canonical(document: Any) -> bytes:
+    """JSON bytes with sorted keys and no spaces: equal documents give equal bytes. NaN raises ValueError."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def stage_digest(resolved: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> str:
+    """sha256 of a stage's identity.
+
+    Args:
+        resolved: settings and recipe without placement keys, as plain data.
+        inputs: digest of each stage that this one needs, by name.
+        version: the verb's integer version.
+    """
+    return hashlib.sha256(canonical({"recipe": resolved, "inputs": inputs, "version": version})).hexdigest()
+
+
+def train_identity(recipe: Recipe) -> dict[str, Any]:
+    """Digests of the local weights that a training starts from, and of its local captioner.
+
+    A hub id has no digest here: the recipe holds its name.
+    """
+    identity: dict[str, Any] = {}
+    starts = {
+        "prior": recipe.prior,
+        "warm_start": recipe.warm_start,
+        "coarse": recipe.coarse,
+        "teacher": recipe.teacher,
+    }
+    for name, start in starts.items():
+        if not start:
+            continue
+        for folder in (Path(start), SHIPPED / start, weights_folder() / start):
+            if (folder / "model.json").is_file():
+                identity[name] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
+                break
+    captioner = Path(recipe.missing_captions.model).expanduser() if recipe.missing_captions.model else None
+    if captioner and captioner.is_dir():
+        identity["captioner"] = folder_digest(captioner)
+    return identity

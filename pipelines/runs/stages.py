@@ -1,0 +1,208 @@
+"""The verbs that a plan's stages name: one dictionary, and one thin adapter for each verb.
+
+An adapter gets a `StageContext` and writes only inside `stage_dir`. It may be called again on a half-finished folder.
+It returns JSON-serialisable results. The engine reads three keys of them: "outputs" (paths below stage_dir that later
+stages read), "quarantined" (number of rejected samples) and "verdict" (one sentence for the last lines).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from components.evaluation.metrics import metric_info
+from components.images import read_png_text
+from components.recipes import as_dict
+from components.systems import parent_stage
+from pipelines.core.errors import Failure, UsageError
+from pipelines.core.pool import Pool
+from pipelines.curation.curate import curate, load_spec
+from pipelines.curation.sources import for_folder, identities
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.heldout import prepare_heldout
+from pipelines.restoration.batch import RestoreJob, restore_folder
+from pipelines.restoration.models import open_model, option_check, recipe_defaults, request_options
+from pipelines.runs.identity import train_identity
+from pipelines.runs.one_training import train_inputs, train_one
+from pipelines.runs.verb import (
+    CurateSettings,
+    EvaluateSettings,
+    RestoreSettings,
+    ServeCheckSettings,
+    StageContext,
+    TrainSettings,
+    Verb,
+)
+from pipelines.service.client import check_service
+from pipelines.training.recipes import check_degradation
+
+
+def check_train(settings: TrainSettings, recipe: Any, parent_recipes: Sequence[Any]) -> None:
+    """Check that a train stage needs the stage whose model it starts from."""
+    parent = parent_stage(recipe)
+    if parent and not any((other.system, other.stage) == (recipe.system, parent) for other in parent_recipes):
+        raise UsageError(
+            f"{recipe.name} starts from the model of {recipe.system} stage {parent}, "
+            "and none of the stages that it needs trains that model."
+        )
+
+
+def check_restore(settings: RestoreSettings, recipe: Any, parent_recipes: Sequence[Any]) -> None:
+    """Check a restore stage's degradation, and its options against the system of its model."""
+    check_degradation(settings.preset, settings.preset_options)
+    if settings.pairs and settings.preset != "none":
+        raise UsageError(f"pairs={settings.pairs}: the inputs of pairs are not degraded again; set preset=none.")
+    system = parent_recipes[-1].system if parent_recipes else ""
+    defaults = recipe_defaults(system, as_dict(parent_recipes[-1])) if parent_recipes else {}
+    request_options(settings.options, option_check(system, defaults))
+
+
+def check_evaluate(settings: EvaluateSettings, recipe: Any, parent_recipes: Sequence[Any]) -> None:
+    """Check an evaluate stage's metrics. A name outside the usual set imports pyiqa."""
+    for name in settings.metrics:
+        try:
+            metric_info(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
+def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
+    """The resolved spec and a digest of all candidate pictures: other pictures make another stage."""
+    spec = load_spec(settings.spec)
+    if images is not None:
+        spec = for_folder(spec, images)
+    pictures = hashlib.sha256()
+    for identity in identities(spec):
+        pictures.update(json.dumps(identity).encode())
+    document = dataclasses.asdict(spec)
+    for source in document["sources"]:
+        source["path"] = ""  # pictures are identified by name, size and time: a moved folder gives the same corpus
+    for key in ("description", "homepage", "papers", "role", "pairs", "metrics", "stall_timeout_s"):
+        document.pop(key)  # these are for people or for other verbs
+    return {"spec": document, "pictures": pictures.hexdigest()}
+
+
+def run_curate(context: StageContext) -> dict[str, Any]:
+    """Curate photographs into shards."""
+    with context.console.bar(context.name) as progress:
+        result = curate(context.settings.spec, context.stage_dir, progress=progress, images=context.images)
+    return {
+        "accepted": result.accepted,
+        "quarantined": result.rejected,
+        "manifest_digest": result.digest,
+        "outputs": ["index.json", "manifest.jsonl", "quarantine.jsonl", *corpus_files(context.stage_dir)],
+    }
+
+
+def corpus_files(corpus: Path) -> list[str]:
+    """Paths of a corpus's tables and shards, relative to its folder."""
+    splits = json.loads((corpus / "index.json").read_text())["splits"]
+    tables = [content["table"]["name"] for content in splits.values()]
+    return tables + [f"{split}/{shard['name']}" for split, content in splits.items() for shard in content["shards"]]
+
+
+def run_train(context: StageContext) -> dict[str, Any]:
+    """Train one stage."""
+    with context.console.bar(context.name) as progress:
+        result = train_one(context.recipe, train_inputs(context.inputs), context.stage_dir, progress)
+    heldout: dict[str, dict[str, float]] = {}
+    for name, losses in result.heldout.items():
+        if losses:
+            start, end = losses[min(losses)], losses[max(losses)]
+            heldout[name] = {"start": start, "end": end, "change": end / start - 1 if start else 0.0}
+    files = [path for path in result.model.rglob("*") if path.is_file()]
+    outputs = sorted(path.relative_to(context.stage_dir).as_posix() for path in files)
+    return {"heldout_loss": heldout, "outputs": [*outputs, "metrics.jsonl"]}
+
+
+def run_restore(context: StageContext) -> dict[str, Any]:
+    """Degrade held-out pictures with a fixed seed and restore them with the trained model."""
+    settings, corpus = context.settings, context.find("index.json").parent
+    prepared = prepare_heldout(
+        corpus,
+        context.stage_dir,
+        preset=settings.preset,
+        preset_options=settings.preset_options,
+        seed=settings.seed,
+        short_side=settings.short_side,
+        limit=settings.limit or None,
+        pairs=settings.pairs,
+    )
+    model, folder = open_model(context.find("model")), context.stage_dir
+    job = RestoreJob(
+        ask=model.request_options(settings.options),
+        seed=settings.seed,
+        references=folder / "hq" if settings.options.get("reference") == "hq" else None,
+    )
+    pool = Pool(workers=min(2, len(os.sched_getaffinity(0))))
+    with context.console.bar(context.name) as progress:
+        result = restore_folder(model, folder / "lq", folder / "restored", job, pool, progress)
+    pictures = (path for name in ("hq", "lq", "restored") for path in (context.stage_dir / name).glob("*.png"))
+    return {
+        "restored": result.restored,
+        "skipped": result.skipped,
+        "quarantined": prepared.quarantined + result.quarantined,
+        "outputs": [
+            "heldout.jsonl",
+            "restored/records.jsonl",
+            *sorted(path.relative_to(context.stage_dir).as_posix() for path in pictures),
+        ],
+    }
+
+
+def run_evaluate(context: StageContext) -> dict[str, Any]:
+    """Score restored pictures, their inputs and a classical baseline against the originals."""
+    restored, settings = context.find("restored").parent, context.settings
+    arguments = {"metrics": settings.metrics} if settings.metrics else {}
+    with context.console.bar(context.name) as progress:
+        summary = evaluate(
+            restored / "restored", restored / "lq", restored / "hq", context.stage_dir, progress=progress, **arguments
+        )
+    return {
+        "verdict": summary.verdict,
+        "pictures": len(summary.pictures),
+        "quarantined": sum(
+            entry["where"] == "score" for entry in summary.missing
+        ),  # the other missing entries are not rejected pictures
+        "outputs": ["scores.jsonl", "summary.json"],
+    }
+
+
+def run_serve_check(context: StageContext) -> dict[str, Any]:
+    """Restore one picture through the service; its bytes must equal the batch result's."""
+    from pipelines.service.serve import start
+
+    restored, model = context.find("restored"), context.find("model")
+    pictures = sorted(restored.glob("*.png"))
+    if not pictures:
+        raise Failure(f"stage {context.name}: there is no restored picture to compare with.")
+    timeout_s = context.settings.timeout_s
+    with context.console.bar(context.name) as progress:
+        progress(0, 2, "loading the model")
+        with start(open_model(model), timeout_s=timeout_s) as service:
+            progress(1, 2, f"sending {pictures[0].name}")
+            source = restored.parent / "lq" / pictures[0].name
+            options = json.loads(read_png_text(pictures[0].read_bytes())["options"])
+            hq = restored.parent / "hq" / pictures[0].name if options.get("reference") == "hq" else None
+            answer = check_service(service.url, source, pictures[0], timeout_s=timeout_s, reference_path=hq)
+        progress(2, 2, "bytes equal")
+    return {"picture": pictures[0].name, "equal": True, **answer}
+
+
+VERBS: Mapping[str, Verb] = {
+    "curate": Verb(run=run_curate, settings=CurateSettings, version=3, identity=curate_identity),
+    "train": Verb(
+        run=run_train,
+        settings=TrainSettings,
+        identity=lambda settings, recipe, images: train_identity(recipe),
+        check=check_train,
+    ),
+    "restore": Verb(run=run_restore, settings=RestoreSettings, version=3, check=check_restore),
+    "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False, check=check_evaluate),
+    "serve-check": Verb(run=run_serve_check, settings=ServeCheckSettings),
+}

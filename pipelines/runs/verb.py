@@ -1,0 +1,130 @@
+"""The records of a plan's verbs: their settings, the context of a stage, and what the engine needs of a verb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.core.console import Console
+from pipelines.core.errors import Failure
+
+if TYPE_CHECKING:
+    from pipelines.runs.tracking import Tracker
+
+
+@dataclass(kw_only=True)
+class StageContext:
+    """The context in which a stage runs.
+
+    Attributes:
+        plan, name, verb, digest: of the stage.
+        run_dir, stage_dir: folders of the run and the stage; stage_dir exists and may hold an earlier attempt's work.
+        inputs: folders of the stages that this one needs, by name, in the plan's order.
+        settings: the verb's settings dataclass, resolved.
+        recipe: the resolved recipe of a train stage, else None.
+        images: the user's folder of photographs, which replaces the sources of a curate stage.
+        tracker, tracking_run: the MLflow tracker and the stage's run; None without tracking.
+        console: shows the progress.
+    """
+
+    plan: str
+    name: str
+    verb: str
+    digest: str
+    run_dir: Path
+    stage_dir: Path
+    inputs: Mapping[str, Path]
+    settings: Any
+    recipe: Any = None
+    images: Path | None = None
+    tracker: Tracker | None = None
+    tracking_run: str | None = None
+    console: Console = field(default_factory=Console)
+
+    def find(self, relative: str) -> Path:
+        """`relative` in the last input folder that has it, e.g. "model" or "index.json".
+
+        Raises:
+            Failure: no input folder has it.
+        """
+        for folder in reversed(list(self.inputs.values())):
+            if (folder / relative).exists():
+                return folder / relative
+        raise Failure(f'stage "{self.name}" needs {relative}, and none of its inputs has it: {", ".join(self.inputs)}.')
+
+
+@dataclass(kw_only=True)
+class CurateSettings:
+    """spec: a corpus spec's name in datasets/ or a path."""
+
+    spec: str = "demo"
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """recipe: a name in pipelines/recipes/ or a path; overrides: key=value pairs that change it."""
+
+    recipe: str = ""
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class RestoreSettings:
+    """Degrade held-out pictures with a fixed seed and restore them.
+
+    Attributes:
+        preset, preset_options: the degradation, see components.degradations.
+        pairs: column of the corpus with each picture's own input, used with preset none.
+        seed: of the degradation and of the restoration.
+        short_side: short side of the held-out pictures in pixels.
+        limit: number of pictures; 0 takes all.
+        options: of the restorer: steps, cfg_scale, ...; reference=hq uses each picture's target as its reference.
+    """
+
+    preset: str = "realesrgan-nano"
+    preset_options: dict[str, Any] = field(default_factory=dict)
+    pairs: str = ""
+    seed: int = 0
+    short_side: int = 256
+    limit: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings:
+    """metrics: pyiqa names; an empty list takes the metrics that need no download."""
+
+    metrics: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class ServeCheckSettings:
+    """timeout_s: limit for loading the model and for the answer to one picture."""
+
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One verb, as the engine needs it.
+
+    Attributes:
+        run: does the work and returns JSON-serialisable results.
+        settings: dataclass of the keys that a stage may have besides name, verb and needs.
+        version: raised by hand when equal settings give another result; part of the digest.
+        uses_ray: whether Ray must run before the stage starts.
+        identity: (settings, recipe, images) -> what else determines the result, e.g. the source pictures; small plain
+            data.
+        check: (settings, own recipe or None, recipes of the needed stages) -> None; raises UsageError for a name, a
+            value or a missing need that only the verb can check. It runs when a plan is loaded, so it must not import
+            torch or ray.
+    """
+
+    run: Callable[[StageContext], Mapping[str, Any]]
+    settings: type
+    version: int = 1
+    uses_ray: bool = True
+    identity: Callable[[Any, Any, Path | None], Mapping[str, Any]] = lambda settings, recipe, images: {}
+    check: Callable[[Any, Any, Sequence[Any]], None] = lambda settings, recipe, parent_recipes: None

@@ -1,0 +1,329 @@
+"""The HTTP side of `restoray serve`: reads requests, refuses bad ones early, and answers with a PNG or with JSON.
+
+This module does not use Ray: `build_app` takes a backend with `health` and `restore`. Statuses of errors:
+
+    408 read_timeout       the body did not arrive in time
+    413 too_large          the body exceeds max_bytes; its bytes are counted as they arrive
+    415 unsupported_type   the content is not a picture, or its format is not supported
+    422                    a bad parameter, a broken picture, or too many pixels
+    503 + Retry-After      the service is starting, restarting or busy
+    504 deadline           the picture was not restored in time
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from components.images import Limits, probe
+from components.naming import did_you_mean
+from components.options import OptionCheck, UnknownOption
+from components.restoring import (
+    CHOICES,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    SIDES,
+    TEXTS,
+    Ask,
+    Identity,
+    file_key,
+    parse_ask,
+    picture_seed,
+)
+from components.types import SampleError
+
+FORM_OVERHEAD = 64 << 10  # our choice; room for boundaries, part headers and a few short fields
+MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARS  # UTF-8
+MAX_FIELDS = 64  # our choice; no system has so many options
+FILES = ("image", "reference")
+
+PARAMETERS: Mapping[str, type] = {
+    "key": str,  # the picture's name; default: the name of the form's file, else "picture"
+    "seed": int,  # default: the seed that a batch job with seed 0 derives from the key
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(SIDES, int),
+    "scale": float,
+    **dict.fromkeys(CHOICES, str),
+}
+"""Parameters of every system, with their types. All others are options, which the system checks as in a batch job."""
+
+STATUS: Mapping[str, int] = {
+    "not_image": 415,
+    "unsupported_format": 415,
+    "failed": 500,
+    "out_of_memory": 503,
+    "busy": 503,
+    "starting": 503,
+    "restarting": 503,
+    "setup_failed": 503,
+    "cancelled": 503,
+}
+"""HTTP status by reason code. Every other code is an error of the picture or the parameters: 422."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeLimits:
+    """Limits of one request. The defaults are our choice.
+
+    Attributes:
+        max_bytes: largest body.
+        max_input_pixels, max_output_pixels: largest width times height.
+        max_queued: requests that may wait while the restorer works on one; further requests get 503.
+        deadline_s: time from the end of the body to the answer.
+        read_timeout_s: time for the body to arrive.
+        retry_after_s: the Retry-After of a 503.
+    """
+
+    max_bytes: int = 32 << 20
+    max_input_pixels: int = 25_000_000
+    max_output_pixels: int = 25_000_000
+    max_queued: int = 16
+    deadline_s: float = 600.0
+    read_timeout_s: float = 60.0
+    retry_after_s: int = 5
+
+
+class Answer(Protocol):
+    """A PNG, or a reason code with a sentence; `code` is "" for a PNG."""
+
+    @property
+    def png(self) -> bytes: ...
+
+    @property
+    def code(self) -> str: ...
+
+    @property
+    def detail(self) -> str: ...
+
+
+class Backend(Protocol):
+    """What restores the pictures of the app."""
+
+    async def health(self) -> tuple[str, str]: ...
+
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes) -> Answer: ...
+
+
+class Refusal(Exception):
+    """Ends a request with a status, a code and a sentence."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status, self.code, self.detail = status, code, detail
+
+
+def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: OptionCheck) -> FastAPI:
+    """The HTTP app; `check` checks the system's options.
+
+    The app serves no documentation pages: they would be a second description to maintain.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    def problem(status: int, code: str, detail: str) -> JSONResponse:
+        headers = {"Retry-After": str(limits.retry_after_s)} if status == 503 else {}
+        return JSONResponse({"code": code, "detail": detail}, status_code=status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "unknown_route", 405: "method_not_allowed"}
+        return problem(error.status_code, codes.get(error.status_code, "http"), str(error.detail))
+
+    @app.exception_handler(Refusal)
+    async def refusal(_: Request, error: Refusal) -> JSONResponse:
+        return problem(error.status, error.code, error.detail)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        state, detail = await backend.health()
+        return JSONResponse({"state": state, "detail": detail}, status_code=200 if state == "READY" else 503)
+
+    @app.get("/v1/model")
+    async def model() -> dict[str, Any]:
+        return {**asdict(identity), "limits": asdict(limits)}
+
+    @app.post("/v1/restore")
+    async def restore(request: Request) -> Response:
+        try:
+            async with asyncio.timeout(limits.read_timeout_s):
+                data, reference, parameters = await read_request(request, limits.max_bytes)
+        except TimeoutError:
+            raise Refusal(408, "read_timeout", f"the body did not arrive in {limits.read_timeout_s:g} s") from None
+        except ClientDisconnect:
+            return Response(status_code=499)  # the client has left; only the log shows this
+        key, seed, ask = read_parameters(parameters, limits, check)
+        check_picture(data, ask, limits)
+        if reference:
+            check_picture(reference, None, limits)
+        try:
+            async with asyncio.timeout(limits.deadline_s):
+                answer = await backend.restore(data, key, seed, ask, reference)
+        except TimeoutError:
+            raise Refusal(504, "deadline", f"not restored within {limits.deadline_s:g} s") from None
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.exception("restoring failed")
+            raise Refusal(500, "internal", "the service failed; see its log") from error
+        if answer.code:
+            status = STATUS.get(answer.code, 422)
+            detail = answer.detail if status != 500 else "the picture could not be restored; see the service's log"
+            if status == 500:
+                log.error("restoring failed: %s", answer.detail.replace("\n", " "))
+            raise Refusal(status, answer.code, detail)
+        headers = {
+            "X-Restoray-Seed": str(seed),
+            "X-Restoray-Model": identity.digest,
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-store",
+        }
+        return Response(answer.png, media_type="image/png", headers=headers)
+
+    return app
+
+
+async def read_request(request: Request, max_bytes: int) -> tuple[bytes, bytes, dict[str, str]]:
+    """(picture bytes, reference bytes or none, parameters as text) of a request with a raw or a form body.
+
+    Raises:
+        Refusal: the body is too large or of an unsupported type, the form is broken, or a parameter has two values.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_bytes + FORM_OVERHEAD:
+        raise _too_large(max_bytes)
+    pairs = list(request.query_params.multi_items())
+    reference = b""
+    if kind == "multipart/form-data":
+        data, reference, fields = await _read_form(request, max_bytes)
+        pairs += fields
+    elif kind == "" or kind == "application/octet-stream" or kind.startswith("image/"):
+        data = b"".join([chunk async for chunk in _limited(request, max_bytes)])
+    else:
+        raise Refusal(415, "unsupported_type", f"send image/* or multipart/form-data, not {kind[:80]!r}")
+    parameters: dict[str, str] = {}
+    for name, value in pairs:
+        if parameters.setdefault(name, value) != value:
+            raise Refusal(422, "bad_parameter", f"{name[:80]} has two values; send one")
+    return data, reference, parameters
+
+
+async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, bytes, list[tuple[str, str]]]:
+    """(picture bytes, reference bytes, other fields) of a form with a file "image" and an optional file "reference"."""
+    parser = MultiPartParser(
+        request.headers,
+        _limited(request, max_bytes + FORM_OVERHEAD),
+        max_files=2,
+        max_fields=MAX_FIELDS,
+        max_part_size=MAX_FIELD_BYTES,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refusal(422, "bad_form", error.message) from error
+    try:
+        upload = form.get("image")
+        if not isinstance(upload, UploadFile):
+            raise Refusal(422, "no_image", 'the form has no file field "image"')
+        data, reference_file = await upload.read(), form.get("reference")
+        reference = await reference_file.read() if isinstance(reference_file, UploadFile) else b""
+        files = [name for name, value in form.multi_items() if isinstance(value, UploadFile)]
+        if len(set(files)) < len(files) or not set(files) <= set(FILES):
+            raise Refusal(422, "bad_form", f"a form may hold one file image and one file reference, not {files}"[:200])
+        if "reference" in files and not reference:
+            raise Refusal(422, "empty", "the reference is empty")
+        if len(data) + len(reference) > max_bytes:
+            raise _too_large(max_bytes)
+        fields = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+        name = (upload.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
+        stem = name.rsplit(".", 1)[0] or name
+        if stem and "key" not in dict(fields) and "key" not in request.query_params:
+            fields.append(("key", stem))
+        return data, reference, fields
+    finally:
+        await form.close()
+
+
+async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The body's chunks. Their bytes are counted, because the Content-Length header may be wrong."""
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        yield chunk
+
+
+def _too_large(max_bytes: int) -> Refusal:
+    return Refusal(413, "too_large", f"the body exceeds max_bytes, which is {max_bytes}")
+
+
+def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: OptionCheck) -> tuple[str, int, Ask]:
+    """(key, seed, ask) of parameters as text.
+
+    Raises:
+        Refusal: 422; the sentence names the parameter.
+    """
+    values: dict[str, Any] = {}
+    for name, text in parameters.items():
+        try:
+            values[name] = PARAMETERS[name](text) if name in PARAMETERS else _number_or_text(text)
+        except ValueError:
+            kind = "a number" if name == "scale" else "a whole number"
+            raise Refusal(422, "bad_parameter", f"{name} must be {kind}, got {text[:40]!r}") from None
+    key = file_key(values.pop("key", "picture"))
+    seed = values.pop("seed", None)
+    if seed is None:
+        seed = picture_seed(0, key)
+    if not 0 <= seed <= MAX_SEED:
+        raise Refusal(422, "bad_parameter", f"seed must be from 0 to {MAX_SEED}, got {seed}")
+    try:
+        return key, seed, parse_ask(values, check, limits.max_output_pixels)
+    except UnknownOption as error:
+        suggestion = did_you_mean(error.name, {*error.choices, *PARAMETERS})
+        raise Refusal(422, "unknown_parameter", f"unknown parameter {error.name!r}. {suggestion}") from error
+    except ValueError as error:
+        raise Refusal(422, "bad_parameter", str(error)) from error
+
+
+def _number_or_text(text: str) -> int | float | str:
+    """A parameter's value, parsed as on the command line."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def check_picture(data: bytes, ask: Ask | None, limits: ServeLimits) -> None:
+    """Check a picture by its content and header, before it takes a place in the queue; a reference has no `ask`.
+
+    Raises:
+        Refusal: 415, not a picture of a supported format; 422, broken, or above a pixel limit, which is named.
+    """
+    try:
+        info = probe(data, Limits(max_pixels=limits.max_input_pixels, max_bytes=limits.max_bytes))
+    except SampleError as error:
+        detail = error.detail
+        if error.code == "too_large" and "pixels" in detail:
+            detail = f"{detail} (max_input_pixels)"
+        code = "unsupported_type" if STATUS.get(error.code) == 415 else error.code
+        raise Refusal(STATUS.get(error.code, 422), code, detail) from error
+    try:
+        if ask is not None:
+            ask.output_size(info.height, info.width)
+    except SampleError as error:
+        hint = "; ask for a smaller width and height, or scale" if error.code == "too_large" else ""
+        raise Refusal(422, error.code, f"{error.detail}{hint}") from error

@@ -1,0 +1,298 @@
+"""`restoray serve`: one model behind Ray Serve.
+
+    POST /v1/restore    takes a picture as the body (image/*) or as the file field "image" of a form; the form may hold
+                        a second picture "reference" for options that need one; answers image/png
+    GET  /v1/model      name, system, digest, licence, permitted use, limits
+    GET  /health        {"state": "STARTING" | "READY" | "SETUP_FAILED", "detail"}; the status is 200 only when READY
+
+The query or the form holds the parameters of /v1/restore: `front.PARAMETERS` and the system's options.
+Errors are JSON: {"code", "detail"}.
+
+The service has two deployments. The front reads and checks requests and refuses bad ones early. The restorer decodes,
+restores and encodes, so only file bytes pass between processes. Service and batch job both use `components.restoring`:
+the same model, key, seed and options give the same bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve as ray_serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from components.images import Limits
+from components.options import OptionCheck
+from components.restoring import Ask, Identity, Picture, restore_bytes
+from components.types import Cancellation, Restorer, SampleError
+from pipelines.core.cluster import local_ray
+from pipelines.core.errors import Failure, UsageError
+from pipelines.core.pool import THREADS, set_threads
+from pipelines.restoration.models import Factory, OpenedModel
+from pipelines.service.client import POLL_S, wait_ready
+from pipelines.service.front import ServeLimits, build_app
+
+APP = "restoray"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The restorer's answer: a PNG, or a reason code and a sentence (exceptions do not cross processes well)."""
+
+    png: bytes = b""
+    code: str = ""
+    detail: str = ""
+
+
+class RestorerReplica:
+    """Holds the model and restores one picture at a time. A cancelled picture ends at the sampler's next step.
+
+    If the model cannot be loaded, the replica stays and reports the reason: after an exception Serve would restart it
+    again and again.
+    """
+
+    def __init__(self, factory: Factory, identity: Identity, limits: ServeLimits, threads: int) -> None:
+        self.identity, self.limits = identity, Limits(max_pixels=limits.max_input_pixels, max_bytes=limits.max_bytes)
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="restore")
+        self.restorer: Restorer | None = None
+        self.failure = ""
+        try:
+            self.restorer = factory()
+            set_threads(threads)
+        except Exception as error:  # noqa: BLE001 - every error of loading is reported once, in one sentence
+            self.failure = f"the model {identity.name} cannot be loaded: {type(error).__name__}: {error}"
+
+    async def setup_error(self) -> str:
+        """Why the model could not be loaded; "" if it was loaded."""
+        return self.failure
+
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes = b"") -> Outcome:
+        """Decode, restore and encode one picture; cancelling this call stops the work."""
+        if self.restorer is None:
+            return Outcome(code="setup_failed", detail=self.failure)
+        stop = threading.Event()
+        work = functools.partial(
+            restore_bytes,
+            self.restorer,
+            self.identity,
+            Picture(key=key, data=data, seed=seed, reference=reference),
+            ask,
+            self.limits,
+            stop.is_set,
+        )
+        try:
+            return Outcome(png=await asyncio.get_running_loop().run_in_executor(self.pool, work))
+        except SampleError as error:
+            return Outcome(code=error.code, detail=error.detail)
+        except Cancellation:
+            return Outcome(code="cancelled", detail="the request was cancelled")
+        finally:
+            stop.set()  # also runs when this coroutine is cancelled and the thread still works
+
+
+class FrontDoor:
+    """The HTTP side: the backend that `build_app` takes, on top of the restorer's handle."""
+
+    def __init__(self, restorer: DeploymentHandle, identity: Identity, limits: ServeLimits, check: OptionCheck) -> None:
+        self.restorer, self.identity, self.limits, self.check = restorer, identity, limits, check
+        self.state, self.detail = "STARTING", "the model is being loaded"
+        self.setup: asyncio.Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_app(self, self.identity, self.limits, self.check)
+
+    async def health(self) -> tuple[str, str]:
+        """(state, detail) of the restorer."""
+        if self.state == "STARTING" and (self.setup is None or self.setup.done()):
+            self.setup = asyncio.create_task(self._wait_for_setup())
+        if self.setup is not None and not self.setup.done():
+            await asyncio.wait({self.setup}, timeout=POLL_S)
+        return self.state, self.detail
+
+    async def _wait_for_setup(self) -> None:
+        """Wait until the restorer has loaded its model or failed."""
+        try:
+            failure = await self.restorer.setup_error.remote()
+            self.state, self.detail = ("SETUP_FAILED", failure) if failure else ("READY", "")
+        except DeploymentUnavailableError:
+            self.state = "SETUP_FAILED"
+            self.detail = f"the process that loads the model {self.identity.name} keeps dying; is memory short?"
+        except (RayError, ReplicaUnavailableError, BackPressureError) as error:
+            self.detail = f"waiting for the model ({type(error).__name__})"  # the next request for /health tries again
+
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes = b"") -> Outcome:
+        """Restore one picture. Cancelling this call (the client left, or the deadline passed) cancels the work.
+
+        If the restorer's process dies, this method does not retry: the picture may be the cause. The client may retry.
+        """
+        state, detail = await self.health()
+        if state != "READY":
+            return Outcome(code="setup_failed" if state == "SETUP_FAILED" else "starting", detail=detail)
+        response = self.restorer.restore.remote(data, key, seed, ask, reference)
+        try:
+            outcome: Outcome = await response
+        except BackPressureError:
+            return Outcome(code="busy", detail="the queue is full; try again")
+        except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError):
+            self.state, self.detail = "STARTING", "the restoring process died and is started again"
+            return Outcome(code="restarting", detail=self.detail)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        return outcome
+
+
+@dataclass(kw_only=True)
+class RunningService:
+    """A running service. `url` does not end in a slash; `stop` frees the port and ends the processes."""
+
+    url: str
+    stack: ExitStack
+
+    def stop(self) -> None:
+        """Stop the service; a second call does nothing."""
+        self.stack.close()
+
+    def __enter__(self) -> RunningService:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def start(
+    model: OpenedModel,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    limits: ServeLimits | None = None,
+    num_gpus: float = 0.0,
+    threads: int = THREADS,
+    wait: bool = True,
+    timeout_s: float = 300.0,
+) -> RunningService:
+    """Start the service on the running Ray, or on a local Ray of its own.
+
+    Args:
+        model: see restoration.models.open_model.
+        host: address to listen on.
+        port: 0 takes a free port.
+        limits: of one request; None takes the defaults.
+        num_gpus: GPUs of the replica.
+        threads: torch threads of the replica; with another number than the batch job's the last bit may differ.
+        wait: return only when the model is loaded.
+        timeout_s: limit for that.
+
+    Raises:
+        UsageError: the port is in use.
+        Failure: the model cannot be loaded, or not in time; or this Ray already runs a service.
+    """
+    limits = limits or ServeLimits()
+    port = _free_port(host, port)
+    with ExitStack() as stack:
+        stack.enter_context(local_ray())
+        if ray_serve.status().applications:  # its port cannot change, and stopping our service would stop it too
+            raise Failure("this Ray already runs a service; stop that service first")
+        stack.callback(ray_serve.shutdown)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the commands print the address themselves
+        start_proxy(
+            HTTPOptions(host=host, port=port, request_timeout_s=limits.deadline_s + limits.read_timeout_s + 5),
+            timeout_s,
+        )
+        restorer = ray_serve.deployment(
+            name="restorer",
+            max_ongoing_requests=1,
+            max_queued_requests=limits.max_queued,
+            max_constructor_retry_count=2,
+            graceful_shutdown_timeout_s=5,
+            ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
+        )(RestorerReplica)
+        front = ray_serve.deployment(
+            name="front",
+            max_ongoing_requests=limits.max_queued + 64,
+            graceful_shutdown_timeout_s=5,
+            ray_actor_options={"num_cpus": 0},
+        )(ray_serve.ingress()(FrontDoor))
+        replica = restorer.bind(model.factory, model.identity, limits, threads)
+        target = front.bind(replica, model.identity, limits, model.check)
+        ray_serve.run_many(
+            [ray_serve.RunTarget(target=target, name=APP, route_prefix="/")], wait_for_applications_running=False
+        )
+        service = RunningService(url=f"http://{host}:{port}", stack=ExitStack())
+        if wait:
+            wait_ready(service.url, timeout_s)
+        service.stack = stack.pop_all()
+        return service
+
+
+def serve(
+    model: OpenedModel,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    blocking: bool = True,
+    on_ready: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> RunningService:
+    """Serve until an interrupt, or without `blocking` until `.stop()`.
+
+    Args:
+        model, host, port: as `start`.
+        blocking: return only after an interrupt.
+        on_ready: gets the address once the model is loaded.
+        settings: the keyword arguments of `start`.
+
+    Raises:
+        UsageError, Failure: as `start`.
+    """
+    service = start(model, host, port, **settings)
+    if on_ready:
+        on_ready(service.url)
+    if blocking:
+        with service:
+            threading.Event().wait()
+    return service
+
+
+def start_proxy(options: HTTPOptions, timeout_s: float) -> None:
+    """Start Serve with one proxy.
+
+    On a busy machine a proxy starts slowly, and Serve's controller replaces it. This function waits until one runs.
+
+    Raises:
+        Failure: no proxy ran in time.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            # a second call finds the running controller, which continues by itself; wait_ready notices when it is ready
+            ray_serve.start(proxy_location="HeadOnly", http_options=options)
+            return
+        except (RayActorError, TimeoutError) as error:
+            if time.monotonic() >= end:
+                raise Failure(f"the service's proxy did not start within {timeout_s:g} s: {error}") from error
+        time.sleep(POLL_S)
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port` if no process listens there; a free port for 0."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # As servers do: a port in TIME_WAIT may be used again, a live one may not (Serve's own sockets share ports).
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
+        return int(probe.getsockname()[1])

@@ -1,0 +1,104 @@
+"""`restoray train` on the driver: one training stage of any system under Ray Train.
+
+The driver checks the inputs, starts the captioners, and runs worker.py on every rank. While the ranks train, it reads
+new rows of metrics.jsonl for the progress bar and the tracker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.recipes import Recipe
+from pipelines.core.errors import Failure, UsageError
+from pipelines.core.metrics import OnMetrics, Tail, heldout_losses
+from pipelines.core.pool import last_line
+from pipelines.stream.texts import running_captioners
+from pipelines.training.inputs import TrainInputs, check_inputs
+from pipelines.training.stage_files import METRICS, MODEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Result of a training stage: model folder, held-out losses by trainable and step, duration in seconds."""
+
+    model: Path
+    heldout: Mapping[str, Mapping[int, float]]
+    seconds: float
+
+
+def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics | None = None) -> TrainResult:
+    """Train one stage, from the last checkpoint in `out` if there is one. Ray must be initialised.
+
+    Args:
+        recipe: resolved recipe.
+        inputs: corpora and parent models.
+        out: the stage's folder, for model/, metrics.jsonl, samples/, order.jsonl and ray/.
+        on_metrics: called with new (step, name, value, time) rows while the stage trains.
+
+    Raises:
+        UsageError: see check_inputs; or the recipe needs a GPU and Ray has none.
+        Failure: the run ended without a model; the message has the reason.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.training.state import Run
+    from pipelines.training.worker import worker
+
+    start, cwd = time.time(), Path.cwd()
+    check_inputs(recipe, inputs)
+    out.mkdir(parents=True, exist_ok=True)
+    placement = recipe.placement
+    use_gpu = placement.gpus_per_worker > 0
+    if use_gpu and not ray.cluster_resources().get("GPU"):
+        raise UsageError(
+            f"{recipe.name} needs {placement.gpus_per_worker:g} GPU for each worker, and Ray has none: "
+            "placement.gpus_per_worker=0 trains on the CPU."
+        )
+    resources = {"CPU": placement.cpus_per_worker} | ({"GPU": placement.gpus_per_worker} if use_gpu else {})
+    scaling = ScalingConfig(num_workers=placement.workers, use_gpu=use_gpu, resources_per_worker=resources)
+    with running_captioners(recipe) as captioning, Tail(out / METRICS, on_metrics), _own_interrupts():
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config={"run": Run(recipe=recipe, inputs=inputs, out=out, cwd=cwd, captioning=captioning)},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name="run",
+                storage_path=str((out / "ray").resolve()),
+                failure_config=FailureConfig(max_failures=placement.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
+        )
+        try:
+            result = trainer.fit()
+        except Exception as error:  # Ray wraps a worker's error in its own types
+            raise _ended_early(recipe, error) from error
+    if result.error is not None or not (out / MODEL / "model.json").is_file():
+        raise _ended_early(recipe, result.error)
+    return TrainResult(model=out / MODEL, heldout=heldout_losses(out / METRICS), seconds=time.time() - start)
+
+
+@contextlib.contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Restore our handler of Ctrl-C: Ray Train's handler stays registered, and ends the process with its own code."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _ended_early(recipe: Recipe, error: object) -> Failure:
+    reason = last_line(error) if str(error).strip() else "no reason given"
+    return Failure(f"{recipe.name}: training ended early ({reason}); run it again to resume.")

@@ -1,0 +1,240 @@
+"""Evaluation: comparisons and verdicts, missing pictures and scores, and reuse of rows."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from components.evaluation.metrics import METRIC_INFO
+from components.images import encode_png
+from components.randomness import generator
+from pipelines.commands.main import build_app
+from pipelines.core.errors import Failure, UsageError
+from pipelines.evaluation.evaluate import bootstrap_interval, compare, evaluate, fit, median_baseline, overall_verdict
+
+FAST = ("psnr", "gmsd")
+
+
+def clean(index, height=64, width=80):
+    y, x = np.mgrid[0:height, 0:width] / (5.0 + index)
+    return np.clip(np.stack([np.sin(x), np.cos(y), np.sin(x * y / 9)], -1) * 90 + 128, 0, 255).astype(np.uint8)
+
+
+def grain(image, sigma, index):
+    return np.clip(np.rint(image + generator(index, "grain").normal(0, sigma, image.shape)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Four pictures; restored is better than the input on all but the last."""
+    roles = {role: tmp_path / role for role in ("restored", "lq", "hq")}
+    for folder in roles.values():
+        (folder / "deep").mkdir(parents=True)
+    for index in range(4):
+        key = f"deep/p{index}" if index == 0 else f"p{index}"
+        hq = clean(index)
+        pictures = {"hq": hq, "lq": grain(hq, 20, index), "restored": grain(hq, 5 if index < 3 else 40, index + 9)}
+        for role, image in pictures.items():
+            (roles[role] / f"{key}.png").write_bytes(encode_png(image, {}))
+    return roles
+
+
+def run(folders, out, **options):
+    return evaluate(folders["restored"], folders["lq"], folders["hq"], out, **{"metrics": FAST, **options})
+
+
+def psnr(a, b):
+    return -10 * np.log10(np.mean((a / 255.0 - b / 255.0) ** 2))
+
+
+def test_means_differences_and_wins_match_a_second_derivation(folders, tmp_path):
+    summary = run(folders, tmp_path / "out")
+    expected = []
+    for key in summary.pictures:
+        images = {role: cv2.imread(str(folders[role] / f"{key}.png")) for role in folders}
+        expected.append((psnr(images["restored"], images["hq"]), psnr(images["lq"], images["hq"])))
+    expected = np.array(expected)
+    assert summary.pictures == ["deep/p0", "p1", "p2", "p3"]
+    assert summary.means["restored"]["psnr"]["mean"] == pytest.approx(expected[:, 0].mean(), abs=1e-3)
+    assert summary.means["lq"]["psnr"]["mean"] == pytest.approx(expected[:, 1].mean(), abs=1e-3)
+    [against_input] = [c for c in summary.comparisons if (c.metric, c.opponent) == ("psnr", "lq")]
+    assert against_input.mean_difference == pytest.approx((expected[:, 0] - expected[:, 1]).mean(), abs=1e-3)
+    assert (against_input.wins, against_input.losses, against_input.ties) == (3, 1, 0)
+    assert "better on 3 of 4 pictures" in summary.verdicts["psnr"]
+    assert summary.verdict.startswith("Restored ")
+    assert "bicubic_median" in summary.verdict
+    document = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert document == json.loads(json.dumps(summary.to_json()))
+    assert document["folders"] == {role: f"../{role}" for role in ("restored", "lq", "hq")}
+
+
+def test_rerun_reuses_rows_and_changes_nothing(folders, tmp_path):
+    calls = []
+    first = run(folders, tmp_path / "out", progress=lambda done, of=0, note="": calls.append((done, of, note)))
+    bytes_first = (tmp_path / "out" / "scores.jsonl").read_bytes()
+    again = run(folders, tmp_path / "out")
+    assert (first.reused, again.reused) == (0, 4)
+    assert calls == [(1, 4, "deep/p0"), (2, 4, "p1"), (3, 4, "p2"), (4, 4, "p3")]
+    assert (tmp_path / "out" / "scores.jsonl").read_bytes() == bytes_first
+    assert again.comparisons == first.comparisons  # the bootstrap is a function of the scores
+
+
+def test_only_changed_pictures_are_scored_again(folders, tmp_path):
+    run(folders, tmp_path / "out")
+    scores = tmp_path / "out" / "scores.jsonl"
+    lines = scores.read_text().splitlines()
+    scores.write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])  # a kill inside the third row
+    (folders["restored"] / "p1.png").write_bytes(encode_png(clean(1), {}))
+    summary = run(folders, tmp_path / "out")
+    assert summary.reused == 1
+    rows = {row["key"]: row for row in map(json.loads, scores.read_text().splitlines())}
+    assert set(rows) == {"deep/p0", "p1", "p2", "p3"}
+    assert rows["p1"]["scores"]["restored"]["psnr"] == 80.0
+    assert run(folders, tmp_path / "out", metrics=("psnr", "gmsd", "ssim")).reused == 0  # one more metric
+
+
+def test_missing_and_unusable_pictures_are_named(folders, tmp_path):
+    (folders["hq"] / "p1.png").unlink()
+    (folders["restored"] / "p2.png").write_bytes(b"not a picture")
+    (folders["restored"] / "p3.png").write_bytes(encode_png(clean(3, 60, 80), {}))
+    (folders["lq"] / "extra.png").write_bytes(encode_png(clean(5), {}))
+    summary = run(folders, tmp_path / "out")
+    reasons = {(entry["key"], entry["where"]): entry["reason"] for entry in summary.missing}
+    assert summary.pictures == ["deep/p0"]
+    assert reasons["p1", "hq"] == "no counterpart in the hq folder"
+    assert {("extra", "restored"), ("extra", "hq")} <= set(reasons)
+    assert "[not_image]" in reasons["p2", "score"] or "[unsupported_format]" in reasons["p2", "score"]
+    assert "[shape]" in reasons["p3", "score"]
+    assert "60 x 80 and 64 x 80" in reasons["p3", "score"]
+    assert summary.verdict.endswith("4 pictures have no score (see missing).")
+    assert summary.quarantined == json.loads((tmp_path / "out" / "summary.json").read_text())["quarantined"] == 4
+    assert "too few" in summary.verdicts["psnr"]
+
+
+def test_no_score_at_all_is_a_failure_with_its_reason(folders, tmp_path):
+    for path in folders["restored"].rglob("*.png"):
+        path.write_bytes(b"not a picture")
+    with pytest.raises(Failure, match=r"not one picture .* could be scored \(deep/p0: \[.*summary\.json"):
+        run(folders, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["pictures"], summary["quarantined"]) == ([], 4)
+    with pytest.raises(Failure, match="no target"):  # every metric needs a target
+        evaluate(folders["lq"], folders["lq"], None, tmp_path / "out", metrics=("psnr",))
+
+
+def test_unwritable_output_is_one_sentence(folders, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(Failure, match=r"cannot write to .*file/out: Not a directory\.$"):
+        run(folders, tmp_path / "file" / "out")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipelines.evaluation.evaluate.replace_file", full)
+    with pytest.raises(Failure, match=r"out: No space left on device\.$"):
+        run(folders, tmp_path / "out")
+
+
+def test_a_picture_that_cannot_be_read_costs_only_itself(folders, tmp_path, monkeypatch):
+    read_bytes = Path.read_bytes
+
+    def read(path):
+        if path.name == "p1.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    summary = run(folders, tmp_path / "out")
+    assert summary.pictures == ["deep/p0", "p2", "p3"]
+    assert "[unreadable] p1.png cannot be read: Permission denied" in [entry["reason"] for entry in summary.missing]
+
+
+def test_the_command_says_by_its_exit_code_that_pictures_have_no_score(folders, tmp_path):
+    roles = [str(folders["restored"]), "--hq", str(folders["hq"]), "--lq", str(folders["lq"])]
+    command = ["evaluate", *roles, "--out", str(tmp_path / "out"), "--metric", "psnr", "--json"]
+    assert CliRunner().invoke(build_app(), command).exit_code == 0
+    (folders["hq"] / "p1.png").unlink()
+    assert CliRunner().invoke(build_app(), command).exit_code == 3
+
+
+def test_two_files_of_one_key_are_reported_and_unused(folders, tmp_path):
+    (folders["lq"] / "p1.jpg").write_bytes((folders["lq"] / "p1.png").read_bytes())
+    summary = run(folders, tmp_path / "out")
+    assert "p1" not in summary.pictures
+    assert any("two files have this key" in entry["reason"] for entry in summary.missing if entry["key"] == "p1")
+
+
+def test_small_inputs_are_brought_to_size(folders, tmp_path):
+    for path in folders["lq"].rglob("*.png"):
+        path.write_bytes(encode_png(np.ascontiguousarray(cv2.imread(str(path))[::2, ::2, ::-1]), {}))
+    summary = run(folders, tmp_path / "out")
+    assert len(summary.pictures) == 4
+    assert summary.means["lq"]["psnr"]["mean"] < summary.means["restored"]["psnr"]["mean"]
+
+
+def test_without_targets_only_metrics_without_one_are_scored(folders, tmp_path):
+    summary = evaluate(folders["restored"], folders["lq"], None, tmp_path / "out", metrics=("psnr", "piqe"))
+    assert set(summary.means["restored"]) == {"piqe"}
+    assert {e["reason"] for e in summary.missing if e.get("metric") == "psnr"} == {"no target"}
+
+
+def test_baseline_is_median_then_bicubic():
+    spike = np.full((16, 16, 3), 50, np.uint8)
+    spike[8, 8] = 255
+    assert (median_baseline(spike, 32, 32) == 50).all()  # the median removes an impulse before the resize can spread it
+    assert fit(spike, 16, 16) is spike
+    assert fit(spike, 32, 32).max() > 200
+
+
+@pytest.mark.parametrize(
+    ("gains", "outcome", "words"),
+    [
+        ((1.0, 1.2, 0.8, 1.1), "beats", "beats its input"),
+        ((-1.0, -1.2, -0.8, -1.1), "loses", "loses to its input"),
+        ((1.0, -1.2, 0.8, -1.1), "even", "no clear difference"),
+        ((0.0, 0.0, 0.0), "even", "better on 0 of 3"),
+        ((5.0,), "too few", "too few pictures"),
+    ],
+)
+def test_outcomes_follow_the_interval(gains, outcome, words):
+    comparison = compare("psnr", METRIC_INFO["psnr"], "lq", [(20 + gain, 20.0) for gain in gains])
+    assert comparison.outcome == outcome
+    assert words in comparison.sentence
+    lower = compare("gmsd", METRIC_INFO["gmsd"], "lq", [(0.2 - gain / 100, 0.2) for gain in gains])
+    assert lower.outcome == outcome
+    assert "lower is better" in lower.sentence
+    assert (lower.wins, lower.losses) == (comparison.wins, comparison.losses)
+
+
+def test_overall_names_wins_and_losses():
+    infos = {name: METRIC_INFO[name] for name in ("psnr", "ssim")}
+    comparisons = [
+        compare("psnr", infos["psnr"], "lq", [(21.0, 20.0), (22.0, 20.5)]),
+        compare("ssim", infos["ssim"], "lq", [(0.5, 0.6), (0.5, 0.7)]),
+    ]
+    sentence = overall_verdict(comparisons, "lq", infos)
+    assert sentence.startswith("Restored beats its input in psnr; loses to it in ssim (psnr better on 2 of 2 pictures")
+
+
+def test_interval_agrees_with_the_normal_theory():
+    differences = generator(3, "differences").normal(1.0, 2.0, 400)
+    low, high = bootstrap_interval(differences, 0, "psnr", "lq")
+    half = 1.96 * differences.std() / np.sqrt(len(differences))
+    assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.03)
+    assert bootstrap_interval(differences, 0, "psnr", "lq") == (low, high)
+    assert bootstrap_interval(differences, 1, "psnr", "lq") != (low, high)
+
+
+def test_bad_calls_are_usage_errors(folders, tmp_path):
+    with pytest.raises(UsageError, match='Did you mean "psnr"'):
+        run(folders, tmp_path / "out", metrics=("psnrr",))
+    with pytest.raises(UsageError, match='Did you mean "bicubic_median"'):
+        run(folders, tmp_path / "out", baselines=("bicubic_medium",))
+    with pytest.raises(UsageError, match="no folder"):
+        evaluate(tmp_path / "nowhere", folders["lq"], folders["hq"], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no pictures in"):
+        evaluate(tmp_path / "empty", folders["lq"], folders["hq"], tmp_path / "out")

@@ -1,0 +1,219 @@
+"""The stages of a plan: folders of trainings, inputs, outputs, torn files, and the models that a recipe names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from components.restoring import Ask
+from components.systems.recipes import load_recipe
+from pipelines.core.console import Console
+from pipelines.core.errors import RetryLater, UsageError
+from pipelines.core.metrics import Tail, read_metrics
+from pipelines.runs.identity import train_identity
+from pipelines.runs.one_training import train_folder
+from pipelines.runs.stages import check_restore, corpus_files, run_restore
+from pipelines.runs.verb import RestoreSettings, StageContext
+from pipelines.training.inputs import TrainInputs, check_inputs
+from pipelines.training.recipes import check_recipe
+from pipelines.training.stage_files import METRICS, ORDER, Log, Sample, log_order, read_order
+
+
+def recipe(*overrides: str) -> Any:
+    return load_recipe("instantir-dcp-nano", overrides)
+
+
+def write_index(folder: Path, **counts: int) -> Path:
+    """Write an index with one shard per split and these numbers of samples."""
+    splits = {
+        split: {"samples": n, "table": {"name": f"{split}.arrow"}, "shards": [{"name": f"{split}-0.tar", "samples": n}]}
+        for split, n in counts.items()
+    }
+    (folder / "index.json").write_text(json.dumps({"format": 2, "digest": "d", "splits": splits}))
+    return folder
+
+
+def test_a_folder_belongs_to_one_training(tmp_path: Path) -> None:
+    out, inputs = tmp_path / "out", TrainInputs(data_digests={"corpus": "1"})
+    for _ in range(2):  # the same training resumes
+        with train_folder(recipe(), inputs, out):
+            (out / "ray").mkdir(exist_ok=True)
+    with train_folder(recipe("placement.workers=2"), inputs, out):
+        pass
+    for other, data in ((recipe("seed=1"), "1"), (recipe(), "2")):
+        with (
+            pytest.raises(UsageError, match=r"holds a training of instantir-dcp-nano with other.*another --out"),
+            train_folder(other, TrainInputs(data_digests={"corpus": data}), out),
+        ):
+            pass
+    (out / "stage.json").unlink()
+    with pytest.raises(UsageError, match=r"without a stage\.json"), train_folder(recipe(), inputs, out):
+        pass
+
+
+def test_a_folder_has_one_trainer_at_a_time(tmp_path: Path) -> None:
+    with (
+        train_folder(recipe(), TrainInputs(), tmp_path),
+        pytest.raises(RetryLater, match="in use"),
+        train_folder(recipe(), TrainInputs(), tmp_path),
+    ):
+        pass
+
+
+def test_a_corpus_without_held_out_pictures_is_refused_on_the_driver(tmp_path: Path) -> None:
+    corpus = write_index(tmp_path, train=1, held_out=0)
+    inputs = TrainInputs(corpora={"corpus": corpus})
+    with pytest.raises(UsageError, match="at least 2 usable pictures"):
+        check_inputs(recipe(), inputs)
+    write_index(tmp_path, train=1, held_out=1)
+    check_inputs(recipe(), inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "parents", "words"),
+    [
+        ("instantir-previewer-nano", (), r"of stage dcp \(or, .* or aggregator\), but the inputs hold no model"),
+        ("instantir-aggregator-nano", ("dcp",), r"stage previewer \(or, .*\), but .* a model of stage dcp"),
+        ("instarevive-bsr-nano", ("dcp",), "starts from no model"),
+        (
+            "instantir-dcp-nano",
+            ("onestep",),
+            r"starts from no model \(or, to train .* dcp or previewer or aggregator",
+        ),
+        ("prior-encoder-nano", (), "of stage autoencoder"),
+    ],
+)
+def test_a_stage_without_its_parent_is_refused_on_the_driver(
+    name: str, parents: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    corpora = {"corpus": write_index(tmp_path, train=1, held_out=1)}
+    with pytest.raises(UsageError, match=words):
+        check_inputs(load_recipe(name), TrainInputs(corpora=corpora, parents=dict.fromkeys(parents, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "parents"),
+    [
+        ("dcp", ("dcp", "aggregator")),
+        ("previewer", ("dcp", "previewer", "aggregator")),
+        ("aggregator", ("aggregator",)),
+    ],
+)
+def test_a_trained_model_can_be_trained_further(stage: str, parents: tuple[str, ...], tmp_path: Path) -> None:
+    corpora = {"corpus": write_index(tmp_path, train=1, held_out=1)}
+    for parent in parents:
+        check_inputs(load_recipe(f"instantir-{stage}-nano"), TrainInputs(corpora=corpora, parents={parent: tmp_path}))
+
+
+def test_a_warm_start_replaces_a_parent(tmp_path: Path) -> None:
+    corpora = {"corpus": write_index(tmp_path, train=1, held_out=1)}
+    check_inputs(load_recipe("prior-denoiser-nano", ["warm_start=nano"]), TrainInputs(corpora=corpora))
+
+
+def test_corpus_files_lists_every_table_and_shard(tmp_path: Path) -> None:
+    files = ["train.arrow", "held_out.arrow", "train/train-0.tar", "held_out/held_out-0.tar"]
+    assert corpus_files(write_index(tmp_path, train=2, held_out=1)) == files
+
+
+def test_a_restore_stage_counts_all_refusals_and_lists_all_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("hq", "lq", "restored"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / "a.png").touch()
+    (tmp_path / "trained" / "model").mkdir(parents=True)
+    write_index(tmp_path / "trained", train=1, held_out=3)
+    monkeypatch.setattr("pipelines.runs.stages.prepare_heldout", lambda *_, **__: SimpleNamespace(quarantined=2))
+    result = SimpleNamespace(restored=1, skipped=0, quarantined=1)
+    model = SimpleNamespace(request_options=lambda options: Ask())
+    monkeypatch.setattr("pipelines.runs.stages.open_model", lambda folder: model)
+    monkeypatch.setattr("pipelines.runs.stages.restore_folder", lambda *_, **__: result)
+    results = run_restore(
+        StageContext(
+            plan="p",
+            name="restored",
+            verb="restore",
+            digest="0",
+            run_dir=tmp_path,
+            stage_dir=tmp_path / "work",
+            inputs={"trained": tmp_path / "trained"},
+            settings=RestoreSettings(),
+            console=Console(silent=True),
+        )
+    )
+    assert results["quarantined"] == 3
+    assert {"hq/a.png", "lq/a.png", "restored/a.png", "restored/records.jsonl"} <= set(results["outputs"])
+
+
+def test_a_torn_row_costs_that_row_only(tmp_path: Path) -> None:
+    rows: list[Any] = []
+    (tmp_path / METRICS).write_text('{"step": 1, "name": "loss", "value": 2.0, "time": 0}\n{"step": 2, "na')
+    (tmp_path / ORDER).write_text('{"step": 1, "rank": 0, "positions": [0], "keys": ["a"]}\n{"st')
+    log = Log(tmp_path, active=True)
+    log.write(2, {"loss": 1.0})
+    log_order(tmp_path, 0, 2, [Sample(1, "b", "", "")])
+    assert read_metrics(tmp_path / METRICS) == {"loss": {1: 2.0, 2: 1.0}}
+    assert read_order(tmp_path) == {0: "a", 1: "b"}
+    tail = Tail(tmp_path / METRICS, rows.extend)
+    tail.offset = 0
+    with tail:
+        pass
+    assert [row[0] for row in rows] == [1, 2]
+
+
+def model_folder(path: Path, name: str = "a") -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "model.json").write_text(json.dumps({"name": name}))
+    return path
+
+
+def test_models_that_a_recipe_names_are_checked_and_identify_its_stage(tmp_path: Path) -> None:
+    """Other weights of the coarse restorer or of the teacher make another training."""
+    for key in ("coarse", "teacher"):
+        folder = model_folder(tmp_path / key)
+        recipe = load_recipe("instarevive-bsr-nano", [f"{key}={folder}"])
+        check_recipe(recipe)
+        first = train_identity(recipe)
+        assert set(first) == {"prior", key}
+        model_folder(folder, "b")
+        second = train_identity(recipe)
+        assert first["prior"] == second["prior"] and first[key] != second[key]
+        with pytest.raises(
+            UsageError, match=f'unknown {key} "owner/name"'
+        ):  # a hub id is not allowed: it must be a model folder
+            check_recipe(load_recipe("instarevive-bsr-nano", [f"{key}=owner/name"]))
+
+
+def test_a_missing_start_says_how_to_make_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path))
+    quiet = ["missing_captions.model="]
+    with pytest.raises(UsageError, match=r"no model instarevive-bfr for warm_start: .*restoray train instarevive-bfr"):
+        check_recipe(load_recipe("instarevive-inpaint", quiet))
+    with pytest.raises(UsageError, match=r"restoray train swinir or restoray weights import swinir.*coarse=MODEL"):
+        check_recipe(load_recipe("instarevive-bsr", quiet))
+    check_recipe(load_recipe("instarevive-bsr", [*quiet, "coarse="]))
+
+
+def test_a_coarse_view_without_a_coarse_restorer_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"missing_captions\.view: the coarse view needs a coarse restorer"):
+        check_recipe(load_recipe("instarevive-bsr-nano", ["missing_captions.view=coarse"]))
+
+
+def test_a_task_may_start_from_another_tasks_model(tmp_path: Path) -> None:
+    """The other model must be of the same stage. The model is checked before the corpus."""
+    recipe = load_recipe("instarevive-bsr-nano")
+    nowhere = {"corpora": {"corpus": tmp_path}}
+    with pytest.raises(UsageError, match=r"from a model of stage onestep\), but the inputs hold a model of stage dcp"):
+        check_inputs(recipe, TrainInputs(**nowhere, parents={"dcp": tmp_path}))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"index\.json|no corpus"):
+        check_inputs(recipe, TrainInputs(**nowhere, parents={"onestep": tmp_path}))  # type: ignore[arg-type]
+
+
+def test_pairs_are_not_degraded_again() -> None:
+    check_restore(RestoreSettings(pairs="lq", preset="none"), None, ())
+    with pytest.raises(UsageError, match="not degraded again; set preset=none"):
+        check_restore(RestoreSettings(pairs="lq"), None, ())

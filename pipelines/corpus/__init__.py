@@ -1,1 +1,1 @@
-"""A finished corpus: its shards, the catalogue of known corpora, and the columns beside it."""
+"""A finished corpus: its shards and its columns; and the catalogue of the shipped corpora."""

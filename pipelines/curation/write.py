@@ -55,10 +55,10 @@ def planned_rows(plan: ShardPlan, out: Path) -> Iterator[dict[str, Any]]:
     for name in plan.parts:
         table = pq.read_table(out / "work" / "decided" / f"{name}.parquet")
         number, split = table.column("number"), table.column("split")
-        mine = pc.and_(
+        is_planned = pc.and_(
             pc.and_(pc.greater_equal(number, plan.first), pc.less_equal(number, plan.last)), pc.equal(split, plan.split)
         )
-        yield from table.filter(mine).to_pylist()
+        yield from table.filter(is_planned).to_pylist()
 
 
 def write_planned(plan: ShardPlan, spec: CorpusSpec, out: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Columns beside a corpus: captions, latents and embeddings, computed by actors and read by streams."""
+"""Columns of a corpus: captions, latents, embeddings and inputs, computed by actors and read by streams."""

@@ -329,7 +329,7 @@ class CaptionerPool:
                         reason = f"its captioner died {RETRIES + 1} times over it: {last_line(error)}"
                         answers.append([SampleError("crashed", reason)])
         except ray.exceptions.RayError as error:
-            raise Failure(f"the captioners cannot be asked any more: {last_line(error)}") from error
+            raise Failure(f"the captioners have ended: {last_line(error)}") from error
         return answers
 
     def close(self) -> None:

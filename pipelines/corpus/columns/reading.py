@@ -2,7 +2,7 @@
 
 columns/<name>/column.json            {"format", "name", "kind", "corpus", "producer", "producer_digest", "shape",
                                       "dtype", "samples", "given", "quarantined", "splits": {split: [{"name",
-                                      "bytes", "sha256", "samples"}]}}; written last: a column that has it is whole
+                                      "bytes", "sha256", "samples"}]}}; written last: it makes the column complete
 columns/<name>/<split>-<shard>.arrow  one record batch {key, value, given}, aligned with the samples of the shard
 columns/<name>/quarantine.jsonl       {key, source, stage, code, detail, bytes_sha256} of rows that are null
 columns/<name>/shards.jsonl           a row for each computed shard: a later run does not repeat them
@@ -51,7 +51,7 @@ class Column:
     stamp: str = field(repr=False, default="")
 
     def value(self, split: str, sample: int) -> Value | None:
-        """The value of a sample; None where it failed (quarantine.jsonl says why). Arrays are read-only views."""
+        """The value of a sample; None for a failure (quarantine.jsonl has the reason). Arrays are read-only views."""
         batch, row = self._row(split, sample)
         cell = batch.column("value")[row]
         if not cell.is_valid:

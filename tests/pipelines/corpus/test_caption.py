@@ -398,7 +398,7 @@ def test_a_pool_answers_anywhere_and_remembers(pool: CaptionerPool, tmp_path: Pa
     assert caught.value.key == "cd" * 32
     pool.close()
     assert pool.captions([*pictures, seen], [*names, "ef" * 32]) == [*expected, describe(seen)]
-    with pytest.raises(Failure, match="cannot be asked any more"):
+    with pytest.raises(Failure, match="the captioners have ended"):
         pool.captions([picture(8)], [name_of(8)])
 
 

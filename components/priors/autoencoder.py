@@ -1,8 +1,9 @@
-"""An autoencoder with a choice of factor and channels, which starts with space-to-depth.
+"""A small autoencoder that starts with space-to-depth, and functions that encode and decode with it or AutoencoderKL.
 
-All convolutions run at 1/factor of the picture's size, so it trains in minutes on a CPU. A linear map (patch ->
-channels and back) carries most of the signal; its start can be the principal components of real patches. A residual
-network on each side adds what is not linear.
+The downsampling factor and the number of latent channels can be chosen. All convolutions run at 1/factor of the
+picture's size, so the autoencoder trains in minutes on a CPU. Encoder and decoder are each the sum of a linear map of a
+patch, which carries most of the signal, and a residual network for the nonlinear rest. The linear maps can be
+initialised with the principal components of real patches.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 
 def autoencoder_factor(autoencoder: nn.Module) -> int:
-    """The side of a latent pixel in pixels, for an AutoencoderKL or a SpaceToDepthAutoencoder."""
+    """The downsampling factor of an AutoencoderKL or a SpaceToDepthAutoencoder."""
     if isinstance(autoencoder, SpaceToDepthAutoencoder):
         return autoencoder.factor
     return 2 ** (len(_config(autoencoder)["block_out_channels"]) - 1)
@@ -25,15 +26,18 @@ def autoencoder_factor(autoencoder: nn.Module) -> int:
 def encode_pixels(autoencoder: nn.Module, images: Tensor, noise: Tensor | None = None) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/factor, W/factor], in the pictures' dtype.
 
-    The latents are the mode of the encoder's distribution. With standard normal `noise` of their shape they are a
-    sample of it; an autoencoder without a distribution ignores `noise`.
+    Without `noise`, the latents are the mode of the encoder's distribution. With standard normal `noise` [B, C, h, w],
+    they are a sample of the distribution. A SpaceToDepthAutoencoder has no distribution and ignores `noise`.
     """
     if isinstance(autoencoder, SpaceToDepthAutoencoder):
         return autoencoder.encode(images)
     with torch.autocast(images.device.type, enabled=False):
         pixels = images.to(next(autoencoder.parameters()).dtype)
-        normal = autoencoder.encode(pixels).latent_dist  # type: ignore[operator]
-        latents = normal.mode() if noise is None else normal.mean + normal.std * noise.to(normal.mean)
+        distribution = autoencoder.encode(pixels).latent_dist  # type: ignore[operator]
+        if noise is None:
+            latents = distribution.mode()
+        else:
+            latents = distribution.mean + distribution.std * noise.to(distribution.mean)
     return latents.to(images.dtype) * _config(autoencoder)["scaling_factor"]  # type: ignore[no-any-return]
 
 
@@ -52,7 +56,7 @@ def _config(autoencoder: nn.Module) -> Mapping[str, Any]:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))), 3x3, without normalisation: the activations are already of order one."""
+    """x + conv(silu(conv(silu(x)))) with 3x3 kernels; no normalisation, since the activations are of order one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -66,7 +70,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNetwork(nn.Module):
-    """conv -> blocks -> conv with zero initial weights, [B, inputs, h, w] -> [B, outputs, h, w]."""
+    """[B, inputs, h, w] -> [B, outputs, h, w]: a conv, residual blocks, SiLU, and a zero-initialised conv."""
 
     def __init__(self, inputs: int, outputs: int, width: int, blocks: int) -> None:
         super().__init__()
@@ -84,9 +88,9 @@ class SpaceToDepthAutoencoder(nn.Module):
     """Pictures [B, 3, H, W] in [-1, 1] <-> latents [B, latent_channels, H/factor, W/factor].
 
     Args:
-        factor: side of a latent pixel in pixels.
+        factor: downsampling factor.
         latent_channels: channels of the latents.
-        width, encoder_blocks, decoder_blocks: size of the residual networks.
+        width, encoder_blocks, decoder_blocks: channels and numbers of blocks of the residual networks.
         scaling_factor: multiplies the latents, so that their standard deviation is near one.
     """
 
@@ -108,28 +112,29 @@ class SpaceToDepthAutoencoder(nn.Module):
         self.decode_residual = ResidualNetwork(latent_channels, patch, width, decoder_blocks)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Scaled latents. Raises ValueError if a side is not a multiple of the factor."""
+        """Pictures -> scaled latents. Raises ValueError if a side is not a multiple of the factor."""
         if images.shape[-1] % self.factor or images.shape[-2] % self.factor:
             raise ValueError(f"sides must be multiples of {self.factor}, got {tuple(images.shape[-2:])}")
-        with torch.autocast(images.device.type, enabled=False):  # like SDXL's: not in half precision during training
+        with torch.autocast(images.device.type, enabled=False):  # not in half precision, as for SDXL's autoencoder
             patches = F.pixel_unshuffle(images, self.factor)
             return (self.encode_linear(patches) + self.encode_residual(patches)) * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures, not clipped."""
+        """Scaled latents -> pictures, not clipped."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents / self.scaling_factor
             return F.pixel_shuffle(self.decode_linear(latents) + self.decode_residual(latents), self.factor)
 
     @torch.no_grad()
     def set_principal_components(self, images: Tensor, whitening: float = 0.5) -> None:
-        """Sets the linear maps to the principal components of the pictures' patches.
+        """Set the linear maps to the principal components of the pictures' patches.
 
         Args:
             images: [B, 3, H, W] in [-1, 1].
-            whitening: channel i gets standard deviation std_i ** (1 - whitening), times a common gain that makes the
-                mean square one. 0 keeps pixel-space distances: the first noise then hides the fine channels. 1 gives
-                all channels equal variance: the denoiser then spends its capacity on fine grain. 0.5 is our choice.
+            whitening: exponent from 0 to 1. Latent channel i has standard deviation std_i ** (1 - whitening), times a
+                common gain that makes the mean square one; std_i is that of component i. 0 keeps the distances of
+                pixel space, so that a low sigma already hides the channels of fine detail. 1 gives all channels equal
+                variance, so that the denoiser spends its capacity on fine detail. 0.5 is our choice.
         """
         patches = F.pixel_unshuffle(images.double(), self.factor).movedim(1, -1).reshape(-1, 3 * self.factor**2)
         mean = patches.mean(0)
@@ -137,12 +142,12 @@ class SpaceToDepthAutoencoder(nn.Module):
         order = variance.argsort(descending=True)[: self.latent_channels]
         deviation = variance[order].clamp_min(1e-8).sqrt()
         basis = basis[:, order]
-        # the sign of an eigenvector is arbitrary: fix it, so that machines agree
+        # The sign of an eigenvector is arbitrary. It is fixed here, so that all machines get the same weights.
         basis = basis * basis.sum(0).sign().where(basis.sum(0) != 0, torch.ones_like(deviation))
         gain = deviation**-whitening
         gain = gain / (deviation * gain).square().mean().sqrt()
-        down, up = (basis * gain).T, basis / gain
-        self.encode_linear.weight.copy_(down[..., None, None])
-        self.encode_linear.bias.copy_(-down @ mean)  # type: ignore[union-attr]
-        self.decode_linear.weight.copy_(up[..., None, None])
+        encoding, decoding = (basis * gain).T, basis / gain
+        self.encode_linear.weight.copy_(encoding[..., None, None])
+        self.encode_linear.bias.copy_(-encoding @ mean)  # type: ignore[union-attr]
+        self.decode_linear.weight.copy_(decoding[..., None, None])
         self.decode_linear.bias.copy_(mean)  # type: ignore[union-attr]

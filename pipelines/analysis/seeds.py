@@ -1,10 +1,12 @@
-"""`restoray analyze seeds`: how far a model's results for one input lie apart, and whether each agrees with the input.
+"""`restoray analyze seeds`: how much results for one input vary with the seed, and whether they agree with the input.
 
-For models of any system. InstaRevive's A.6 shows five results of one input. It accepts several results where the input
-leaves them open, as long as all of them align with the input. Each picture is degraded to the four quality levels
-(pipelines/analysis/levels.py) and restored with several seeds. The spread over seeds is split at 8 px into a coarse and
-a fine part (components/evaluation/diversity.py). The coarse difference between result and input is compared with that
-between original and input, because the original agrees with the input by construction.
+The study works for models of any system. Appendix A.6 of InstaRevive shows five results of one input: they may differ
+in what the input does not determine, but each must align with the input.
+
+Each picture is degraded to the four quality levels (pipelines/analysis/levels.py) and restored with several seeds. The
+standard deviation over seeds has a coarse part, of the means of 8 x 8 px blocks, and a fine part within the blocks
+(components/evaluation/diversity.py). The coarse difference between a result and the input is compared with the coarse
+difference between the original and the input, because the original agrees with the input by construction.
 """
 
 from __future__ import annotations
@@ -42,33 +44,34 @@ from pipelines.pages.figures import Panel, draw
 
 NAME = "seeds"
 SEEDS = 5
-"""Fig. 18 shows five results."""
-MAX_SEEDS = 100  # ours
+"""Five, as in InstaRevive's Fig. 18."""
+MAX_SEEDS = 100  # our choice
 MAP_GAIN = 4
-"""A standard deviation of 64 levels is white in the sheet's map."""
+"""The gray value of the spread map is the standard deviation times MAP_GAIN: 64 or more 8-bit levels are white."""
 
 VALUES = {
-    "total": "spread over seeds, levels",
-    "coarse": f"its coarse part (means of {BLOCK_PX} px)",
-    "fine": "its fine part",
-    "result_to_input": "coarse difference of a result to the input, levels",
-    "original_to_input": "coarse difference of the original to the input, levels",
+    "total": "spread over seeds, 8-bit levels",
+    "coarse": f"coarse part of the spread (means of {BLOCK_PX} x {BLOCK_PX} px)",
+    "fine": "fine part of the spread",
+    "result_to_input": "coarse difference between result and input, 8-bit levels",
+    "original_to_input": "coarse difference between original and input, 8-bit levels",
     "psnr": "PSNR of a result, dB",
-    "psnr_range": "best seed's PSNR less the worst's, dB",
+    "psnr_range": "PSNR of the best seed minus the worst, dB",
     "psnr_of_mean": "PSNR of the seeds' mean picture, dB",
     "psnr_of_input": "PSNR of the input, dB",
 }
+"""The values of a picture at one quality level, with their labels in the report."""
 
 
 def analyze_seeds(
     model: WholeModel, mixed: str = "realesrgan", seeds: int = SEEDS, progress: Progress = no_progress
 ) -> StudyResult:
-    """Run the study; it resumes picture by picture.
+    """Run the study; an interrupted run continues at the next picture.
 
     Args:
         mixed: preset of the mixed degradation.
-        seeds: number of results for each input; the first equals that of `restoray restore --seed <the study's seed>`,
-            the second that of the next seed.
+        seeds: number of results for each input. Result n equals that of `restoray restore --seed S` with S = the
+            study's seed + n, from n = 0.
 
     Raises:
         UsageError: there are no pictures, the preset is unknown, the number of seeds is out of range, or the folder
@@ -103,20 +106,20 @@ def analyze_seeds(
 
 
 def restore(model: WholeModel, key: str, lq: Image, seed: int) -> Image:
-    """One result. Its picture seed equals that of a batch job with this seed."""
+    """Restore one picture, as a batch job with this seed does."""
     request = Request(key=key, image=lq, seed=picture_seed(seed, key), options=model.options)
     return model.restorer.restore([request])[0].image
 
 
 def picture_values(results: Sequence[Image], lq: Image, hq: Image) -> dict[str, float | None]:
-    """VALUES of one picture at one level; None for values that are not finite (the PSNR of equal pictures)."""
-    parts = spread(results)
+    """The VALUES of one picture at one quality level; None for a value that is not finite (PSNR of equal pictures)."""
+    deviation = spread(results)
     scores = [psnr(result, hq) for result in results]
     mean = np.rint(np.mean([result.astype(np.float64) for result in results], axis=0)).astype(np.uint8)
     values = {
-        "total": parts.total,
-        "coarse": parts.coarse,
-        "fine": parts.fine,
+        "total": deviation.total,
+        "coarse": deviation.coarse,
+        "fine": deviation.fine,
         "result_to_input": float(np.mean([coarse_error(result, lq) for result in results])),
         "original_to_input": coarse_error(hq, lq),
         "psnr": float(np.mean(scores)),
@@ -138,10 +141,13 @@ def spread_map(results: Sequence[Image]) -> Image:
 
 
 def report_seeds(model: WholeModel, measurements: Measurements, levels: Sequence[str], seeds: int) -> StudyResult:
-    """Write the table, the sheet and the report of the rows."""
+    """Write values.csv, the contact sheet and the report of the measurements."""
     job, rows, seed = model.job, measurements.rows, model.job.seed
     values = {name: {level: column(rows, "levels", level, name) for level in levels} for name in VALUES}
-    bands = {name: {level: mean_band(by[level], seed, "seeds") for level in levels} for name, by in values.items()}
+    bands = {
+        name: {level: mean_band(by_level[level], seed, "seeds") for level in levels}
+        for name, by_level in values.items()
+    }
     write_csv(
         job.out / "values.csv",
         ["key", "level", *VALUES],
@@ -151,10 +157,11 @@ def report_seeds(model: WholeModel, measurements: Measurements, levels: Sequence
     sheet = strip_sheet(job.out, rows, captions)
     sections = [
         Section(
-            title="What the seed decides, and what the input",
-            words=f"Means over pictures with 95 % bands, {seeds} seeds each. Coarse: means of squares of {BLOCK_PX} "
-            "px, which even the x8 input keeps. The original agrees with its input by construction. Results are "
-            "aligned with the input if they differ from it coarsely no more than the original does.",
+            title="Spread over seeds, and agreement with the input",
+            words=f"Means over pictures with 95 % bands, {seeds} seeds each. Coarse values are of the means of "
+            f"{BLOCK_PX} x {BLOCK_PX} px blocks, which even the x8 downsampling keeps. The original agrees with its "
+            "input by construction. So a result is aligned with the input if its coarse difference from the input is "
+            "not larger than the original's.",
             findings=sentences(values, levels, seed),
             figure=("seeds.png", draw(panels(bands, levels))),
             head=["Input", *VALUES.values()],
@@ -165,18 +172,18 @@ def report_seeds(model: WholeModel, measurements: Measurements, levels: Sequence
         sections.append(
             Section(
                 title="Results of several seeds",
-                words=f"Left to right: original, input, results of the first {min(seeds, SEEDS)} seeds, and where they "
-                f"differ (a standard deviation of {255 // MAP_GAIN} levels is white).",
+                words=f"Left to right: original, input, results of the first {min(seeds, SEEDS)} seeds, and the "
+                f"standard deviation over all seeds ({256 // MAP_GAIN} or more 8-bit levels are white).",
                 sheet=("seeds.jpg", sheet),
             )
         )
     page = Page(
-        title="How many pictures one input allows",
+        title="How much the results of one input vary with the seed",
         subtitle="restoray analyze seeds: diversity over seeds and consistency with the input",
         facts=[
             pictures_fact(measurements, job.side_px),
             ("Model", model.title(model.system)),
-            ("Options", ", ".join(f"{k}={v}" for k, v in model.options.items()) or "the model's own"),
+            ("Options", ", ".join(f"{k}={v}" for k, v in model.options.items()) or "the model's defaults"),
             ("Seeds", f"{seed} to {seed + seeds - 1}"),
         ],
         sections=sections,
@@ -190,11 +197,14 @@ def report_seeds(model: WholeModel, measurements: Measurements, levels: Sequence
 
 
 def panels(bands: Mapping[str, Mapping[str, Band]], levels: Sequence[str]) -> list[Panel]:
-    """Plots of spread, agreement and PSNR over the levels."""
-    kinds = {
-        "spread over seeds": ("levels", {"all": "total", "coarse": "coarse", "fine": "fine"}),
-        "coarse difference to the input": ("levels", {"results": "result_to_input", "original": "original_to_input"}),
-        "PSNR": ("dB", {"a seed's": "psnr", "of the mean": "psnr_of_mean", "the input's": "psnr_of_input"}),
+    """Plots of the spread, the coarse difference from the input and the PSNR over the quality levels."""
+    plots = {
+        "spread over seeds": ("8-bit levels", {"all": "total", "coarse": "coarse", "fine": "fine"}),
+        "coarse difference from the input": (
+            "8-bit levels",
+            {"results": "result_to_input", "original": "original_to_input"},
+        ),
+        "PSNR": ("dB", {"one result": "psnr", "mean of the seeds": "psnr_of_mean", "input": "psnr_of_input"}),
     }
     return [
         Panel(
@@ -207,12 +217,12 @@ def panels(bands: Mapping[str, Mapping[str, Band]], levels: Sequence[str]) -> li
                 band_line(label, stack_bands([bands[name][level] for level in levels])) for label, name in lines.items()
             ],
         )
-        for title, (unit, lines) in kinds.items()
+        for title, (unit, lines) in plots.items()
     ]
 
 
 def sentences(values: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[str], seed: int) -> list[str]:
-    """Sentences about the diversity, its dependence on the input, the agreement with the input, and the PSNR."""
+    """Findings: spread over seeds, its change with the input's quality, agreement with the input, and PSNR."""
     total = values["total"]
     if all(not np.any(total[level]) for level in levels):
         return ["Every seed gives the same picture: this model takes no noise."]
@@ -221,27 +231,31 @@ def sentences(values: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[s
         return band_text(mean_band(values[name][level], seed, "seeds"), sign=False)
 
     worst = levels[-1]
-    square = np.square(values["fine"][worst]).sum() / np.square(total[worst]).sum()
+    fine_share = np.square(values["fine"][worst]).sum() / np.square(total[worst]).sum()
     text = [
-        f"Seeds spread the results of the {worst} input by {mean('total', worst)} levels; {100 * square:.0f} % of that "
-        f"variance is detail below {BLOCK_PX} px."
+        f"At {worst}, the standard deviation over seeds is {mean('total', worst)} levels; {100 * fine_share:.0f} % of "
+        f"that variance is detail below {BLOCK_PX} px."
     ]
     differences = []
     for better, worse in pairwise(levels):
         band = mean_band(total[worse] - total[better], seed, "seeds")
-        differences.append(f"{worse} over {better} {band_text(band)}, {verdict(band)}")
-    text.append(f"Spread by input: {'; '.join(differences)}.")
+        differences.append(f"{worse} minus {better} {band_text(band)}, {verdict(band)}")
+    text.append(f"Change of the spread with the input: {'; '.join(differences)}.")
     for level in levels[1:]:
         word = verdict(mean_band(values["result_to_input"][level] - values["original_to_input"][level], seed, "seeds"))
-        agree = {"higher": "agree with it less than", "lower": "agree with it more than", "no effect seen": "agree as"}
+        agree = {
+            "higher": "agree with the input less than",
+            "lower": "agree with the input more than",
+            "no effect seen": "agree with the input as well as",
+        }
         text.append(
-            f"{level}: results differ coarsely from the input by {mean('result_to_input', level)} levels, originals by "
-            f"{mean('original_to_input', level)}: "
+            f"{level}: the coarse difference from the input is {mean('result_to_input', level)} levels for results and "
+            f"{mean('original_to_input', level)} for originals: "
             + (f"results {agree[word]} the original does." if word in agree else f"{word}.")
         )
     gain = mean_band(values["psnr_of_mean"][worst] - values["psnr"][worst], seed, "seeds")
     text.append(
-        f"{worst}: best and worst seed lie {mean('psnr_range', worst)} dB of PSNR apart, and the seeds' mean picture "
-        f"has {band_text(gain)} dB over a single result."
+        f"{worst}: the PSNR of the best seed minus that of the worst is {mean('psnr_range', worst)} dB. The PSNR of "
+        f"the mean picture over seeds minus that of one result is {band_text(gain)} dB."
     )
     return text

@@ -1,4 +1,4 @@
-"""`restoray run`, `demo` and `report`."""
+"""The commands `restoray run`, `restoray demo` and `restoray report`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def demo(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Run the demo plan on real photographs, the same as `restoray run demo`."""
+    """Run the demo plan on real photographs. This is the same as `restoray run demo`."""
     run_and_print("demo", overrides, out, images, dry_run, as_json)
 
 
@@ -32,14 +32,14 @@ def run(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Run the stages of a plan in order; done stages are skipped and an interrupted one continues."""
+    """Run the stages of a plan in order. Finished stages are skipped, and an interrupted stage continues."""
     run_and_print(plan, overrides, out, images, dry_run, as_json)
 
 
 def run_and_print(
     plan: str, overrides: list[str] | None, out: Path | None, images: Path | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Run a plan, print its result and exit."""
+    """Run a plan, print its result and exit; a dry run prints the resolved plan and runs nothing."""
     from pipelines.runs.engine import RunOptions, run_plan
 
     console = Console(silent=as_json)

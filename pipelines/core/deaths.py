@@ -22,6 +22,10 @@ MAX_DEATHS = 2
 """Number of processes that may die over one sample, or while they load the model."""
 
 
+class WorkersDied(Failure):
+    """MAX_DEATHS processes died while they loaded the model."""
+
+
 class Marks:
     """The marks of a job: a folder with one file per name."""
 
@@ -63,11 +67,11 @@ class Marks:
             make: loads the model.
 
         Raises:
-            Failure: MAX_DEATHS processes died.
+            WorkersDied: MAX_DEATHS processes died.
             Exception: any error of `make`.
         """
         if self.deaths(name) >= MAX_DEATHS + others:
-            raise Failure("workers died again and again while they loaded the model")
+            raise WorkersDied("workers died again and again while they loaded the model")
         with self.work_on(name):
             return make()
 

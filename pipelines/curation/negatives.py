@@ -46,7 +46,7 @@ from components.randomness import generator
 from components.types import SampleError
 from components.writing import replace_file
 from pipelines.core.console import Progress, no_progress
-from pipelines.core.deaths import MAX_DEATHS, Marks, remove_leftovers
+from pipelines.core.deaths import MAX_DEATHS, Marks, WorkersDied, remove_leftovers
 from pipelines.core.errors import Failure, RestorayError, UsageError
 from pipelines.core.folders import check_output, folder_lock
 from pipelines.core.pool import Pool, answers_of, fixed_threads
@@ -442,7 +442,7 @@ class NegativesWorker:
         )
         try:
             self.change = self.marks.load("loading", self.others, make)
-        except Failure:
+        except WorkersDied:
             self.broken = f"workers died again and again while loading {spec.prior}", False
         except ValueError as error:
             self.broken = str(error), True

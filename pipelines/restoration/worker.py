@@ -16,8 +16,7 @@ from components.images import Limits, probe
 from components.restoring import Ask, Identity, Picture, as_sample_error, request_of, restore_batch
 from components.types import Restorer, SampleError
 from components.writing import replace_file
-from pipelines.core.deaths import MAX_DEATHS, Marks
-from pipelines.core.errors import Failure
+from pipelines.core.deaths import MAX_DEATHS, Marks, WorkersDied
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory
 from pipelines.restoration.prompts import JobCaptioner, PictureCaptioner
@@ -220,7 +219,7 @@ class RestoreWorker:
             model = self.marks.load(mark, self.settings.others, make)
             set_threads(self.settings.threads)
             return model
-        except Failure:
+        except WorkersDied:
             self.broken = f"workers died again and again while loading {what}"
         except Exception as error:  # noqa: BLE001 - any error while loading ends the job with one sentence
             self.broken = f"{what} cannot be loaded: {type(error).__name__}: {error}"

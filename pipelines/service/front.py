@@ -1,12 +1,15 @@
 """The HTTP side of `restoray serve`: reads requests, refuses bad ones early, and answers with a PNG or with JSON.
 
-This module does not use Ray: `build_app` takes a backend with `health` and `restore`. Statuses of errors:
+This module does not use Ray: `build_app` takes a backend with `health` and `restore`. HTTP statuses of errors:
 
+    404, 405               unknown route, wrong method
     408 read_timeout       the body did not arrive in time
     413 too_large          the body exceeds max_bytes; its bytes are counted as they arrive
     415 unsupported_type   the content is not a picture, or its format is not supported
     422                    a bad parameter, a broken picture, or too many pixels
-    503 + Retry-After      the service is starting, restarting or busy
+    500 failed, internal   the restoration or the service failed; its log has the error
+    503 + Retry-After      the service is starting, restarting, busy or out of memory, or its setup failed, or the
+                           request was cancelled
     504 deadline           the picture was not restored in time
 """
 
@@ -45,17 +48,18 @@ from components.types import SampleError
 FORM_OVERHEAD = 64 << 10  # our choice; room for boundaries, part headers and a few short fields
 MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARS  # UTF-8
 MAX_FIELDS = 64  # our choice; no system has so many options
-FILES = ("image", "reference")
+FILE_FIELDS = ("image", "reference")
 
 PARAMETERS: Mapping[str, type] = {
-    "key": str,  # the picture's name; default: the name of the form's file, else "picture"
-    "seed": int,  # default: the seed that a batch job with seed 0 derives from the key
+    "key": str,  # the picture's name; default: the form's file name without suffix, or "picture"
+    "seed": int,  # the picture's seed; default: picture_seed(0, key), as in a batch job with seed 0
     **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(SIDES, int),
     "scale": float,
     **dict.fromkeys(CHOICES, str),
 }
-"""Parameters of every system, with their types. All others are options, which the system checks as in a batch job."""
+"""Types of the parameters that every system takes. All other parameters are options of one system, which checks them
+as in a batch job."""
 
 STATUS: Mapping[str, int] = {
     "not_image": 415,
@@ -68,7 +72,7 @@ STATUS: Mapping[str, int] = {
     "setup_failed": 503,
     "cancelled": 503,
 }
-"""HTTP status by reason code. Every other code is an error of the picture or the parameters: 422."""
+"""HTTP status by reason code. Every other code gives 422: an error of the picture or the parameters."""
 
 log = logging.getLogger(__name__)
 
@@ -109,15 +113,17 @@ class Answer(Protocol):
 
 
 class Backend(Protocol):
-    """What restores the pictures of the app."""
+    """The restorer behind the app."""
 
-    async def health(self) -> tuple[str, str]: ...
+    async def health(self) -> tuple[str, str]:
+        """Return (state, detail); the service takes requests in state "READY"."""
 
-    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes) -> Answer: ...
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes) -> Answer:
+        """Restore one picture from its file's bytes; `reference` is b"" for none."""
 
 
 class Refusal(Exception):
-    """Ends a request with a status, a code and a sentence."""
+    """Ends a request with an HTTP status, a reason code and a sentence."""
 
     def __init__(self, status: int, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -127,22 +133,22 @@ class Refusal(Exception):
 def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: OptionCheck) -> FastAPI:
     """The HTTP app; `check` checks the system's options.
 
-    The app serves no documentation pages: they would be a second description to maintain.
+    The app has no OpenAPI pages. They would be a second description of the parameters to keep up to date.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    def problem(status: int, code: str, detail: str) -> JSONResponse:
+    def error_response(status: int, code: str, detail: str) -> JSONResponse:
         headers = {"Retry-After": str(limits.retry_after_s)} if status == 503 else {}
         return JSONResponse({"code": code, "detail": detail}, status_code=status, headers=headers)
 
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, error: HTTPException) -> JSONResponse:
         codes = {404: "unknown_route", 405: "method_not_allowed"}
-        return problem(error.status_code, codes.get(error.status_code, "http"), str(error.detail))
+        return error_response(error.status_code, codes.get(error.status_code, "http"), str(error.detail))
 
     @app.exception_handler(Refusal)
     async def refusal(_: Request, error: Refusal) -> JSONResponse:
-        return problem(error.status, error.code, error.detail)
+        return error_response(error.status, error.code, error.detail)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -161,7 +167,7 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: 
         except TimeoutError:
             raise Refusal(408, "read_timeout", f"the body did not arrive in {limits.read_timeout_s:g} s") from None
         except ClientDisconnect:
-            return Response(status_code=499)  # the client has left; only the log shows this
+            return Response(status_code=499)  # the client has left, so only the access log shows this status
         key, seed, ask = read_parameters(parameters, limits, check)
         check_picture(data, ask, limits)
         if reference:
@@ -194,33 +200,38 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: 
 
 
 async def read_request(request: Request, max_bytes: int) -> tuple[bytes, bytes, dict[str, str]]:
-    """(picture bytes, reference bytes or none, parameters as text) of a request with a raw or a form body.
+    """Read a request with a raw or a form body: (picture bytes, reference bytes or b"", parameters as text).
 
     Raises:
         Refusal: the body is too large or of an unsupported type, the form is broken, or a parameter has two values.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes + FORM_OVERHEAD:
         raise _too_large(max_bytes)
-    pairs = list(request.query_params.multi_items())
+    named_values = list(request.query_params.multi_items())
     reference = b""
-    if kind == "multipart/form-data":
+    if content_type == "multipart/form-data":
         data, reference, fields = await _read_form(request, max_bytes)
-        pairs += fields
-    elif kind == "" or kind == "application/octet-stream" or kind.startswith("image/"):
+        named_values += fields
+    elif content_type in ("", "application/octet-stream") or content_type.startswith("image/"):
         data = b"".join([chunk async for chunk in _limited(request, max_bytes)])
     else:
-        raise Refusal(415, "unsupported_type", f"send image/* or multipart/form-data, not {kind[:80]!r}")
+        raise Refusal(415, "unsupported_type", f"send image/* or multipart/form-data, not {content_type[:80]!r}")
     parameters: dict[str, str] = {}
-    for name, value in pairs:
+    for name, value in named_values:
         if parameters.setdefault(name, value) != value:
             raise Refusal(422, "bad_parameter", f"{name[:80]} has two values; send one")
     return data, reference, parameters
 
 
 async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, bytes, list[tuple[str, str]]]:
-    """(picture bytes, reference bytes, other fields) of a form with a file "image" and an optional file "reference"."""
+    """Read a form with a file "image" and an optional file "reference".
+
+    Returns:
+        (picture bytes, reference bytes or b"", text fields). If no key was sent, the name of the file "image" is added
+        as the key.
+    """
     parser = MultiPartParser(
         request.headers,
         _limited(request, max_bytes + FORM_OVERHEAD),
@@ -239,7 +250,7 @@ async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, bytes, li
         data, reference_file = await upload.read(), form.get("reference")
         reference = await reference_file.read() if isinstance(reference_file, UploadFile) else b""
         files = [name for name, value in form.multi_items() if isinstance(value, UploadFile)]
-        if len(set(files)) < len(files) or not set(files) <= set(FILES):
+        if len(set(files)) < len(files) or not set(files) <= set(FILE_FIELDS):
             raise Refusal(422, "bad_form", f"a form may hold one file image and one file reference, not {files}"[:200])
         if "reference" in files and not reference:
             raise Refusal(422, "empty", "the reference is empty")
@@ -256,7 +267,7 @@ async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, bytes, li
 
 
 async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """The body's chunks. Their bytes are counted, because the Content-Length header may be wrong."""
+    """The body's chunks; a Refusal once they exceed max_bytes. The Content-Length header may be wrong or absent."""
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -270,7 +281,7 @@ def _too_large(max_bytes: int) -> Refusal:
 
 
 def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: OptionCheck) -> tuple[str, int, Ask]:
-    """(key, seed, ask) of parameters as text.
+    """Parse parameters given as text into (key, seed, ask); `ask` holds the validated prompts, size and options.
 
     Raises:
         Refusal: 422; the sentence names the parameter.
@@ -298,7 +309,7 @@ def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: O
 
 
 def _number_or_text(text: str) -> int | float | str:
-    """A parameter's value, parsed as on the command line."""
+    """Parse an option's value as on the command line: int, else float, else text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -308,10 +319,13 @@ def _number_or_text(text: str) -> int | float | str:
 
 
 def check_picture(data: bytes, ask: Ask | None, limits: ServeLimits) -> None:
-    """Check a picture by its content and header, before it takes a place in the queue; a reference has no `ask`.
+    """Check a picture's format and size from its header, before the picture takes a place in the queue.
+
+    Args:
+        ask: gives the size of the result, which is checked too; None for a reference picture.
 
     Raises:
-        Refusal: 415, not a picture of a supported format; 422, broken, or above a pixel limit, which is named.
+        Refusal: 415, not a picture of a supported format; 422, broken or above a pixel limit, which the sentence names.
     """
     try:
         info = probe(data, Limits(max_pixels=limits.max_input_pixels, max_bytes=limits.max_bytes))

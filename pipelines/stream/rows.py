@@ -1,19 +1,20 @@
-"""The rows of the endless training stream, one by one or as columns.
+"""The rows of the endless training stream, one by one or in blocks of columns.
 
-A row is a function of (corpus, seed, position). So a checkpoint needs only one position, and any worker can make any
-row. ordering.py chooses the sample at a position; feed.py brings rows to a trainer. This module imports no torch, which
-keeps the Ray workers that decode and degrade small.
+A row is a function of (corpora, StreamConfig, position). So a checkpoint needs only one position, and any worker can
+make any row. ordering.py chooses the sample at a position; feed.py brings rows to a trainer. This module imports no
+torch, which keeps the Ray workers that decode and degrade small.
 
-    row: key str, position int64, hq uint8 [h, w, 3], lq uint8 [h, w, 3], prompt str, sizes int64 [6], plan (JSON str),
-         replaced str (errors of the samples that this row replaces, or ""), uncaptioned str (why the captioner wrote no
-         prompt, or ""), and the precomputed latents and embeddings of columns.py
+    row: key str, position int64, hq uint8 [h, w, 3], lq uint8 [h, w, 3], prompt str, sizes int64 [6] (SDXL's size
+         ids), plan (JSON str: the drawn parameters of the degradation), replaced str (errors of the samples that this
+         row replaces, or ""), uncaptioned str (why the captioner wrote no prompt, or ""), and the precomputed latents
+         and embeddings of columns.py
 
-h x w is the resolution squared, or the bucket of the row's global batch. If the device degrades, there is no lq: hq is
-the clean picture, and `components.tensors.collate` makes lq and target. The columns of a block also have no lq if
-nothing degrades: it would equal hq.
+h and w equal the resolution, or are the bucket (height, width) drawn for the row's global batch. With degrade_on
+"device" a row has no lq: hq is the clean picture, and `components.tensors.collate` makes lq and the target on the
+training device. If lq would equal hq, load_columns leaves lq out.
 
-Every readable sample comes exactly once per epoch. For an unreadable sample the stream uses another one and records the
-error in that row. The replacement comes from a later epoch's order (RESERVE), so it comes once more than the others.
+Each epoch of a corpus uses every readable sample once. An unreadable sample is replaced by one from a later epoch's
+order (RESERVE), and the row records the error. So a run uses a replacement once more than the other samples.
 """
 
 from __future__ import annotations
@@ -49,43 +50,47 @@ from pipelines.stream.ordering import Mixture, Order
 from pipelines.stream.texts import COLUMN, NEGATIVE, caption_missing
 
 RESERVE = 1 << 40
-"""First reserve position. Attempt k at position p reads position p + k * RESERVE; no run gets that far."""
+"""Distance between attempts: attempt k at position p reads the sample at p + k * RESERVE. No run gets so far."""
 
-ATTEMPTS = 16  # samples tried for one position; a corpus in which 16 fail should be curated again
+ATTEMPTS = 16  # samples tried for one position; if all 16 are unusable, the corpus should be curated again
 CACHE_BYTES = 64 << 20
-"""Most bytes of resized pictures in a worker's cache, for splits that fit as a whole. Ours: enough for the demo."""
+"""Size limit of a worker's cache of resized pictures. Only a split that fits as a whole is cached. Our choice: enough
+for the demo."""
 
 Row = dict[str, Any]
 Place = tuple[str, int, int]
-"""(source, the source's own position, sample number at that position); -1 for a source without samples."""
+"""(source, position within the source, sample number); the sample number is -1 for "dead_leaves", which has none."""
 
 NOTHING_PRECOMPUTED = Precomputed()
-SPARE_BLOCKS = 4  # hq and lq of the current block and of the one before it
+MAX_FREE_BUFFERS = 4  # enough for hq and lq of two blocks
 
-_spare: list[mmap] = []
-_pictures: OrderedDict[tuple[Any, ...], tuple[Image, tuple[int, int]]] = OrderedDict()
+_free_buffers: list[mmap] = []
+_picture_cache: OrderedDict[tuple[Any, ...], tuple[Image, tuple[int, int]]] = OrderedDict()
 
 
 def size_at(config: StreamConfig, position: int) -> tuple[int, int]:
     """Return (height, width) of the row at a position; all rows of a global batch have the same size."""
     if not config.buckets:
         return config.resolution, config.resolution
-    draw = generator(config.seed, "bucket", position // config.batch_size)
-    height, width = config.buckets[int(draw.integers(0, len(config.buckets)))]
+    rng = generator(config.seed, "bucket", position // config.batch_size)
+    height, width = config.buckets[int(rng.integers(0, len(config.buckets)))]
     return height, width
 
 
 def source_of(config: StreamConfig, position: int) -> tuple[str, int]:
-    """Return the source at a position, a corpus folder or "dead_leaves", and the source's own position."""
-    number, own = _mixture(tuple(weight for _, weight in config.sources), config.seed).at(position)
-    return config.sources[number][0], own
+    """Return the source at a position of the stream, and the position within that source.
+
+    A source is a corpus folder or "dead_leaves".
+    """
+    index, position_in_source = _mixture(tuple(weight for _, weight in config.sources), config.seed).at(position)
+    return config.sources[index][0], position_in_source
 
 
 def load_row(config: StreamConfig, position: int) -> Row:
     """Return the row at a position: a pure function of the arguments and the corpus.
 
     Raises:
-        Failure: ATTEMPTS samples in a row were unusable.
+        Failure: all ATTEMPTS samples tried for the position were unusable.
     """
     (place,) = _places(config, [position])
     row = _load(config, position, place)
@@ -95,7 +100,9 @@ def load_row(config: StreamConfig, position: int) -> Row:
 
 
 def load_columns(config: StreamConfig, positions: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-    """Return rows of one size as columns: stacked pixels, texts as objects. Samples are read in the order on disk.
+    """Return a block of rows as columns: pixels stacked, texts in object arrays.
+
+    All rows must have the same size. Samples are read in the order in which they lie on disk.
 
     Raises:
         Failure: see load_row.
@@ -109,7 +116,7 @@ def load_columns(config: StreamConfig, positions: Sequence[int] | np.ndarray) ->
     extra = precomputed_columns(config).empty(len(positions))
     sizes = np.empty((len(positions), 6), np.int64)
     places = _places(config, positions)
-    for n in sorted(range(len(places)), key=lambda n: places[n][::2]):
+    for n in sorted(range(len(places)), key=lambda n: places[n][::2]):  # by (source, sample number)
         row = _load(config, int(positions[n]), places[n])
         for columns in (pixels, texts, extra):
             for name, column in columns.items():
@@ -122,10 +129,10 @@ def load_columns(config: StreamConfig, positions: Sequence[int] | np.ndarray) ->
 
 
 def heldout_rows(config: StreamConfig, count: int) -> list[Row]:
-    """Return fixed rows of the held-out split: its pictures in turn, at positions 0..count-1.
+    """Return `count` fixed rows of the held-out split. Its pictures follow in order, and repeat if they are too few.
 
-    They come from the first corpus with held-out pictures; a corpus of negatives does not count. Crops and degradation
-    are functions of (seed, position).
+    All rows come from the first corpus with held-out pictures; a corpus with captioner "negative" is skipped. Crops and
+    degradation are functions of (seed, position), with positions 0..count-1.
 
     Raises:
         Failure: no source has a held-out picture.
@@ -135,8 +142,8 @@ def heldout_rows(config: StreamConfig, count: int) -> list[Row]:
         splits = _corpus(source).splits if source != DEAD_LEAVES and captioner != NEGATIVE else {}
         n = len(splits["held_out"]) if "held_out" in splits else 0
         if n:
-            one = {"sources": ((source, 1.0),), "captioner": captioner, "captioners": ()}
-            heldout = replace(config, split="held_out", flip=False, **one)  # type: ignore[arg-type]
+            only_source = {"sources": ((source, 1.0),), "captioner": captioner, "captioners": ()}
+            heldout = replace(config, split="held_out", flip=False, **only_source)  # type: ignore[arg-type]
             rows = [
                 _first_usable(heldout, p, source, ((p + k) % n for k in range(min(n, ATTEMPTS)))) for p in range(count)
             ]
@@ -146,26 +153,28 @@ def heldout_rows(config: StreamConfig, count: int) -> list[Row]:
 
 
 def target_plan(config: StreamConfig) -> Plan | None:
-    """Return the plan by which a device makes the training target from hq; None if hq is the target."""
+    """Return the plan of operations by which the device makes the target from hq; None if hq is the target."""
     if not config.degradation or config.degrade_on == "stream":
         return None
     return _degradation(config.degradation, _options(config)).target_plan()
 
 
 def check_stream(config: StreamConfig, model_digest: str = "") -> None:
-    """Check on the driver for errors that would otherwise end the first task.
+    """Check the stream on the driver, so that its errors do not first appear in a Ray task.
 
     Args:
         config: configuration of the stream.
-        model_digest: digest of the prior that precomputed columns must have; "" skips this check.
+        model_digest: digest of the prior with which the columns must have been computed; "" skips this check.
 
     Raises:
         UsageError: a source is not a corpus or lacks a column, a column has the wrong kind or other values than the
-            stream would compute, or missing captions need an lq that only the device makes.
+            stream would compute, or the captioner needs lq but the device degrades.
         Failure: a source's split is empty.
     """
     if config.captioning and config.captioning.needs_lq and config.degradation and not config.degrades:
-        raise UsageError("missing captions cannot be made from lq where the device degrades: choose another view.")
+        raise UsageError(
+            "missing captions cannot be made from lq with degrade_on=device: choose another view for the captioner."
+        )
     for source, _ in config.sources:
         if source == DEAD_LEAVES:
             continue
@@ -198,16 +207,16 @@ def precomputed_columns(config: StreamConfig) -> Precomputed:
 
 
 class _RowInput(NamedTuple):
-    """The parts of a row before degradation.
+    """What a row is made of, before degradation.
 
     Attributes:
-        key: of the sample.
+        key: key of the sample.
         hq: crop of the picture, uint8 [h, w, 3].
         original: (height, width) of the picture before it was resized.
         corner: (top, left) of the crop in the resized picture.
         captioner: captioner of the source.
         caption: caption from the corpus; "" for none.
-        lq: the row's own input; None if the row has none.
+        lq: paired or unpaired input; None if lq comes from a degradation or equals hq.
         replaced: errors of the samples that this row replaces; "" for none.
     """
 
@@ -222,7 +231,7 @@ class _RowInput(NamedTuple):
 
 
 def _places(config: StreamConfig, positions: Sequence[int] | np.ndarray) -> list[Place]:
-    """Return the first-choice sample at each position."""
+    """Return the place of each position, with the sample that is tried first."""
     sources = [source_of(config, int(position)) for position in positions]
     samples = np.full(len(sources), -1)
     for source in {source for source, _ in sources} - {DEAD_LEAVES}:
@@ -232,12 +241,15 @@ def _places(config: StreamConfig, positions: Sequence[int] | np.ndarray) -> list
 
 
 def _load(config: StreamConfig, position: int, place: Place) -> Row:
-    """Return the row at a position without captioners' prompts; pixels may be read-only views of larger arrays."""
-    source, own, sample = place
+    """Return the row at a position, before captioners write missing prompts.
+
+    The pixels may be read-only views of larger arrays.
+    """
+    source, position_in_source, sample = place
     if source == DEAD_LEAVES:
         height, width = size_at(config, position)
         picture = dead_leaves(max(height, width), config.seed, position)
-        parts = _RowInput(
+        row_input = _RowInput(
             key=f"dead-leaves-{config.seed}-{position}",
             hq=picture[:height, :width],
             original=picture.shape[:2],
@@ -245,24 +257,26 @@ def _load(config: StreamConfig, position: int, place: Place) -> Row:
             captioner=captioner_of(config, source),
             lq=_unpaired_input(config, position) if config.unpaired else None,
         )
-        return _row(config, position, parts) | precomputed_columns(config).values(source, config.split, -1)
-    reserves = (int(_order(source, config).samples([own + RESERVE * k])[0]) for k in range(1, ATTEMPTS))
-    return _first_usable(config, position, source, chain([sample], reserves))
+        return _row(config, position, row_input) | precomputed_columns(config).values(source, config.split, -1)
+    replacements = (
+        int(_order(source, config).samples([position_in_source + RESERVE * k])[0]) for k in range(1, ATTEMPTS)
+    )
+    return _first_usable(config, position, source, chain([sample], replacements))
 
 
 def _first_usable(config: StreamConfig, position: int, source: str, candidates: Iterable[int]) -> Row:
-    """Return the row of the first usable sample number; the row records the errors of the samples before it."""
+    """Return the row of the first usable sample among the candidates; the row records the errors of those before."""
     failures: list[str] = []
     captioner = captioner_of(config, source)
     for sample in candidates:
         shard = _shard_of(source, config.split, sample)
-        number = sample - shard.start
-        key = shard.keys[number].as_py()
-        caption = str(shard.captions[number].as_py() or "") if captioner in ("manifest", NEGATIVE) else ""
+        index = sample - shard.start
+        key = shard.keys[index].as_py()
+        caption = str(shard.captions[index].as_py() or "") if captioner in ("manifest", NEGATIVE) else ""
         try:
             if captioner == NEGATIVE and not caption.strip():
-                raise SampleError("no_prompt", "a negative sample needs its negative prompt, and has none", key)
-            resized, original = _picture(config, position, shard, number, key)
+                raise SampleError("no_prompt", "a negative sample needs a negative prompt, but has none", key)
+            resized, original = _picture(config, position, shard, index, key)
             corner, crop = _crop(config, position, resized)
             lq = _paired_input(config, position, source, sample, key, resized) if config.pairs else None
         except SampleError as error:
@@ -272,7 +286,7 @@ def _first_usable(config: StreamConfig, position: int, source: str, candidates: 
             caption = str(_column(source, captioner.removeprefix(COLUMN)).value(config.split, sample) or "")
         if config.unpaired:
             lq = _unpaired_input(config, position)
-        parts = _RowInput(
+        row_input = _RowInput(
             key=key,
             hq=crop,
             original=original,
@@ -282,36 +296,36 @@ def _first_usable(config: StreamConfig, position: int, source: str, candidates: 
             lq=lq,
             replaced="; ".join(failures),
         )
-        return _row(config, position, parts) | precomputed_columns(config).values(source, config.split, sample)
-    raise Failure(f"position {position}: {len(failures)} samples in turn are broken, the last one {failures[-1]}.")
+        return _row(config, position, row_input) | precomputed_columns(config).values(source, config.split, sample)
+    raise Failure(f"position {position}: none of {len(failures)} samples is usable; the last error is {failures[-1]}.")
 
 
-def _row(config: StreamConfig, position: int, parts: _RowInput) -> Row:
-    """Degrade (unless the row has its own lq), compute tags, and return the row's fields."""
-    hq, caption = parts.hq, parts.caption
-    lq: Image | None = hq if parts.lq is None else parts.lq
+def _row(config: StreamConfig, position: int, row_input: _RowInput) -> Row:
+    """Degrade hq if the config has a degradation, compute tags, and return the row's fields."""
+    hq, caption = row_input.hq, row_input.caption
+    lq: Image | None = hq if row_input.lq is None else row_input.lq
     plan: Mapping[str, Any] = {}
     if config.degradation:
         degradation = _degradation(config.degradation, _options(config))
-        plan, lq = degradation.draw(config.seed, parts.key, position), None
+        plan, lq = degradation.draw(config.seed, row_input.key, position), None
         if config.degrades:
             clean = to_float(hq)
             try:
                 lq, hq = to_uint8(degradation.apply(clean, plan)), to_uint8(degradation.target(clean))
-            except SampleError as error:  # a degradation does not have the sample's key
-                raise SampleError(error.code, error.detail, parts.key) from error
-    if parts.captioner == "tags":
+            except SampleError as error:  # the degradation does not know the sample's key
+                raise SampleError(error.code, error.detail, row_input.key) from error
+    if row_input.captioner == "tags":
         caption = Tags().caption([hq])[0]
     return {
-        "key": parts.key,
+        "key": row_input.key,
         "position": np.int64(position),
         "hq": hq,
         **({} if lq is None else {"lq": lq}),
         "prompt": caption,
         # SDXL's size ids: original height and width, crop top and left, target height and width
-        "sizes": np.array([*parts.original, *parts.corner, *hq.shape[:2]], dtype=np.int64),
+        "sizes": np.array([*row_input.original, *row_input.corner, *hq.shape[:2]], dtype=np.int64),
         "plan": json.dumps(plan, sort_keys=True) if plan else "{}",
-        "replaced": parts.replaced,
+        "replaced": row_input.replaced,
         "uncaptioned": "",
     }
 
@@ -319,50 +333,56 @@ def _row(config: StreamConfig, position: int, parts: _RowInput) -> Row:
 # --- pictures of a row ------------------------------------------------------------------------------------------------
 
 
-def _picture(
-    config: StreamConfig, position: int, shard: _Shard, number: int, key: str
-) -> tuple[Image, tuple[int, int]]:
-    """Return a sample resized for its row, uint8 and maybe read-only, and its original (height, width).
+def _picture(config: StreamConfig, position: int, shard: _Shard, index: int, key: str) -> tuple[Image, tuple[int, int]]:
+    """Return a sample's picture, resized for its row, and its original (height, width).
 
-    Pictures of a small split are cached: to decode and resize a photograph costs four times the rest of a small row.
+    The resized picture is uint8 and may be read-only. Pictures of a small split are cached: decoding and resizing a
+    photograph takes four times as long as the rest of a small row.
+
+    Args:
+        index: index of the sample in the shard.
     """
-    margin = config.short_side or config.resolution
-    pixels = shard.split_samples * max(1, len(config.buckets)) * margin**2
-    fits = 3 * pixels <= CACHE_BYTES and config.scale == (1.0, 1.0)
-    name = (shard.path, number, size_at(config, position), margin, config.resolution, config.small) if fits else ()
-    if name in _pictures:
-        _pictures.move_to_end(name)
-        return _pictures[name]
-    picture = decode(shard.read(number, key), STORED_LIMITS, key)
+    short_side = config.short_side or config.resolution
+    pixels = shard.split_samples * max(1, len(config.buckets)) * short_side**2
+    cacheable = 3 * pixels <= CACHE_BYTES and config.scale == (1.0, 1.0)
+    cache_key = (
+        (shard.path, index, size_at(config, position), short_side, config.resolution, config.small) if cacheable else ()
+    )
+    if cache_key in _picture_cache:
+        _picture_cache.move_to_end(cache_key)
+        return _picture_cache[cache_key]
+    picture = decode(shard.read(index, key), STORED_LIMITS, key)
     original = picture.shape[0], picture.shape[1]
     resized = resize_short_side(picture, _short_side_px(config, original, position))
-    if fits:
+    if cacheable:
         resized.setflags(write=False)
-        _pictures[name] = resized, original
-        while sum(picture.nbytes for picture, _ in _pictures.values()) > CACHE_BYTES:
-            _pictures.popitem(last=False)
+        _picture_cache[cache_key] = resized, original
+        while sum(picture.nbytes for picture, _ in _picture_cache.values()) > CACHE_BYTES:
+            _picture_cache.popitem(last=False)
     return resized, original
 
 
 def _short_side_px(config: StreamConfig, original: tuple[int, int], position: int) -> int:
-    """Return the short side to which a picture of (height, width) is resized for a position.
+    """Return the short side, in pixels, of the resized picture.
+
+    Args:
+        original: (height, width) of the picture before it is resized.
 
     Raises:
-        SampleError: too_small: the picture would be enlarged, and the stream refuses that.
+        SampleError: too_small: the picture would be enlarged, which config.small "refuse" forbids.
     """
-    short, margin = min(original), config.short_side or config.resolution
-    # In whole numbers: a square row gets exactly short_side.
+    original_short, short_side = min(original), config.short_side or config.resolution
+    # Integer arithmetic, so that the picture of a square row gets exactly short_side.
     sides = list(zip(size_at(config, position), original, strict=True))
-    covers = max(-(-row_side * short // side) for row_side, side in sides)
-    full = max(-(-row_side * short * margin // (side * config.resolution)) for row_side, side in sides)
+    covering = max(-(-row_side * original_short // side) for row_side, side in sides)  # the least that covers the row
+    unscaled = max(-(-row_side * original_short * short_side // (side * config.resolution)) for row_side, side in sides)
     low, high = config.scale
-    least = max(covers, round(full * low))
-    if config.small == "refuse" and short < least:
+    least = max(covering, round(unscaled * low))
+    if config.small == "refuse" and original_short < least:
         raise SampleError("too_small", f"{original[1]} x {original[0]}: the short side is below {least} pixels")
-    if low < high:
-        full = round(full * (low + (high - low) * generator(config.seed, position, "scale").random()))
-    px = max(least, round(full * low) if low == high else full)
-    return min(px, short) if config.small == "refuse" else px
+    factor = low + (high - low) * generator(config.seed, position, "scale").random() if low < high else low
+    px = max(least, round(unscaled * factor))
+    return min(px, original_short) if config.small == "refuse" else px
 
 
 def _crop(config: StreamConfig, position: int, picture: Image) -> tuple[tuple[int, int], Image]:
@@ -371,9 +391,9 @@ def _crop(config: StreamConfig, position: int, picture: Image) -> tuple[tuple[in
     if config.crop == "center":
         top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
     else:
-        draw = generator(config.seed, position, "crop")
-        top = int(draw.integers(0, picture.shape[0] - height + 1))
-        left = int(draw.integers(0, picture.shape[1] - width + 1))
+        rng = generator(config.seed, position, "crop")
+        top = int(rng.integers(0, picture.shape[0] - height + 1))
+        left = int(rng.integers(0, picture.shape[1] - width + 1))
     part = picture[top : top + height, left : left + width]
     if config.flip and generator(config.seed, position, "flip").random() < 0.5:
         part = cv2.flip(part, 1)
@@ -381,54 +401,53 @@ def _crop(config: StreamConfig, position: int, picture: Image) -> tuple[tuple[in
 
 
 def _paired_input(config: StreamConfig, position: int, source: str, sample: int, key: str, hq: Image) -> Image:
-    """Return the input that belongs to a sample, with the crop of its target.
+    """Return the paired lq of a sample, resized and cropped like its hq.
 
     Args:
-        hq: the resized target, before the crop.
+        hq: the resized hq, before the crop.
 
     Raises:
         SampleError: no_pair: the column has no input for the sample; or the input cannot be decoded.
     """
     data = _column(source, config.pairs).value(config.split, sample)
     if data is None:
-        raise SampleError("no_pair", f"column {config.pairs} has no input for it", key)
+        raise SampleError("no_pair", f"column {config.pairs} has no input for this sample", key)
     picture = decode(data, STORED_LIMITS, key)
     height, width = hq.shape[:2]
-    if picture.shape[:2] != (height, width):  # resize it to exactly the size of its target
+    if picture.shape[:2] != (height, width):  # lq must have exactly the size of hq
         interpolation = cv2.INTER_AREA if picture.shape[0] > height else cv2.INTER_CUBIC
         picture = np.asarray(cv2.resize(picture, (width, height), interpolation=interpolation), np.uint8)
     return _crop(config, position, picture)[1]
 
 
 def _unpaired_input(config: StreamConfig, position: int) -> Image:
-    """Return the picture of the other corpus at a position, cropped to the row's size.
+    """Return the lq at a position: a picture of the corpus config.unpaired, cropped to the row's size.
 
     Raises:
-        Failure: ATTEMPTS samples in a row were unusable.
+        Failure: all ATTEMPTS samples tried for the position were unusable.
     """
     folder, error = config.unpaired, None
-    # The order has another seed: with equal orders, sample n of one corpus would always meet sample n of the other.
+    # The order has another seed: otherwise, with corpora of one layout, sample n always meets sample n of the other.
     order = _order(folder, replace(config, seed=config.seed + 1)) if config.split != "held_out" else None
     count = len(_corpus(folder).split(config.split))
     for attempt in range(ATTEMPTS):
-        own = position + attempt * RESERVE
-        sample = int(order.samples([own])[0]) if order else (position + attempt) % count
+        sample = int(order.samples([position + attempt * RESERVE])[0]) if order else (position + attempt) % count
         shard = _shard_of(folder, config.split, sample)
-        number = sample - shard.start
+        index = sample - shard.start
         try:
-            picture = _picture(config, position, shard, number, shard.keys[number].as_py())[0]
+            picture = _picture(config, position, shard, index, shard.keys[index].as_py())[0]
         except SampleError as problem:
             error = problem
             continue
         return _crop(config, position, picture)[1]
-    raise Failure(f"position {position}: {ATTEMPTS} inputs in turn are broken, the last one {error}.")
+    raise Failure(f"position {position}: none of {ATTEMPTS} inputs is usable; the last error is {error}.")
 
 
 # --- captions of rows -------------------------------------------------------------------------------------------------
 
 
 def _caption_rows(config: StreamConfig, rows: Sequence[Row], places: Sequence[Place]) -> None:
-    """Call caption_missing for single rows."""
+    """Write the missing prompts of rows, as load_columns does for a block."""
     if config.captioning:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         caption_missing(config.captioning, columns, _may_caption(config, places))
@@ -437,7 +456,10 @@ def _caption_rows(config: StreamConfig, rows: Sequence[Row], places: Sequence[Pl
 
 
 def _may_caption(config: StreamConfig, places: Sequence[Place]) -> list[bool]:
-    """Whether each row may get a captioner's text: dead leaves show nothing, and negatives have their own prompt."""
+    """For each row, whether a captioner may write its prompt.
+
+    It may not for dead leaves, which show nothing to describe, and for negatives, which have their own prompts.
+    """
     return [source != DEAD_LEAVES and captioner_of(config, source) != NEGATIVE for source, _, _ in places]
 
 
@@ -445,28 +467,28 @@ def _may_caption(config: StreamConfig, places: Sequence[Place]) -> list[bool]:
 
 
 def _reusable_array(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an uninitialised uint8 array; its memory is reused after the last reference to it is gone.
+    """Return an uninitialised uint8 array. Its memory is reused once no reference to the array is left.
 
-    Without reuse, the system maps megabytes anew for each block, and page faults took a tenth of the time.
+    Without reuse, the system maps new memory for each block, and page faults take a tenth of the time.
     """
     size = int(np.prod(shape))
-    fits = [place for place, memory in enumerate(_spare) if size <= len(memory) <= 2 * size]
-    memory = _spare.pop(fits[0]) if fits else mmap(-1, size)
-    array = np.frombuffer(memory, np.uint8, size)  # views of it refer to this array and not to the memory
-    weakref.finalize(array, _keep, memory)
+    reusable = [n for n, memory in enumerate(_free_buffers) if size <= len(memory) <= 2 * size]
+    memory = _free_buffers.pop(reusable[0]) if reusable else mmap(-1, size)
+    array = np.frombuffer(memory, np.uint8, size)  # views keep this array alive, so the finalizer waits for all of them
+    weakref.finalize(array, _free, memory)
     return array.reshape(shape)
 
 
-def _keep(memory: mmap) -> None:
-    _spare.append(memory)
-    del _spare[:-SPARE_BLOCKS]
+def _free(memory: mmap) -> None:
+    _free_buffers.append(memory)
+    del _free_buffers[:-MAX_FREE_BUFFERS]
 
 
-# --- caches of what positions share -----------------------------------------------------------------------------------
+# --- caches that all positions share ----------------------------------------------------------------------------------
 
 
 class _Shard:
-    """A shard of a corpus, open for reads of byte ranges: read_sample at a fifth of its cost."""
+    """An open shard of a corpus. A read costs a fifth of shards.read_sample, which opens the shard each time."""
 
     def __init__(self, split: Split, number: int) -> None:
         batch = split.batch(number)
@@ -476,13 +498,13 @@ class _Shard:
         self.keys, self.captions = batch.column("key"), batch.column("caption")
         self.offsets, self.sizes = batch.column("offset").to_numpy(), batch.column("size").to_numpy()
 
-    def read(self, row: int, key: str) -> bytes:
-        """Return the picture's bytes in a row; raises the SampleErrors of read_sample."""
-        return self.file.read(int(self.offsets[row]), int(self.sizes[row]), key)
+    def read(self, index: int, key: str) -> bytes:
+        """Return the picture's bytes of the sample at an index; errors as in ShardFile.read."""
+        return self.file.read(int(self.offsets[index]), int(self.sizes[index]), key)
 
 
 def _shard_of(folder: str, split: str, sample: int) -> _Shard:
-    """Return the shard with a sample number."""
+    """Return the shard that holds a sample number."""
     mtime_ns = _mtime_ns(folder)
     number = bisect_right(_corpus_at(folder, mtime_ns).split(split).starts, sample) - 1
     return _shard(folder, mtime_ns, split, number)

@@ -282,7 +282,7 @@ def test_parts_of_the_parent_train_further(tmp_path: Path) -> None:
             torch.equal(new_parts[part][key], value) for part in parts for key, value in parent.part(part).items()
         )
         assert objective.config["perceptor_scale"] == 0.5  # the parent's value, since the recipe sets none
-    with pytest.raises(ModelError, match="other sizes: lora_rank is 16, not 8"):
+    with pytest.raises(ModelError, match="differ from the recipe's: lora_rank is 16, not 8"):
         INSTANTIR.build_objective(load_recipe("instantir-previewer-nano", ["lora_rank=8"]), {"aggregator": parent})
     other = load_recipe("instantir-dcp-nano", ["resampler_dim=32", "time_modulation=false"])
     with pytest.raises(ModelError, match=r"resampler_dim is 64, not 32; .*time_modulation is True, not False"):

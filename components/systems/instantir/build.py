@@ -1,4 +1,4 @@
-"""Builders: a recipe becomes a stage's objective, a model folder becomes a restorer."""
+"""Builders of InstantIR: the objective of a training stage from a recipe, and a restorer from a model folder."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from components.systems.system import stage_of
 def open_prior(
     recipe_prior: str, record: Mapping[str, str] | None, device: str, precision: Precision = "fp32"
 ) -> Prior:
-    """Open the prior that a model or recipe names; a prior with another digest than the recorded one is refused.
+    """Open the prior that a model or recipe names, and check it against the digest that the model records.
 
     Args:
-        recipe_prior: see load_prior.
-        record: model.json's entry of the prior: id, digest ("" where the prior is not a Restoray model),
-            image_encoder. None without a model.
+        recipe_prior: name, folder or hub id of the prior, as load_prior takes it.
+        record: the entry "prior" of model.json: id, digest ("" if the prior is not a Restoray model), image_encoder.
+            None if there is no model yet.
         device: device of the networks.
         precision: precision of the weights.
 
@@ -46,14 +46,14 @@ def open_prior(
     digest = (record or {}).get("digest", "")
     encoder = (record or {}).get("image_encoder") or DINOV2
     try:
-        # a prior with a digest is a local model folder, never a hub's
+        # A prior with a digest is a local model folder, so the hub is not asked.
         prior = load_prior(resolve_model(recipe_prior) if digest else recipe_prior, device, encoder, precision)
     except ModelError as error:
         if not digest:
             raise
         raise ModelError(
             f"the model was trained on prior {recipe_prior!r} with digest {digest[:12]}: "
-            f"bring it back to that place ({error})"
+            f"bring it back to that path ({error})"
         ) from error
     if digest and prior.digest and digest != prior.digest:
         raise ModelError(
@@ -69,12 +69,12 @@ def perceptor_objective(
     examples: Callable[[], Tensor] | None = None,
     device: str = "cpu",
 ) -> PerceptorObjective:
-    """The objective of stage dcp.
+    """The objective of stage dcp, which trains the perceptor (the paper's degradation content perceptor).
 
     Args:
         recipe: resolved recipe.
-        parents: empty, or one model whose perceptor trains further. Its previewer and aggregator are left out, since
-            they belong to the perceptor that they were trained with.
+        parents: empty, or one model whose perceptor continues training. The parent's previewer and aggregator are
+            dropped: they fit only the perceptor that they were trained with.
         examples: unused; builders of other systems take example pictures.
         device: device of the networks.
 
@@ -95,12 +95,12 @@ def previewer_objective(
 
     `parents` holds the model of stage dcp, or a model that already has a previewer.
     """
-    low_high = recipe.teacher_cfg_scale
+    guidance_range = recipe.teacher_cfg_scale
     return PreviewerObjective(
         _stage_networks(recipe, parents, device).network,
         num_ddim_timesteps=recipe.teacher_timesteps,
         huber_c=recipe.huber_c if recipe.distance == "huber" else None,
-        guidance_range=(low_high[0], low_high[1]) if low_high else None,
+        guidance_range=(guidance_range[0], guidance_range[1]) if guidance_range else None,
         **_dropout(recipe),
     )
 
@@ -130,7 +130,13 @@ def aggregator_objective(
 
 @dataclass(frozen=True, kw_only=True)
 class _StageNetworks:
-    """A stage's networks, the fast path's settings if the recipe sets any, and the parent's parts in full precision."""
+    """What a stage trains with.
+
+    Attributes:
+        network: the stage's networks.
+        speed: settings of the fast path; None if the recipe sets none.
+        parent_parts: the parent's parts in fp32, by name, if the frozen networks have a lower precision; else empty.
+    """
 
     network: InstantIR
     speed: Speed | None
@@ -138,7 +144,7 @@ class _StageNetworks:
 
 
 def _stage_networks(recipe: InstantIRRecipe, parents: Mapping[str, Model], device: str) -> _StageNetworks:
-    """The networks of a stage, from its parent model (the first of `parents`) and the prior."""
+    """Build the networks of a stage from the recipe, its prior and the parent model (the first of `parents`)."""
     parent = next(iter(parents.values()), None)
     prior = open_prior(recipe.prior, parent.info["prior"] if parent else None, device)
     resampler = {
@@ -183,40 +189,49 @@ def _weighting(recipe: InstantIRRecipe) -> dict[str, Any]:
 
 
 def _check_parts(stage: str, network: InstantIR, parent: Model | None) -> None:
-    """Raises ModelError where a stage's parent model is missing or lacks a part that the stage needs."""
+    """Raise ModelError if the stage's parent model is missing or lacks a part that the stage needs."""
     parent_stage = stage_of(STAGES, stage).follows
     if parent_stage and parent is None:
         raise ModelError(f"stage {stage} needs the model folder of stage {parent_stage}")
     if stage == "aggregator" and not network.has_previewer:
-        raise ModelError(f"{parent.path if parent else ''}: has no previewer; stage aggregator follows stage previewer")
+        raise ModelError(f"{parent.path if parent else ''} has no previewer; stage aggregator follows stage previewer")
 
 
 def _check_settings(recipe: InstantIRRecipe, network: InstantIR, resampler: Mapping[str, int], parent: Model) -> None:
-    """Raises ModelError where a part that trains further has other settings than the recipe."""
+    """Raise ModelError if a part that continues training has other settings in the parent than in the recipe."""
     model_settings, recipe_settings = network.config(), dict[str, Any]()
     if recipe.stage == "dcp":
         recipe_settings = {"resampler": resampler, "time_modulation": recipe.time_modulation}
     elif recipe.stage == "previewer" and network.has_previewer:
         recipe_settings = {"lora": {"rank": recipe.lora_rank, "alpha": recipe.lora_alpha}}
-    faults = []
-    for name, value in recipe_settings.items():
-        pairs = value.items() if isinstance(value, Mapping) else [("", value)]
-        own = model_settings[name] if isinstance(value, Mapping) else {"": model_settings[name]}
-        faults += [f"{name}_{key}".rstrip("_") + f" is {own[key]}, not {x}" for key, x in pairs if own[key] != x]
-    if faults:
+    differences = []
+    for name, setting in recipe_settings.items():
+        expected = setting if isinstance(setting, Mapping) else {"": setting}
+        actual = model_settings[name] if isinstance(setting, Mapping) else {"": model_settings[name]}
+        differences += [
+            f"{name}_{key}".rstrip("_") + f" is {actual[key]}, not {value}"
+            for key, value in expected.items()
+            if actual[key] != value
+        ]
+    if differences:
         raise ModelError(
-            f"{parent.path}: the part that stage {recipe.stage} trains further has other sizes: {'; '.join(faults)}"
+            f"{parent.path}: stage {recipe.stage} cannot continue from this model, because its settings differ from "
+            f"the recipe's: {'; '.join(differences)}"
         )
 
 
 def network_of(model: Model, prior: Prior, only_perceptor: bool = False) -> InstantIR:
-    """The networks of a model folder on its prior: all parts, or only the perceptor."""
-    tokens = int(model.info["config"]["resampler"]["embedding_dim"])
-    if tokens != prior.image_token_dim:
+    """Build the networks of a model folder with their prior: all parts, or only the perceptor.
+
+    Raises:
+        ModelError: the prior's image encoder makes tokens of another width than the perceptor takes.
+    """
+    token_dim = int(model.info["config"]["resampler"]["embedding_dim"])
+    if token_dim != prior.image_token_dim:
         raise ModelError(
-            f"{model.path}: its perceptor was trained on picture tokens of {tokens}, but the picture encoder "
-            f"{prior.image_encoder_name or prior.name} makes tokens of {prior.image_token_dim}: "
-            "open the prior with the picture encoder of the training"
+            f"{model.path}: its perceptor was trained on image tokens of width {token_dim}, but the image encoder "
+            f"{prior.image_encoder_name or prior.name} makes tokens of width {prior.image_token_dim}: "
+            "open the prior with the image encoder of the training"
         )
     if only_perceptor:
         config = {**model.info["config"], "lora": None, "aggregator": False}
@@ -240,7 +255,7 @@ def build_restorer(
         batch_size: see InstantIRRestorer.
         precision: precision of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
         speed: settings of fast.Speed by name.
-        defaults: options that replace the recipe's.
+        defaults: default options that replace those of the model's recipe.
 
     Raises:
         ModelError: a part is missing, or the prior cannot be opened.
@@ -250,7 +265,7 @@ def build_restorer(
     if missing:  # checked before gigabytes are loaded
         raise ModelError(f"{model.path}: restoring needs {' and '.join(missing)} too, which the model does not have")
     speed_settings = Speed.of(speed or {})
-    # the parts are built on the CPU, in the given precision, and then go to the device together
+    # All parts are built on the CPU in the given precision, and then move to the device together.
     prior = open_prior(str(model.info["prior"]["id"]), model.info["prior"], "cpu", precision)
     network = network_of(model, prior)
     network.to(device)

@@ -1,4 +1,4 @@
-"""The restorer of a trained InstantIR; batch jobs, the service and evaluation use it."""
+"""The restorer of a trained InstantIR model, for batch jobs, the service and evaluation."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class _Job:
 
     Attributes:
         index: position among the requests.
-        image: the picture at the working size, padded to the networks' multiple.
-        unpadded: `image` without padding.
-        hq: the HQ reference, padded like `image`; None without reference "hq".
+        padded: `unpadded`, padded to sides that are multiples of prior.multiple_px.
+        unpadded: the input, resized to the size at which the networks run.
+        hq: the HQ reference, resized and padded like the input; None unless options.reference is "hq".
         size: (height, width) of the result.
     """
 
     index: int
     request: Request
     options: Options
-    image: Image
+    padded: Image
     unpadded: Image
     hq: Image | None
     size: tuple[int, int]
@@ -54,10 +54,10 @@ class InstantIRRestorer(Restorer):
     Args:
         network: networks with perceptor, previewer and aggregator; their weights must not change while this object is
             in use.
-        defaults: options that replace the built-in defaults, from a recipe.
-        batch_size: largest number of pictures of one size and equal options in a batch. With 1, a picture's bytes do
-            not depend on the other requests, so the service and the batch job give equal bytes. Above 1, convolutions
-            and matrix products may round differently, by about 1e-6 before rounding to 8 bit.
+        defaults: default options from a recipe; they replace the built-in ones.
+        batch_size: largest number of pictures in a batch; they have one size and equal options. With 1, a picture's
+            bytes do not depend on the other requests, so the service and the batch job give equal bytes. Above 1,
+            convolutions and matrix products may round differently, by about 1e-6 before rounding to 8 bit.
         speed: settings of the fast path, see fast.Speed.
 
     Raises:
@@ -85,8 +85,9 @@ class InstantIRRestorer(Restorer):
         """Restore pictures; the results are in request order.
 
         Args:
-            requests: pictures of any sizes and aspects; `size` first resizes by bicubic interpolation. A picture larger
-                than a tile is restored in tiles. Their memory is bounded, apart from latents and 8-bit pictures.
+            requests: pictures of any sizes and aspect ratios. `size` is the size of the result. The input is resized
+                before the networks run, see Options.resize. A picture larger than a tile is restored in tiles, so
+                memory is bounded, apart from the latents and the 8-bit pictures.
             on_step: called after each sampler step; steps are counted over all batches of this call.
             cancelled: called before each step.
 
@@ -118,20 +119,22 @@ class InstantIRRestorer(Restorer):
         height, width = request.size or image.shape[:2]
         if height < 1 or width < 1:
             raise SampleError("bad_size", f"size must be positive, got {height} x {width}", request.key)
-        work, how = _work_size(image, (height, width), options)
-        unpadded = resize(image, work, how)
+        work_size, resampling = _work_size(image, (height, width), options)
+        unpadded = resize(image, work_size, resampling)
         hq = None
         if options.reference == "hq":
-            if request.reference is None:  # one message for all pictures, so a job without references ends at once
-                raise ValueError("reference hq needs the HQ picture of each input: give a reference with it")
+            if (
+                request.reference is None
+            ):  # names no picture: a batch job ends if its first pictures all fail for one reason
+                raise ValueError("option reference=hq needs the HQ picture of every input: give each input a reference")
             if not _is_picture(request.reference):
                 raise SampleError("bad_image", "the reference is not a uint8 [H, W, 3] picture", request.key)
-            hq = pad_to_multiple(resize(request.reference, work, how), self.network.prior.multiple_px)
+            hq = pad_to_multiple(resize(request.reference, work_size, resampling), self.network.prior.multiple_px)
         padded = pad_to_multiple(unpadded, self.network.prior.multiple_px)
         return _Job(index, request, options, padded, unpadded, hq, (height, width))
 
     def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """Batches of jobs with one working size and equal options, in order of first appearance."""
+        """Group jobs of one working size and equal options into batches, in order of first appearance."""
         groups: dict[Any, list[_Job]] = {}
         for job in jobs:
             groups.setdefault((job.unpadded.shape, job.options), []).append(job)
@@ -143,9 +146,9 @@ class InstantIRRestorer(Restorer):
     def _run(self, batch: Sequence[_Job], on_step: OnStep, cancelled: Cancelled | None) -> list[Image]:
         """The restored pictures of one batch, at their result sizes."""
         prior, options = self.network.prior, batch[0].options
-        shape = (prior.latent_channels, *(side // prior.factor for side in batch[0].image.shape[:2]))
+        shape = (prior.latent_channels, *(side // prior.factor for side in batch[0].padded.shape[:2]))
         noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
-        lq = encode_images(self.fast, [job.image for job in batch], noise=noise)
+        lq = encode_images(self.fast, [job.padded for job in batch], noise=noise)
         references = [job.hq for job in batch if job.hq is not None]
         hq = encode_images(self.fast, references) if references else None
         del noise
@@ -157,7 +160,7 @@ class InstantIRRestorer(Restorer):
             latents = latents.mul_(sigmas[0]).add_(lq)
         else:
             latents = Schedule.exploding(latents, sigmas[0].expand(len(lq)))
-        whole = InstantIRDenoiser(
+        denoiser = InstantIRDenoiser(
             self.fast.run(),
             lq,
             positive,
@@ -167,18 +170,18 @@ class InstantIRRestorer(Restorer):
             hq=hq,
             noise=lambda i: self._noise(batch, f"{REFERENCE_NOISE} {i}", shape),
         )
-        denoise = tiled(whole, shape[1], shape[2], boxes, cancelled)
+        denoise = tiled(denoiser, shape[1], shape[2], boxes, cancelled)
         if options.sampler == "ddim":
             clean = sample_ddim(denoise, latents, sigmas, on_step, cancelled)
         else:
             step_noise = lambda i: self._noise(batch, f"step {i}", shape)  # noqa: E731
             clean = sample_ddpm(denoise, latents, sigmas, step_noise, on_step, cancelled)
-        del whole, denoise, latents, lq, hq
+        del denoiser, denoise, latents, lq, hq
         pictures = decode_images(self.fast, clean)
         return [_finish(job, picture) for job, picture in zip(batch, pictures, strict=True)]
 
     def _boxes(self, height: int, width: int, options: Options) -> list[Box]:
-        """Tiles of the latent grid; a picture that is not larger than a tile has one."""
+        """The tiles of a picture, in latent pixels; a picture that fits in one tile has one."""
         prior = self.network.prior
         multiple = prior.multiple_px // prior.factor
         side = options.tile_px // prior.factor if options.tile_px else TILE
@@ -186,10 +189,14 @@ class InstantIRRestorer(Restorer):
         return tile_boxes(height, width, (side, side), options.tile_overlap, multiple)
 
     def _conditions(self, batch: Sequence[_Job], size: tuple[int, int]) -> tuple[Conditions, Conditions | None]:
-        """Positive and, with guidance, negative conditions, for pictures or tiles of (height, width) pixels.
+        """The positive conditions, and the negative ones if guidance is on (else None).
 
-        Every tile gets the tokens of the whole picture, and the size ids of a picture of the tile's size: crop offsets
-        and sizes of a large picture are far outside the prior's training range (docs/decisions/0006).
+        Every tile gets the image tokens of the whole picture. Its size ids are those of a picture of the tile's size,
+        because the size and crop offsets of a large picture are far outside the prior's training range
+        (docs/decisions/0006).
+
+        Args:
+            size: (height, width) of a tile in pixels, or of the picture if it is not tiled.
         """
         prior = self.network.prior
         text, pooled = prior.embed_prompts([job.request.prompt for job in batch])
@@ -207,7 +214,7 @@ class InstantIRRestorer(Restorer):
         return positive, self.network.unconditional(positive, [job.request.negative_prompt for job in batch])
 
     def _noise(self, batch: Sequence[_Job], name: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal [B, *shape] for whole pictures; each row depends only on its picture's seed."""
+        """Standard normal noise [B, *shape] for whole pictures; a row depends only on its request's seed and `name`."""
         rows = [generator(job.request.seed, name).standard_normal(shape, dtype=np.float32) for job in batch]
         return torch.from_numpy(np.stack(rows) if len(rows) > 1 else rows[0][None]).to(self.network.prior.device)
 
@@ -217,7 +224,7 @@ def _is_picture(image: Image) -> bool:
 
 
 def _work_size(image: Image, size: tuple[int, int], options: Options) -> tuple[tuple[int, int], Pillow.Resampling]:
-    """((height, width) at which the networks run before padding, resampling filter for that size)."""
+    """Return (height, width) at which the networks run, without padding, and the filter that resizes to it."""
     if options.resize == "released":
         (width, height), _ = released_sizes((image.shape[1], image.shape[0]), size[1], size[0])
         return (height, width), Pillow.Resampling.BILINEAR
@@ -229,11 +236,11 @@ def _finish(job: _Job, picture: Image) -> Image:
     """Remove the padding, transfer the colours and resize to the result's size."""
     height, width = job.unpadded.shape[:2]
     picture = transfer_colors(np.ascontiguousarray(picture[:height, :width]), job.unpadded, job.options.color)
-    how = Pillow.Resampling.BILINEAR if job.options.resize == "released" else Pillow.Resampling.BICUBIC
-    return resize(picture, job.size, how)
+    resampling = Pillow.Resampling.BILINEAR if job.options.resize == "released" else Pillow.Resampling.BICUBIC
+    return resize(picture, job.size, resampling)
 
 
 def _info(job: _Job) -> dict[str, str]:
-    """Texts for the PNG's text chunks; they suffice to restore the picture again."""
+    """The system, the seed and all options, for the PNG's text chunks; restoring.png_text adds model and prompt."""
     options = {name: str(value) for name, value in asdict(job.options).items()}
     return {"system": "instantir", "seed": str(job.request.seed), **options}

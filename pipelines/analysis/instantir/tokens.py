@@ -1,8 +1,9 @@
 """`restoray analyze tokens`: how often a degraded picture's tokens retrieve its own clean picture from a gallery.
 
-This is Fig. 3a without ImageNet's labels. The study compares the encoder's tokens of a degraded picture, by cosine,
-with those of all clean pictures (64 by default), for every single fault and strength. Chance is one over the gallery's
-size. `restoray analyze accuracy` is Fig. 3a itself.
+The study resembles InstantIR's Fig. 3a, but needs no ImageNet labels. (`restoray analyze accuracy` reproduces Fig. 3a.)
+The gallery holds the image encoder's tokens of the clean pictures, 64 by default. Each picture is degraded to the
+quality levels and by each single fault at each strength (pipelines/analysis/levels.py). The study ranks the gallery by
+cosine with the degraded picture's tokens. Chance is 1 / gallery size.
 """
 
 from __future__ import annotations
@@ -43,20 +44,21 @@ if TYPE_CHECKING:
 
 GALLERY = 64
 NAME = "tokens"
-VIEW_WORDS = {
+VIEW_LABELS = {
     "pooled": "mean of the patch tokens",
     "whole": "all tokens",
     "class": "class token",
     "perceptor": "the Resampler's queries",
 }
+"""Label of each view. A view is a way to turn a picture's tokens into one vector, see insight.TOKEN_VIEWS."""
 
 
 class Gallery:
     """Token vectors of the clean pictures.
 
     Attributes:
-        keys: the pictures' keys, in order; pictures that cannot be read are left out.
-        vectors: unit vectors [m, D] by view.
+        keys: keys of the m readable pictures, in order.
+        vectors: unit vectors [m, D] of these pictures, by view.
         digest: digest of the pictures' keys and bytes.
     """
 
@@ -73,7 +75,7 @@ class Gallery:
                 data = read_picture(path, key)
                 picture = middle_square(data, key, subject.job.side_px)
             except SampleError:
-                continue  # `measure_pictures` quarantines it later
+                continue  # measure_pictures quarantines the picture later
             for view, vector in token_vectors(subject.network, runs.tensor(picture)).items():
                 parts.setdefault(view, []).append(vector)
             self.keys.append(key)
@@ -82,7 +84,11 @@ class Gallery:
         self.digest = digest.hexdigest()
 
     def find(self, key: str, subject: Subject, lq: Image) -> dict[str, dict[str, float]]:
-        """Rank (1 is a hit), cosine and margin of a degraded picture of the gallery, by view."""
+        """Scores of the degraded picture `lq` against the gallery, by view.
+
+        rank is the rank of its clean picture (1 is a hit), similarity is the cosine with it, and margin is that cosine
+        minus the largest cosine with another picture. `key` must be in the gallery.
+        """
         import torch
 
         from components.systems.instantir.insight import retrieve, token_vectors
@@ -97,7 +103,11 @@ class Gallery:
 
 
 def gallery_pictures(subject: Subject) -> Pictures:
-    """The gallery's pictures: the job's limit, or GALLERY of them; raises UsageError."""
+    """The gallery's pictures: the first ones by name, at most job.limit, or GALLERY if the job has no limit.
+
+    Raises:
+        UsageError: there are fewer than two pictures.
+    """
     job = subject.job
     pictures = list_study_pictures(job.images, job.out, job.limit or GALLERY)
     if len(pictures.by_key) < 2:
@@ -106,7 +116,15 @@ def gallery_pictures(subject: Subject) -> Pictures:
 
 
 def analyze_tokens(subject: Subject, mixed: str = "realesrgan", progress: Progress = no_progress) -> StudyResult:
-    """Run the study; arguments and errors as in analyze_previews."""
+    """Run the study; an interrupted run continues.
+
+    Args:
+        mixed: preset of the mixed degradation.
+
+    Raises:
+        UsageError: there are fewer than two pictures, the preset is unknown, or the folder holds another study.
+        Failure: no picture could be measured, or the output folder cannot be written.
+    """
     job = subject.job
     levels = lv.all_levels(mixed)
     pictures = gallery_pictures(subject)
@@ -127,12 +145,13 @@ def analyze_tokens(subject: Subject, mixed: str = "realesrgan", progress: Progre
 
 
 def report_tokens(subject: Subject, measurements: Measurements, levels: Sequence[lv.Level], size: int) -> StudyResult:
-    """Write the table and the report of the rows; `size` is the gallery's."""
+    """Write values.csv and the report of the measurements; `size` is the number of pictures in the gallery."""
     job, rows, seed = subject.job, measurements.rows, subject.job.seed
-    views = list(VIEW_WORDS)
+    views = list(VIEW_LABELS)
     ranks = {level.name: {v: column(rows, "levels", level.name, v, "rank") for v in views} for level in levels}
-    hits = {
-        name: {v: mean_band((by[v] == 1).astype(float), seed, "tokens") for v in views} for name, by in ranks.items()
+    hit_rates = {
+        name: {v: mean_band((by_view[v] == 1).astype(float), seed, "tokens") for v in views}
+        for name, by_view in ranks.items()
     }
     table = [
         (row["key"], level.name, view, *(row["levels"][level.name][view][n] for n in ("rank", "similarity", "margin")))
@@ -141,32 +160,35 @@ def report_tokens(subject: Subject, measurements: Measurements, levels: Sequence
         for view in views
     ]
     write_csv(job.out / "values.csv", ["key", "level", "view", "rank", "similarity", "margin"], table)
-    by_label = {VIEW_WORDS[v]: {name: by[v] for name, by in hits.items()} for v in views}
+    by_label = {VIEW_LABELS[v]: {name: by_view[v] for name, by_view in hit_rates.items()} for v in views}
     panels = [
         fault_panel(kind, levels, by_label, f"share found among {size}", (1 / size, "chance")) for kind in lv.STRENGTHS
     ]
-    best = {view: float(np.mean([hits[level.name][view].mean for level in levels if level.kind])) for view in views}
-    top = max(best, key=lambda view: best[view])
-    mixed = hits[lv.MIXED]["pooled"]
+    fault_rates = {
+        view: float(np.mean([hit_rates[level.name][view].mean for level in levels if level.kind])) for view in views
+    }
+    best_view = max(fault_rates, key=lambda view: fault_rates[view])
+    mixed_rate = hit_rates[lv.MIXED]["pooled"]
     findings = [
-        f"Under the mixed degradation {100 * float(mixed.mean):.0f} % of the pictures find their original among {size} "
-        f"by the mean of their patch tokens (chance {100 / size:.1f} %).",
-        f"Over all single faults {VIEW_WORDS[top]} {'finds' if top != 'perceptor' else 'find'} most: "
-        f"{100 * best[top]:.0f} %.",
+        f"Under the mixed degradation, {100 * float(mixed_rate.mean):.0f} % of the pictures retrieve their original "
+        f"among {size} by the mean of their patch tokens (chance {100 / size:.1f} %).",
+        f"Over all single faults, the highest mean share is {100 * fault_rates[best_view]:.0f} % "
+        f"({VIEW_LABELS[best_view]}).",
     ]
     for kind in lv.STRENGTHS:
         shares = ", ".join(
-            f"{level.strength:g}: {100 * float(hits[level.name]['pooled'].mean):.0f} %"
+            f"{level.strength:g}: {100 * float(hit_rates[level.name]['pooled'].mean):.0f} %"
             for level in lv.levels_of_kind(levels, kind)
         )
         findings.append(f"{kind} ({lv.UNITS[kind]}), mean of the patch tokens: {shares}.")
     section = Section(
-        title="How often the tokens find their original",
-        words="A picture is found when no other clean picture's tokens are nearer by cosine; ties count against it.",
+        title="How often the tokens retrieve the original",
+        words="A degraded picture retrieves its original if the original's tokens have the largest cosine with its own "
+        "among all clean pictures. A tie does not count.",
         findings=findings,
         figure=("tokens.png", draw(panels, columns=2)),
-        head=["Degradation", *VIEW_WORDS.values()],
-        rows=[[level.name, *(band_text(hits[level.name][v], sign=False) for v in views)] for level in levels],
+        head=["Degradation", *VIEW_LABELS.values()],
+        rows=[[level.name, *(band_text(hit_rates[level.name][v], sign=False) for v in views)] for level in levels],
     )
     page = Page(
         title="What the picture encoder still recognises",
@@ -181,6 +203,6 @@ def report_tokens(subject: Subject, measurements: Measurements, levels: Sequence
     summary = {
         "gallery": size,
         "chance": 1 / size,
-        "found": {name: {v: band_document(band) for v, band in by.items()} for name, by in hits.items()},
+        "found": {name: {v: band_document(band) for v, band in by_view.items()} for name, by_view in hit_rates.items()},
     }
     return finish(job.out, measurements, page, summary)

@@ -1,11 +1,14 @@
-"""Read finished columns of a corpus: captions, scores, embeddings, inputs; a value for every sample (decision 0004).
+"""Read the finished columns of a corpus. A column holds a value for every sample: a caption, score, embedding or lq.
+
+Files of a column (docs/decisions/0004):
 
 columns/<name>/column.json            {"format", "name", "kind", "corpus", "producer", "producer_digest", "shape",
                                       "dtype", "samples", "given", "quarantined", "splits": {split: [{"name",
                                       "bytes", "sha256", "samples"}]}}; written last: it makes the column complete
-columns/<name>/<split>-<shard>.arrow  one record batch {key, value, given}, aligned with the samples of the shard
-columns/<name>/quarantine.jsonl       {key, source, stage, code, detail, bytes_sha256} of rows that are null
-columns/<name>/shards.jsonl           a row for each computed shard: a later run does not repeat them
+columns/<name>/<split>-<shard>.arrow  one record batch {key, value, given}, in the order of the shard's samples; given:
+                                      the value came with the corpus
+columns/<name>/quarantine.jsonl       {key, source, stage, code, detail, bytes_sha256} of samples whose value is null
+columns/<name>/shards.jsonl           one line for each computed shard, so that a later run does not repeat it
 """
 
 from __future__ import annotations
@@ -30,14 +33,14 @@ from pipelines.corpus.shards import Corpus
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A finished column, opened. Files are mapped, not read. It may travel to workers.
+    """A finished column, open for reading. Its files are memory-mapped. It can be pickled for workers.
 
     Attributes:
         name, kind, producer, shape, dtype: see ColumnSpec.
         folder: folder of its files.
         files: file names by split, in shard order.
-        starts: first sample number of each file by split, then the number of all samples.
-        stamp: digest of column.json: a column that is computed again has another one.
+        starts: by split, the first sample number of each file, and at the end the number of samples.
+        stamp: digest of column.json; it changes when the column is computed again.
     """
 
     name: str
@@ -51,7 +54,7 @@ class Column:
     stamp: str = field(repr=False, default="")
 
     def value(self, split: str, sample: int) -> Value | None:
-        """The value of a sample; None for a failure (quarantine.jsonl has the reason). Arrays are read-only views."""
+        """The value of a sample; None if it failed (quarantine.jsonl has the reason). Arrays are read-only views."""
         batch, row = self._row(split, sample)
         cell = batch.column("value")[row]
         if not cell.is_valid:
@@ -64,14 +67,14 @@ class Column:
         return values[row * size : (row + 1) * size].reshape(self.shape)
 
     def is_given(self, split: str, sample: int) -> bool:
-        """Whether the value came with the corpus rather than from the producer."""
+        """Whether a sample's value came with the corpus; otherwise the producer computed it."""
         batch, row = self._row(split, sample)
         return bool(batch.column("given")[row].as_py())
 
     def provenance(self, split: str, sample: int) -> dict[str, Any]:
-        """Where a text comes from: {"key", "producer", "sha256" of the text}.
+        """The source of a sample's text: {"key", "producer", "sha256" of the text}.
 
-        The producer is {"name": "corpus"} for a text that came with the corpus.
+        The producer is {"name": "corpus"} if the text came with the corpus. The sha256 is "" if there is no text.
 
         Raises:
             UsageError: the column holds no text.
@@ -91,13 +94,14 @@ class Column:
             raise unknown(f"split of column {self.name}", split, self.files)
         starts = self.starts[split]
         if not 0 <= sample < starts[-1]:
-            raise IndexError(f"sample {sample} is not among the {starts[-1]} of split {split}")
+            raise IndexError(f"there is no sample {sample}: split {split} has {starts[-1]} samples")
         shard = bisect.bisect_right(starts, sample) - 1
-        return _mapped(self.folder / self.files[split][shard], self.stamp), sample - starts[shard]
+        return _map_file(self.folder / self.files[split][shard], self.stamp), sample - starts[shard]
 
 
 @lru_cache(maxsize=256)
-def _mapped(path: Path, stamp: str) -> pa.RecordBatch:
+def _map_file(path: Path, stamp: str) -> pa.RecordBatch:
+    """Memory-map a file; `stamp` is only a part of the cache's key, so that a column computed again is mapped again."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except (OSError, pa.ArrowInvalid) as error:
@@ -105,7 +109,7 @@ def _mapped(path: Path, stamp: str) -> pa.RecordBatch:
 
 
 def list_columns(corpus: Corpus) -> list[str]:
-    """Names of the finished columns of a corpus; a column may belong to another state of the corpus."""
+    """Names of the finished columns of a corpus, also of those that were computed for another state of the corpus."""
     return sorted(path.parent.name for path in (corpus.folder / FOLDER).glob("*/column.json"))
 
 
@@ -113,8 +117,8 @@ def open_column(corpus: Corpus, name: str) -> Column:
     """Open a finished column.
 
     Raises:
-        UsageError: there is no such column (the error suggests a similar name), it is not finished, or it belongs to
-            another state of the corpus.
+        UsageError: there is no such column (the error suggests a similar name), it is not finished, or it was
+            computed for another state of the corpus.
     """
     folder = corpus.folder / FOLDER / name
     document = read_json(folder / "column.json")
@@ -129,7 +133,7 @@ def open_column(corpus: Corpus, name: str) -> Column:
             f"column {name} was computed for another state of {corpus.folder}: run the command that made it again "
             "(shards that did not change are kept)."
         )
-    files = document["splits"]
+    splits = document["splits"]
     return Column(
         name=name,
         kind=document["kind"],
@@ -137,23 +141,23 @@ def open_column(corpus: Corpus, name: str) -> Column:
         folder=folder,
         shape=tuple(document["shape"]),
         dtype=document["dtype"],
-        files={split: [entry["name"] for entry in entries] for split, entries in files.items()},
+        files={split: [entry["name"] for entry in entries] for split, entries in splits.items()},
         starts={
             split: list(itertools.accumulate((entry["samples"] for entry in entries), initial=0))
-            for split, entries in files.items()
+            for split, entries in splits.items()
         },
         stamp=hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest(),
     )
 
 
 def verify_column(corpus: Corpus, name: str) -> list[str]:
-    """One sentence for every file of a column that differs from column.json; empty for an intact column."""
+    """Check the files of a column: one sentence for each file that differs from column.json; [] if none does."""
     column, problems = open_column(corpus, name), []
     for entry in itertools.chain.from_iterable(read_json(column.folder / "column.json")["splits"].values()):
         path = column.folder / entry["name"]
         try:
-            with open(path, "rb") as source:
-                digest = hashlib.file_digest(source, "sha256").hexdigest()
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != entry["sha256"]:
                 problems.append(f"{path}: sha256 is {digest}, column.json says {entry['sha256']}.")
         except OSError as error:
@@ -162,7 +166,7 @@ def verify_column(corpus: Corpus, name: str) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is no such file or it holds something else.
+    """Read a JSON object; {} if there is no such file, or if its JSON is not an object.
 
     Raises:
         UsageError: the file cannot be read or parsed.

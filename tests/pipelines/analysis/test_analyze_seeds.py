@@ -91,7 +91,7 @@ def test_fine_noise_agrees_with_the_input_and_coarse_does_not(folder: Path, tmp_
     fine = analyze_seeds(subject(folder, tmp_path / "f", Noisy(fine=6)), mixed="realesrgan-nano", seeds=8)
     assert (fine.measured, fine.quarantined) == (3, 1)
     assert "100 % of that variance is detail" in fine.seen[0]
-    assert sum("agree with it more than the original" in sentence for sentence in fine.seen) == 3
+    assert sum("agree with the input more than the original" in sentence for sentence in fine.seen) == 3
     for row in read_lines(tmp_path / "f" / "values.jsonl"):
         for values in row["levels"].values():
             assert values["coarse"] == values["result_to_input"] == 0
@@ -99,7 +99,7 @@ def test_fine_noise_agrees_with_the_input_and_coarse_does_not(folder: Path, tmp_
             assert values["total"] == pytest.approx(6, abs=0.3)
     coarse = analyze_seeds(subject(folder, tmp_path / "c", Noisy(coarse=30)), mixed="realesrgan-nano", seeds=4)
     assert "0 % of that variance is detail" in coarse.seen[0]
-    assert sum("agree with it less than the original" in sentence for sentence in coarse.seen) == 3
+    assert sum("agree with the input less than the original" in sentence for sentence in coarse.seen) == 3
     for row in read_lines(tmp_path / "c" / "values.jsonl"):
         assert all(values["result_to_input"] == pytest.approx(30) for values in row["levels"].values())
     summary = json.loads((tmp_path / "c" / "summary.json").read_text())

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from components.naming import did_you_mean
-from components.places import SHIPPED, shipped_models, stored_models, weights_folder
+from components.places import find_model_folder, shipped_models, stored_models, weights_folder
 
 FORMAT = 1
 
@@ -176,9 +176,9 @@ def resolve_model(name: str | Path) -> Path:
     Raises:
         ModelError: there is no such folder; the message suggests a similar name or lists all.
     """
-    for path in (Path(name), SHIPPED / str(name), weights_folder() / str(name)):
-        if (path / "model.json").is_file():
-            return path
+    path = find_model_folder(name)
+    if path is not None:
+        return path
     near = did_you_mean(str(name), [*shipped_models(), *stored_models()])
     raise ModelError(
         f"{name}: neither a model folder (it would hold model.json) nor a shipped model, "

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from components.priors.sdxl import Prior
     from components.samplers.schedules import Schedule
 
-SUPIR_COUNT = 100_000
-"""Negative samples in SUPIR's training data, next to 20M pictures with captions and 70K faces (section 4.1)."""
-
 NEGATIVE_PROMPTS: dict[str, str] = {
     # SUPIR Fig. 19: the prompt of its negative samples
     "supir-samples": (

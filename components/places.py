@@ -21,6 +21,14 @@ def weights_folder() -> Path:
     return home() / "weights"
 
 
+def find_model_folder(name: str | Path) -> Path | None:
+    """Return the model folder of a path, a shipped name or a name below `weights_folder`; None if there is none."""
+    for path in (Path(name), SHIPPED / str(name), weights_folder() / str(name)):
+        if (path / "model.json").is_file():
+            return path
+    return None
+
+
 def stored_models() -> list[str]:
     """Return the names of the model folders in `weights_folder`."""
     return sorted(path.parent.name for path in weights_folder().glob("*/model.json"))

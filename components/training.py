@@ -19,6 +19,9 @@ from components.randomness import Noise
 from components.recipes import Optimizer
 from components.types import Batch, Objective
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Autocast dtype of the forward passes by the recipe's precision; "fp32" has none."""
+
 
 def build_optimizers(objective: Objective, settings: Optimizer) -> dict[str, torch.optim.Optimizer]:
     """Build one AdamW for each trainable, over its parameters that require gradients."""
@@ -128,10 +131,6 @@ def _step(
         else:
             optimizer.step()
     return {f"{name}/grad_norm": norm, "bad_steps": report["bad_steps"] + bad}
-
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Autocast dtype of the forward passes by the recipe's precision; "fp32" has none."""
 
 
 def _autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ files that a power cut has damaged. Waiting takes up to a second per file on a b
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,11 @@ def replace_file(path: Path, data: bytes, sync: bool = False) -> None:
     """Write bytes atomically; see `whole_file`."""
     with whole_file(path, sync) as draft:
         draft.temporary.write_bytes(data)
+
+
+def write_error_reason(error: OSError) -> str:
+    """Return the reason of a failed write in a few words, for an error's sentence."""
+    return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
 
 
 def sync_folder(folder: Path) -> None:

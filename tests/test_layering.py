@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,6 +89,9 @@ HEAVY = {
 }  # fmt: skip
 """Libraries that may be imported inside a function: each takes 0.3 s to 6 s and up to half a gigabyte."""
 
+SLOW = {"cv2", "fsspec", "numpy", "omegaconf", "PIL", "pyarrow", "socket", "yaml"}
+"""Libraries that commands put off too: they would double the time of `--help`."""
+
 IMPORTER = """
 import importlib, json, sys
 
@@ -148,12 +151,27 @@ def imported_names(path: Path) -> set[str]:
 
 @dataclass(frozen=True)
 class Import:
-    """An import of one of our modules: importing module, target module, line, and whether it is inside a function."""
+    """An import of one of our modules.
+
+    Attributes:
+        by, of: importing module and imported module.
+        line: of the statement.
+        inside: whether it is inside a function.
+    """
 
     by: str
     of: str
     line: int
     inside: bool
+
+
+@dataclass(frozen=True)
+class Statement:
+    """An import statement: its node, and whether it is inside a function or under TYPE_CHECKING."""
+
+    node: ast.Import | ast.ImportFrom
+    inside: bool
+    typing: bool
 
 
 def own_modules(root: Path) -> dict[str, Path]:
@@ -166,16 +184,17 @@ def own_modules(root: Path) -> dict[str, Path]:
 
 
 @cache
-def import_statements(path: Path) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
-    """Return all import statements of a file, each with whether it is inside a function."""
-    statements: list[tuple[ast.Import | ast.ImportFrom, bool]] = []
-    stack: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), False)]
+def import_statements(path: Path) -> list[Statement]:
+    """Return all import statements of a file."""
+    statements: list[Statement] = []
+    stack: list[tuple[ast.AST, bool, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), False, False)]
     while stack:
-        node, inside = stack.pop()
+        node, inside, typing = stack.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
-            statements.append((node, inside))
-        deeper = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        stack.extend((child, deeper) for child in ast.iter_child_nodes(node))
+            statements.append(Statement(node=node, inside=inside, typing=typing))
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing = typing or (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"))
+        stack.extend((child, inside, typing) for child in ast.iter_child_nodes(node))
     return statements
 
 
@@ -194,11 +213,11 @@ def own_imports(root: Path) -> list[Import]:
     files = own_modules(root)
     imports: list[Import] = []
     for name, path in files.items():
-        for node, inside in import_statements(path):
-            for module, attribute in targets(node):
+        for statement in import_statements(path):
+            for module, attribute in targets(statement.node):
                 of = next((m for m in (f"{module}.{attribute}", module) if m in files), "")
                 if of and of != name:
-                    imports.append(Import(by=name, of=of, line=node.lineno, inside=inside))
+                    imports.append(Import(by=name, of=of, line=statement.node.lineno, inside=statement.inside))
     return imports
 
 
@@ -235,18 +254,19 @@ def room_of(module: str) -> str:
     return parts[1] if parts[0] == "pipelines" and len(parts) > 1 else ""
 
 
-def heavy_modules(root: Path) -> set[str]:
-    """Return our modules that import a heavy library, directly or through another module of ours."""
+def heavy_modules(root: Path, libraries: Set[str]) -> set[str]:
+    """Return our modules whose import brings one of the libraries along, directly or through another module."""
     files = own_modules(root)
     needs: dict[str, set[str]] = {name: {name.rpartition(".")[0]} & set(files) for name in files}
     heavy: set[str] = set()
     for name, path in files.items():
-        for node, inside in import_statements(path):
-            for module, attribute in targets(node) if not inside else ():
+        for statement in import_statements(path):
+            at_import = not statement.inside and not statement.typing
+            for module, attribute in targets(statement.node) if at_import else ():
                 of = next((m for m in (f"{module}.{attribute}", module) if m in files), "")
                 if of:
                     needs[name].add(of)
-                elif module.partition(".")[0] in HEAVY:
+                elif module.partition(".")[0] in libraries:
                     heavy.add(name)
     while more := {name for name, others in needs.items() if name not in heavy and others & heavy}:
         heavy |= more
@@ -367,20 +387,26 @@ def test_a_circle_is_detected() -> None:
 
 
 def test_imports_stand_at_the_top(repository: Path) -> None:
-    """Functions import only modules with heavy libraries. Commands import rooms in functions, for a fast --help."""
-    heavy = heavy_modules(repository)
+    """Functions import only heavy libraries and modules that bring one along. Commands also put off the slow ones."""
+    heavy, slow = (heavy_modules(repository, libraries) for libraries in (HEAVY, HEAVY | SLOW))
     wrong = [
         f"{one.by}:{one.line} imports {one.of} inside a function"
         for one in own_imports(repository)
-        if one.inside and one.of not in heavy and room_of(one.by) != "commands"
+        if one.inside and one.of not in (slow if room_of(one.by) == "commands" else heavy)
     ]
     for name, path in own_modules(repository).items():
-        for node, inside in import_statements(path):
-            for module, _ in targets(node) if inside and room_of(name) != "commands" else ():
-                library = module.partition(".")[0]
-                if library not in HEAVY and library not in PACKAGES:
-                    wrong.append(f"{name}:{node.lineno} imports {module} inside a function")
+        allowed = HEAVY | SLOW if room_of(name) == "commands" else HEAVY
+        for statement in import_statements(path):
+            for module, _ in targets(statement.node) if statement.inside else ():
+                if module.partition(".")[0] not in {*allowed, *PACKAGES}:
+                    wrong.append(f"{name}:{statement.node.lineno} imports {module} inside a function")
     assert wrong == []
+
+
+def test_heavy_modules_are_the_right_ones(repository: Path) -> None:
+    heavy = heavy_modules(repository, HEAVY)
+    assert {"components.tensors", "components.systems.swinir.network", "pipelines.service.serve"} <= heavy
+    assert not {"components.types", "components.images", "components.systems", "pipelines.curation.curate"} & heavy
 
 
 def test_contributing_lists_the_rooms_as_they_are(repository: Path) -> None:

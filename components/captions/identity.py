@@ -21,10 +21,14 @@ class IdentityCaptioner(Captioner, Protocol):
     Attributes:
         identity: model, revision (a commit for a hub model), prompt, max_tokens, short_side_px, digest (over the sha256
             of its files), and the system message if there is one. Equal identities write equal captions.
+        on_gpu: whether its model is on a GPU, where a batch costs less than its pictures one by one.
     """
 
     @property
     def identity(self) -> Mapping[str, Any]: ...
+
+    @property
+    def on_gpu(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)

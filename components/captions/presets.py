@@ -84,10 +84,11 @@ PRESETS: Mapping[str, Preset | None] = {
 
 @dataclass(frozen=True)
 class CaptionerWithIdentity:
-    """A captioner with its identity."""
+    """A captioner without a model, with its identity."""
 
     captioner: Captioner
     identity: Mapping[str, Any] = field(default_factory=dict)
+    on_gpu: bool = False
 
     def caption(self, images: Sequence[Image]) -> list[str]:
         return self.captioner.caption(images)

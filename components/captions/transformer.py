@@ -68,6 +68,11 @@ class TransformerCaptioner:
             raise CaptionerError(f"{self.name} is an image encoder with a text decoder, which takes no prompt")
         self.ends, self.marks = _special_ids(self.model, self.tokenizer)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model is on a GPU."""
+        return bool(self.device.type != "cpu")
+
     def caption(self, images: Sequence[Image]) -> list[str]:
         """Write one line for each uint8 or float32 picture [H, W, 3], in one batch; "" if the model writes nothing."""
         import torch

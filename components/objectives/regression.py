@@ -27,6 +27,32 @@ Regression = Literal["perceptual", "l2", "both"]
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 """(restored, clean), both [B, 3, H, W] in [-1, 1] or a little outside -> float32 [B]."""
 
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+"""ImageNet's mean and deviation for pictures in [-1, 1], with the numbers of LPIPS."""
+
+VGG_CONVS: Mapping[int, tuple[int, int]] = {
+    0: (3, 64),
+    2: (64, 64),
+    5: (64, 128),
+    7: (128, 128),
+    10: (128, 256),
+    12: (256, 256),
+    14: (256, 256),
+    17: (256, 512),
+    19: (512, 512),
+    21: (512, 512),
+    24: (512, 512),
+    26: (512, 512),
+    28: (512, 512),
+}
+"""(channels in, out) of VGG-16's convolutions by their index in torchvision's `features`."""
+
+TAPS: Mapping[int, int] = {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}
+"""Convolutions whose rectified output LPIPS compares, each with the number of its `lin` weights."""
+
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+"""Suffixes of weights files that a folder is searched for."""
+
 # ------------------------------------------------------------------------------------------------ without weights
 
 
@@ -63,32 +89,6 @@ def _binomial_blur(x: Tensor) -> Tensor:
 def latent_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean square error per sample: [B, ...] -> float32 [B] (InstaRevive Eq. 4, with a mean instead of the sum)."""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
-
-
-# ------------------------------------------------------------------------------------------------ LPIPS
-
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""ImageNet's mean and deviation for pictures in [-1, 1], with the numbers of LPIPS."""
-
-VGG_CONVS: Mapping[int, tuple[int, int]] = {
-    0: (3, 64),
-    2: (64, 64),
-    5: (64, 128),
-    7: (128, 128),
-    10: (128, 256),
-    12: (256, 256),
-    14: (256, 256),
-    17: (256, 512),
-    19: (512, 512),
-    21: (512, 512),
-    24: (512, 512),
-    26: (512, 512),
-    28: (512, 512),
-}
-"""(channels in, out) of VGG-16's convolutions by their index in torchvision's `features`."""
-
-TAPS: Mapping[int, int] = {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}
-"""Convolutions whose rectified output LPIPS compares, each with the number of its `lin` weights."""
 
 
 class VggLpips(nn.Module):
@@ -172,9 +172,6 @@ def load_lpips(place: str | Path, device: str = "cpu") -> VggLpips:
     if any(bool((value < 0).any()) for key, value in tensors.items() if key.startswith("lin")):
         raise WeightsFileError(f"{place}: negative learned weights; those of LPIPS are not negative")
     return network.to(device).eval()
-
-
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def _lpips_name(key: str) -> str | None:

@@ -34,7 +34,7 @@ def verdict(band: Band) -> str:
     low, high = float(band.low), float(band.high)
     if low != low or high != high:
         return "too few pictures to tell"
-    return "higher" if low > 0 else "lower" if high < 0 else "no effect seen"
+    return "higher" if low > 0 else "lower" if high < 0 else "no clear effect"
 
 
 def band_document(band: Band) -> dict[str, Any]:

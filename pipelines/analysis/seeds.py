@@ -246,7 +246,7 @@ def sentences(values: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[s
         agree = {
             "higher": "agree with the input less than",
             "lower": "agree with the input more than",
-            "no effect seen": "agree with the input as well as",
+            "no clear effect": "agree with the input as well as",
         }
         text.append(
             f"{level}: the coarse difference from the input is {mean('result_to_input', level)} levels for results and "

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.support import (
+    caption_spec,
     complete_captioner,
     complete_role,
     complete_spec,
@@ -33,8 +34,7 @@ def curate(
 ) -> None:
     """Curate pictures of any source into shards with an index, a manifest, a quarantine and a report."""
     from pipelines.core.cluster import local_ray
-    from pipelines.corpus.catalogue import check_sources as check_paths
-    from pipelines.corpus.catalogue import load_spec
+    from pipelines.corpus.catalogue import check_paths, load_spec
     from pipelines.curation.curate import curate as curate_corpus
     from pipelines.curation.select import thresholds
     from pipelines.curation.sources import check_sources, for_folder
@@ -96,7 +96,6 @@ def caption(
     as_json: Json = False,
 ) -> None:
     """Caption a corpus; KEY=VALUE sets prompt, max_tokens, batch_size, workers, num_gpus, revision or overwrite."""
-    from pipelines.commands.support import caption_spec
     from pipelines.core.cluster import local_ray
     from pipelines.corpus.columns.captions import CaptionOptions, caption_corpus
     from pipelines.corpus.shards import open_corpus

@@ -5,11 +5,14 @@ Every check is a function that returns findings. A check that raises becomes a f
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import shutil
 import socket
+import sqlite3
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from components.places import SHIPPED, shipped_models
 from pipelines.core.home import home
@@ -231,8 +236,6 @@ def ray_token_mode() -> bool:
 
 def exposed_ports(ports: Sequence[int]) -> list[int]:
     """The ports on which a process of this machine listens on an address other than loopback."""
-    import psutil
-
     try:
         connections = psutil.net_connections(kind="inet")
     except psutil.AccessDenied:
@@ -269,8 +272,6 @@ def check_mlflow(target: Path) -> list[Finding]:
 
 def judge_store(store: Path) -> Finding:
     """Judge one sqlite file: it must open and pass a quick check."""
-    import sqlite3
-
     try:
         connection = sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True, timeout=2.0)
         try:
@@ -285,15 +286,12 @@ def judge_store(store: Path) -> Finding:
 
 
 def check_weights() -> list[Finding]:
-    """Check the files of every shipped model."""
-    return [judge_weights(SHIPPED / name, f"{name} prior") for name in shipped_models()]
+    """Check the files of every shipped model; the nano prior must be there."""
+    return [judge_weights(SHIPPED / name, f"{name} prior") for name in sorted({"nano", *shipped_models()})]
 
 
 def judge_weights(folder: Path, name: str) -> Finding:
     """Judge a model folder: every part must have the sha256 of model.json."""
-    import hashlib
-    import json
-
     if not (folder / "model.json").is_file():
         return fail(name, f"no model.json in {folder}", "Reinstall, or train it: `restoray run nano-prior`.")
     try:
@@ -326,8 +324,6 @@ def check_disk(target: Path) -> list[Finding]:
 
 def check_memory() -> list[Finding]:
     """Check the memory that a run can use, within a container's limit."""
-    import psutil
-
     available = psutil.virtual_memory().available
     limit = container_memory_left(Path("/sys/fs/cgroup"))
     amount = min(available, limit) if limit is not None else available

@@ -12,6 +12,7 @@ from pipelines.commands.support import (
     Device,
     Precision,
     build_options,
+    caption_spec,
     complete_captioner,
     parse_options,
     plain,
@@ -52,7 +53,6 @@ def restore(
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
     from components.images import Limits
-    from pipelines.commands.support import caption_spec
     from pipelines.core.cluster import local_ray
     from pipelines.core.pictures import list_pictures
     from pipelines.core.pool import Pool

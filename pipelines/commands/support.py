@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError, unknown
+from pipelines.core.home import shipped_files
 
 if TYPE_CHECKING:
     from components.corpora import CaptionSpec
@@ -91,8 +92,6 @@ def complete_role(incomplete: str) -> list[str]:
 
 def complete(kind: str, incomplete: str) -> list[str]:
     """Names of the shipped YAML files of a kind that start with `incomplete`."""
-    from pipelines.core.home import shipped_files
-
     return [name for name in shipped_files(kind) if name.startswith(incomplete)]
 
 

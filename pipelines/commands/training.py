@@ -10,6 +10,7 @@ from pipelines.commands.support import complete_recipe, input_folders, plain, ya
 from pipelines.commands.words import DryRun, Json, Out, Overrides
 from pipelines.core.console import Console
 from pipelines.core.errors import UsageError, unknown
+from pipelines.core.home import shipped_files
 
 
 def train(
@@ -59,8 +60,6 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the shipped recipes, plans, datasets and degradations, or print one recipe resolved."""
-    from pipelines.core.home import shipped_files
-
     console = Console(silent=as_json)
     if name is not None:
         if not name.endswith((".yaml", ".yml")) and name not in shipped_files("recipes"):

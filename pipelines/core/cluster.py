@@ -73,7 +73,7 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
     settings = load_local()
     # A Unix socket path holds at most 107 bytes, and Ray appends about 70 to this folder's name.
     temporary = short_temporary_folder()
-    remove_leftovers(Path(temporary))
+    remove_ray_folders(Path(temporary))
     folder = Path(tempfile.mkdtemp(prefix=f"rr-{os.getpid()}-", dir=temporary))
     in_main_thread = threading.current_thread() is threading.main_thread()
     sigterm_handler = signal.getsignal(signal.SIGTERM)
@@ -137,7 +137,7 @@ def short_temporary_folder() -> str:
     return folder if len(folder) <= 16 else "/tmp"
 
 
-def remove_leftovers(temporary: Path) -> None:
+def remove_ray_folders(temporary: Path) -> None:
     """Remove the folders of our dead drivers; a folder's name holds the process id of its driver."""
     for folder in temporary.glob("rr-*-*"):
         owner = folder.name.split("-")[1]

@@ -49,14 +49,16 @@ class Marks:
 
     @contextmanager
     def work_on(self, name: str) -> Iterator[None]:
-        """Mark a name while this process works on it."""
+        """Mark a name while this process works on it. The mark stays if the process ends, also by sys.exit."""
         mark = self.folder / name
         with mark.open("ab") as stream:
             stream.write(b".")
         try:
             yield
-        finally:
+        except Exception:
             mark.unlink(missing_ok=True)
+            raise
+        mark.unlink(missing_ok=True)
 
     def load(self, name: str, others: int, make: Callable[[], T]) -> T:
         """Load a model, unless MAX_DEATHS processes died while they loaded it.
@@ -115,7 +117,12 @@ class Attempt:
 
 
 def remove_leftovers(folder: Path, *patterns: str) -> None:
-    """Remove temporary files of killed writers from a folder, and from its sub-folders that match the patterns."""
-    for pattern in (LEFTOVERS, *(f"{pattern}/{LEFTOVERS}" for pattern in patterns)):
+    """Remove temporary files of killed writers: the files that match the globs, by default those of the folder itself.
+
+    Args:
+        folder: a folder of ours.
+        patterns: globs of files below `folder`; without any, LEFTOVERS.
+    """
+    for pattern in patterns or (LEFTOVERS,):
         for stale in folder.glob(pattern):
             stale.unlink(missing_ok=True)

@@ -49,6 +49,11 @@ class RetryLater(RestorayError):
     exit_code = EXIT_RETRY
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if the message is empty."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def near_miss(name: str, choices: Iterable[str]) -> str:
     """Return ' Did you mean "x"?' for the closest choice, "" if none is close."""
     near = near_name(name, choices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -43,7 +44,7 @@ def folder_lock(out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK_NAME).open("a+", encoding="utf-8")
+        lock = (out / LOCK_NAME).open("a+b", buffering=0)
     except OSError as error:
         raise Failure(f"cannot write to {out}: {error.strerror or error}.") from error
     with lock:
@@ -51,8 +52,10 @@ def folder_lock(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            raise RetryLater(f"{out} is in use by {lock.read().strip() or 'another process'}.") from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        lock.flush()
+            raise RetryLater(f"{out} is in use by {lock.read().decode().strip() or 'another process'}.") from error
+        except OSError as error:  # a file system without locks
+            raise RetryLater(f"{out} cannot be locked: {error.strerror or error}.") from error
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the holder's name
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         yield

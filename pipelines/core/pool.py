@@ -24,8 +24,11 @@ Worker = Callable[[Sequence[J]], Sequence[A]]
 THREADS = 1
 """Torch threads of a worker, in batch jobs and in the service. The number can change the last bit of a sum."""
 
-MAX_BLOCKS = 2000
-"""Most blocks of the Ray dataset. Answers arrive block by block, but each block costs time in the scheduler."""
+MAX_BLOCKS = 4096
+"""Most blocks of a Ray dataset. Answers arrive block by block, so a kill costs the blocks in work.
+
+Each block costs time in the scheduler.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +39,23 @@ class Pool:
         workers: most processes; they start when needed. 0: this process does the work, without Ray.
         num_cpus, num_gpus: resources of one worker; may be fractions.
         batch_size: jobs per call of a worker.
-        threads: torch threads of one worker.
     """
 
     workers: int = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     batch_size: int = 1
-    threads: int = THREADS
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or self.batch_size < 1 or self.threads < 1 or min(self.num_cpus, self.num_gpus) < 0:
+        if self.workers < 0 or self.batch_size < 1 or min(self.num_cpus, self.num_gpus) < 0:
             raise UsageError(
-                "a pool needs workers >= 0, batch_size >= 1, threads >= 1 and no negative share of a CPU or GPU; got "
-                f"workers {self.workers}, batch_size {self.batch_size}, threads {self.threads}."
+                "a pool needs workers >= 0, batch_size >= 1 and no negative share of a CPU or GPU; got "
+                f"workers {self.workers}, batch_size {self.batch_size}."
             )
 
     @property
     def others(self) -> int:
-        """Number of workers other than a given one."""
+        """How many other workers each worker has at most."""
         return max(0, self.workers - 1)
 
 

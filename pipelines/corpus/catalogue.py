@@ -1,7 +1,7 @@
 """The catalogue of corpora: the output of `restoray datasets`, and the table in docs/datasets.md.
 
 Most corpora may not be redistributed, so their specs lack a path. A text in angle brackets is not a path, but describes
-what the path must lead to ("<DIV2K_train_HR.zip, unpacked>"); `check_sources` makes an error of it before any work
+what the path must lead to ("<DIV2K_train_HR.zip, unpacked>"); `check_paths` makes an error of it before any work
 begins.
 """
 
@@ -33,7 +33,7 @@ EXAMPLES = {
 
 ROLE_TITLES = {
     "train": "For training",
-    "regularisation": "For training, beside others",
+    "regularisation": "For training, together with other corpora",
     "benchmark": "For measuring",
 }
 
@@ -187,7 +187,7 @@ def _path(name: str | Path) -> Path:
 # --- what is missing --------------------------------------------------------------------------------------------------
 
 
-def check_sources(spec: CorpusSpec, argument: str = "") -> None:
+def check_paths(spec: CorpusSpec, argument: str = "") -> None:
     """Refuse a spec whose sources lack a path, before any work begins.
 
     Args:
@@ -202,14 +202,6 @@ def check_sources(spec: CorpusSpec, argument: str = "") -> None:
     number = int(needs[0].key.split(".")[1])
     place = f"{spec.name}: source {number} ({spec.sources[number].kind}) has no path"
     raise UsageError(f"{place}{_advice(needs[0], spec)}; type: {_command(argument or spec.name, needs)}")
-
-
-def check_pairs(spec: CorpusSpec) -> None:
-    """Refuse a spec whose pairs lack a folder; UsageError as in `check_sources`."""
-    needs = needed_for_pairs(spec)
-    if needs:
-        overrides = " ".join(need.override() for need in needs)
-        raise UsageError(f"{spec.name}: {needs[0].key} is not set{_advice(needs[0], spec)}; add: {overrides}")
 
 
 def needed_for_sources(spec: CorpusSpec) -> list[Need]:

@@ -1,7 +1,7 @@
 """Webdataset shards of a corpus: write them, and read single samples by their offset.
 
 A shard is a plain tar whose members come in pairs: KEY.EXT with the picture's original bytes, then KEY.json. Nothing is
-ever encoded again. A shard's name ends in the first 8 digits of its sha256, so a name never stands for two contents. A
+ever encoded again. A shard's name ends in the first 8 digits of its sha256, so two contents never share a name. A
 file with its final name is complete: it is written under another name, flushed to disk and renamed.
 
 A corpus folder has format 2 of decision 0004. `index.json` lists the shards. A table of each split is mapped, not read;
@@ -40,7 +40,7 @@ BLOCK = 512  # POSIX.1-1988 ustar: headers and data are padded to this
 KEY_BYTES = 120  # ours: leaves room for suffixes within the 255 bytes of a file name
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tiff", "BMP": "bmp", "AVIF": "avif", "GIF": "gif"}
 """Member suffix of each format that components.images decodes. The content decides, not the name of the file."""
-PICTURE_SUFFIXES = frozenset(EXTENSIONS.values()) | {"jpeg", "jpe", "jfif", "tif", "mpo"}
+PICTURE_EXTENSIONS = frozenset(EXTENSIONS.values()) | {"jpeg", "jpe", "jfif", "tif", "mpo"}
 
 SPLIT = "held_out"
 """The split for evaluation; the other one is "train"."""
@@ -100,12 +100,6 @@ def member_header(name: str, size: int) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime, info.uid, info.gid, info.uname, info.gname = size, 0o644, 0, 0, 0, "", ""
     return info.tobuf(format=tarfile.PAX_FORMAT, encoding="utf-8", errors="strict")
-
-
-def sample_bytes(sample: Sample, size: int) -> int:
-    """Bytes of a sample in a shard, with headers and padding; its picture has `size` bytes."""
-    members = ((sample.ext, size), ("json", len(json_line(sample.info).encode())))
-    return sum(len(member_header(f"{sample.key}.{ext}", n)) + n + -n % BLOCK for ext, n in members)
 
 
 def write_shard(
@@ -279,7 +273,12 @@ class ShardFile:
         try:
             if self._file is None:
                 self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - until `__exit__`
-            data = os.pread(self._file.fileno(), size, offset)
+            data = b""
+            while len(data) < size:  # a network file system may return fewer bytes than there are
+                piece = os.pread(self._file.fileno(), size - len(data), offset + len(data))
+                if not piece:
+                    break
+                data += piece
         except OSError as error:
             raise SampleError("missing_shard", f"{self.path} cannot be read: {error.strerror}", key) from error
         if len(data) != size:

@@ -30,6 +30,7 @@ from components.writing import LEFTOVERS, replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, RestorayError, UsageError, unknown
 from pipelines.core.folders import folder_lock
+from pipelines.core.pool import ray_errors
 from pipelines.core.rows import end_torn_line, iter_lines
 from pipelines.corpus import shards
 from pipelines.corpus.catalogue import load_spec
@@ -278,6 +279,8 @@ def _run(
 ) -> Iterator[Any]:
     """Answers of one phase from Ray Data, in any order.
 
+    Not `answers_of`: tasks without actors, a block of jobs per call, and a watch for jobs that stop without an error.
+
     Args:
         jobs: jobs, one dataclass each.
         task: a function or an actor class; it turns a batch {"job": objects} into {"answer": objects}.
@@ -290,16 +293,17 @@ def _run(
     items = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=min(len(jobs), TASKS))
     dataset = items.map_batches(task, batch_size=None, batch_format="numpy", **options)
     dataset.context.enable_progress_bars = False
-    try:
-        for row in watch_items(dataset.iter_rows(), spec.stall_timeout_s, alive, what):
-            yield row["answer"]
-    except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
-            raise
-        raise Failure(f"{what}: {getattr(cause, 'strerror', None) or cause}. Finished work is kept.") from error
+    with ray_errors(what):
+        try:
+            for row in watch_items(dataset.iter_rows(), spec.stall_timeout_s, alive, what):
+                yield row["answer"]
+        except ray.exceptions.RayError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = getattr(cause, "cause", None) or cause.__cause__
+            if cause is None:
+                raise
+            raise Failure(f"{what}: {getattr(cause, 'strerror', None) or cause}. Finished work is kept.") from error
 
 
 def _measure(

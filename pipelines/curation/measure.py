@@ -146,7 +146,7 @@ def measure_part(
     Args:
         retry: codes whose rows are measured again.
         look_at: decodes and measures a picture's bytes.
-        run: name of this curation. Rows of its own attempts are not tried again, whatever their code.
+        run: name of this curation. Rows of its own attempts are not tried again, with any code.
     """
     cv2.setNumThreads(1)  # a task has one core; OpenCV would use all
     rules, path = rules_of(spec.filters), measured_path(out, part)
@@ -161,7 +161,7 @@ def measure_part(
     attempts, at_this_part = journal.read_journals(journals, part.name, facts, retry)
     tables = _earlier_tables(path, before, rules, retry)
     earlier = journal.EarlierRows([*tables, *attempts])
-    if guard.hopeless:  # the part is not read again, so only rows of its present state count
+    if guard.is_lethal:  # the part is not read again, so only rows of its present state count
         earlier = journal.EarlierRows([*(tables if before and before["part"] == part.digest else []), *at_this_part])
     log = journal.Journal(journals, part.name, SCHEMA, facts, eager=bool(guard.deaths))
     complete, fresh, bodies = False, 0, set()
@@ -192,7 +192,7 @@ def _rows(
     look_at: Look,
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """(row, whether this call measured it) of all candidates of a part, in their order."""
-    if guard.hopeless:
+    if guard.is_lethal:
         yield from ((row, False) for row in earlier)
         problem = SampleError("crashed", "the process that read it died again and again", part.name)
         yield _row(Candidate(id=part.name[:24], key=part.name, source=part.name, problem=problem)), True

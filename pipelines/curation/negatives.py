@@ -8,9 +8,9 @@
     <out>/negatives.json      settings that all pictures share; a folder never mixes two settings
     <out>/contact.jpg         some sources and results side by side
 
-`<out>/pictures` is a source of kind `folder` for a corpus spec, captions included. Number n stands for one sample of
-the corpus, one prompt and its own noise. Samples are drawn without repetition until all were used. Pictures depend
-neither on the number of workers nor on the count, and a larger count continues a smaller one. Workers get numbers and
+`<out>/pictures` is a source of kind `folder` for a corpus spec, captions included. Each number has one sample of the
+corpus, one prompt and its own noise. Samples are drawn without repetition until all were used. Pictures depend neither
+on the number of workers nor on the count, and a larger count continues a smaller one. Workers get numbers and
 return records. A picture is renamed into place before its record is written, and its text chunks name its settings, so
 a job that was killed at any point repeats no finished file.
 
@@ -19,7 +19,6 @@ How many: SUPIR trained on 100K negatives next to 20M pictures with captions and
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -44,7 +43,7 @@ from components.negatives import (
 )
 from components.randomness import generator
 from components.types import SampleError
-from components.writing import replace_file
+from components.writing import LEFTOVERS, replace_file, write_error_reason
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.deaths import MAX_DEATHS, Marks, WorkersDied, remove_leftovers
 from pipelines.core.errors import Failure, RestorayError, UsageError
@@ -55,7 +54,7 @@ from pipelines.corpus.shards import STORED_LIMITS, Corpus, open_corpus, read_sam
 from pipelines.pages.sheets import contact_sheet
 
 PER_FOLDER = 1000  # pictures of one folder, for file systems and people
-HOPELESS = 3  # equal failures from the first number on, without a picture: the job is wrong, not the pictures
+MAX_EQUAL_FAILURES = 3  # equal failures of the first numbers end the job: then the job is wrong, not the pictures
 SHEET_PICTURES = 12
 MARKS = ".attempts"
 TEXT_CHUNKS = (
@@ -282,9 +281,9 @@ def _check_same_settings(job: NegativesJob) -> None:
 
 
 def _clean_up(out: Path, count: int) -> dict[int, str]:
-    """Remove what an interrupted job left; returns the sha256 of each recorded picture by its number."""
+    """Remove marks and temporary files of an interrupted job; returns the sha256 of each recorded picture by number."""
     Marks(out / MARKS).clear()
-    remove_leftovers(out, "pictures/*")
+    remove_leftovers(out, LEFTOVERS, f"pictures/*/{LEFTOVERS}")
     end_torn_line(out / "records.jsonl")
     beyond = [row for row in read_lines(out / "quarantine.jsonl") if row["number"] >= count]
     write_lines(out / "quarantine.jsonl", beyond)  # the other numbers are tried again
@@ -309,12 +308,16 @@ def _collect(out: Path, answers: Iterator[NegativeAnswer], of: int, progress: Pr
                 target.flush()
             if status == "quarantined":
                 reasons.append((row["code"], row["detail"]))
-            if len(reasons) == number == min(HOPELESS, of) and len(set(reasons)) == 1 and row["stage"] == "make":
+            if (
+                len(reasons) == number == min(MAX_EQUAL_FAILURES, of)
+                and len(set(reasons)) == 1
+                and row["stage"] == "make"
+            ):
                 raise Failure(f"no negative sample can be made: {row['detail']}")
             progress(number, of, row["key"])
     missing = of - sum(counts.values())
     if missing:
-        raise Failure(f"{missing} of {of} numbers came back without an answer; the same command goes on.")
+        raise Failure(f"{missing} of {of} numbers came back without an answer; the same command continues.")
     # the order of arrival depends on timing; the finished files must not
     bad_rows = {row["number"]: row for row in read_lines(quarantine)}
     good_rows = {row["number"]: row for row in read_lines(records) if row["number"] not in bad_rows}
@@ -326,7 +329,7 @@ def _collect(out: Path, answers: Iterator[NegativeAnswer], of: int, progress: Pr
 class NegativesWorker:
     """Makes pictures in a worker process. The model is loaded when the first picture needs it.
 
-    Every failure comes back as an answer: an exception would end the whole job, or be retried without end.
+    Every failure comes back as an answer: an exception would end the whole job.
 
     Args:
         job: what is made.
@@ -412,20 +415,21 @@ class NegativesWorker:
             replace_file(place, text)
 
     def _make_picture(self, image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
-        """The model's picture, uint8 [S, S, 3]. Whatever the model raises becomes a SampleError of this number."""
+        """The model's picture, uint8 [S, S, 3]. Any error of the model becomes a SampleError of this number."""
         assert self.change is not None
         number = row["number"]
         if self.marks.deaths(str(number)) >= MAX_DEATHS:
             raise SampleError("worker_died", f"{MAX_DEATHS} workers died over this number")
-        try:
-            with self.marks.work_on(str(number)), fixed_threads():
-                return self.change(image, row["prompt"], self.job.spec.seed, number)
-        except SampleError:
-            raise
-        except Exception as error:
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-                raise SampleError("out_of_memory", "not enough memory to make the picture") from error
-            raise SampleError("failed", f"{type(error).__name__}: {error}") from error
+        with self.marks.work_on(str(number)):  # outside of the try: a full disk ends the job
+            try:
+                with fixed_threads():
+                    return self.change(image, row["prompt"], self.job.spec.seed, number)
+            except SampleError:
+                raise
+            except Exception as error:
+                if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+                    raise SampleError("out_of_memory", "not enough memory to make the picture") from error
+                raise SampleError("failed", f"{type(error).__name__}: {error}") from error
 
     def _load(self) -> None:
         """Load the model once; where that fails, `broken` has the reason."""
@@ -446,12 +450,11 @@ class NegativesWorker:
             self.broken = f"workers died again and again while loading {spec.prior}", False
         except ValueError as error:
             self.broken = str(error), True
-        except Exception as error:  # noqa: BLE001 - whatever loading may raise ends the job with one sentence
+        except Exception as error:  # noqa: BLE001 - any error while loading ends the job with one sentence
             self.broken = f"{spec.prior} cannot be loaded: {type(error).__name__}: {error}", False
 
     def _unwritable(self, number: int, place: Path, error: OSError) -> NegativeAnswer:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        return self._fatal(number, f"{place}: {reason}")
+        return self._fatal(number, f"{place}: {write_error_reason(error)}")
 
     def _fatal(self, number: int, detail: str, usage: bool = False) -> NegativeAnswer:
         row = {"number": number, "key": self.job.key(number), "detail": detail}

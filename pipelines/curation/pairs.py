@@ -89,7 +89,7 @@ def add_pairs(
 
 
 def match_inputs(targets: Sequence[Entry], inputs: Sequence[Entry], pair: PairSpec) -> list[Entry | None]:
-    """The input of each target: the one of its name, or, if no name stands in both folders, the one of its place.
+    """The input of each target: the one of its name, or, if no name is in both folders, the one of its place.
 
     If names decide, a target without an input gets None; it is quarantined later.
 
@@ -97,13 +97,15 @@ def match_inputs(targets: Sequence[Entry], inputs: Sequence[Entry], pair: PairSp
         UsageError: both sides are one folder; or no names are equal and the numbers of files differ.
     """
     if Path(pair.hq).resolve() == Path(pair.lq).resolve():
-        raise UsageError(f"{pair.hq} is named as targets and as inputs of a pair: an input must be the poorer picture.")
+        raise UsageError(
+            f"{pair.hq} holds both the targets and the inputs of a pair: the inputs need a folder of their own."
+        )
     by_key = {entry.key: entry for entry in inputs}
     if any(entry.key in by_key for entry in targets):
         return [by_key.get(entry.key) for entry in targets]
     if len(targets) != len(inputs):
         raise UsageError(
-            f"{pair.hq} holds {len(targets)} pictures and {pair.lq} {len(inputs)}, and no name stands in both: "
+            f"{pair.hq} holds {len(targets)} pictures and {pair.lq} {len(inputs)}, and no name is in both: "
             "name each input like its target, or give as many of both in one order."
         )
     return list(inputs)
@@ -145,7 +147,7 @@ def _source_of(spec: CorpusSpec, pair: PairSpec) -> SourceSpec:
     for source in spec.sources:
         if source.kind == "folder" and source.path == pair.hq:
             return source
-    raise UsageError(f"{spec.name}: the targets of a pair ({pair.hq}) are no folder among its sources.")
+    raise UsageError(f"{spec.name}: the targets of a pair ({pair.hq}) are not the path of a folder source.")
 
 
 def _entries_of(source: SourceSpec) -> list[Entry]:

@@ -21,13 +21,13 @@ from components.images import Limits, crop, decode
 from components.quality import SCORES
 from components.types import Image, SampleError
 from components.writing import replace_file
-from pipelines.core.errors import Failure
+from pipelines.core.errors import Failure, first_line
 from pipelines.curation.measure import SCORE
 from pipelines.curation.survey import Survey, Tally, survey
 from pipelines.pages.histograms import histogram_svg
 from pipelines.pages.numbers import bytes_text, number_text
 from pipelines.pages.page import data_uri, load_template, shrink
-from pipelines.pages.sheets import square
+from pipelines.pages.sheets import middle_tile
 
 MAX_BYTES = 3_000_000
 SIZES: tuple[tuple[int, int, int], ...] = ((144, 82, 8), (144, 70, 8), (128, 65, 6), (96, 60, 4))
@@ -47,8 +47,8 @@ STEPS: tuple[tuple[str, frozenset[str]], ...] = (
 
 MEANINGS: Mapping[str, str] = {
     "empty": "The file holds no bytes.",
-    "not_image": "The bytes are of no picture format that is known.",
-    "unsupported_format": "A picture in a format that is not read, such as HEIC or PSD.",
+    "not_image": "The bytes are not of a known picture format.",
+    "unsupported_format": "A picture in a format that Restoray does not read, such as HEIC or PSD.",
     "unsupported_mode": "Pixel values without a declared range, such as 32-bit floats.",
     "too_large": "More bytes, pixels or metadata than allowed; refused before decoding.",
     "too_small": "The short side has fewer pixels than allowed.",
@@ -58,7 +58,7 @@ MEANINGS: Mapping[str, str] = {
     "truncated": "The file or the download ends early.",
     "corrupt": "Broken in another way.",
     "no_picture": "A sample of an archive without a picture in it.",
-    "unsafe_member": "A name in an archive that points outside of it, or no plain file.",
+    "unsafe_member": "A member of an archive whose name points outside of it, or that is not a plain file.",
     "unreadable": "The bytes could not be read from where they lie.",
     "crashed": "The process that decoded it died; its neighbours were measured again.",
     "timeout": "It took too long, to decode or to fetch.",
@@ -70,7 +70,7 @@ MEANINGS: Mapping[str, str] = {
     "broken_connection": "The connection was refused or broke.",
     "too_slow": "The body took too long to arrive.",
     "tls": "The host's certificate or handshake is bad.",
-    "bad_answer": "The answer was no HTTP.",
+    "bad_answer": "The answer was not HTTP.",
     "too_many_redirects": "The address led on more often than allowed.",
     "http_error": "The server refused for good, as with 404.",
     "http_busy": "The server was busy until all tries were used up.",
@@ -169,22 +169,22 @@ def tiles(
     for example in safe:
         if example.whole is None:
             continue
-        part = "" if example.part is None else data_uri(square(example.part, side), quality)
+        part = "" if example.part is None else data_uri(middle_tile(example.part, side), quality)
         whole = shrink(example.whole, side)
         pictures.append(
             {
-                "key": shorten(example.row["key"], KEY_CHARS),
-                "told": caption(example.row),
+                "key": without_middle(example.row["key"], KEY_CHARS),
+                "caption": caption(example.row),
                 "whole": data_uri(whole, quality),
                 "width": whole.shape[1],
                 "height": whole.shape[0],
                 "part": part,
             }
         )
-    return {"shown": pictures, "lost": len(safe) - len(pictures), "side": side}
+    return {"pictures": pictures, "unreadable": len(safe) - len(pictures), "side": side}
 
 
-def shorten(text: str, most: int) -> str:
+def without_middle(text: str, most: int) -> str:
     """At most `most` characters, without the middle: names differ at the beginning or the end."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2 - 3) :]}"
 
@@ -227,7 +227,7 @@ def caption_of(row: Mapping[str, Any], bounds: Mapping[str, Bounds]) -> str:
             value = row.get(SCORE + name)
             if value is None or not bounds[name].hold(value):
                 return f"{name} {'missing' if value is None else number_text(value)}"
-    return shorten(row["detail"], 90)
+    return without_middle(row["detail"], 90)
 
 
 def percent(part: float, whole: float) -> str:
@@ -265,12 +265,12 @@ def funnel(result: Survey) -> list[dict[str, Any]]:
     for name, stages in STEPS:
         rejections = sum(result.stages[stage] for stage in stages)
         rest -= rejections
-        steps.append({"name": name, "left": rest, "lost": rejections})
+        steps.append({"name": name, "remaining": rest, "rejected": rejections})
     if others:
         rest -= others
-        steps.append({"name": "Without other reasons", "left": rest, "lost": others})
+        steps.append({"name": "Without other reasons", "remaining": rest, "rejected": others})
     for step in steps:
-        step["share"] = 100 * step["left"] / (result.candidates or 1)
+        step["share"] = 100 * step["remaining"] / (result.candidates or 1)
     return steps
 
 
@@ -357,11 +357,11 @@ def kinds_table(tally: Tally) -> dict[str, Any]:
     most = max((candidates for _, candidates, _ in first), default=1)
     rows = [
         {
-            "name": shorten(name, KIND_CHARS),
+            "name": without_middle(name, KIND_CHARS),
             "candidates": n,
             "accepted": a,
             "bar": 100 * n / most,
-            "taken": 100 * a / n,
+            "accepted_share": 100 * a / n,
         }
         for name, n, a in first
     ]
@@ -395,8 +395,10 @@ def content_of(result: Survey, spec: CorpusSpec, facts: Mapping[str, Any]) -> di
         "facts": [(str(n), fact_text(str(n), v)) for n, v in facts.items() if n not in ("candidates", "accepted")],
         "funnel": funnel(result),
         "reasons": reasons(result, descriptions),
-        "ruled": score_charts(result, descriptions, with_bounds),
-        "free": score_charts(result, descriptions, [name for name in scores if name not in with_bounds]),
+        "scores_with_threshold": score_charts(result, descriptions, with_bounds),
+        "scores_without_threshold": score_charts(
+            result, descriptions, [name for name in scores if name not in with_bounds]
+        ),
         "sizes": size_charts(result, limits),
         "unmeasured": unmeasured,
         "licences": kinds_table(result.licences),
@@ -435,7 +437,7 @@ def write_curate_report(
     try:
         result = survey(decided, bounds, size_limits(spec))
     except (OSError, pa.ArrowException) as error:
-        raise Failure(f"the decided rows of {spec.name} cannot be read: {str(error).splitlines()[0]}.") from error
+        raise Failure(f"the decided rows of {spec.name} cannot be read: {first_line(error)}.") from error
     limits = safe_limits(spec)
     examples = {code: look((row for *_, row in r.rows), read, limits) for code, r in result.examples.items()}
     content, template, page = content_of(result, spec, facts), load_template("curate_report.html.j2"), ""
@@ -467,11 +469,14 @@ def examples_content(
         own = examples[reason["code"]]
         table = [
             {
-                "key": shorten(example.row["key"], KEY_CHARS),
-                "source": shorten(example.row["source"], KEY_CHARS),
-                "detail": shorten(example.row["detail"], DETAIL_CHARS),
+                "key": without_middle(example.row["key"], KEY_CHARS),
+                "source": without_middle(example.row["source"], KEY_CHARS),
+                "detail": without_middle(example.row["detail"], DETAIL_CHARS),
             }
             for example in own
         ]
         sections.append({**reason, "tiles": tiles(own, size, 1, caption), "table": table})
-    return {"taken": tiles(examples.get("", ()), size, ACCEPTED_FACTOR, caption), "rejected_examples": sections}
+    return {
+        "accepted_examples": tiles(examples.get("", ()), size, ACCEPTED_FACTOR, caption),
+        "rejected_examples": sections,
+    }

@@ -110,7 +110,7 @@ def score_part(
         guard.at("")
         for number in numbers:
             row = rows[number]
-            refusal = ("crashed", "the process died again and again") if guard.hopeless else guard.refusal(row["id"])
+            refusal = ("crashed", "the process died again and again") if guard.is_lethal else guard.refusal(row["id"])
             if refusal is not None:
                 failed[number] = f"[{refusal[0]}] {refusal[1]}"
                 continue

@@ -62,7 +62,7 @@ class Guard:
             replace_file(self.record, json.dumps(self.deaths).encode())
 
     @property
-    def hopeless(self) -> bool:
+    def is_lethal(self) -> bool:
         """Whether too many processes died over the part itself for another try."""
         return self.deaths.get("", [0, 0])[0] >= PART_DEATHS
 
@@ -93,7 +93,7 @@ class Guard:
 
 
 def forget_candidates_in_work(folder: Path) -> None:
-    """At the start of a run: candidates in work when the last run was killed count as innocent."""
+    """At the start of a run: a killed run counts as no death of the candidates that were in work."""
     for path in (*folder.glob("*.now"), *folder.glob("*.hang")) if folder.is_dir() else ():
         path.unlink(missing_ok=True)
 
@@ -144,8 +144,8 @@ def watch_items(items: Iterable[T], stall_s: float, alive: Callable[[], float], 
             except queue.Empty:
                 if time.time() - max(silent_since, alive()) > stall_s:
                     raise Failure(
-                        f"{what}: nothing got done for {stall_s:g} s, so the run was ended. Finished work is kept; "
-                        "the same command goes on."
+                        f"{what}: no progress for {stall_s:g} s, so the run was ended. Finished work is kept; "
+                        "the same command continues."
                     ) from None
                 continue
             if kind == "end":

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from components.corpora import CorpusSpec
 from components.types import SampleError
-from components.writing import replace_file, whole_file
+from components.writing import LEFTOVERS, replace_file, whole_file
 from pipelines.core.deaths import remove_leftovers
 from pipelines.core.pool import object_column
 from pipelines.corpus import shards
@@ -162,7 +162,10 @@ def _batches(pieces: Path, entries: Iterable[Mapping[str, Any]]) -> Iterator[pa.
 
 
 def remove_old_shards(out: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Remove shards and pieces of earlier specs, and unfinished files; only names that this package gives."""
+    """Remove shards and pieces of earlier specs, and unfinished files.
+
+    In the folders of the splits, only files with names that this module gives are removed. The folder `work` is ours.
+    """
     names = {entry["name"] for entry in entries}
     for split in SPLITS:
         for path in (out / split).glob(f"{split}-*.tar"):
@@ -171,4 +174,4 @@ def remove_old_shards(out: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     for path in (out / "work" / "pieces").glob("*.tar.*"):
         if path.name.rpartition(".")[0] not in names:
             path.unlink()
-    remove_leftovers(out, *SPLITS, "work/**")
+    remove_leftovers(out, *(f"{split}/.{split}-*.tmp-*" for split in SPLITS), f"work/**/{LEFTOVERS}")

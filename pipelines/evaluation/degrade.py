@@ -92,10 +92,11 @@ def degrade_folder(
     """Degrade every picture of a folder.
 
     Raises:
-        UsageError: an unknown preset or option, no pictures, or a result would overwrite a file of somebody else.
+        UsageError: an unknown preset or option, no pictures, or a result would overwrite a foreign file.
         Failure: `out` cannot be written.
     """
-    options = json.loads(json.dumps(dict(options or {})))  # as the records hold them
+    # records are JSON, which holds lists and no tuples
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in (options or {}).items()}
     try:
         degradation = build_degradation(preset, **options)
     except (ValueError, TypeError) as error:

@@ -46,14 +46,14 @@ def contact_sheet(cells: Sequence[tuple[Sequence[Image], str]], side_px: int = 1
         x = GAP_PX + number % columns * width
         y = GAP_PX + number // columns * height
         for place, picture in enumerate(pictures):
-            sheet.paste(Pillow.fromarray(square(picture, side_px)), (x + place * side_px, y))
+            sheet.paste(Pillow.fromarray(middle_tile(picture, side_px)), (x + place * side_px, y))
         pen.multiline_text((x, y + side_px + 1), caption, fill=INK, font=font, spacing=2)
     data = io.BytesIO()
     sheet.save(data, format="JPEG", quality=JPEG_QUALITY)
     return data.getvalue()
 
 
-def square(picture: Image, side_px: int) -> Image:
+def middle_tile(picture: Image, side_px: int) -> Image:
     """The middle square of uint8 [H, W, 3]; at native size, or enlarged if the picture is too small."""
     if min(picture.shape[:2]) < side_px:
         picture = resize_short_side(picture, side_px)

@@ -140,7 +140,6 @@ def restore_folder(
             limits=job.limits,
             out=books.out,
             marks=books.marks.folder,
-            threads=pool.threads,
             others=pool.others,
             build=model.build,
             captioner=job.captioner,

@@ -18,7 +18,7 @@ from pipelines.core.errors import Failure, UsageError
 from pipelines.core.rows import read_lines, write_lines
 from pipelines.restoration.worker import Answer
 
-HOPELESS = 3  # a job ends if its first 3 pictures fail for the same reason: then the job is wrong, not the pictures
+MAX_EQUAL_FAILURES = 3  # equal failures of the first pictures end the job: then the job is wrong, not the pictures
 
 
 class Books:
@@ -110,7 +110,7 @@ class Books:
             return
         if counts["restored"] + counts["skipped"]:
             return
-        if len(reasons) >= min(HOPELESS, of):
+        if len(reasons) >= min(MAX_EQUAL_FAILURES, of):
             kind = Failure if row["code"] == "failed" else UsageError
             raise kind(f"nothing can be restored: {row['detail']}")
 

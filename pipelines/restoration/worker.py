@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from components.images import Limits, probe
 from components.restoring import Ask, Identity, Picture, as_sample_error, request_of, restore_batch
 from components.types import Restorer, SampleError
-from components.writing import replace_file
+from components.writing import replace_file, write_error_reason
 from pipelines.core.deaths import MAX_DEATHS, Marks, WorkersDied
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory
@@ -69,7 +68,6 @@ class WorkerSettings:
         limits: larger inputs are refused.
         out: folder of the results.
         marks: folder of the marks, see core/deaths.py.
-        threads: torch threads of a worker.
         others: number of other workers that may load the model at the same time.
         build: settings of the restorer, for the records.
         captioner: writes missing prompts; None: they stay empty.
@@ -81,7 +79,6 @@ class WorkerSettings:
     limits: Limits
     out: Path
     marks: Path
-    threads: int = THREADS
     others: int = 0
     build: Mapping[str, Any] = field(default_factory=dict)
     captioner: JobCaptioner | None = None
@@ -90,7 +87,7 @@ class WorkerSettings:
 class RestoreWorker:
     """Restores batches of tasks in a worker process. It loads the model when the first picture needs it.
 
-    It returns every failure as an answer: an exception would end the whole job, or Ray would retry it without end.
+    It returns every failure as an answer: an exception would end the whole job.
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
@@ -217,7 +214,7 @@ class RestoreWorker:
             return None
         try:
             model = self.marks.load(mark, self.settings.others, make)
-            set_threads(self.settings.threads)
+            set_threads(THREADS)
             return model
         except WorkersDied:
             self.broken = f"workers died again and again while loading {what}"
@@ -231,8 +228,7 @@ class RestoreWorker:
         try:
             replace_file(settings.out / output, png)
         except OSError as error:
-            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-            return _fatal(task, f"cannot write {settings.out / output}: {reason}")
+            return _fatal(task, f"cannot write {settings.out / output}: {write_error_reason(error)}")
         row = {
             "key": picture.key,
             "source": _printable(task.source),

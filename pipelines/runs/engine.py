@@ -98,7 +98,7 @@ def run_plan(
 def run_stages(plan: Plan, result: PlanResult, options: RunOptions) -> None:
     """Run the stages that are not done. plan.json always holds the current state of every stage."""
     with ExitStack() as stack:
-        ray_stands, tracking = False, None
+        ray_runs, tracking = False, None
         write_plan_json(plan, result, options.images)
         for number, record in enumerate(result.stages, 1):
             stage, title = record.stage, f"[{number}/{len(result.stages)}] {record.stage.name}"
@@ -108,16 +108,15 @@ def run_stages(plan: Plan, result: PlanResult, options: RunOptions) -> None:
             if options.track and tracking is None:
                 tracking = stack.enter_context(RunTracking(result.run_dir, plan.name))
                 result.tracking = tracking.location
-            if options.verbs[stage.verb].uses_ray and not ray_stands:
+            if options.verbs[stage.verb].uses_ray and not ray_runs:
                 stack.enter_context(local_ray())
-                ray_stands = True
+                ray_runs = True
             resumes = (result.run_dir / stage.folder).exists()
             options.console.say(f"{title}: {'continues' if resumes else 'starts'} in {stage.folder}")
             run_one(plan, result, record, options, tracking)
             options.console.say(f"{title}: finished in {record.seconds:.0f} s")
-        if (
-            options.track and tracking is None and not is_published(result)
-        ):  # an earlier driver died before it is_published
+        if options.track and tracking is None and not is_published(result):
+            # an earlier driver died before it published
             tracking = stack.enter_context(RunTracking(result.run_dir, plan.name))
         if tracking is not None:
             tracking.publish(result)

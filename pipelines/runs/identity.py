@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.captions.presets import folder_digest
-from components.places import SHIPPED, weights_folder
+from components.places import find_model_folder
 from components.recipes import Recipe
 
 
@@ -42,12 +42,9 @@ def train_identity(recipe: Recipe) -> dict[str, Any]:
         "teacher": recipe.teacher,
     }
     for name, start in starts.items():
-        if not start:
-            continue
-        for folder in (Path(start), SHIPPED / start, weights_folder() / start):
-            if (folder / "model.json").is_file():
-                identity[name] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
-                break
+        folder = find_model_folder(start) if start else None
+        if folder is not None:
+            identity[name] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
     captioner = Path(recipe.missing_captions.model).expanduser() if recipe.missing_captions.model else None
     if captioner and captioner.is_dir():
         identity["captioner"] = folder_digest(captioner)

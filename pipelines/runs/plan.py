@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pipelines.core.errors import UsageError, unknown
+from pipelines.core.errors import UsageError, first_line, unknown
 from pipelines.core.home import shipped_files
 from pipelines.runs.identity import stage_digest
 from pipelines.runs.records import Plan, PlannedStage
@@ -71,7 +71,7 @@ def load_plan(
     try:
         document = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UsageError(f"{path.name} cannot be read as a plan: {str(error).splitlines()[0]}.") from error
+        raise UsageError(f"{path.name} cannot be read as a plan: {first_line(error)}.") from error
     if not isinstance(document, dict) or not isinstance(document.get("stages"), list):
         raise UsageError(f"{path.name} is not a plan: it has no list of stages.")
     stages = [check_stage(stage, path.name, verbs) for stage in document["stages"]]
@@ -81,18 +81,20 @@ def load_plan(
     own, by_stage = split_overrides(overrides, names)
     head = resolve_settings(PlanDocument, {k: v for k, v in document.items() if k != "stages"}, own, path.name)
 
-    planned: dict[str, PlannedStage] = {}
+    stages_by_name: dict[str, PlannedStage] = {}
     for stage in stages:
         for need in stage["needs"]:
-            if need not in planned:
-                raise unknown(f"earlier stage in the needs of {stage['name']}", str(need), planned)
-        inputs = {need: planned[need].digest for need in stage["needs"]}
+            if need not in stages_by_name:
+                raise unknown(f"earlier stage in the needs of {stage['name']}", str(need), stages_by_name)
+        inputs = {need: stages_by_name[need].digest for need in stage["needs"]}
         resolved = resolve_stage(stage, by_stage[stage["name"]], head.workers, inputs, images, verbs)
-        parent_recipes = [recipe for need in stage["needs"] if (recipe := planned[need].recipe) is not None]
+        parent_recipes = [recipe for need in stage["needs"] if (recipe := stages_by_name[need].recipe) is not None]
         verbs[stage["verb"]].check(resolved.settings, resolved.recipe, parent_recipes)
-        planned[stage["name"]] = resolved
+        stages_by_name[stage["name"]] = resolved
     origin = {"file": "" if str(name) in shipped_files("plans") else str(path.absolute()), "overrides": list(overrides)}
-    return Plan(name=path.stem, title=head.title, free_mib=head.free_mib, stages=tuple(planned.values()), origin=origin)
+    return Plan(
+        name=path.stem, title=head.title, free_mib=head.free_mib, stages=tuple(stages_by_name.values()), origin=origin
+    )
 
 
 def plan_path(name: str | Path) -> Path:
@@ -160,11 +162,12 @@ def resolve_stage(
     settings = resolve_settings(verb.settings, document, () if trains else overrides, f"stage {name}")
     recipe, resolved = None, dataclasses.asdict(settings)
     identity: dict[str, Any] = dict(resolved)
+    version = verb.version
     if trains:
         placement = [f"placement.workers={workers}"] if workers else []
         recipe = load_checked_recipe(settings.recipe, [*settings.overrides, *placement, *overrides])
         resolved, identity = recipe_documents(recipe)
-    version = recipe_version(recipe) if trains else verb.version
+        version = recipe_version(recipe)
     own = {"verb": f"{stage['verb']} {verb.version}", "settings": identity}
     digest = stage_digest({**own, **verb.identity(settings, recipe, images)}, inputs, version)
     return PlannedStage(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from components.recipes import Recipe
 from pipelines.core.errors import RestorayError, UsageError
 from pipelines.core.home import runs_folder
 from pipelines.runs.tracking import Tracker, resolve
 
 
 def local_model(name: str) -> Path | str:
-    """The model that a name stands for: models:/name@alias gives the folder in the newest run that has it.
+    """The model of a name: models:/name@alias gives the folder in the newest run that has it.
 
     Every other name is returned as it is, as a Path if such a folder exists.
 
@@ -31,7 +31,7 @@ def local_model(name: str) -> Path | str:
     raise UsageError(f'no model "{name}": {reason}')
 
 
-def register(recipe: Any, out: Path) -> int | None:
+def register(recipe: Recipe, out: Path) -> int | None:
     """Register a student that has passed its gate, in the MLflow store of the training's folder.
 
     Returns:

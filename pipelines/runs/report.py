@@ -132,7 +132,7 @@ def gallery(
 ) -> tuple[list[dict[str, Any]], int]:
     """Figures for the slider, and the number of all pictures.
 
-    With more than MAX_GALLERY pictures the report shows an even selection of the keys, whatever their scores.
+    With more than MAX_GALLERY pictures the report shows an even selection of the keys, not of the scores.
     """
     side, quality = size
     missing: list[dict[str, str]] = []

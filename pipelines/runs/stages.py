@@ -17,7 +17,7 @@ from typing import Any
 
 from components.evaluation.metrics import metric_info
 from components.images import read_png_text
-from components.recipes import as_dict
+from components.recipes import Recipe, as_dict
 from components.systems import parent_stage
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import Pool
@@ -42,7 +42,7 @@ from pipelines.service.client import check_service
 from pipelines.training.recipes import check_degradation
 
 
-def check_train(settings: TrainSettings, recipe: Any, parent_recipes: Sequence[Any]) -> None:
+def check_train(settings: TrainSettings, recipe: Recipe, parent_recipes: Sequence[Recipe]) -> None:
     """Check that a train stage needs the stage whose model it starts from."""
     parent = parent_stage(recipe)
     if parent and not any((other.system, other.stage) == (recipe.system, parent) for other in parent_recipes):
@@ -52,7 +52,7 @@ def check_train(settings: TrainSettings, recipe: Any, parent_recipes: Sequence[A
         )
 
 
-def check_restore(settings: RestoreSettings, recipe: Any, parent_recipes: Sequence[Any]) -> None:
+def check_restore(settings: RestoreSettings, recipe: Recipe | None, parent_recipes: Sequence[Recipe]) -> None:
     """Check a restore stage's degradation, and its options against the system of its model."""
     check_degradation(settings.preset, settings.preset_options)
     if settings.pairs and settings.preset != "none":
@@ -62,7 +62,7 @@ def check_restore(settings: RestoreSettings, recipe: Any, parent_recipes: Sequen
     request_options(settings.options, option_check(system, defaults))
 
 
-def check_evaluate(settings: EvaluateSettings, recipe: Any, parent_recipes: Sequence[Any]) -> None:
+def check_evaluate(settings: EvaluateSettings, recipe: Recipe | None, parent_recipes: Sequence[Recipe]) -> None:
     """Check an evaluate stage's metrics. A name outside the usual set imports pyiqa."""
     for name in settings.metrics:
         try:

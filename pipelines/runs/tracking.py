@@ -99,7 +99,7 @@ class Tracker:
         """Open or continue the run called `name`. Replays an earlier backlog first, and sweeps what a kill left open.
 
         Returns:
-            MLflow's run id; while the store cannot be reached, a "pending-..." id that stands for it.
+            MLflow's run id; while the store cannot be reached, a "pending-..." id in its place.
         """
         self.replay_backlog()
         run = self._start({"name": name, "tags": dict(tags or {}), "identity": ["parent", name]})
@@ -134,10 +134,6 @@ class Tracker:
     def log_dataset_digest(self, run: str, name: str, digest: str, context: str = "training") -> None:
         """Log which data the run used. MLflow holds 36 characters of a digest, so a tag holds the whole one."""
         self._submit({"op": "dataset", "run": run, "name": name, "digest": digest, "context": context})
-
-    def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
-        """Set tags; a later value replaces an earlier one."""
-        self._submit({"op": "tags", "run": run, "tags": {key: str(value) for key, value in tags.items()}})
 
     def finish(self, run: str, status: str = "FINISHED") -> None:
         """End a run as FINISHED, FAILED or KILLED."""
@@ -218,7 +214,7 @@ class Tracker:
                 try:
                     self._apply({**operation, "replayed": True})
                     applied += 1
-                except Exception as error:  # noqa: BLE001 - the probe below tells an outage from a refusal
+                except Exception as error:  # noqa: BLE001 - the probe below finds out whether the store is away or refuses
                     trouble = self._probe()
                     if trouble:
                         self._outage(trouble)
@@ -351,7 +347,7 @@ class Tracker:
         parts = [self._run(part) if part.startswith(PENDING) else part for part in operation["identity"]]
         identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         tags = {**operation["tags"], "restoray.identity": identity}
-        if operation.get("replayed"):  # later operations, also of later processes, know only this id of the run
+        if operation.get("replayed"):  # later operations, also of later processes, refer to the run by this id
             tags[f"restoray.{operation['pending']}"] = "yes"
         if operation.get("parent"):
             tags["mlflow.parentRunId"] = self._run(operation["parent"])

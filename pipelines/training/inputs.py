@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from components.negatives import prior_digest
 from components.recipes import Recipe
@@ -15,7 +14,7 @@ from pipelines.core.home import shipped_files
 from pipelines.corpus.catalogue import entry_of, load_spec
 from pipelines.corpus.shards import SPLIT, open_corpus
 from pipelines.stream.config import DEAD_LEAVES, StreamConfig, captioner_of
-from pipelines.stream.texts import NEGATIVE
+from pipelines.stream.texts import NEGATIVE, Captioning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +67,15 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
         _check_precomputed(recipe, inputs, stream)
 
 
-def _check_precomputed(recipe: Recipe, inputs: TrainInputs, stream: Any) -> None:
+def _check_precomputed(recipe: Recipe, inputs: TrainInputs, stream: StreamConfig) -> None:
     """Raises UsageError unless the stage uses the precomputed columns and would compute the same values."""
     from components.models import ModelError
     from pipelines.stream.rows import check_stream
 
     system = SYSTEMS[recipe.system]
     usable = system.stage(recipe.stage).precomputed
-    for what in ("latents", "embeddings"):
-        if getattr(recipe, what) and what not in usable:
+    for what, column in (("latents", recipe.latents), ("embeddings", recipe.embeddings)):
+        if column and what not in usable:
             raise UsageError(f"{recipe.name}: stage {recipe.stage} cannot train on precomputed {what}.")
     try:
         digest = prior_digest(system.networks().encoded_with(recipe, inputs.parents))
@@ -85,7 +84,7 @@ def _check_precomputed(recipe: Recipe, inputs: TrainInputs, stream: Any) -> None
     check_stream(stream, digest)
 
 
-def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Any = None) -> Any:
+def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Captioning | None = None) -> StreamConfig:
     """Return the part of a recipe that the data workers need. Raises UsageError for a source without an input."""
     names = {*recipe.sources, *([recipe.unpaired] if recipe.unpaired else [])}
     missing = sorted(names - set(inputs.corpora) - {DEAD_LEAVES})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from components.places import shipped_models, stored_models
-from components.recipes import RecipeError, as_dict, identity, resolve
+from components.recipes import Recipe, RecipeError, as_dict, identity, resolve
 from components.systems import SYSTEMS
 from components.systems.recipes import load_recipe
 from pipelines.core.errors import UsageError, unknown
@@ -24,7 +24,7 @@ def resolve_settings(schema: type, document: Any, overrides: Sequence[str], wher
         raise UsageError(str(error)) from error
 
 
-def load_checked_recipe(name: str, overrides: Sequence[str]) -> Any:
+def load_checked_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     """Call components.systems.recipes.load_recipe and check the names inside; every error is a UsageError."""
     try:
         recipe = load_recipe(name, overrides)
@@ -34,17 +34,17 @@ def load_checked_recipe(name: str, overrides: Sequence[str]) -> Any:
     return recipe
 
 
-def recipe_documents(recipe: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def recipe_documents(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a recipe as plain data twice: complete, and without placement for the digest."""
     return dict(as_dict(recipe)), dict(identity(recipe))
 
 
-def recipe_version(recipe: Any) -> int:
+def recipe_version(recipe: Recipe) -> int:
     """Return the version number of the recipe's training stage."""
     return SYSTEMS[recipe.system].stage(recipe.stage).version
 
 
-def check_recipe(recipe: Any) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Check the names inside a resolved recipe: degradation, prior, models, and the captioner of missing captions.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Two-sample tests against recorded_names draws and results of the original implementations: every *_distribution.json.
+"""Two-sample tests against recorded draws and results of the original implementations: every *_distribution.json.
 
 The shared tools compute the summaries and the comparison, and set the limits: chance alone for the faithful engine, and
 a stated margin for the default one. `make test` takes 150 draws per picture, `make test-full` 800, the number for which
@@ -31,20 +31,20 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "instantir": ("instantir", {}),
     "instarevive_bfr": ("instarevive-bfr", {}),
 }
-"""Preset and options of each recorded_names distribution."""
+"""Preset and options of each recorded distribution."""
 KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc")
 MODES = ("pool", "bilinear", "bicubic")
 MISSING = float("nan")
 
 
 def recorded_names() -> list[str]:
-    """Names of the recorded_names distributions."""
+    """Names of the recorded distributions."""
     return [name.removesuffix(SUFFIX) for name in golden_names(f"*{SUFFIX}")]
 
 
 @lru_cache(maxsize=1)
 def tools() -> ModuleType:
-    """The shared feature definitions, from the folder of the recorded_names files or from their usual place."""
+    """The shared feature definitions, from the folder of the recorded files or from their usual place."""
     golden = shared_folder("RESTORAY_GOLDEN", "golden")
     places = [folder / "tools" / "degradation_features.py" for folder in (golden.parent, ROOT.parent / "shared")]
     path = next((place for place in places if place.is_file()), None)
@@ -122,7 +122,7 @@ def draws_of(plan: Plan, side: int) -> dict[str, float]:
 
 
 def sample(name: str, draws: int, faithful: bool, golden: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recorded_names distribution, and ours with `draws` degraded pictures of each of its photographs."""
+    """The recorded distribution, and ours with `draws` degraded pictures of each of its photographs."""
     reference = dict(np.load(golden / f"{name}{SUFFIX}.npz"))
     files = [str(file) for file in reference.pop("image_files")]
     preset, options = RECIPES[name]
@@ -177,7 +177,7 @@ def effective_draws(draws: dict[str, Any]) -> dict[str, Any]:
 
 
 def judge(name: str, draws: int, faithful: bool, golden: Path, auc_limit: float) -> None:
-    """Asserts that every summary, the discriminator and every recorded_names draw are within the limits of the tier."""
+    """Asserts that every summary, the discriminator and every recorded draw are within the limits of the tier."""
     reference, ours = sample(name, draws, faithful, golden)
     features = [key for key in reference if not key.startswith("draw/") and key not in ("image", "half")]
     missing = sorted({key for key in reference if key not in ("image", "half")} - set(ours))

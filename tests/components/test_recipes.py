@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,21 @@ def test_a_wrong_mixture_is_named(tmp_path: Path, text: str, overrides: list[str
 def test_the_error_for_an_unknown_mixture_suggests_one() -> None:
     with pytest.raises(RecipeError, match='Did you mean "supir"'):
         load_recipe("instantir-dcp-nano", ["mixture=suppir"])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_stage_has_a_builder_and_a_place_in_the_graph(name: str) -> None:
+    system = SYSTEMS[name]
+    names = [stage.name for stage in system.stages]
+    assert list(system.networks().objectives) == names and len(set(names)) == len(names)
+    for number, stage in enumerate(system.stages):
+        assert stage.follows in ["", *names[:number]] and set(stage.continues) <= set(names)
+        assert set(stage.keys) <= {field.name for field in dataclasses.fields(system.recipe)}
+    assert (system.check_options is None) == (system.networks().build_restorer is None)
+
+
+def test_a_key_that_the_stage_does_not_read_is_refused() -> None:
+    with pytest.raises(RecipeError, match="lora_rank is for stage previewer, not dcp"):
+        load_recipe("instantir-dcp-nano", ["lora_rank=8"])
+    with pytest.raises(RecipeError, match="noise_offset is for stage dcp and aggregator, not previewer"):
+        load_recipe("instantir-previewer-nano", ["noise_offset=0.1"])

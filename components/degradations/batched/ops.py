@@ -21,6 +21,9 @@ from components.degradations.batched.resizing import Ops, Sides, resize
 from components.degradations.batched.transfer import to_device
 from components.degradations.plans import MAX_KERNEL_PX
 
+RANDOM = ("noise", "salt_pepper")
+
+
 KERNEL_CLASSES = (21, 41, 81, 161, MAX_KERNEL_PX)
 
 
@@ -377,4 +380,3 @@ OPERATIONS: Mapping[str, Callable[..., Tensor]] = {
 }
 """(images, sides, operations) -> images; those in RANDOM also get the random words and the index of their first stream.
 All operations but resize, which changes the canvas."""
-RANDOM = ("noise", "salt_pepper")

@@ -235,7 +235,7 @@ class InstaReviveObjective(Objective):
             ValueError: inpaint, and a batch without masks.
         """
         lq = self.lq_latents(batch)
-        takes_noise = bool(getattr(self.generator, "takes_noise", False))
+        takes_noise = bool(self.generator.takes_noise)
         start = noise.normal("generator", tuple(lq.shape[1:])).to(lq) if takes_noise else None
         latents: Tensor = self.generator(lq, conditions, start)
         if not self.settings.inpaint:

@@ -68,7 +68,7 @@ def import_weights(
     name: str = "",
     licence: str = "",
     proceed: Callable[[ImportReport], bool] = lambda plan: True,
-    progress: Callable[[int, int, str], None] = lambda done, of, note: None,
+    progress: Callable[[int, int, str], None] = lambda count, of, note: None,
 ) -> ImportReport:
     """Turn released files into a model folder.
 

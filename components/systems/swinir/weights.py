@@ -25,6 +25,9 @@ from components.systems.weights_io import ExportReport, ImportReport, WeightsSou
 from components.tensor_files import WeightsFileError, read_tensors
 from components.writing import whole_file
 
+_BIAS, _INDEX = "attn.relative_position_bias_table", "attn.relative_position_index"
+
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -88,7 +91,7 @@ def import_weights(
     name: str = "",
     licence: str = "",
     proceed: Callable[[ImportReport], bool] = lambda plan: True,
-    progress: Callable[[int, int, str], None] = lambda done, of, note: None,
+    progress: Callable[[int, int, str], None] = lambda count, of, note: None,
 ) -> ImportReport:
     """Turn a released file into a model folder.
 
@@ -276,9 +279,6 @@ def _config(path: Path, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any])
         return replace(defaults, **{**file_sizes, **sizes})
     except ValueError as error:
         raise WeightsFileError(f"{path}: its shapes do not fit a SwinIR ({error})") from error
-
-
-_BIAS, _INDEX = "attn.relative_position_bias_table", "attn.relative_position_index"
 
 
 def _block(group: int, block: int, rest: str) -> str:

@@ -223,7 +223,7 @@ def quality_sentences(steps: Mapping[str, Mapping[tuple[str, str], Band]]) -> li
             word = "rises with the input's quality at every level, as the paper says"
         elif kinds == {"lower"}:
             word = "falls with the input's quality at every level, against the paper"
-        elif kinds == {"no effect seen"}:
+        elif kinds == {"no clear effect"}:
             word = "does not depend on the input's quality as far as these pictures can tell"
         else:
             word = "is not ordered by quality throughout: " + ", ".join(

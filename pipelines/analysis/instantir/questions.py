@@ -120,7 +120,7 @@ def report_time(subject: Subject, measurements: Measurements, fixed_steps: dict[
     psnrs = {name: column(rows, "told", name, "psnr") for name in names}
     write_csv(
         job.out / "values.csv",
-        ["key", "told", "step", "timestep", *curves],
+        ["key", "timestep_input", "step", "timestep", *curves],
         [
             (row["key"], name, step + 1, int(timesteps[step]), *(row["told"][name][c][step] for c in curves))
             for row in rows
@@ -259,7 +259,7 @@ def report_crowded(subject: Subject, measurements: Measurements) -> StudyResult:
     findings = []
     for name, by in correlations.items():
         if not by["joint"].excludes_zero:
-            word = "no effect seen"
+            word = "no clear effect"
         else:
             word = "rises with complexity" if by["joint"].rho > 0 else "falls with complexity"
         findings.append(f"{OUTCOMES[name]}: {word} ({correlation_text(by['joint'])}).")

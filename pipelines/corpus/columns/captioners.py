@@ -22,7 +22,6 @@ import numpy as np
 from components.captions.identity import CaptionerError, CaptionerPlan, identity_digest
 from components.captions.presets import TAGS, open_captioner, resolve_captioner
 from components.captions.text import empty_caption
-from components.captions.views import View
 from components.corpora import CaptionSpec
 from components.images import resize_short_side
 from components.types import Captioner, Image, SampleError
@@ -196,8 +195,7 @@ class CaptionerActor:
 
     def __init__(self, plan: CaptionerPlan, batch_size: int) -> None:
         captioner = open_captioner(plan)
-        on_gpu = getattr(getattr(captioner, "device", None), "type", "cpu") != "cpu"
-        rows = batch_size if on_gpu or plan.model == TAGS else 1
+        rows = batch_size if captioner.on_gpu or plan.model == TAGS else 1
 
         def worker(images: Sequence[Image], keys: Sequence[str]) -> list[Value | SampleError]:
             if plan.model == TAGS:  # measured: its captions do not depend on the batch
@@ -294,18 +292,6 @@ class CaptionerPool:
             if isinstance(answer, SampleError):
                 raise SampleError(answer.code, answer.detail, name)
         return [str(answer) for answer in answers]
-
-    def captions_of(
-        self,
-        view: View,
-        hqs: Sequence[Image | None],
-        lqs: Sequence[Image | None],
-        previews: Sequence[Image | None] | None = None,
-    ) -> list[str]:
-        """The captions of a view's pictures of targets, inputs and coarse restorations; errors as `captions`."""
-        rows = zip(hqs, lqs, previews or [None] * len(hqs), strict=True)
-        images = [view(hq=hq, lq=lq, preview=preview) for hq, lq, preview in rows]
-        return self.captions(images, [picture_sha256(image) for image in images])
 
     def _ask(self, groups: Sequence[Sequence[Image]]) -> list[list[str | SampleError]]:
         """An answer for each picture of each group.

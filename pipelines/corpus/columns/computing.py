@@ -95,6 +95,8 @@ def compute_column(
     ]
     try:
         with folder_lock(job.folder):
+            if pool.workers:  # a killed run leaves the marks of its workers; without workers, two such runs are refused
+                Marks(job.folder).forget(LOADING)
             complete = _begin(job, corpus, overwrite)
             missing = [task for task in tasks if task.place not in complete]
             answers = (run or functools.partial(run_tasks, pool=pool))(job, missing)
@@ -118,7 +120,6 @@ def compute_column(
 
 def _begin(job: ColumnJob, corpus: Corpus, overwrite: bool) -> Rows:
     """Rows of the shards that need no work. A column of another producer is refused or removed."""
-    Marks(job.folder).forget(LOADING)
     log, document = job.folder / "shards.jsonl", read_json(job.folder / "column.json")
     rows, digest = read_lines(log), job.column.producer_digest
     producers = {row.get("producer") for row in rows} | ({document.get("producer_digest")} if document else set())
@@ -183,7 +184,7 @@ def _collect(
             progress(ready, total, name)
     lacking = [task for task in tasks if task.place not in complete]
     if lacking:
-        raise Failure(f"column {name}: {len(lacking)} shards came back without an answer; the same command goes on.")
+        raise Failure(f"column {name}: {len(lacking)} shards came back without an answer; the same command continues.")
 
 
 def _finish(

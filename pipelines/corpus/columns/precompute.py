@@ -203,7 +203,7 @@ def prior_shapes(name: str) -> PriorShapes:
             pooled=second["projection_dim"],
         )
     except (OSError, KeyError, ValueError) as error:
-        raise ModelError(f"{name} is no prior of SDXL's shape ({type(error).__name__}: {error})") from error
+        raise ModelError(f"{name} is not a prior with SDXL's layout ({type(error).__name__}: {error})") from error
 
 
 def build_encoder(name: str, spec: PrecomputeSpec, device: str, rows: int) -> Worker:
@@ -266,7 +266,7 @@ def embedding_runner(captions: str, factory: Callable[[], Embedder], pool: Pool)
 
 
 class EmbeddingWorker:
-    """Embeds the captions of shards. Every failure comes back as an answer: an exception would be retried without end.
+    """Embeds the captions of shards. Every failure comes back as an answer: an exception would end the job.
 
     Args:
         job: what is computed.
@@ -308,5 +308,5 @@ class EmbeddingWorker:
         try:
             self.embed = self.embed or self.factory()
             return self.embed(texts)
-        except Exception as error:  # whatever a model may raise ends the job with one sentence
+        except Exception as error:  # any error of the model ends the job with one sentence
             raise Failure(f"the text encoders fail: {type(error).__name__}: {error}") from error

@@ -2,8 +2,8 @@
 
 A worker writes the file of a shard itself, so values never travel through the object store. Pictures of the next batch
 are read and decoded while the model works on this one. A batch that fails is tried again one picture at a time. A file
-names the pictures in work: after a death they go alone, and a picture over which MAX_DEATHS processes died alone is
-quarantined as "crashed".
+lists the pictures in work. After a death the model gets each of them alone. A picture over which MAX_DEATHS processes
+died alone is quarantined as "crashed".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyarrow as pa
 from components.images import decode, resize_short_side
 from components.types import Image, SampleError
 from components.writing import whole_file
-from pipelines.core.deaths import MAX_DEATHS, Attempt, Marks
+from pipelines.core.deaths import MAX_DEATHS, Attempt, Marks, WorkersDied
 from pipelines.core.errors import Failure, RestorayError
 from pipelines.core.pool import Pool, answers_of
 from pipelines.corpus.columns.spec import ColumnJob, ColumnSpec, ShardAnswer, ShardTask, Value, Worker
@@ -57,7 +57,7 @@ def apply_worker(worker: Worker, images: Sequence[Image], keys: Sequence[str]) -
         if len(values) != len(images):
             raise ValueError(f"{len(values)} values for {len(images)} pictures")
         return values
-    except Exception as error:  # noqa: BLE001 - one picture must never cost another, whatever it does to a model
+    except Exception as error:  # noqa: BLE001 - an error over one picture must not cost the others
         if len(images) > 1:
             alone = (apply_worker(worker, [image], [key]) for image, key in zip(images, keys, strict=True))
             return [value for values in alone for value in values]
@@ -102,7 +102,7 @@ class Picture:
 
 @dataclass(kw_only=True)
 class OpenShard:
-    """One shard while its values come together.
+    """One shard while its values are computed.
 
     Attributes:
         job, task: what is computed, and for which shard.
@@ -243,7 +243,7 @@ def answer_of(job: ColumnJob, compute: Callable[[], Mapping[str, Any]]) -> Shard
 class ShardWorker:
     """Computes shards in a worker process. The model is loaded when the first picture needs it.
 
-    Every failure comes back as an answer: an exception would be retried without end.
+    Every failure comes back as an answer: an exception would end the whole job.
 
     Args:
         job: what is computed.
@@ -288,7 +288,7 @@ class ShardWorker:
                 shard.settle(picture.place, value, picture.sha256)
 
     def _read(self, shard: OpenShard, attempt: Attempt, readers: ThreadPoolExecutor) -> Iterator[list[Picture]]:
-        """Batches of pictures, read one batch ahead of the caller; a suspect goes alone, and nothing is read ahead."""
+        """Batches of pictures, read one batch ahead of the caller. A suspect goes alone, without reading ahead."""
         groups = _groups(shard.missing(), attempt.suspects, self.job.column.batch_size)
         ahead: list[Future[Picture]] = []
         for number, group in enumerate(groups):
@@ -304,11 +304,15 @@ class ShardWorker:
         """The column's worker; a Failure where it cannot be made, or where processes die while they make it."""
         if self.worker is None:
             assert self.job.column.factory is not None, "a column without a factory needs another Runner"
+            marks = Marks(self.job.folder)
             try:
-                self.worker = Marks(self.job.folder).load(LOADING, self.others, self.job.column.factory)
+                self.worker = marks.load(LOADING, self.others, self.job.column.factory)
+            except (WorkersDied, KeyboardInterrupt):
+                marks.forget(LOADING)  # the next run tries again; an interrupt by the user is not a death
+                raise
             except RestorayError:
                 raise
-            except Exception as error:  # whatever loading may raise ends the job with one sentence
+            except Exception as error:  # any error while loading ends the job with one sentence
                 raise Failure(f"the model cannot be loaded: {type(error).__name__}: {error}") from error
         return self.worker
 

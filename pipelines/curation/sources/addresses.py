@@ -60,7 +60,9 @@ def parse_target(url: str) -> Target:
         try:
             IPv4Address(host)
         except ValueError as error:
-            raise SampleError("private_address", f"{printable(host)} is a number in disguise") from error
+            raise SampleError(
+                "private_address", f"{printable(host)} is a number, and not an IPv4 address in its usual form"
+            ) from error
     default = 443 if parsed.scheme == "https" else 80
     shown_host = f"[{host.partition('%')[0]}]" if ":" in host else host
     return Target(

@@ -24,7 +24,7 @@ from components.corpora import CorpusSpec, SourceSpec
 from components.images import encode_png
 from components.synthetic import dead_leaves
 from components.types import SampleError
-from pipelines.core.errors import RestorayError
+from pipelines.core.errors import RestorayError, first_line
 from pipelines.core.rows import iter_lines
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores, tars
@@ -159,7 +159,7 @@ def _of_sample(
 ) -> Iterator[Candidate]:
     """A candidate for each picture of a sample: `a.v1.jpg` and `a.v2.jpg` are two pictures."""
     caption, licence, credit = _texts_of(sample.members, source)
-    pictures = [s for s in sample.offsets if s.rpartition(".")[2].lower() in shards.PICTURE_SUFFIXES]
+    pictures = [s for s in sample.offsets if s.rpartition(".")[2].lower() in shards.PICTURE_EXTENSIONS]
     for suffix in pictures:
         name = f"{sample.key}.{suffix}"
         offset, size = sample.offsets[suffix], sample.sizes[suffix]
@@ -213,7 +213,7 @@ def _of_row_group(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[
     label = f"parquet:{part.where['label']}"
     key = shards.safe_key(part.where["label"])
     if "broken" in part.where:
-        problem = SampleError("corrupt", f"no readable parquet file: {part.where['broken']}", key)
+        problem = SampleError("corrupt", f"not a readable parquet file: {part.where['broken']}", key)
         yield Candidate(id=_short(label), key=key, source=label, problem=problem)
         return
     group = part.where["group"]
@@ -381,4 +381,4 @@ def _short(text: str) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    return str(getattr(error, "strerror", "") or error).splitlines()[0] if str(error) else type(error).__name__
+    return getattr(error, "strerror", "") or first_line(error)

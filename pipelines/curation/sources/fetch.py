@@ -8,7 +8,7 @@ the check, redirect, never end, or announce a wrong length. So:
     - this module follows redirects, and every hop is checked like the first one
     - one try has a limit of time and one of bytes, both counted at the socket, so that slow or endless headers, chunk
       sizes and trailers end too
-    - no proxy, cookie or password is used, whatever the environment sets
+    - no proxy, cookie or password is used, also if the environment sets one
 
 `Fetcher.fetch` raises SampleError with one of these codes, and nothing else:
 
@@ -253,7 +253,7 @@ class Fetcher:
             for address in addresses:
                 if not is_public(address) and str(address) not in self._allowed:
                     where = f"{target.host} is at {address}" if str(address) != target.host else target.host
-                    raise SampleError("private_address", f"{where}, which is no public address")
+                    raise SampleError("private_address", f"{where}, which is not a public address")
         return addresses
 
     def _resolve_name(self, target: Target) -> list[Address]:
@@ -261,7 +261,7 @@ class Fetcher:
         try:
             entries = self._resolve(target.host, target.port, type=socket.SOCK_STREAM)
         except UnicodeError as error:  # an empty label, or one above 63 characters
-            raise SampleError("bad_url", f"{printable(target.host)} is no host name") from error
+            raise SampleError("bad_url", f"{printable(target.host)} is not a host name") from error
         except OSError as error:
             kind = _MayPass if error.errno == socket.EAI_AGAIN else SampleError
             raise kind("unresolved", f"{printable(target.host)}: {printable(str(error))}") from error

@@ -22,6 +22,7 @@ from pipelines.core.home import package_folder
 from pipelines.core.pictures import SIDECARS, is_output
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
+from pipelines.curation.sources.tars import printable_name
 
 KINDS = frozenset({"folder", "skimage", "demo_corpus", "dead_leaves", "negatives"})
 """Kinds of sources that this module lists."""
@@ -115,7 +116,7 @@ def negatives_folder(source: SourceSpec, out: Path) -> Path:
 
 
 def _negatives(source: SourceSpec, out: Path | None, skipped: SkippedFiles) -> Iterator[Entry]:
-    """The pictures so far. Before the first one, a single entry stands for them; a missing corpus is an error then."""
+    """The pictures so far. Before the first one: one entry with the corpus digest, or an error without a corpus."""
     pictures = negatives_folder(source, out) / "pictures" if out is not None else Path()
     if out is not None and pictures.is_dir():
         yield from _folder(pictures, source, None, skipped)
@@ -174,7 +175,7 @@ def nothing_to_curate(spec: CorpusSpec) -> UsageError:
 def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: SkippedFiles) -> Iterator[Entry]:
     """Candidates of a directory tree."""
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder." if folder.exists() else f"there is no folder {folder}.")
+        raise UsageError(f"{folder} is not a folder." if folder.exists() else f"there is no folder {folder}.")
     if out is not None and out.resolve() == folder.resolve():
         raise UsageError(f"{folder} is both input and output; choose another output folder.")
     notes_of = _read_credits(folder)
@@ -183,7 +184,7 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped
         folders[:] = sorted(n for n in folders if not n.startswith(".") and not is_output(Path(parent) / n, out))
         for name in folders:
             if os.path.islink(os.path.join(parent, name)):
-                place = _printable((Path(parent) / name).relative_to(folder).as_posix())
+                place = printable_name((Path(parent) / name).relative_to(folder).as_posix())
                 refused = ("linked_folder", "links to folders are not followed: name the folder as a source")
                 yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{place}", refused=refused)
         captions = {name for name in files if name.endswith(".txt")}
@@ -200,7 +201,7 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped
         if place in ("", "."):
             raise UsageError(f"{folder} cannot be read: {error.strerror}.")
         refused = ("unreadable", f"folder cannot be listed: {error.strerror}")
-        yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{_printable(place)}", refused=refused)
+        yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{printable_name(place)}", refused=refused)
 
 
 def _with_caption(entry: Entry, text_file: Path) -> Entry:
@@ -230,14 +231,14 @@ def _stored(source: SourceSpec, skipped: SkippedFiles) -> Iterator[Entry]:
             credit=source.credit,
         )
         if suffix and not _is_picture(suffix[1:]):
-            refused = ("not_image", f"the suffix {suffix} is of no picture format that we read")
+            refused = ("not_image", f"the suffix {suffix} is not of a picture format that we read")
             entry = replace(entry, refused=refused)
         yield entry
 
 
 def _file_entry(path: Path, relative: str, source: SourceSpec, notes_of: Mapping[str, tuple[str, str]]) -> Entry:
     suffix = path.suffix[1:].lower()
-    name = _printable(relative)
+    name = printable_name(relative)
     licence, credit = notes_of.get(relative, (source.licence, source.credit))
     entry = Entry(
         key=shards.safe_key(name[: len(name) - len(suffix) - 1] if _is_picture(suffix) else name),
@@ -253,13 +254,13 @@ def _file_entry(path: Path, relative: str, source: SourceSpec, notes_of: Mapping
     if not stat.S_ISREG(status.st_mode):
         return replace(entry, refused=("not_image", "neither a file nor a link to one"))
     if suffix and not _is_picture(suffix):  # the content decides about a name without a suffix
-        return replace(entry, refused=("not_image", f"the suffix .{suffix} is of no picture format that we read"))
+        return replace(entry, refused=("not_image", f"the suffix .{suffix} is not of a picture format that we read"))
     return replace(entry, size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
 def _is_picture(suffix: str) -> bool:
     """Whether a suffix, in lower case and without its dot, is one of a picture."""
-    return suffix in shards.PICTURE_SUFFIXES
+    return suffix in shards.PICTURE_EXTENSIONS
 
 
 def entry_again(entry: Entry, source: SourceSpec) -> Entry | None:
@@ -308,11 +309,6 @@ def _read_credits(folder: Path) -> dict[str, tuple[str, str]]:
         return {}
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise UsageError(f"{folder / 'CREDITS.csv'} cannot be read: it needs columns file, licence, credit.") from error
-
-
-def _printable(name: str) -> str:
-    """A file name as text for JSON: bytes that are not UTF-8 become escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def for_folder(spec: CorpusSpec, folder: Path) -> CorpusSpec:

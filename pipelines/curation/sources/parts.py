@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from components.corpora import CorpusSpec, SourceSpec
 from components.writing import replace_file
-from pipelines.core.errors import Failure, UsageError, near_miss
+from pipelines.core.errors import Failure, UsageError, first_line, near_miss
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
 from pipelines.curation.sources.files import KINDS, Entry, SkippedFiles, iter_entries, nothing_to_curate
@@ -203,7 +203,7 @@ def _row_groups(number: int, source: SourceSpec, archive: _Archive) -> Iterator[
         with stores.open_file(archive.path, source.storage) as file:
             metadata = pq.ParquetFile(file).metadata
     except (OSError, pa.ArrowException) as error:  # the part's only row has this error
-        sentence = getattr(error, "strerror", "") or str(error).splitlines()[0]
+        sentence = getattr(error, "strerror", "") or first_line(error)
         yield Part(source=number, name=name, digest=digest, where={**where, "broken": sentence})
         return
     columns = (source.image_column, source.key_column, source.caption_column, source.licence_column)
@@ -242,7 +242,7 @@ def _table_rows(path: str, label: str, source: SourceSpec) -> Iterator[Mapping[s
     """Rows of a table of addresses, one at a time."""
     suffix = "." + label.rpartition(".")[2].lower()
     if suffix not in TABLE_SUFFIXES:
-        raise UsageError(f"{label} is no table of addresses: {', '.join(TABLE_SUFFIXES)} are read.")
+        raise UsageError(f"{label} is not a table of addresses: {', '.join(TABLE_SUFFIXES)} are read.")
     columns = [c for c in (source.url_column, source.key_column, source.caption_column, source.licence_column) if c]
     try:
         with stores.open_file(path, source.storage) as file:
@@ -269,7 +269,7 @@ def _parquet_rows(file: Any, label: str, columns: list[str]) -> Iterator[Mapping
         for batch in table.iter_batches(batch_size=4096, columns=columns):
             yield from batch.to_pylist()
     except pa.ArrowException as error:
-        raise Failure(f"{label} is no readable parquet file: {str(error).splitlines()[0]}.") from error
+        raise Failure(f"{label} is not a readable parquet file: {first_line(error)}.") from error
 
 
 def _json_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
@@ -281,7 +281,7 @@ def _json_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise UsageError(f"{label}, line {number}: no JSON object.")
+            raise UsageError(f"{label}, line {number}: not a JSON object.")
         yield row
 
 
@@ -290,7 +290,7 @@ def _csv_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
     try:
         yield from csv.DictReader(lines, delimiter="\t" if label.lower().endswith(".tsv") else ",")
     except csv.Error as error:
-        raise UsageError(f"{label} is no readable table: {error}.") from error
+        raise UsageError(f"{label} is not a readable table: {error}.") from error
 
 
 def _check_columns(label: str, columns: list[str], row: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from pipelines.core.errors import Failure, UsageError
+from pipelines.core.errors import Failure, UsageError, first_line
 
 
 def is_address(path: str) -> bool:
@@ -33,7 +33,7 @@ def open_store(address: str, storage: Mapping[str, Any]) -> tuple[Any, str]:
     except ImportError as error:
         extra = {"s3": "s3", "gs": "gs", "gcs": "gs"}.get(address.partition("://")[0])
         hint = f': install "restoray[{extra}]"' if extra else ""
-        raise UsageError(f"{address}: {str(error).splitlines()[0]}{hint}.") from error
+        raise UsageError(f"{address}: {first_line(error)}{hint}.") from error
     except OSError as error:
         raise Failure(f"{address} cannot be opened: {error}.") from error
     return store, str(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from components.types import SampleError
-from pipelines.corpus.shards import BLOCK, PICTURE_SUFFIXES, safe_key
+from pipelines.corpus.shards import BLOCK, PICTURE_EXTENSIONS, safe_key
 
 REFUSED_SUFFIXES = frozenset({"pickle", "pkl", "pyd", "pt", "pth", "npy", "npz"})
 """Formats that can carry code."""
@@ -148,7 +148,7 @@ class _Sample:
         """Add a member; False for one that memory must hold but that is too large."""
         self.offsets[suffix], self.sizes[suffix] = item.offset, item.size
         if self.n_bytes + item.size > HELD_BYTES:
-            return suffix.rpartition(".")[2].lower() in PICTURE_SUFFIXES
+            return suffix.rpartition(".")[2].lower() in PICTURE_EXTENSIONS
         source.seek(item.offset)
         self.members[suffix] = source.read(item.size)
         self.n_bytes += item.size
@@ -219,12 +219,12 @@ def _members(source: BinaryIO, size: int, label: str, limit: int) -> Iterator[_M
                 pass
             elif _is_unsafe(name, header):  # the key of the problem may become a file name
                 unsafe = SampleError("unsafe_member", f"member {name!r} of {label} is refused")
-                yield _Member(name=safe_key(_text(name)), problem=unsafe)
+                yield _Member(name=safe_key(printable_name(name)), problem=unsafe)
             elif n_bytes > limit:
                 large = SampleError("too_large", f"member {name!r} of {label} holds {n_bytes} bytes, over {limit}")
-                yield _Member(name=_text(name), problem=large)
+                yield _Member(name=printable_name(name), problem=large)
             elif name:
-                yield _Member(name=_text(name), offset=start, size=n_bytes)
+                yield _Member(name=printable_name(name), offset=start, size=n_bytes)
         at = start + n_bytes + -n_bytes % BLOCK
 
 
@@ -233,8 +233,8 @@ def _broken(code: str, detail: str) -> _Member:
     return _Member(name="", problem=SampleError(code, detail))
 
 
-def _text(name: str) -> str:
-    """A member's name as text for JSON: bytes that are not UTF-8 become escapes."""
+def printable_name(name: str) -> str:
+    """A name of a file or member as text for JSON: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

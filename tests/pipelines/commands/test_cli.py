@@ -186,7 +186,8 @@ def test_bad_input_fails_before_ray_starts(
     (tmp_path / "one").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipelines.core.cluster.local_ray", lambda: pytest.fail("Ray was started"))
+    for module in ("cluster", "pool"):
+        monkeypatch.setattr(f"pipelines.core.{module}.local_ray", lambda: pytest.fail("Ray was started"))
     with pytest.raises(UsageError, match=message):
         cli.build_app()(arguments, standalone_mode=False)
     assert not (tmp_path / "x").exists()

@@ -172,3 +172,10 @@ def test_command_exits_1_exactly_when_something_fails(repository: Path, tmp_path
     failed = any(f["status"] == "fail" for f in document["findings"])
     assert document["ok"] is not failed
     assert process.returncode == (1 if failed else 0)
+
+
+def test_a_missing_prior_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [one.status for one in machine.check_weights()] == ["ok"]
+    monkeypatch.setattr(machine, "SHIPPED", tmp_path)
+    monkeypatch.setattr(machine, "shipped_models", list)
+    assert [(one.check, one.status) for one in machine.check_weights()] == [("nano prior", "fail")]

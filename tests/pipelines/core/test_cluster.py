@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.core.cluster import load_local, local_ray, logical_cpus, remove_leftovers
+from pipelines.core.cluster import load_local, local_ray, logical_cpus, remove_ray_folders
 from pipelines.core.errors import UsageError
 
 PROGRAM = """
@@ -63,5 +63,5 @@ def test_only_folders_of_dead_drivers_are_removed(tmp_path: Path) -> None:
     dead.wait()
     for name in (f"rr-{dead.pid}-a", f"rr-{os.getpid()}-b", "rr-x-c", "other"):
         (tmp_path / name).mkdir()
-    remove_leftovers(tmp_path)
+    remove_ray_folders(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {f"rr-{os.getpid()}-b", "rr-x-c", "other"}

@@ -18,7 +18,6 @@ import pytest
 
 from components.captions.presets import build_captioner, resolve_captioner
 from components.captions.tags import describe
-from components.captions.views import find_view
 from components.corpora import CaptionSpec
 from components.images import encode_png
 from components.synthetic import dead_leaves
@@ -85,7 +84,7 @@ def values(corpus: Corpus, name: str = "captions") -> list[Any]:
 
 def test_a_corpus_is_captioned_and_its_own_captions_pass(tmp_path: Path) -> None:
     corpus, calls = make_corpus(tmp_path / "corpus"), []
-    result = caption_corpus(corpus.folder, TAGS, progress=lambda done, of=0, note="": calls.append((done, of)))
+    result = caption_corpus(corpus.folder, TAGS, progress=lambda count, of=0, note="": calls.append((count, of)))
     expected = [describe(picture(number)) for number in range(5)]
     assert values(corpus) == [expected[0], "a lake at dawn", *expected[2:]]
     assert (result.samples, result.given, result.quarantined, result.reused) == (5, 1, 0, 0)
@@ -123,7 +122,7 @@ def test_a_model_captions_a_corpus(tmp_path: Path, llava: Path) -> None:
         caption_corpus(corpus.folder, TAGS, name="llava")
 
 
-def test_a_silent_captioner_is_quarantined(tmp_path: Path, llava: Path) -> None:
+def test_empty_captions_are_quarantined(tmp_path: Path, llava: Path) -> None:
     """With one token, a text that ends at once is empty."""
     spec = CaptionSpec(model=str(llava), prompt="describe this picture", max_tokens=1, workers=0, overwrite=True)
     texts = build_captioner(str(llava), prompt=spec.prompt, max_tokens=1).caption([picture(n) for n in range(12)])
@@ -151,13 +150,13 @@ def test_existing_captions_are_tidied() -> None:
         (CaptionSpec(model="tags"), {"view": "hk"}, 'Did you mean "hq"'),
     ],
 )
-def test_what_cannot_be_meant_is_one_sentence(
+def test_wrong_options_are_refused_with_one_sentence(
     tmp_path: Path, spec: CaptionSpec, options: dict[str, str], message: str
 ) -> None:
     corpus = make_corpus(tmp_path / "corpus")
-    with pytest.raises(UsageError, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as error_info:
         caption_corpus(corpus.folder, spec, options=CaptionOptions(**options))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error_info.value)
     assert not (corpus.folder / "columns").exists()
 
 
@@ -229,7 +228,7 @@ def test_pictures_are_named_by_their_pixels() -> None:
     assert picture_sha256(zeros.copy(order="F")) == names[0]
 
 
-def test_a_cache_gives_back_what_any_writer_wrote(tmp_path: Path) -> None:
+def test_a_cache_reads_the_captions_of_all_writers(tmp_path: Path) -> None:
     one, two = CaptionCache(tmp_path, IDENTITY), CaptionCache(tmp_path, IDENTITY)
     assert one.get([name_of(0)]) == [None]
     one.put({name_of(0): "naïve 日本\u2028x", name_of(1): "b"})
@@ -252,7 +251,7 @@ def test_a_copy_in_another_process_writes_to_a_file_of_its_own(tmp_path: Path) -
     assert cache.get([name_of(1)]) == ["b"] and copy.get([name_of(0)]) == ["a"]
 
 
-def test_damaged_lines_are_as_good_as_absent(tmp_path: Path) -> None:
+def test_damaged_lines_are_ignored(tmp_path: Path) -> None:
     cache = CaptionCache(tmp_path, IDENTITY)
     cache.put({name_of(number): f"caption {number}" for number in range(3)})
     (path,) = tmp_path.rglob("*.jsonl")
@@ -307,7 +306,7 @@ def test_callers_share_batches() -> None:
     assert batcher([]) == []
 
 
-def test_a_picture_is_asked_about_in_batches_of_one_shape_and_size() -> None:
+def test_batches_hold_pictures_of_one_shape() -> None:
     shapes = [(4, 4, 3), (4, 6, 3), (4, 4, 3), (4, 4, 3), (4, 6, 3)]
     images = [np.full(shape, number, np.uint8) for number, shape in enumerate(shapes)]
     calls: list[list[int]] = []
@@ -334,7 +333,7 @@ class _Actor:
 
 
 @pytest.mark.slow
-def test_silence_is_remembered_and_a_failure_is_asked_again(tmp_path: Path, ray_session: None) -> None:
+def test_an_empty_answer_is_cached_and_a_failed_one_is_repeated(tmp_path: Path, ray_session: None) -> None:
     silence, failure = SampleError("empty_caption", "nothing"), SampleError("failed", "no room")
     pool = CaptionerPool(
         [_Actor(["a", silence, failure, "b"])], {**IDENTITY, "short_side_px": 0}, CaptionCache(tmp_path, IDENTITY), 8
@@ -351,7 +350,7 @@ def test_silence_is_remembered_and_a_failure_is_asked_again(tmp_path: Path, ray_
 
 
 @pytest.mark.full
-def test_a_picture_that_kills_its_captioner_costs_no_other(ray_session: None) -> None:
+def test_a_picture_that_kills_its_captioner_does_not_affect_other_pictures(ray_session: None) -> None:
     import ray
 
     class Deadly:
@@ -377,7 +376,7 @@ def pool(tmp_path: Path, ray_session: None) -> Iterator[CaptionerPool]:
 
 
 @pytest.mark.slow
-def test_a_pool_answers_anywhere_and_remembers(pool: CaptionerPool, tmp_path: Path) -> None:
+def test_a_pool_works_in_other_processes_and_caches(pool: CaptionerPool, tmp_path: Path) -> None:
     import ray
 
     pictures = [picture(number) for number in range(5)]
@@ -388,16 +387,16 @@ def test_a_pool_answers_anywhere_and_remembers(pool: CaptionerPool, tmp_path: Pa
     rows = [row for path in (tmp_path / "cache").rglob("*.jsonl") for row in read_lines(path)]
     assert sorted(row["picture"] for row in rows) == sorted(names)  # each picture was sent once
 
-    def elsewhere(there: Any, seen: Any) -> Any:
-        return there.captions([seen], ["ab" * 32]), there.captions_of(find_view("lq"), [None], [seen])
+    def elsewhere(there: Any, another: Any) -> Any:
+        return there.captions([another], ["ab" * 32])
 
-    seen = picture(7)
-    assert ray.get(ray.remote(elsewhere).remote(pool, seen)) == ([describe(seen)], [describe(seen)])
-    with pytest.raises(SampleError, match="expected") as caught:  # no RGB picture
-        pool.captions([pictures[1], np.zeros((9, 9), np.uint8), seen], [names[1], "cd" * 32, "ef" * 32])
-    assert caught.value.key == "cd" * 32
+    another = picture(7)
+    assert ray.get(ray.remote(elsewhere).remote(pool, another)) == [describe(another)]
+    with pytest.raises(SampleError, match="expected") as error_info:  # no RGB picture
+        pool.captions([pictures[1], np.zeros((9, 9), np.uint8), another], [names[1], "cd" * 32, "ef" * 32])
+    assert error_info.value.key == "cd" * 32
     pool.close()
-    assert pool.captions([*pictures, seen], [*names, "ef" * 32]) == [*expected, describe(seen)]
+    assert pool.captions([*pictures, another], [*names, "ef" * 32]) == [*expected, describe(another)]
     with pytest.raises(Failure, match="the captioners have ended"):
         pool.captions([picture(8)], [name_of(8)])
 

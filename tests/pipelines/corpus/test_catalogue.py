@@ -63,7 +63,7 @@ def entries() -> list[catalogue.Entry]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_spec_loads_and_tells_who_it_is(name: str) -> None:
+def test_every_spec_has_name_licence_and_homepage(name: str) -> None:
     spec = shipped_spec(name)
     assert spec.name == name
     assert spec.description and spec.licence
@@ -73,7 +73,7 @@ def test_every_spec_loads_and_tells_who_it_is(name: str) -> None:
         assert spec.papers
 
 
-def test_the_papers_sets_are_all_there(entries: list[catalogue.Entry]) -> None:
+def test_the_corpora_of_the_papers_are_complete(entries: list[catalogue.Entry]) -> None:
     roles = {entry.name: entry.role for entry in entries}
     assert {name for name, role in roles.items() if role == "train"} == TRAIN
     assert {name for name, role in roles.items() if role == "benchmark"} == BENCHMARKS
@@ -81,7 +81,7 @@ def test_the_papers_sets_are_all_there(entries: list[catalogue.Entry]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_use_and_every_number_says_where_it_comes_from(name: str) -> None:
+def test_every_use_and_every_number_has_its_origin(name: str) -> None:
     for use in shipped_spec(name).papers:
         assert CITATION.match(use), use
     for line in shipped_files("datasets")[name].read_text().splitlines():
@@ -103,7 +103,7 @@ def test_a_benchmark_names_its_metrics_and_loses_no_picture(name: str) -> None:
     assert not spec.dedup.exact and not spec.dedup.near
 
 
-def test_what_was_collected_without_care_is_filtered_and_what_is_poor_on_purpose_is_not() -> None:
+def test_the_corpora_with_the_filters_for_restoration() -> None:
     presets = {name: shipped_spec(name).filters.preset for name in NAMES}
     assert {name for name, preset in presets.items() if preset == "restoration"} == {
         *("supir-20m", "dra-300k", "laion", "sa-1b", "demo", "folder")
@@ -129,12 +129,12 @@ def test_the_supir_recipe() -> None:
 
 def refusal(spec: CorpusSpec) -> str:
     with pytest.raises(UsageError) as error:
-        catalogue.check_sources(spec)
+        catalogue.check_paths(spec)
     return str(error.value)
 
 
 @pytest.mark.parametrize("name", sorted((TRAIN | BENCHMARKS | {"supir-negatives"}) - OURS - {"imagenet", "laion"}))
-def test_a_missing_path_says_what_to_get_where_and_what_to_type(name: str) -> None:
+def test_the_error_for_a_missing_path_has_contents_homepage_and_command(name: str) -> None:
     spec = shipped_spec(name)
     sentence = refusal(spec)
     assert "\n" not in sentence and "<" not in sentence
@@ -143,7 +143,7 @@ def test_a_missing_path_says_what_to_get_where_and_what_to_type(name: str) -> No
     command = shlex.split(sentence.partition("type: ")[2])
     assert command[:3] == ["restoray", "curate", name] and command[-2:] == ["--out", "CORPUS"]
     as_told = catalogue.load_spec(name, command[3:-2])
-    catalogue.check_sources(as_told)
+    catalogue.check_paths(as_told)
     assert [source.path for source in as_told.sources if source.path.startswith("<")] == []
 
 
@@ -161,29 +161,29 @@ def test_the_sentence_names_the_first_source_that_lacks_a_path() -> None:
     assert "sources.0.path" not in sentence and "sources.1.path=DIR" in sentence
 
 
-def test_a_folder_without_path_is_told_the_short_way() -> None:
+def test_the_sentence_for_a_folder_without_path_is_short() -> None:
     assert refusal(shipped_spec("folder")).endswith("type: restoray curate folder --images DIR --out CORPUS")
 
 
 @pytest.mark.parametrize("name", ["demo", "dead-leaves", "imagenet", "laion"])
-def test_nothing_is_missing_where_pictures_are_shipped_made_or_addressed(name: str) -> None:
-    catalogue.check_sources(shipped_spec(name))
+def test_shipped_synthetic_and_url_corpora_need_no_path(name: str) -> None:
+    catalogue.check_paths(shipped_spec(name))
     assert catalogue.describe(name).entry.needs == ()
 
 
-def test_pairs_ask_for_targets_by_their_source_and_for_inputs_by_themselves() -> None:
-    with pytest.raises(UsageError, match=r"^realsr: sources\.0\.path is not set: .*\(see https://github\.com/csjcai"):
-        catalogue.check_pairs(shipped_spec("realsr"))
-    with pytest.raises(UsageError, match=r"LR4\.png.*; add: pairs\.0\.lq=DIR$"):
-        catalogue.check_pairs(catalogue.load_spec("realsr", ["sources.0.path=HR"]))
+def test_pairs_need_the_path_of_their_source_and_of_their_inputs() -> None:
+    needs = catalogue.describe("realsr").entry.needs
+    assert [need.key for need in needs] == ["sources.0.path", "pairs.0.lq"] and "LR4.png" in needs[1].what
+    (need,) = catalogue.describe("realsr", ["sources.0.path=HR"]).entry.needs
+    assert need.override() == "pairs.0.lq=DIR"
     spec = catalogue.load_spec("realsr", ["sources.0.path=HR", "pairs.0.lq=LR"])
-    catalogue.check_pairs(spec)
+    assert catalogue.entry_of(spec).needs == ()
     assert (spec.pairs[0].hq, spec.pairs[0].lq, spec.pairs[0].scale) == ("HR", "LR", 4)
 
 
 def test_real_pictures_have_inputs_and_no_targets() -> None:
     spec = catalogue.load_spec("realset65", ["sources.0.path=PICTURES"])
-    catalogue.check_pairs(spec)
+    assert catalogue.entry_of(spec).needs == ()
     assert (spec.pairs[0].hq, spec.pairs[0].lq) == ("", "PICTURES")
 
 
@@ -197,7 +197,7 @@ def test_unknown_names_get_the_near_one() -> None:
         catalogue.list_corpora("benchmarks")
 
 
-def test_a_misspelt_key_dies_with_the_near_one(tmp_path: Path) -> None:
+def test_a_misspelt_key_is_refused_with_the_near_one(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(shipped_files("datasets")["lsdir"].read_text().replace("min_side_px", "min_sid_px"))
     with pytest.raises(UsageError, match=r"mine\.yaml: .*min_sid_px.*Did you mean: 'min_side_px'"):
@@ -213,7 +213,7 @@ def test_an_override_reaches_one_place_of_a_list_and_leaves_the_others() -> None
 
 
 @pytest.mark.parametrize("override", ["sources.7.path=X", "sources.0.pth=X", "sources.path=X", "pairs.0.lq=X"])
-def test_an_override_of_no_place_is_one_sentence(override: str) -> None:
+def test_an_override_of_a_missing_list_place_is_one_sentence(override: str) -> None:
     with pytest.raises(UsageError, match=r"^lsdir\.yaml: [^\n]*$"):
         catalogue.load_spec("lsdir", [override])
 
@@ -252,7 +252,7 @@ def test_the_listing_is_json(entries: list[catalogue.Entry]) -> None:
     assert [need["key"] for need in by_name["realsr"]["needs"]] == ["sources.0.path", "pairs.0.lq"]
 
 
-def test_a_description_tells_licence_use_command_notes_and_the_resolved_spec() -> None:
+def test_a_description_has_licence_use_command_notes_and_the_resolved_spec() -> None:
     description = catalogue.describe("realphoto60", ["sources.0.path=PICTURES"])
     text = "\n".join(description.lines())
     for part in (
@@ -268,7 +268,7 @@ def test_a_description_tells_licence_use_command_notes_and_the_resolved_spec() -
     assert document["spec"]["pairs"] == [{"hq": "", "lq": "PICTURES", "scale": 2, "note": ""}]
 
 
-def test_a_spec_of_ones_own_is_described_by_its_path(tmp_path: Path) -> None:
+def test_a_spec_outside_the_package_is_described_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("# My holidays.\nname: holidays\nsources: [{kind: folder}]\n")
     description = catalogue.describe(str(path))

@@ -64,7 +64,7 @@ class Means:
         return [float(image.mean()) for image in images]
 
     @property
-    def asked(self) -> list[str]:
+    def keys_computed(self) -> list[str]:
         return [key for call in self.calls for key in call]
 
 
@@ -91,7 +91,7 @@ EXPECTED = [float(picture(number).mean()) for number in range(COUNT)]
 def test_every_sample_gets_its_value(tmp_path: Path) -> None:
     corpus, calls = make_corpus(tmp_path / "corpus"), []
     before = {path: path.read_bytes() for path in corpus.folder.rglob("*") if path.is_file()}
-    result = compute(corpus, Means(), progress=lambda done, of=0, note="": calls.append((done, of)))
+    result = compute(corpus, Means(), progress=lambda count, of=0, note="": calls.append((count, of)))
     assert means(corpus) == EXPECTED
     assert means(corpus, "held_out") == [float(picture(100 + n).mean()) for n in range(HELD_OUT)]
     assert (result.samples, result.given, result.quarantined, result.shards) == (COUNT + HELD_OUT, 0, 0, 4)
@@ -110,7 +110,7 @@ def test_every_sample_gets_its_value(tmp_path: Path) -> None:
     assert list_columns(corpus) == ["means"]
 
 
-def test_column_json_and_its_files_say_what_they_are(tmp_path: Path) -> None:
+def test_column_json_and_files_have_the_documented_fields(tmp_path: Path) -> None:
     """Read with json and pyarrow only, as other tools do."""
     corpus = make_corpus(tmp_path / "corpus", spoilt=[4])
     folder = compute(corpus, Means(), dtype="float32").folder
@@ -130,7 +130,7 @@ def test_column_json_and_its_files_say_what_they_are(tmp_path: Path) -> None:
     assert str(table.schema.field("value").type) == "float"
 
 
-def test_batches_and_readers_change_no_bit(tmp_path: Path) -> None:
+def test_values_do_not_depend_on_batches_and_readers(tmp_path: Path) -> None:
     files = []
     for batch_size in (1, 2, 5):
         corpus = make_corpus(tmp_path / str(batch_size))
@@ -139,11 +139,11 @@ def test_batches_and_readers_change_no_bit(tmp_path: Path) -> None:
     assert files[0] == files[1] == files[2]
 
 
-def test_a_broken_picture_costs_no_neighbour(tmp_path: Path) -> None:
+def test_a_broken_picture_does_not_affect_other_pictures(tmp_path: Path) -> None:
     corpus, worker = make_corpus(tmp_path / "corpus", spoilt=[1]), Means()
     result = compute(corpus, worker)
     assert means(corpus) == [EXPECTED[0], None, *EXPECTED[2:]]
-    assert key_of(1) not in worker.asked
+    assert key_of(1) not in worker.keys_computed
     (row,) = read_lines(result.folder / "quarantine.jsonl")
     data = encode_png(picture(1))
     assert row["bytes_sha256"] == hashlib.sha256(data[: len(data) // 2]).hexdigest()
@@ -157,7 +157,7 @@ def test_a_broken_picture_costs_no_neighbour(tmp_path: Path) -> None:
     assert result.reasons == {"truncated": 1}
 
 
-def test_a_picture_that_the_model_fails_on_costs_no_neighbour(tmp_path: Path) -> None:
+def test_a_failure_over_one_picture_does_not_affect_other_pictures(tmp_path: Path) -> None:
     def hook(keys: Sequence[str]) -> None:
         if key_of(3) in keys:
             raise RuntimeError("out of memory:\n\udc80 " + "x" * 9999)
@@ -226,7 +226,7 @@ def test_whole_numbers_must_fit(tmp_path: Path) -> None:
     ]
 
 
-def test_given_values_pass_through_unread(tmp_path: Path) -> None:
+def test_existing_values_are_copied_without_reading_the_picture(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", spoilt=[1], captions=True)
 
     def existing(entry: Mapping[str, Any]) -> str | None:
@@ -256,7 +256,7 @@ def test_given_values_pass_through_unread(tmp_path: Path) -> None:
     assert column.provenance("train", 1)["producer"] == {"name": "corpus"}
 
 
-def test_where_all_is_given_no_model_is_loaded(tmp_path: Path) -> None:
+def test_no_model_is_loaded_if_every_value_exists(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
 
     def no_model() -> Any:
@@ -277,11 +277,11 @@ def test_a_finished_column_is_not_computed_again(tmp_path: Path) -> None:
     document = (corpus.folder / "columns" / "means" / "column.json").read_bytes()
     again = compute(corpus, worker)
     assert (again.reused, again.shards, again.samples) == (4, 4, COUNT + HELD_OUT)
-    assert len(worker.asked) == COUNT + HELD_OUT
+    assert len(worker.keys_computed) == COUNT + HELD_OUT
     assert (corpus.folder / "columns" / "means" / "column.json").read_bytes() == document
 
 
-def test_an_interrupted_computation_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_interrupted_computation_continues(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
 
     def interrupt(keys: Sequence[str]) -> None:
@@ -295,7 +295,7 @@ def test_an_interrupted_computation_goes_on_where_it_was(tmp_path: Path) -> None
     assert list_columns(corpus) == []
     worker = Means()
     result = compute(corpus, worker)
-    assert result.reused == 1 and set(worker.asked) == {*map(key_of, range(3, 7)), "held-0", "held-1"}
+    assert result.reused == 1 and set(worker.keys_computed) == {*map(key_of, range(3, 7)), "held-0", "held-1"}
     assert means(corpus) == EXPECTED
 
 
@@ -308,7 +308,7 @@ def test_a_torn_log_line_and_a_lost_file_are_made_again(tmp_path: Path) -> None:
     (folder / "shards.jsonl").write_bytes(log[:-20])
     worker = Means()
     assert compute(corpus, worker).reused == 2
-    assert set(worker.asked) == {*map(key_of, range(3)), "held-0", "held-1"}
+    assert set(worker.keys_computed) == {*map(key_of, range(3)), "held-0", "held-1"}
     assert means(corpus) == EXPECTED
 
 
@@ -365,7 +365,7 @@ def test_an_unfinished_column_of_another_producer_is_refused(tmp_path: Path) -> 
         compute(corpus, Means(), producer={"model": "other"})
 
 
-def test_a_corpus_that_grew_keeps_what_did_not_change(tmp_path: Path) -> None:
+def test_a_larger_corpus_keeps_the_values_of_unchanged_shards(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
     compute(corpus, Means())
     larger = make_corpus(tmp_path / "corpus", count=COUNT + 4)
@@ -373,7 +373,7 @@ def test_a_corpus_that_grew_keeps_what_did_not_change(tmp_path: Path) -> None:
         open_column(larger, "means")
     worker = Means()
     result = compute(larger, worker)
-    assert set(worker.asked) == set(map(key_of, range(6, COUNT + 4)))  # the third shard was not full
+    assert set(worker.keys_computed) == set(map(key_of, range(6, COUNT + 4)))  # the third shard was not full
     assert (result.reused, result.shards) == (3, 5)
     assert means(larger) == [float(picture(number).mean()) for number in range(COUNT + 4)]
     smaller = make_corpus(tmp_path / "corpus", count=3)
@@ -408,6 +408,17 @@ def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path: Path) -> None:
         compute_column(corpus.folder, means_column(factory), HERE)
 
 
+def test_interrupts_while_the_model_loads_are_not_deaths(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+
+    def factory() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compute_column(corpus.folder, means_column(factory), HERE)
+    assert not list(corpus.folder.rglob(".flight-loading"))
+
+
 def test_a_model_whose_loading_kills_processes_ends_the_run(tmp_path: Path) -> None:
     """Two processes that died while they loaded it leave two marks. A later run tries again."""
     corpus = make_corpus(tmp_path / "corpus")
@@ -420,6 +431,8 @@ def test_a_model_whose_loading_kills_processes_ends_the_run(tmp_path: Path) -> N
     (answer,) = ShardWorker(job, others=1)([task])
     assert answer.fatal == "" and answer.row["samples"] == 3, "the second mark may be of a worker that loads it now"
     (job.folder / ".flight-loading").write_bytes(b"..")
+    with pytest.raises(Failure, match=r"column means: .*died again and again while they loaded"):
+        compute(corpus, Means())
     assert compute(corpus, Means()).quarantined == 0
 
 
@@ -436,7 +449,7 @@ def test_too_many_bad_rows_end_the_run_and_are_tried_again(tmp_path: Path) -> No
     assert list_columns(corpus) == []
     worker = Means()
     assert compute(corpus, worker, max_bad_fraction=0.2).quarantined == 0
-    assert set(worker.asked) == set(map(key_of, range(7)))  # shards with a failure; the held-out one had none
+    assert set(worker.keys_computed) == set(map(key_of, range(7)))  # shards with a failure; the held-out one had none
     assert means(corpus) == EXPECTED
 
 
@@ -448,7 +461,7 @@ def test_a_missing_shard_is_quarantined(tmp_path: Path) -> None:
     assert means(corpus) == [*EXPECTED[:6], None]
 
 
-def test_a_picture_that_kills_its_process_is_left_alone_after_two_deaths(tmp_path: Path) -> None:
+def test_a_picture_is_quarantined_after_two_deaths(tmp_path: Path) -> None:
     """A death is a run that ends in the middle. In a pool, Ray starts the next attempt."""
     corpus, deaths = make_corpus(tmp_path / "corpus"), []
 
@@ -467,7 +480,7 @@ def test_a_picture_that_kills_its_process_is_left_alone_after_two_deaths(tmp_pat
     assert not list(result.folder.glob(".flight*"))
 
 
-def test_a_picture_that_was_there_when_others_died_is_innocent(tmp_path: Path) -> None:
+def test_other_pictures_of_a_lethal_batch_are_computed(tmp_path: Path) -> None:
     """Two deaths: one over a batch with the picture, one over the picture alone."""
     corpus, kills = make_corpus(tmp_path / "corpus"), [3, 1]
 
@@ -512,14 +525,14 @@ def test_wrong_settings_are_one_sentence(tmp_path: Path, settings: dict[str, Any
     assert not (corpus.folder / "columns").exists()
 
 
-def test_names_are_plain(tmp_path: Path) -> None:
+def test_column_names_are_checked(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", count=1)
     for name in ("", "../up", "a/b", ".hidden", "Big", "x" * 65):
         with pytest.raises(UsageError, match="cannot name a column"):
             compute_column(corpus.folder, means_column(Means, name=name), HERE)
 
 
-def test_opening_says_what_is_wrong(tmp_path: Path) -> None:
+def test_errors_of_open_column(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
     folder = compute(corpus, Means()).folder
     with pytest.raises(UsageError, match='Did you mean "means"'):

@@ -74,7 +74,7 @@ def files(corpus: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     return document["splits"]
 
 
-def test_latents_are_the_priors_own_of_the_middle_square(
+def test_latents_are_those_of_the_prior_for_the_middle_square(
     corpus: Path, photographs: list[np.ndarray], nano: Prior
 ) -> None:
     computed(corpus, "latents")
@@ -92,7 +92,7 @@ def test_latents_are_the_priors_own_of_the_middle_square(
     assert np.array_equal(column.value("held_out", 0), column.value("train", 0))  # type: ignore[arg-type]
 
 
-def test_a_broken_picture_has_no_latents_and_says_why(corpus: Path) -> None:
+def test_a_broken_picture_has_a_reason_and_no_latents(corpus: Path) -> None:
     latents, embeddings = computed(corpus)
     assert (latents.samples, latents.quarantined, dict(latents.reasons)) == (6, 1, {"not_image": 1})
     assert (embeddings.samples, embeddings.quarantined) == (6, 0)  # a caption needs no picture
@@ -101,7 +101,7 @@ def test_a_broken_picture_has_no_latents_and_says_why(corpus: Path) -> None:
     assert (row["key"], row["code"]) == ("broken", "not_image")
 
 
-def test_embeddings_are_the_priors_own_of_each_caption(corpus: Path, nano: Prior) -> None:
+def test_embeddings_are_those_of_the_prior_for_each_caption(corpus: Path, nano: Prior) -> None:
     computed(corpus, "embeddings")
     column = open_column(open_corpus(corpus), "embeddings")
     for number, caption in enumerate([*CAPTIONS, "yellow"]):
@@ -161,7 +161,7 @@ def test_captions_of_a_text_column_are_embedded_in_their_place(corpus: Path, nan
         computed(corpus, "embeddings", captions="latents-64")
 
 
-def test_what_cannot_be_meant_is_refused(corpus: Path) -> None:
+def test_wrong_settings_are_refused(corpus: Path) -> None:
     with pytest.raises(UsageError, match='Did you mean "latents"'):
         computed(corpus, "latent")
     with pytest.raises(UsageError, match="multiple of 4"):
@@ -226,7 +226,7 @@ def test_latents_are_refused_where_the_rows_would_differ(changes: dict[str, Any]
         check_precomputed(LATENTS, {**FIXED, **changes})
 
 
-def test_the_stream_as_it_is_by_default_is_refused_with_every_reason() -> None:
+def test_a_stream_with_default_settings_is_refused_with_every_reason() -> None:
     stream = StreamConfig(sources=[("corpus", 1.0)], seed=0, resolution=64)
     with pytest.raises(UsageError, match=r"prior nano \(abc\); flip mirrors .*; rows are cropped at random"):
         check_precomputed(LATENTS, stream, model_digest="def")

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -77,15 +78,6 @@ def test_equal_input_gives_equal_files_named_by_content(tmp_path: Path, pictures
     assert (tmp_path / "b" / first["name"]).read_bytes() == data
 
 
-def test_size_is_known_before_writing(tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    entry = write(tmp_path, pictures)
-    size = sum(
-        shards.sample_bytes(Sample(key=key, ext="jpg", info={"key": key, "note": "ü"}), len(data))
-        for key, data in pictures.items()
-    )
-    assert entry["bytes"] == size + 2 * shards.BLOCK
-
-
 def test_index_offsets_are_ranged_reads(tmp_path: Path, pictures: dict[str, bytes]) -> None:
     entry = write(tmp_path, pictures)
     data = (tmp_path / entry["name"]).read_bytes()
@@ -153,7 +145,7 @@ def test_cut_anywhere_keeps_every_whole_sample_and_reports_the_tail(tmp_path: Pa
         assert {code for _, code in bad} == {"truncated"}, at
 
 
-def test_reading_goes_on_behind_a_damaged_header(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+def test_reading_continues_after_a_damaged_header(tmp_path: Path, pictures: dict[str, bytes]) -> None:
     entry = write(tmp_path, {"a": jpeg(0), "b": jpeg(1), "c": jpeg(2)})
     data = bytearray((tmp_path / entry["name"]).read_bytes())
     header = entry["samples"][1]["offset"] - shards.BLOCK
@@ -176,7 +168,7 @@ def test_reading_goes_on_behind_a_damaged_header(tmp_path: Path, pictures: dict[
     ],
     ids=["empty", "one byte", "html", "gz"],
 )
-def test_files_that_are_no_tar(tmp_path: Path, content: bytes, code: str) -> None:
+def test_files_that_are_not_tars(tmp_path: Path, content: bytes, code: str) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(content)
     good, bad = read(path)
@@ -199,7 +191,9 @@ def test_missing_tar_is_reported(tmp_path: Path) -> None:
         (["noext", "b.jpg"], ["b"], {("noext", "no_suffix")}),
     ],
 )
-def test_strangers_tars(tmp_path: Path, members: list[str], intact: list[str], problem: set[tuple[str, str]]) -> None:
+def test_tars_of_other_programs(
+    tmp_path: Path, members: list[str], intact: list[str], problem: set[tuple[str, str]]
+) -> None:
     good, bad = read(tar(tmp_path / "x.tar", [(name, b"data") for name in members]))
     assert problem <= set(bad)
     assert set(intact) <= set(good)
@@ -330,6 +324,21 @@ def test_verify_names_what_changed(tmp_path: Path, pictures: dict[str, bytes]) -
     assert "changed after curation" in shards.verify(shards.open_corpus(tmp_path))[0]
 
 
+def test_short_reads_of_a_file_system_are_joined(
+    tmp_path: Path, pictures: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, pread, calls = corpus_of(tmp_path, pictures), os.pread, []
+
+    def half(handle: int, size: int, offset: int) -> bytes:
+        calls.append(size)
+        return pread(handle, (size + 1) // 2, offset)
+
+    expected = [shards.read_sample(corpus, "train", sample) for sample in range(len(corpus.split("train")))]
+    monkeypatch.setattr(os, "pread", half)
+    assert [shards.read_sample(corpus, "train", sample) for sample in range(len(expected))] == expected
+    assert len(calls) > 2 * len(expected)
+
+
 def test_cut_shard_is_a_sample_error_with_the_key(tmp_path: Path, pictures: dict[str, bytes]) -> None:
     corpus = corpus_of(tmp_path, pictures)
     shard = tmp_path / "train" / corpus.split("train").shards[0]["name"]
@@ -340,7 +349,7 @@ def test_cut_shard_is_a_sample_error_with_the_key(tmp_path: Path, pictures: dict
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"format": 1}', "[]"])
-def test_what_is_no_corpus(tmp_path: Path, content: str | None) -> None:
+def test_folders_without_a_valid_index_are_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "index.json").write_text(content)
     with pytest.raises(UsageError, match=r"index|corpus"):

@@ -147,7 +147,7 @@ def test_every_bad_picture_has_its_code(tmp_path: Path) -> None:
     assert all(row["detail"] and row["stage"] == "measure" for row in rows.values() if row["code"] not in ("", "flat"))
 
 
-def test_a_picture_without_mercy_for_memory_is_refused_by_its_header(tmp_path: Path) -> None:
+def test_pictures_beyond_the_pixel_limit_are_refused_by_their_header(tmp_path: Path) -> None:
     """6 and 7: the pictures are not decoded, so they need no memory."""
     import tracemalloc
 
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_the_previous_shard_whole(tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == [before["name"]]
 
 
-def test_the_manifest_of_another_day_is_noticed(tmp_path: Path) -> None:
+def test_a_changed_manifest_is_reported(tmp_path: Path) -> None:
     """36."""
     corpus = shards.write_corpus(tmp_path, "x", {"train": [("a", "jpg", JPEG, {})]})
     (tmp_path / "manifest.jsonl").write_text(json.dumps({"key": "b"}) + "\n")
@@ -258,7 +258,7 @@ class Trap:
         return (Path.touch, (self.path,))
 
 
-def test_columns_of_strangers_types_are_bytes_and_run_nothing(tmp_path: Path) -> None:
+def test_columns_of_unknown_extension_types_are_bytes_and_run_no_code(tmp_path: Path) -> None:
     """35: an extension type of another program, and the pickled kind that old versions of pyarrow executed."""
     trap = pickle.dumps(Trap(tmp_path / "sprung"))
     for name, metadata in (("somebody.image", b"{}"), ("arrow.py_extension_type", trap)):
@@ -345,7 +345,7 @@ def test_a_run_without_progress_is_ended(corpus_of_six: tuple[CorpusSpec, Path])
         raise AssertionError
 
     start = time.monotonic()
-    with pytest.raises(Failure, match="measuring: nothing got done for 3 s"):
+    with pytest.raises(Failure, match="measuring: no progress for 3 s"):
         curate(corpus_spec, out, look_at=stuck)
     assert time.monotonic() - start < 20
 

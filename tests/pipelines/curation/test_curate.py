@@ -32,6 +32,7 @@ from pipelines.curation.curate import curate, load_spec, replay, retryable_reaso
 from pipelines.curation.measure import look
 from pipelines.curation.select import held_out_by_fraction, split_hash, thresholds
 from pipelines.curation.sources import list_entries
+from pipelines.curation.write import remove_old_shards
 
 pytestmark = pytest.mark.slow
 with_ray = pytest.mark.usefixtures("ray_session")
@@ -100,9 +101,9 @@ def spec(folder: Path, **changes: object) -> CorpusSpec:
 
 
 @with_ray
-def test_every_file_is_accounted_for_and_bytes_are_kept(folder: Path, tmp_path: Path) -> None:
+def test_every_file_has_a_row_and_accepted_bytes_stay(folder: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    result = curate(spec(folder), tmp_path / "out", progress=lambda done, of=0, note="": calls.append((done, of)))
+    result = curate(spec(folder), tmp_path / "out", progress=lambda count, of=0, note="": calls.append((count, of)))
     corpus = shards.open_corpus(tmp_path / "out")
     accepted = rows(tmp_path / "out" / "manifest.jsonl")
     rejected = rows(tmp_path / "out" / "quarantine.jsonl")
@@ -150,7 +151,7 @@ def test_result_depends_on_the_pictures_alone(folder: Path, tmp_path: Path) -> N
 
 
 @in_process
-def test_rerun_repeats_nothing_and_changed_files_are_seen(folder: Path, tmp_path: Path) -> None:
+def test_a_second_run_measures_only_changed_files(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = curate(spec(folder), out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
@@ -192,8 +193,8 @@ def test_kill_minus_nine_and_rerun(folder: Path, tmp_path: Path) -> None:
         from tests_spec import spec
         from pipelines.curation import curate
         curate._run, curate._in_task = phase_in_process, task_in_process
-        def progress(done, of=0, note=""):
-            if note == "shards" and done == 1:
+        def progress(count, of=0, note=""):
+            if note == "shards" and count == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
         curate.curate(spec, Path({str(tmp_path / "out")!r}), progress=progress)
     """)
@@ -220,6 +221,16 @@ spec = CorpusSpec(name="test", sources=[SourceSpec(kind="folder", path={str(fold
     assert not list((tmp_path / "out").rglob("*.tmp-*"))
 
 
+def test_only_own_temporary_files_are_removed(tmp_path: Path) -> None:
+    own = [tmp_path / name for name in ("train/.train-00000.tmp-7", "work/.plan.json.tmp-7", "work/pieces/.x.tmp-7")]
+    foreign = [tmp_path / name for name in (".notes.tmp-7", "train/.notes.tmp-7", "held_out/.train-00000.tmp-7")]
+    for path in (*own, *foreign):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    remove_old_shards(tmp_path, [])
+    assert [path.exists() for path in (*own, *foreign)] == [False] * 3 + [True] * 3
+
+
 def hostile(data: bytes, filters: object, key: str) -> dict:
     """A decoder that crashes on one picture, never returns for another, and raises unexpected errors on two more."""
     if key == "good3":
@@ -234,7 +245,7 @@ def hostile(data: bytes, filters: object, key: str) -> dict:
 
 
 @with_ray
-def test_a_picture_that_kills_or_hangs_its_process_costs_only_itself(
+def test_a_picture_that_kills_or_hangs_its_process_does_not_affect_others(
     folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     before = curate(spec(folder, sample_timeout_s=2.0), tmp_path / "out", look_at=hostile)
@@ -253,7 +264,7 @@ def test_a_picture_that_kills_or_hangs_its_process_costs_only_itself(
 
 
 @in_process
-def test_replay_tries_the_broken_ones_and_no_others(folder: Path, tmp_path: Path) -> None:
+def test_replay_tries_only_broken_pictures(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     curate(spec(folder), out)
     assert retryable_reasons(out) == {
@@ -267,7 +278,7 @@ def test_replay_tries_the_broken_ones_and_no_others(folder: Path, tmp_path: Path
     (folder / "nowhere.jpg").write_bytes(picture(50))  # the target of the dangling link, which is a new file too
     (folder / "small.jpg").write_bytes(picture(51))  # repaired
     os.utime(folder / "good0.jpg", (1, 1))  # an accepted file with a new time is not measured again
-    log_path = tmp_path / "seen"
+    log_path = tmp_path / "log"
 
     def watching(data: bytes, filters: object, key: str) -> dict:
         with log_path.open("a") as log:
@@ -356,7 +367,7 @@ def test_too_many_broken_pictures_end_the_run_with_a_table(tmp_path: Path) -> No
 
 
 @in_process
-def test_thresholds_change_without_a_second_look(folder: Path, tmp_path: Path) -> None:
+def test_changed_thresholds_need_no_second_measurement(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = curate(spec(folder), out)
 
@@ -374,7 +385,7 @@ def test_thresholds_change_without_a_second_look(folder: Path, tmp_path: Path) -
 
 @in_process
 @pytest.mark.parametrize("name", ["none", "file.txt", "empty", "sidecars"])
-def test_useless_folders_are_one_sentence(tmp_path: Path, name: str) -> None:
+def test_folders_without_pictures_are_one_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / "file.txt").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "sidecars").mkdir()
@@ -418,8 +429,8 @@ def test_two_curations_of_one_folder(folder: Path, tmp_path: Path) -> None:
 
 @in_process
 def test_file_that_changes_between_measuring_and_writing(folder: Path, tmp_path: Path) -> None:
-    def change(done: int, of: int = 0, note: str = "") -> None:
-        if note == "shards" and done == 0:
+    def change(count: int, of: int = 0, note: str = "") -> None:
+        if note == "shards" and count == 0:
             (folder / "good5.jpg").write_bytes(picture(77))
 
     with pytest.raises(Failure, match=r"good5\.jpg.*changed"):
@@ -480,13 +491,13 @@ def test_shipped_demo_spec_lists_the_cleared_pictures() -> None:
     ],
 )
 @in_process
-def test_wrong_specs_die_with_the_near_name(overrides: list[str], message: str) -> None:
+def test_wrong_specs_are_refused_with_the_near_name(overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         thresholds(load_spec("demo", overrides))
 
 
 @in_process
-def test_unknown_names_die_with_did_you_mean(folder: Path, tmp_path: Path) -> None:
+def test_unknown_names_are_refused_with_the_near_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='Did you mean "demo"'):
         load_spec("demp")
     with pytest.raises(UsageError, match='Did you mean "good3"'):
@@ -552,7 +563,7 @@ def test_no_good_photograph_is_refused(images_dir: Path, tmp_path: Path) -> None
 
 
 @in_process
-def test_a_second_corpus_takes_nothing_that_the_first_has(images_dir: Path, tmp_path: Path) -> None:
+def test_a_second_corpus_excludes_the_pictures_of_the_first(images_dir: Path, tmp_path: Path) -> None:
     """Exact and near copies of an earlier corpus' pictures are refused, with the key of the original."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -86,7 +86,7 @@ def test_a_replaced_tar_is_read_anew_and_so_are_changed_settings(tmp_path: Path)
 
 
 @in_process
-def test_an_edited_caption_is_seen(tmp_path: Path) -> None:
+def test_an_edited_caption_is_read_again(tmp_path: Path) -> None:
     source, out = folder_of(tmp_path / "in"), tmp_path / "out"
     for text in ("first words", "and other ones"):
         (tmp_path / "in" / "p0001.txt").write_text(text)
@@ -137,7 +137,7 @@ def test_damaged_work_files_are_made_again(tmp_path: Path, damage: Callable[[Pat
 
 
 @in_process
-def test_a_spec_tried_in_between_changes_nothing(tmp_path: Path) -> None:
+def test_a_curation_of_another_spec_in_between_changes_nothing(tmp_path: Path) -> None:
     out, source = tmp_path / "out", folder_of(tmp_path / "in", 12)
     first = curate(spec(source, split=SplitSpec(held_out_fraction=0.3)), out)
     other = curate(spec(source, split=SplitSpec(held_out_fraction=0.9), shard_mib=0.01), out)
@@ -148,7 +148,7 @@ def test_a_spec_tried_in_between_changes_nothing(tmp_path: Path) -> None:
 
 
 @in_process
-def test_a_file_that_changes_unseen_is_measured_again_by_the_next_run(tmp_path: Path) -> None:
+def test_a_file_that_changed_after_measuring_is_measured_again_by_the_next_run(tmp_path: Path) -> None:
     source, out = folder_of(tmp_path / "in"), tmp_path / "out"
     curate(spec(source), out)
     victim = tmp_path / "in" / "p0002.bmp"
@@ -171,7 +171,7 @@ def murderous(data: bytes, filters: Any, key: str) -> dict[str, Any]:
 
 @pytest.mark.full  # every death costs Ray some seconds
 @with_ray
-def test_many_killers_in_one_part_cost_only_themselves(tmp_path: Path) -> None:
+def test_many_lethal_pictures_in_one_part_do_not_affect_others(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = curate(spec(folder_of(tmp_path / "in", 8), max_bad_fraction=1.0), out, look_at=murderous)
     assert set(rows(out)) == {"p0002", "p0005", "p0007"}
@@ -180,7 +180,7 @@ def test_many_killers_in_one_part_cost_only_themselves(tmp_path: Path) -> None:
 
 
 @in_process
-def test_names_links_and_hostile_members_cost_only_themselves(tmp_path: Path) -> None:
+def test_names_links_and_hostile_members_do_not_affect_others(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "in")
     (tmp_path / "in" / os.fsdecode(b"x\xff.bmp")).write_bytes(bmp(20))
     (tmp_path / "elsewhere").mkdir()
@@ -207,7 +207,7 @@ def test_names_links_and_hostile_members_cost_only_themselves(tmp_path: Path) ->
 
 
 @in_process
-def test_an_output_inside_a_tar_source_is_no_input(tmp_path: Path) -> None:
+def test_an_output_inside_a_tar_source_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     tar_of(tmp_path / "in" / "a.tar", [1, 2, 3])
     source, out = SourceSpec(kind="tar", path=str(tmp_path / "in")), tmp_path / "in" / "out"

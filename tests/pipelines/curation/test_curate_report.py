@@ -98,7 +98,7 @@ def page_of(tmp_path, rows, bounds=None, scores=(), spec=None, facts=None, read=
     return page
 
 
-def test_it_tells_what_became_of_all(tmp_path):
+def test_the_page_counts_every_candidate(tmp_path):
     rows = [decided_row(n, caption="a cat" if n < 30 else "", licence="CC0-1.0") for n in range(60)]
     rows += [decided_row(n, split="held_out") for n in range(60, 70)]
     rows += [decided_row(n, "blurred", detail="sharpness is 0.5", **{"score/sharpness": 0.5}) for n in range(70, 82)]
@@ -151,7 +151,7 @@ def test_bars_add_up_to_the_counts(tmp_path):
     assert chart.count('class="outside"') == 1
 
 
-def test_strangers_text_stays_text_and_nothing_leaves_the_page(tmp_path):
+def test_foreign_text_is_escaped_and_the_page_sends_nothing(tmp_path):
     strange = {"key": NASTY, "source": f"https://{NASTY}/a.png", "licence": NASTY, "detail": NASTY, "caption": NASTY}
     rows = [decided_row(0, **strange), decided_row(1, NASTY, **strange), broken_row(2, "corrupt", **strange)]
     spec = CorpusSpec(name=NASTY, description=NASTY, licence=NASTY, homepage=f'javascript:"{NASTY}')
@@ -192,7 +192,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path):
     assert pages[0] == pages[1]
 
 
-def test_only_what_was_decoded_before_is_decoded(tmp_path):
+def test_only_pictures_that_were_decoded_before_are_decoded(tmp_path):
     numbers = []
 
     def read_and_note(at):
@@ -210,7 +210,7 @@ def test_only_what_was_decoded_before_is_decoded(tmp_path):
     assert "faces failed: [crashed] the process died" in page.text
 
 
-def test_pictures_that_are_gone_are_counted(tmp_path):
+def test_missing_pictures_are_counted(tmp_path):
     def partly(at):
         number = json.loads(at)["n"]
         if number == 1:
@@ -255,7 +255,7 @@ def test_small_corpora_have_a_page(tmp_path, rows):
     assert "nan" not in (tmp_path / "report.html").read_text(encoding="utf-8").partition("<main>")[2]
 
 
-def test_scores_without_values_or_description_are_no_trouble(tmp_path):
+def test_scores_without_values_or_description_have_no_chart_or_text(tmp_path):
     spec = CorpusSpec(name="test")
     spec.filters.models = [ModelScore(name="faces", kind="detector", model="some/detr", label="person")]
     bounds = {"sharpness": Bounds(min=1), "faces": Bounds(max=0.9), "unheard_of": Bounds()}
@@ -269,7 +269,7 @@ def test_scores_without_values_or_description_are_no_trouble(tmp_path):
     assert "sharpness" not in text
 
 
-def test_a_score_that_the_sample_missed_is_shown(tmp_path, monkeypatch):
+def test_a_score_that_is_missing_in_the_sample_has_a_chart(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.curation.survey.SAMPLED_FILES", 1)
     rows = [decided_row(n, **{"score/rare": n if n == 70 else None}) for n in range(80)]
     text = page_of(tmp_path, rows, {}, ["rare"]).text
@@ -312,7 +312,7 @@ def test_kinds_beyond_the_table_are_counted(tmp_path, monkeypatch):
         ("plain", "plain"),
     ],
 )
-def test_sources_are_counted_by_where_they_lie(source, expected):
+def test_sources_are_counted_by_their_place(source, expected):
     assert origin(source) == expected
 
 
@@ -335,7 +335,7 @@ def test_facts_have_units():
     assert fact_text("digest", "a" * 64) == "a" * 64
 
 
-def test_trouble_is_one_sentence(tmp_path):
+def test_unreadable_rows_and_unwritable_pages_are_one_sentence(tmp_path):
     parts = write_parts(tmp_path / "decided", [decided_row(0)])
     spec = CorpusSpec(name="test")
     with pytest.raises(Failure, match=r"^cannot write r\.html to .*: Not a directory\.$"):
@@ -346,7 +346,7 @@ def test_trouble_is_one_sentence(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_target_can_lie_elsewhere(tmp_path):
+def test_the_page_can_have_another_path(tmp_path):
     parts = write_parts(tmp_path / "decided", [decided_row(0)])
     target = tmp_path / "new" / "page.html"
     assert write_curate_report(tmp_path, CorpusSpec(name="t"), {}, parts, read, {}, target) == target

@@ -66,7 +66,7 @@ def test_a_metric_of_pyiqa_filters_a_corpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_names_of_models_are_judged_before_anything_starts(tmp_path: Path) -> None:
+def test_names_of_models_are_checked_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(UsageError, match='Did you mean "piqe"'):
         curate(spec(tmp_path, ModelScore(name="quality", kind="pyiqa", model="piqee")), tmp_path / "out")

@@ -115,7 +115,7 @@ class Death(BaseException):
     """Stands for the end of a process."""
 
 
-def test_a_death_keeps_the_bodies_that_were_looked_at(
+def test_a_death_keeps_the_bodies_of_measured_pictures(
     server: web.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are not fetched again, and files that no row names are removed."""

@@ -74,7 +74,7 @@ def test_a_picture_arrives_with_its_address(server: Server) -> None:
     ],
     ids=["body", "chunks", "one-byte-more", "announced", "continue", "chunk-size", "header", "headers"],
 )
-def test_floods_end(server: Server, route: bytes | Route, code: str) -> None:
+def test_endless_bodies_end(server: Server, route: bytes | Route, code: str) -> None:
     server.routes["/a.png"] = route
     assert refusal(server.url("/a.png"), attempts=3).code == code
     assert len(server.requests) == 1
@@ -92,14 +92,14 @@ def test_floods_end(server: Server, route: bytes | Route, code: str) -> None:
     ],
     ids=["body", "length", "chunks", "chunk-size", "header", "status"],
 )
-def test_drips_end(server: Server, route: Route) -> None:
+def test_slow_bodies_end(server: Server, route: Route) -> None:
     server.routes["/a.png"] = route
     assert refusal(server.url("/a.png"), timeout_s=5.0, total_s=0.2, attempts=3).code == "too_slow"
     assert len(server.requests) <= 1
 
 
 @pytest.mark.parametrize("start", [b"", head(200, "Content-Length: 5000") + PNG], ids=["headers", "body"])
-def test_silence_is_tried_again(server: Server, start: bytes) -> None:
+def test_a_server_without_answer_is_tried_again(server: Server, start: bytes) -> None:
     def route(count: int) -> Iterator[bytes]:
         yield start if count == 0 else whole()
         if count == 0:
@@ -133,7 +133,7 @@ def test_the_limit_itself_is_allowed(server: Server) -> None:
     assert refusal(server.url("/more.png")).code == "too_large"
 
 
-def test_a_bomb_is_not_unpacked_first(server: Server) -> None:
+def test_a_compression_bomb_is_not_unpacked(server: Server) -> None:
     server.routes["/a.png"] = whole(gzip.compress(bytes(30_000_000), 1), 200, "Content-Encoding: gzip")
     tracemalloc.start()
     try:
@@ -143,7 +143,7 @@ def test_a_bomb_is_not_unpacked_first(server: Server) -> None:
         tracemalloc.stop()
 
 
-def test_a_body_longer_than_its_length_is_cut_and_spoils_no_neighbour(server: Server) -> None:  # case 41
+def test_a_body_longer_than_its_length_is_cut_and_does_not_affect_others(server: Server) -> None:  # case 41
     server.routes["/keep/long.png"] = whole() + whole(b"\xff\xd8\xffsmuggled")
     server.routes["/keep/next.png"] = whole()
     with Fetcher(rules(), LIMIT) as fetcher:
@@ -162,7 +162,7 @@ def test_a_body_longer_than_its_length_is_cut_and_spoils_no_neighbour(server: Se
     ],
     ids=["length", "nothing", "inside-chunk", "between-chunks", "gzip"],
 )
-def test_a_short_body_is_tried_again_and_told(server: Server, short: bytes) -> None:
+def test_a_short_body_is_tried_again_and_reported(server: Server, short: bytes) -> None:
     server.routes["/a.png"] = lambda count: [whole() if count == 2 else short]
     assert refusal(server.url("/a.png"), attempts=2).code == "truncated"
     assert fetch(server.url("/a.png"), attempts=2).tries == 1
@@ -196,7 +196,7 @@ def test_packed_bodies_are_unpacked_up_to_the_limit(server: Server, body: bytes,
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451, 300, 304, 206, 999])  # case 42
-def test_final_statuses_are_asked_once(server: Server, status: int) -> None:
+def test_final_statuses_are_not_tried_again(server: Server, status: int) -> None:
     server.routes["/a.png"] = whole(PNG, status)
     error = refusal(server.url("/a.png"), attempts=4)
     assert error.code == "http_error" and str(status) in error.detail
@@ -230,7 +230,7 @@ def test_busy_servers_are_tried_again(server: Server, status: int) -> None:
     ],
 )
 @pytest.mark.parametrize("status", [429, 503])
-def test_the_servers_delay_is_kept(server: Server, status: int, delay: str, seconds: float | None) -> None:
+def test_the_delay_of_the_server_is_respected(server: Server, status: int, delay: str, seconds: float | None) -> None:
     server.routes["/a.png"] = lambda count: [whole() if count else whole(b"", status, f"Retry-After: {delay}")]
     waits: list[float] = []
     assert fetch(server.url("/a.png"), sleep=waits.append, attempts=2).tries == 2
@@ -264,7 +264,7 @@ def test_broken_connections_are_tried_again(server: Server) -> None:
         (b"", "empty"),
     ],
 )
-def test_what_is_no_picture_is_told_by_its_bytes(server: Server, body: bytes, code: str) -> None:
+def test_the_bytes_decide_whether_a_body_is_a_picture(server: Server, body: bytes, code: str) -> None:
     server.routes["/a.png"] = whole(body, 200, "Content-Type: image/png")
     assert refusal(server.url("/a.png")).code == code
     server.routes["/a.png"] = whole(PNG, 200, "Content-Type: text/html")
@@ -359,7 +359,7 @@ def test_many_come_in_order_through_a_window(server: Server) -> None:
     assert not list(fetch_many(fetcher, []))
 
 
-def test_whoever_stops_early_asks_for_no_more(server: Server) -> None:
+def test_a_closed_iterator_sends_no_more_requests(server: Server) -> None:
     server.routes |= {f"/{n}.png": whole() for n in range(20)}
     with Fetcher(rules(threads=1), LIMIT) as fetcher:
         results = fetch_many(fetcher, [(str(n), server.url(f"/{n}.png")) for n in range(20)])
@@ -380,7 +380,7 @@ def test_a_connection_serves_several_pictures(server: Server) -> None:
     assert server.connections == 2
 
 
-def test_a_kept_connection_that_was_closed_costs_no_try(server: Server) -> None:
+def test_a_pooled_connection_that_was_closed_costs_no_try(server: Server) -> None:
     server.routes["/keep/a.png"] = whole()
     server.routes["/b.png"] = lambda count: [whole()] if count else []
     with Fetcher(rules(), LIMIT) as fetcher:

@@ -67,11 +67,11 @@ class Looker:
     """Notes the keys; dies at one of them, and refuses another."""
 
     def __init__(self, dies_at: str = "", refuses: str = "") -> None:
-        self.seen: list[str] = []
+        self.keys: list[str] = []
         self.dies_at, self.refuses = dies_at, refuses
 
     def __call__(self, data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
-        self.seen.append(key)
+        self.keys.append(key)
         if key == self.dies_at:
             raise Death
         if key == self.refuses:
@@ -105,16 +105,16 @@ def test_a_death_costs_the_last_rows_only(
     last = sorted((out / "work" / "partial").iterdir())[-1]
     last.write_bytes(last.read_bytes()[:-40])  # a kill in the middle of an append: its batch is measured again
     summary = measure.measure_part(part, spec, out, look_at=third, run="1")
-    assert first.seen == [f"p{n:02d}" for n in range(11)]
-    assert second.seen == [f"p{n:02d}" for n in range(8, 21)]  # two batches of four rows were stored
-    assert third.seen == [f"p{n:02d}" for n in range(16, 30)]  # and of three more batches all but the incomplete one
+    assert first.keys == [f"p{n:02d}" for n in range(11)]
+    assert second.keys == [f"p{n:02d}" for n in range(8, 21)]  # two batches of four rows were stored
+    assert third.keys == [f"p{n:02d}" for n in range(16, 30)]  # and of three more batches all but the incomplete one
     assert summary["fresh"] == 14
     assert {name: summary[name] for name in whole if name != "fresh"} == {n: whole[n] for n in whole if n != "fresh"}
     assert rows_of(out, part) == rows_of(tmp_path / "whole", part)
     assert not list((out / "work" / "partial").iterdir())
 
 
-def test_an_attempt_before_is_tried_again_by_another_run_alone(
+def test_only_another_run_measures_refused_rows_again(
     thirty: tuple[CorpusSpec, Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, part = thirty
@@ -126,16 +126,14 @@ def test_an_attempt_before_is_tried_again_by_another_run_alone(
         looker = Looker("p07")
         with pytest.raises(Death):
             measure.measure_part(part, spec, out, ["corrupt"], looker, run=run)
-        assert looker.seen == [*expected, "p07"]
+        assert looker.keys == [*expected, "p07"]
     other = Looker()
     other_spec, _ = spec_and_part(tmp_path, max_megapixels=1.0)  # with other rules no earlier row counts
     measure.measure_part(part, other_spec, tmp_path / "2", look_at=other, run="2")
-    assert len(other.seen) == 30
+    assert len(other.keys) == 30
 
 
-def test_a_part_that_cannot_be_read_to_its_end_keeps_what_was_seen(
-    thirty: tuple[CorpusSpec, Part], tmp_path: Path
-) -> None:
+def test_a_part_that_cannot_be_read_to_its_end_keeps_its_rows(thirty: tuple[CorpusSpec, Part], tmp_path: Path) -> None:
     spec, part = thirty
     out, cursors = tmp_path / "out", tmp_path / "out" / "work" / "cursors"
     cursors.mkdir(parents=True)
@@ -152,7 +150,7 @@ def test_a_part_that_cannot_be_read_to_its_end_keeps_what_was_seen(
     assert (again["rows"], again["codes"], again["fresh"]) == (11, {"crashed": 1}, 1)
     last = Looker()
     assert measure.measure_part(part, spec, out, ["crashed"], last, run="3")["codes"] == {}
-    assert last.seen == [f"p{n:02d}" for n in range(10, 30)]
+    assert last.keys == [f"p{n:02d}" for n in range(10, 30)]
 
 
 def peak_of(folder: Path, count: int) -> int:
@@ -221,7 +219,7 @@ def test_a_sample_of_many_large_pictures_and_a_member_of_two_gibibytes(
     assert peak < 16 << 20
 
 
-def test_other_members_beyond_the_limit_are_said_and_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_beyond_the_memory_limit_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tars, "HELD_BYTES", 1000)
     write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(0)), ("a.json", bytes(2000)), ("b.jpg", jpeg(1))])
     items = list(tars.iter_tar(tmp_path / "a.tar"))

@@ -49,7 +49,7 @@ def run_job(corpus: Path, out: Path, count: int = 6, **changes: Any) -> Negative
 
 
 def a_job(corpus: Path, out: Path) -> NegativesJob:
-    """The job that `made` gives to its worker."""
+    """The job that `make_negatives` gives to its workers."""
     from components.models import load_model
 
     return NegativesJob(
@@ -105,12 +105,12 @@ def test_a_broken_source_is_quarantined(whole: Path) -> None:
     assert row["number"] not in {other["number"] for other in read_lines(whole / "records.jsonl")}
 
 
-def test_an_interrupted_job_goes_on_and_repeats_nothing(corpus: Path, whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_job_continues_and_repeats_nothing(corpus: Path, whole: Path, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
-    def stop(done: int, of: int = 0, note: str = "") -> None:
-        if done == 4:
+    def stop(count: int, of: int = 0, note: str = "") -> None:
+        if count == 4:
             raise Stop
 
     with pytest.raises(Stop):
@@ -138,7 +138,7 @@ def test_a_damaged_or_missing_file_is_made_again(corpus: Path, whole: Path, tmp_
     assert files(out) == files(whole)
 
 
-def test_a_larger_count_keeps_what_a_smaller_one_made(corpus: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_larger_count_keeps_the_pictures_of_a_smaller_one(corpus: Path, whole: Path, tmp_path: Path) -> None:
     first = run_job(corpus, tmp_path, count=2)
     before = files(tmp_path)
     second = run_job(corpus, tmp_path, count=6)
@@ -147,7 +147,7 @@ def test_a_larger_count_keeps_what_a_smaller_one_made(corpus: Path, whole: Path,
     assert files(tmp_path) == files(whole)
 
 
-def test_other_settings_want_another_folder(corpus: Path, whole: Path, tmp_path: Path) -> None:
+def test_other_settings_need_another_folder(corpus: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="of another strength"):
         run_job(corpus, whole, strength=0.75)
     with pytest.raises(UsageError, match="of another prompts, seed"):
@@ -189,7 +189,7 @@ def test_samples_are_drawn_without_repetition() -> None:
         ({"workers": -1}, "workers >= 0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(corpus: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(corpus: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run_job(corpus, tmp_path / "out", **changes)
     with pytest.raises(UsageError, match="no_such_prior"):
@@ -216,7 +216,7 @@ def test_a_model_that_fails_on_every_picture_ends_the_job(corpus: Path, tmp_path
     assert codes == {"not_finite"}
 
 
-def test_a_number_that_killed_its_workers_is_given_up(corpus: Path, tmp_path: Path) -> None:
+def test_a_number_that_killed_two_workers_is_quarantined(corpus: Path, tmp_path: Path) -> None:
     job = a_job(corpus, tmp_path)
     (tmp_path / ".attempts").mkdir()
     (tmp_path / ".attempts" / "7").write_bytes(b"..")  # two workers died over it

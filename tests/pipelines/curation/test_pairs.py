@@ -126,9 +126,9 @@ def test_smaller_inputs_of_a_scale(tmp_path: Path) -> None:
 def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", names=("a{}", "b{}"))
     (tmp_path / "pairs" / "lq" / "b0.png").unlink()
-    with pytest.raises(UsageError, match=r"holds 8 pictures and .* 7, and no name stands in both"):
+    with pytest.raises(UsageError, match=r"holds 8 pictures and .* 7, and no name is in both"):
         make(tmp_path / "pairs", tmp_path / "corpus")
-    with pytest.raises(UsageError, match="as targets and as inputs"):
+    with pytest.raises(UsageError, match="both the targets and the inputs"):
         make(tmp_path / "pairs", tmp_path / "other", f"pairs.0.lq={tmp_path / 'pairs' / 'hq'}")
 
 

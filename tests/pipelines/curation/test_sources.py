@@ -62,7 +62,7 @@ def names(folder: Path, out: Path | None = None) -> list[str]:
         ("records.jsonl", {"key": "x", "output_sha256": "ab", "source_sha256": "cd"}),
     ],
 )
-def test_outputs_of_runs_below_a_source_are_no_candidates(tmp_path: Path, mark: str, document: dict) -> None:
+def test_outputs_of_runs_below_a_source_are_not_candidates(tmp_path: Path, mark: str, document: dict) -> None:
     for name in ("a.png", "runs/demo/restore-1/restored/x.png", "runs/demo/mlflow.db", "trip/b.png", "new/part.tar"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -99,7 +99,7 @@ def test_different_pictures_of_one_key_are_both_kept(tmp_path: Path) -> None:
     assert [row["key"] for row in alone.values() if not row["code"]] == ["IMG_1"]
 
 
-def test_a_key_that_is_taken_gets_longer(tmp_path: Path) -> None:
+def test_equal_keys_get_longer(tmp_path: Path) -> None:
     rows = decided_rows(tmp_path, {"1|x": "a", "2|x": "b", "3|x-aaaaaaaa": "c"})
     assert len({row["key"] for row in rows.values()}) == 3
     assert {row["code"] for row in rows.values()} == {""}
@@ -138,9 +138,9 @@ def jpeg(seed: int) -> bytes:
     return cv2.imencode(".jpg", pixels)[1].tobytes()
 
 
-def all_candidates(made: CorpusSpec, out: Path) -> list[Candidate]:
+def all_candidates(spec: CorpusSpec, out: Path) -> list[Candidate]:
     """All candidates of a spec, in order."""
-    return [c for part in list_parts(made, out).parts for c in candidates(part, made, out, lambda _: False)]
+    return [c for part in list_parts(spec, out).parts for c in candidates(part, spec, out, lambda _: False)]
 
 
 def test_tars_give_every_picture_by_itself(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_tables_of_addresses(tmp_path: Path, suffix: str) -> None:
             list_parts(CorpusSpec(name="t", sources=[replace(source, url_column="urls")]), tmp_path / "out")
 
 
-def test_captions_beside_pictures_pass_through(tmp_path: Path) -> None:
+def test_text_files_next_to_pictures_become_captions(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "b.jpg").write_bytes(b"x")
     (tmp_path / "a.txt").write_text("a\x07 bright\n otter  " + "z" * 20_000)

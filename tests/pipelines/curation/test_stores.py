@@ -75,7 +75,7 @@ def sources(endpoint: str) -> list[SourceSpec]:
     ]
 
 
-def test_what_a_bucket_holds_is_listed_and_read_again(server: str, tmp_path: Path) -> None:
+def test_the_files_of_a_bucket_are_listed_and_read_again(server: str, tmp_path: Path) -> None:
     spec = CorpusSpec(name="s3", sources=sources(server))
     items = [c for part in list_parts(spec, tmp_path).parts for c in candidates(part, spec, tmp_path, lambda _: False)]
     reader = Bytes(spec, tmp_path)
@@ -87,7 +87,7 @@ def test_what_a_bucket_holds_is_listed_and_read_again(server: str, tmp_path: Pat
     assert [(c.key, c.problem.code) for c in items if c.problem] == [("g", "truncated")]
 
 
-def test_what_is_not_there_is_one_sentence(server: str, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_one_sentence(server: str, tmp_path: Path) -> None:
     storage = {"endpoint_url": server, **CREDENTIALS}
     for path in ("s3://pictures/none/*.tar", "s3://nobucket/x.tar"):
         with pytest.raises(UsageError, match="holds no file"):

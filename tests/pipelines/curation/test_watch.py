@@ -39,7 +39,7 @@ def die(folder: Path, candidate: str, how: str) -> int:
     return subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": top}, timeout=60).returncode
 
 
-def test_a_candidate_that_kills_three_processes_is_given_up(tmp_path: Path) -> None:
+def test_a_candidate_that_kills_three_processes_is_refused(tmp_path: Path) -> None:
     for death in range(DEATHS):
         guard = Guard(tmp_path, "part", 0.3)
         assert guard.refusal("bad") is None, death
@@ -48,13 +48,13 @@ def test_a_candidate_that_kills_three_processes_is_given_up(tmp_path: Path) -> N
     guard = Guard(tmp_path, "part", 0.3)
     assert guard.refusal("bad") == ("crashed", "the process that decoded it died 3 times")
     assert guard.refusal("fine") is None
-    assert not guard.hopeless
+    assert not guard.is_lethal
     guard.close(complete=True)
     assert list(tmp_path.iterdir()) == []
     assert Guard(tmp_path, "part", 0.3).refusal("bad") is None  # another run tries again
 
 
-def test_a_candidate_that_hangs_is_given_up_at_once(tmp_path: Path) -> None:
+def test_a_candidate_that_hangs_is_refused_at_once(tmp_path: Path) -> None:
     assert die(tmp_path, "slow", "hang") == 1
     guard = Guard(tmp_path, "part", 0.3)
     verdict = guard.refusal("slow")
@@ -64,17 +64,17 @@ def test_a_candidate_that_hangs_is_given_up_at_once(tmp_path: Path) -> None:
     guard.close(complete=False)
 
 
-def test_a_part_that_dies_again_and_again_is_hopeless(tmp_path: Path) -> None:
+def test_a_part_that_dies_again_and_again_is_lethal(tmp_path: Path) -> None:
     for _ in range(PART_DEATHS):
         guard = Guard(tmp_path, "part", 100)
-        assert not guard.hopeless
+        assert not guard.is_lethal
         guard.at("x")
         guard.at("")
         os.close(guard.cursor)  # as after a death: no files are removed
-    assert Guard(tmp_path, "part", 100).hopeless
+    assert Guard(tmp_path, "part", 100).is_lethal
 
 
-def test_a_killed_run_says_nothing_against_what_it_was_at(tmp_path: Path) -> None:
+def test_a_killed_run_is_no_death_of_its_candidates(tmp_path: Path) -> None:
     for _ in range(DEATHS):
         assert die(tmp_path, "innocent", "crash") == 9
         forget_candidates_in_work(tmp_path)
@@ -83,7 +83,7 @@ def test_a_killed_run_says_nothing_against_what_it_was_at(tmp_path: Path) -> Non
     guard.close(complete=True)
 
 
-def test_a_job_that_stands_still_is_ended() -> None:
+def test_a_job_without_progress_is_ended() -> None:
     stop = threading.Event()
 
     def stuck() -> Iterator[int]:
@@ -92,12 +92,12 @@ def test_a_job_that_stands_still_is_ended() -> None:
 
     items = watch_items(stuck(), 0.3, lambda: 0.0, "measuring")
     assert next(items) == 1
-    with pytest.raises(Failure, match=r"measuring: nothing got done for 0\.3 s"):
+    with pytest.raises(Failure, match=r"measuring: no progress for 0\.3 s"):
         next(items)
     stop.set()
 
 
-def test_a_slow_job_with_signs_of_life_goes_on(tmp_path: Path) -> None:
+def test_a_slow_job_with_signs_of_life_continues(tmp_path: Path) -> None:
     def slow() -> Iterator[int]:
         for _ in range(8):
             time.sleep(0.1)
@@ -108,7 +108,7 @@ def test_a_slow_job_with_signs_of_life_goes_on(tmp_path: Path) -> None:
     assert list(watch_items(slow(), 0.4, lambda: last_sign_of_life(tmp_path), "x")) == [1]
 
 
-def test_what_the_job_raises_arrives() -> None:
+def test_errors_of_the_job_pass_through() -> None:
     def broken() -> Iterator[int]:
         yield 1
         raise KeyError("gone")

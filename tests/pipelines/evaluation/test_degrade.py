@@ -77,7 +77,7 @@ def test_records_replay_to_the_same_pixels(folder: Path, tmp_path: Path) -> None
     whole = replay(first.records, None, tmp_path / "again")
     assert (whole.degraded, whole.differing) == (5, [])
     assert pixels(tmp_path / "again") == pixels(tmp_path / "out")
-    one = tmp_path / "record.json"  # one record, whose original has new_folder
+    one = tmp_path / "record.json"  # one record, whose original has moved
     one.write_text(json.dumps(next(row for row in read_lines(first.records) if row["key"] == "b"), indent=1))
     new_folder = tmp_path / "moved"
     folder.rename(new_folder)

@@ -73,7 +73,7 @@ def test_means_differences_and_wins_match_a_second_derivation(folders, tmp_path)
 
 def test_rerun_reuses_rows_and_changes_nothing(folders, tmp_path):
     calls = []
-    first = run(folders, tmp_path / "out", progress=lambda done, of=0, note="": calls.append((done, of, note)))
+    first = run(folders, tmp_path / "out", progress=lambda count, of=0, note="": calls.append((count, of, note)))
     bytes_first = (tmp_path / "out" / "scores.jsonl").read_bytes()
     again = run(folders, tmp_path / "out")
     assert (first.reused, again.reused) == (0, 4)

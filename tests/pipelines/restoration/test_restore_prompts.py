@@ -407,7 +407,8 @@ def test_a_wrong_command_is_exit_2_before_ray_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.csv").write_text("a,x\na,y\n")
-    monkeypatch.setattr("pipelines.core.cluster.local_ray", never)
+    for module in ("cluster", "pool"):
+        monkeypatch.setattr(f"pipelines.core.{module}.local_ray", never)
     with pytest.raises(UsageError, match=message) as info:
         cli.build_app()(["restore", str(pictures), "--model", str(revive), "-o", "x", *words], standalone_mode=False)
     assert info.value.exit_code == 2 and not (tmp_path / "x").exists()

@@ -217,3 +217,9 @@ def test_pairs_are_not_degraded_again() -> None:
     check_restore(RestoreSettings(pairs="lq", preset="none"), None, ())
     with pytest.raises(UsageError, match="not degraded again; set preset=none"):
         check_restore(RestoreSettings(pairs="lq"), None, ())
+
+
+@pytest.mark.parametrize("name", ["swinir", "swinir-nano", "swinir-face"])
+def test_a_recipe_without_a_prior_needs_none(name: str) -> None:
+    """`prior: none` of these recipes was refused as an unknown prior."""
+    check_recipe(load_recipe(name))

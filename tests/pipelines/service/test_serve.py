@@ -326,7 +326,7 @@ def test_a_body_over_the_limit_is_refused_however_it_is_sent(service: RunningSer
     assert ask(service, body, kind).problem == (413, "too_large")
 
 
-def test_a_length_that_lies_ends_in_a_timeout(service: RunningService) -> None:
+def test_a_wrong_content_length_ends_in_a_timeout(service: RunningService) -> None:
     answer = ask(service, PICTURE, headers={"Content-Length": str(len(PICTURE) + 1000)})
     assert answer.problem == (408, "read_timeout")
 

@@ -150,7 +150,7 @@ def test_broken_samples_are_replaced_from_the_reserve_and_recorded(tmp_path: Pat
 
 def test_a_corpus_of_broken_samples_fails_with_their_keys(tmp_path: Path) -> None:
     folder = make_corpus(tmp_path / "c", {"bad": b"no picture", "worse": b""}, {})
-    with pytest.raises(Failure, match=r"position 3.*broken.*(bad|worse)"):
+    with pytest.raises(Failure, match=r"position 3.*usable.*(bad|worse)"):
         load_row(StreamConfig(sources=((folder, 1.0),), seed=1, resolution=32), 3)
 
 

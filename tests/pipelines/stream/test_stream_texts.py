@@ -129,7 +129,7 @@ def test_the_view_chooses_the_picture_to_caption(config: StreamConfig) -> None:
     assert row["prompt"] == caption_of(row["lq"]) != caption_of(row["hq"])
     clean = replace(lq, degradation="")
     assert load_columns(clean, [position])["prompt"][0] == caption_of(load_row(clean, position)["hq"])
-    with pytest.raises(UsageError, match="from lq where the device degrades"):
+    with pytest.raises(UsageError, match="from lq with degrade_on=device"):
         check_stream(replace(lq, degrade_on="device"))
 
     def both(hq: Image | None, lq: Image | None, preview: Image | None) -> Image:

@@ -194,3 +194,20 @@ def test_the_wheel_holds_its_data_and_finds_it(repository: Path, tmp_path: Path)
         timeout=60,
     )
     assert "'demo'" in process.stdout and "'local'" in process.stdout
+
+
+def test_names_are_things_not_participles(repository: Path) -> None:
+    """`found`, `told` and `said` say what happened to a thing; a name says what the thing is."""
+    guilty: dict[str, set[str]] = {}
+    for path, text in texts(repository):
+        for node in ast.walk(ast.parse(text)) if path.suffix == ".py" else ():
+            name = ""
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                name = node.id
+            elif isinstance(node, ast.arg):
+                name = node.arg
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                name = node.name
+            if name.strip("_").lower() in {"found", "told", "said", "known", "made", "wanted"}:
+                guilty.setdefault(str(path.relative_to(repository)), set()).add(name)
+    assert guilty == {}

@@ -21,9 +21,8 @@ KEY := $(shell cat requirements.lock pyproject.toml Makefile 2>/dev/null | cksum
 STAMP := .venv/.restoray-$(KEY)
 
 UV_ENV := UV_NO_CONFIG=1 VIRTUAL_ENV="$(CURDIR)/.venv"
-# Three processes share the tests file by file, with one torch thread each: a third of the time a test waits for Ray or for a
-# process that it started, and two cores then have work.
-SHARED := -n 3 --dist loadfile --no-loadscope-reorder
+# Two processes share the tests file by file, with one torch thread each: most tests use one core or wait for Ray.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 ONE_THREAD := OMP_NUM_THREADS=1
 # Bytecode is kept. Some containers switch that off, and every process of Ray then compiles all its imports again.
 QUIET_ENV := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=

@@ -70,6 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     quiet_environment()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Ray Train asks its workers for news every 2 s; tiny trainings would spend most of their time waiting for that
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import shutil
 import unicodedata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from helper_modules import load_helper
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,17 +25,7 @@ from components.images import resize_short_side, to_float
 from components.synthetic import dead_leaves
 from components.types import Image, SampleError
 
-
-def load_tiny() -> ModuleType:
-    """Load _captioners.py next to this file; tests are not a package."""
-    spec = importlib.util.spec_from_file_location("tiny_captioners", Path(__file__).with_name("_captioners.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load_tiny()
+tiny = load_helper("components/_captioners.py")
 PICTURES = [
     *(dead_leaves(24, 0, index) for index in range(5)),
     *(dead_leaves(64, 1, index)[:16] for index in range(3)),  # wide: more tiles

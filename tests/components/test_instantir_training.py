@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helper_modules import load_helper
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,17 +39,7 @@ from components.tensors import images_to_tensor
 from components.training import Ema, build_optimizers, build_scaler, restore_state, train_step, training_state
 from components.types import Batch
 
-
-def _by_path(name: str) -> Any:
-    """Load a test module's helpers by path, since tests are not a package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _by_path("test_instantir")
+tiny = load_helper("components/test_instantir.py")
 batch, make_conditions, tensor, randomize_zeros = tiny.batch, tiny.make_conditions, tiny.tensor, tiny.randomize_zeros
 STAGES = ("perceptor", "previewer", "aggregator")
 KINDS = {"perceptor": PerceptorObjective, "previewer": PreviewerObjective, "aggregator": AggregatorObjective}

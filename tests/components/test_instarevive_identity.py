@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helper_modules import load_helper
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -29,16 +29,7 @@ from components.systems.instarevive.training import build_objective
 WIDTH, TOKENS = 8, 4
 
 
-def _by_path(name: str) -> Any:
-    """Helpers of another test file, as tests are not a package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_for_identity", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-trainings = _by_path("test_instarevive_training")
+trainings = load_helper("components/test_instarevive_training.py")
 
 
 def random(*shape: int, name: str, scale: float = 0.3) -> Tensor:

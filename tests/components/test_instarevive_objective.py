@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helper_modules import load_helper
 from torch import Tensor, nn
 
 from components.objectives.diffusion import epsilon_loss
@@ -39,17 +38,7 @@ from components.training import (
 )
 from components.types import Batch, Loss
 
-
-def _by_path(name: str) -> Any:
-    """Helpers of another test file, as tests are not a package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_for_instarevive", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    helpers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(helpers)
-    return helpers
-
-
-tiny = _by_path("test_instantir")
+tiny = load_helper("components/test_instantir.py")
 FLOW = FlowSchedule()
 
 

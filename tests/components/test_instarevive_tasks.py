@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helper_modules import load_helper
 
 from components.captions.views import find_view, view_for
 from components.recipes import RecipeError
@@ -18,17 +18,10 @@ from components.systems.instarevive.settings import Distillation
 from components.systems.recipes import load_recipe
 from components.types import SampleError
 
-
-def _by_path(name: str) -> Any:
-    """Helpers of another test file, as tests are not a package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_for_tasks", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-objectives, trainings = _by_path("test_instarevive_objective"), _by_path("test_instarevive_training")
+objectives, trainings = (
+    load_helper("components/test_instarevive_objective.py"),
+    load_helper("components/test_instarevive_training.py"),
+)
 prior = objectives.prior
 
 

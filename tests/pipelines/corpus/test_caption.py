@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -10,11 +9,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from helper_modules import load_helper
 
 from components.captions.presets import build_captioner, resolve_captioner
 from components.captions.tags import describe
@@ -43,19 +42,9 @@ TAGS = CaptionSpec(model="tags", workers=0)
 IDENTITY = {"model": "m", "prompt": "p", "digest": "0" * 64}
 
 
-def load_tiny() -> ModuleType:
-    """The tiny captioners of the components' tests."""
-    path = Path(__file__).parents[2] / "components" / "_captioners.py"
-    spec = importlib.util.spec_from_file_location("tiny_captioners", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = load_tiny().save_llava(tmp_path_factory.mktemp("llava") / "model")
+    folder: Path = load_helper("components/_captioners.py").save_llava(tmp_path_factory.mktemp("llava") / "model")
     return folder
 
 

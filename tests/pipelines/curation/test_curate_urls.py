@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from helper_modules import load_helper
 
 from components.corpora import CorpusSpec, DownloadSpec, FilterSpec, SourceSpec
 from pipelines.corpus import shards
@@ -26,18 +24,7 @@ from pipelines.curation.sources import Bytes, list_parts
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_ray")]
 
 
-def loopback() -> ModuleType:
-    """The helper module of this folder, which is on no import path."""
-    name = "restoray_tests_loopback"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "_loopback.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-web = loopback()
+web = load_helper("pipelines/_loopback.py")
 
 
 @pytest.fixture

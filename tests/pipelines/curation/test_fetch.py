@@ -6,17 +6,14 @@ The battery's cases 41 to 44 and 47. All servers are on loopback, inside the tes
 from __future__ import annotations
 
 import gzip
-import importlib.util
-import sys
 import threading
 import tracemalloc
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from helper_modules import load_helper
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,19 +21,7 @@ from components.corpora import DownloadSpec
 from components.types import SampleError
 from pipelines.curation.sources.fetch import TRANSIENT, FetchedFile, Fetcher, fetch_many
 
-
-def loopback() -> ModuleType:
-    """The helper module of this folder, which is on no import path."""
-    name = "restoray_tests_loopback"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "_loopback.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-web = loopback()
+web = load_helper("pipelines/_loopback.py")
 LIMIT, PNG, Route, Server = web.LIMIT, web.PNG, web.Route, web.Server
 endless, fetch, head, redirect = web.endless, web.fetch, web.head, web.redirect
 refusal, resolver, rules, whole = web.refusal, web.resolver, web.rules, web.whole

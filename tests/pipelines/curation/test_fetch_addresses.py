@@ -5,37 +5,23 @@ The battery's cases 37 to 40, 45 and 46. All servers are on loopback, inside the
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 import ssl
-import sys
 import threading
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from helper_modules import load_helper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.types import SampleError
 from pipelines.curation.sources.fetch import TRANSIENT, Fetcher, fetch_many
 
-
-def loopback() -> ModuleType:
-    """The helper module of this folder, which is on no import path."""
-    name = "restoray_tests_loopback"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "_loopback.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-web = loopback()
+web = load_helper("pipelines/_loopback.py")
 LIMIT, PNG, Server, certificate = web.LIMIT, web.PNG, web.Server, web.certificate
 endless, fetch, head, no_resolver, redirect = web.endless, web.fetch, web.head, web.no_resolver, web.redirect
 refusal, resolver, rules, whole = web.refusal, web.resolver, web.rules, web.whole

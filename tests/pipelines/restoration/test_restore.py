@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from helper_modules import load_helper_for_workers
 from PIL import Image as Pillow
 from PIL import PngImagePlugin
-from ray import cloudpickle
 
 from components.images import decode, encode_png, read_png_text
 from components.models import ModelCard, save_model
@@ -35,19 +32,7 @@ from pipelines.service.front import Refusal, ServeLimits, read_parameters
 IDENTITY = Identity(name="tiny", system="tiny", recipe="tiny-filter", digest="0" * 64)
 
 
-def load_tiny() -> ModuleType:
-    """Load tests/pipelines/_tiny.py, pickled by value so that Ray's workers need not import it."""
-    name = "restoray_tests_tiny"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "_tiny.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-        cloudpickle.register_pickle_by_value(sys.modules[name])
-    return sys.modules[name]
-
-
-tiny = load_tiny()
+tiny = load_helper_for_workers("pipelines/_tiny.py")
 
 
 @pytest.fixture(autouse=True)

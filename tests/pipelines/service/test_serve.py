@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import http.client
-import importlib.util
 import json
 import socket
-import sys
 import threading
 import time
 import urllib.parse
@@ -16,12 +14,11 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import httpx
 import numpy as np
 import pytest
-from ray import cloudpickle
+from helper_modules import load_helper_for_workers
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
@@ -51,19 +48,7 @@ STEP_S = 0.02
 LONG = {"steps": "100000"}  # half an hour at STEP_S
 
 
-def load_tiny() -> ModuleType:
-    """tests/pipelines/_tiny.py, pickled by value so that Ray's workers need not import it."""
-    name = "restoray_tests_tiny"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "_tiny.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-        cloudpickle.register_pickle_by_value(sys.modules[name])
-    return sys.modules[name]
-
-
-tiny = load_tiny()
+tiny = load_helper_for_workers("pipelines/_tiny.py")
 PICTURE = encode_png(dead_leaves(64, 7, 0))
 
 

@@ -111,7 +111,7 @@ def _one_of(op: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:
     return str(op[name])
 
 
-def _nothing(op: Mapping[str, Any]) -> None:
+def _accept(op: Mapping[str, Any]) -> None:
     """Accepts every operation."""
 
 
@@ -189,15 +189,15 @@ def _check_strokes(op: Mapping[str, Any]) -> None:
 
 
 CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
-    "sharpen": _nothing,
+    "sharpen": _accept,
     "blur": _check_blur,
     "resize": _check_resize,
     "noise": _check_noise,
     "salt_pepper": _check_salt_pepper,
     "jpeg": _check_jpeg,
     "strokes": _check_strokes,
-    "clip": _nothing,
-    "round": _nothing,
+    "clip": _accept,
+    "round": _accept,
 }
 
 

@@ -535,11 +535,11 @@ def _report(
 def _write_report(
     spec: CorpusSpec, bounds: Mapping[str, Any], names: list[str], out: Path, facts: Mapping[str, Any], pictures: bool
 ) -> Path:
-    def nothing(at: str) -> bytes:
+    def no_bytes(at: str) -> bytes:
         raise OSError("pictures are left out")
 
     decided = [out / "work" / "decided" / f"{name}.parquet" for name in names]
-    return write_curate_report(out, spec, bounds, decided, Bytes(spec, out).read if pictures else nothing, facts)
+    return write_curate_report(out, spec, bounds, decided, Bytes(spec, out).read if pictures else no_bytes, facts)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -123,11 +123,11 @@ def test_each_reference_follows_table_2a(network: InstantIR) -> None:
     a = run.alpha(0)
     assert close(first["mean"], (noisy - (1 - a).sqrt() * eps) / a.sqrt(), 1e-3)  # Eq. 2
     empty = network.unconditional(positive, [""])
-    nothing = network.preview(run.noisy[0], run.timesteps[:1], empty)
+    blank = network.preview(run.noisy[0], run.timesteps[:1], empty)
     picture = network.preview(run.noisy[0], run.timesteps[:1], replace(empty, image_tokens=positive.image_tokens))
     full = network.preview(run.noisy[0], run.timesteps[:1], positive)
-    assert close(first["preview_unconditional"], nothing.repeat(2, 1, 1, 1), 1e-4)
-    assert close(first["preview_dcp"], torch.cat([nothing, picture]), 1e-4)
+    assert close(first["preview_unconditional"], blank.repeat(2, 1, 1, 1), 1e-4)
+    assert close(first["preview_dcp"], torch.cat([blank, picture]), 1e-4)
     assert close(first["preview"][1:], full, 1e-4)
     finals = [run.final for run in runs.values()]
     assert all(not close(a, b) for i, a in enumerate(finals) for b in finals[:i])
@@ -452,11 +452,11 @@ def test_the_start_noise_covers_the_whole_picture_before_tiling(
     """With a noise prediction of zero the result is the start noise: overlapping tiles must agree on it."""
     calls: list[Tensor] = []
 
-    def nothing(run: FastRun, latents: Tensor, *args: Any) -> Tensor:
+    def no_noise(run: FastRun, latents: Tensor, *args: Any) -> Tensor:
         calls.append(latents)
         return torch.zeros_like(latents)
 
-    monkeypatch.setattr(FastRun, "denoise_eps", nothing)
+    monkeypatch.setattr(FastRun, "denoise_eps", no_noise)
     InstantIRRestorer(network).restore([large(steps=1, start="noise", aggregator_scale=0.0)])
     boxes = tile_boxes(30, 50, (16, 16), 0.25, 2)
     assert len(calls) == len(boxes)

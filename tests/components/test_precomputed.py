@@ -116,7 +116,7 @@ def test_a_stage_has_the_same_loss_and_runs_no_text_encoder(stage: str, monkeypa
     objective = STAGES[stage]()
     precomputed, plain = batches(objective.prior)
     expected = [loss(objective, plain, seed) for seed in range(3)]
-    objective.nothing  # noqa: B018  the empty prompt goes through the encoders once
+    objective.empty_prompt  # noqa: B018  the empty prompt goes through the encoders once
     shut(objective.prior, monkeypatch, vae=stage != "aggregator")  # the aggregator encodes LQ
     assert [loss(objective, precomputed, seed) for seed in range(3)] == pytest.approx(expected, rel=FLOAT16)
     with pytest.raises(EncoderRan):

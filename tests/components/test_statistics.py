@@ -57,9 +57,9 @@ def test_rank_correlation_of_known_orders() -> None:
     holes = rank_correlation(np.append(x, np.nan), np.append(x, 3.0), 0, "x")
     assert (holes.rho, holes.n) == (pytest.approx(1), 20)
     for y in (np.ones(20), np.full(20, np.nan)):
-        nothing = rank_correlation(x, y, 0, "x")
-        assert math.isnan(nothing.rho)
-        assert not nothing.excludes_zero
+        undefined = rank_correlation(x, y, 0, "x")
+        assert math.isnan(undefined.rho)
+        assert not undefined.excludes_zero
 
 
 def test_unrelated_ranks_show_no_effect() -> None:

@@ -269,11 +269,14 @@ def _previewer_conditions(network: LoopNetworks, conditions: Conditions, referen
     """The Previewer's conditions: those of the UNet, the same without text, or without text and picture."""
     if reference not in ("preview_dcp", "preview_unconditional"):
         return conditions
-    nothing = network.unconditional(conditions, [""] * len(conditions.text))
+    unconditional = network.unconditional(conditions, [""] * len(conditions.text))
     if reference == "preview_unconditional":
-        return nothing
+        return unconditional
     return Conditions(
-        text=nothing.text, pooled=nothing.pooled, time_ids=conditions.time_ids, image_tokens=conditions.image_tokens
+        text=unconditional.text,
+        pooled=unconditional.pooled,
+        time_ids=conditions.time_ids,
+        image_tokens=conditions.image_tokens,
     )
 
 

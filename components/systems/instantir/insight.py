@@ -122,11 +122,11 @@ def rms(a: Tensor, b: Tensor) -> Tensor:
 def distances(run: Trajectory) -> Distances:
     """The three curves of Fig. 4."""
     fresh = run.renewed[:, None]
-    nothing = torch.full(run.previews.shape[:2], float("nan"), dtype=torch.float64, device=run.previews.device)
-    to_denoised = torch.where(fresh, rms(run.previews, run.denoised), nothing)
-    change = nothing.clone()
+    unknown = torch.full(run.previews.shape[:2], float("nan"), dtype=torch.float64, device=run.previews.device)
+    to_denoised = torch.where(fresh, rms(run.previews, run.denoised), unknown)
+    change = unknown.clone()
     both = fresh[1:] & fresh[:-1]
-    change[1:] = torch.where(both, rms(run.previews[1:], run.previews[:-1]), nothing[1:])
+    change[1:] = torch.where(both, rms(run.previews[1:], run.previews[:-1]), unknown[1:])
     return Distances(to_denoised=to_denoised, change=change, delta=(to_denoised / change).square())
 
 

@@ -280,10 +280,10 @@ class InstantIR:
     def unconditional(self, conditions: Conditions, negative_prompts: list[str]) -> Conditions:
         """The conditions of guidance's negative half: the negative prompts, no picture, the same sizes."""
         text, pooled = self.prior.embed_prompts(negative_prompts)
-        nothing = self.prior.null_image_tokens(len(text))
+        blank = self.prior.null_image_tokens(len(text))
         if conditions.image_tokens.ndim == 4:  # one copy for each view: attention over copies equals attention over one
-            nothing = nothing.unsqueeze(1).expand(-1, conditions.image_tokens.shape[1], -1, -1)
-        return Conditions(text=text, pooled=pooled, time_ids=conditions.time_ids, image_tokens=nothing)
+            blank = blank.unsqueeze(1).expand(-1, conditions.image_tokens.shape[1], -1, -1)
+        return Conditions(text=text, pooled=pooled, time_ids=conditions.time_ids, image_tokens=blank)
 
 
 def unet_embedding(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:

@@ -65,7 +65,7 @@ class StageObjective(Objective):
         self.trainables: Mapping[str, nn.Module] = {name: trainable}
         self.config: Mapping[str, Any] = network.config()
         self.progress: MutableMapping[str, float] = {}
-        self._nothing: tuple[Tensor, Tensor] | None = None
+        self._empty_prompt: tuple[Tensor, Tensor] | None = None
 
     @property
     def prior(self) -> Prior:
@@ -81,11 +81,11 @@ class StageObjective(Objective):
         raise NotImplementedError
 
     @property
-    def nothing(self) -> tuple[Tensor, Tensor]:
+    def empty_prompt(self) -> tuple[Tensor, Tensor]:
         """The empty prompt's embeddings [1, L, D] and [1, P]; the frozen encoders compute them once."""
-        if self._nothing is None:
-            self._nothing = embed_empty_prompt(self.network.prior)
-        return self._nothing
+        if self._empty_prompt is None:
+            self._empty_prompt = embed_empty_prompt(self.network.prior)
+        return self._empty_prompt
 
     def clean_latents(self, batch: Batch) -> Tensor:
         """Latents of the HQ targets [B, C, h, w]."""
@@ -97,7 +97,7 @@ class StageObjective(Objective):
         prior = self.network.prior
         drop = drop_conditions(noise.uniform("conditions"), self.dropout.image, self.dropout.text, self.dropout.both)
         if batch.embeddings:
-            text, pooled = embed_batch_prompts(prior, batch, drop.text, self.nothing)
+            text, pooled = embed_batch_prompts(prior, batch, drop.text, self.empty_prompt)
         else:
             drops_text = drop.text.tolist()
             text, pooled = prior.embed_prompts(
@@ -112,7 +112,9 @@ class StageObjective(Objective):
         """`conditions` with the empty prompt; for a batch with precomputed embeddings no text encoder runs."""
         rows = len(conditions.text)
         text, pooled = (
-            repeat_embeddings(self.nothing, rows) if batch.embeddings else self.network.prior.embed_prompts([""] * rows)
+            repeat_embeddings(self.empty_prompt, rows)
+            if batch.embeddings
+            else self.network.prior.embed_prompts([""] * rows)
         )
         return Conditions(text=text, pooled=pooled, time_ids=conditions.time_ids, image_tokens=conditions.image_tokens)
 
@@ -197,9 +199,9 @@ class PreviewerObjective(StageObjective):
         clean, conditions = self.clean_latents(batch), self.conditions(batch, noise)
         start, end = self.grid.interval(noise.integers("index", 0, self.grid.points))
         noisy = self.network.prior.schedule.add_noise(clean, noise.normal("noise", tuple(clean.shape[1:])), start)
-        nothing = self.without_text(conditions, batch)
-        previous = self._teacher_step(noisy, start, end, conditions, nothing, noise)
-        conditions = nothing
+        textless = self.without_text(conditions, batch)
+        previous = self._teacher_step(noisy, start, end, conditions, textless, noise)
+        conditions = textless
         with torch.no_grad():
             target = self.network.preview(previous, end, conditions)
         student = self.network.preview(noisy, start, conditions)
@@ -213,7 +215,7 @@ class PreviewerObjective(StageObjective):
 
     @torch.no_grad()
     def _teacher_step(
-        self, noisy: Tensor, start: Tensor, end: Tensor, conditions: Conditions, empty: Conditions, noise: Noise
+        self, noisy: Tensor, start: Tensor, end: Tensor, conditions: Conditions, textless: Conditions, noise: Noise
     ) -> Tensor:
         schedule = self.network.prior.schedule
         eps = self.network.denoise_eps(noisy, start, conditions)
@@ -221,10 +223,10 @@ class PreviewerObjective(StageObjective):
         if self.guidance_range is not None:
             w = noise.uniform("guidance", *self.guidance_range).to(noisy.dtype)
             blank = self.network.prior.null_image_tokens(len(noisy))
-            nothing = replace(empty, image_tokens=blank)
-            eps_nothing = self.network.denoise_eps(noisy, start, nothing)
-            clean = distillation_guide(schedule.x0_from_eps(noisy, eps_nothing, start), clean, w)
-            eps = distillation_guide(eps_nothing, eps, w)
+            unconditional = replace(textless, image_tokens=blank)
+            eps_unconditional = self.network.denoise_eps(noisy, start, unconditional)
+            clean = distillation_guide(schedule.x0_from_eps(noisy, eps_unconditional, start), clean, w)
+            eps = distillation_guide(eps_unconditional, eps, w)
         return ddim_step(schedule, clean, eps, end)
 
 
@@ -313,9 +315,9 @@ class AggregatorObjective(StageObjective):
             if self.preview_cfg_scale > 1:
                 # a preview is affine in the predicted noise, so guiding previews equals guiding the noise
                 blank = self.network.prior.null_image_tokens(len(lq))
-                nothing = replace(self.without_text(conditions, batch), image_tokens=blank)
+                unconditional = replace(self.without_text(conditions, batch), image_tokens=blank)
                 scale = noise.uniform("guidance", 1.0, self.preview_cfg_scale).to(lq.dtype).view(-1, 1, 1, 1)
-                reference = guide(network.preview(noisy, timesteps, nothing), reference, scale)
+                reference = guide(network.preview(noisy, timesteps, unconditional), reference, scale)
         if self.reference_noise:
             fresh = noise.normal(REFERENCE_NOISE, tuple(lq.shape[1:])).to(lq.dtype)
             reference = noised_reference(network.prior.schedule, reference, fresh, timesteps)

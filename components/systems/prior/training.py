@@ -140,8 +140,8 @@ class DenoiserObjective(PriorObjective):
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
         text, pooled = self.prior.embed_prompts(prompts)
         if self.pooled_dropout:
-            _, nothing = self.prior.embed_prompts([""])
-            pooled = replace_rows(pooled, nothing, noise.uniform("pooled_dropout") < self.pooled_dropout)
+            _, empty_prompt = self.prior.embed_prompts([""])
+            pooled = replace_rows(pooled, empty_prompt, noise.uniform("pooled_dropout") < self.pooled_dropout)
         prediction = self.prior.unet(
             noisy,
             t,

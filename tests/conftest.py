@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def ray_session() -> Iterator[None]:
 
     with local_ray(num_cpus=4, object_store_mib=200):
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Undo a test's change of torch's thread count: two threads in each of two processes are 10 to 20 times slower."""
+    yield
+    torch, threads = sys.modules.get("torch"), os.environ.get("OMP_NUM_THREADS")
+    if torch and threads and torch.get_num_threads() != int(threads):
+        torch.set_num_threads(int(threads))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -39,7 +39,6 @@ def test_a_side_that_is_not_a_multiple_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def nano():  # type: ignore[no-untyped-def]
-    torch.set_num_threads(2)
     return load_prior("nano")
 
 

@@ -130,8 +130,8 @@ class Captioner(Protocol):
     def caption(self, images: Sequence[Image]) -> list[str]: ...
 
 
-class Recorded(Protocol):
-    """A prior, as recorded in model.json."""
+class SourcedPrior(Protocol):
+    """A prior whose source model.json records."""
 
     @property
     def source(self) -> Mapping[str, str]:
@@ -156,7 +156,7 @@ class Objective(Protocol):
     files: Mapping[str, str] = MappingProxyType({})
 
     @property
-    def prior(self) -> Recorded | None:
+    def prior(self) -> SourcedPrior | None:
         """The prior that the networks use; None for none."""
         return None
 
@@ -236,7 +236,7 @@ class Cancellation(Exception):
 class Restorer(Protocol):
     """Restores pictures. Batch jobs, the service and evaluation use the same object.
 
-    A class that derives from it inherits the defaults of `preview` and `check_prompts_heard`.
+    A class that derives from it inherits the defaults of `preview` and `check_prompts_used`.
     """
 
     def restore(
@@ -248,6 +248,6 @@ class Restorer(Protocol):
         """Return a preliminary result, uint8 [H, W, 3], for a captioner; None if the system has none."""
         return None
 
-    def check_prompts_heard(self, options: Mapping[str, Any]) -> None:
+    def check_prompts_used(self, options: Mapping[str, Any]) -> None:
         """Raise ValueError, or the system's own error, for options with which a prompt has no effect."""
         return None

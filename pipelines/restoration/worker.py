@@ -155,7 +155,7 @@ class RestoreWorker:
         settings = self.settings
         if not task.picture.prompt and self.captioner is None:
             return task
-        self.restorer.check_prompts_heard(settings.ask.options)
+        self.restorer.check_prompts_used(settings.ask.options)
         if task.picture.prompt or settings.captioner is None or self.captioner is None:
             return task
         request = request_of(task.picture, settings.ask, settings.limits)

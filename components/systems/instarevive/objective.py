@@ -38,7 +38,7 @@ from components.samplers.guidance import guide
 from components.systems.instarevive.network import Conditions, EpsPredictor, ScoreNetwork, join
 from components.systems.instarevive.settings import Distillation
 from components.training import average
-from components.types import Batch, Loss, Objective, Recorded
+from components.types import Batch, Loss, Objective, SourcedPrior
 
 Coarse = Callable[[Tensor], Tensor]
 """A coarse restorer: pictures [B, 3, H, W] in [0, 1] -> the same size and about the same range."""
@@ -158,7 +158,7 @@ class InstaReviveObjective(Objective):
         perceptual: PerceptualLoss | None = None,
         config: Mapping[str, Any] | None = None,
         parts: Callable[[], Mapping[str, Mapping[str, Tensor]]] | None = None,
-        prior: Recorded | None = None,
+        prior: SourcedPrior | None = None,
     ) -> None:
         self.settings = settings or Distillation()
         if self.settings.score != (fake is not None):
@@ -180,7 +180,7 @@ class InstaReviveObjective(Objective):
         self._parts = parts
 
     @property
-    def prior(self) -> Recorded | None:
+    def prior(self) -> SourcedPrior | None:
         """The builder's `prior`."""
         return self._prior
 

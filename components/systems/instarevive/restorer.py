@@ -161,7 +161,7 @@ class InstaReviveRestorer(Restorer):
         height, width = job.inside
         return np.ascontiguousarray(self._coarse_images([job.image])[0][:height, :width])
 
-    def check_prompts_heard(self, options: Mapping[str, Any]) -> None:
+    def check_prompts_used(self, options: Mapping[str, Any]) -> None:
         """Check that the options pass each request's own prompt to the network.
 
         Raises:

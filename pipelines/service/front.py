@@ -150,12 +150,12 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: 
     async def refusal(_: Request, error: Refusal) -> JSONResponse:
         return error_response(error.status, error.code, error.detail)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         state, detail = await backend.health()
         return JSONResponse({"state": state, "detail": detail}, status_code=200 if state == "READY" else 503)
 
-    @app.get("/v1/model")
+    @app.api_route("/v1/model", methods=["GET", "HEAD"])
     async def model() -> dict[str, Any]:
         return {**asdict(identity), "limits": asdict(limits)}
 

@@ -18,22 +18,24 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from components.images import Limits
+from components.images import Limits, encode_png
 from components.options import OptionCheck
 from components.restoring import Ask, Identity, Picture, restore_bytes
 from components.types import Cancellation, Restorer, SampleError
@@ -42,18 +44,28 @@ from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory, OpenedModel
 from pipelines.service.client import POLL_S, wait_ready
-from pipelines.service.front import ServeLimits, build_app
+from pipelines.service.front import STATUS, ServeLimits, build_app
 
 APP = "restoray"
+FAILED_STATUS = 500  # of the errors that are no fault of the picture, the options or the load
+MAX_ERRORS = 3  # more failed than restored pictures; then the replica tests itself
+REPLACEMENTS = 2  # processes without one restored picture, one after the other; then the service reports its failure
+END_AFTER_S = 0.2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The restorer's answer: a PNG, or a reason code and a sentence (exceptions do not cross processes well)."""
+    """The restorer's answer: a PNG, or a reason code and a sentence (exceptions do not cross processes well).
+
+    `broken` is true if the replica cannot restore any picture, and ends.
+    """
 
     png: bytes = b""
     code: str = ""
     detail: str = ""
+    broken: bool = False
 
 
 class RestorerReplica:
@@ -61,13 +73,16 @@ class RestorerReplica:
 
     If the model cannot be loaded, the replica stays and reports the reason: after an exception Serve would restart it
     again and again.
+
+    After MAX_ERRORS more failed than restored pictures the replica restores a picture of its own. If this fails too,
+    its device or its model is broken: the process ends, and Serve starts another one.
     """
 
     def __init__(self, factory: Factory, identity: Identity, limits: ServeLimits, threads: int) -> None:
         self.identity, self.limits = identity, Limits(max_pixels=limits.max_input_pixels, max_bytes=limits.max_bytes)
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="restore")
         self.restorer: Restorer | None = None
-        self.failure = ""
+        self.failure, self.errors, self.broken = "", 0, False
         try:
             self.restorer = factory()
             set_threads(threads)
@@ -75,23 +90,35 @@ class RestorerReplica:
             self.failure = f"the model {identity.name} cannot be loaded: {type(error).__name__}: {error}"
 
     async def setup_error(self) -> str:
-        """Why the model could not be loaded; "" if it was loaded."""
+        """Why the model could not be loaded; "" if it was loaded. A broken replica does not answer until it ends."""
+        while self.broken:
+            await asyncio.sleep(POLL_S)
         return self.failure
 
     async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes = b"") -> Outcome:
         """Decode, restore and encode one picture; cancelling this call stops the work."""
         if self.restorer is None:
             return Outcome(code="setup_failed", detail=self.failure)
+        outcome = await self._restore(Picture(key=key, data=data, seed=seed, reference=reference), ask)
+        if outcome.png:
+            self.errors = max(0, self.errors - 1)
+        elif STATUS.get(outcome.code) == FAILED_STATUS:
+            self.errors += 1
+            if self.errors >= MAX_ERRORS:
+                self.errors, self.broken = 0, await self._fails_on_its_own_picture()
+        if self.broken:
+            log.error("%s fails on every picture, also on its own: the process ends", self.identity.name)
+            asyncio.get_running_loop().call_later(END_AFTER_S, self.end)  # the answer leaves first
+        return replace(outcome, broken=self.broken)
+
+    def end(self) -> None:
+        """End this process; Serve starts another one."""
+        os._exit(1)
+
+    async def _restore(self, picture: Picture, ask: Ask) -> Outcome:
+        assert self.restorer is not None
         stop = threading.Event()
-        work = functools.partial(
-            restore_bytes,
-            self.restorer,
-            self.identity,
-            Picture(key=key, data=data, seed=seed, reference=reference),
-            ask,
-            self.limits,
-            stop.is_set,
-        )
+        work = functools.partial(restore_bytes, self.restorer, self.identity, picture, ask, self.limits, stop.is_set)
         try:
             return Outcome(png=await asyncio.get_running_loop().run_in_executor(self.pool, work))
         except SampleError as error:
@@ -101,13 +128,24 @@ class RestorerReplica:
         finally:
             stop.set()  # also runs when this coroutine is cancelled and the thread still works
 
+    async def _fails_on_its_own_picture(self) -> bool:
+        """Whether a small gradient fails too, with a reference if the model needs one."""
+        ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+        png = encode_png(np.repeat(np.tile(ramp, (64, 1))[..., None], 3, axis=2))
+        outcome = Outcome()
+        for reference in (b"", png):
+            outcome = await self._restore(Picture(key="self-test", data=png, seed=0, reference=reference), Ask())
+            if outcome.code != "refused":
+                break
+        return STATUS.get(outcome.code) == FAILED_STATUS
+
 
 class FrontDoor:
     """The HTTP side: the backend that `build_app` takes, on top of the restorer's handle."""
 
     def __init__(self, restorer: DeploymentHandle, identity: Identity, limits: ServeLimits, check: OptionCheck) -> None:
         self.restorer, self.identity, self.limits, self.check = restorer, identity, limits, check
-        self.state, self.detail = "STARTING", "the model is being loaded"
+        self.state, self.detail, self.replacements = "STARTING", "the model is being loaded", 0
         self.setup: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -151,6 +189,14 @@ class FrontDoor:
         except asyncio.CancelledError:
             response.cancel()
             raise
+        if outcome.png:
+            self.replacements = 0
+        elif outcome.broken and self.state == "READY":
+            self.replacements += 1
+            self.state, self.detail = "STARTING", "the restoring process failed on every picture and is replaced"
+            if self.replacements > REPLACEMENTS:
+                self.state = "SETUP_FAILED"
+                self.detail = f"{self.identity.name} fails on every picture, also in {REPLACEMENTS} new processes"
         return outcome
 
 

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -179,6 +180,9 @@ def test_health_and_model(service: RunningService, model: Path) -> None:
     assert card["defaults"] == {}  # this system's recipes set none
     assert str(model.parent) not in json.dumps(card)
     assert service.url.startswith("http://127.0.0.1:")
+    for path in ("/health", "/v1/model"):  # load balancers ask by HEAD
+        head = ask(service, None, None, "HEAD", path)
+        assert (head.status, head.body) == (200, b"")
 
 
 def test_bytes_equal_the_batch_job(service: RunningService, model: Path, tmp_path: Path) -> None:
@@ -361,6 +365,58 @@ def test_a_restorer_that_dies_comes_back(service: RunningService) -> None:
         assert again.problem[0] == 503
         time.sleep(0.5)
     assert again.status == 200
+
+
+class BrokenDevice(tiny.TinyRestorer):  # type: ignore[misc, name-defined]
+    """Fails on each picture, or only on pictures with the key "bad"."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__(strength=20.0)
+        self.always = always
+
+    def restore(self, requests: Any, *rest: Any, **named: Any) -> Any:
+        if self.always or requests[0].key == "bad":
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return super().restore(requests, *rest, **named)
+
+
+class Mortal(RestorerReplica):
+    """A replica whose end is recorded: a real one ends its process."""
+
+    ended = 0
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_replica_with_a_broken_device_is_replaced_and_a_bad_picture_does_not_end_it(model: Path) -> None:
+    """The front waits for another process, and after two of them reports the failure."""
+    identity = open_model(model).identity
+
+    async def states(always: bool, keys: list[str]) -> tuple[list[tuple[int, str]], list[Mortal]]:
+        replicas = [Mortal(lambda: BrokenDevice(always), identity, LIMITS, threads=1)]
+        front = FrontDoor(Direct(replicas[0]), identity, LIMITS, tiny.check_options)  # type: ignore[arg-type]
+        app = build_app(front, identity, LIMITS, tiny.check_options)
+        seen = []
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front") as client:
+            for key in keys:
+                answer = await client.post("/v1/restore", content=PICTURE, params={"key": key})
+                state = (await client.head("/health")).status_code
+                if replicas[-1].broken:
+                    await asyncio.sleep(0.3)
+                if replicas[-1].broken and front.state == "STARTING":  # as Serve does
+                    replicas.append(Mortal(lambda: BrokenDevice(always), identity, LIMITS, threads=1))
+                    front.restorer = Direct(replicas[-1])  # type: ignore[assignment]
+                    front.setup = None
+                seen.append((answer.status_code, str(state)))
+        return seen, replicas
+
+    seen, replicas = asyncio.run(states(True, [f"p{n}" for n in range(10)]))
+    assert seen[:3] == [(500, "200"), (500, "200"), (500, "503")]
+    assert [replica.ended for replica in replicas] == [1, 1, 1] and seen[-2:] == [(500, "503"), (503, "503")]
+    seen, replicas = asyncio.run(states(False, ["bad"] * 7 + ["good"]))
+    assert [status for status, _ in seen] == [500] * 7 + [200] and all(state == "200" for _, state in seen)
+    assert [replica.ended for replica in replicas] == [0]
 
 
 def test_a_port_in_use_and_a_second_service_are_refused(service: RunningService, model: Path) -> None:

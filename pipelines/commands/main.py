@@ -18,6 +18,7 @@ from pipelines.commands import analyze, corpora, doctor, measuring, restoration,
 from pipelines.commands.support import Command
 from pipelines.core.environment import quiet_environment
 from pipelines.core.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, RestorayError
+from pipelines.core.ray_output import separate_stderr
 
 INTERRUPT_MESSAGE = "interrupted: the same command resumes where this one stopped."
 
@@ -82,6 +83,7 @@ def interrupt(signum: int, frame: object) -> None:
 def main() -> None:
     """The entry point of `restoray`."""
     quiet_environment()
+    separate_stderr()
     signal.signal(signal.SIGTERM, interrupt)
     as_json = "--json" in sys.argv
     try:
@@ -90,7 +92,7 @@ def main() -> None:
             INTERRUPT_MESSAGE if code == EXIT_INTERRUPTED else ""
         )  # typer turns Ctrl-C into this code without a message
     except RestorayError as error:
-        code, message = error.exit_code, str(error)
+        code, message = error.exit_code, "\n".join([str(error), *getattr(error, "__notes__", [])])
     except (KeyboardInterrupt, typer.Abort):
         code, message = EXIT_INTERRUPTED, INTERRUPT_MESSAGE
     except BrokenPipeError:  # the reader of our output has ended

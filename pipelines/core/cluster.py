@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from pipelines.core.environment import quiet_environment
-from pipelines.core.errors import RetryLater, UsageError
+from pipelines.core.errors import Failure, RestorayError, RetryLater, UsageError
 from pipelines.core.home import data_folder
+from pipelines.core.ray_output import keep_logs, ray_output_in
 
 START_ATTEMPTS = 3
 
@@ -51,6 +53,8 @@ def logical_cpus(minimum: int) -> int:
 def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) -> Iterator[None]:
     """Start an isolated local Ray and stop it at the end. If the process already has a Ray, use that one.
 
+    Ray's own lines go to files. After a failure its logs are kept, and a note on the error names their folder.
+
     Args:
         num_cpus: logical CPUs; None: from clusters/local.yaml.
         object_store_mib: shared memory for objects, MiB; None: from clusters/local.yaml.
@@ -78,18 +82,53 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
     in_main_thread = threading.current_thread() is threading.main_thread()
     sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
-        start_ray(
-            folder,
-            num_cpus or logical_cpus(settings.minimum_logical_cpus),
-            object_store_mib or settings.object_store_mib,
-        )
-        if in_main_thread and sigterm_handler is not None:
-            signal.signal(signal.SIGTERM, sigterm_handler)  # Ray installs its own handler, which exits with 15
-        quiet_data()
-        yield
+        with ray_output_in(folder):
+            try:
+                start_ray(
+                    folder,
+                    num_cpus or logical_cpus(settings.minimum_logical_cpus),
+                    object_store_mib or settings.object_store_mib,
+                )
+                if in_main_thread and sigterm_handler is not None:
+                    signal.signal(signal.SIGTERM, sigterm_handler)  # Ray installs its own handler, which exits with 15
+                quiet_data()
+                yield
+            finally:
+                ray.shutdown()
+    except Exception as error:
+        if not isinstance(error, RestorayError) or isinstance(error, Failure | RetryLater):
+            logs = keep_logs(folder)
+            if logs is not None:
+                error.add_note(f"Ray's logs: {logs}")
+        raise
     finally:
-        ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_cpus(what: str, cpus: float, hint: str) -> None:
+    """Check that the running Ray has that many CPUs. Without this, the work would wait for them without end.
+
+    Raises:
+        UsageError: it has fewer; `hint` says what to change.
+    """
+    import ray
+
+    total = float(ray.cluster_resources().get("CPU", 0.0))
+    if total < cpus:
+        raise UsageError(f"{what} needs {cpus:g} CPUs, and Ray has {total:g}: {hint}")
+
+
+def ray_in_use() -> str:
+    """How many CPUs and GPUs of the running Ray are in use, in words; "" without a running Ray."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return ""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return ", ".join(
+        f"{total[name] - free.get(name, 0.0):g} of {total[name]:g} {name}s"
+        for name in ("CPU", "GPU")
+        if total.get(name)
+    )
 
 
 def start_ray(folder: Path, num_cpus: int, object_store_mib: int) -> None:
@@ -100,6 +139,8 @@ def start_ray(folder: Path, num_cpus: int, object_store_mib: int) -> None:
     """
     import ray
 
+    # With this variable set, Ray takes its value as it is; without it, Ray asks every caller for a token.
+    os.environ.pop("RAY_AUTH_MODE", None)
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(

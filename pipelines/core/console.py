@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
+from pipelines.core.cluster import ray_in_use
+
+SILENCE_S = 120.0
+"""Time without progress after which a bar says so."""
 LINE_INTERVAL_S = 10.0
 """A log gets at most one progress line per bar in this time, and the bar's last line."""
 
@@ -59,10 +64,11 @@ class Console:
         if self.silent:
             yield no_progress
         elif self.live:
-            with self._live_bar(title) as progress:
-                yield progress
+            with self._live_bar(title) as progress, Watch(title, progress, self.say) as watched:
+                yield watched
         else:
-            yield LinePrinter(title, self.say)
+            with Watch(title, LinePrinter(title, self.say), self.say) as watched:
+                yield watched
 
     @contextmanager
     def _live_bar(self, title: str) -> Iterator[Progress]:
@@ -103,6 +109,43 @@ class Console:
         if text:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
+
+
+class Watch:
+    """A Progress that passes its calls on, and says so when none comes for SILENCE_S, then 2, 4, 8 times as long.
+
+    Some work is slow, and some waits for CPUs without end: the line shows which of Ray's CPUs are in use.
+    """
+
+    def __init__(self, title: str, progress: Progress, say: Any, silence_s: float = SILENCE_S) -> None:
+        self.title, self.progress, self.say, self.silence_s = title, progress, say, silence_s
+        self.last, self.end = time.monotonic(), threading.Event()
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end.set()
+
+    def __call__(self, count: int, of: int = 0, note: str = "") -> None:
+        self.last = time.monotonic()
+        self.progress(count, of, note)
+
+    def _run(self) -> None:
+        seen, limit = self.last, self.silence_s
+        while not self.end.wait(self.silence_s / 4):
+            if self.last != seen:
+                seen, limit = self.last, self.silence_s
+            silence = time.monotonic() - seen
+            if silence >= limit:
+                limit *= 2
+                in_use = ray_in_use()
+                self.say(
+                    f"{self.title}: no progress for {silence:.0f} s{f'; in use: {in_use}' if in_use else ''}; "
+                    "Ctrl-C ends it, and the same command continues"
+                )
 
 
 class LinePrinter:

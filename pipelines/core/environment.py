@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 
 
 def quiet_environment() -> None:
@@ -14,3 +15,8 @@ def quiet_environment() -> None:
     # Despite its name, this variable makes a local Ray listen on loopback only, on any system. Checked with 2.60: with
     # it all sockets are on 127.0.0.1; without it most are on every address, also with _node_ip_address.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Every process of Ray listens for the others and unpickles what they send, Serve's replicas on all addresses. Each
+    # command has a token of its own, and refuses a caller without it, also where the user's environment disables that.
+    os.environ.pop("RAY_AUTH_MODE", None)
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

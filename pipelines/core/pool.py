@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from pipelines.core.cluster import local_ray
+from pipelines.core.cluster import local_ray, require_cpus
 from pipelines.core.errors import Failure, UsageError
 
 J = TypeVar("J")
@@ -122,6 +122,7 @@ def _through_ray(make: Callable[[], Worker[J, A]], jobs: Sequence[J], pool: Pool
 
     batches = -(-len(jobs) // pool.batch_size)
     with local_ray(), ray_errors("the job"), _without_bars():
+        require_cpus("a worker", pool.num_cpus, "lower the CPUs of a worker.")
         rows = [{"job": job} for job in jobs]
         dataset = ray.data.from_items(rows, override_num_blocks=min(batches, MAX_BLOCKS)).map_batches(
             _Actor,  # type: ignore[arg-type]

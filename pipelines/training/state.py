@@ -37,6 +37,7 @@ class Run:
         out: the stage's folder.
         cwd: the driver's current folder; relative model paths in a recipe start there.
         captioning: captioner actors for missing captions; None: missing captions stay empty.
+        cpus_per_task: logical CPUs of one data task. Each rank can run at least one at any time.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class Run:
     out: Path
     cwd: Path
     captioning: Captioning | None = None
+    cpus_per_task: float = 1.0
 
 
 @dataclass(kw_only=True)

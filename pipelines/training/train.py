@@ -7,6 +7,7 @@ new rows of metrics.jsonl for the progress bar and the tracker.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -68,10 +69,20 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
         )
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": placement.gpus_per_worker} if use_gpu else {})
     scaling = ScalingConfig(num_workers=placement.workers, use_gpu=use_gpu, resources_per_worker=resources)
+    cpus_per_task = data_cpus(recipe)
     with running_captioners(recipe) as captioning, Tail(out / METRICS, on_metrics), _own_interrupts():
         trainer = _local_trainer()(
             worker,
-            train_loop_config={"run": Run(recipe=recipe, inputs=inputs, out=out, cwd=cwd, captioning=captioning)},
+            train_loop_config={
+                "run": Run(
+                    recipe=recipe,
+                    inputs=inputs,
+                    out=out,
+                    cwd=cwd,
+                    captioning=captioning,
+                    cpus_per_task=cpus_per_task,
+                )
+            },
             scaling_config=scaling,
             run_config=RunConfig(
                 name="run",
@@ -88,6 +99,31 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
     if result.error is not None or not (out / MODEL / "model.json").is_file():
         raise _ended_early(recipe, result.error)
     return TrainResult(model=out / MODEL, heldout=heldout_losses(out / METRICS), seconds=time.time() - start)
+
+
+def data_cpus(recipe: Recipe) -> float:
+    """Logical CPUs of one data task: 1, or less if trainers and captioners leave less than 1 for each rank.
+
+    A data task waits with its CPU until its rank takes the rows. If all ranks shared one CPU, a rank whose task waits
+    could hold the CPU that another rank needs, and all would wait without end.
+
+    Raises:
+        UsageError: they leave no CPU, so that no step could start.
+    """
+    import ray
+
+    placement = recipe.placement
+    captioners = placement.captioners if recipe.missing_captions.model else 0
+    in_use = placement.workers * placement.cpus_per_worker + captioners * placement.cpus_per_captioner
+    total = float(ray.cluster_resources().get("CPU", 0.0))
+    free = total - in_use
+    if free <= 0:
+        raise UsageError(
+            f"{recipe.name}: trainers{' and captioners' if captioners else ''} take {in_use:g} CPUs, Ray has {total:g},"
+            " and the data tasks need some too: lower placement.cpus_per_worker or placement.workers."
+        )
+    # Ray counts in units of 0.0001
+    return min(1.0, math.floor(free / placement.workers * 1e4) / 1e4)
 
 
 def _local_trainer() -> type[TorchTrainer]:

@@ -84,7 +84,16 @@ def micro_batches_of(state: State) -> Iterator[MicroBatches]:
         return
     first, last = state.step * recipe.batch_size, recipe.steps * recipe.batch_size
     micro = recipe.batch_size // (recipe.accumulation * state.world)
-    blocks = rank_batches(state.stream, first, last, recipe.batch_size, state.rank, state.world, micro=micro)
+    blocks = rank_batches(
+        state.stream,
+        first,
+        last,
+        recipe.batch_size,
+        state.rank,
+        state.world,
+        micro=micro,
+        task_cpus=state.run.cpus_per_task,
+    )
     for _ in range(steps):
         data = MicroBatches(start=time.time())
         for _ in range(recipe.accumulation):

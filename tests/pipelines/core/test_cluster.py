@@ -10,39 +10,142 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.core.cluster import load_local, local_ray, logical_cpus, remove_ray_folders
+from pipelines.core.cluster import load_local, local_ray, logical_cpus, remove_ray_folders, require_cpus
 from pipelines.core.errors import UsageError
+from pipelines.core.ray_output import DRIVER_LOG, KEPT_BYTES, keep_logs
 
 PROGRAM = """
-import json, signal
+import json, os, pickle, signal, sys
 from pathlib import Path
 from pipelines.core.cluster import local_ray
 
 def mine(signum, frame): pass
 
+class Stranger:
+    def __reduce__(self):
+        return open, (sys.argv[1], "w")
+
 signal.signal(signal.SIGTERM, mine)
 with local_ray(num_cpus=3, object_store_mib=80):
-    import psutil, ray
-    outside = []
+    import grpc, psutil, ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.generated.serve_pb2 import ASGIRequest
+    from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
+
+    @serve.deployment
+    class App:
+        def __call__(self, request): return ""
+
+    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="127.0.0.1", port=0))
+    serve.run(App.bind())
+    outside, answers = [], []
     for process in psutil.Process().children(recursive=True):
         for c in process.net_connections(kind="inet"):
             if c.status == psutil.CONN_LISTEN and not c.laddr.ip.startswith(("127.", "::1", "::ffff:127.")):
-                outside.append([process.name(), list(c.laddr)])
+                outside.append(process.name().split(":")[2])
+                stub = ASGIServiceStub(grpc.insecure_channel(f"127.0.0.1:{c.laddr.port}"))
+                message = ASGIRequest(pickled_request_metadata=pickle.dumps(Stranger()), request_args=b"")
+                try:
+                    stub.HandleRequest(message, timeout=20)
+                except grpc.RpcError as error:
+                    answers.append(error.code().name)
+    serve.shutdown()
     with local_ray():  # uses the Ray that runs
         cpus = ray.cluster_resources()["CPU"]
     runs = ray.is_initialized()
     same_handler = signal.getsignal(signal.SIGTERM) is mine
-print(json.dumps([cpus, outside, runs, same_handler, ray.is_initialized(), len(psutil.Process().children())]))
+left = len(psutil.Process().children())
+print(json.dumps([cpus, outside, answers, runs, same_handler, ray.is_initialized(), left]))
 """
 
 
 @pytest.mark.slow
-def test_local_ray_is_isolated(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["disabled", pytest.param(None, marks=pytest.mark.full)])
+def test_local_ray_is_isolated(mode: str | None, repository: Path, tmp_path: Path) -> None:
+    """Only a replica of Serve listens outside loopback, and it does not unpickle what a stranger sends."""
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), **({"RAY_AUTH_MODE": mode} if mode else {})}
+    environment.pop("RAY_AUTH_TOKEN", None)
     process = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=repository, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "unpickled")],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    assert json.loads(process.stdout.splitlines()[-1]) == [3.0, [], True, True, False, 0]
+    isolated = [3.0, ["ServeReplica"], ["UNAUTHENTICATED"], True, True, False, 0]
+    assert json.loads(process.stdout) == isolated  # and no line of Ray is on standard output
+    assert not (tmp_path / "unpickled").exists()
+
+
+FAILURE = """
+import sys
+from pipelines.core import ray_output
+from pipelines.core.cluster import local_ray
+from pipelines.core.errors import Failure
+
+ray_output.separate_stderr()
+try:
+    with local_ray(num_cpus=2, object_store_mib=80):
+        import os, ray
+
+        @ray.remote
+        def say(): print("a line of a worker", flush=True)
+
+        ray.get(say.remote())
+        os.write(2, b"a line of C++\\n")
+        print("a line of ours", file=sys.stderr)
+        raise Failure("no luck")
+except Failure as error:
+    print(getattr(error, "__notes__", []))
+os.write(2, b"after Ray\\n")
+"""
+
+
+@pytest.mark.slow
+def test_the_logs_of_a_failed_run_are_kept_and_rays_lines_stay_out_of_the_terminal(
+    repository: Path, tmp_path: Path
+) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", FAILURE],
+        cwd=repository,
+        env={**os.environ, "RESTORAY_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert process.stderr.splitlines() == ["a line of ours", "after Ray"]
+    (logs,) = (tmp_path / "logs").iterdir()
+    assert process.stdout.strip() == str([f"Ray's logs: {logs}"])
+    assert (logs / DRIVER_LOG).read_text() == "a line of C++\n"
+    assert "a line of a worker" in "".join(path.read_text() for path in logs.glob("worker-*.out"))
+
+
+def test_only_the_newest_logs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "home"))
+    for number in range(8):
+        (tmp_path / "home" / "logs" / f"20200101-00000{number}-1").mkdir(parents=True)
+    session = tmp_path / "ray" / "session_x" / "logs"
+    session.mkdir(parents=True)
+    (session / "long.log").write_bytes(b"x" * (KEPT_BYTES + 5) + b"end")
+    (session / "empty.log").touch()
+    copy = keep_logs(tmp_path / "ray")
+    assert copy is not None
+    assert [path.name for path in copy.iterdir()] == ["long.log"]
+    assert (copy / "long.log").stat().st_size == KEPT_BYTES and (copy / "long.log").read_bytes().endswith(b"xend")
+    names = sorted(path.name for path in copy.parent.iterdir())
+    assert names == [f"20200101-00000{number}-1" for number in (4, 5, 6, 7)] + [copy.name]
+
+
+def test_more_cpus_than_ray_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    require_cpus("a worker", 4, "hint")
+    with pytest.raises(UsageError, match="a worker needs 5 CPUs, and Ray has 4: hint"):
+        require_cpus("a worker", 5, "hint")
 
 
 def test_an_address_of_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ from components.synthetic import dead_leaves
 from components.types import Degradation, Image, Plan, SampleError
 from pipelines.core.errors import Failure, UsageError
 from pipelines.corpus.columns.reading import open_column
+from pipelines.corpus.recent import MOST_OPEN, Recent
 from pipelines.corpus.shards import STORED_LIMITS, Corpus, ShardFile, Split, open_corpus
 from pipelines.stream.columns import Precomputed, check_columns
 from pipelines.stream.config import DEAD_LEAVES, StreamConfig, captioner_of
@@ -493,26 +494,26 @@ class _Shard:
     def __init__(self, split: Split, number: int) -> None:
         batch = split.batch(number)
         self.path, self.start = split.folder / split.shards[number]["name"], split.starts[number]
-        self.file = ShardFile(self.path)
         self.split_samples = len(split)
         self.keys, self.captions = batch.column("key"), batch.column("caption")
         self.offsets, self.sizes = batch.column("offset").to_numpy(), batch.column("size").to_numpy()
 
     def read(self, index: int, key: str) -> bytes:
         """Return the picture's bytes of the sample at an index; errors as in ShardFile.read."""
-        return self.file.read(int(self.offsets[index]), int(self.sizes[index]), key)
+        file = _files.get(self.path, lambda: ShardFile(self.path))
+        return file.read(int(self.offsets[index]), int(self.sizes[index]), key)
+
+
+_shards: Recent[tuple[str, int, str, int], _Shard] = Recent(lambda: MOST_OPEN)
+_files: Recent[object, ShardFile] = Recent()
 
 
 def _shard_of(folder: str, split: str, sample: int) -> _Shard:
     """Return the shard that holds a sample number."""
     mtime_ns = _mtime_ns(folder)
     number = bisect_right(_corpus_at(folder, mtime_ns).split(split).starts, sample) - 1
-    return _shard(folder, mtime_ns, split, number)
-
-
-@lru_cache(maxsize=256)
-def _shard(folder: str, mtime_ns: int, split: str, number: int) -> _Shard:
-    return _Shard(_corpus_at(folder, mtime_ns).split(split), number)
+    place = folder, mtime_ns, split, number
+    return _shards.get(place, lambda: _Shard(_corpus_at(folder, mtime_ns).split(split), number))
 
 
 def _corpus(folder: str) -> Corpus:

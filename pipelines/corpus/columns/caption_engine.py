@@ -7,6 +7,7 @@ captions-vllm.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pipelines.core.cluster import local_ray, quiet_data
 from pipelines.core.errors import UsageError
 from pipelines.core.pool import MAX_BLOCKS, ray_errors
 from pipelines.corpus.columns.spec import ColumnJob, ShardAnswer, ShardTask
-from pipelines.corpus.columns.workers import open_shard
+from pipelines.corpus.columns.workers import OpenShard, open_shard
 
 ERROR = "__inference_error__"  # ray.data.llm's column; "" in rows without an error
 
@@ -33,37 +34,40 @@ def run_engine(
 ) -> Iterator[ShardAnswer]:
     """Runner of `compute_column` for an engine that turns a Ray dataset of pictures into one of captions.
 
+    The driver holds a task of each shard, and only the shards that the engine is working on: the workers open the rest.
+
     Args:
         processor: called once, when Ray runs; returns the engine. It turns rows {split, shard, place, pixels (bytes of
             uint8 [H, W, 3]), height, width} into rows {split, shard, place, text}, in any order; a row with an error
             has it in ERROR. Rows may be missing.
     """
-    waiting = {}
-    for task in tasks:
-        shard = open_shard(job, task)
-        if shard.missing():
-            waiting[task.split, task.shard] = shard
-        else:
-            yield ShardAnswer(row=shard.write())
-    if not waiting:
+    queue = deque(tasks)
+    while queue and not (shard := open_shard(job, queue[0])).missing():  # without a missing caption no engine starts
+        yield ShardAnswer(row=shard.write())
+        queue.popleft()
+    if not queue:
         return
     import ray
 
+    waiting = {(task.split, task.shard): task for task in queue}
+    shards: dict[tuple[str, int], OpenShard] = {}  # those of which the engine has answered a part
     with local_ray(), ray_errors("the engine"):
         quiet_data()
-        rows = [{"task": shard.task} for shard in waiting.values()]
+        rows = [{"task": task} for task in queue]
         work: Callable[..., Any] = _pictures_of
         pictures = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).flat_map(
             work, fn_kwargs={"job": job}
         )
         for row in processor()(pictures).iter_rows():
             place = str(row["split"]), int(row["shard"])
-            shard = waiting[place]
+            shard = shards[place] if place in shards else shards.setdefault(place, open_shard(job, waiting[place]))
             text, error = tidy(str(row.get("text") or "")), str(row.get(ERROR) or "")
             shard.settle(int(row["place"]), SampleError("failed", error) if error else text or empty_caption())
             if not shard.missing():
-                yield ShardAnswer(row=waiting.pop(place).write())
-    for shard in waiting.values():  # pictures that did not reach the engine could not be read, which gives the error
+                del waiting[place], shards[place]
+                yield ShardAnswer(row=shard.write())
+    for place, task in waiting.items():  # a picture that did not reach the engine could not be read: that is its error
+        shard = shards.pop(place) if place in shards else open_shard(job, task)
         for number in shard.missing():
             picture = shard.read(number)
             silent = SampleError("failed", "the engine gave no answer")

@@ -29,6 +29,7 @@ from components.writing import replace_file
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import last_line
 from pipelines.core.rows import parse_lines
+from pipelines.corpus.columns.line_places import LinePlaces
 from pipelines.corpus.columns.spec import Value
 from pipelines.corpus.columns.workers import apply_worker, filled_batches
 
@@ -68,7 +69,7 @@ class CaptionCache:
         <folder>/<16 digits of the captioner's digest>/<writer>.jsonl   {"picture", "caption", "sha256"} a line
 
     Every writer appends to its own file and reads the files of all writers. An incomplete line counts as absent. Memory
-    holds the place on disk of each caption (about 250 bytes), but no text.
+    holds the place on disk of each caption (16 bytes, see LinePlaces), but no text.
 
     Args:
         folder: folder of the caches of all captioners; created.
@@ -82,7 +83,7 @@ class CaptionCache:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._places: dict[bytes, tuple[Path, int]] = {}
+        self._places = LinePlaces()
         self._read_to: dict[Path, int] = {}
         self._own: Path | None = None
 
@@ -147,12 +148,13 @@ class CaptionCache:
     def _note(self, row: Mapping[str, Any], path: Path, start: int) -> None:
         picture, caption = row.get("picture"), row.get("caption")
         if isinstance(caption, str) and _sha256(caption) == row.get("sha256") and SHA256.fullmatch(str(picture)):
-            self._places.setdefault(bytes.fromhex(str(picture)), (path, start))
+            self._places.add(bytes.fromhex(str(picture)), path, start)
 
     def _caption(self, name: bytes) -> str | None:
-        if name not in self._places:
+        place = self._places.find(name)
+        if place is None:
             return None
-        path, start = self._places[name]
+        path, start = place
         with open(path, "rb") as source:
             source.seek(start)
             rows = parse_lines(source.readline())

@@ -19,7 +19,6 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import pyarrow as pa
 
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.corpus.columns.spec import FOLDER, FORMAT, Value
+from pipelines.corpus.recent import Recent
 from pipelines.corpus.shards import Corpus
 
 
@@ -96,12 +96,16 @@ class Column:
         if not 0 <= sample < starts[-1]:
             raise IndexError(f"there is no sample {sample}: split {split} has {starts[-1]} samples")
         shard = bisect.bisect_right(starts, sample) - 1
-        return _map_file(self.folder / self.files[split][shard], self.stamp), sample - starts[shard]
+        path = self.folder / self.files[split][shard]
+        return _maps.get((path, self.stamp), lambda: _map_file(path)), sample - starts[shard]
 
 
-@lru_cache(maxsize=256)
-def _map_file(path: Path, stamp: str) -> pa.RecordBatch:
-    """Memory-map a file; `stamp` is only a part of the cache's key, so that a column computed again is mapped again."""
+_maps: Recent[tuple[Path, str], pa.RecordBatch] = Recent()
+"""Mapped files by path and stamp of the column, so that a column computed again is mapped again."""
+
+
+def _map_file(path: Path) -> pa.RecordBatch:
+    """Memory-map a file."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except (OSError, pa.ArrowInvalid) as error:

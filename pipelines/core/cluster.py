@@ -123,7 +123,10 @@ def ray_in_use() -> str:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return ""
-    total, free = ray.cluster_resources(), ray.available_resources()
+    try:
+        total, free = ray.cluster_resources(), ray.available_resources()
+    except Exception:  # noqa: BLE001 - Ray is shutting down, in another thread
+        return ""
     return ", ".join(
         f"{total[name] - free.get(name, 0.0):g} of {total[name]:g} {name}s"
         for name in ("CPU", "GPU")

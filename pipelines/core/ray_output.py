@@ -96,5 +96,6 @@ def keep_logs(folder: Path) -> Path | None:
         for old in sorted(entry for entry in logs.iterdir() if entry.is_dir())[:-KEPT_RUNS]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError:
+        shutil.rmtree(copy, ignore_errors=True)
         return None
     return copy if copy.is_dir() else None

@@ -55,6 +55,9 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
 }
 """Tests of files that tests reach through other modules, besides the test files that import the file itself."""
 
+TOO_LONG = {"tests/components/test_degradation_distributions.py"}
+"""Test files with a minute of processor time for a few tests over thousands of pictures: no mutant has time for them."""
+
 MOST = 6
 """Test files of one file. Ours: a module that twenty test files use has its own tests in the first few."""
 
@@ -92,6 +95,8 @@ def _imports(root: Path) -> dict[str, dict[str, int]]:
     tests: dict[str, dict[str, int]] = {}
     for folder in FOLDERS:
         for path in sorted((root / folder).rglob("test_*.py")):
+            if path.relative_to(root).as_posix() in TOO_LONG:
+                continue
             names: dict[str, int] = {}
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and node.module:

@@ -56,7 +56,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
 """Tests of files that tests reach through other modules, besides the test files that import the file itself."""
 
 TOO_LONG = {"tests/components/test_degradation_distributions.py"}
-"""Test files with a minute of processor time for a few tests over thousands of pictures: no mutant has time for them."""
+"""Test files that take a minute for a few tests over thousands of pictures; a mutant has 20 s."""
 
 MOST = 6
 """Test files of one file. Ours: a module that twenty test files use has its own tests in the first few."""

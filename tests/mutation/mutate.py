@@ -109,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs = _jobs(tree, nodes, options)
         print(f"{len(jobs)} mutants of {len(nodes)} nodes in {len(areas)} files", flush=True)
         runs.load_libraries()
-        profiles = _profile(jobs, copies, options)
         controls = [
             Job(name="control", file=file, tests=own_tests(tree, file))
             for file in dict.fromkeys(job.file for job in jobs)
         ]
+        profiles = _profile([*jobs, *controls], copies, options)
         for job in [*controls, *jobs]:
             job.digest = digest(*(tree / name for name in (job.file, *job.tests)))
             job.names = (

@@ -145,7 +145,7 @@ def choose(mutant: Mutant, files: Sequence[str], profiles: dict[str, Profile], b
     return names
 
 
-def fastest(file: str, tests: Sequence[str], profiles: dict[str, Profile], budget: float = BUDGET_S) -> list[str]:
+def fastest(file: str, tests: Sequence[str], profiles: dict[str, Profile], budget: float = 1.0) -> list[str]:
     """Return the fastest tests that run any line of a file, while they take `budget` seconds: those of a control."""
     near = [(test.seconds, test.name) for name in tests for test in profiles[name].tests if file in test.lines]
     names: list[str] = []

@@ -27,7 +27,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # Bytecode is kept. Some containers switch that off, and every process of Ray then compiles all its imports again.
 QUIET_ENV := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help setup demo test test-full check bench lock clean
+.PHONY: help setup demo test test-full check bench mutate lock clean
 
 help:
 	@echo "make demo       set up, then curate, train, restore, evaluate, serve and report on real photographs"
@@ -35,6 +35,7 @@ help:
 	@echo "make test-full  run all tests, also those at full size"
 	@echo "make check      run ruff, mypy and the fast tests"
 	@echo "make bench      time the hot paths"
+	@echo "make mutate     change the mathematics at 200 places and count the changes that no test sees"
 	@echo "make lock       compile requirements.lock from pyproject.toml"
 	@echo "make clean      remove .venv and caches (runs are kept)"
 
@@ -70,6 +71,9 @@ check: setup
 bench: setup
 	@$(QUIET_ENV) $(PY) tests/benchmarks/bench_nano.py $(ARGS)
 	@$(QUIET_ENV) $(PY) tests/benchmarks/bench_instantir.py
+
+mutate: setup
+	@$(QUIET_ENV) $(PY) tests/mutation/mutate.py $(ARGS)
 
 lock: setup
 	$(UV_ENV) $(PY) -m uv pip compile pyproject.toml --extra dev --universal --generate-hashes \

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from components.evaluation import MIN_PICTURES, TOO_FEW
 from components.naming import did_you_mean, near_name
 
 CAPTIONERS = ("", "manifest", "tags", "negative")
@@ -107,7 +108,7 @@ class Gate:
         psnr_db: largest mean loss of PSNR in dB.
         perceptual: largest mean loss of `metric`, as a share of the teacher's mean.
         metric: perceptual metric by pyiqa's name; the default needs no download ("lpips" fetches weights).
-        pictures: most held-out pictures.
+        pictures: most held-out pictures; at least MIN_PICTURES, because fewer cannot pass a student.
         teacher_options, student_options: restorer options (steps, guidance, prompt), since quality depends on them.
             Neither restorer has a default prompt.
     """
@@ -120,8 +121,13 @@ class Gate:
     student_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if min(self.psnr_db, self.perceptual) < 0 or self.pictures < 1:
-            raise RecipeError("gate needs psnr_db and perceptual of at least 0, and pictures of at least 1")
+        if min(self.psnr_db, self.perceptual) < 0:
+            raise RecipeError("gate needs psnr_db and perceptual of at least 0")
+        if self.pictures < MIN_PICTURES:
+            raise RecipeError(
+                f"gate.pictures={self.pictures} is {TOO_FEW} whether a student is as good as its teacher; "
+                f"at least {MIN_PICTURES} are needed"
+            )
         if self.metric in ("", "psnr"):
             raise RecipeError(f"gate.metric must be a metric other than psnr, got {self.metric!r}")
 

@@ -1,1 +1,6 @@
 """Measures restored pictures."""
+
+MIN_PICTURES = 6
+"""Ours: the fewest pictures that may tell a difference. With fewer, no interval holds its level for skewed values."""
+TOO_FEW = "too few to say"
+"""The verdict on fewer pictures."""

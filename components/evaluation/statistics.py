@@ -1,8 +1,17 @@
-"""Means, bands and rank correlations over pictures, with bootstrap intervals.
+"""Means, shares and rank correlations over pictures, with 95 % intervals.
 
-All intervals are 95 % percentile intervals over resampled pictures, deterministic in (seed, name). They cover the
-choice of pictures only, not the sampler's noise. Below about ten pictures they are slightly too narrow. A name always
-gives the same resamples, so curves under one name are paired.
+The intervals are closed forms, so equal values give equal bits. They cover the choice of pictures only, not the
+sampler's noise. Below MIN_PICTURES there is none: so few pictures cannot say how far another choice would lie.
+
+Coverage of the mean in simulations, in %, for pictures from a normal, a log-normal (shape 0.5) and an exponential
+distribution, and from the differences of two such log-normals (tests/components/test_statistics.py has such a test):
+
+    n              6            8            12           64
+    Student's t    95 92 89 96  95 92 89 96  95 93 91 95  95 94 94 95
+    mean_band      96 94 92 97  96 94 93 96  96 95 94 96  95 96 96 95
+
+No method was found that covers 93 % for much longer tails: for a log-normal of shape 1, mean_band covers 88 % of 6
+pictures and 95 % of 64, Student's t 82 and 91, and a bootstrap-t 89 and 94.
 """
 
 from __future__ import annotations
@@ -11,16 +20,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from components.randomness import generator
+from components.evaluation import MIN_PICTURES
 from components.types import Image
 
-RESAMPLES = 2000
-QUANTILES = (0.025, 0.975)
+TAIL = 0.025  # probability beyond each end of an interval
+NORMAL = 1.959963984540054
+"""The normal distribution's quantile at 1 - TAIL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """A mean over pictures and its interval, arrays of one shape; NaN where there is no value."""
+    """A mean over pictures and its interval, arrays of one shape; NaN where there is no value or no interval."""
 
     mean: np.ndarray
     low: np.ndarray
@@ -29,23 +39,33 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """Spearman's rho of n pairs and its interval; NaN where undefined (fewer than three pairs, or constant values)."""
+    """Spearman's rho of n pairs and its interval.
+
+    rho is NaN with fewer than three pairs or constant values, the interval also with fewer than MIN_PICTURES pairs.
+    """
 
     rho: float
     low: float
     high: float
     n: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+
+def mean_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of the mean of values [n]; None with fewer than MIN_PICTURES.
+
+    See `mean_band` for the method. Equal values give an interval without width.
+    """
+    band = mean_band(values)
+    return (float(band.low), float(band.high)) if len(values) >= MIN_PICTURES else None
 
 
-def mean_band(values: np.ndarray, seed: int, *name: str, geometric: bool = False) -> Band:
+def mean_band(values: np.ndarray, geometric: bool = False) -> Band:
     """The mean of values [n, ...] over pictures, with its interval [...].
 
-    Each column ignores its values that are not finite. With fewer than two finite values the interval is NaN.
+    Each column ignores its values that are not finite. With fewer than MIN_PICTURES finite values the interval is NaN.
+    The interval is the hull of Student's and of Hall's. Hall's turns t into a monotone cubic without skew, which moves
+    the interval toward the long tail, as a bootstrap-t does (P. Hall, "On the Removal of Skewness by Transformation",
+    J. R. Statist. Soc. B 54, 1992). Student's alone is too short for one long tail, Hall's alone for two.
 
     Args:
         geometric: average logarithms, for ratios; values that are not positive are then ignored too.
@@ -59,25 +79,72 @@ def mean_band(values: np.ndarray, seed: int, *name: str, geometric: bool = False
     shape = values.shape[1:]
     with np.errstate(divide="ignore", invalid="ignore"):
         flat = np.log(values) if geometric else values
-    flat = flat.reshape(len(values), -1)
-    is_finite = np.isfinite(flat)
-    zero_filled = np.where(is_finite, flat, 0.0)
-    count = is_finite.sum(axis=0)
+    rows = np.ascontiguousarray(flat.reshape(len(values), -1).T)  # so bits do not depend on other columns
+    is_finite = np.isfinite(rows)
+    count = is_finite.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        mean = zero_filled.sum(axis=0) / count
-        weights = _resamples(len(values), seed, *name)
-        resample_means = (weights @ zero_filled) / (weights @ is_finite)
-    low, high = np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    for column in np.flatnonzero(count >= 2):
-        finite = resample_means[np.isfinite(resample_means[:, column]), column]
-        low[column], high[column] = np.quantile(finite, QUANTILES)
-    parts = [np.exp(part) if geometric else part for part in (mean, low, high)]
-    mean, low, high = (part.reshape(shape) for part in parts)
+        mean = np.where(is_finite, rows, 0.0).sum(axis=1) / count
+    low, high = _mean_limits(np.where(is_finite, rows - mean[:, None], 0.0), count)
+    parts = (mean, mean + low, mean + high)
+    mean, low, high = (np.exp(part).reshape(shape) if geometric else part.reshape(shape) for part in parts)
     return Band(mean=mean, low=low, high=high)
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray, seed: int, *name: str) -> Correlation:
+def _mean_limits(deviations: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper limit of the mean of each row [k], relative to it.
+
+    Args:
+        deviations: [k, n] from the row's mean, 0 for a value that is missing.
+        count: values of each row, [k]; the limits are NaN below MIN_PICTURES.
+    """
+    from scipy.stats import t as student
+
+    n = np.where(count >= MIN_PICTURES, count, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.sqrt(np.square(deviations).sum(axis=1) / (n - 1))
+        skew = np.where(scale > 0, (deviations**3).sum(axis=1) / n / scale**3, 0.0)
+    half = student.ppf(1 - TAIL, n - 1) / np.sqrt(n)
+    hall = [_without_skew(end, skew, n) for end in (half, -half)]
+    return -scale * np.maximum(half, hall[0]), scale * np.maximum(half, -hall[1])
+
+
+def _without_skew(end: np.ndarray, skew: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """The w for which Hall's w + g w^2 / 3 + g^2 w^3 / 27 + g / (6 n) is `end`: all [k], g the skew."""
+    shifted = end - skew / (6 * n)
+    flat = np.abs(skew) < 1e-6  # the cubic is a straight line, and the closed form 0 / 0
+    safe = np.where(flat, 1.0, skew)
+    return np.where(flat, shifted, 3 / safe * (np.cbrt(1 + safe * shifted) - 1))
+
+
+def share_band(hits: np.ndarray) -> Band:
+    """The share of hits [n] (0 or 1) over pictures, with its interval: scalar arrays.
+
+    Clopper and Pearson's exact interval: it covers at least 95 %, and has a width even if all pictures are hits. NaN
+    with fewer than MIN_PICTURES.
+
+    Raises:
+        ValueError: `hits` is empty or holds another number.
+    """
+    from scipy.stats import beta
+
+    hits = np.asarray(hits, dtype=np.float64)
+    if hits.ndim != 1 or not len(hits) or not np.isin(hits, (0.0, 1.0)).all():
+        raise ValueError("a share needs at least one picture, and only zeros and ones")
+    n, count = len(hits), int(hits.sum())
+    low, high = (float("nan"),) * 2
+    if n >= MIN_PICTURES:
+        low = float(beta.ppf(TAIL, count, n - count + 1)) if count else 0.0
+        high = float(beta.ppf(1 - TAIL, count + 1, n - count)) if count < n else 1.0
+    return Band(mean=np.array(count / n), low=np.array(low), high=np.array(high))
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> Correlation:
     """Spearman's rank correlation of x and y [n]; pairs with a value that is not finite are ignored.
+
+    The interval is Fisher's with the variance (1 + rho^2 / 2) / (n - 3) of D. G. Bonett and T. A. Wright, "Sample Size
+    Requirements for Estimating Pearson, Kendall and Spearman Correlations", Psychometrika 65, 2000. In simulations it
+    covers 93 to 98 % of normal pairs for n from 6 and correlations up to 0.95. For equal orders, rho counts as half a
+    step below 1.
 
     Raises:
         ValueError: the lengths differ.
@@ -88,13 +155,15 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, seed: int, *name: str) -> Cor
     is_finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[is_finite], y[is_finite]
     n = len(x)
-    rho = float(_spearman(x[None], y[None])[0]) if n >= 3 else float("nan")
-    if not np.isfinite(rho):
-        return Correlation(rho=float("nan"), low=float("nan"), high=float("nan"), n=n)
-    picks = generator(seed, "bootstrap", *name).integers(0, n, size=(RESAMPLES, n))
-    resample_rhos = _spearman(x[picks], y[picks])
-    low, high = np.quantile(resample_rhos[np.isfinite(resample_rhos)], QUANTILES)
-    return Correlation(rho=rho, low=float(low), high=float(high), n=n)
+    rho = _spearman(x, y) if n >= 3 else float("nan")
+    low, high = (float("nan"),) * 2
+    if n >= MIN_PICTURES and np.isfinite(rho):
+        most = 1 - 6 / (n * (n**2 - 1))  # the largest rho below 1 is at 1 - 12 / (n (n^2 - 1))
+        bounded = min(max(rho, -most), most)
+        half = NORMAL * np.sqrt((1 + bounded**2 / 2) / (n - 3))
+        low = -1.0 if rho <= -most else float(np.tanh(np.arctanh(bounded) - half))
+        high = 1.0 if rho >= most else float(np.tanh(np.arctanh(bounded) + half))
+    return Correlation(rho=rho, low=low, high=high, n=n)
 
 
 def rms_levels(a: Image, b: Image) -> float:
@@ -108,19 +177,10 @@ def psnr(a: Image, b: Image) -> float:
     return float(20 * np.log10(255 / difference)) if difference else float("inf")
 
 
-def _resamples(n: int, seed: int, *name: str) -> np.ndarray:
-    """The number of times that each resample contains each picture, float64 [RESAMPLES, n]."""
-    picks = generator(seed, "bootstrap", *name).integers(0, n, size=(RESAMPLES, n))
-    weights = np.zeros((RESAMPLES, n))
-    np.add.at(weights, (np.arange(RESAMPLES)[:, None], picks), 1.0)
-    return weights
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's rho of each pair of rows, [k, n] -> [k]; NaN for a constant row."""
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rho of x and y [n]; NaN if one is constant."""
     from scipy.stats import rankdata
 
-    deviations = [ranks - ranks.mean(axis=1, keepdims=True) for ranks in (rankdata(x, axis=1), rankdata(y, axis=1))]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        norm = np.sqrt(np.square(deviations[0]).sum(axis=1) * np.square(deviations[1]).sum(axis=1))
-        return np.asarray((deviations[0] * deviations[1]).sum(axis=1) / norm)
+    ranks = [part - part.mean() for part in (rankdata(x), rankdata(y))]
+    norm = np.sqrt(np.square(ranks[0]).sum() * np.square(ranks[1]).sum())
+    return float((ranks[0] * ranks[1]).sum() / norm) if norm else float("nan")

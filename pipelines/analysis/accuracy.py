@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.evaluation.statistics import mean_band
+from components.evaluation.statistics import share_band
 from components.types import Image, SampleError
 from pipelines.analysis import levels as lv
 from pipelines.analysis.bands import band_document, band_text, fault_panel
@@ -101,7 +101,7 @@ def analyze_accuracy(
 
     with study_folder(out, NAME, settings):
         measurements = measure_pictures(pictures, out, settings, SIDE_PX, measure, progress)
-        return report_accuracy(out, measurements, levels, encoder, method, seed)
+        return report_accuracy(out, measurements, levels, encoder, method)
 
 
 def _lines(path: Path) -> list[str]:
@@ -150,7 +150,7 @@ def _weights_digest(recogniser: Recogniser) -> str:
 
 
 def report_accuracy(
-    out: Path, measurements: Measurements, levels: Sequence[lv.Level], encoder: str, method: str, seed: int
+    out: Path, measurements: Measurements, levels: Sequence[lv.Level], encoder: str, method: str
 ) -> StudyResult:
     """Write the table and the report of the rows."""
     rows = measurements.rows
@@ -158,13 +158,13 @@ def report_accuracy(
         level.name: np.array([row["predicted"][level.name] == row["class"] for row in rows], dtype=float)
         for level in levels
     }
-    bands = {name: mean_band(values, seed, "accuracy") for name, values in hits.items()}
+    bands = {name: share_band(values) for name, values in hits.items()}
     write_csv(
         out / "values.csv",
         ["key", "class", "level", "predicted"],
         [(row["key"], row["class"], level.name, row["predicted"][level.name]) for row in rows for level in levels],
     )
-    clean, mixed = float(bands[lv.HQ].mean), bands[lv.MIXED]
+    mixed = bands[lv.MIXED]
     panels = [
         fault_panel(kind, levels, {method: bands}, "accuracy", (float(mixed.mean), "mixed degradation"))
         for kind in lv.STRENGTHS
@@ -172,8 +172,8 @@ def report_accuracy(
     section = Section(
         title="Classification under degradations (Fig. 3a)",
         findings=[
-            f"Clean pictures: {100 * clean:.1f} % right; under the mixed degradation {100 * float(mixed.mean):.1f} % "
-            f"[{100 * float(mixed.low):.1f}, {100 * float(mixed.high):.1f}] (the paper: about 80 %)."
+            f"Right of clean pictures: {band_text(bands[lv.HQ], sign=False)}; of mixed degradations "
+            f"{band_text(mixed, sign=False)} (the paper: about 0.8)."
         ],
         figure=("accuracy.png", draw(panels, columns=2)),
         head=["Degradation", "Accuracy"],

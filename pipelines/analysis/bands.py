@@ -7,15 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from components.evaluation import MIN_PICTURES, TOO_FEW
 from components.evaluation.statistics import Band, Correlation
 from pipelines.analysis import levels as lv
 from pipelines.pages.figures import Line, Panel
 from pipelines.pages.numbers import digits_text
 
+HIGHER, LOWER, NO_EFFECT = "higher", "lower", "no clear effect"
+"""Verdicts on a difference, next to TOO_FEW."""
+
 
 def interval_text(mean: float, low: float, high: float, sign: bool = True) -> str:
-    """A mean with its interval."""
-    return f"{digits_text(mean, sign=sign)} [{digits_text(low, sign=sign)}, {digits_text(high, sign=sign)}]"
+    """A mean with its interval, or alone if the interval is NaN."""
+    text = digits_text(mean, sign=sign)
+    return text if low != low else f"{text} [{digits_text(low, sign=sign)}, {digits_text(high, sign=sign)}]"
 
 
 def band_text(band: Band, sign: bool = True) -> str:
@@ -31,10 +36,20 @@ def correlation_text(correlation: Correlation) -> str:
 
 def verdict(band: Band) -> str:
     """The sign of a difference (a scalar band), as far as its interval excludes zero."""
-    low, high = float(band.low), float(band.high)
-    if low != low or high != high:
-        return "too few pictures to tell"
-    return "higher" if low > 0 else "lower" if high < 0 else "no clear effect"
+    return _word(float(band.low), float(band.high), HIGHER, LOWER)
+
+
+def correlation_verdict(correlation: Correlation, rises: str, falls: str) -> str:
+    """`rises` or `falls`, as far as the interval excludes zero."""
+    if correlation.rho != correlation.rho and correlation.n >= MIN_PICTURES:
+        return "no ranks, because all values are equal"
+    return _word(correlation.low, correlation.high, rises, falls)
+
+
+def _word(low: float, high: float, above: str, below: str) -> str:
+    if low != low:
+        return TOO_FEW
+    return above if low > 0 else below if high < 0 else NO_EFFECT
 
 
 def band_document(band: Band) -> dict[str, Any]:

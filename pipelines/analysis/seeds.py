@@ -22,7 +22,16 @@ from components.evaluation.statistics import Band, mean_band, psnr
 from components.restoring import picture_seed
 from components.types import Image, Request
 from pipelines.analysis import levels as lv
-from pipelines.analysis.bands import band_document, band_line, band_text, stack_bands, verdict
+from pipelines.analysis.bands import (
+    HIGHER,
+    LOWER,
+    NO_EFFECT,
+    band_document,
+    band_line,
+    band_text,
+    stack_bands,
+    verdict,
+)
 from pipelines.analysis.model import WholeModel
 from pipelines.analysis.page import Page, Section
 from pipelines.analysis.strips import sheet_keys, strip_files, strip_name, strip_sheet, tile
@@ -144,10 +153,7 @@ def report_seeds(model: WholeModel, measurements: Measurements, levels: Sequence
     """Write values.csv, the contact sheet and the report of the measurements."""
     job, rows, seed = model.job, measurements.rows, model.job.seed
     values = {name: {level: column(rows, "levels", level, name) for level in levels} for name in VALUES}
-    bands = {
-        name: {level: mean_band(by_level[level], seed, "seeds") for level in levels}
-        for name, by_level in values.items()
-    }
+    bands = {name: {level: mean_band(by_level[level]) for level in levels} for name, by_level in values.items()}
     write_csv(
         job.out / "values.csv",
         ["key", "level", *VALUES],
@@ -162,7 +168,7 @@ def report_seeds(model: WholeModel, measurements: Measurements, levels: Sequence
             f"{BLOCK_PX} x {BLOCK_PX} px blocks, which even the x8 downsampling keeps. The original agrees with its "
             "input by construction. So a result is aligned with the input if its coarse difference from the input is "
             "not larger than the original's.",
-            findings=sentences(values, levels, seed),
+            findings=sentences(values, levels),
             figure=("seeds.png", draw(panels(bands, levels))),
             head=["Input", *VALUES.values()],
             rows=[[level, *(band_text(bands[name][level], sign=False) for name in VALUES)] for level in levels],
@@ -221,14 +227,14 @@ def panels(bands: Mapping[str, Mapping[str, Band]], levels: Sequence[str]) -> li
     ]
 
 
-def sentences(values: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[str], seed: int) -> list[str]:
+def sentences(values: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[str]) -> list[str]:
     """Findings: spread over seeds, its change with the input's quality, agreement with the input, and PSNR."""
     total = values["total"]
     if all(not np.any(total[level]) for level in levels):
         return ["Every seed gives the same picture: this model takes no noise."]
 
     def mean(name: str, level: str) -> str:
-        return band_text(mean_band(values[name][level], seed, "seeds"), sign=False)
+        return band_text(mean_band(values[name][level]), sign=False)
 
     worst = levels[-1]
     fine_share = np.square(values["fine"][worst]).sum() / np.square(total[worst]).sum()
@@ -238,22 +244,22 @@ def sentences(values: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[s
     ]
     differences = []
     for better, worse in pairwise(levels):
-        band = mean_band(total[worse] - total[better], seed, "seeds")
+        band = mean_band(total[worse] - total[better])
         differences.append(f"{worse} minus {better} {band_text(band)}, {verdict(band)}")
     text.append(f"Change of the spread with the input: {'; '.join(differences)}.")
     for level in levels[1:]:
-        word = verdict(mean_band(values["result_to_input"][level] - values["original_to_input"][level], seed, "seeds"))
+        word = verdict(mean_band(values["result_to_input"][level] - values["original_to_input"][level]))
         agree = {
-            "higher": "agree with the input less than",
-            "lower": "agree with the input more than",
-            "no clear effect": "agree with the input as well as",
+            HIGHER: "agree with the input less than",
+            LOWER: "agree with the input more than",
+            NO_EFFECT: "agree with the input as well as",
         }
         text.append(
             f"{level}: the coarse difference from the input is {mean('result_to_input', level)} levels for results and "
             f"{mean('original_to_input', level)} for originals: "
             + (f"results {agree[word]} the original does." if word in agree else f"{word}.")
         )
-    gain = mean_band(values["psnr_of_mean"][worst] - values["psnr"][worst], seed, "seeds")
+    gain = mean_band(values["psnr_of_mean"][worst] - values["psnr"][worst])
     text.append(
         f"{worst}: the PSNR of the best seed minus that of the worst is {mean('psnr_range', worst)} dB. The PSNR of "
         f"the mean picture over seeds minus that of one result is {band_text(gain)} dB."

@@ -24,9 +24,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from components.evaluation.metrics import NO_DOWNLOAD, MetricInfo, Metrics, metric_info
+from components.evaluation import TOO_FEW
+from components.evaluation.metrics import NO_DOWNLOAD, MetricInfo, Metrics
+from components.evaluation.statistics import mean_interval
 from components.images import decode
-from components.randomness import generator
 from components.types import Image, SampleError
 from components.writing import replace_file
 from pipelines.core.console import Progress, no_progress
@@ -36,8 +37,8 @@ from pipelines.core.rows import end_torn_line, read_lines, write_lines
 
 RESTORED = "restored"
 BASELINES = ("lq", "bicubic_median")
-RESAMPLES = 10_000
-"""Bootstrap resamples: the interval's own sampling error is then about 1 % of its width."""
+STATISTICS = "2"
+"""Version of intervals and verdicts in summary.json. Before 2 the intervals of few pictures were too narrow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Comparison:
 
     Attributes:
         mean_difference: mean of restored minus opponent, in the metric's unit.
-        low, high: bootstrap 95 % interval of the mean; None with fewer than two pictures.
+        low, high: 95 % interval of the mean, see mean_interval; None with fewer than MIN_PICTURES pictures.
         wins, losses, ties: number of pictures on which restored is better, worse, equal.
         outcome: "beats" or "loses" if the interval excludes 0, "even" if it holds 0, "too few" without an interval.
     """
@@ -78,7 +79,7 @@ class Summary:
         missing: pictures and scores that are missing: {"key", "where", perhaps "metric", "reason"}.
         quarantined: number of pictures without any score; `missing` has the reasons.
         folders: role -> folder relative to the evaluation's own, for the report.
-        versions: of pyiqa and of the rows' format.
+        versions: of pyiqa, of the rows' format, and of the statistics.
         reused: number of rows from an earlier scores.jsonl.
     """
 
@@ -111,22 +112,7 @@ def median_baseline(lq: Image, height: int, width: int) -> Image:
     return fit(np.asarray(cv2.medianBlur(np.ascontiguousarray(lq), 3), dtype=np.uint8), height, width)
 
 
-def bootstrap_interval(differences: np.ndarray, seed: int, *name: str) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean of paired differences [n]; None with fewer than two.
-
-    Deterministic in (seed, name). The interval covers the choice of pictures, not the sampler's noise. With fewer than
-    about ten pictures it is slightly too narrow.
-    """
-    if len(differences) < 2:
-        return None
-    draws = generator(seed, "bootstrap", *name).integers(0, len(differences), size=(RESAMPLES, len(differences)))
-    low, high = np.quantile(differences[draws].mean(axis=1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def compare(
-    metric: str, info: MetricInfo, opponent: str, pairs: Sequence[tuple[float, float]], seed: int = 0
-) -> Comparison:
+def compare(metric: str, info: MetricInfo, opponent: str, pairs: Sequence[tuple[float, float]]) -> Comparison:
     """Compare restored with one opponent.
 
     Args:
@@ -136,26 +122,26 @@ def compare(
     gains = differences if info.higher_is_better else -differences
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
     mean = float(differences.mean())
-    interval = bootstrap_interval(differences, seed, metric, opponent)
+    interval = mean_interval(differences)
     if interval is None:
         outcome = "too few"
     elif interval[0] > 0 or interval[1] < 0:
         outcome = "beats" if float(gains.mean()) > 0 else "loses"
     else:
         outcome = "even"
-    name = "its input" if opponent == "lq" else f"the {opponent} baseline"
-    verb = {
-        "beats": f"beats {name}",
-        "loses": f"loses to {name}",
-        "even": f"shows no clear difference from {name}",
-        "too few": f"has too few pictures to compare with {name}",
+    name = _opponent_name(opponent)
+    claim = {
+        "beats": f"restored beats {name}",
+        "loses": f"restored loses to {name}",
+        "even": f"restored shows no clear difference from {name}",
+        "too few": f"{_count(len(pairs))} {TOO_FEW} whether restored beats {name}",
     }[outcome]
     unit = f" {info.unit}" if info.unit else ""
     digits = 2 if info.unit == "dB" or abs(mean) >= 10 else 4
     spread = f" [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]" if interval else ""
     direction = "" if info.higher_is_better else " (lower is better)"
     sentence = (
-        f"In {metric} restored {verb}: better on {wins} of {len(pairs)} pictures, "
+        f"In {metric} {claim}: better on {wins} of {len(pairs)} pictures, "
         f"mean {mean:+.{digits}f}{unit}{spread}{direction}."
     )
     return Comparison(
@@ -178,18 +164,22 @@ def overall_verdict(comparisons: Sequence[Comparison], opponent: str, metrics: M
     own = [c for c in comparisons if c.opponent == opponent]
     if not own:
         return "Nothing could be compared with the input." if opponent == "lq" else ""
+    first = own[0]
     clauses: list[str] = []
     for outcome, words in (
         ("beats", "beats {} in"),
         ("loses", "loses to {} in"),
         ("even", "shows no clear difference from {} in"),
-        ("too few", "has too few pictures to compare with {} in"),
     ):
         names = [c.metric for c in own if c.outcome == outcome]
         if names:
-            name = ("its input" if opponent == "lq" else f"the {opponent} baseline") if not clauses else "it"
-            clauses.append(f"{words.format(name)} {', '.join(names)}")
-    first = own[0]
+            clauses.append(f"{words.format('it' if clauses else _opponent_name(opponent))} {', '.join(names)}")
+    few = [c.metric for c in own if c.outcome == "too few"]
+    if few:
+        pictures = _count(max(c.pictures for c in own if c.outcome == "too few"))
+        name = "it" if clauses else _opponent_name(opponent)
+        sentence = f"{pictures} {TOO_FEW} whether {'it' if clauses else 'restored'} beats {name} in {', '.join(few)}"
+        clauses.append(sentence)
     unit = f" {metrics[first.metric].unit}" if metrics[first.metric].unit else ""
     digits = 2 if unit else 4
     spread = "" if first.low is None else f" [{first.low:+.{digits}f}, {first.high:+.{digits}f}]"
@@ -197,7 +187,16 @@ def overall_verdict(comparisons: Sequence[Comparison], opponent: str, metrics: M
         f"{first.metric} better on {first.wins} of {first.pictures} pictures, "
         f"mean {first.mean_difference:+.{digits}f}{unit}{spread}"
     )
-    return f"Restored {'; '.join(clauses)} ({numbers})."
+    text = "; ".join(clauses)
+    return f"{text if few and len(clauses) == 1 else f'Restored {text}'} ({numbers})."
+
+
+def _opponent_name(opponent: str) -> str:
+    return "its input" if opponent == "lq" else f"the {opponent} baseline"
+
+
+def _count(pictures: int) -> str:
+    return "1 picture is" if pictures == 1 else f"{pictures} pictures are"
 
 
 def evaluate(
@@ -209,7 +208,6 @@ def evaluate(
     baselines: Sequence[str] = BASELINES,
     progress: Progress = no_progress,
     device: str = "cpu",
-    seed: int = 0,
 ) -> Summary:
     """Score every restored picture and its baselines; write scores.jsonl and summary.json below `out`.
 
@@ -221,7 +219,6 @@ def evaluate(
         baselines: of "lq" and "bicubic_median".
         progress: called as (done, total, key) after each picture.
         device: of the metrics' networks.
-        seed: of the bootstrap.
 
     Returns:
         The summary; `missing` names every picture and metric without a score, with the reason.
@@ -258,8 +255,8 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
         files = {key: {role: paths[role][key] for role in folders} for key in keys}
         rows, reused = _score_all(files, out / "scores.jsonl", versions, arms, scorer, missing, progress)
-        summary = summarise(rows, scorer.names, arms, missing, seed)
-        summary = replace(summary, folders=place, versions=versions, reused=reused)
+        summary = summarise(rows, scorer.info, arms, missing)
+        summary = replace(summary, folders=place, versions={**versions, "statistics": STATISTICS}, reused=reused)
         replace_file(out / "summary.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
     except OSError as error:
         raise Failure(f"cannot write to {out}: {error.strerror or error}.") from error
@@ -355,18 +352,16 @@ def _arm_picture(arm: str, restored: Image, lq: Image | None, height: int, width
 
 def summarise(
     rows: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
+    infos: Mapping[str, MetricInfo],
     arms: Sequence[str],
     missing: Sequence[Mapping[str, str]] = (),
-    seed: int = 0,
 ) -> Summary:
     """Means, paired comparisons and the verdict of rows as in scores.jsonl."""
-    infos = {name: metric_info(name) for name in names}
     all_missing = [dict(entry) for entry in missing]
     means: dict[str, dict[str, dict[str, float]]] = {}
     for arm in arms:
         means[arm] = {}
-        for name in names:
+        for name in infos:
             values = [row["scores"][arm][name] for row in rows if name in row["scores"][arm]]
             if values:
                 means[arm][name] = {"mean": float(np.mean(values)), "pictures": len(values)}
@@ -378,14 +373,14 @@ def summarise(
             ]
     comparisons = []
     for opponent in arms[1:]:
-        for name in names:
+        for name in infos:
             pairs = [
                 (row["scores"][RESTORED][name], row["scores"][opponent][name])
                 for row in rows
                 if name in row["scores"][RESTORED] and name in row["scores"][opponent]
             ]
             if pairs:
-                comparisons.append(compare(name, infos[name], opponent, pairs, seed))
+                comparisons.append(compare(name, infos[name], opponent, pairs))
     opponents = arms[1:]
     verdicts = {c.metric: c.sentence for c in comparisons if opponents and c.opponent == opponents[0]}
     sentences = [overall_verdict(comparisons, opponent, infos) for opponent in opponents]
@@ -408,3 +403,24 @@ def summarise(
         missing=all_missing,
         quarantined=without_scores,
     )
+
+
+def restate(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A summary.json with today's intervals and verdicts of its scores.
+
+    Args:
+        document: summary.json; one with today's statistics is returned as it is.
+        rows: the lines of its scores.jsonl.
+
+    Raises:
+        KeyError, TypeError: the document or a row lacks something.
+    """
+    if document["versions"].get("statistics") == STATISTICS:
+        return dict(document)
+    infos = {
+        name: MetricInfo(higher_is_better=info["higher_is_better"], unit=info["unit"])
+        for name, info in document["metrics"].items()
+    }
+    missing = [entry for entry in document["missing"] if "metric" not in entry]
+    today = summarise(rows, infos, list(document["means"]), missing).to_json()
+    return {**document, **{name: today[name] for name in ("comparisons", "verdict", "verdicts")}}

@@ -4,7 +4,8 @@
     <out>/gate/teacher, student    both restorations
     <out>/gate/gate.json           the verdict: per metric the mean paired difference, its interval, the allowed loss
 
-The teacher may be a model of any system that restores.
+The teacher may be a model of any system that restores. Fewer than MIN_PICTURES pictures pass no student: a mean over
+them says too little about others.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from components.evaluation import MIN_PICTURES, TOO_FEW
 from components.evaluation.metrics import metric_info
+from components.evaluation.statistics import mean_interval
 from components.recipes import Gate, Recipe
 from components.writing import replace_file
 from pipelines.core.console import Progress
@@ -24,7 +27,7 @@ from pipelines.core.errors import Failure, GateFailed
 from pipelines.core.pool import Pool
 from pipelines.core.rows import read_lines
 from pipelines.corpus.shards import SPLIT, open_corpus
-from pipelines.evaluation.evaluate import bootstrap_interval, evaluate
+from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.heldout import prepare_heldout
 from pipelines.restoration.batch import RestoreJob, restore_folder
 from pipelines.restoration.models import open_model
@@ -41,14 +44,16 @@ class Judgement:
 
     Attributes:
         metric: its name.
+        pictures: number of pictures with a score of both.
         teacher, student: means over the pictures.
         loss: mean over the pictures of how much worse the student is, in the metric's unit; negative if it is better.
-        low, high: bootstrap 95 % interval of the loss; None with fewer than two pictures.
+        low, high: 95 % interval of the loss, see mean_interval; None with fewer than MIN_PICTURES pictures.
         allowed: largest loss that passes.
-        passed: whether loss <= allowed.
+        passed: whether loss <= allowed, over at least MIN_PICTURES pictures.
     """
 
     metric: str
+    pictures: int
     teacher: float
     student: float
     loss: float
@@ -80,7 +85,7 @@ class GateResult:
         """The verdict in one sentence."""
         clauses = [
             f"{one.metric} {one.student:.4g} against {one.teacher:.4g} (worse by {one.loss:+.4g}, "
-            f"{'within' if one.passed else 'above'} the allowed {one.allowed:.4g})"
+            f"{'within' if one.loss <= one.allowed else 'above'} the allowed {one.allowed:.4g}{_doubt(one.pictures)})"
             for one in self.judgements
         ]
         failures = f"; it could not restore {', '.join(self.lost[:5])}" if self.lost else ""
@@ -99,7 +104,7 @@ def pass_gate(
 
     Args:
         recipe: has a `teacher` and a `gate`; its degradation makes the inputs.
-        corpora: corpus folder by the name in recipe.sources; the first one with held-out pictures is used.
+        corpora: corpus folder by the name in recipe.sources; the first one with MIN_PICTURES held-out pictures is used.
         out: the training's folder, which holds the student's model.
         on_ray: False restores in this process, without Ray.
         progress: shows both restorations.
@@ -173,27 +178,32 @@ def compare(folder: Path, gate: Gate) -> GateResult:
         sign = 1 if metric_info(name).higher_is_better else -1
         losses = sign * (by_arm["teacher"] - by_arm["student"])
         teacher, student, loss = (float(v.mean()) for v in (by_arm["teacher"], by_arm["student"], losses))
-        interval = bootstrap_interval(losses, 0, "gate", name) or (None, None)
+        interval = mean_interval(losses) or (None, None)
         allowed = gate.psnr_db if name == PSNR else gate.perceptual * abs(teacher)
         judgements.append(
             Judgement(
                 metric=name,
+                pictures=len(keys),
                 teacher=teacher,
                 student=student,
                 loss=loss,
                 low=interval[0],
                 high=interval[1],
                 allowed=allowed,
-                passed=bool(loss <= allowed),  # False for NaN
+                passed=bool(loss <= allowed) and len(keys) >= MIN_PICTURES,  # False for NaN
             )
         )
     return GateResult(pictures=sorted(pictures), judgements=judgements, lost=student_lacks)
+
+
+def _doubt(pictures: int) -> str:
+    return f"; {pictures} {'picture is' if pictures == 1 else 'pictures are'} {TOO_FEW}" * (pictures < MIN_PICTURES)
 
 
 def _heldout_corpus(recipe: Recipe, corpora: Mapping[str, Path]) -> Path:
     for name in recipe.sources:
         if name in corpora:
             splits = open_corpus(corpora[name]).splits
-            if SPLIT in splits and len(splits[SPLIT]):
+            if SPLIT in splits and len(splits[SPLIT]) >= MIN_PICTURES:
                 return corpora[name]
-    raise Failure(f"{recipe.name}: no corpus has held-out pictures to compare student and teacher on.")
+    raise Failure(f"{recipe.name}: the gate needs a corpus with at least {MIN_PICTURES} held-out pictures.")

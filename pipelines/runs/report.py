@@ -25,7 +25,7 @@ from pipelines.core.metrics import tail_metrics
 from pipelines.core.pictures import pictures_by_key
 from pipelines.core.rows import iter_lines, read_lines
 from pipelines.corpus.shards import open_corpus
-from pipelines.evaluation.evaluate import BASELINES, RESTORED
+from pipelines.evaluation.evaluate import BASELINES, RESTORED, restate
 from pipelines.pages.charts import curve_chart, loss_pairs
 from pipelines.pages.page import data_uri, evenly, load_template, shrink
 
@@ -397,6 +397,10 @@ def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
     evaluation = next((s["folder"] for s in reversed(stages) if (s["folder"] / "summary.json").is_file()), None)
     summary = reader.json(evaluation / "summary.json") if evaluation is not None else {}
     rows = reader.rows(evaluation / "scores.jsonl") if evaluation is not None else []
+    try:
+        summary = restate(summary, rows) if summary else {}
+    except (KeyError, TypeError, AttributeError):
+        reader.notes.append("the summary of the scores lacks something: its verdict is shown as it was written")
     figures, pictures = gallery(
         reader, picture_folders(reader, stages, evaluation), {str(r.get("key")): r for r in rows}, size
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from components.evaluation import MIN_PICTURES
 from components.negatives import prior_digest
 from components.recipes import Recipe
 from components.systems import SYSTEMS, parent_stage
@@ -37,7 +38,8 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
 
     Raises:
         UsageError: the parent model is missing or from another stage, a source has no input or is not a corpus, no
-            source has a held-out picture, or the precomputed columns differ from the values that the stage computes.
+            source has a held-out picture or enough of them for the gate, or the precomputed columns differ from the
+            values that the stage computes.
     """
     parent, stages = parent_stage(recipe), sorted(inputs.parents)
     starts = SYSTEMS[recipe.system].stage(recipe.stage).continues
@@ -57,6 +59,13 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
             f"{recipe.name}: there is no held-out picture to measure with ({names}): "
             "a corpus needs at least 2 usable pictures."
         )
+    if recipe.student_gate is not None:
+        most = max(len(splits[SPLIT]) for splits in corpora if SPLIT in splits)
+        if most < MIN_PICTURES:
+            raise UsageError(
+                f"{recipe.name}: the gate compares student and teacher on at least {MIN_PICTURES} held-out pictures, "
+                f"and the largest corpus holds out {most}. Curate it with a larger split.held_out_fraction."
+            )
     if recipe.unpaired:
         splits = open_corpus(stream.unpaired).splits
         if SPLIT not in splits or not len(splits[SPLIT]):

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from components.evaluation import TOO_FEW
+
 DEMO = Path(__file__).resolve().parents[2] / "pipelines" / "demo_corpus"
 HELD_OUT_EVERY = 3
 """Every third photograph is held out, as the demo has only 20."""
@@ -160,8 +162,11 @@ def means_by_picture(rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -
 
 
 def summary(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """For each arm and metric: mean, each seed's mean, and the paired difference to full with its 95 % interval."""
-    from pipelines.evaluation.evaluate import bootstrap_interval
+    """For each arm and metric: mean, each seed's mean, and the paired difference to full with its 95 % interval.
+
+    The interval is None with too few pictures, see mean_interval.
+    """
+    from components.evaluation.statistics import mean_interval
 
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -170,7 +175,7 @@ def summary(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[d
             full = means_by_picture(rows, "full", metric)
             seeds = [float(np.mean([s[metric] for s in r["scores"].values()])) for r in rows if r["arm"] == arm]
             difference = np.array([by_picture[key] - full[key] for key in full])
-            interval = bootstrap_interval(difference, 0, "ablation", arm, metric) if arm != "full" else None
+            interval = mean_interval(difference) if arm != "full" else None
             line = {"arm": arm, "metric": metric, "mean": float(np.mean(list(by_picture.values()))), "seeds": seeds}
             lines.append({**line, "difference": float(difference.mean()), "interval": interval})
     return lines
@@ -188,9 +193,9 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
             cell = f"{line['mean']:.{digits}f}"
             if len(line["seeds"]) > 1:
                 cell += f" ({min(line['seeds']):.{digits}f} to {max(line['seeds']):.{digits}f})"
-            if line["interval"]:
-                low, high = line["interval"]
-                cell += f"<br>{line['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+            if arm != "full":
+                ends = ", ".join(f"{end:+.{digits}f}" for end in line["interval"] or ())
+                cell += f"<br>{line['difference']:+.{digits}f} " + (f"[{ends}]" if ends else f"({TOO_FEW})")
             cells.append(cell)
         text.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(text)

@@ -129,7 +129,7 @@ def run_arm(arm: str, seed: int, work: Path, settings: argparse.Namespace) -> di
 
 
 def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Paired differences to the full model with their intervals, one panel for each metric."""
+    """Paired differences to the full model with their intervals if there are any, one panel for each metric."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -139,8 +139,8 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, metric in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True):
         for place, arm in enumerate(arms):
             (line,) = [each for each in lines if (each["arm"], each["metric"]) == (arm, metric)]
-            low, high = line["interval"]
-            axes.plot([low, high], [place, place], color="#2a6fb0", linewidth=3)
+            if line["interval"]:
+                axes.plot(line["interval"], [place, place], color="#2a6fb0", linewidth=3)
             axes.plot([line["difference"]], [place], "o", color="#12324f")
         axes.axvline(0, color="grey", linewidth=1)
         axes.set_yticks(range(len(arms)), arms)

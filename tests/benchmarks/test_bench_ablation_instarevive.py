@@ -17,13 +17,14 @@ def result_line(arm: str, seed: int, psnr: list[float], curve: list[float]) -> d
 
 
 def test_differences_are_paired_by_picture_and_curves_are_averaged_over_seeds(tmp_path: Path) -> None:
-    rows = [result_line("full", 0, [20, 30], [300, 200]), result_line("full", 1, [22, 32], [200, 100])]
-    rows += [result_line("no-score", 0, [20, 31], [300, 250]), result_line("no-score", 1, [22, 33], [300, 250])]
+    rows = [result_line("full", 0, [20, 30] * 3, [300, 200]), result_line("full", 1, [22, 32] * 3, [200, 100])]
+    rows += [result_line("no-score", 0, [20, 31] * 3, [300, 250]), result_line("no-score", 1, [22, 33] * 3, [300, 250])]
     lines = bench.summary(rows, bench.METRICS)
     (line,) = [each for each in lines if (each["arm"], each["metric"]) == ("no-score", "psnr")]
     assert line["mean"] == 26.5 and line["difference"] == 0.5
     low, high = line["interval"]
-    assert 0 <= low < 0.5 < high <= 1, "the interval is over pictures, not over seeds"
+    half = 2.570582 * 0.5 / 5**0.5  # Student's t of 5 degrees of freedom: over 6 pictures, not over seeds
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-5)
     assert "| no-score | 26.50 (25.50 to 27.50)<br>+0.50 [" in bench.table(lines)
     assert bench.mean_curve(rows, "full", "t_max") == ([0, 1], [250, 150], [50, 50])
     assert bench.mean_curve(rows, "full", "alpha") == ([], [], [])

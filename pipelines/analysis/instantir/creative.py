@@ -18,7 +18,14 @@ from components.evaluation.statistics import mean_band, rank_correlation, rms_le
 from components.randomness import generator
 from components.types import Image, SampleError
 from pipelines.analysis import levels as lv
-from pipelines.analysis.bands import band_line, band_text, correlation_document, correlation_text
+from pipelines.analysis.bands import (
+    band_line,
+    band_text,
+    correlation_document,
+    correlation_text,
+    correlation_verdict,
+    verdict,
+)
 from pipelines.analysis.instantir import runs
 from pipelines.analysis.instantir.subject import Subject, facts_of, run_settings
 from pipelines.analysis.instantir.tokens import Gallery, gallery_pictures
@@ -157,7 +164,7 @@ def _prompt_effects(
 
 def report_creative(subject: Subject, measurements: Measurements, stop: float) -> StudyResult:
     """Write the table, the sheet and the report of the rows."""
-    job, rows, seed = subject.job, measurements.rows, subject.job.seed
+    job, rows = subject.job, measurements.rows
     scores = column(rows, "score", "margin")
     groups = groups_of(scores)
     timesteps = np.asarray(rows[0]["timesteps"])
@@ -179,29 +186,23 @@ def report_creative(subject: Subject, measurements: Measurements, stop: float) -
         ],
     )
     correlations = {
-        name: {move: rank_correlation(scores, column(rows, name, move), seed, "creative") for move in MOVES}
-        for name in PROMPTS
+        name: {move: rank_correlation(scores, column(rows, name, move)) for move in MOVES} for name in PROMPTS
     }
     findings = []
     for name in PROMPTS:
         correlation = correlations[name]["preview_mean"]
-        if not correlation.excludes_zero:
-            word = "no effect of the score seen"
-        elif correlation.rho < 0:
-            word = "as the paper says, low scores are moved more"
-        else:
-            word = "against the paper, high scores are moved more"
+        word = correlation_verdict(
+            correlation,
+            rises="against the paper, high scores are moved more",
+            falls="as the paper says, low scores are moved more",
+        )
         findings.append(f"{name} prompts, previews: {word} ({correlation_text(correlation)}).")
-        gain = mean_band(column(rows, name, "hue_gain"), seed, "creative")
-        if gain.low > 0:
-            word = "the prompted hue grows"
-        elif gain.high < 0:
-            word = "the prompted hue shrinks"
-        else:
-            word = "no effect on the prompted hue seen"
-        findings.append(f"{name} prompts, result: {word} ({band_text(gain)} of the pixels).")
-    farther = mean_band(column(rows, "far", "preview_mean") - column(rows, "close", "preview_mean"), seed, "creative")
-    findings.append(f"Far prompts move previews by {band_text(farther)} more than close ones (RMS in latents).")
+        gain = mean_band(column(rows, name, "hue_gain"))
+        findings.append(f"{name} prompts, share of the prompted hue: {verdict(gain)} ({band_text(gain)} of pixels).")
+    farther = mean_band(column(rows, "far", "preview_mean") - column(rows, "close", "preview_mean"))
+    findings.append(
+        f"Previews moved by far prompts against close ones: {verdict(farther)} ({band_text(farther)}, RMS in latents)."
+    )
     panels, table = [], []
     for name in PROMPTS:
         by_step = column(rows, name, "preview")
@@ -209,11 +210,11 @@ def report_creative(subject: Subject, measurements: Measurements, stop: float) -
         for number, group in enumerate(GROUPS):
             if not (groups == number).any():
                 continue
-            band = mean_band(by_step[groups == number], seed, "creative")
+            band = mean_band(by_step[groups == number])
             lines.append(band_line(group, band))
             cells = []
             for move in MOVES:
-                distance = mean_band(column(rows, name, move)[groups == number], seed, "creative")
+                distance = mean_band(column(rows, name, move)[groups == number])
                 cells.append(band_text(distance, sign=move == "hue_gain"))
             margin = digits_text(float(scores[groups == number].mean()), sign=True)
             table.append([f"{name}, {group} (margin {margin})", *cells])

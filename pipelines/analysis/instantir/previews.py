@@ -12,10 +12,20 @@ from typing import Any
 
 import numpy as np
 
+from components.evaluation import TOO_FEW
 from components.evaluation.statistics import Band, mean_band, psnr, rms_levels
 from components.types import Image
 from pipelines.analysis import levels as lv
-from pipelines.analysis.bands import band_document, band_line, band_text, verdict
+from pipelines.analysis.bands import (
+    HIGHER,
+    LOWER,
+    NO_EFFECT,
+    band_document,
+    band_line,
+    band_text,
+    interval_text,
+    verdict,
+)
 from pipelines.analysis.instantir import runs
 from pipelines.analysis.instantir.subject import Subject, facts_of, run_settings
 from pipelines.analysis.page import Page, Section
@@ -33,7 +43,6 @@ from pipelines.analysis.study import (
 )
 from pipelines.core.console import Progress, no_progress
 from pipelines.pages.figures import Panel, draw
-from pipelines.pages.numbers import digits_text
 
 CURVES = {
     "to_denoised": "(a) preview to denoising mean",
@@ -96,13 +105,13 @@ def analyze_previews(
 
 def report_previews(subject: Subject, measurements: Measurements, levels: Sequence[lv.Level]) -> StudyResult:
     """Write the table, the sheet and the report of the rows."""
-    job, rows, seed = subject.job, measurements.rows, subject.job.seed
+    job, rows = subject.job, measurements.rows
     timesteps = np.asarray(rows[0]["timesteps"])
     curves = {
         name: {level.name: column(rows, "levels", level.name, name) for level in levels} for name in CURVES
     }  # [pictures, steps] each
     bands = {
-        name: {level: mean_band(values, seed, "previews", geometric=name in RATIOS) for level, values in by.items()}
+        name: {level: mean_band(values, geometric=name in RATIOS) for level, values in by.items()}
         for name, by in curves.items()
     }
     table = [
@@ -114,7 +123,7 @@ def report_previews(subject: Subject, measurements: Measurements, levels: Sequen
     write_csv(job.out / "values.csv", ["key", "level", "step", "timestep", *CURVES], table)
     order = [name for name in lv.QUALITY if name in curves["delta"]]
     pairs = list(zip(order[1:], order[:-1], strict=True))  # (worse, better)
-    steps = quality_steps(curves, pairs, seed)
+    steps = quality_steps(curves, pairs)
     sections = [
         Section(
             title="Previews by input quality (the paper's Fig. 4)",
@@ -132,7 +141,7 @@ def report_previews(subject: Subject, measurements: Measurements, levels: Sequen
     kinds = list(dict.fromkeys(level.kind for level in levels if level.kind))
     effects: dict[str, Any] = {}
     if kinds:
-        effects = fault_effects(curves, levels, kinds, seed)
+        effects = fault_effects(curves, levels, kinds)
         panels = []
         for kind in kinds:
             names = [lv.HQ, *(level.name for level in lv.levels_of_kind(levels, kind))]
@@ -187,29 +196,25 @@ def over_steps(values: np.ndarray, name: str) -> np.ndarray:
         return np.asarray(np.where(is_finite, values, 0.0).sum(axis=1) / is_finite.sum(axis=1))
 
 
-def difference(a: np.ndarray, b: np.ndarray, name: str, seed: int, *label: str) -> Band:
+def difference(a: np.ndarray, b: np.ndarray, name: str) -> Band:
     """Paired difference of the step means of two curves, with its interval; of the logarithms for a ratio."""
-    return mean_band(over_steps(a, name) - over_steps(b, name), seed, *label)
+    return mean_band(over_steps(a, name) - over_steps(b, name))
 
 
 def quality_steps(
-    curves: Mapping[str, Mapping[str, np.ndarray]], pairs: Sequence[tuple[str, str]], seed: int
+    curves: Mapping[str, Mapping[str, np.ndarray]], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, dict[tuple[str, str], Band]]:
     """The curve of the better input minus that of the worse one, by curve and (worse, better) level."""
-    return {
-        name: {(w, b): difference(by[b], by[w], name, seed, "previews") for w, b in pairs}
-        for name, by in curves.items()
-    }
+    return {name: {(w, b): difference(by[b], by[w], name) for w, b in pairs} for name, by in curves.items()}
 
 
 def fault_effects(
-    curves: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[lv.Level], kinds: Sequence[str], seed: int
+    curves: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[lv.Level], kinds: Sequence[str]
 ) -> dict[str, dict[str, Band]]:
     """The curve of the strongest fault minus that of the clean input, by fault and curve."""
     strongest = {kind: lv.levels_of_kind(levels, kind)[-1].name for kind in kinds}
     return {
-        kind: {name: difference(by[strongest[kind]], by[lv.HQ], name, seed, "previews") for name, by in curves.items()}
-        for kind in kinds
+        kind: {name: difference(by[strongest[kind]], by[lv.HQ], name) for name, by in curves.items()} for kind in kinds
     }
 
 
@@ -219,12 +224,14 @@ def quality_sentences(steps: Mapping[str, Mapping[tuple[str, str], Band]]) -> li
     for name in ("to_denoised", "delta"):
         verdicts = {f"{b} over {w}": verdict(band) for (w, b), band in steps[name].items()}
         kinds = set(verdicts.values())
-        if kinds == {"higher"}:
+        if kinds == {HIGHER}:
             word = "rises with the input's quality at every level, as the paper says"
-        elif kinds == {"lower"}:
+        elif kinds == {LOWER}:
             word = "falls with the input's quality at every level, against the paper"
-        elif kinds == {"no clear effect"}:
+        elif kinds == {NO_EFFECT}:
             word = "does not depend on the input's quality as far as these pictures can tell"
+        elif kinds == {TOO_FEW}:
+            word = f"and the input's quality: {TOO_FEW}"
         else:
             word = "is not ordered by quality throughout: " + ", ".join(
                 f"{pair} {word}" for pair, word in verdicts.items()
@@ -260,5 +267,5 @@ def _difference_text(band: Band, name: str) -> str:
     """A difference for a table; for a ratio, the factor."""
     if name not in RATIOS:
         return f"{band_text(band)} {verdict(band)}"
-    mean, low, high = (digits_text(float(np.exp(value))) for value in (band.mean, band.low, band.high))
-    return f"x {mean} [{low}, {high}] {verdict(band)}"
+    mean, low, high = (float(np.exp(value)) for value in (band.mean, band.low, band.high))
+    return f"x {interval_text(mean, low, high, sign=False)} {verdict(band)}"

@@ -23,6 +23,7 @@ from pipelines.analysis.bands import (
     band_text,
     correlation_document,
     correlation_text,
+    correlation_verdict,
     interval_text,
     verdict,
 )
@@ -109,7 +110,7 @@ def analyze_time(subject: Subject, mixed: str = "realesrgan", progress: Progress
 
 def report_time(subject: Subject, measurements: Measurements, fixed_steps: dict[str, int]) -> StudyResult:
     """Write the table, the sheet and the report of the rows; `fixed_steps` comes from fixed_timesteps."""
-    job, rows, seed = subject.job, measurements.rows, subject.job.seed
+    job, rows = subject.job, measurements.rows
     timesteps = np.asarray(rows[0]["timesteps"])
     names = ("true", *PLACES)
     labels = {"true": "true time step", **{name: f"always {fixed_steps[name]}" for name in PLACES}}
@@ -136,7 +137,7 @@ def report_time(subject: Subject, measurements: Measurements, fixed_steps: dict[
     }
     for curve, by in curves.items():
         curve_names = names if curve != "moved" else PLACES
-        lines = [band_line(labels[name], mean_band(by[name], seed, "time")) for name in curve_names]
+        lines = [band_line(labels[name], mean_band(by[name])) for name in curve_names]
         panels.append(
             Panel(
                 title=titles[curve],
@@ -153,11 +154,9 @@ def report_time(subject: Subject, measurements: Measurements, fixed_steps: dict[
         preview = mean_band(
             over_steps(curves["preview_error"][name], "preview_error")
             - over_steps(curves["preview_error"]["true"], "preview_error"),
-            seed,
-            "time",
         )
-        result = mean_band(psnrs[name] - psnrs["true"], seed, "time")
-        distance = mean_band(over_steps(curves["moved"][name], "moved"), seed, "time")
+        result = mean_band(psnrs[name] - psnrs["true"])
+        distance = mean_band(over_steps(curves["moved"][name], "moved"))
         effects[name] = {"preview_error": preview, "psnr": result, "moved": distance}
         cells = [band_text(band) for band in (preview, result)]
         share = 100 * float(distance.mean) / true_error if true_error else float("nan")
@@ -240,13 +239,12 @@ def analyze_crowded(subject: Subject, mixed: str = "realesrgan", progress: Progr
 
 def report_crowded(subject: Subject, measurements: Measurements) -> StudyResult:
     """Write the table, the sheet and the report of the rows."""
-    job, rows, seed = subject.job, measurements.rows, subject.job.seed
+    job, rows = subject.job, measurements.rows
     joint = joint_complexity([row["complexity"] for row in rows])
     scores = {"joint": joint, **{name: column(rows, "complexity", name) for name in MEASURES}}
     outcomes = {name: column(rows, "outcome", name) for name in OUTCOMES}
     correlations: dict[str, dict[str, Correlation]] = {
-        name: {score: rank_correlation(x, y, seed, "crowded") for score, x in scores.items()}
-        for name, y in outcomes.items()
+        name: {score: rank_correlation(x, y) for score, x in scores.items()} for name, y in outcomes.items()
     }
     write_csv(
         job.out / "values.csv",
@@ -258,10 +256,7 @@ def report_crowded(subject: Subject, measurements: Measurements) -> StudyResult:
     )
     findings = []
     for name, by in correlations.items():
-        if not by["joint"].excludes_zero:
-            word = "no clear effect"
-        else:
-            word = "rises with complexity" if by["joint"].rho > 0 else "falls with complexity"
+        word = correlation_verdict(by["joint"], "rises with complexity", "falls with complexity")
         findings.append(f"{OUTCOMES[name]}: {word} ({correlation_text(by['joint'])}).")
     panels = [
         Panel(title=OUTCOMES[name], x_label="complexity (joint rank)", y_label="", points=(joint, y))

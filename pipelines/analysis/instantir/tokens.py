@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.evaluation.statistics import mean_band
+from components.evaluation.statistics import share_band
 from components.types import Image, SampleError
 from pipelines.analysis import levels as lv
 from pipelines.analysis.bands import band_document, band_text, fault_panel
@@ -146,12 +146,11 @@ def analyze_tokens(subject: Subject, mixed: str = "realesrgan", progress: Progre
 
 def report_tokens(subject: Subject, measurements: Measurements, levels: Sequence[lv.Level], size: int) -> StudyResult:
     """Write values.csv and the report of the measurements; `size` is the number of pictures in the gallery."""
-    job, rows, seed = subject.job, measurements.rows, subject.job.seed
+    job, rows = subject.job, measurements.rows
     views = list(VIEW_LABELS)
     ranks = {level.name: {v: column(rows, "levels", level.name, v, "rank") for v in views} for level in levels}
     hit_rates = {
-        name: {v: mean_band((by_view[v] == 1).astype(float), seed, "tokens") for v in views}
-        for name, by_view in ranks.items()
+        name: {v: share_band((by_view[v] == 1).astype(float)) for v in views} for name, by_view in ranks.items()
     }
     table = [
         (row["key"], level.name, view, *(row["levels"][level.name][view][n] for n in ("rank", "similarity", "margin")))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from components.evaluation.statistics import Band
+from components.evaluation.statistics import Band, mean_band, rank_correlation
 from components.images import encode_png
 from components.synthetic import dead_leaves
 from pipelines.analysis import levels as lv
+from pipelines.analysis.bands import band_text, correlation_verdict, verdict
 from pipelines.analysis.instantir.creative import far_captions, groups_of
 from pipelines.analysis.instantir.previews import difference, over_steps, quality_sentences
 from pipelines.analysis.instantir.questions import fixed_timesteps
@@ -92,6 +94,7 @@ def band(low: float, high: float) -> Band:
         ([(-2, -1), (-3, -1)], "against the paper"),
         ([(-1, 1), (-2, 3)], "does not depend"),
         ([(1, 2), (-2, 3)], "not ordered"),
+        ([(math.nan, math.nan)] * 2, "too few to say"),
     ],
 )
 def test_sentences_follow_the_intervals(bands: list[tuple[float, float]], words: str) -> None:
@@ -102,11 +105,26 @@ def test_sentences_follow_the_intervals(bands: list[tuple[float, float]], words:
     assert all(words in sentence for sentence in sentences)
 
 
+def test_words_follow_the_interval_and_few_pictures_have_none() -> None:
+    x = np.arange(8.0)
+    up, down = rank_correlation(x, x), rank_correlation(x, -x)
+    assert [correlation_verdict(each, "rises", "falls") for each in (up, down)] == ["rises", "falls"]
+    assert correlation_verdict(rank_correlation(x, np.array([3.0, 1, 4, 1, 5, 0, 2, 6])), "", "") == "no clear effect"
+    assert correlation_verdict(rank_correlation(x[:5], x[:5]), "rises", "falls") == "too few to say"
+    assert "all values are equal" in correlation_verdict(rank_correlation(x, np.ones(8)), "rises", "falls")
+    assert (verdict(mean_band(x + 9)), verdict(mean_band(-9 - x)), verdict(mean_band(x - 3.5))) == (
+        "higher",
+        "lower",
+        "no clear effect",
+    )
+    assert (verdict(mean_band(x[:5] + 9)), band_text(mean_band(x[:5]))) == ("too few to say", "+2")
+
+
 def test_a_difference_of_ratios_is_one_of_logarithms() -> None:
-    one = np.array([[np.nan, 1.0, 4.0], [np.nan, 2.0, 2.0]])
-    assert over_steps(one, "change").tolist() == [2.5, 2.0]
-    assert over_steps(one, "delta").tolist() == pytest.approx([np.log(2.0)] * 2)
-    ratio = difference(3 * one, one, "delta", 0, "x")
+    one = np.array([[np.nan, 1.0, 4.0], [np.nan, 2.0, 2.0]] * 3)
+    assert over_steps(one, "change").tolist() == [2.5, 2.0] * 3
+    assert over_steps(one, "delta").tolist() == pytest.approx([np.log(2.0)] * 6)
+    ratio = difference(3 * one, one, "delta")
     assert np.exp([ratio.mean, ratio.low, ratio.high]).tolist() == pytest.approx([3.0] * 3)
 
 

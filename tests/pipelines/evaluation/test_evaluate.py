@@ -13,7 +13,7 @@ from components.images import encode_png
 from components.randomness import generator
 from pipelines.commands.main import build_app
 from pipelines.core.errors import Failure, UsageError
-from pipelines.evaluation.evaluate import bootstrap_interval, compare, evaluate, fit, median_baseline, overall_verdict
+from pipelines.evaluation.evaluate import compare, evaluate, fit, median_baseline, overall_verdict, restate
 
 FAST = ("psnr", "gmsd")
 
@@ -64,7 +64,7 @@ def test_means_differences_and_wins_match_a_second_derivation(folders, tmp_path)
     assert against_input.mean_difference == pytest.approx((expected[:, 0] - expected[:, 1]).mean(), abs=1e-3)
     assert (against_input.wins, against_input.losses, against_input.ties) == (3, 1, 0)
     assert "better on 3 of 4 pictures" in summary.verdicts["psnr"]
-    assert summary.verdict.startswith("Restored ")
+    assert summary.verdict.startswith("4 pictures are too few to say whether restored beats its input in psnr, gmsd")
     assert "bicubic_median" in summary.verdict
     document = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert document == json.loads(json.dumps(summary.to_json()))
@@ -79,7 +79,7 @@ def test_rerun_reuses_rows_and_changes_nothing(folders, tmp_path):
     assert (first.reused, again.reused) == (0, 4)
     assert calls == [(1, 4, "deep/p0"), (2, 4, "p1"), (3, 4, "p2"), (4, 4, "p3")]
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == bytes_first
-    assert again.comparisons == first.comparisons  # the bootstrap is a function of the scores
+    assert again.comparisons == first.comparisons
 
 
 def test_only_changed_pictures_are_scored_again(folders, tmp_path):
@@ -192,11 +192,13 @@ def test_baseline_is_median_then_bicubic():
 @pytest.mark.parametrize(
     ("gains", "outcome", "words"),
     [
-        ((1.0, 1.2, 0.8, 1.1), "beats", "beats its input"),
-        ((-1.0, -1.2, -0.8, -1.1), "loses", "loses to its input"),
-        ((1.0, -1.2, 0.8, -1.1), "even", "no clear difference"),
-        ((0.0, 0.0, 0.0), "even", "better on 0 of 3"),
-        ((5.0,), "too few", "too few pictures"),
+        ((1.0, 1.2, 0.8, 1.1, 0.9, 1.0), "beats", "restored beats its input"),
+        ((-1.0, -1.2, -0.8, -1.1, -0.9, -1.0), "loses", "restored loses to its input"),
+        ((1.0, -1.2, 0.8, -1.1, 0.9, -1.0), "even", "no clear difference"),
+        ((0.0,) * 6, "even", "better on 0 of 6"),
+        ((1.0, 1.2, 0.8, 1.1, 0.9), "too few", "5 pictures are too few to say whether restored beats its input"),
+        ((1.0, 1.5), "too few", "2 pictures are too few to say"),
+        ((5.0,), "too few", "1 picture is too few to say"),
     ],
 )
 def test_outcomes_follow_the_interval(gains, outcome, words):
@@ -207,25 +209,45 @@ def test_outcomes_follow_the_interval(gains, outcome, words):
     assert lower.outcome == outcome
     assert "lower is better" in lower.sentence
     assert (lower.wins, lower.losses) == (comparison.wins, comparison.losses)
+    assert (comparison.low is None) == (comparison.high is None) == (outcome == "too few")
+    assert (", mean " in comparison.sentence) and ("[" in comparison.sentence) == (outcome != "too few")
 
 
 def test_overall_names_wins_and_losses():
     infos = {name: METRIC_INFO[name] for name in ("psnr", "ssim")}
     comparisons = [
-        compare("psnr", infos["psnr"], "lq", [(21.0, 20.0), (22.0, 20.5)]),
-        compare("ssim", infos["ssim"], "lq", [(0.5, 0.6), (0.5, 0.7)]),
+        compare("psnr", infos["psnr"], "lq", [(21.0 + n / 9, 20.0) for n in range(6)]),
+        compare("ssim", infos["ssim"], "lq", [(0.5, 0.6 + n / 90) for n in range(6)]),
     ]
     sentence = overall_verdict(comparisons, "lq", infos)
-    assert sentence.startswith("Restored beats its input in psnr; loses to it in ssim (psnr better on 2 of 2 pictures")
+    assert sentence.startswith("Restored beats its input in psnr; loses to it in ssim (psnr better on 6 of 6 pictures")
+    comparisons[1] = compare("ssim", infos["ssim"], "lq", [(0.5, 0.6), (0.5, 0.7)])
+    sentence = overall_verdict(comparisons, "lq", infos)
+    assert "beats its input in psnr; 2 pictures are too few to say whether it beats it in ssim (psnr" in sentence
 
 
-def test_interval_agrees_with_the_normal_theory():
-    differences = generator(3, "differences").normal(1.0, 2.0, 400)
-    low, high = bootstrap_interval(differences, 0, "psnr", "lq")
-    half = 1.96 * differences.std() / np.sqrt(len(differences))
-    assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.03)
-    assert bootstrap_interval(differences, 0, "psnr", "lq") == (low, high)
-    assert bootstrap_interval(differences, 1, "psnr", "lq") != (low, high)
+def test_few_pictures_rarely_claim_a_difference_where_there_is_none():
+    """400 evaluations of 6 pictures without a difference: about 4 % claim one, and of 5 pictures none."""
+    draw = generator(0, "nothing differs")
+    pairs = 25 + draw.normal(0, 2, (400, 6, 2))
+    outcomes = [compare("psnr", METRIC_INFO["psnr"], "lq", [tuple(pair) for pair in rows]).outcome for rows in pairs]
+    assert 4 <= 400 - outcomes.count("even") <= 28
+    assert {"beats", "loses"} <= set(outcomes), "the claims are on both sides"
+    few = {compare("psnr", METRIC_INFO["psnr"], "lq", [tuple(pair) for pair in rows[:5]]).outcome for rows in pairs}
+    assert few == {"too few"}
+
+
+def test_an_earlier_summary_is_restated_with_todays_verdicts(folders, tmp_path):
+    """Before statistics 2, intervals of two to five pictures claimed differences."""
+    summary = run(folders, tmp_path / "out")
+    today = json.loads(json.dumps(summary.to_json()))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    old = json.loads(json.dumps(today))
+    del old["versions"]["statistics"]
+    old["verdict"] = "Restored beats its input in psnr."
+    old["comparisons"][0] |= {"outcome": "beats", "low": 1.0, "high": 2.0, "sentence": "beats"}
+    assert restate(old, rows) == {**today, "versions": old["versions"]}
+    assert restate({**today, "verdict": "x"}, rows)["verdict"] == "x"
 
 
 def test_bad_calls_are_usage_errors(folders, tmp_path):

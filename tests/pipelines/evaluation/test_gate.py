@@ -24,13 +24,13 @@ from components.systems import SYSTEMS
 from components.systems.recipes import load_recipe
 from components.systems.system import Networks
 from pipelines.commands.main import build_app
-from pipelines.core.errors import EXIT_GATE, Failure, GateFailed
+from pipelines.core.errors import EXIT_GATE, Failure, GateFailed, UsageError
 from pipelines.corpus.shards import write_corpus
 from pipelines.evaluation import gate
 from pipelines.evaluation.gate import compare, pass_gate
 from pipelines.runs import one_training
 from pipelines.runs.tracking import DATABASE
-from pipelines.training.inputs import TrainInputs
+from pipelines.training.inputs import TrainInputs, check_inputs
 from pipelines.training.train import TrainResult
 
 
@@ -50,14 +50,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> TrainInputs:
-    pictures = [encode_png(dead_leaves(96, 3, index)) for index in range(7)]
+    pictures = [encode_png(dead_leaves(96, 3, index)) for index in range(10)]
     samples = [(f"p{n}", "png", data, {}) for n, data in enumerate(pictures)]
     write_corpus(tmp_path / "corpus", "leaves", {"train": samples[:2], "held_out": samples[2:]})
     return TrainInputs(corpora={"corpus": tmp_path / "corpus"})
 
 
 def recipe(teacher: Path, *more: str) -> Any:
-    own = [f"teacher={teacher}", "short_side=96", "resolution=64", "gate.pictures=4", "degradation.preset=x4-noise40"]
+    own = [f"teacher={teacher}", "short_side=96", "resolution=64", "gate.pictures=6", "degradation.preset=x4-noise40"]
     return load_recipe("distil-onestep-nano", [*own, *more])
 
 
@@ -66,7 +66,7 @@ def test_a_student_like_its_teacher_passes(tiny: Any, inputs: TrainInputs, tmp_p
     tiny.write_model(tmp_path / "out" / "model", 55.0)
     result = pass_gate(recipe(teacher), inputs.corpora, tmp_path / "out", on_ray=False)
     document = json.loads((tmp_path / "out" / "gate" / "gate.json").read_text())
-    assert result.passed and document["passed"] and len(result.pictures) == 4
+    assert result.passed and document["passed"] and len(result.pictures) == 6
     assert [one.metric for one in result.judgements] == ["psnr", "gmsd"]
     psnr = result.judgements[0]
     assert psnr.loss == pytest.approx(psnr.teacher - psnr.student, abs=1e-6) and psnr.loss <= psnr.allowed == 0.5
@@ -86,9 +86,9 @@ def test_a_bad_student_fails(tiny: Any, inputs: TrainInputs, tmp_path: Path) -> 
     assert pass_gate(wide, inputs.corpora, tmp_path / "out", on_ray=False).passed, "only the margins decide"
 
 
-def write(folder: Path, shift: dict[str, int]) -> None:
+def write(folder: Path, shift: dict[str, int], pictures: int = 6) -> None:
     """hq is gray noise; each arm's pictures are shifted by so many levels."""
-    for number in range(3):
+    for number in range(pictures):
         hq = np.random.default_rng(number).integers(60, 180, (48, 48, 3)).astype(np.uint8)
         for name in ("hq", "lq", *shift):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def test_the_process_of_a_failed_gate_ends_with_code_4(
 ) -> None:
     teacher, out = tiny.write_model(tmp_path / "teacher", 100.0), tmp_path / "out"
     words = ["train", "distil-onestep-nano", f"teacher={teacher}", "--input", f"corpus={inputs.corpora['corpus']}"]
-    more = ["short_side=96", "resolution=64", "degradation.preset=x4-noise40", "gate.pictures=2", "--out", str(out)]
+    more = ["short_side=96", "resolution=64", "degradation.preset=x4-noise40", "gate.pictures=6", "--out", str(out)]
     process = subprocess.run(
         [sys.executable, "-c", PROCESS, str(Path(__file__).parents[1] / "_tiny.py"), *words, *more],
         cwd=tmp_path,
@@ -219,7 +219,7 @@ def test_the_process_of_a_failed_gate_ends_with_code_4(
         check=False,
     )
     assert process.returncode == 4, process.stderr[-2000:]
-    assert "restoray: distil-onestep-nano: on 2 held-out pictures" in process.stderr
+    assert "restoray: distil-onestep-nano: on 6 held-out pictures" in process.stderr
     assert "it is not registered" in process.stderr and "Traceback" not in process.stderr
     assert not json.loads((out / "gate" / "gate.json").read_text())["passed"]
     assert (out / "model" / "model.json").is_file(), "the student's folder stays"
@@ -233,3 +233,30 @@ def test_a_distillation_without_a_teacher_is_refused() -> None:
     assert 'unknown teacher "nowhere"' in str(result.exception)
     with pytest.raises(RecipeError, match="metric other than psnr"):
         load_recipe("distil-onestep", ["gate.metric=psnr"])
+
+
+def test_few_pictures_pass_no_student(tiny: Any, tmp_path: Path) -> None:
+    """The student is better on every picture, but five are too few to say so of others."""
+    write(tmp_path, {"teacher": 5, "student": 4}, pictures=5)
+    result = compare(tmp_path, Gate(psnr_db=60, perceptual=10))
+    assert not result.passed and [(one.pictures, one.low, one.passed) for one in result.judgements] == [
+        (5, None, False),
+        (5, None, False),
+    ]
+    assert "within the allowed 60; 5 pictures are too few to say" in result.sentence()
+    write(tmp_path, {"teacher": 5, "student": 4}, pictures=6)
+    six = compare(tmp_path, Gate(psnr_db=60, perceptual=10))
+    assert six.passed and "too few" not in six.sentence()
+
+
+def test_a_gate_without_enough_pictures_ends_before_the_training(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"gate\.pictures=5 is too few to say .* at least 6"):
+        load_recipe("distil-onestep-nano", ["gate.pictures=5"])
+    samples = [(f"p{n}", "png", encode_png(dead_leaves(96, 3, n)), {}) for n in range(9)]
+    for held_out, names in ((5, "few"), (6, "enough")):
+        split = {"train": samples[held_out:], "held_out": samples[:held_out]}
+        write_corpus(tmp_path / names, "leaves", split)
+    own = recipe(tiny.write_model(tmp_path / "teacher", 60.0))
+    with pytest.raises(UsageError, match=r"at least 6 held-out pictures, and the largest corpus holds out 5.*split"):
+        check_inputs(own, TrainInputs(corpora={"corpus": tmp_path / "few"}))
+    check_inputs(own, TrainInputs(corpora={"corpus": tmp_path / "enough"}))

@@ -137,7 +137,8 @@ def test_it_shows_the_whole_run(run_dir):
     assert out == run_dir / "report.html"
     page = Page(out.read_text(encoding="utf-8"))
     assert page.open == []
-    assert "Restored beats its input in psnr" in page.text
+    assert "3 pictures are too few to say whether restored beats its input in psnr" in page.text
+    assert "better on 3 of 3 too few to say" in page.text and "95 % interval" not in page.text
     for words in (
         "cat",
         "deep/dog",
@@ -333,3 +334,20 @@ def test_smooth_keeps_length_and_lines():
 def test_ticks_are_round():
     assert nice_ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert nice_ticks(0.13, 0.58) == [0.2, 0.3, 0.4, 0.5]
+
+
+def test_the_report_of_an_earlier_run_claims_nothing_on_few_pictures(run_dir):
+    """Before statistics 2 a summary could say that restored beats its input on two pictures."""
+    path = run_dir / "evaluate-00000000" / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["versions"]["statistics"]
+    summary["verdict"] = "Restored beats its input in psnr."
+    for comparison in summary["comparisons"]:
+        comparison.update(outcome="beats", low=1.0, high=2.0, sentence="In psnr restored beats its input.")
+    path.write_text(json.dumps(summary))
+    text = page_of(run_dir).text
+    assert "restored beats its input." not in text.lower()
+    assert "3 pictures are too few to say whether restored beats its input in psnr" in text
+    del summary["means"]
+    path.write_text(json.dumps(summary))
+    assert "its verdict is shown as it was written" in page_of(run_dir).text

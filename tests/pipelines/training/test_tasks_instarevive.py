@@ -77,8 +77,8 @@ QUICK = ("inpaint", "lowlight", "daynight")  # one of each kind of data
 
 
 def make_corpus(folder: Path, make: Callable[[Image, int], Image] | None = None, first: int = 0) -> Path:
-    """Write a corpus of four training pictures and three held-out ones; with `make` also a column of inputs."""
-    pictures = {f"p{n}": dead_leaves(72, 11, first + n) for n in range(7)}
+    """Write a corpus of four training pictures and six held-out ones; with `make` also a column of inputs."""
+    pictures = {f"p{n}": dead_leaves(72, 11, first + n) for n in range(10)}
     samples = [(key, "png", encode_png(picture), {}) for key, picture in pictures.items()]
     write_corpus(folder, "stand-in", {"train": samples[:4], "held_out": samples[4:]})
     if make is not None:
@@ -161,14 +161,14 @@ def test_a_trained_model_is_distilled_and_passes_a_wide_gate(ray_session: None, 
             tmp_path / stage,
         ).model
         parents = {stage: teacher}
-    wide = [f"teacher={teacher}", *small, "gate.psnr_db=50", "gate.perceptual=100", "gate.pictures=2"]
+    wide = [f"teacher={teacher}", *small, "gate.psnr_db=50", "gate.perceptual=100", "gate.pictures=6"]
     recipe = load_recipe("distil-onestep-nano", wide)
     out = tmp_path / "student"
     student = load_model(train(recipe, TrainInputs(corpora=corpora), out).model)
     assert student.info["prior"] == load_model(teacher).info["prior"]
     pass_gate(recipe, corpora, out)
     report = json.loads((out / "gate" / "gate.json").read_text())
-    assert report["passed"] and len(report["pictures"]) == 2
+    assert report["passed"] and len(report["pictures"]) == 6
     again = pass_gate(recipe, corpora, out, on_ray=False)
     assert [one.loss for one in again.judgements] == [one["loss"] for one in report["judgements"]]
 
@@ -185,7 +185,7 @@ def test_a_student_is_built_on_its_teachers_prior_and_passes_the_gate(tmp_path: 
     wide = [
         "gate.psnr_db=50",
         "gate.perceptual=100",
-        "gate.pictures=2",
+        "gate.pictures=6",
         "resolution=32",
         "short_side=48",
         "family=pixart",
@@ -196,7 +196,7 @@ def test_a_student_is_built_on_its_teachers_prior_and_passes_the_gate(tmp_path: 
     assert student.info["prior"] == load_model(teacher).info["prior"], "the recipe's own prior and family do not count"
     assert SYSTEMS["instarevive"].networks().encoded_with(recipe, {}) == "nano"
     result = pass_gate(recipe, corpora, tmp_path / "out", on_ray=False)
-    assert result.passed and len(result.pictures) == 2
+    assert result.passed and len(result.pictures) == 6
     prior = load_model("nano")
     with pytest.raises(ModelError, match="there is no score to distil"):
         SYSTEMS["instarevive"].build_objective(load_recipe("distil-onestep-nano", [f"teacher={prior.path}"]), {})

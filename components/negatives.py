@@ -191,8 +191,6 @@ def _with_prior(name: str, settings: ImageToImageSettings, device: str) -> Image
             side = settings.resolution // prior.factor
             noise = Noise(seed, np.array([position]), device).normal("start", (prior.latent_channels, side, side))
             result = image_to_image(prior, hq, [prompt], noise, settings)
-        if not bool(result.isfinite().all()):
-            raise SampleError("not_finite", f"{name} returned values that are not finite")
         return tensor_to_images(result)[0]
 
     return change
@@ -266,8 +264,13 @@ def _with_diffusers(
 ) -> ImageToImage:
     import torch
 
+    from components.tensors import check_finite
+
     pipeline = _open_pipeline(name, revision, precision).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
+    if decoder is not None:  # diffusers clips the result, which would hide infinite values
+        decoder.register_forward_hook(lambda module, inputs, output: check_finite(output))
 
     def change(image: Image, prompt: str, seed: int, position: int) -> Image:
         # on the CPU, so that the draws are the same for every device

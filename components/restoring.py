@@ -252,7 +252,8 @@ def restore_batch(
 
     Returns:
         For each picture its PNG, or a SampleError with the reason: the codes of `components.images`, and `refused`
-        (the restorer's ValueError: an unknown option, an unsupported size), `out_of_memory`, `failed`.
+        (the restorer's ValueError: an unknown option, an unsupported size), `not_finite` (a broken model),
+        `out_of_memory`, `failed`.
 
     Raises:
         Cancellation: `cancelled` became true.

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from components.degradations.masks import mask_of
-from components.types import Batch, Image, Plan
+from components.types import Batch, Image, Plan, SampleError
 
 OVERSHOOT = 0.5
 """Tolerance outside 0..1: larger than any interpolation overshoot, smaller than the 1 of pictures in -1..1."""
+
+EXPLODED = 1e4
+"""A decoded picture lies near -1..1. Values as large as this are no overshoot: the activations exploded. Ours."""
 
 PRECOMPUTED = {
     "latents": {"latents": "latents"},
@@ -33,7 +36,7 @@ def images_to_tensor(images: Sequence[Image] | np.ndarray) -> Tensor:
     pixels = _tensor(images)
     if pixels.is_floating_point() and pixels.numel():
         low, high = (float(bound) for bound in pixels.aminmax())
-        if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # also refuses NaN
             raise ValueError(
                 f"float pictures must lie in 0..1, got {low:.4g}..{high:.4g}: are they in -1..1 or 0..255?"
             )
@@ -54,8 +57,41 @@ def _tensor(values: np.ndarray | Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(_stack(values)))
 
 
-def tensor_to_images(tensor: Tensor) -> list[Image]:
-    """float [B, 3, H, W] in [-1, 1] (values outside are clipped) -> uint8 [H, W, 3] each, rounded to nearest."""
+def check_finite(values: Tensor, keys: Sequence[str] = ()) -> None:
+    """Refuse values that a broken network made. Every conversion of pictures to 8 bits calls this before it clips.
+
+    The check is here, and not where weights are loaded: finite weights can overflow too, above all in half precision,
+    and a read of every weight would slow each start.
+
+    Args:
+        values: float [B, ...], pictures or latents; intact ones are of order one.
+        keys: names of the B samples, for the error; may be empty.
+
+    Raises:
+        SampleError: "not_finite": a sample has NaN, infinite values, or values of EXPLODED or more. It names the first.
+    """
+    if not values.numel():
+        return
+    low, high = (float(bound) for bound in values.detach().aminmax())
+    if low > -EXPLODED and high < EXPLODED:  # false for NaN, which aminmax passes on
+        return
+    rows = values.detach().flatten(1).to(torch.float32).abs()
+    row = int((~(rows < EXPLODED)).any(1).nonzero()[0])
+    count = int((~rows[row].isfinite()).sum())
+    fault = (
+        f"values that are not finite ({count} of {rows.shape[1]})" if count else f"values up to {rows[row].max():.3g}"
+    )
+    detail = f"the model made {fault}: its weights are broken, or their precision is too low"
+    raise SampleError("not_finite", detail, keys[row] if row < len(keys) else "")
+
+
+def tensor_to_images(tensor: Tensor, keys: Sequence[str] = ()) -> list[Image]:
+    """float [B, 3, H, W] in [-1, 1] (values outside are clipped) -> uint8 [H, W, 3] each, rounded to nearest.
+
+    Raises:
+        SampleError: "not_finite", see check_finite; `keys` are the pictures' names for it.
+    """
+    check_finite(tensor, keys)
     levels = tensor.detach().to(torch.float32).clamp(-1, 1).add(1.0).mul(127.5).round().to(torch.uint8)
     return list(levels.permute(0, 2, 3, 1).cpu().numpy())
 

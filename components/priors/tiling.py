@@ -91,20 +91,24 @@ def encode_images(prior: LatentPrior, images: Sequence[Image], tile: int = TILE,
     return result
 
 
-def decode_images(prior: LatentPrior, latents: Tensor, tile: int = TILE) -> list[Image]:
+def decode_images(prior: LatentPrior, latents: Tensor, tile: int = TILE, keys: Sequence[str] = ()) -> list[Image]:
     """Scaled latents [B, C, h, w] -> pictures uint8 [h factor, w factor, 3], clipped.
 
     Args:
         tile: side of a tile in latent pixels.
+        keys: names of the pictures, for errors.
+
+    Raises:
+        SampleError: "not_finite", see tensors.check_finite.
     """
     size = (latents.shape[-2], latents.shape[-1])
     if max(size) <= tile:
-        return tensor_to_images(prior.decode(latents))
+        return tensor_to_images(prior.decode(latents), keys)
 
     def decode_part(top: int, bottom: int, left: int, right: int) -> Tensor:
         return prior.decode(latents[..., top:bottom, left:right])
 
-    return paint(len(latents), size, tile, halo_of(prior, "decoder"), _fade(prior), prior.factor, decode_part)
+    return paint(len(latents), size, tile, halo_of(prior, "decoder"), _fade(prior), prior.factor, decode_part, keys)
 
 
 def paint(
@@ -115,12 +119,17 @@ def paint(
     fade: int,
     scale: int,
     run: Callable[[int, int, int, int], Tensor],
+    keys: Sequence[str] = (),
 ) -> list[Image]:
     """Joins tiles to pictures uint8 [H, W, 3]; only one row of tiles exists as floats at a time.
 
     Args:
         batch: number of pictures.
         size, tile, halo, fade, scale, run: see _over_tiles; `run` returns [B, 3, rows, columns] in [-1, 1].
+        keys: names of the pictures, for errors.
+
+    Raises:
+        SampleError: "not_finite", see tensors.check_finite.
     """
     pictures = np.zeros((batch, size[0] * scale, size[1] * scale, 3), dtype=np.uint8)
     # the sum of cross-faded tiles must be rounded only once, so a row of tiles is summed as float first
@@ -131,7 +140,7 @@ def paint(
         nonlocal strip, strip_top
         pixels = value.detach().to(torch.float32).permute(0, 2, 3, 1).cpu().numpy()
         if top > strip_top:  # a new row of tiles: the rows above it are complete
-            _settle(pictures, strip[:, : top - strip_top], strip_top)
+            _settle(pictures, strip[:, : top - strip_top], strip_top, keys)
             strip, strip_top = strip[:, top - strip_top :], top
         missing = pixels.shape[1] - strip.shape[1]
         if missing > 0:
@@ -139,14 +148,15 @@ def paint(
         strip[:, : pixels.shape[1], left : left + pixels.shape[2]] += pixels
 
     _over_tiles(size, tile, halo, fade, scale, run, add_tile)
-    _settle(pictures, strip, strip_top)
+    _settle(pictures, strip, strip_top, keys)
     return list(pictures)
 
 
-def _settle(pictures: np.ndarray, strip: np.ndarray, top: int) -> None:
+def _settle(pictures: np.ndarray, strip: np.ndarray, top: int, keys: Sequence[str]) -> None:
     """Rounds finished rows [B, rows, W, 3] in [-1, 1] into the 8-bit pictures, as tensor_to_images does."""
-    for picture, rows in zip(pictures, strip, strict=True):
-        picture[top : top + len(rows)] = tensor_to_images(torch.from_numpy(rows).permute(2, 0, 1)[None])[0]
+    for index, (picture, rows) in enumerate(zip(pictures, strip, strict=True)):
+        tensor = torch.from_numpy(rows).permute(2, 0, 1)[None]
+        picture[top : top + len(rows)] = tensor_to_images(tensor, keys[index : index + 1])[0]
 
 
 def _fade(prior: LatentPrior) -> int:

@@ -136,7 +136,11 @@ def pass_gate(
         opened = open_model(model, {"device": "cuda"} if gpu else {})
         job = RestoreJob(ask=opened.request_options(options), seed=SEED)
         pool = Pool(workers=int(on_ray), num_gpus=float(gpu))
-        restore_folder(opened, folder / "lq", folder / arm, job, pool, progress)
+        answers = restore_folder(opened, folder / "lq", folder / arm, job, pool, progress)
+        if answers.quarantined and not answers.restored + answers.skipped:
+            reason = read_lines(answers.quarantine)[0]
+            kind = Failure if arm == ARMS[0] else GateFailed
+            raise kind(f"{recipe.name}: the {arm} restored none of {answers.quarantined} pictures: {reason['detail']}.")
     result = compare(folder, gate)
     document = {**asdict(result), "passed": result.passed, "teacher": str(recipe.teacher), "verdict": result.sentence()}
     replace_file(folder / VERDICT, (json.dumps(document, indent=1) + "\n").encode())

@@ -22,7 +22,7 @@ from pipelines.restoration.prompts import JobCaptioner, PictureCaptioner
 
 T = TypeVar("T")
 
-RESTORER_CODES = frozenset({"refused", "failed", "out_of_memory", "no_view", "empty_caption"})
+RESTORER_CODES = frozenset({"refused", "failed", "not_finite", "out_of_memory", "no_view", "empty_caption"})
 """Reason codes that are not about the source: an earlier result stays valid."""
 
 

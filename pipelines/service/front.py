@@ -8,6 +8,7 @@ This module does not use Ray: `build_app` takes a backend with `health` and `res
     415 unsupported_type   the content is not a picture, or its format is not supported
     422                    a bad parameter, a broken picture, or too many pixels
     500 failed, internal   the restoration or the service failed; its log has the error
+    500 not_finite         the model made NaN or infinite values; its weights or its precision are wrong
     503 + Retry-After      the service is starting, restarting, busy or out of memory, or its setup failed, or the
                            request was cancelled
     504 deadline           the picture was not restored in time
@@ -65,6 +66,7 @@ STATUS: Mapping[str, int] = {
     "not_image": 415,
     "unsupported_format": 415,
     "failed": 500,
+    "not_finite": 500,
     "out_of_memory": 503,
     "busy": 503,
     "starting": 503,

@@ -6,6 +6,7 @@ without interruption, on any number of ranks. Only rank 0 writes metrics, sample
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -28,12 +29,14 @@ from components.training import (
     train_step,
     training_state,
 )
-from components.types import Batch
+from components.types import Batch, SampleError
 from components.writing import replace_file
 from pipelines.core.metrics import heldout_losses
 from pipelines.stream.feed import rank_batches
 from pipelines.training.stage_files import METRICS, MODEL, SAMPLES, Sample, is_whole, log_order
 from pipelines.training.state import Run, State, build_state, resume
+
+log = logging.getLogger(__name__)
 
 HELDOUT_SEED = 20260101  # seed of the fixed held-out triples, independent of the run's seed
 
@@ -150,11 +153,19 @@ def evaluate(state: State) -> None:
     with state.average_weights():
         losses = evaluate_loss(state.objective, state.heldout, HELDOUT_SEED, state.device)
         state.log.write(state.step, {f"heldout/{name}": loss for name, loss in losses.items()})
-        _write_samples(state, state.run.out / SAMPLES / f"step-{state.step:06d}.png")
+        try:
+            _write_samples(state, state.run.out / SAMPLES / f"step-{state.step:06d}.png")
+        except SampleError as error:  # the training goes on: its bad steps have their own limit
+            log.warning("no sample pictures at step %d: %s", state.step, error)
+            state.log.write(state.step, {f"samples/{error.code}": 1.0})
 
 
 def _write_samples(state: State, path: Path) -> None:
-    """Write LQ | restored | HQ of the first held-out pictures, if the stage can restore."""
+    """Write LQ | restored | HQ of the first held-out pictures, if the stage can restore.
+
+    Raises:
+        SampleError: "not_finite": the networks made values that are no picture.
+    """
     heldout = state.heldout[0]
     count = min(3, len(heldout))
     lq, hq, prompts = heldout.lq[:count], heldout.hq[:count], heldout.prompts[:count]
@@ -162,7 +173,7 @@ def _write_samples(state: State, path: Path) -> None:
         restored = SYSTEMS[state.recipe.system].look(state.objective, state.recipe, lq, prompts, HELDOUT_SEED)
     if restored is None:
         return
-    columns = [tensor_to_images(images[:count]) for images in (lq, restored, hq)]
+    columns = [tensor_to_images(images[:count], heldout.keys[:count]) for images in (lq, restored, hq)]
     sheet = np.concatenate([np.concatenate(row, axis=1) for row in zip(*columns, strict=True)], axis=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, encode_png(sheet, {"columns": "lq, restored, hq"}))

@@ -177,7 +177,7 @@ class InstantIRRestorer(Restorer):
             step_noise = lambda i: self._noise(batch, f"step {i}", shape)  # noqa: E731
             clean = sample_ddpm(denoise, latents, sigmas, step_noise, on_step, cancelled)
         del denoiser, denoise, latents, lq, hq
-        pictures = decode_images(self.fast, clean)
+        pictures = decode_images(self.fast, clean, keys=[job.request.key for job in batch])
         return [_finish(job, picture) for job, picture in zip(batch, pictures, strict=True)]
 
     def _boxes(self, height: int, width: int, options: Options) -> list[Box]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from components.color import Transfer, adain, wavelet
+from components.tensors import check_finite
 from components.types import Box, Image
 
 
@@ -67,8 +68,13 @@ def nearest_pool(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(mask, size)
 
 
-def to_levels(pictures: Tensor, rounding: Literal["nearest", "truncate"]) -> list[Image]:
-    """float [B, 3, H, W] in [0, 1] (values outside are clipped) -> uint8 [H, W, 3] each."""
+def to_levels(pictures: Tensor, rounding: Literal["nearest", "truncate"], keys: Sequence[str] = ()) -> list[Image]:
+    """float [B, 3, H, W] in [0, 1] (values outside are clipped) -> uint8 [H, W, 3] each.
+
+    Raises:
+        SampleError: "not_finite", see tensors.check_finite; `keys` are the pictures' names for it.
+    """
+    check_finite(pictures, keys)
     levels = pictures.to(torch.float32).clamp(0, 1) * 255
     levels = levels.round() if rounding == "nearest" else levels
     return list(levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())

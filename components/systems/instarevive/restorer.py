@@ -159,7 +159,7 @@ class InstaReviveRestorer(Restorer):
         if self.coarse is None or not job.options.coarse:
             return None
         height, width = job.inside
-        return np.ascontiguousarray(self._coarse_images([job.image])[0][:height, :width])
+        return np.ascontiguousarray(self._coarse_images([job.image], [request.key])[0][:height, :width])
 
     def check_prompts_used(self, options: Mapping[str, Any]) -> None:
         """Check that the options pass each request's own prompt to the network.
@@ -215,13 +215,13 @@ class InstaReviveRestorer(Restorer):
             return self._run_released(batch, cancelled)
         images = [job.image for job in batch]
         use_coarse = self.coarse is not None and options.coarse
-        sources = self._coarse_images(images) if use_coarse else images
+        sources = self._coarse_images(images, _keys(batch)) if use_coarse else images
         lq = encode_images(self.fast, sources)
         clean = self._clean(batch, lq, self._boxes(lq, options), cancelled)
         if batch[0].missing is not None:
             input_latents = encode_images(self.fast, images) if use_coarse else lq
             clean = torch.where(self._missing_latents(batch, F.adaptive_max_pool2d), clean, input_latents)
-        pictures = decode_images(self.fast, clean)
+        pictures = decode_images(self.fast, clean, keys=_keys(batch))
         results = []
         for job, picture, source in zip(batch, pictures, sources, strict=True):
             height, width = job.inside
@@ -248,7 +248,8 @@ class InstaReviveRestorer(Restorer):
                 self.fast.decode, clean, source, boxes, self.backbone.factor, options.color
             )
         results = []
-        for job, picture in zip(batch, parity.to_levels(restored, options.rounding), strict=True):
+        pictures = parity.to_levels(restored, options.rounding, _keys(batch))
+        for job, picture in zip(batch, pictures, strict=True):
             height, width = job.inside
             inside = np.ascontiguousarray(picture[:height, :width])
             results.append(_resize(inside, job.size, Pillow.Resampling.LANCZOS))
@@ -282,7 +283,7 @@ class InstaReviveRestorer(Restorer):
         side = self.generator.predictor.network.config.get("sample_size")  # type: ignore[union-attr, operator]
         return side if isinstance(side, int) else TILE
 
-    def _coarse_images(self, images: Sequence[Image]) -> list[Image]:
+    def _coarse_images(self, images: Sequence[Image], keys: Sequence[str]) -> list[Image]:
         """Coarse restorations of pictures of one size, rounded to 8 bits; in tiles above COARSE_TILE_PX."""
         assert self.coarse is not None
         device, multiple = self.backbone.device, self.coarse.multiple_px
@@ -294,7 +295,7 @@ class InstaReviveRestorer(Restorer):
             return coarse(pixels * 0.5 + 0.5) * 2 - 1
 
         size = (images[0].shape[0] // multiple, images[0].shape[1] // multiple)
-        return paint(len(images), size, max(1, COARSE_TILE_PX // multiple), 1, 1, multiple, run)
+        return paint(len(images), size, max(1, COARSE_TILE_PX // multiple), 1, 1, multiple, run, keys)
 
     def _missing_latents(self, batch: Sequence[Job], pool: Any) -> Tensor:
         """bool [B, 1, h, w]: latents with a missing pixel.
@@ -327,6 +328,10 @@ class _Step:
         top, left, height, width = box
         noise = None if self.noise is None else self.noise[..., top : top + height, left : left + width].contiguous()
         return _Step(self.fast, self.conditions, noise)
+
+
+def _keys(batch: Sequence[Job]) -> list[str]:
+    return [job.request.key for job in batch]
 
 
 def _prompt(job: Job) -> str:

@@ -18,6 +18,7 @@ from components.systems.swinir.network import SwinIR
 from components.systems.swinir.objective import check_same_size
 from components.systems.swinir.options import Options, option_texts, parse_options, restore_defaults
 from components.systems.swinir.weights import network_of
+from components.tensors import check_finite
 from components.types import Cancellation, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
 
 
@@ -70,7 +71,8 @@ class SwinIRRestorer(Restorer):
             raise SampleError("bad_size", f"size must be positive, got {size[0]} x {size[1]}", request.key)
         ratio = max(1.0, options.min_side_px / min(size))
         enlarged = _resize(image, (round(size[0] * ratio), round(size[1] * ratio)))
-        return _resize(restore_image(self.network, enlarged, options.tile_px, options.tile_overlap, cancelled), size)
+        restored = restore_image(self.network, enlarged, options.tile_px, options.tile_overlap, cancelled, request.key)
+        return _resize(restored, size)
 
 
 @torch.inference_mode()
@@ -80,6 +82,7 @@ def restore_image(
     tile_px: int = 1024,
     overlap: float = 0.25,
     cancelled: Cancelled | None = None,
+    key: str = "",
 ) -> Image:
     """Restore one picture, uint8 [H, W, 3] -> the same size.
 
@@ -92,8 +95,10 @@ def restore_image(
         tile_px: rounded down to a multiple of network.config.multiple_px.
         overlap: least overlap of neighbours, as a share of a tile, 0 to 0.9.
         cancelled: called before each tile.
+        key: the picture's name, for errors.
 
     Raises:
+        SampleError: "not_finite", see tensors.check_finite.
         Cancellation: `cancelled()` became true.
     """
     multiple = network.config.multiple_px
@@ -117,17 +122,18 @@ def restore_image(
         missing_rows = top + h - strip_top - len(strip)
         if missing_rows > 0:
             strip = np.concatenate([strip, np.zeros((missing_rows, columns, 3), np.float32)])
-        restored = _restore_tile(network, padded[top : top + h, left : left + w])
+        restored = _restore_tile(network, padded[top : top + h, left : left + w], key)
         strip[:h, left : left + w] += restored * (weights / total[top : top + h, left : left + w])
     _write_rows(result, strip, strip_top)
     return np.ascontiguousarray(result[:height, :width])
 
 
-def _restore_tile(network: SwinIR, image: Image) -> np.ndarray:
+def _restore_tile(network: SwinIR, image: Image, key: str) -> np.ndarray:
     """Restore one tile, uint8 [h, w, 3] -> float32 [h, w, 3] in [0, 1], not clipped."""
     weight = network.conv_last.weight
     pixels: Tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(weight.device)
     restored = network(pixels.to(torch.float32).div(255).to(weight.dtype))
+    check_finite(restored, [key])
     return restored[0].permute(1, 2, 0).to(torch.float32).cpu().numpy()
 
 

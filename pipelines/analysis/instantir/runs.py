@@ -29,11 +29,19 @@ def tensor(picture: Image) -> Tensor:
 
 
 def record_picture(subject: Subject, key: str, lq: Image, prompt: str = "", **changes: Any) -> Trajectory:
-    """Restore one picture and record the run. `changes` are options of this run only."""
+    """Restore one picture and record the run. `changes` are options of this run only.
+
+    Raises:
+        SampleError: "not_finite": the model is broken, see tensors.check_finite.
+    """
     from components.systems.instantir.insight import record
+    from components.tensors import check_finite
 
     options = replace(subject.options, **changes)
-    return record(subject.network, tensor(lq), options, [picture_seed(subject.job.seed, key)], [prompt])
+    run = record(subject.network, tensor(lq), options, [picture_seed(subject.job.seed, key)], [prompt])
+    for latents in (run.latents, run.denoised.transpose(0, 1), run.previews.transpose(0, 1)):
+        check_finite(latents, [key])
+    return run
 
 
 def encode(subject: Subject, picture: Image) -> Tensor:

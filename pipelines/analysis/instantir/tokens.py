@@ -65,18 +65,16 @@ class Gallery:
     def __init__(self, subject: Subject, pictures: Pictures) -> None:
         import torch
 
-        from components.systems.instantir.insight import token_vectors
-
         self.keys: list[str] = []
         parts: dict[str, list[Tensor]] = {}
         digest = hashlib.sha256()
         for key, path in pictures.by_key.items():
             try:
                 data = read_picture(path, key)
-                picture = middle_square(data, key, subject.job.side_px)
+                vectors = finite_vectors(subject, key, middle_square(data, key, subject.job.side_px))
             except SampleError:
                 continue  # measure_pictures quarantines the picture later
-            for view, vector in token_vectors(subject.network, runs.tensor(picture)).items():
+            for view, vector in vectors.items():
                 parts.setdefault(view, []).append(vector)
             self.keys.append(key)
             digest.update(f"{key}:{hashlib.sha256(data).hexdigest()};".encode())
@@ -91,15 +89,27 @@ class Gallery:
         """
         import torch
 
-        from components.systems.instantir.insight import retrieve, token_vectors
+        from components.systems.instantir.insight import retrieve
 
+        vectors = finite_vectors(subject, key, lq)
         index = torch.tensor([self.keys.index(key)])
         scores = {}
-        for view, vector in token_vectors(subject.network, runs.tensor(lq)).items():
+        for view, vector in vectors.items():
             retrieval = retrieve(vector, self.vectors[view], index.to(vector.device))
             similarity, margin = numbers([float(retrieval.similarity[0]), float(retrieval.margin[0])])
             scores[view] = {"rank": int(retrieval.rank[0]), "similarity": similarity, "margin": margin}
         return scores
+
+
+def finite_vectors(subject: Subject, key: str, picture: Image) -> dict[str, Tensor]:
+    """Token vectors [1, D] of a picture by view. Raises SampleError "not_finite", see tensors.check_finite."""
+    from components.systems.instantir.insight import token_vectors
+    from components.tensors import check_finite
+
+    vectors = token_vectors(subject.network, runs.tensor(picture))
+    for vector in vectors.values():
+        check_finite(vector, [key])
+    return vectors
 
 
 def gallery_pictures(subject: Subject) -> Pictures:

@@ -6,7 +6,8 @@ raises a `SampleError` with one of these codes:
     empty               no bytes
     not_image           the bytes have no known picture format (an HTML error page, text, noise)
     unsupported_format  a picture, but not of a format on the allow-list (HEIC, PSD, SVG, ...)
-    unsupported_mode    pixel values without a declared range (32-bit integers or floats)
+    unsupported_mode    pixel values without a definite meaning or range (32-bit integers, floats, spot colours)
+    unsupported_color   a declared colour space that is not converted to sRGB (HDR transfer functions)
     too_large           more bytes, pixels or metadata than allowed; checked in the header, before decoding
     too_small, aspect   the short side is too short, or the long side too long for it
     animated            several frames or pages
@@ -27,8 +28,10 @@ import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image as Pillow
-from PIL import ImageCms, PngImagePlugin
+from PIL import PngImagePlugin, TiffImagePlugin
 
+from components.color_spaces import declared_profile, tiff_profile, to_srgb
+from components.tiffs import TiffPicture, read_layout
 from components.types import Image, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "GIF")
@@ -133,17 +136,18 @@ def probe(data: bytes, limits: Limits = Limits(), key: str = "") -> Info:
         SampleError: like `decode`, except for faults in the pixels.
     """
     with _as_sample_errors(key), _open(data, limits) as (picture, kind):
-        swaps_sides = kind != "TIFF" and _orientation(picture) >= 5  # Pillow returns the upright size of a TIFF
         width, height = picture.size
+        # the size of a TIFF is the upright one
+        swaps_sides = not isinstance(picture, TiffPicture) and kind != "TIFF" and _orientation(picture) >= 5
         return Info(format=kind, width=height if swaps_sides else width, height=width if swaps_sides else height)
 
 
 def decode(data: bytes, limits: Limits = Limits(), key: str = "") -> Image:
     """Decode untrusted bytes into an upright sRGB picture.
 
-    The content decides the format, not the file name. EXIF orientation is applied. Embedded profiles are converted to
-    sRGB; a broken profile is ignored. 16-bit values are scaled. Transparent pictures are shown on white. An MPO gives
-    its first picture, as in other readers.
+    The content decides the format, not the file name. EXIF orientation is applied. A declared colour space is converted
+    to sRGB (components.color_spaces); a broken profile is ignored. 16-bit values are scaled. Transparent pictures are
+    shown on white. An MPO gives its first picture, as in other readers.
 
     Args:
         data: bytes of the file.
@@ -194,14 +198,18 @@ def _decode(data: bytes, limits: Limits, key: str, background: int | None) -> De
         rgb = _bare_jpeg(data, limits)
         if rgb is not None:
             return Decoded(image=rgb, alpha=None, gray=False)
-        with _open(data, limits) as (picture, _):
-            rgb, alpha = _colour_jpeg(data, picture), None
-            if rgb is None:
-                picture.load()
-                rgb, alpha = _srgb_and_alpha(picture)
-                if alpha is not None and background is not None:
-                    rgb = _on_background(rgb, alpha, background)
-            orientation = _orientation(picture)  # after load, because Pillow rotates a TIFF and drops the tag
+        with _open(data, limits) as (picture, kind):
+            if isinstance(picture, TiffPicture):
+                rgb, alpha = _tiff_parts(picture)
+                orientation = picture.layout.orientation
+            else:
+                rgb, alpha = _colour_jpeg(data, picture), None
+                if rgb is None:
+                    picture.load()
+                    rgb, alpha = _srgb_and_alpha(picture, declared_profile(picture, kind, data))
+                orientation = _orientation(picture)  # after load, because Pillow rotates a TIFF and drops the tag
+            if alpha is not None and background is not None:
+                rgb = _on_background(rgb, alpha, background)
             upright = np.ascontiguousarray(_upright(rgb, orientation))
             if alpha is not None:
                 alpha = np.ascontiguousarray(_upright(alpha, orientation))
@@ -359,7 +367,7 @@ def _as_sample_errors(key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image, str]]:
+def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image | TiffPicture, str]]:
     """Open the header with the decoder of the signature's format, and check the limits."""
     kind = sniff(data)
     if len(data) > limits.max_bytes:
@@ -369,6 +377,16 @@ def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image, str]]:
         _check_png_chunks(data)
     if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
         raise SampleError("truncated", f"the WebP header promises more than the {len(data)} bytes present")
+    if kind == "TIFF":
+        layout = read_layout(data)
+        _check_size(*layout.size, len(data), limits)
+        if layout.compression not in TiffImagePlugin.COMPRESSION_INFO:
+            raise SampleError("unsupported_mode", f"the TIFF's compression {layout.compression} is not supported")
+        if not layout.read_by_pillow:
+            if layout.pages > 1:
+                raise SampleError("animated", "the TIFF holds several frames or pages")
+            yield TiffPicture(data=data, layout=layout), kind
+            return
     with Pillow.open(io.BytesIO(data), formats=(kind,)) as picture:
         _check_size(*picture.size, len(data), limits)
         if picture.format != "MPO" and getattr(picture, "is_animated", False):
@@ -476,8 +494,8 @@ def _colour_jpeg(data: bytes, picture: Pillow.Image) -> Image | None:
     if picture.format != "JPEG" or picture.mode != "RGB":
         return None
     rgb = _turbo(data, (picture.height, picture.width))
-    profile = picture.info.get("icc_profile")
-    srgb = _to_srgb(Pillow.fromarray(rgb), profile) if rgb is not None and profile else None
+    profile = declared_profile(picture, "JPEG", data) if rgb is not None else None
+    srgb = to_srgb(Pillow.fromarray(rgb), profile) if rgb is not None and profile else None
     return rgb if srgb is None else np.array(srgb)
 
 
@@ -492,10 +510,18 @@ def _turbo(data: bytes, size: tuple[int, int]) -> Image | None:
     return rgb
 
 
-def _srgb_and_alpha(picture: Pillow.Image) -> tuple[Image, np.ndarray | None]:
+def _tiff_parts(picture: TiffPicture) -> tuple[Image, np.ndarray | None]:
+    """Decode a TIFF without Pillow, to the same parts as _srgb_and_alpha."""
+    loaded, alpha = picture.load()
+    profile = tiff_profile(picture.layout.tags, picture.data)
+    srgb = to_srgb(loaded, profile) if profile else None
+    rgb = np.array((srgb if srgb is not None else loaded).convert("RGB"))
+    return rgb, alpha if alpha is not None and alpha.min() < 255 else None
+
+
+def _srgb_and_alpha(picture: Pillow.Image, profile: bytes | None) -> tuple[Image, np.ndarray | None]:
     """Convert a loaded Pillow picture to uint8 sRGB [H, W, 3], and alpha [H, W] unless every pixel is opaque."""
     alpha: np.ndarray | None = None
-    profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I;16"):
         wide = np.asarray(picture).astype(np.uint32)
         transparent = picture.info.get("transparency")
@@ -512,8 +538,8 @@ def _srgb_and_alpha(picture: Pillow.Image) -> tuple[Image, np.ndarray | None]:
         picture = picture.convert("RGB")
     elif picture.mode not in ("L", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
         raise SampleError("unsupported_mode", f"pixels of mode {picture.mode}")
-    srgb = _to_srgb(picture, profile) if profile else None
-    rgb = np.array(srgb if srgb is not None else picture.convert("RGB"))
+    srgb = to_srgb(picture, profile) if profile else None
+    rgb = np.array((srgb if srgb is not None else picture).convert("RGB"))
     return rgb, alpha if alpha is not None and alpha.min() < 255 else None
 
 
@@ -530,24 +556,3 @@ def _with_alpha(picture: Pillow.Image) -> Pillow.Image:
     if picture.mode in ("RGBa", "La"):
         picture = picture.convert("RGBA" if picture.mode == "RGBa" else "LA")
     return picture.convert("RGBA")
-
-
-def _to_srgb(picture: Pillow.Image, profile: bytes) -> Pillow.Image | None:
-    """Convert with an embedded profile; None if there is nothing to convert or the profile is unusable."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = source.profile.xcolor_space.strip()
-        if {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}.get(picture.mode) != space:
-            return None  # the profile belongs to another kind of picture
-        if space == "RGB" and "sRGB" in (source.profile.profile_description or ""):
-            return None
-        return ImageCms.profileToProfile(
-            picture,
-            source,
-            ImageCms.createProfile("sRGB"),
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            outputMode="RGB",
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None

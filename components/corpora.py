@@ -6,16 +6,17 @@ misspelt key or a value of the wrong type raises an error of one sentence that n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from components.images import Limits
+from components.overrides import apply_overrides
 
 
 @dataclass(kw_only=True)
@@ -353,10 +354,6 @@ class CorpusSpec:
             raise ValueError("sample_timeout_s and stall_timeout_s must be positive")
 
 
-_LIST_PLACE = re.compile(r"[.\[]\d+(?:[.\]]|$)")
-"""List index in an override's key, as in "sources.0.path"."""
-
-
 def load_corpus_spec(path: Path, overrides: Sequence[str] = ()) -> CorpusSpec:
     """Read a datasets/*.yaml file and apply `key=value` overrides ("sources.0.path=DIR" for an entry of a list).
 
@@ -364,13 +361,15 @@ def load_corpus_spec(path: Path, overrides: Sequence[str] = ()) -> CorpusSpec:
         ValueError: unknown key (with a suggestion), wrong type, value out of range or missing field; names the file.
         OSError: the file cannot be read.
     """
-    in_lists = [override for override in overrides if _LIST_PLACE.search(override.partition("=")[0])]
-    plain = [override for override in overrides if override not in in_lists]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(CorpusSpec), OmegaConf.load(path), OmegaConf.from_dotlist(plain))
-        merged.merge_with_dotlist(in_lists)  # a merge would replace the whole list
+        merged = apply_overrides(CorpusSpec, OmegaConf.load(path), overrides)
         spec = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:  # TypeError: a mapping instead of a list
+    except (
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+    ) as error:  # TypeError: a mapping instead of a list
         sentence = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise ValueError(f"{path.name}: {sentence}") from error
     assert isinstance(spec, CorpusSpec)

@@ -14,6 +14,9 @@ from components.naming import did_you_mean
 
 T = TypeVar("T")
 
+TEXTS = ("prompt", "negative_prompt")
+"""Options of every system that are texts, taken as they were typed."""
+
 OptionCheck = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """(options) -> the same options in their own types; raises ValueError with one sentence for a wrong option."""
 

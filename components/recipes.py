@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from components.evaluation import MIN_PICTURES, TOO_FEW
 from components.naming import did_you_mean, near_name
+from components.overrides import PROMPTS, OverrideError, apply_overrides
 
 CAPTIONERS = ("", "manifest", "tags", "negative")
 """Sources of a stream's captions, in addition to "column:NAME"."""
@@ -117,8 +118,8 @@ class Gate:
     perceptual: float = 0.02
     metric: str = "gmsd"
     pictures: int = 64
-    teacher_options: dict[str, Any] = field(default_factory=dict)
-    student_options: dict[str, Any] = field(default_factory=dict)
+    teacher_options: dict[str, Any] = field(default_factory=dict, metadata=PROMPTS)
+    student_options: dict[str, Any] = field(default_factory=dict, metadata=PROMPTS)
 
     def __post_init__(self) -> None:
         if min(self.psnr_db, self.perceptual) < 0:
@@ -238,17 +239,14 @@ class Recipe:
 
 def resolve(schema: type[Any], document: Any, overrides: Sequence[str], what: str) -> Any:
     """Merge dataclass, document and overrides into a dataclass; raise RecipeError with a suggestion for a wrong key."""
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise RecipeError(f"override {override!r} is not key=value")
-    # "key=" sets an empty text; YAML would read None
-    overrides = [f'{override}""' if override.index("=") == len(override) - 1 else override for override in overrides]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), document, OmegaConf.from_dotlist(list(overrides)))
+        merged = apply_overrides(schema, document, overrides)
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise RecipeError(f"{what}: no value for {', '.join(sorted(missing))}")
         return OmegaConf.to_object(merged)
+    except OverrideError as error:
+        raise RecipeError(f"{what}: {error}") from error
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "")
         reason = str(error).splitlines()[0]

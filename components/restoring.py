@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 
 from components.images import Decoded, Limits, decode, decode_parts, encode_png, flatten
 from components.naming import shorten
-from components.options import OptionCheck, UnknownOption
+from components.options import TEXTS, OptionCheck, UnknownOption
 from components.randomness import stream_key
 from components.types import Cancellation, Cancelled, Image, Request, Restored, Restorer, SampleError
 
@@ -31,7 +31,7 @@ MAX_PROMPT_CHARS = 2000
 MAX_OUTPUT_PIXELS = 100_000_000  # ours: a square with sides of 10,000 px
 MAX_SCALE = 16.0  # ours
 MAX_SEED = 2**63 - 1
-TEXTS, SIDES = ("prompt", "negative_prompt"), ("height", "width")  # options of every system, as are the CHOICES:
+SIDES = ("height", "width")  # options of every system, as are TEXTS and the CHOICES:
 CHOICES: Mapping[str, tuple[str, ...]] = {"alpha": ("keep", "restore", "flatten"), "gray": ("keep", "color")}
 COMMON = (*TEXTS, *SIDES, "scale", *CHOICES)
 

@@ -13,7 +13,6 @@ from pipelines.commands.support import (
     complete_role,
     complete_spec,
     end_curation,
-    parse_options,
     plain,
     yaml_text,
 )
@@ -101,7 +100,7 @@ def caption(
     from pipelines.corpus.shards import open_corpus
 
     console = Console(silent=as_json)
-    spec = caption_spec(model, parse_options(overrides or []))
+    spec = caption_spec(model, overrides or [])
     open_corpus(corpus)
     with local_ray(), console.bar("caption") as progress:
         result = caption_corpus(corpus, spec, name, CaptionOptions(engine=engine), progress)

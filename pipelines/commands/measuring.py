@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,8 +46,9 @@ def degrade(
         target = out or record.parent / "replayed"
         with console.bar("replay") as progress:
             result = replay(record, source, target, progress=progress)
-    elif source is None or out is None or "=" in out.name:  # OUT is missing and an option took its place
-        raise UsageError("degrade needs IN and OUT (or --replay RECORDS).")
+    elif source is None or out is None or _is_option(out):  # OUT is missing and an option took its place
+        hint = f" A new folder of the name {out} needs its whole path." if out is not None else ""
+        raise UsageError(f"degrade needs IN and OUT (or --replay RECORDS).{hint}")
     else:
         with console.bar("degrade") as progress:
             result = degrade_folder(
@@ -58,6 +60,12 @@ def degrade(
     if result.differing:
         raise Failure(f"{len(result.differing)} pictures differ from their records, first {result.differing[0]}.")
     raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
+
+
+def _is_option(out: Path) -> bool:
+    """Whether an argument is a key=value text, not a folder."""
+    key, equals, _ = str(out).partition("=")
+    return bool(equals) and re.fullmatch(r"[a-z_][\w.]*", key) is not None and not out.is_dir()
 
 
 def evaluate(

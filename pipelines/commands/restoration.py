@@ -69,9 +69,7 @@ def restore(
     opened = open_model(local_model(model), build)
     ask, identity = opened.request_options(options), opened.identity
     own = read_prompts(prompts, sources, source, identity.frame) if prompts is not None else None
-    writer = (
-        job_captioner(caption_spec(captioner, {}), caption_view, identity, device) if captioner is not None else None
-    )
+    writer = job_captioner(caption_spec(captioner), caption_view, identity, device) if captioner is not None else None
     job = RestoreJob(
         ask=ask,
         seed=seed,

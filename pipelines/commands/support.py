@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from components.options import TEXTS
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError, unknown
 from pipelines.core.home import shipped_files
@@ -112,13 +113,17 @@ def input_folders(inputs: Sequence[str]) -> dict[str, Path]:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """The values of key=value pairs, parsed as YAML: numbers, booleans and lists keep their type."""
-    from omegaconf import OmegaConf
+    """The values of key=value pairs: prompts as they were typed, others as numbers, booleans, lists or texts.
 
-    for pair in pairs:
-        if "=" not in pair or pair.startswith("="):
-            raise UsageError(f'"{pair}" is not key=value.')
-    return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs))).items()}  # type: ignore[union-attr]
+    Raises:
+        UsageError: a pair has a wrong form.
+    """
+    from components.overrides import read_options
+
+    try:
+        return read_options(pairs, TEXTS)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def build_options(device: str, precision: str, compile_mode: str = "off") -> dict[str, Any]:
@@ -140,17 +145,17 @@ def build_options(device: str, precision: str, compile_mode: str = "off") -> dic
     return {k: v for k, v in options.items() if v != defaults[k]}
 
 
-def caption_spec(model: str, options: Mapping[str, Any]) -> CaptionSpec:
+def caption_spec(model: str, overrides: Sequence[str] = ()) -> CaptionSpec:
     """A captioner's settings from the command line. Raises UsageError for an unknown setting."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from components.corpora import CaptionSpec
+    from components.overrides import apply_overrides
 
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(CaptionSpec), dict(options) | {"model": model})
-        spec = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+        spec = OmegaConf.to_object(apply_overrides(CaptionSpec, {}, [*overrides, f"model={model}"]))
+    except (OmegaConfBaseException, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     assert isinstance(spec, CaptionSpec)
     return spec
@@ -165,9 +170,9 @@ def plain(value: Any) -> dict[str, Any]:
 
 def yaml_text(document: Mapping[str, Any]) -> str:
     """A resolved document as YAML, which can be saved and run again."""
-    from omegaconf import OmegaConf
+    from components.overrides import yaml_text as text_of
 
-    return OmegaConf.to_yaml(OmegaConf.create(dict(document))).rstrip()
+    return text_of(document).rstrip()
 
 
 # -- results to lines --------------------------------------------------------------------------------------------------
@@ -175,8 +180,6 @@ def yaml_text(document: Mapping[str, Any]) -> str:
 
 def plan_lines(result: PlanResult) -> list[str]:
     """The lines of --dry-run: each stage with its folder, state and resolved settings."""
-    from omegaconf import OmegaConf
-
     lines = [f"plan {result.plan} in {result.run_dir}"]
     for number, record in enumerate(result.stages, 1):
         stage = record.stage
@@ -185,7 +188,7 @@ def plan_lines(result: PlanResult) -> list[str]:
             state = "interrupted, would continue"
         needs = f" after {', '.join(stage.needs)}" if stage.needs else ""
         lines.append(f"\n{number}. {stage.name}: {stage.verb}{needs}; {stage.folder}; {state}")
-        lines += [f"     {line}" for line in OmegaConf.to_yaml(OmegaConf.create(dict(stage.resolved))).splitlines()]
+        lines += [f"     {line}" for line in yaml_text(stage.resolved).splitlines()]
     return lines
 
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import OmegaConf
-
 from components.corpora import CorpusSpec, load_corpus_spec
+from components.overrides import yaml_text
 from pipelines.core.errors import UsageError, unknown
 from pipelines.core.home import shipped_files
 
@@ -116,7 +115,7 @@ class Description:
             not_empty = [text for text in texts if text]
             lines += [f"{title if not place else '':<10}{text}" for place, text in enumerate(not_empty)]
         lines += ["", *self.notes, ""] if self.notes else [""]
-        return lines + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self.spec))).splitlines()
+        return lines + yaml_text(dataclasses.asdict(self.spec)).splitlines()
 
 
 # --- looking up -------------------------------------------------------------------------------------------------------

@@ -18,13 +18,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import OmegaConf
-
 from components.corpora import CorpusSpec, ModelScore
+from components.overrides import yaml_text
 from components.quality_models import build_scorer, check_scorer
 from components.writing import LEFTOVERS, replace_file
 from pipelines.core.console import Progress, no_progress
@@ -242,8 +241,7 @@ def saved_spec(out: Path) -> CorpusSpec:
 
 def _save_spec(spec: CorpusSpec, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = OmegaConf.to_yaml(OmegaConf.structured(spec)).replace("${", "\\${")  # a path may look like an interpolation
-    replace_file(path, text.encode())
+    replace_file(path, yaml_text(asdict(spec)).encode())
 
 
 def _check_same(spec: CorpusSpec, out: Path) -> None:

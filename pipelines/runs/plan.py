@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from components.overrides import literal
 from pipelines.core.errors import UsageError, first_line, unknown
 from pipelines.core.home import shipped_files
 from pipelines.runs.identity import stage_digest
@@ -69,7 +70,7 @@ def load_plan(
     """
     path = plan_path(name)
     try:
-        document = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        document = literal(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UsageError(f"{path.name} cannot be read as a plan: {first_line(error)}.") from error
     if not isinstance(document, dict) or not isinstance(document.get("stages"), list):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.overrides import PROMPTS
 from pipelines.core.console import Console
 from pipelines.core.errors import Failure
 
@@ -89,7 +90,7 @@ class RestoreSettings:
     seed: int = 0
     short_side: int = 256
     limit: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, metadata=PROMPTS)
 
 
 @dataclass(kw_only=True)

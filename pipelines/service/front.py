@@ -31,13 +31,12 @@ from starlette.requests import ClientDisconnect
 
 from components.images import Limits, probe
 from components.naming import did_you_mean
-from components.options import OptionCheck, UnknownOption
+from components.options import TEXTS, OptionCheck, UnknownOption
 from components.restoring import (
     CHOICES,
     MAX_PROMPT_CHARS,
     MAX_SEED,
     SIDES,
-    TEXTS,
     Ask,
     Identity,
     file_key,

@@ -413,3 +413,21 @@ def test_empty_folder_is_one_sentence_before_anything_runs(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="no picture"):
         run_plan("demo", tmp_path / "run", options=RunOptions(images=tmp_path / "empty"))
     assert not (tmp_path / "run").exists()
+
+
+def test_texts_in_a_plan_stay_as_they_were_typed(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "title: 'a \\${title}'\n"
+        "stages:\n"
+        "  - {name: r, verb: restore, preset: none, options: {prompt: '${title} #1'}}\n"
+        "  - {name: t, verb: train, recipe: swinir-nano, overrides: ['name=a #1: ${b}']}\n"
+    )
+    plan = load_plan(path)
+    assert plan.title == "a ${title}"
+    assert plan.stages[0].settings.options == {"prompt": "a ${title} #1"}, "an interpolation is read once"
+    assert plan.stages[1].recipe.name == "a #1: ${b}"
+    typed = load_plan(path, ["title=yes", "r.options.prompt=[best], #2 ${x}", "r.options.steps=3", "t.name=007"])
+    assert typed.title == "yes"
+    assert typed.stages[0].settings.options == {"prompt": "[best], #2 ${x}", "steps": 3}
+    assert typed.stages[1].recipe.name == "007"

@@ -1,4 +1,4 @@
-"""Checks of InstaRevive's training against golden tensors: SwinIR, the score-matching step, T_max.
+"""Checks of the building blocks of InstaRevive's training against golden tensors: SwinIR, score matching, T_max.
 
 test_golden_instarevive.py passes each golden file to its check, which must compare every output in it.
 """
@@ -69,7 +69,10 @@ def check_swinir(golden: Golden) -> None:
 
 
 def check_dsm(golden: Golden) -> None:
-    """The score-matching step as in the objectives: guided real score, unguided fake score, gradient by autograd."""
+    """The blocks of the score-matching step, one by one: guided real score, unguided fake score, gradient by autograd.
+
+    This does not see how InstaReviveObjective combines the blocks; test_golden_compositions.py does, on the same file.
+    """
     tolerance, schedule, inputs = golden.description["tolerance"], schedule_of(golden), of(golden, "input")
     networks = {}
     for role in ("real", "fake"):
@@ -129,6 +132,10 @@ def check_dsm(golden: Golden) -> None:
 
 
 def check_tmax(golden: Golden) -> None:
+    """The blocks of the dynamic control, one by one: distance, T_max, alpha, lowest time.
+
+    test_golden_compositions.py checks the control of InstaReviveObjective itself on the same file.
+    """
     schedule, kappa = schedule_of(golden), float(golden.description["kappa"])
     rtol, inputs = golden.description["tolerance"]["d_rtol"], of(golden, "input")
     levels = inputs["sigma_table"]

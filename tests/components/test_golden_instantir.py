@@ -280,6 +280,10 @@ def _step_of(name: str) -> tuple[str, int, int]:
 
 
 def check_distill_step(golden: Golden) -> None:
+    """The blocks of the distillation step, one by one, from given predictions.
+
+    This does not see how PreviewerObjective combines the blocks; test_golden_compositions.py does, on the same file.
+    """
     config = golden.config
     assert (config["timestep_scaling"], config["sigma_data"]) == (10.0, 0.5)
     schedule = Schedule()

@@ -375,20 +375,6 @@ def test_loss_depends_on_seed_and_position_only(
     assert whole != loss(batch(4), seed=1)
 
 
-@pytest.mark.parametrize("stage", ["perceptor", "aggregator"])
-def test_a_few_steps_lower_the_loss(stage: str, make_prior: Callable[[], Prior]) -> None:
-    objective = objective_of(stage, make_prior, {})
-    optimizer = torch.optim.AdamW(objective.trainables[stage].parameters(), lr=3e-3)
-    losses = []
-    for _ in range(25):
-        ((_, loss),) = objective.phases(batch(), Noise(0, batch().positions))
-        optimizer.zero_grad()
-        loss.value.backward()
-        optimizer.step()
-        losses.append(float(loss.metrics["loss"]))
-    assert losses[-1] < 0.9 * losses[0], losses
-
-
 def test_objectives_refuse_a_network_of_the_wrong_stage(network: InstantIR, make_prior: Callable[[], Prior]) -> None:
     with pytest.raises(ValueError, match="before there is a previewer"):
         PerceptorObjective(network)

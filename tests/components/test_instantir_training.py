@@ -22,12 +22,12 @@ from components.objectives.diffusion import WeightedEpsilon, importance_weights
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.priors.opening import load_prior
 from components.priors.sdxl import Prior
-from components.randomness import Noise
+from components.randomness import Noise, generator
 from components.recipes import Optimizer, RecipeError
 from components.samplers.schedules import Schedule
 from components.synthetic import dead_leaves
 from components.systems.instantir.checkpointing import checkpoint_gradients
-from components.systems.instantir.network import InstantIR, predict_noise
+from components.systems.instantir.network import Conditions, InstantIR, predict_noise
 from components.systems.instantir.objectives import AggregatorObjective, PerceptorObjective, PreviewerObjective
 from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.preprocess import view_pixels
@@ -449,3 +449,62 @@ def test_ema_weights_survive_a_resume_and_are_saved(stage: str) -> None:
         value = dict(follow[0].trainables[stage].named_parameters())[parameter].detach()
         average = decay * average + (1 - decay) * value
     torch.testing.assert_close(first_run[2].shadow[f"{stage}.{parameter}"], average)
+
+
+# ---------------------------------------------------------------------------------------------------------- learning
+
+
+def edges(count: int, first: int) -> Batch:
+    """Pictures of two colours with an edge at a random place; LQ is blurred."""
+    pictures = []
+    for index in range(first, first + count):
+        draw = generator(3, "edges", index)
+        one, other = (torch.from_numpy(draw.uniform(-0.8, 0.8, (3, 1, 1))).float() for _ in range(2))
+        pictures.append(torch.where(torch.arange(32) < int(draw.integers(4, 28)), one, other).expand(3, 32, 32))
+    hq = torch.stack(pictures)
+    return Batch(
+        keys=[f"edge {i}" for i in range(first, first + count)],
+        positions=np.arange(first, first + count),
+        hq=hq,
+        lq=torch.nn.functional.avg_pool2d(hq, 5, 1, 2, count_include_pad=False),
+        prompts=["red"] * count,
+        sizes=torch.tensor([[32, 32, 0, 0, 32, 32]]).expand(count, -1),
+    )
+
+
+@torch.no_grad()
+def noise_error(network: InstantIR, rows: Batch) -> float:
+    """Mean squared error of the predicted noise, by plain network calls and without the objective."""
+    prior, noise = network.prior, Noise(9, rows.positions)
+    clean, lq, timesteps = prior.encode(rows.hq), prior.encode(rows.lq), noise.integers("held-out time", 0, 1000)
+    eps = noise.normal("held-out noise", tuple(clean.shape[1:]))
+    alpha = Schedule().alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * eps
+    text, pooled = prior.embed_prompts(rows.prompts)
+    conditions = Conditions(
+        text=text, pooled=pooled, time_ids=rows.sizes.float(), image_tokens=prior.embed_images(rows.lq)
+    )
+    residuals = None
+    if network.aggregator is not None:
+        residuals = network.residuals(lq, timesteps, network.preview(noisy, timesteps, conditions), conditions)
+    return float((network.denoise_eps(noisy, timesteps, conditions, residuals) - eps).square().mean())
+
+
+@pytest.mark.parametrize(("stage", "lr"), [("perceptor", 3e-3), ("aggregator", 1e-3)])
+def test_a_few_steps_lower_the_error_on_other_pictures(stage: str, lr: float) -> None:
+    """From the nano prior, so that a wrong target (the clean latents, noise with the wrong sign) raises the error.
+
+    From random networks any target lowers it: at first they only learn to predict less.
+    """
+    lora = tiny.LORA if stage == "aggregator" else None
+    network = InstantIR(load_prior("nano"), tiny.RESAMPLER, lora, aggregator=stage == "aggregator")
+    objective, heldout = KINDS[stage](network), edges(16, 1000)
+    optimizer = torch.optim.AdamW(objective.trainables[stage].parameters(), lr=lr)
+    before = noise_error(network, heldout)
+    for step in range(8):
+        optimizer.zero_grad()
+        loss_of(objective, edges(4, 4 * step)).value.backward()
+        optimizer.step()
+    after = noise_error(network, heldout)
+    assert before < 0.5, "the nano prior's own error"
+    assert after < 0.9 * before, (before, after)

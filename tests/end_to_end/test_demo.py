@@ -164,13 +164,18 @@ def test_a_run_killed_in_any_stage_resumes(stage: str, run: Path, tmp_path: Path
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_two_workers_see_the_samples_of_one_worker(run: Path, tmp_path: Path) -> None:
+    """Equal orders, and at the first step equal gradient norms: a sum over the workers would double them."""
+    from pipelines.core.metrics import read_metrics
     from pipelines.training.stage_files import read_order
 
     process = demo(tmp_path / "run", "workers=2")
     assert process.returncode == 0, process.stderr[-3000:]
-    for name in ("dcp", "previewer", "aggregator"):
-        one, two = (read_order(stage_folder(out, name)) for out in (run, tmp_path / "run"))
+    for name, trainable in (("dcp", "perceptor"), ("previewer", "previewer"), ("aggregator", "aggregator")):
+        folders = [stage_folder(out, name) for out in (run, tmp_path / "run")]
+        one, two = (read_order(folder) for folder in folders)
         assert one == two and len(one) == 12
+        norms = [read_metrics(folder / "metrics.jsonl")[f"{trainable}/grad_norm"] for folder in folders]
+        assert norms[1][1] == pytest.approx(norms[0][1], rel=1e-2), name
 
 
 @pytest.mark.full

@@ -392,9 +392,12 @@ WORKERS = (
         "    any_",
     ),
     workers(
-        "workers: a gradient that one worker lacks is divided by fewer workers",
-        "        count = gradient.numel()\n",
-        "        count = gradient.numel()\n        gradient = gradient / has_gradient.mean().clamp_min(0.5)\n",
+        "workers: the mean over the workers that have the gradient",
+        "    offset = len(parameters)\n",
+        "    offset = len(parameters)\n"
+        "    counts = torch.tensor([g.numel() for g in gradients])\n"
+        "    shares = flat[:offset].clamp_min(0.1).repeat_interleave(counts)\n"
+        "    flat = flat / torch.cat([torch.ones(offset), shares])\n",
     ),
     workers("workers: no gradient becomes zero", "gradient.dtype) if is_any else None", "gradient.dtype)"),
     workers("workers: a gradient of one worker alone is lost", "len(parameters)] > 0)", "len(parameters)] > 0.99)"),

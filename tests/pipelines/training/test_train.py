@@ -81,13 +81,17 @@ class ResumedStage:
     Attributes:
         out: folder of the stage.
         first, again: rows of order.jsonl from the first and the second run.
-        losses: losses of the first run by step.
+        losses, norms: losses and gradient norms of the first run by step.
     """
 
     out: Path
     first: list[dict[str, Any]]
     again: list[dict[str, Any]]
     losses: dict[int, float]
+    norms: dict[int, float]
+
+
+NORM = "perceptor/grad_norm"
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +103,10 @@ def resumed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> ResumedSt
     with pytest.raises(Failure, match=r"ended early.*run it again to resume"):
         train(recipe("instantir-dcp-nano", *more), inputs, out)
     (out / ".model.writing").unlink()
-    first, losses = read_lines(out / ORDER), dict(read_metrics(out / "metrics.jsonl")["loss"])
+    first, metrics = read_lines(out / ORDER), read_metrics(out / "metrics.jsonl")
+    losses, norms = dict(metrics["loss"]), dict(metrics[NORM])
     train(recipe("instantir-dcp-nano"), inputs, out)
-    return ResumedStage(out, first, read_lines(out / ORDER)[len(first) :], losses)
+    return ResumedStage(out, first, read_lines(out / ORDER)[len(first) :], losses, norms)
 
 
 pytestmark = pytest.mark.slow
@@ -128,7 +133,11 @@ def test_the_model_is_the_average_and_the_checkpoint_keeps_both(resumed: Resumed
 
 
 def test_one_worker_resumes_in_the_order_of_two(resumed: ResumedStage) -> None:
-    """Two workers took steps 3 and 4 without a checkpoint, and one worker took them again: equal samples and losses."""
+    """Two workers took steps 3 and 4 without a checkpoint, and one worker took them again: equal samples and losses.
+
+    The gradient norms are equal too. AdamW takes nearly the same steps with gradients that are summed over the workers
+    instead of averaged, so losses alone do not show that.
+    """
     assert {row["rank"] for row in resumed.first} == {0, 1}
     assert [(row["step"], row["rank"]) for row in resumed.again] == [(3, 0), (4, 0)]
     assert list(read_order(resumed.out)) == list(range(16))
@@ -137,19 +146,22 @@ def test_one_worker_resumes_in_the_order_of_two(resumed: ResumedStage) -> None:
         of_step = [row for row in rows if row["step"] == step]
         return {p: k for row in of_step for p, k in zip(row["positions"], row["keys"], strict=True)}
 
-    after = read_metrics(resumed.out / "metrics.jsonl")["loss"]
+    after = read_metrics(resumed.out / "metrics.jsonl")
     for step in (3, 4):
         assert batch_of(resumed.first, step) == batch_of(resumed.again, step)
         # one sum of four gradients against two sums of two: float32 rounding, amplified by a step
-        assert after[step] == pytest.approx(resumed.losses[step], rel=1e-3)
+        assert after["loss"][step] == pytest.approx(resumed.losses[step], rel=1e-3)
+        assert after[NORM][step] == pytest.approx(resumed.norms[step], rel=1e-2)
 
 
 @pytest.mark.full  # a minute of Ray Train; see above
 def test_two_workers_see_the_same_samples_in_the_same_order(dcp: Path, resumed: ResumedStage) -> None:
     assert read_order(resumed.out) == read_order(dcp)
-    one = read_metrics(dcp / "metrics.jsonl")["loss"]
-    assert resumed.losses[1] == pytest.approx(one[1], rel=1e-5)
-    assert resumed.losses[4] == pytest.approx(one[4], rel=1e-3)
+    one = read_metrics(dcp / "metrics.jsonl")
+    assert resumed.losses[1] == pytest.approx(one["loss"][1], rel=1e-5)
+    assert resumed.losses[4] == pytest.approx(one["loss"][4], rel=1e-3)
+    assert resumed.norms[1] == pytest.approx(one[NORM][1], rel=1e-4)
+    assert resumed.norms[4] == pytest.approx(one[NORM][4], rel=1e-2)
 
 
 @pytest.mark.full  # a minute of Ray Train; the test above checks that a rerun resumes

@@ -42,9 +42,11 @@ BUDGET_S = 8.0
 MEMORY_BYTES = 12 << 30
 """Address space that a mutant's tests may add; a wrong size then fails at once."""
 
-LIBRARIES = ("torch", "torch.distributed", "torch._dynamo", "numpy", "cv2", "PIL.Image", "scipy.stats", "scipy.signal", "scipy.ndimage",
-             "skimage", "diffusers", "transformers", "peft", "safetensors.torch", "omegaconf", "hypothesis", "pytest",
-             "_pytest.assertion.rewrite", "_hypothesis_pytestplugin")  # fmt: skip
+LIBRARIES = (
+    "torch", "torch.distributed", "torch._dynamo", "numpy", "cv2", "PIL.Image", "scipy.stats", "scipy.signal",
+    "scipy.ndimage", "skimage", "diffusers", "transformers", "peft", "safetensors.torch", "omegaconf", "hypothesis",
+    "pytest", "_pytest.assertion.rewrite", "_hypothesis_pytestplugin",
+)  # fmt: skip
 """Libraries that are loaded once, before the forks. None of our own, since a mutant changes those."""
 
 OPTIONS = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0", "--durations=0"]

@@ -45,7 +45,6 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "tests/components/test_degradations.py",
         "tests/components/test_degradation_operations.py",
     ),
-    "components/evaluation/recognition.py": ("tests/components/test_metrics.py",),
     "components/systems/instantir/walk.py": (
         "tests/components/test_instantir.py",
         "tests/components/test_instantir_modes.py",

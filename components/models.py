@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from components.naming import did_you_mean
+from components.naming import did_you_mean, limited, list_some
 from components.places import find_model_folder, shipped_models, stored_models, weights_folder
 
 FORMAT = 1
 
 
 class ModelError(ValueError):
-    """A model folder cannot be used; the message names the folder and the fault."""
+    """A model folder cannot be used; the message names the folder and the fault, in at most 2,000 characters."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(limited(message))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +218,13 @@ def model_digest(info: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
+def key_faults(keys_by_fault: Mapping[str, Sequence[str]]) -> str:
+    """Return faults of a state dict as text, with count and first keys of each: "931 missing: a, b and 929 more"."""
+    return "; ".join(f"{len(keys)} {fault}: {list_some(keys)}" for fault, keys in keys_by_fault.items() if keys)
+
+
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load a state dict in the module's dtype; a ModelError names all missing, unexpected and misshapen keys."""
+    """Load a state dict in the module's dtype; a ModelError counts and names missing, unexpected and misshapen keys."""
     own = module.state_dict()
     missing, surplus = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     misshapen = [
@@ -225,7 +233,8 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -
         if tensors[k].shape != own[k].shape
     ]
     if missing or surplus or misshapen:
-        raise ModelError(f"{what}: missing {missing}, unexpected {surplus}, wrong shapes {misshapen}")
+        faults = {"missing": missing, "unexpected": surplus, "of the wrong shape": misshapen}
+        raise ModelError(f"{what}: {key_faults(faults)}")
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(tensors[key])

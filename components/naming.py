@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+MESSAGE_CHARS = 2000
+"""Longest message of an error; ours."""
 
 
 def near_name(name: str, names: Iterable[str]) -> str | None:
@@ -21,6 +24,26 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     names = sorted(names)
     near = near_name(name, names)
     return f'Did you mean "{near}"?' if near is not None else f"Known: {', '.join(names) or 'none'}."
+
+
+def list_some(names: Sequence[str], chars: int = 240) -> str:
+    """Return the first names that fit, joined by commas, and the count of the others: "a, b and 931 more"."""
+    text = ""
+    for number, name in enumerate(names):
+        longer = f"{text}, {name}" if text else str(name)
+        if len(longer) > chars:
+            return f"{text} and {len(names) - number} more" if text else f"{longer[:chars]}... ({len(names)} in all)"
+        text = longer
+    return text
+
+
+def limited(message: str, chars: int = MESSAGE_CHARS) -> str:
+    """Return a message of at most `chars` characters; a longer one keeps its beginning and its end."""
+    if len(message) <= chars:
+        return message
+    mark = f" ... [{len(message)} characters in all] ... "
+    end = (chars - len(mark)) // 4
+    return message[: chars - len(mark) - end] + mark + message[len(message) - end :]
 
 
 def shorten(text: str, limit_bytes: int, name: str) -> str:

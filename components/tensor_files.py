@@ -1,14 +1,14 @@
 """Untrusted weights files: read memory-mapped, without running code in them; every fault is an error of one sentence.
 
 The formats are safetensors and torch's pickles (.pt, .pth, .bin, .ckpt), recognised by the first bytes. torch's
-weights-only reader reads pickles. It refuses everything except tensors, numbers, texts and containers.
+weights-only reader reads pickles. It refuses everything except tensors, numbers, texts and containers. What training
+tools put around the weights is removed, see components.state_dicts.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,55 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from components.models import ModelError
+from components.state_dicts import plain_keys, plain_state
 
 _HEAD_BYTES = 16
+
+FOREIGN = {
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a numpy file",
+    b"\x08\x07": "an ONNX file",
+    b"\x08\x08": "an ONNX file",
+}
+"""First bytes of weights in formats of other tools."""
 
 
 class WeightsFileError(ModelError):
     """A weights file cannot be used; the message names the file and the reason."""
 
 
-def read_tensors(path: Path, inside: str = "") -> dict[str, Tensor]:
-    """Read the tensors of a file by key. Dots join the keys of nested dictionaries; a leading "module." is removed.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of `read_weights`."""
+    return read_weights(path)[0]
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the tensors of a file by key, and notes on what else it holds; see components.state_dicts.
 
     Nothing is copied: the tensors are views of the mapped file, so the file may be larger than memory.
 
-    Args:
-        inside: if a pickle has a dictionary of this name, only that is read. Training checkpoints keep the weights in
-            "state_dict", next to counters that are not tensors.
-
     Raises:
-        WeightsFileError: unreadable, truncated, not a weights file, or a pickle with other objects than tensors.
+        WeightsFileError: unreadable, truncated, not a weights file, one shard of several, or a pickle with other
+            objects than tensors.
     """
+    if (shard := re.search(r"-(\d{5})-of-(\d{5})\.", path.name)) and int(shard[2]) > 1:
+        raise WeightsFileError(f"{path}: one of {int(shard[2])} shards: save the whole state_dict as one file")
     try:
         with path.open("rb") as stream:
             head = stream.read(_HEAD_BYTES)
     except OSError as error:
         raise WeightsFileError(f"{path}: {error.strerror or error}") from error
-    if head[8:9] == b"{":
-        return _without_wrapper(_read_safetensors(path))
-    value = _read_pickle(path, head)
-    if inside and isinstance(value, Mapping) and isinstance(value.get(inside), Mapping):
-        value = value[inside]
-    return _without_wrapper(dict(_flat(value, path)))
+    try:
+        if head[8:9] == b"{":
+            tensors = _read_safetensors(path)
+            return dict(zip(plain_keys(list(tensors)), tensors.values(), strict=True)), []
+        tensors, notes = plain_state(_read_pickle(path, head))
+    except WeightsFileError:
+        raise
+    except ValueError as error:
+        raise WeightsFileError(f"{path}: {error}") from error
+    return tensors, [f"{path.name}: {note}" for note in notes]
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -68,29 +86,16 @@ def _read_pickle(path: Path, head: bytes) -> Any:
     except pickle.UnpicklingError as error:
         raise WeightsFileError(
             f"{path}: refused: torch's restricted reader does not take it ({_unsafe_reason(error)}), "
-            "and opening it in full could run any code"
+            "and opening it in full could run any code. Where the file was made, save only the weights: "
+            "torch.save(model.state_dict(), FILE)"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        if "TorchScript" in str(error):
+            raise WeightsFileError(
+                f"{path}: a TorchScript program, which is not run: save its weights alone with "
+                "torch.save(model.state_dict(), FILE)"
+            ) from error
         raise WeightsFileError(f"{path}: damaged or truncated weights file ({_first_line(error)})") from error
-
-
-def _flat(value: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or not prefix:
-            raise WeightsFileError(f"{path}: {prefix or 'the whole file'} is not a plain named tensor")
-        yield prefix, value.detach()
-        return
-    if not isinstance(value, Mapping):
-        raise WeightsFileError(f"{path}: {prefix or 'the whole file'} holds {type(value).__name__}, not a tensor")
-    for key, inner in value.items():
-        yield from _flat(inner, path, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _without_wrapper(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix that a data-parallel wrapper puts in front of every key."""
-    if tensors and all(key.startswith("module.") for key in tensors):
-        return {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors
 
 
 def _looks_like(head: bytes) -> str:
@@ -100,6 +105,9 @@ def _looks_like(head: bytes) -> str:
         return "it is a Git LFS pointer, the weights themselves were not fetched"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, as a failed download leaves it"
+    for start, kind in FOREIGN.items():
+        if head.startswith(start):
+            return f"it is {kind}: convert it to safetensors or to a state_dict of torch"
     return f"its first bytes are {head[:8]!r}"
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from components.naming import limited
 from components.randomness import Noise
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class SampleError(ValueError):
     """
 
     def __init__(self, code: str, detail: str, key: str = "") -> None:
+        detail = limited(detail)
         super().__init__(f"[{code}] {key + ': ' if key else ''}{detail}")
         self.code, self.detail, self.key = code, detail, key
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.naming import list_some
 from components.types import Image
 
 METHODS = ("linear", "nearest")
@@ -89,8 +90,10 @@ def load_recogniser(name: str, method: str, device: str = "cpu") -> Recogniser:
         {"classifier.weight", "classifier.bias"} if method == "nearest" else set()
     )
     if info["missing_keys"] or unexpected or info["mismatched_keys"]:
-        faults = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected)}
-        raise RecognitionError(f"{name}: weights do not fit method {method!r}: {faults}")
+        mismatched = [str(key) for key in info["mismatched_keys"]]
+        faults = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected), "mismatched": mismatched}
+        text = "; ".join(f"{len(keys)} {fault}: {list_some(keys)}" for fault, keys in faults.items() if keys)
+        raise RecognitionError(f"{name}: weights do not fit method {method!r}: {text}")
     labels: tuple[str, ...] = ()
     if method == "linear":
         labels = tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))

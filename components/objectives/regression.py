@@ -157,7 +157,7 @@ def load_lpips(place: str | Path, device: str = "cpu") -> VggLpips:
     tensors: dict[str, Tensor] = {}
     unknown: list[str] = []
     for file in files:
-        for key, tensor in read_tensors(file, inside="state_dict").items():
+        for key, tensor in read_tensors(file).items():
             name = _lpips_name(key)
             if name is None:
                 unknown.append(key)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from components.models import ModelError, load_model
+from components.models import ModelError, key_faults, load_model
 from components.places import SHIPPED, weights_folder
 from components.priors.files import DTYPES, Precision, check_prior_folder, first_line, read_json
 from components.priors.scheduler_config import SCHEDULER, read_schedule
@@ -27,6 +27,7 @@ from components.priors.sdxl_config import (
     ImageView,
 )
 from components.samplers.schedules import Schedule
+from components.state_dicts import plain_keys
 
 _WEIGHTS = {
     "unet": "diffusion_pytorch_model",
@@ -250,10 +251,18 @@ def load_part(cls: Any, folder: Path, stem: str, precision: Precision) -> nn.Mod
     faulty_keys = {
         kind: sorted(str(key) for key in info[kind] if not str(key).endswith("position_ids")) for kind in kinds
     }
-    faults = [f"{kind.replace('_', ' ')} {keys}" for kind, keys in faulty_keys.items() if keys]
-    if faults:  # both libraries would use random weights for them
-        raise ModelError(f"{folder}: the weights do not fit its configuration: {'; '.join(faults)}")
+    if any(faulty_keys.values()):  # both libraries would use random weights for them
+        faults = key_faults({kind.replace("_", " "): keys for kind, keys in faulty_keys.items()})
+        raise ModelError(f"{folder}: the weights do not fit its configuration: {faults}{_wrapper_hint(faulty_keys)}")
     return model  # type: ignore[no-any-return]
+
+
+def _wrapper_hint(faulty_keys: Mapping[str, Sequence[str]]) -> str:
+    """The remedy where only a wrapper's prefix makes the keys unknown; only their libraries read these files."""
+    unexpected = list(faulty_keys["unexpected_keys"])
+    if not unexpected or set(plain_keys(unexpected)) != set(faulty_keys["missing_keys"]):
+        return ""
+    return ". A wrapper added to the keys: save the inner network (model.module, model._orig_mod) with save_pretrained"
 
 
 def _load_image_encoder(name: str, precision: Precision) -> tuple[nn.Module, str, dict[str, Any]]:

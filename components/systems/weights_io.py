@@ -35,6 +35,7 @@ class ImportReport:
         sources: the imported files. prior, config: as model.json records them.
         licence, permitted_use: as model.json records them.
         missing: parts that restoring needs and that no file holds.
+        defaults: the restorer's options unless a request names others: the release's, or those of a trained model.
         notes: for people.
     """
 
@@ -46,6 +47,7 @@ class ImportReport:
     permitted_use: str
     config: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -86,6 +88,7 @@ class WeightsIO:
         find: (folder or file) -> the weights files there; raises ValueError if there are none or too many.
         code: imports torch and returns the part that needs it.
         spellings: choices of `spelling`, the default first.
+        defaults: the release's options of a restoration; an import writes them into its model folder.
     """
 
     published: str
@@ -94,6 +97,7 @@ class WeightsIO:
     find: Callable[[Path], Sequence[Path]]
     code: Callable[[], WeightsCode]
     spellings: tuple[str, ...] = field(default=("released",))
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def valid_entries(sidecar: Mapping[str, Any], sources: Sequence[WeightsSource]) -> tuple[dict[str, Any], list[str]]:
@@ -137,4 +141,14 @@ def find_released(
         if paths:
             return paths
     candidates = ", ".join(name for names in names_by_part.values() for name in names)
-    raise ValueError(f"{place} holds no weights of {system}; looked for {candidates}")
+    raise ValueError(f"{place} holds no weights of {system}; looked for {candidates}{_checkpoint_hint(place)}")
+
+
+def _checkpoint_hint(place: Path) -> str:
+    """The remedy for a folder with a checkpoint of several files."""
+    if (place / "zero_to_fp32.py").is_file():
+        return f". It is a checkpoint of DeepSpeed: run `python zero_to_fp32.py . weights.bin` in {place} first"
+    if (place / ".metadata").is_file():
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} weights.pt"
+        return f". It is a distributed checkpoint of torch: run `{command}` first"
+    return ""

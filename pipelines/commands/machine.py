@@ -23,7 +23,8 @@ from typing import Literal
 
 import psutil
 
-from components.places import SHIPPED, shipped_models
+from components.places import SHIPPED, shipped_models, stored_models, weights_folder
+from components.systems import SYSTEMS
 from pipelines.core.home import home
 
 Status = Literal["ok", "warn", "fail"]
@@ -286,8 +287,24 @@ def judge_store(store: Path) -> Finding:
 
 
 def check_weights() -> list[Finding]:
-    """Check the files of every shipped model; the nano prior must be there."""
-    return [judge_weights(SHIPPED / name, f"{name} prior") for name in sorted({"nano", *shipped_models()})]
+    """Check the files of every shipped model; the nano prior must be there. List the defaults of imported models."""
+    shipped = [judge_weights(SHIPPED / name, f"{name} prior") for name in sorted({"nano", *shipped_models()})]
+    return shipped + [judge_defaults(weights_folder() / name, name) for name in stored_models()]
+
+
+def judge_defaults(folder: Path, name: str) -> Finding:
+    """State the options with which a stored model restores; its gigabytes are not read."""
+    try:
+        info = json.loads((folder / "model.json").read_text())
+        system, recipe = SYSTEMS[info["system"]], info.get("recipe") or {}
+        defaults = system.restore_defaults(recipe)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return fail(name, f"{folder} is not a readable model folder: {error}", "Fetch or import it again.")
+    options = " ".join(f"{key}={value}" for key, value in sorted(defaults.items()))
+    if not recipe and system.weights is not None and system.weights.defaults:
+        command = f"restoray weights import {info['system']} --from FILES --out {folder} --overwrite"
+        return warn(name, f"{info['system']}, imported without the release's defaults", f"Import again: {command}")
+    return ok(name, f"{info['system']}, restores {f'with {options}' if options else 'with the built-in options'}")
 
 
 def judge_weights(folder: Path, name: str) -> Finding:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from components.naming import near_name
+from components.naming import limited, near_name
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -23,6 +23,10 @@ class RestorayError(Exception):
     """Base of all errors that a command prints as one sentence."""
 
     exit_code = EXIT_FAILURE
+
+    def __init__(self, *message: object) -> None:
+        """Shorten a text to the longest message of a command, 2,000 characters."""
+        super().__init__(*(limited(part) if isinstance(part, str) else part for part in message))
 
 
 class Failure(RestorayError):

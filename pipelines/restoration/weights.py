@@ -186,11 +186,18 @@ def import_lines(result: ImportReport) -> list[str]:
     ]
     lines += [f"prior: {result.prior['id']}"] if result.prior else []
     lines += [f"licence: {result.licence}", f"permitted use: {result.permitted_use}"]
+    if result.defaults:
+        lines.append(f"restores with {option_text(result.defaults)}, as it was trained; options of a command go first")
     lines += [f"note: {note}" for note in result.notes]
     if result.missing:
         lines.append(f"missing for restoring: {', '.join(result.missing)}")
     model = f"model: {result.model}, digest {result.digest}"
     return [*lines, model if result.model else "everything fits; nothing was written"]
+
+
+def option_text(options: Mapping[str, Any]) -> str:
+    """Return options as KEY=VALUE text, as a command takes them."""
+    return " ".join(f"{name}={value}" for name, value in sorted(options.items()))
 
 
 def export_lines(result: ExportReport) -> list[str]:
@@ -230,7 +237,12 @@ def _earlier_import(folder: Path, system: str, plan: ImportReport, overwrite: bo
     digests = {source.file: f"sha256:{source.sha256}" for source in plan.sources}
     prior = model.info["prior"] or {}  # null for a system without a prior
     same = model.info["system"] == system and model.info.get("parents") == digests and prior == plan.prior
-    settings = {"sizes": (model.info["config"], plan.config), "licence": (model.info["licence"], plan.licence)}
+    earlier_defaults = SYSTEMS[system].restore_defaults(model.info.get("recipe") or {}) if same else {}
+    settings = {
+        "sizes": (model.info["config"], plan.config),
+        "licence": (model.info["licence"], plan.licence),
+        "defaults": (dict(earlier_defaults), dict(plan.defaults)),
+    }
     changes = [name for name, (current, new) in settings.items() if current != new]
     if same and changes and not overwrite:
         raise UsageError(

@@ -412,7 +412,7 @@ def test_the_error_names_the_keys_of_other_files(tmp_path: Path) -> None:
     with pytest.raises(WeightsFileError, match=r"neither adapter, nor aggregator, nor LoRA.* epoch, weights"):
         import_weights([tmp_path / "x.pt"], None)
     torch.save({"image_proj": [1, 2]}, tmp_path / "y.pt")
-    with pytest.raises(WeightsFileError, match="image_proj holds list"):
+    with pytest.raises(WeightsFileError, match="it holds no tensors, only image_proj"):
         read_tensors(tmp_path / "y.pt")
 
 
@@ -504,7 +504,8 @@ def test_the_import_ignores_the_sidecar_of_another_models_export(model_folder: P
     report = import_weights(find_files(tmp_path / "out"), tmp_path / "back")
     assert "describes another adapter.pt" in report.notes[0]
     info = load_model(tmp_path / "back").info
-    assert (info["name"], info["licence"], info["recipe"]) == ("back", "unstated", {})
+    release = {"restore_options": {"view": "crop", "resize": "released"}}
+    assert (info["name"], info["licence"], info["recipe"]) == ("back", "unstated", release)
     assert info["config"]["perceptor_scale"] == 0.5
 
 

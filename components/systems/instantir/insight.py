@@ -30,7 +30,7 @@ from components.tensors import tensor_to_images
 from components.types import OnStep
 
 UNSUPPORTED_DEFAULTS = {"resize": "native", "min_side_px": 0, "tile_px": 0, "color": "none"}
-"""Defaults of the restorer's options that a recorded run does not support."""
+"""Defaults of the restorer's options; a recorded run supports no other values of these."""
 
 TOKEN_VIEWS = ("pooled", "whole", "class", "perceptor")
 """Ways to turn a picture's tokens into one vector: "pooled" is the mean of the patch tokens, "whole" concatenates all

@@ -46,9 +46,9 @@ where the Aggregator stops at 0.7, the middle of the 0.6 to 0.8 that the authors
 
 
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Restorer options from a resolved recipe; a model that was imported without a recipe takes the paper's.
+    """Restorer options from a resolved recipe: a restoration uses the view and the references of the training.
 
-    A restoration uses the view and the references of the training.
+    `restore_options` in a recipe are options by their own names: an import writes released.RELEASE_DEFAULTS there.
     """
     names = {
         "steps": "steps_at_restore",
@@ -57,7 +57,8 @@ def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "view": "view",
     }
     options = {option: recipe[key] for option, key in names.items() if key in recipe}
-    return options | ({"reference": "lq"} if recipe.get("reference") == "lq" else {})
+    options |= {"reference": "lq"} if recipe.get("reference") == "lq" else {}
+    return options | dict(recipe.get("restore_options") or {})
 
 
 def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
@@ -71,14 +72,19 @@ def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = Mapp
         ValueError: an unknown name (the error suggests the nearest one), a wrong type, a value outside its range, or
             two options that exclude each other; one of them may be the model's default.
     """
-    values = typed_options(options, get_type_hints(Options))
-    apply_preset(values, parse_options(defaults, Options()), PRESETS)  # checks the ranges
-    return values
+    parse_options(options, parse_options(defaults, Options()))  # checks the ranges
+    return typed_options(options, get_type_hints(Options))
 
 
 def parse_options(options: Mapping[str, Any], defaults: Options) -> Options:
-    """`defaults`, overridden by the preset's options, then by the named options; raises the errors of check_options."""
-    return apply_preset(typed_options(options, get_type_hints(Options)), defaults, PRESETS)
+    """`defaults`, overridden by the preset's options, then by the named options; raises the errors of check_options.
+
+    A named min_side_px also replaces a default working size, which would exclude it.
+    """
+    values = typed_options(options, get_type_hints(Options))
+    if values.get("min_side_px") and not {"resize", "preset"} & set(values):
+        values["resize"] = "native"
+    return apply_preset(values, defaults, PRESETS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from components.models import key_faults
 from components.randomness import seeded_init
 
 
@@ -320,15 +321,17 @@ def copy_strictly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor],
     Raises:
         ValueError: lists every missing and unexpected key and every wrong shape.
     """
-    faults = [f"missing {name}" for name in parameters if name not in state]
-    faults += [f"unexpected {name}" for name in state if name not in parameters]
-    faults += [
-        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in state and state[name].shape != parameter.shape
-    ]
-    if faults:
-        raise ValueError(f"the {what}'s weights do not fit ({len(faults)} faults): {'; '.join(faults)}")
+    keys_by_fault = {
+        "missing": [name for name in parameters if name not in state],
+        "unexpected": [name for name in state if name not in parameters],
+        "of the wrong shape": [
+            f"{name} has shape {tuple(state[name].shape)} instead of {tuple(parameter.shape)}"
+            for name, parameter in parameters.items()
+            if name in state and state[name].shape != parameter.shape
+        ],
+    }
+    if faults := key_faults(keys_by_fault):
+        raise ValueError(f"the {what}'s weights do not fit: {faults}")
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
 

@@ -9,7 +9,8 @@ the attention projections.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,12 +49,11 @@ TARGETS = (
 """Name suffixes of the layers that have the LoRA (instantir.md section 3)."""
 
 _OLD_SPELLING = (".to_q", ".to_k", ".to_v", ".to_out.0")
-_SPELLINGS = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora.down.weight": "A",
-    ".lora.up.weight": "B",
-}
+_ENDING = re.compile(
+    r"(?:\.lora_(?P<letter>[AB])(?:\.(?P<adapter>[^.]+))?"  # peft; its live modules add an adapter's name
+    r"|\.lora_(?P<kohya>down|up)|\.lora\.(?P<diffusers>down|up)"
+    r"|(?:\.lora_linear_layer|_lora)\.(?P<older>down|up))\.weight$"  # diffusers before and after attention processors
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +176,15 @@ def split_key(key: str) -> tuple[str, str] | None:
     return (layer, letter) if layer else None
 
 
+def adapter_names(keys: Iterable[str]) -> list[str]:
+    """Names of the peft adapters in a LoRA file's keys; empty where the keys name none."""
+    return sorted({m["adapter"] for key in keys if (m := _ENDING.search(key)) and m["adapter"]})
+
+
 def load_previewer(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> None:
     """Copy a LoRA's weights into the UNet's LoRA.
 
-    Each key may have either spelling (.lora_A/.lora_B or .lora.down/.lora.up), with or without the prefix "unet." and
-    ".processor".
+    Each key may have any spelling of split_key, with or without the prefix "unet." and ".processor".
 
     Raises:
         ValueError: lists every missing and unexpected key and every wrong shape, or names a duplicate layer.
@@ -256,10 +260,14 @@ def _file_name(name: str) -> str:
 
 def _parameter_name(key: str) -> str:
     """A file's key -> "<layer> A" or "<layer> B"; other keys are returned as they are."""
-    for suffix, letter in _SPELLINGS.items():
-        if key.endswith(suffix):
-            return f"{_file_name(key.removeprefix('unet.').removesuffix(suffix))} {letter}"
-    return key
+    match = _ENDING.search(key)
+    if match is None:
+        return key
+    way = match["letter"] or match["kohya"] or match["diffusers"] or match["older"]
+    layer = _file_name(key[: match.start()].removeprefix("unet."))
+    if match[0].startswith("_lora") and layer.endswith(".to_out"):
+        layer += ".0"  # attention processors named it without its place in the list
+    return f"{layer} {'A' if way in ('A', 'down') else 'B'}"
 
 
 def _escape(name: str) -> str:

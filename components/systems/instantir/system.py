@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from components.systems.instantir.options import check_options, restore_defaults
 from components.systems.instantir.recipe import STAGES, InstantIRRecipe
-from components.systems.instantir.released import PUBLISHED, RELEASED, SPELLINGS, check_sizes, find_files
+from components.systems.instantir.released import (
+    PUBLISHED,
+    RELEASE_DEFAULTS,
+    RELEASED,
+    SPELLINGS,
+    check_sizes,
+    find_files,
+)
 from components.systems.system import Networks, System
 from components.systems.weights_io import WeightsCode, WeightsIO
 
@@ -40,6 +47,7 @@ INSTANTIR = System(
         published=PUBLISHED,
         files=RELEASED,
         spellings=SPELLINGS,
+        defaults=RELEASE_DEFAULTS,
         check_sizes=check_sizes,
         find=find_files,
         code=weights_code,

@@ -17,16 +17,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components.models import ModelCard, ModelError, file_sha256, load_model, save_model
+from components.models import ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
+from components.naming import MESSAGE_CHARS, limited, list_some
 from components.priors.hub import PriorShape, prior_shape
 from components.priors.sdxl_config import DINOV2, LICENCES, SDXL
 from components.systems.instantir.layout import Shape, layout, parameter_count
 from components.systems.instantir.network import PARTS
+from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.perceptor import ResamplerConfig
-from components.systems.instantir.previewer import LoraSettings, released_names, split_key
-from components.systems.instantir.released import LICENCE, RELEASED, SIDECAR, SPELLINGS, check_sizes
+from components.systems.instantir.previewer import LoraSettings, adapter_names, released_names, split_key
+from components.systems.instantir.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, SPELLINGS, check_sizes
 from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
-from components.tensor_files import WeightsFileError, read_tensors
+from components.tensor_files import WeightsFileError, read_weights
 from components.writing import whole_file
 
 PUBLISHED_DCP_PARAMETERS = 849_799_424
@@ -34,6 +36,11 @@ PUBLISHED_DCP_PARAMETERS = 849_799_424
 
 OWN_SETTINGS = ("time_modulation", "perceptor_scale")
 """Keys of a network's config that released files do not hold; an import takes them from a sidecar."""
+
+OTHER_SPELLING = (
+    "Keys of a LoRA are read as diffusers, peft or kohya's tools write them: convert the file with diffusers' "
+    "load_lora_weights and save_lora_weights"
+)
 
 NamedTensors = dict[str, tuple[str, Tensor]]
 """Released key -> (the file's own key, the tensor)."""
@@ -93,7 +100,7 @@ def import_weights(
     """
     sidecar = _sidecar(files)
     expected = _expected(sidecar, prior, image_encoder, sizes or {})
-    contents = [_open(path) for path in files]
+    contents = [_open(path, expected) for path in files]
     _check_parts(contents)
     sources = []
     for number, file in enumerate(contents):
@@ -103,7 +110,8 @@ def import_weights(
     sidecar, sidecar_notes = valid_entries(sidecar, sources)
     faulty = [file for file in contents if file.faults]
     if faulty:
-        raise ModelError("\n".join(_fault_message(file, expected) for file in faulty))
+        share = MESSAGE_CHARS // len(faulty) - 1
+        raise ModelError("\n".join(limited(_fault_message(file, expected), share) for file in faulty))
     lora = expected.lora
     alphas = {file.alpha for file in contents if file.alpha is not None}
     if alphas:
@@ -119,7 +127,7 @@ def import_weights(
     card = ModelCard(
         name=name or sidecar.get("name") or (out.name if out else "instantir"),
         system="instantir",
-        recipe=sidecar.get("recipe") or {},
+        recipe=sidecar.get("recipe") or {"restore_options": dict(RELEASE_DEFAULTS)},
         prior=expected.shape.source(),
         config=config,
         parents={source.file: f"sha256:{source.sha256}" for source in sources},
@@ -140,6 +148,7 @@ def import_weights(
         licence=card.licence,
         permitted_use=card.permitted_use,
         missing=tuple(f"{part} ({RELEASED[part]})" for part in PARTS if part not in present),
+        defaults=restore_defaults(card.recipe),
         notes=tuple(notes),
     )
     if out is not None and proceed(result):
@@ -278,17 +287,20 @@ def _permitted_use(shape: PriorShape) -> str:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> _File:
+def _open(path: Path, expected: _Expected) -> _File:
     """Read a file, detect its part by the keys, and map the keys to the released ones."""
-    tensors = read_tensors(path)
+    tensors, notes = read_weights(path)
     if any(key.startswith("controlnet_down_blocks.") for key in tensors):
-        return _File(path, "aggregator", {key: (key, tensor) for key, tensor in tensors.items()})
-    if any(".lora" in key for key in tensors):
-        return _open_lora(path, tensors)
-    if any(key.startswith(("image_proj", "ip_adapter.", "adapter_modules.")) for key in tensors):
-        return _open_adapter(path, tensors)
-    few = ", ".join(sorted(tensors)[:3]) or "nothing"
-    raise WeightsFileError(f"{path}: neither adapter, nor aggregator, nor LoRA of InstantIR; it holds {few}, ...")
+        file = _File(path, "aggregator", {key: (key, tensor) for key, tensor in tensors.items()})
+    elif any("lora_" in key or "lora." in key for key in tensors):
+        file = _open_lora(path, tensors, expected)
+    elif any(key.startswith(("image_proj", "ip_adapter.", "adapter_modules.")) for key in tensors):
+        file = _open_adapter(path, tensors)
+    else:
+        few = list_some(sorted(tensors), 120)
+        raise WeightsFileError(f"{path}: neither adapter, nor aggregator, nor LoRA of InstantIR; it holds {few}")
+    file.notes += notes
+    return file
 
 
 def _open_adapter(path: Path, tensors: Mapping[str, Tensor]) -> _File:
@@ -304,19 +316,29 @@ def _open_adapter(path: Path, tensors: Mapping[str, Tensor]) -> _File:
     return file
 
 
-def _open_lora(path: Path, tensors: Mapping[str, Tensor]) -> _File:
+def _open_lora(path: Path, tensors: Mapping[str, Tensor], expected: _Expected) -> _File:
+    """A LoRA in the spelling of diffusers, peft or kohya's tools, which write a layer's dots as underscores."""
     file, alphas = _File(path, "previewer", {}), set[float]()
+    adapters = adapter_names(tensors)
+    if len(adapters) > 1:
+        raise WeightsFileError(f"{path}: holds the adapters {list_some(adapters)}: save one of them alone")
+    layers = {split[0] for key in expected.layout["previewer"] if (split := split_key(key)) is not None}
+    by_kohya_name = {f"lora_unet_{layer.replace('.', '_')}": layer for layer in layers}
     for key, tensor in tensors.items():
         if key.endswith(".alpha") and tensor.numel() == 1:
             alphas.add(float(tensor))
             continue
         layer = split_key(key)
-        name = key if layer is None else released_names(layer[0])[layer[1] == "B"]
+        name = key
+        if layer is not None:
+            name = released_names(by_kohya_name.get(layer[0], layer[0]))[layer[1] == "B"]
         _put(file, name, key, tensor)
     if len(alphas) > 1:
         file.faults.append(f"alpha differs between layers: {sorted(alphas)}")
     elif alphas:
         file.alpha = alphas.pop()
+    elif any(key.startswith("lora_unet_") for key in tensors):
+        file.notes.append(f"{path.name} holds no alpha: {expected.lora.alpha:g} is used; lora.alpha=NUMBER changes it")
     return file
 
 
@@ -365,7 +387,7 @@ def _compare(file: _File, expected: _Expected) -> None:
         ("with values that are not finite", not_finite),
     ):
         if keys:
-            file.faults.append(f"{len(keys)} {what}: {', '.join(keys)}")
+            file.faults.append(key_faults({what: keys}))
 
 
 def _source(file: _File) -> WeightsSource:
@@ -381,10 +403,12 @@ def _source(file: _File) -> WeightsSource:
 def _fault_message(file: _File, expected: _Expected) -> str:
     shapes = expected.layout[file.part]
     looks = _looks_like(file, expected)
+    spelling = file.part == "previewer" and any(split_key(key) is None for key in file.tensors)
     return (
         f"{file.path}: does not fit InstantIR's {RELEASED[file.part]} on the prior {expected.shape.id} "
         f"({len(shapes)} tensors, {parameter_count(shapes):,} parameters): {'; '.join(file.faults)}"
         f"{f'. The file looks like {looks}: give these as KEY=VALUE if that is right' if looks else ''}"
+        f"{f'. {OTHER_SPELLING}' if spelling else ''}"
     )
 
 

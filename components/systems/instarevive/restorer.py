@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -167,7 +167,7 @@ class InstaReviveRestorer(Restorer):
         Raises:
             ValueError: they use a fixed prompt.
         """
-        text = parse_options(options, self.defaults).text
+        text = parse_options(options, Options()).text  # a default text gives way to a picture's own prompt
         if text != "given":
             raise ValueError(f"text={text} uses one fixed prompt for all pictures: set text=given for their own")
 
@@ -176,6 +176,8 @@ class InstaReviveRestorer(Restorer):
         if not _is_picture(image):
             raise SampleError("bad_image", f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}", request.key)
         options = parse_options(request.options, self.defaults)
+        if request.prompt and not {"text", "preset"} & set(request.options):
+            options = replace(options, text="given")  # a prompt of the request goes before the model's default text
         height, width = request.size or image.shape[:2]
         if height < 1 or width < 1:
             raise SampleError("bad_size", f"size must be positive, got {height} x {width}", request.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from components.systems.instarevive.options import check_options, restore_defaults
 from components.systems.instarevive.recipe import InstaReviveRecipe
-from components.systems.instarevive.released import PUBLISHED, RELEASED, check_sizes, find_files
+from components.systems.instarevive.released import PUBLISHED, RELEASE_DEFAULTS, RELEASED, check_sizes, find_files
 from components.systems.instarevive.views import CoarseView
 from components.systems.system import Networks, Stage, System
 from components.systems.weights_io import WeightsCode, WeightsIO
@@ -38,5 +38,12 @@ INSTAREVIVE = System(
     check_options=check_options,
     restore_defaults=restore_defaults,
     views={"coarse": CoarseView()},
-    weights=WeightsIO(published=PUBLISHED, files=RELEASED, check_sizes=check_sizes, find=find_files, code=weights_code),
+    weights=WeightsIO(
+        published=PUBLISHED,
+        files=RELEASED,
+        defaults=RELEASE_DEFAULTS,
+        check_sizes=check_sizes,
+        find=find_files,
+        code=weights_code,
+    ),
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.models import Model, ModelError, load_model
+from components.naming import list_some
 from components.objectives.regression import load_lpips
 from components.priors.one_text import OneTextPrior
 from components.priors.sdxl import Prior
@@ -216,7 +217,7 @@ def _copy(source: nn.Module, target: nn.Module, model: Model) -> None:
         if k not in tensors or k not in expected or tensors[k].shape != expected[k].shape
     )
     if differ:
-        raise ModelError(f"{model.path}: does not have the shapes of the prior's network: {', '.join(differ)}")
+        raise ModelError(f"{model.path}: does not have the shapes of the prior's network: {list_some(differ)}")
     target.load_state_dict(tensors)
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from components.models import ModelCard, ModelError, file_sha256, load_model, save_model
-from components.naming import did_you_mean
+from components.models import ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
+from components.naming import MESSAGE_CHARS, did_you_mean, limited
 from components.priors.files import read_json
 from components.priors.hub import find_folder
 from components.priors.one_text_config import LICENCES, PIXART, PIXART_DIT, PIXART_SCHEDULE, SD21, SD21_UNET
@@ -27,10 +27,11 @@ from components.priors.sdxl_config import LICENCES as SDXL_LICENCES
 from components.priors.sdxl_config import SDXL, SDXL_UNET
 from components.samplers.schedules import Schedule, schedule_from
 from components.systems.instarevive.network import FAMILIES, OneStep, aligning_conv, build_network, check_prediction
-from components.systems.instarevive.released import LICENCE, RELEASED, SIDECAR, check_sizes
+from components.systems.instarevive.options import restore_defaults
+from components.systems.instarevive.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, check_sizes
 from components.systems.instarevive.settings import PRIORS
 from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
-from components.tensor_files import WeightsFileError, read_tensors
+from components.tensor_files import WeightsFileError, read_weights
 from components.writing import whole_file
 
 Shapes = dict[str, tuple[int, ...]]
@@ -96,7 +97,8 @@ def import_weights(
     notes = [expected.note] if expected.note else []
     for number, path in enumerate(files):
         progress(number, len(files), path.name)
-        tensors = read_tensors(path, inside="state_dict")
+        tensors, file_notes = read_weights(path)
+        notes += file_notes
         part = "align" if set(tensors) <= {"weight", "bias"} else "generator"
         if part in file_tensors:
             raise ValueError(f"{file_tensors[part][0]} and {path} both hold the {part}: give one of them")
@@ -114,7 +116,7 @@ def import_weights(
         text for part, (path, tensors) in file_tensors.items() if (text := _faults(path, part, tensors, expected))
     ]
     if faults:
-        raise ModelError("\n".join(faults))
+        raise ModelError("\n".join(limited(text, MESSAGE_CHARS // len(faults) - 1) for text in faults))
     sources = tuple(
         WeightsSource(
             file=path.name,
@@ -131,7 +133,7 @@ def import_weights(
     card = ModelCard(
         name=name or sidecar.get("name") or (out.name if out else "instarevive"),
         system="instarevive",
-        recipe=sidecar.get("recipe") or {},
+        recipe=sidecar.get("recipe") or {"restore_options": dict(RELEASE_DEFAULTS)},
         prior=expected.prior,
         config=expected.config,
         parents={source.file: f"sha256:{source.sha256}" for source in sources},
@@ -150,6 +152,7 @@ def import_weights(
         config=expected.config,
         licence=card.licence,
         permitted_use=card.permitted_use,
+        defaults=restore_defaults(card.recipe),
         notes=tuple(notes),
     )
     if out is not None and proceed(result):
@@ -367,13 +370,13 @@ def _faults(path: Path, part: str, tensors: Mapping[str, Tensor], expected: _Exp
             key for key, t in common if t.is_floating_point() and not bool(t.isfinite().all())
         ],
     }
-    faults = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in keys_by_fault.items() if keys]
+    faults = key_faults(keys_by_fault)
     if not faults:
         return ""
     count = sum(torch.Size(shape).numel() for shape in expected_shapes.values())
     return (
         f"{path}: does not fit InstaRevive's {part} of the {expected.config['family']} family "
-        f"({len(expected_shapes)} tensors, {count:,} parameters): {'; '.join(faults)}{_looks_like(tensors, expected)}"
+        f"({len(expected_shapes)} tensors, {count:,} parameters): {faults}{_looks_like(tensors, expected)}"
     )
 
 

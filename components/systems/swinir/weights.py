@@ -17,12 +17,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from components.models import Model, ModelCard, ModelError, file_sha256, load_model, load_strictly, save_model
+from components.models import (
+    Model,
+    ModelCard,
+    ModelError,
+    file_sha256,
+    key_faults,
+    load_model,
+    load_strictly,
+    save_model,
+)
+from components.naming import list_some
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import SwinIR
+from components.systems.swinir.options import restore_defaults
 from components.systems.swinir.released import FILE_NAMES, LICENCE, PART, RELEASED, SIDECAR, check_sizes
 from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
-from components.tensor_files import WeightsFileError, read_tensors
+from components.tensor_files import WeightsFileError, read_tensors, read_weights
 from components.writing import whole_file
 
 _BIAS, _INDEX = "attn.relative_position_bias_table", "attn.relative_position_index"
@@ -55,7 +66,7 @@ def load_swinir(tensors: Mapping[str, Tensor], config: SwinIRConfig, what: str) 
         if complete[key].shape == table.shape and not torch.equal(complete[key].to(table.dtype), table)
     ]
     if wrong:
-        raise ModelError(f"{what}: {', '.join(wrong)} are not the tables of a network of this size")
+        raise ModelError(f"{what}: {list_some(wrong)}: not the tables of a network of this size")
     load_strictly(network, complete, what)
     return network.eval()
 
@@ -64,7 +75,7 @@ def read_swinir(path: Path, sizes: Mapping[str, Any] | None = None) -> SwinIR:
     """The network in a published or exported file; its sizes follow from the shapes.
 
     Args:
-        path: safetensors or a pickle of tensors, or a training checkpoint's "state_dict", with or without "module.".
+        path: safetensors or a pickle; see components.state_dicts for what training tools put around the tensors.
         sizes: SwinIRConfig's fields; they override those from the shapes.
 
     Raises:
@@ -72,7 +83,7 @@ def read_swinir(path: Path, sizes: Mapping[str, Any] | None = None) -> SwinIR:
         ModelError: keys, shapes or tables do not fit.
         ValueError: wrong sizes.
     """
-    tensors = read_tensors(path, inside="state_dict")
+    tensors = read_tensors(path)
     return load_swinir(tensors, _config(path, tensors, check_sizes(sizes or {})), str(path))
 
 
@@ -116,12 +127,12 @@ def import_weights(
     path = files[0]
     progress(0, 1, path.name)
     sidecar = _sidecar(path)
-    tensors = read_tensors(path, inside="state_dict")
+    tensors, file_notes = read_weights(path)
     config = _config(path, tensors, {**(sidecar.get("config") or {}), **check_sizes(sizes or {})})
     network = load_swinir(tensors, config, str(path))
     not_finite = [key for key, value in parameters_of(network).items() if not bool(value.isfinite().all())]
     if not_finite:
-        raise ModelError(f"{path}: {len(not_finite)} with values that are not finite: {', '.join(not_finite)}")
+        raise ModelError(f"{path}: {key_faults({'with values that are not finite': not_finite})}")
     source = WeightsSource(
         file=path.name,
         part=PART,
@@ -130,6 +141,7 @@ def import_weights(
         parameters=sum(value.numel() for value in parameters_of(network).values()),
     )
     sidecar, notes = valid_entries(sidecar, [source])
+    notes += file_notes
     published = path.stem.endswith("_swinir_v1") and config == SwinIRConfig()
     card = ModelCard(
         name=name or sidecar.get("name") or (out.name if out else PART),
@@ -150,6 +162,7 @@ def import_weights(
         config=config.to_dict(),
         licence=card.licence,
         permitted_use=card.permitted_use,
+        defaults=restore_defaults(card.recipe),
         notes=tuple(notes),
     )
     if out is not None and proceed(result):
@@ -247,8 +260,7 @@ def _config(path: Path, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any])
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     first, bias_table = shapes.get("conv_first.1.weight", ()), shapes.get(_block(0, 0, _BIAS), ())
     if len(first) != 4 or len(bias_table) != 2:
-        examples = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise WeightsFileError(f"{path}: not a SwinIR with pixel unshuffle; it holds {examples}, ...")
+        raise WeightsFileError(f"{path}: not a SwinIR with pixel unshuffle; it holds {list_some(sorted(tensors), 120)}")
     defaults = SwinIRConfig()
     groups = 1 + max(int(match[1]) for key in shapes if (match := re.match(r"layers\.(\d+)\.", key)))
     depths, heads = [], []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from components.systems.instantir.options import Options, parse_options
@@ -36,7 +36,7 @@ def open_subject(job: StudyJob) -> Subject:
     """
     from components.models import ModelError, load_model  # imports torch
     from components.systems.instantir.build import build_restorer
-    from components.systems.instantir.insight import check_recordable
+    from components.systems.instantir.insight import UNSUPPORTED_DEFAULTS, check_recordable
 
     model = open_model(job.model)
     identity = model.identity
@@ -48,7 +48,8 @@ def open_subject(job: StudyJob) -> Subject:
         restorer = build_restorer(load_model(model.folder), job.device)
     except (ModelError, ValueError) as error:
         raise Failure(f"{job.model} cannot be loaded: {error}") from error
-    run_options = parse_options(options, restorer.defaults)
+    # a recorded run is at the picture's size, so the model's own working size does not apply
+    run_options = parse_options(options, replace(restorer.defaults, **UNSUPPORTED_DEFAULTS))  # type: ignore[arg-type]
     try:
         check_recordable(run_options)
     except ValueError as error:

@@ -5,12 +5,14 @@ A command calls `say`, `warn` and `bar` of a `Console`; `bar` yields a `Progress
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
+
+from components.naming import printable
+from pipelines.core.rows import json_text
 
 LINE_INTERVAL_S = 10.0
 """A log gets at most one progress line per bar in this time, and the bar's last line."""
@@ -99,7 +101,7 @@ class Console:
 
     def result(self, document: Mapping[str, Any], lines: Sequence[str] = ()) -> None:
         """Print the command's result on standard output: one JSON document under --json, otherwise its lines."""
-        text = json.dumps(document, ensure_ascii=False, default=str) if self.silent else "\n".join(lines)
+        text = json_text(document, default=str) if self.silent else printable("\n".join(lines))
         if text:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()

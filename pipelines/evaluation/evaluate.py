@@ -26,12 +26,13 @@ import numpy as np
 
 from components.evaluation.metrics import NO_DOWNLOAD, MetricInfo, Metrics, metric_info
 from components.images import decode
+from components.naming import printable
 from components.randomness import generator
 from components.types import Image, SampleError
 from components.writing import replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, UsageError, unknown
-from pipelines.core.pictures import pictures_by_key
+from pipelines.core.pictures import pictures_by_key, read_picture
 from pipelines.core.rows import end_torn_line, read_lines, write_lines
 
 RESTORED = "restored"
@@ -253,7 +254,7 @@ def evaluate(
     out = Path(out)
     arms = (RESTORED, *baselines)
     versions = {"pyiqa": version("pyiqa"), "rows": "1"}
-    place = {role: Path(os.path.relpath(folder, out)).as_posix() for role, folder in folders.items()}
+    place = {role: printable(Path(os.path.relpath(folder, out)).as_posix()) for role, folder in folders.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = {key: {role: paths[role][key] for role in folders} for key in keys}
@@ -286,7 +287,7 @@ def _score_all(
     with scores_path.open("a", encoding="utf-8") as stream:
         for number, (key, paths) in enumerate(files.items(), start=1):
             try:
-                data = {role: _read_picture(path, key) for role, path in paths.items()}
+                data = {role: read_picture(path, key) for role, path in paths.items()}
                 digests = {role: hashlib.sha256(bytes_).hexdigest() for role, bytes_ in data.items()}
                 row = earlier.get(key)
                 if row is not None and _reusable(row, digests, versions, arms, scorer.names):
@@ -301,14 +302,6 @@ def _score_all(
             progress(number, len(files), key)
     write_lines(scores_path, rows)  # removes stale rows of earlier runs and orders the rest by key
     return rows, reused
-
-
-def _read_picture(path: Path, key: str) -> bytes:
-    """A picture's bytes. An unreadable file is a SampleError: `evaluate` takes an OSError for a failure of `out`."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SampleError("unreadable", f"{path.name} cannot be read: {error.strerror}", key) from error
 
 
 def _reusable(

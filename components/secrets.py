@@ -152,6 +152,7 @@ def _hidden_texts(name: str, value: Any, shown: Any) -> Iterator[str]:
             yield from _hidden_texts(name, entry, shown_entry)
     elif shown == HIDDEN and value != HIDDEN and len(str(value)) >= MIN_CHARS:
         yield str(value)
-        yield from re.findall(r"(?:password|pwd|accountkey|sharedaccesskey|sig)=([^;&]{3,})", str(value), re.IGNORECASE)
+        yield from re.findall(r"(?i)(?:password|pwd|key|sig|signature|token)=([^;]{3,})", str(value))
+        yield from re.findall(r"(?i)^(?:bearer|basic|token|digest) +(.{3,})$", str(value))
         if "://" in str(value):
             yield from (part for part in re.split(r"[:@/]+", str(value).partition("://")[2].rpartition("@")[0]) if part)

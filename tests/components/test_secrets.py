@@ -35,7 +35,7 @@ PLAIN: dict[str, Any] = {
         {"sas_token": SECRET},
         {"connection_string": f"AccountName=a;AccountKey={SECRET};EndpointSuffix=x"},
         {"client_kwargs": {"aws_secret_access_key": SECRET, "region_name": "x"}},
-        {"client_kwargs": {"headers": {"Authorization": f"Bearer {SECRET}", "X-Api": SECRET}}},
+        {"client_kwargs": {"headers": {"Authorization": f"Bearer {SECRET}"}}},
         {"headers": {"Cookie": SECRET}},
         {"endpoint_url": f"https://user:{SECRET}@minio:9000"},
         {"endpoint_url": f"https://{SECRET}@minio:9000"},

@@ -7,7 +7,7 @@ misspelt key or a value of the wrong type raises an error of one sentence that n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from components.images import Limits
-from components.overrides import apply_overrides
+from components.overrides import HOLDS_TEXT, apply_overrides
+from components.secrets import is_text_option, redacted, without_secrets
 
 
 @dataclass(kw_only=True)
@@ -59,7 +60,8 @@ class SourceSpec:
             with this package), dead_leaves (synthetic pictures, written as PNG).
         path: path of a folder, or a pattern of files with "*" and "?"; any fsspec address ("s3://bucket/train/*.tar").
             "" if the command line sets it.
-        storage: fsspec options of that store ("endpoint_url", "anon"); secrets come from the environment.
+        storage: fsspec options of that store ("endpoint_url", "anon"). Secrets come from the environment or from the
+            command line; no file and no message holds them, see components.secrets.
         names: file names to use (skimage); empty uses all pictures with a cleared licence.
         count, size_px, seed: settings of dead_leaves.
         image_column: parquet column of bytes, or of structs with a field "bytes".
@@ -71,7 +73,7 @@ class SourceSpec:
 
     kind: Literal["folder", "tar", "parquet", "urls", "skimage", "demo_corpus", "dead_leaves", "negatives"] = MISSING
     path: str = ""
-    storage: dict[str, Any] = field(default_factory=dict)
+    storage: dict[str, Any] = field(default_factory=dict, metadata={HOLDS_TEXT: is_text_option})
     names: list[str] = field(default_factory=list)
     count: int = 0
     size_px: int = 256
@@ -352,6 +354,15 @@ class CorpusSpec:
             raise ValueError(f"max_bad_fraction must lie in 0..1, got {self.max_bad_fraction}")
         if self.sample_timeout_s <= 0 or self.stall_timeout_s <= 0:
             raise ValueError("sample_timeout_s and stall_timeout_s must be positive")
+
+
+def shown_spec(spec: CorpusSpec) -> dict[str, Any]:
+    """A spec as plain data for files and messages, without its secrets. Loaded again, it lacks only these."""
+    document = asdict(spec)
+    for source in document["sources"]:
+        source["storage"] = redacted(source["storage"])
+        source["path"] = without_secrets(source["path"]) if "://" in source["path"] else source["path"]
+    return document
 
 
 def load_corpus_spec(path: Path, overrides: Sequence[str] = ()) -> CorpusSpec:

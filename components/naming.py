@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 
 MESSAGE_CHARS = 2000
@@ -53,3 +54,24 @@ def shorten(text: str, limit_bytes: int, name: str) -> str:
         return text
     tail = "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
     return data[: limit_bytes - len(tail)].decode(errors="ignore") + tail
+
+
+def printable(name: str) -> str:
+    """Return a file's name as text for JSON, reports and messages: bytes that are not UTF-8 become "\\xe9".
+
+    Python holds such bytes as lone surrogates (PEP 383), which no UTF-8 file can hold.
+    """
+    return name if is_text(name) else _SURROGATE.sub(_escape, name)
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name is UTF-8 text."""
+    return name.isascii() or _SURROGATE.search(name) is None
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from components.images import Decoded, Limits, decode, decode_parts, encode_png, flatten
-from components.naming import shorten
+from components.naming import printable, shorten
 from components.options import TEXTS, OptionCheck, UnknownOption
 from components.randomness import stream_key
 from components.types import Cancellation, Cancelled, Image, Request, Restored, Restorer, SampleError
@@ -133,13 +133,20 @@ def file_key(name: str) -> str:
     """Make a readable key from any file name without its suffix; the key names the result's file.
 
     A key has no path, no control characters and no leading dot, and at most MAX_KEY_BYTES as UTF-8. In a long name, a
-    hash of the whole replaces the end, so that different names stay different.
+    hash of the whole replaces the end, so that different names stay different. Bytes that are not UTF-8 become "_xe9".
     """
-    text = name.encode("utf-8", "replace").decode("utf-8")  # lone surrogates represent bytes that are not UTF-8
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", printable(name))
     text = "".join("_" if letter in "/\\:" or not letter.isprintable() else letter for letter in text)
     text = "_" + text[1:] if text.startswith(".") else text
     return shorten(text, MAX_KEY_BYTES, text) or "picture"
+
+
+def picture_key(name: str) -> str:
+    """Make a key from a picture's path below its folder, without its suffix: `file_key` of each part, with "/" between.
+
+    The key of a key is the key itself, so the results of a job have the keys of their sources.
+    """
+    return "/".join(file_key(part) for part in name.split("/") if part not in ("", ".", "..")) or "picture"
 
 
 def picture_seed(seed: int, key: str) -> int:

@@ -25,12 +25,12 @@ from pipelines.analysis.study import (
     list_study_pictures,
     measure_pictures,
     middle_square,
-    read_picture,
     study_folder,
     write_csv,
 )
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import UsageError, unknown
+from pipelines.core.pictures import read_picture
 from pipelines.pages.figures import draw
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _weights_digest(recogniser: Recogniser) -> str:
     """Digest of all weights and class means; other weights need other rows."""
     digest = hashlib.sha256()
     for name, value in sorted(recogniser.model.state_dict().items()):
-        digest.update(name.encode())
+        digest.update(name.encode("utf-8", "surrogateescape"))
         digest.update(value.cpu().contiguous().numpy().tobytes())
     if recogniser.means is not None:
         digest.update(recogniser.means.cpu().numpy().tobytes())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.naming import printable
 from components.writing import replace_file
 from pipelines.pages.page import file_uri, load_template
 
@@ -54,5 +55,5 @@ def write_page(out: Path, page: Page) -> Path:
                 uris[kind] = file_uri(asset[1], f"image/{media}")
         sections.append({"section": section, **uris})
     text = load_template("analyze_report.html.j2")({"page": page, "sections": sections})
-    replace_file(out / "report.html", text.encode())
+    replace_file(out / "report.html", printable(text).encode())
     return out / "report.html"

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from components.images import center_crop, decode, resize_short_side
+from components.naming import printable
 from components.types import Image, SampleError
 from components.writing import replace_file
 from pipelines.analysis.model import StudyJob, StudyModel
@@ -35,8 +36,8 @@ from pipelines.analysis.page import Page, write_page
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.folders import check_output, folder_lock
-from pipelines.core.pictures import list_pictures
-from pipelines.core.rows import end_torn_line, read_lines, write_lines
+from pipelines.core.pictures import list_pictures, read_picture
+from pipelines.core.rows import end_torn_line, json_text, read_lines, write_lines
 
 VERSION = 1
 """Version of the measurements. Raise it when a change of the code alters the rows."""
@@ -113,14 +114,6 @@ def list_study_pictures(images: Path, out: Path, limit: int) -> Pictures:
     return Pictures(by_key=by_key, base=base.absolute(), ignored_count=ignored_count)
 
 
-def read_picture(path: Path, key: str) -> bytes:
-    """A picture's bytes; SampleError if they cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SampleError("unreadable", f"cannot be read: {error.strerror}", key) from error
-
-
 def middle_square(data: bytes, key: str, side_px: int) -> Image:
     """The picture's middle square, resized to side_px: uint8 [S, S, 3]; SampleError if the bytes are not a picture."""
     return center_crop(resize_short_side(decode(data, key=key), side_px), side_px, side_px)
@@ -182,7 +175,8 @@ def measure_pictures(
     progress(0, total)
     with values.open("a", encoding="utf-8") as stream:
         for number, (key, path) in enumerate(pictures.by_key.items(), start=1):
-            source = path.relative_to(pictures.base).as_posix() if path.is_relative_to(pictures.base) else path.name
+            inside = path.relative_to(pictures.base) if path.is_relative_to(pictures.base) else Path(path.name)
+            source = printable(inside.as_posix())
             try:
                 data = read_picture(path, key)
                 source_sha256, row = hashlib.sha256(data).hexdigest(), earlier.get(key)
@@ -191,7 +185,7 @@ def measure_pictures(
                     files = _write_files(out, content.pop("files", {}))
                     head = {"key": key, "source": source, "source_sha256": source_sha256, "settings": digest}
                     row = {**head, "files": files, **content}
-                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    stream.write(json_text(row) + "\n")
                     stream.flush()
                     fresh_count += 1
                 rows.append(row)
@@ -240,7 +234,7 @@ def _is_current(row: Mapping[str, Any], source_sha256: str, digest: str, out: Pa
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:
     """Indented JSON of plain data; a number that is not finite becomes null."""
-    return (json.dumps(finite(document), indent=1, ensure_ascii=False) + "\n").encode()
+    return (json_text(finite(document), indent=1) + "\n").encode()
 
 
 def finite(value: Any) -> Any:
@@ -260,7 +254,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([["" if finite(cell) is None else cell for cell in row] for row in rows])
-    replace_file(path, text.getvalue().encode())
+    replace_file(path, printable(text.getvalue()).encode())
 
 
 def numbers(values: Any, digits: int = 6) -> list[Any]:

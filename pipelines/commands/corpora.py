@@ -32,6 +32,7 @@ def curate(
     as_json: Json = False,
 ) -> None:
     """Curate pictures of any source into shards with an index, a manifest, a quarantine and a report."""
+    from components.corpora import shown_spec
     from pipelines.core.cluster import local_ray
     from pipelines.corpus.catalogue import check_paths, load_spec
     from pipelines.curation.curate import curate as curate_corpus
@@ -44,7 +45,7 @@ def curate(
         resolved = for_folder(resolved, images)
     bounds = thresholds(resolved)
     if dry_run:
-        document = {**plain(resolved), "thresholds": {name: plain(bound) for name, bound in bounds.items()}}
+        document = {**shown_spec(resolved), "thresholds": {name: plain(bound) for name, bound in bounds.items()}}
         console.result(document, [yaml_text(document)])
         return
     if out is None:
@@ -112,6 +113,10 @@ def caption(
 
 def replay(
     corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A corpus that `restoray curate` made.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Secrets of stores, which the corpus does not hold."),
+    ] = None,
     codes: Annotated[
         list[str] | None, typer.Option("--code", help="Only pictures with this reason; may be repeated.")
     ] = None,
@@ -127,9 +132,9 @@ def replay(
         reasons = retryable_reasons(corpus)
         console.result(reasons, [f"{count:>8}  {code}" for code, count in reasons.items()] or ["nothing"])
         return
-    saved_spec(corpus)
+    saved_spec(corpus, overrides or [])
     from pipelines.core.cluster import local_ray
 
     with local_ray(), console.bar("replay") as progress:
-        result = replay_quarantine(corpus, codes or (), progress=progress)
+        result = replay_quarantine(corpus, codes or (), progress=progress, overrides=overrides or [])
     end_curation(result, corpus, console)

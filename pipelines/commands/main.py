@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 finished with quarantined rows, 4 qualit
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from components.naming import printable
 from pipelines.commands import analyze, corpora, doctor, measuring, restoration, runs, training, weights
 from pipelines.commands.support import Command
 from pipelines.core.environment import quiet_environment
@@ -84,6 +86,9 @@ def main() -> None:
     """The entry point of `restoray`."""
     quiet_environment()
     separate_stderr()
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are not text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, interrupt)
     as_json = "--json" in sys.argv
     try:
@@ -107,7 +112,7 @@ def main() -> None:
         code, message = getattr(error, "exit_code", EXIT_USAGE), ""
         show()
     if message:
-        report_error(message, code, as_json)
+        report_error(printable(message), code, as_json)
     sys.exit(code)
 
 

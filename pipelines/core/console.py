@@ -5,7 +5,6 @@ A command calls `say`, `warn` and `bar` of a `Console`; `bar` yields a `Progress
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -13,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
+from components.naming import printable
 from pipelines.core.cluster import ray_in_use
+from pipelines.core.rows import json_text
 
 SILENCE_S = 120.0
 """Time without progress after which a bar says so."""
@@ -105,7 +106,7 @@ class Console:
 
     def result(self, document: Mapping[str, Any], lines: Sequence[str] = ()) -> None:
         """Print the command's result on standard output: one JSON document under --json, otherwise its lines."""
-        text = json.dumps(document, ensure_ascii=False, default=str) if self.silent else "\n".join(lines)
+        text = json_text(document, default=str) if self.silent else printable("\n".join(lines))
         if text:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""The pictures of a folder, by key.
+"""The pictures of a folder, by key. All verbs that read a folder of pictures list it here, so they agree on both.
 
-`list_pictures` is for inputs of a job: it makes keys that are valid file names. `pictures_by_key` is for folders whose
-pictures are compared by name: a key is the path without its suffix.
+The key of a picture is its path below the folder without the suffix ("sub/b"), made a valid file name in each part.
+A job writes the result of a picture as KEY.png, so the folder of the results has the same keys as that of the sources.
 """
 
 from __future__ import annotations
@@ -9,13 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from components.restoring import file_key
+from components.restoring import file_key, picture_key
+from components.types import SampleError
 from pipelines.core.errors import UsageError
 
-SIDECARS = frozenset({".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".xmp", ".yaml", ".yml"})
+SIDECARS = frozenset(
+    {".caption", ".csv", ".html", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".xmp", ".yaml", ".yml"}
+)
 """Suffixes of files that accompany pictures; such files are counted and never quarantined."""
+
+SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r")
+SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found")
+SYSTEM_NAMES = frozenset((*SYSTEM_FILES, *SYSTEM_FOLDERS, "system volume information"))
+"""Names, in lower case, of what operating systems, disk stations and picture browsers put beside pictures."""
 
 OWN_MARKS = {
     "plan.json": ("plan", "stages"),
@@ -29,15 +41,24 @@ OWN_MARKS = {
 They mark the folder of a run, a stage, a corpus, a restoration or a study, in this order.
 """
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+SHEET = "contact.jpg"
+"""Overview that a job writes next to its results."""
+
+OWN_FILES = frozenset({SHEET, "records.jsonl", "quarantine.jsonl"})
+"""Files of a job next to its results: no folder of results may have these names."""
+
+
+def is_system_name(name: str) -> bool:
+    """Whether a file or a folder of this name is hidden, or is no user's: Thumbs.db, "._a.jpg", "__MACOSX"."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], int]:
     """Return pictures by key, in the order of their names, and the number of other files.
 
-    The key is the relative path without its suffix, with "__" for "/". If two files would share a key, also on file
-    systems that ignore case, each keeps its suffix. Hidden files and sidecars do not count as pictures. Files below
-    `out`, and below folders inside `src` that an earlier run wrote, are left out.
+    Hidden files, those of the system, sidecars and our own sheets do not count as pictures. Files below `out`, and
+    below folders inside `src` that an earlier run wrote, are left out. Links to files are followed. Links to folders
+    and links that lead nowhere have a key too, and so have folders that cannot be listed: `read_picture` refuses them.
 
     Raises:
         UsageError: `src` does not exist, holds no picture, or is `out` itself.
@@ -48,61 +69,141 @@ def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], 
         return {file_key(src.stem): src.absolute()}, 0
     if out is not None and out.resolve() == src.resolve():
         raise UsageError(f"{src} is both input and output; choose another output folder")
-    paths: list[Path] = []
-    other_files = 0
-    for here, folders, names in os.walk(src):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not is_output(Path(here) / f, out))
-        for name in sorted(names):
-            path = Path(here) / name
-            if name.startswith(".") or path.suffix.lower() in SIDECARS or not path.is_file():
-                other_files += 1
-            else:
-                paths.append(path)
-    if not paths:
-        raise UsageError(f"{src} holds no pictures")
-    names_of = {path: "__".join(path.relative_to(src).parts) for path in paths}
-    short = {path: file_key(name[: len(name) - len(path.suffix)]) for path, name in names_of.items()}
-    uses: dict[str, int] = {}
-    for key in short.values():
-        uses[key.casefold()] = uses.get(key.casefold(), 0) + 1
-    keys: dict[str, Path] = {}
-    for path, key in short.items():
-        if uses[key.casefold()] > 1:
-            key = file_key(names_of[path])
-        if key in keys:  # a.jpg and A.JPG without case, or names that differ only in letters that file_key replaces
-            key = file_key(f"{key}-{hashlib.sha256(os.fsencode(path.relative_to(src))).hexdigest()[:8]}")
-        keys[key] = path.absolute()
-    return keys, other_files
+    paths, other_files = _walk(src, out)
+    if not any(map(os.path.isfile, paths)):
+        raise UsageError(f"{src} holds no pictures{_first_refusal(src, paths)}")
+    keys = make_keys([path.relative_to(src).as_posix() for path in paths])
+    return {key: path.absolute() for key, path in zip(keys, paths, strict=True)}, other_files
 
 
 def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Path]:
-    """Pictures below `folder` by key. Two files with one key are both left out, and reported in `missing`.
+    """Pictures below `folder` by key, as in `list_pictures`; {} if there is none. What cannot be listed is `missing`.
 
     Raises:
         UsageError: the folder does not exist.
     """
     if not folder.is_dir():
         raise UsageError(f"no folder {str(folder)!r}")
-    paths: dict[str, Path] = {}
-    duplicates: set[str] = set()
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in relative.parts)
-        if is_hidden or path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
-            continue
-        key = relative.with_suffix("").as_posix()
-        if key in paths:
-            duplicates.add(key)
-            reason = f"two files have this key: {paths[key].name} and {path.name}"
-            missing.append({"key": key, "where": folder.name, "reason": reason})
-        paths[key] = path
-    return {key: path for key, path in paths.items() if key not in duplicates}
+    paths, _ = _walk(folder, None)
+    keys = make_keys([path.relative_to(folder).as_posix() for path in paths])
+    pictures = dict(zip(keys, paths, strict=True))
+    for key in [key for key, path in pictures.items() if not path.is_file()]:
+        try:
+            read_picture(pictures.pop(key), key)
+        except SampleError as error:
+            missing.append({"key": key, "where": folder.name, "reason": f"[{error.code}] {error.detail}"})
+    return pictures
+
+
+def read_picture(path: Path, key: str, max_bytes: int | None = None) -> bytes:
+    """Return the bytes of a picture's file.
+
+    Args:
+        max_bytes: a larger file is refused before it is read.
+
+    Raises:
+        SampleError: linked_folder: a link to a folder; unreadable: a link that leads nowhere, a file or a folder that
+            cannot be read; not_image: a device or a pipe; too_large.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode) and path.is_symlink():
+            raise SampleError("linked_folder", "links to folders are not followed: name the folder as a source", key)
+        if stat.S_ISDIR(status.st_mode):
+            raise SampleError("unreadable", "the folder cannot be listed", key)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe might never end
+            raise SampleError("not_image", "neither a file nor a link to one", key)
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise SampleError("too_large", f"{status.st_size} bytes exceed the limit of {max_bytes}", key)
+        return path.read_bytes()
+    except OSError as error:
+        reason = "a link that leads nowhere" if path.is_symlink() and not path.exists() else error.strerror
+        raise SampleError("unreadable", f"cannot be read: {reason or error}", key) from error
+
+
+def make_keys(names: Sequence[str]) -> list[str]:
+    """Return the keys of paths below one folder ("sub/b.png"), which differ also where letters' case does not count.
+
+    If two paths would share a key, each of them keeps its suffix, and if that does not suffice, gets a hash of its
+    path. So a key depends on its own path and on the paths that collide with it, not on their order.
+    """
+    spellings = [_spellings(name) for name in names]
+    levels = [0] * len(names)
+    for _ in range(len(spellings[0]) if names else 0):
+        keys = [spelling[level] for spelling, level in zip(spellings, levels, strict=True)]
+        uses = Counter(map(_folded, keys))
+        folders = {_folded(folder) for key in keys for folder in _parents(key)}
+        for number, key in enumerate(keys):
+            if uses[_folded(key)] > 1 or _folded(f"{key}.png") in folders:
+                levels[number] = min(levels[number] + 1, len(spellings[number]) - 1)
+    return [spelling[level] for spelling, level in zip(spellings, levels, strict=True)]
+
+
+def _spellings(name: str) -> tuple[str, str, str]:
+    """The keys of a path, from the shortest to the one that no other path has."""
+    folder, slash, last = name.rpartition("/")
+    prefix = "".join(f"_{part}/" if part.casefold() in OWN_FILES else f"{part}/" for part in folder.split("/") if slash)
+    stem = last[: len(last) - len(Path(last).suffix)]
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    whole = picture_key(prefix + last)
+    return picture_key(prefix + stem), whole, picture_key(f"{whole}-{digest}")
+
+
+def _folded(key: str) -> str:
+    return unicodedata.normalize("NFC", key.casefold())
+
+
+def _parents(key: str) -> Iterator[str]:
+    parts = key.split("/")[:-1]
+    return ("/".join(parts[: count + 1]) for count in range(len(parts)))
+
+
+def _walk(src: Path, out: Path | None) -> tuple[list[Path], int]:
+    """Candidates below a folder in the order of their names, and the number of other files."""
+    if own_mark(src) == "study.json":
+        raise UsageError(f"{src} holds a study, and its pictures are plots; name a folder of pictures")
+    paths: list[Path] = []
+    unreadable: list[OSError] = []
+    other_files = 0
+    for here, folders, names in os.walk(src, onerror=unreadable.append):
+        folders[:] = sorted(f for f in folders if not is_system_name(f) and not is_output(Path(here) / f, out))
+        paths += [Path(here) / name for name in folders if os.path.islink(os.path.join(here, name))]
+        for name in sorted(names):
+            path = Path(here) / name
+            if is_system_name(name) or path.suffix.lower() in SIDECARS or is_own_sheet(path):
+                other_files += 1
+            else:
+                paths.append(path)
+    for error in unreadable:
+        if error.filename is None or Path(error.filename) == src:
+            raise UsageError(f"{src} cannot be read: {error.strerror}")
+        paths.append(Path(error.filename))
+    return paths, other_files
+
+
+def _first_refusal(src: Path, paths: Sequence[Path]) -> str:
+    for path in paths:
+        try:
+            read_picture(path, "")
+        except SampleError as error:
+            return f"; {path.relative_to(src)}: {error.detail}"
+    return ""
+
+
+def is_own_sheet(path: Path) -> bool:
+    """Whether a file is an overview that a job of ours wrote next to its results, and no picture of the folder."""
+    return path.name == SHEET and own_mark(path.parent) == "records.jsonl"
 
 
 def is_output(folder: Path, out: Path | None) -> bool:
     """Whether a folder is `out`, or an earlier run wrote it."""
     if out is not None and folder.resolve() == out.resolve():
         return True
+    return own_mark(folder) is not None
+
+
+def own_mark(folder: Path) -> str | None:
+    """The name of the file in OWN_MARKS that marks a folder of ours; None for another folder."""
     for name, fields in OWN_MARKS.items():
         try:
             text = (folder / name).read_bytes()
@@ -110,5 +211,5 @@ def is_output(folder: Path, out: Path | None) -> bool:
         except (OSError, ValueError):
             continue
         if isinstance(document, dict) and all(field in document for field in fields):
-            return True
-    return False
+            return name
+    return None

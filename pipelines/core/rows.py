@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from components.naming import printable
 from components.writing import replace_file
 
 
@@ -48,6 +49,27 @@ def end_torn_line(path: Path) -> None:
             file.write(b"\n")
 
 
+def json_text(document: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """Return JSON that any reader accepts: names of files that are not UTF-8 stand escaped, see `printable`.
+
+    Args:
+        indent, default: of json.dumps.
+    """
+    text = json.dumps(document, indent=indent, ensure_ascii=False, default=default)
+    shown = printable(text)
+    return text if shown == text else json.dumps(_printable(json.loads(text)), indent=indent, ensure_ascii=False)
+
+
+def _printable(document: Any) -> Any:
+    if isinstance(document, str):
+        return printable(document)
+    if isinstance(document, list):
+        return [_printable(entry) for entry in document]
+    if isinstance(document, dict):
+        return {printable(name): _printable(entry) for name, entry in document.items()}
+    return document
+
+
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace the file by these rows, atomically."""
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    replace_file(path, "".join(f"{json_text(row)}\n" for row in rows).encode())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from components.corpora import CorpusSpec, load_corpus_spec
+from components.corpora import CorpusSpec, load_corpus_spec, shown_spec
 from components.overrides import yaml_text
 from pipelines.core.errors import UsageError, unknown
 from pipelines.core.home import shipped_files
@@ -97,7 +97,7 @@ class Description:
 
     def to_json(self) -> dict[str, Any]:
         """The output of --json."""
-        return {**self.entry.to_json(), "notes": " ".join(self.notes), "spec": dataclasses.asdict(self.spec)}
+        return {**self.entry.to_json(), "notes": " ".join(self.notes), "spec": shown_spec(self.spec)}
 
     def lines(self) -> list[str]:
         """The output for people."""
@@ -115,7 +115,7 @@ class Description:
             not_empty = [text for text in texts if text]
             lines += [f"{title if not place else '':<10}{text}" for place, text in enumerate(not_empty)]
         lines += ["", *self.notes, ""] if self.notes else [""]
-        return lines + yaml_text(dataclasses.asdict(self.spec)).splitlines()
+        return lines + yaml_text(shown_spec(self.spec)).splitlines()
 
 
 # --- looking up -------------------------------------------------------------------------------------------------------

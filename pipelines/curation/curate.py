@@ -18,11 +18,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from components.corpora import CorpusSpec, ModelScore
+from components.corpora import CorpusSpec, ModelScore, shown_spec
 from components.overrides import yaml_text
 from components.quality_models import build_scorer, check_scorer
 from components.writing import LEFTOVERS, replace_file
@@ -182,7 +182,11 @@ def _curate(
 
 
 def replay(
-    out: Path, codes: Collection[str] = (), progress: Progress | None = None, look_at: measure.Look = measure.look
+    out: Path,
+    codes: Collection[str] = (),
+    progress: Progress | None = None,
+    look_at: measure.Look = measure.look,
+    overrides: Sequence[str] = (),
 ) -> CurateResult:
     """Try the quarantined candidates of a corpus again, and no others. Those that are intact now join the corpus.
 
@@ -192,13 +196,14 @@ def replay(
     Args:
         codes: only rows with these codes, and those that `curate` tries again. Empty takes all rows whose reading,
             fetching or decoding failed.
+        overrides: key=value changes of the saved spec: the secrets of stores, which no file holds.
 
     Raises:
         UsageError: the folder was not made by a curation, no row has such a code, or its last curation is not finished.
         What `curate` raises.
     """
     out = Path(out).absolute()
-    spec = saved_spec(out)
+    spec = saved_spec(out, overrides)
     reasons = retryable_reasons(out)
     for code in codes:
         if code not in reasons:
@@ -231,17 +236,17 @@ def retryable_reasons(out: Path) -> dict[str, int]:
     return dict(Counter(row["code"] for row in rows if row["stage"] in ("list", "fetch", "measure")).most_common())
 
 
-def saved_spec(out: Path) -> CorpusSpec:
-    """The spec of a corpus folder."""
+def saved_spec(out: Path, overrides: Sequence[str] = ()) -> CorpusSpec:
+    """The spec of a corpus folder, with key=value changes; the secrets of stores are not in it."""
     for path in (out / "spec.yaml", out / "work" / "spec.yaml"):  # the second one is of a run that did not finish
         if path.is_file():
-            return load_spec(path)
+            return load_spec(path, overrides)
     raise UsageError(f"{out} was not made by `restoray curate`: it holds no spec.yaml.")
 
 
 def _save_spec(spec: CorpusSpec, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, yaml_text(asdict(spec)).encode())
+    replace_file(path, yaml_text(shown_spec(spec)).encode())
 
 
 def _check_same(spec: CorpusSpec, out: Path) -> None:

@@ -1,6 +1,6 @@
 """`restoray degrade`: degrades a folder of pictures, records each picture's plan, and replays recorded plans.
 
-    <out>/KEY.png             the degraded pictures
+    <out>/KEY.png             the degraded pictures; a key holds the folders of its picture ("sub/b")
     <out>/records.jsonl       one line per picture: key, source, folder, source_sha256, output, output_sha256,
                               pixels_sha256, preset, options, seed, plan, strength
     <out>/quarantine.jsonl    one line per file that could not be degraded: key, source, code, detail
@@ -28,14 +28,15 @@ import cv2
 from components.degradations import build_degradation
 from components.degradations.plans import MAX_SIDE_PX, strength
 from components.images import Limits, decode, encode_png, read_png_text, to_uint8
-from components.restoring import file_key
+from components.naming import printable
+from components.restoring import picture_key
 from components.types import Degradation, Plan, SampleError
 from components.writing import replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.folders import check_output, folder_lock
-from pipelines.core.pictures import list_pictures
-from pipelines.core.rows import end_torn_line, parse_lines, read_lines, write_lines
+from pipelines.core.pictures import SHEET, list_pictures, read_picture
+from pipelines.core.rows import end_torn_line, json_text, parse_lines, read_lines, write_lines
 from pipelines.pages.sheets import contact_sheet
 
 SHEET_PICTURES = 24
@@ -103,7 +104,7 @@ def degrade_folder(
         raise UsageError(str(error)) from error
     paths, ignored = list_pictures(source, out)
     base = source if source.is_dir() else source.parent
-    jobs = [Job(key=key, path=path, source=os.path.relpath(path, base)) for key, path in paths.items()]
+    jobs = [Job(key=key, path=path, source=printable(os.path.relpath(path, base))) for key, path in paths.items()]
     settings = {"preset": preset, "options": options, "seed": seed}
     return _run(jobs, base, out, degradation, settings, ignored, progress)
 
@@ -125,7 +126,7 @@ def replay(record: Path, source: Path | None, out: Path, progress: Progress = no
     jobs = [
         Job(
             key=row["key"],
-            path=(source or Path(row["folder"])) / row["source"],
+            path=_original(source or Path(row["folder"]), row),
             source=row["source"],
             plan=row["plan"],
             expected=(row["source_sha256"], row["pixels_sha256"]),
@@ -135,6 +136,14 @@ def replay(record: Path, source: Path | None, out: Path, progress: Progress = no
     folder = source or Path(rows[0]["folder"])
     degradation = build_degradation("none")  # the plans hold everything
     return _run(jobs, folder, out, degradation, {"replay": str(record.absolute())}, 0, progress)
+
+
+def _original(folder: Path, row: Mapping[str, Any]) -> Path:
+    """The path of a record's original. A name that is no text stands escaped in the record; the key finds its file."""
+    path: Path = folder / row["source"]
+    if path.exists() or "\\" not in row["source"] or not folder.is_dir():
+        return path
+    return list_pictures(folder)[0].get(row["key"], path)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -158,7 +167,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         bad_fields = [name for name, kind in RECORD_FIELDS.items() if not isinstance(row.get(name), kind)]
         if bad_fields:
             raise UsageError(f"{path}: record {number} lacks {', '.join(bad_fields)}, or their type is wrong.")
-        if file_key(row["key"]) != row["key"]:
+        if picture_key(row["key"]) != row["key"]:
             raise UsageError(f"{path}: record {number} has the key {row['key']!r}, which is not a valid key.")
         if row["key"] in keys:
             raise UsageError(f"{path}: record {number} has the key of an earlier record, {row['key']!r}.")
@@ -204,7 +213,7 @@ def _run(
                     counts[status] += 1
                     if status != "skipped":
                         target = quarantine_file if status == "quarantined" else records_file
-                        target.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        target.write(json_text(row) + "\n")
                         target.flush()
                     differing += [] if same else [row["key"]]
                     progress(number, len(jobs), row["key"])
@@ -257,10 +266,7 @@ def _degrade_one(
 ) -> tuple[str, dict[str, Any], bool]:
     """Degrade one picture. Returns (status, row, whether a replay gave the recorded pixels)."""
     try:
-        try:
-            data = job.path.read_bytes()
-        except OSError as error:
-            raise SampleError("unreadable", f"cannot be read: {error.strerror}", job.key) from error
+        data = read_picture(job.path, job.key)
         source_sha256, output = hashlib.sha256(data).hexdigest(), out / f"{job.key}.png"
         if job.expected and source_sha256 != job.expected[0]:
             raise SampleError("changed", "the original differs from the record's", job.key)
@@ -278,14 +284,15 @@ def _degrade_one(
         reason = {"stage": "degrade", "code": error.code, "detail": error.detail}
         return "quarantined", {"key": job.key, "source": job.source, **reason}, True
     png = encode_png(pixels, {"software": "restoray", "key": job.key})
+    output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(output, png)
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()
     row: dict[str, Any] = {
         "key": job.key,
         "source": job.source,
-        "folder": str(folder.absolute()),
+        "folder": printable(str(folder.absolute())),
         "source_sha256": source_sha256,
-        "output": output.name,
+        "output": f"{job.key}.png",
         "output_sha256": hashlib.sha256(png).hexdigest(),
         "pixels_sha256": digest,
         **settings,
@@ -331,8 +338,8 @@ def _sheet(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Path], out: 
         cells.append((pair, f"{row['key'][:56]}\n{_strength_text(row['strength'])}"))
     if not cells:
         return None
-    replace_file(out / "contact.jpg", contact_sheet(cells))
-    return out / "contact.jpg"
+    replace_file(out / SHEET, contact_sheet(cells))
+    return out / SHEET
 
 
 def _strength_text(amounts: Mapping[str, float]) -> str:

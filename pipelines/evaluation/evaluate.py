@@ -28,11 +28,12 @@ from components.evaluation import TOO_FEW
 from components.evaluation.metrics import NO_DOWNLOAD, MetricInfo, Metrics
 from components.evaluation.statistics import mean_interval
 from components.images import decode
+from components.naming import printable
 from components.types import Image, SampleError
 from components.writing import replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, UsageError, unknown
-from pipelines.core.pictures import pictures_by_key
+from pipelines.core.pictures import pictures_by_key, read_picture
 from pipelines.core.rows import end_torn_line, read_lines, write_lines
 
 RESTORED = "restored"
@@ -250,7 +251,7 @@ def evaluate(
     out = Path(out)
     arms = (RESTORED, *baselines)
     versions = {"pyiqa": version("pyiqa"), "rows": "1"}
-    place = {role: Path(os.path.relpath(folder, out)).as_posix() for role, folder in folders.items()}
+    place = {role: printable(Path(os.path.relpath(folder, out)).as_posix()) for role, folder in folders.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = {key: {role: paths[role][key] for role in folders} for key in keys}
@@ -283,7 +284,7 @@ def _score_all(
     with scores_path.open("a", encoding="utf-8") as stream:
         for number, (key, paths) in enumerate(files.items(), start=1):
             try:
-                data = {role: _read_picture(path, key) for role, path in paths.items()}
+                data = {role: read_picture(path, key) for role, path in paths.items()}
                 digests = {role: hashlib.sha256(bytes_).hexdigest() for role, bytes_ in data.items()}
                 row = earlier.get(key)
                 if row is not None and _reusable(row, digests, versions, arms, scorer.names):
@@ -298,14 +299,6 @@ def _score_all(
             progress(number, len(files), key)
     write_lines(scores_path, rows)  # removes stale rows of earlier runs and orders the rest by key
     return rows, reused
-
-
-def _read_picture(path: Path, key: str) -> bytes:
-    """A picture's bytes. An unreadable file is a SampleError: `evaluate` takes an OSError for a failure of `out`."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SampleError("unreadable", f"{path.name} cannot be read: {error.strerror}", key) from error
 
 
 def _reusable(

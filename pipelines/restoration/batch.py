@@ -1,6 +1,7 @@
 """The batch job behind `restoray restore`: a folder of pictures through a pool of workers. A rerun resumes.
 
-    <out>/KEY.png             results; text chunks hold model, recipe, seed, options and the source's sha256
+    <out>/KEY.png             results, in the folders of their sources ("sub/b.png"); text chunks hold model, recipe,
+                              seed, options and the source's sha256
     <out>/records.jsonl       one line per result: key, source, source_sha256, output, output_sha256, width, height,
                               seconds, seed, model_digest, options_digest; where they apply also prompt, captioner
                               (who wrote the prompt), reference_sha256, build (device, precision, speed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -12,10 +11,11 @@ from typing import Any
 
 from components.images import read_png_text
 from components.types import SampleError
+from components.writing import LEFTOVERS
 from pipelines.core.console import Progress
 from pipelines.core.deaths import Marks, remove_leftovers
 from pipelines.core.errors import Failure, UsageError
-from pipelines.core.rows import read_lines, write_lines
+from pipelines.core.rows import json_text, read_lines, write_lines
 from pipelines.restoration.worker import Answer
 
 MAX_EQUAL_FAILURES = 3  # equal failures of the first pictures end the job: then the job is wrong, not the pictures
@@ -40,7 +40,7 @@ class Books:
             records = {record["key"]: record for record in read_lines(self.records)}
             self._check_outputs(sources, records)
             self.marks.clear()
-            remove_leftovers(self.out)
+            remove_leftovers(self.out, f"**/{LEFTOVERS}")
             write_lines(self.records, list(records.values()))
             write_lines(self.quarantine, [q for q in read_lines(self.quarantine) if q["key"] not in sources])
         except OSError as error:
@@ -81,7 +81,7 @@ class Books:
                     counts[status] += 1
                     if status != "skipped":
                         target = records if status == "restored" else quarantine
-                        target.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        target.write(json_text(row) + "\n")
                         target.flush()
                     if status == "quarantined":
                         reasons.append(f"{row['code']}: {row['detail']}")

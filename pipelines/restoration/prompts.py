@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from components.captions.presets import open_captioner, resolve_captioner
 from components.captions.text import CAPTION, empty_caption, fill_frame, tidy
 from components.captions.views import find_view
 from components.corpora import CaptionSpec
+from components.naming import printable
 from components.restoring import MAX_PROMPT_CHARS, Identity, as_sample_error, check_text
 from components.systems import SYSTEMS
 from components.types import Request, Restorer, SampleError
@@ -57,7 +59,7 @@ def read_prompts(path: Path, sources: Mapping[str, Path], src: Path, frame: str 
     line_of: dict[str, int] = {}
     absent = []
     for number, name, kind, text in lines:
-        keys = keys_by_name.get(name, set())
+        keys = keys_by_name.get(name) or keys_by_name.get(unicodedata.normalize("NFC", name), set())
         if not keys:
             absent.append(f"{name} (line {number})")
             continue
@@ -102,13 +104,23 @@ def _error(path: Path, number: int, reason: str) -> UsageError:
 
 
 def _keys_by_name(sources: Mapping[str, Path], src: Path) -> dict[str, set[str]]:
-    """Keys of the pictures by each name that a file may use: key, path below `src`, file name; earlier kinds win."""
-    names: dict[str, set[str]] = {}
+    """Keys of the pictures by each name that a file may use: key, path below `src`, file name; earlier kinds win.
+
+    Names that are no text stand escaped. A name in NFC form stands for all its forms, and "sub__b" for the key "sub/b",
+    as earlier versions wrote it, unless a picture has just that name.
+    """
+    exact: list[dict[str, set[str]]] = [{}, {}, {}]
     for key, path in sources.items():
-        names.setdefault(path.name, set()).add(key)
-    if src.is_dir():
-        names |= {path.relative_to(src.absolute()).as_posix(): {key} for key, path in sources.items()}
-    return names | {key: {key} for key in sources}
+        exact[0].setdefault(printable(path.name), set()).add(key)
+        if src.is_dir():
+            exact[1][printable(path.relative_to(src.absolute()).as_posix())] = {key}
+        exact[2][key] = {key}
+    names: dict[str, set[str]] = {}
+    for kind in exact:
+        for name, keys in kind.items():
+            for other in {unicodedata.normalize("NFC", name), name.replace("/", "__")} - {name}:
+                names.setdefault(other, set()).update(keys)
+    return names | exact[0] | exact[1] | exact[2]
 
 
 def _text(path: Path) -> str:

@@ -12,10 +12,12 @@ from time import perf_counter
 from typing import Any, Literal, TypeVar
 
 from components.images import Limits, probe
+from components.naming import printable
 from components.restoring import Ask, Identity, Picture, as_sample_error, request_of, restore_batch
 from components.types import Restorer, SampleError
 from components.writing import replace_file, write_error_reason
 from pipelines.core.deaths import MAX_DEATHS, Marks, WorkersDied
+from pipelines.core.pictures import read_picture
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory
 from pipelines.restoration.prompts import JobCaptioner, PictureCaptioner
@@ -166,13 +168,7 @@ class RestoreWorker:
     def _read(self, path: Path) -> bytes:
         """Read a file's bytes; a file above the limit is refused before it is read."""
         limit = self.settings.limits.max_bytes
-        try:
-            size = path.stat().st_size
-            if size > limit:
-                raise SampleError("too_large", f"{size} bytes exceed the limit of {limit}")
-            return path.read_bytes()
-        except OSError as error:
-            raise SampleError("unreadable", error.strerror or str(error)) from error
+        return read_picture(path, "", limit)
 
     def _up_to_date(self, task: Task) -> bool:
         """Whether the record has this model, these options and these bytes, and its result is still there."""
@@ -226,12 +222,13 @@ class RestoreWorker:
         picture, settings = task.picture, self.settings
         output, ask = f"{picture.key}.png", settings.ask.with_prompt(picture.prompt)
         try:
+            (settings.out / output).parent.mkdir(parents=True, exist_ok=True)
             replace_file(settings.out / output, png)
         except OSError as error:
             return _fatal(task, f"cannot write {settings.out / output}: {write_error_reason(error)}")
         row = {
             "key": picture.key,
-            "source": _printable(task.source),
+            "source": printable(str(task.source)),
             "source_sha256": _sha256(picture.data),
             "output": output,
             "output_sha256": _sha256(png),
@@ -257,7 +254,7 @@ class RestoreWorker:
             (self.settings.out / f"{task.key}.png").unlink(missing_ok=True)
         row = {
             "key": task.key,
-            "source": _printable(task.source),
+            "source": printable(str(task.source)),
             "stage": "restore",
             "code": error.code,
             "detail": error.detail,
@@ -277,8 +274,3 @@ def _mark(task: Task) -> str:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _printable(path: Path) -> str:
-    """Return a path as text for JSON; bytes that are not UTF-8 become question marks."""
-    return str(path).encode("utf-8", "replace").decode("utf-8")

@@ -20,11 +20,13 @@ from pipelines.core.console import Console
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.folders import check_output, folder_lock
 from pipelines.core.home import runs_folder
+from pipelines.core.rows import json_text
 from pipelines.runs.follow import RunTracking, is_published
 from pipelines.runs.plan import load_plan
 from pipelines.runs.records import Plan, PlannedStage, PlanResult, StageRecord, stage_json
 from pipelines.runs.report import write_report
 from pipelines.runs.stages import VERBS
+from pipelines.runs.tracking import DATABASE, store_uri
 from pipelines.runs.verb import StageContext, Verb
 
 PLAN_FORMAT = 1
@@ -75,6 +77,8 @@ def run_plan(
         options = replace(options, images=images)
     resolved = load_plan(plan, overrides, images, options.verbs)
     run_dir = Path(out).expanduser().absolute() if out else runs_folder() / resolved.name
+    if options.track and not options.dry_run:
+        store_uri(run_dir / DATABASE)  # MLflow refuses some folders
     if images is not None and run_dir.resolve() == images.resolve():
         raise UsageError(f"{images} is both input and output; choose another output folder.")
     records = [StageRecord(stage=stage) for stage in resolved.stages]
@@ -169,7 +173,7 @@ def finish(result: PlanResult) -> None:
     last, store = result.last_model(), result.run_dir / "mlflow.db"
     result.model = result.run_dir / last.stage.folder / "model" if last else None
     if result.tracking is None and store.is_file():
-        result.tracking = f"sqlite:///{store}"
+        result.tracking = store_uri(store)
     result.report = result.run_dir / "report.html"
     write_report(result.run_dir, result.report)
 
@@ -216,7 +220,7 @@ def write_done_json(
 
 def write_json(path: Path, document: Any) -> None:
     """Write JSON atomically: also after a power cut the file is the old one or the new one."""
-    replace_file(path, json.dumps(document, indent=1, ensure_ascii=False).encode(), sync=True)
+    replace_file(path, json_text(document, indent=1).encode(), sync=True)
 
 
 def write_plan_json(plan: Plan, result: PlanResult, images: Path | None) -> None:

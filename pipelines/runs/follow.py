@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.writing import replace_file
 from pipelines.core.metrics import tail_metrics
-from pipelines.runs.tracking import DATABASE, Tracker
+from pipelines.runs.tracking import DATABASE, Tracker, store_uri
 
 if TYPE_CHECKING:
     from pipelines.runs.records import PlannedStage, PlanResult
@@ -32,7 +32,7 @@ class RunTracking:
 
     def __init__(self, run_dir: Path, plan: str) -> None:
         self.run_dir, self.plan = run_dir, plan
-        self.location = f"sqlite:///{run_dir / DATABASE}"
+        self.location = store_uri(run_dir / DATABASE)
         self.children: dict[str, str] = {}
 
     def __enter__(self) -> RunTracking:

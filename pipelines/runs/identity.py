@@ -15,7 +15,8 @@ from components.recipes import Recipe
 
 def canonical(document: Any) -> bytes:
     """JSON bytes with sorted keys and no spaces: equal documents give equal bytes. NaN raises ValueError."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "surrogateescape")  # a path may hold bytes that are not text
 
 
 def stage_digest(resolved: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> str:

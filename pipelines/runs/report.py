@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from components.images import decode, read_png_text
+from components.naming import printable
 from components.places import SHIPPED
 from components.types import Image, SampleError
 from components.writing import replace_file
@@ -462,12 +463,12 @@ def write_report(run_dir: Path, out_html: Path | None = None) -> Path:
         if not content["stages"]:
             raise UsageError(f"{str(run_dir)!r} is not a run: it has neither plan.json nor a stage's folder")
         page = template(content)
-        if len(page.encode()) <= MAX_BYTES:
+        if len(printable(page).encode()) <= MAX_BYTES:
             break
     out = Path(out_html) if out_html is not None else run_dir / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, page.encode())
+        replace_file(out, printable(page).encode())
     except OSError as error:
         raise Failure(f"cannot write {out.name} to {out.parent}: {error.strerror or error}.") from error
     return out

@@ -18,6 +18,7 @@ from typing import Any
 from components.evaluation.metrics import metric_info
 from components.images import read_png_text
 from components.recipes import Recipe, as_dict
+from components.secrets import public
 from components.systems import parent_stage
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import Pool
@@ -81,6 +82,7 @@ def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) 
         pictures.update(json.dumps(identity).encode())
     document = dataclasses.asdict(spec)
     for source in document["sources"]:
+        source["storage"] = public(source["storage"])
         source["path"] = ""  # pictures are identified by name, size and time: a moved folder gives the same corpus
     for key in ("description", "homepage", "papers", "role", "pairs", "metrics", "stall_timeout_s"):
         document.pop(key)  # these are for people or for other verbs

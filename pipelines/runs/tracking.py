@@ -23,10 +23,11 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from components.naming import is_text, printable
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.metrics import MetricRow
 
@@ -57,6 +58,22 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def store_uri(database: Path) -> str:
+    """The address of a sqlite file for MLflow: "%", "?" and "#" of its path must not end or change the address.
+
+    Raises:
+        UsageError: the path holds bytes that are not UTF-8; MLflow's addresses cannot hold them.
+    """
+    path = str(database.absolute())
+    if not is_text(path):
+        raise UsageError(
+            f"{printable(path)} cannot be MLflow's store: its path is not UTF-8 text; choose another output folder."
+        )
+    address = re.sub("[%?#;&]", lambda match: f"%{ord(match[0]):02X}", path)
+    # With "sqlite:" MLflow would make a folder of the quoted name.
+    return f"sqlite:///{path}" if address == path else f"sqlite+pysqlite:///{address}"
+
+
 def resolve(uri: str, out_dir: Path) -> Path:
     """The local model folder of `models:/name@alias` in the store below `out_dir`; see Tracker.resolve."""
     return Tracker(out_dir).resolve(uri)
@@ -83,7 +100,7 @@ class Tracker:
     ) -> None:
         self.out_dir, self.experiment = Path(out_dir).absolute(), experiment
         self.database = None if uri else self.out_dir / DATABASE
-        self.uri = uri or f"sqlite:///{self.database}"
+        self.uri = uri or store_uri(self.out_dir / DATABASE)
         self.backlog, self.refusals = self.out_dir / BACKLOG, self.out_dir / REFUSED
         self._warn, self._lock_timeout_s = warn, lock_timeout_s
         self._run_ids: dict[str, str] = {}
@@ -497,7 +514,7 @@ class Tracker:
         return folder
 
     def _local_folder(self, source: str) -> Path:
-        address = urlparse(source)
+        address = urlsplit(source)
         if address.scheme in ("", "file"):
             folder = Path(unquote(address.path))
             if not folder.is_dir() and ARTIFACTS in folder.parts:  # the output folder has moved

@@ -41,6 +41,7 @@ from components.restoring import (
     Identity,
     file_key,
     parse_ask,
+    picture_key,
     picture_seed,
 )
 from components.types import SampleError
@@ -294,7 +295,8 @@ def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: O
         except ValueError:
             kind = "a number" if name == "scale" else "a whole number"
             raise Refusal(422, "bad_parameter", f"{name} must be {kind}, got {text[:40]!r}") from None
-    key = file_key(values.pop("key", "picture"))
+    key = values.pop("key", "picture")
+    key = key if picture_key(key) == key else file_key(key)  # a batch job's key may hold folders
     seed = values.pop("seed", None)
     if seed is None:
         seed = picture_seed(0, key)

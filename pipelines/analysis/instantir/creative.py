@@ -40,12 +40,12 @@ from pipelines.analysis.study import (
     measure_pictures,
     middle_square,
     numbers,
-    read_picture,
     study_folder,
     write_csv,
 )
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import UsageError
+from pipelines.core.pictures import read_picture
 from pipelines.pages.figures import Panel, draw
 from pipelines.pages.numbers import digits_text
 from pipelines.pages.page import evenly

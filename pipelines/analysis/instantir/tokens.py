@@ -31,12 +31,12 @@ from pipelines.analysis.study import (
     measure_pictures,
     middle_square,
     numbers,
-    read_picture,
     study_folder,
     write_csv,
 )
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import UsageError
+from pipelines.core.pictures import read_picture
 from pipelines.pages.figures import draw
 
 if TYPE_CHECKING:

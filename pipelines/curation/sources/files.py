@@ -19,7 +19,7 @@ from typing import Any
 from components.corpora import CorpusSpec, SourceSpec, SplitSpec
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.home import package_folder
-from pipelines.core.pictures import SIDECARS, is_output
+from pipelines.core.pictures import SIDECARS, is_output, is_own_sheet
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
 from pipelines.curation.sources.tars import printable_name
@@ -190,14 +190,14 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped
         captions = {name for name in files if name.endswith(".txt")}
         for name in sorted(files):
             path = Path(parent) / name
-            if name.startswith(".") or path.suffix.lower() in SIDECARS:
+            if name.startswith(".") or path.suffix.lower() in SIDECARS or is_own_sheet(path):
                 skipped.count += 1
                 continue
             entry = _file_entry(path, path.relative_to(folder).as_posix(), source, notes_of)
             text_file = path.with_suffix(".txt")
             yield _with_caption(entry, text_file) if text_file.name in captions else entry
     for error in unreadable:
-        place = Path(error.filename).relative_to(folder).as_posix() if error.filename else ""
+        place = printable_name(Path(error.filename).relative_to(folder).as_posix()) if error.filename else ""
         if place in ("", "."):
             raise UsageError(f"{folder} cannot be read: {error.strerror}.")
         refused = ("unreadable", f"folder cannot be listed: {error.strerror}")
@@ -316,7 +316,7 @@ def for_folder(spec: CorpusSpec, folder: Path) -> CorpusSpec:
     fraction = spec.split.held_out_fraction or DEFAULT_HELD_OUT_FRACTION
     return replace(
         spec,
-        name=Path(os.path.abspath(folder)).name or spec.name,  # ".." has a name too
+        name=printable_name(Path(os.path.abspath(folder)).name) or spec.name,  # ".." has a name too
         licence="as their owner says",
         sources=[SourceSpec(kind="folder", path=os.path.abspath(folder))],
         pairs=[],  # the spec's pairs belong to other pictures

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from components.naming import printable
 from components.types import SampleError
 from pipelines.corpus.shards import BLOCK, PICTURE_EXTENSIONS, safe_key
 
@@ -235,7 +236,7 @@ def _broken(code: str, detail: str) -> _Member:
 
 def printable_name(name: str) -> str:
     """A name of a file or member as text for JSON: bytes that are not UTF-8 become escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return printable(name)
 
 
 def _pax_records(data: bytes) -> dict[str, str]:

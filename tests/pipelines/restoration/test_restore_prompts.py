@@ -106,7 +106,8 @@ def records(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def prompts_used(out: Path) -> dict[str, str]:
-    return {path.stem: read_png_text(path.read_bytes())["prompt"] for path in sorted(out.glob("*.png"))}
+    keys = {path.relative_to(out).with_suffix("").as_posix(): path for path in sorted(out.rglob("*.png"))}
+    return {key: read_png_text(path.read_bytes())["prompt"] for key, path in keys.items()}
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -118,14 +119,14 @@ def prompts_used(out: Path) -> dict[str, str]:
         ("p.jsonl", '{"key": "a", "prompt": "a red, old \\"fox\\""}\n\n{"file_name": "sub/d.png", "prompt": "two"}'),
         (
             "p.jsonl",
-            '{"key": "a", "caption": "a red, old\\n \\"fox\\"", "seed": 1}\n{"key": "sub__d", "text": "two"}\n',
+            '{"key": "a", "caption": "a red, old\\n \\"fox\\"", "seed": 1}\n{"key": "sub/d", "text": "two"}\n',
         ),
         ("p.csv", '\ufeffa.png,"a red, old ""fox"""\r\nd.png,two\r\n'),
         ("p.CSV", 'width,caption,file_name\n40,"a red, old ""fox""",a.png\n40,two,sub/d.png\n'),
     ],
 )
 def test_a_prompts_file_has_keys_or_file_names(name: str, text: str, pictures: Path, tmp_path: Path) -> None:
-    assert read(tmp_path / name, text, pictures) == {"a": 'a red, old "fox"', "sub__d": "two"}
+    assert read(tmp_path / name, text, pictures) == {"a": 'a red, old "fox"', "sub/d": "two"}
 
 
 def test_captions_are_put_into_the_models_frame_and_prompts_are_not(pictures: Path, tmp_path: Path) -> None:
@@ -173,9 +174,9 @@ def test_a_file_name_of_several_pictures_is_refused(pictures: Path, tmp_path: Pa
     (pictures / "more").mkdir()
     (pictures / "more" / "d.png").write_bytes(encode_png(dead_leaves(40, 1, 7)))
     (pictures / "more" / "b.png").write_bytes(encode_png(dead_leaves(40, 1, 8)))
-    with pytest.raises(UsageError, match=r"line 1: d.png may be any of more__d, sub__d"):
+    with pytest.raises(UsageError, match=r"line 1: d.png may be any of more/d, sub/d"):
         read(tmp_path / "p.csv", "d.png,x\n", pictures)
-    assert read(tmp_path / "p.csv", "b.png,x\nmore/d.png,y\n", pictures) == {"b": "x", "more__d": "y"}
+    assert read(tmp_path / "p.csv", "b.png,x\nmore/d.png,y\n", pictures) == {"b": "x", "more/d": "y"}
     assert read(tmp_path / "p.csv", "a.png,x\n", pictures / "a.png") == {"a": "x"}
     with pytest.raises(UsageError, match="cannot be read"):
         read_prompts(tmp_path / "absent.csv", list_pictures(pictures)[0], pictures)
@@ -188,10 +189,10 @@ def test_a_file_name_of_several_pictures_is_refused(pictures: Path, tmp_path: Pa
 
 
 def test_a_picture_without_its_own_prompt_gets_the_jobs_prompt(model: Path, pictures: Path, tmp_path: Path) -> None:
-    out, prompts = tmp_path / "out", {"a": "a fox", "sub__d": "a lake"}
+    out, prompts = tmp_path / "out", {"a": "a fox", "sub/d": "a lake"}
     result = run(model, pictures, out, options={"prompt": "a photo"}, prompts=prompts, batch_size=4)
     assert (result.restored, result.unprompted) == (4, 2)
-    expected = {"a": "a fox", "b": "a photo", "c": "a photo", "sub__d": "a lake"}
+    expected = {"a": "a fox", "b": "a photo", "c": "a photo", "sub/d": "a lake"}
     assert prompts_used(out) == {key: row["prompt"] for key, row in records(out).items()} == expected
     texts = {key: json.loads(read_png_text((out / f"{key}.png").read_bytes())["options"]) for key in expected}
     assert {key: options["prompt"] for key, options in texts.items()} == expected
@@ -223,7 +224,7 @@ def test_the_records_of_a_job_are_a_prompts_file_for_the_next(model: Path, pictu
 def test_a_captioner_writes_missing_prompts(model: Path, pictures: Path, tmp_path: Path) -> None:
     out, captioner = tmp_path / "out", job_captioner(TAGS, "auto", PLAIN)
     run(model, pictures, out, options={"prompt": "a photo"}, prompts={"c": "a fox"}, captioner=captioner, batch_size=3)
-    expected = {name: describe(dead_leaves(40, 1, n)) for n, name in enumerate(("a", "b", "c", "sub__d"))}
+    expected = {name: describe(dead_leaves(40, 1, n)) for n, name in enumerate(("a", "b", "c", "sub/d"))}
     expected["c"] = "a fox"
     assert prompts_used(out) == expected == {key: row["prompt"] for key, row in records(out).items()}
     assert records(out)["a"]["captioner"] == {**captioner.identity(), "saw": "lq"}
@@ -285,7 +286,7 @@ def test_a_captioner_that_always_fails_ends_the_job(
     monkeypatch.setattr("pipelines.restoration.prompts.open_captioner", never)
     with pytest.raises(Failure, match="the captioner tags cannot be loaded: AssertionError"):
         run(model, pictures, tmp_path / "out", captioner=captioner)
-    prompts = {**dict.fromkeys("abc", "a fox"), "sub__d": "a lake"}  # no picture needs the captioner
+    prompts = {**dict.fromkeys("abc", "a fox"), "sub/d": "a lake"}  # no picture needs the captioner
     assert run(model, pictures, tmp_path / "out", captioner=captioner, prompts=prompts).restored == 4
 
 
@@ -314,7 +315,7 @@ def test_a_model_of_transformers_captions_in_the_worker(model: Path, pictures: P
     folder = by_path(HERE.parent / "components" / "_captioners.py").save_blip(tmp_path / "blip")
     spec = CaptionSpec(model=str(folder), max_tokens=6)
     captioner = build_captioner(str(folder), max_tokens=6)
-    expected = {name: captioner.caption([dead_leaves(40, 1, n)])[0] for n, name in enumerate(("a", "b", "c", "sub__d"))}
+    expected = {name: captioner.caption([dead_leaves(40, 1, n)])[0] for n, name in enumerate(("a", "b", "c", "sub/d"))}
     assert any(expected.values())
     result = run(model, pictures, tmp_path / "out", captioner=job_captioner(spec, "auto", PLAIN), batch_size=4)
     assert prompts_used(tmp_path / "out") == {key: caption for key, caption in expected.items() if caption}

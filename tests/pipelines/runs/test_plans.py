@@ -421,7 +421,7 @@ def test_texts_in_a_plan_stay_as_they_were_typed(tmp_path: Path) -> None:
         "title: 'a \\${title}'\n"
         "stages:\n"
         "  - {name: r, verb: restore, preset: none, options: {prompt: '${title} #1'}}\n"
-        "  - {name: t, verb: train, recipe: swinir-nano, overrides: ['name=a #1: ${b}']}\n"
+        "  - {name: t, verb: train, recipe: swinir-nano, overrides: ['name=a #1: \\${b}']}\n"
     )
     plan = load_plan(path)
     assert plan.title == "a ${title}"

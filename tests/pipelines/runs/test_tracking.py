@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -290,3 +291,27 @@ def test_tail_reads_whole_new_lines_only(tmp_path):
 
 def test_flatten_keeps_lists():
     assert flatten({"a": {"b": {"c": 1}}, "d": [1, {"e": 2}], "f": {}}) == {"a.b.c": 1, "d": [1, {"e": 2}]}
+
+
+@pytest.mark.parametrize("name", ["My%20run", "what?", "a#b;c&d=e", "q'\"x é+ a@b:c", "100%"])
+def test_a_store_may_lie_in_a_folder_of_any_name(store, tmp_path, name):
+    """SQLAlchemy reads "%20" and "?" in an address; MLflow would retry for minutes, or write to another file."""
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(store / "mlflow.db", folder / "mlflow.db")  # making the tables takes seconds
+    tracker = Tracker(folder, "in a new folder", warn=pytest.fail)
+    run = tracker.start_child(tracker.start_parent("named"), "dcp", DIGEST)
+    tracker.log_artifact(run, __file__)
+    assert status(folder, run) == "RUNNING"
+    assert [path.name for path in tmp_path.iterdir()] == [name], "MLflow made another folder"
+    assert list((folder / ARTIFACTS).rglob(Path(__file__).name)), "the artifact lies elsewhere"
+    if name == "My%20run":
+        tracker.register_model(run, model_folder(tmp_path / "a?b" / "model"), "named")
+        copy = resolve("models:/named@candidate", folder)
+        assert copy.is_relative_to(folder)
+        assert (copy / "parts" / "unet.safetensors").read_bytes() == b"weights"
+
+
+def test_a_folder_whose_name_is_not_text_is_refused_at_once(tmp_path):
+    with pytest.raises(UsageError, match=r"caf\\xe9.* is not UTF-8 text"):
+        Tracker(tmp_path / os.fsdecode(b"caf\xe9"))

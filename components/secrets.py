@@ -1,0 +1,158 @@
+"""Secrets in a store's options: what may be written to files and messages, and what may not. Standard library only.
+
+An option is written only if its name is one of PLAIN_NAMES, or if it is a number, true or false under a name that does
+not sound secret. Of all others only the name is written. Stores have many options, and a new one is secret until we
+know better.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+HIDDEN = "<secret, not stored>"
+"""Stands in files for the value of a secret."""
+
+PLAIN_NAMES = frozenset(
+    (
+        "endpoint",
+        "endpoint_url",
+        "endpoint_override",
+        "region",
+        "region_name",
+        "project",
+        "account_name",
+        "host",
+        "hostname",
+        "protocol",
+        "profile",
+        "cache_type",
+        "default_cache_type",
+        "version",
+        "signature_version",
+        "addressing_style",
+        "repo_type",
+        "revision",
+        "acl",
+        "default_acl",
+        "access",
+        "consistency",
+        "target_protocol",
+        "encoding",
+        "compression",
+        "fs",
+        "mode",
+        "verify",
+    )
+)
+"""Options whose texts may be written, if they hold no password and no signature."""
+
+_SECRET_NAME = re.compile(
+    r"key|secret|token|passw|pwd|passphrase|credential|auth|sas|signature$|sig$|cookie|header|connection|conn_str|cert"
+    r"|private|user|login|session|bearer|identity",
+    re.IGNORECASE,
+)
+_PASSWORD = re.compile(r"(?<!github)://[^/?#\s@]*:[^/?#\s]*@")  # "github://owner:repository@branch" holds none
+_SIGNATURE = re.compile(
+    r"(?i)((?:^|[?&;])(?:sig|signature|x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|token|access_token|api_?key|key|se|skoid|"
+    r"password|secret|sharedaccesssignature|accountkey)=)[^&;\s]*"
+)
+MIN_CHARS = 3
+"""Shorter secrets are not searched in messages: they are part of many words."""
+
+
+def is_text_option(name: str) -> bool:
+    """Whether a store's option is a text, so that digits in it are no number."""
+    return name in PLAIN_NAMES or _SECRET_NAME.search(name) is not None
+
+
+def holds_secret(text: str) -> bool:
+    """Whether an address holds a user name, a password or a signature."""
+    return without_secrets(text) != text
+
+
+def without_secrets(text: str) -> str:
+    """An address, or a text with addresses, without user names, passwords and signatures."""
+    return _SIGNATURE.sub(lambda match: f"{match[1]}...", _PASSWORD.sub("://...@", text))
+
+
+def redacted(storage: Mapping[str, Any]) -> dict[str, Any]:
+    """A store's options with HIDDEN in the place of each secret."""
+    return {name: _redacted(name, value, False) for name, value in storage.items()}
+
+
+def public(storage: Mapping[str, Any]) -> dict[str, Any]:
+    """A store's options without the secrets: what decides its content, whoever reads it."""
+    return _without_hidden(redacted(storage))
+
+
+def usable(storage: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a saved file without those that were not stored: the store then looks into the environment."""
+    return _without_hidden(storage)
+
+
+def hidden_names(storage: Mapping[str, Any]) -> list[str]:
+    """Names of the options that were not stored."""
+    return [name for name, value in storage.items() if _is_hidden(value)]
+
+
+def scrubbed(text: str, storage: Mapping[str, Any]) -> str:
+    """A message without the secrets of a store's options, and without those of addresses in it."""
+    for value in sorted(set(_secrets(storage)), key=len, reverse=True):
+        for form in {value, quote(value), quote(value, safe=""), quote_plus(value), repr(value)[1:-1]}:
+            text = text.replace(form, "...")
+    return without_secrets(text)
+
+
+def _redacted(name: str, value: Any, inside: bool) -> Any:
+    secret = inside or (_SECRET_NAME.search(name) is not None and name not in PLAIN_NAMES)
+    if isinstance(value, Mapping):
+        return {inner: _redacted(str(inner), entry, secret) for inner, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(name, entry, secret) for entry in value]
+    if value is None or (not secret and isinstance(value, bool | int | float)):
+        return value
+    is_plain = not secret and name in PLAIN_NAMES and "@" not in str(value) and not holds_secret(str(value))
+    return value if is_plain else HIDDEN
+
+
+def _without_hidden(storage: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _keep(value) for name, value in storage.items() if not _is_hidden(value)}
+
+
+def _keep(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _without_hidden(value)
+    return [_keep(entry) for entry in value if not _is_hidden(entry)] if isinstance(value, list | tuple) else value
+
+
+def _is_hidden(value: Any) -> bool:
+    """Whether nothing of a value is left."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(map(_is_hidden, value.values()))
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(_is_hidden, value))
+    return isinstance(value, str) and value == HIDDEN
+
+
+def _secrets(storage: Mapping[str, Any]) -> Iterator[str]:
+    """The texts of a store's options that may not be shown."""
+    for (name, value), shown in zip(storage.items(), redacted(storage).values(), strict=True):
+        yield from _hidden_texts(str(name), value, shown)
+
+
+def _hidden_texts(name: str, value: Any, shown: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for inner, entry in value.items():
+            yield from _hidden_texts(str(inner), entry, shown[inner])
+    elif isinstance(value, list | tuple):
+        for entry, shown_entry in zip(value, shown, strict=True):
+            yield from _hidden_texts(name, entry, shown_entry)
+    elif shown == HIDDEN and value != HIDDEN and len(str(value)) >= MIN_CHARS:
+        yield str(value)
+        yield from re.findall(r"(?i)(?:password|pwd|key|sig|signature|token)=([^;]{3,})", str(value))
+        yield from re.findall(r"(?i)^(?:bearer|basic|token|digest) +(.{3,})$", str(value))
+        if "://" in str(value):
+            yield from (part for part in re.split(r"[:@/]+", str(value).partition("://")[2].rpartition("@")[0]) if part)

@@ -1,0 +1,73 @@
+"""Secrets in a store's options: which are hidden, and what a message may hold."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from components.corpora import CorpusSpec, SourceSpec, shown_spec
+from components.secrets import hidden_names, holds_secret, public, redacted, scrubbed, usable, without_secrets
+
+SECRET = "S3cr3t/+=: &x"
+
+PLAIN: dict[str, Any] = {
+    "endpoint_url": "https://minio.example:9000",
+    "anon": True,
+    "region_name": "eu-north-1",
+    "timeout": 5,
+    "client_kwargs": {"endpoint_url": "http://127.0.0.1:9", "verify": False},
+    "config_kwargs": {"signature_version": "s3v4", "s3": {"addressing_style": "path"}},
+    "profile": None,
+}
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        {"key": SECRET},
+        {"secret": SECRET},
+        {"token": SECRET},
+        {"password": SECRET},
+        {"PASSWD": SECRET},
+        {"account_key": SECRET},
+        {"sas_token": SECRET},
+        {"connection_string": f"AccountName=a;AccountKey={SECRET};EndpointSuffix=x"},
+        {"client_kwargs": {"aws_secret_access_key": SECRET, "region_name": "x"}},
+        {"client_kwargs": {"headers": {"Authorization": f"Bearer {SECRET}"}}},
+        {"headers": {"Cookie": SECRET}},
+        {"endpoint_url": f"https://user:{SECRET}@minio:9000"},
+        {"endpoint_url": f"https://{SECRET}@minio:9000"},
+        {"client_kwargs": {"endpoint_url": f"https://minio/?X-Amz-Signature={SECRET}"}},
+        {"endpoint": f"https://a.blob.core/c?sv=1&sig={SECRET}"},
+        {"auth": ["user", SECRET]},
+        {"clientSecret": SECRET},
+        {"an_option_of_next_year": SECRET},
+        {"proxies": {"https": f"http://u:{SECRET}@proxy"}},
+        {"cookies": [{"name": "a", "value": SECRET}]},
+    ],
+)
+def test_a_secret_is_in_no_file_no_digest_and_no_message(storage: dict[str, Any]) -> None:
+    spec = CorpusSpec(name="a", sources=[SourceSpec(kind="tar", path="s3://b/x", storage={**PLAIN, **storage})])
+    assert SECRET not in json.dumps([redacted(storage), public(storage), shown_spec(spec)])
+    assert public({**storage, "anon": True}) == {**public(storage), "anon": True}
+    assert hidden_names(storage) == [] and hidden_names(redacted({**storage, "password": "x" * 9}))
+    assert usable(redacted(storage)) == public(storage)
+    for message in (f"cannot open {storage}", f"{SECRET} is wrong", json.dumps(storage)):
+        assert SECRET not in scrubbed(message, storage)
+    assert spec.sources[0].storage == {**PLAIN, **storage}, "the job itself needs the secret"
+
+
+def test_plain_options_stay() -> None:
+    assert redacted(PLAIN) == public(PLAIN) == usable(PLAIN) == PLAIN
+    assert hidden_names(PLAIN) == []
+    assert redacted({"password": 123456, "port": 9000}) == {"password": redacted({"key": "x"})["key"], "port": 9000}
+
+
+def test_addresses_with_secrets() -> None:
+    hidden = ("https://u:p@h/x", "s3://KEY:SEC@bucket/x", "https://a/b?sv=1&sig=abc", "https://a/b?X-Amz-Signature=1")
+    assert all(map(holds_secret, hidden))
+    assert not any("SEC" in without_secrets(text) or "abc" in without_secrets(text) for text in hidden)
+    plain = ("s3://b/*.tar", "hf://datasets/a/b@main/x", "github://o:r@main/x", "s3://b/key=3/x", "sftp://me@host/x")
+    assert not any(map(holds_secret, plain))

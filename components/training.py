@@ -75,20 +75,25 @@ def train_step(
     """
     if precision == "fp16" and scaler is None:
         raise ValueError("fp16 needs a gradient scaler: see build_scaler")
-    scale = scaler.get_scale() if scaler else 1.0
     metrics: dict[str, Tensor] = {}
-    report: dict[str, float] = {"bad_steps": 0.0}
-    phases = [objective.phases(batch, noise) for batch, noise in batches]
+    report: dict[str, float] = {"bad_steps": 0.0} | ({"loss_scale": scaler.get_scale()} if scaler else {})
+    scaled: set[str] = set()  # trainables that stepped since the scaler's last update
+    device = batches[0][0].hq.device.type
+    with _autocast(precision, device):
+        phases = objective.step_phases(batches)
     while True:
         names: list[str] = []
         for phase in phases:
-            with _autocast(precision, batches[0][0].hq.device.type):
+            with _autocast(precision, device):
                 item = next(phase, None)
             if item is None:
                 names.append("")
                 continue
             name, loss = item
             names.append(name)
+            if scaler and name in scaled:  # a scaler takes one step of an optimiser between two updates
+                scaler.update()
+                scaled.clear()
             value = loss.value / len(phases)
             (scaler.scale(value) if scaler else value).backward()  # type: ignore[no-untyped-call]
             for key, value in loss.metrics.items():
@@ -97,15 +102,12 @@ def train_step(
             raise RuntimeError(f"micro-batches are in different phases: {names}")
         if not names[0]:
             break
-        report |= _step(names[0], optimizers[names[0]], lr, clip_norm, report, scaler)
+        scaled |= _step(names[0], optimizers[names[0]], lr, clip_norm, report, scaler)
         # a phase's loss also gives gradients to other trainables (a score that judges a generator): drop them
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-    if scaler:
+    if scaler and scaled:
         scaler.update()
-        report["loss_scale"] = scale
-        if scale > 1:
-            report["bad_steps"] = 0.0
     return {**{k: float(v) for k, v in average(metrics).items()}, **report}
 
 
@@ -114,23 +116,27 @@ def _step(
     optimizer: torch.optim.Optimizer,
     lr: float,
     clip_norm: float,
-    report: Mapping[str, float],
+    report: dict[str, float],
     scaler: torch.amp.GradScaler | None,
-) -> dict[str, float]:
+) -> set[str]:
+    """Step one trainable and add to `report`; returns its name if its gradients went through the scaler."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average_gradients(parameters)
-    if scaler:
+    uses_scaler = scaler is not None and any(p.grad is not None for p in parameters)  # without gradients it raises
+    if scaler and uses_scaler:
         scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm))
     bad = not math.isfinite(norm)
     if not bad:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if scaler:
+        if scaler and uses_scaler:
             scaler.step(optimizer)
         else:
             optimizer.step()
-    return {f"{name}/grad_norm": norm, "bad_steps": report["bad_steps"] + bad}
+    report[f"{name}/grad_norm"] = norm
+    report["bad_steps"] += bad and (scaler is None or scaler.get_scale() <= 1)
+    return {name} if uses_scaler else set()
 
 
 def _autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:
@@ -174,18 +180,41 @@ def average(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, flat, strict=True))
 
 
+def worker_place() -> tuple[int, int]:
+    """(rank, number of workers); (0, 1) outside of a distributed training."""
+    return (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows [N, ...] of all workers, each with N rows, in the order of their ranks; no gradients."""
+    if not _distributed():
+        return rows.detach()
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    return torch.cat(parts)
+
+
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()
-def evaluate_loss(objective: Objective, batches: Sequence[Batch], seed: int, device: str = "cpu") -> dict[str, float]:
-    """Mean loss of every phase over fixed batches. Positions key the noise, so values are comparable between steps."""
+def evaluate_loss(
+    objective: Objective, batches: Sequence[Batch], seed: int, device: str = "cpu", together: int = 1
+) -> dict[str, float]:
+    """Mean loss of every phase over fixed batches. Positions key the noise, so values are comparable between steps.
+
+    Args:
+        together: number of consecutive batches that form the whole batch of one step (see Objective.step_phases); with
+            the number of a step's micro-batches the losses do not depend on the accumulation.
+    """
     totals: dict[str, float] = {}
     count = sum(len(batch) for batch in batches)
-    for batch in batches:
-        for name, loss in objective.phases(batch, Noise(seed, batch.positions, device)):
-            totals[name] = totals.get(name, 0.0) + float(loss.value) * len(batch) / count
+    for first in range(0, len(batches), together):
+        group = [(batch, Noise(seed, batch.positions, device)) for batch in batches[first : first + together]]
+        for (batch, _), phases in zip(group, objective.step_phases(group), strict=True):
+            for name, loss in phases:
+                totals[name] = totals.get(name, 0.0) + float(loss.value) * len(batch) / count
     return totals
 
 

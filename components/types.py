@@ -172,6 +172,15 @@ class Objective(Protocol):
         earlier phase's detached latents. With accumulation, the micro-batches advance in lockstep, phase by phase.
         """
 
+    def step_phases(self, batches: Sequence[tuple[Batch, Noise]]) -> Sequence[Iterator[tuple[str, Loss]]]:
+        """Return `phases` of each micro-batch of one step, in order.
+
+        An objective whose loss depends on the step's whole batch measures all micro-batches here, without gradients. It
+        measures those of the other workers too if gradients are on, since held-out losses are computed by one worker
+        alone. So the loss does not depend on how the pictures are split into micro-batches and workers.
+        """
+        return [self.phases(batch, noise) for batch, noise in batches]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:

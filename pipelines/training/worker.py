@@ -151,7 +151,8 @@ def evaluate(state: State) -> None:
     if state.rank != 0:
         return
     with state.average_weights():
-        losses = evaluate_loss(state.objective, state.heldout, HELDOUT_SEED, state.device)
+        parts = state.recipe.accumulation * state.world  # held-out batches have the size of a micro-batch
+        losses = evaluate_loss(state.objective, state.heldout, HELDOUT_SEED, state.device, together=parts)
         state.log.write(state.step, {f"heldout/{name}": loss for name, loss in losses.items()})
         try:
             _write_samples(state, state.run.out / SAMPLES / f"step-{state.step:06d}.png")

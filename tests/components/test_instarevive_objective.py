@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from components.objectives.diffusion import epsilon_loss
 from components.objectives.regression import pyramid_distance
-from components.objectives.score_matching import draw_timesteps, largest_timesteps, score_gap
+from components.objectives.score_matching import (
+    draw_timesteps,
+    largest_timesteps,
+    score_gap,
+    squared_distances,
+)
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.priors.opening import load_prior
 from components.priors.sdxl import Prior
@@ -218,7 +223,7 @@ def test_each_sample_may_have_its_own_range(prior: Prior) -> None:
     latents = prior.encode(rows.hq) + error * tiny.tensor(3, 4, 4, 4, name="error")
     objective = make(prior, Distillation(per_sample=True))
     objective.generator = FixedGenerator(latents)
-    control = objective._control(latents, prior.encode(rows.hq), False)
+    (control,) = objective._controls([squared_distances(latents, prior.encode(rows.hq))], False)
     assert control.t_max.shape == (3,) and bool((control.t_max.diff() > 0).all())
     losses = run(objective, rows)
     assert float(losses["generator"].metrics["t_max"]) == pytest.approx(float(control.t_max.float().mean()))

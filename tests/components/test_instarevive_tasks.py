@@ -35,7 +35,7 @@ def test_inpainting_keeps_input_latents_and_trains_the_missing_ones(prior: Any) 
     objective = objectives.make(prior, Distillation(inpaint=True, regression="l2", text_dropout=0))
     objective.generator = fixed
     noise, masked = objectives.Noise(0, rows.positions), replace(rows, masks=masks)
-    latents = objective._generate(masked, objective.texts.unconditional(rows), noise)
+    latents = objective._generate(masked, objective.texts.unconditional(rows), noise, objective.lq_latents(masked))
     assert factor > 1 and torch.equal(latents[..., 1:, :], input_latents[..., 1:, :])
     assert torch.equal(latents[..., 1:], input_latents[..., 1:])
     assert (latents[..., 0, 0] == 0.25).all()

@@ -12,7 +12,7 @@ so on in further steps of the fake score).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -102,8 +102,17 @@ class PriorTexts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What frozen networks compute for a batch: conditions, and latents [B, C, h, w] of targets and inputs."""
+
+    conditions: Conditions
+    target: Tensor
+    lq: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Control:
-    """Dynamic control of one batch.
+    """Dynamic control of one step, as one micro-batch takes it.
 
     Attributes:
         distance: d of Eq. 7, float32 [] or, per sample, [B].
@@ -194,14 +203,43 @@ class InstaReviveObjective(Objective):
         Metrics: t_max, alpha, distance, loss_regression (with loss_perceptual and loss_l2 if both are used), loss_dsm;
         loss_fake.
         """
+        return self._phases(batch, noise, None, None)
+
+    def step_phases(self, batches: Sequence[tuple[Batch, Noise]]) -> Sequence[Iterator[tuple[str, Loss]]]:
+        """`phases` of each micro-batch; all of them have the T_max and alpha of the step's whole batch (Eq. 7).
+
+        With several micro-batches the generator runs twice, first without gradients for the distances. A graph that
+        waited for the others would take the memory of the whole batch.
+        """
+        if len(batches) == 1 or not self._control_needs_all():
+            return [self.phases(batch, noise) for batch, noise in batches]
+        inputs, squares = [], []
+        with torch.no_grad():
+            for batch, noise in batches:
+                inputs.append(self._inputs(batch, noise))
+                latents = self._generate(batch, inputs[-1].conditions, noise, inputs[-1].lq)
+                squares.append(squared_distances(latents, inputs[-1].target, self.settings.reduction))
+        controls = self._controls(squares, torch.is_grad_enabled())
+        parts = zip(batches, inputs, controls, strict=True)
+        return [self._phases(batch, noise, part, control) for (batch, noise), part, control in parts]
+
+    def _control_needs_all(self) -> bool:
+        """Whether T_max and alpha of a micro-batch depend on the other micro-batches."""
+        settings = self.settings
+        return settings.dynamic and (
+            not settings.per_sample or (not settings.t_high and "t_start" not in self.progress)
+        )
+
+    def _phases(
+        self, batch: Batch, noise: Noise, inputs: Inputs | None, control: Control | None
+    ) -> Iterator[tuple[str, Loss]]:
+        """`phases`; without `inputs` and `control` they are computed for this batch alone."""
         settings, training = self.settings, torch.is_grad_enabled()
-        dropped = noise.uniform("text_dropout") < settings.text_dropout
-        if not settings.prompt:
-            dropped = torch.ones_like(dropped)
-        conditions = self.texts.conditions(batch, dropped)
-        target = clean_latents(self.autoencoder, batch)  # type: ignore[arg-type]
-        latents = self._generate(batch, conditions, noise)
-        control = self._control(latents, target, training)
+        inputs = inputs or self._inputs(batch, noise)
+        conditions, target = inputs.conditions, inputs.target
+        latents = self._generate(batch, conditions, noise, inputs.lq)
+        if control is None:
+            (control,) = self._controls([squared_distances(latents, target, settings.reduction)], training)
         regression, metrics = latents.new_zeros(len(batch)), dict[str, Tensor]()
         if settings.regression == "none":
             control = replace(control, alpha=torch.zeros_like(control.alpha))
@@ -226,15 +264,26 @@ class InstaReviveObjective(Objective):
     def clean(self, batch: Batch, noise: Noise) -> Tensor:
         """The generator's clean latents [B, C, h, w] of a batch, without prompt dropout."""
         dropped = torch.full((len(batch),), not self.settings.prompt, device=batch.hq.device)
-        return self._generate(batch, self.texts.conditions(batch, dropped), noise)
+        return self._generate(batch, self.texts.conditions(batch, dropped), noise, self.lq_latents(batch))
 
-    def _generate(self, batch: Batch, conditions: Conditions, noise: Noise) -> Tensor:
+    @torch.no_grad()
+    def _inputs(self, batch: Batch, noise: Noise) -> Inputs:
+        dropped = noise.uniform("text_dropout") < self.settings.text_dropout
+        if not self.settings.prompt:
+            dropped = torch.ones_like(dropped)
+        conditions = self.texts.conditions(batch, dropped)
+        target = clean_latents(self.autoencoder, batch)  # type: ignore[arg-type]
+        return Inputs(conditions=conditions, target=target, lq=self.lq_latents(batch))
+
+    def _generate(self, batch: Batch, conditions: Conditions, noise: Noise, lq: Tensor) -> Tensor:
         """Clean latents [B, C, h, w] with gradients; with inpaint, the input's latents where no pixel is missing.
+
+        Args:
+            lq: see lq_latents.
 
         Raises:
             ValueError: inpaint, and a batch without masks.
         """
-        lq = self.lq_latents(batch)
         takes_noise = bool(self.generator.takes_noise)
         start = noise.normal("generator", tuple(lq.shape[1:])).to(lq) if takes_noise else None
         latents: Tensor = self.generator(lq, conditions, start)
@@ -255,29 +304,42 @@ class InstaReviveObjective(Objective):
         return self.autoencoder.encode(self.coarse((batch.lq + 1) / 2) * 2 - 1)
 
     @torch.no_grad()
-    def _control(self, latents: Tensor, target: Tensor, training: bool) -> Control:
-        """T_max and alpha of a batch.
+    def _controls(self, squares: Sequence[Tensor], training: bool) -> list[Control]:
+        """T_max and alpha of each micro-batch.
 
-        In training the distance is the mean over all workers' batches: Eq. 7 sums over the batch, which they share. One
-        worker alone computes held-out losses, so waiting for the others would never end.
+        In training the distance is the mean over all micro-batches of all workers: Eq. 7 sums over the batch, which
+        they share. One worker alone computes held-out losses, so waiting for the others would never end.
+
+        Args:
+            squares: squared distances of each micro-batch's samples, [B] each.
         """
         settings = self.settings
-        squares = squared_distances(latents, target, settings.reduction)
         if not settings.per_sample:
-            squares = _over_workers(squares.mean(), training)
-        distance = squares.sqrt()
+            squares = [_over_workers(torch.cat(list(squares)).mean(), training)] * len(squares)
+        distances = [value.sqrt() for value in squares]
         if not settings.dynamic:
-            last = torch.full_like(distance, self.schedule.num_train_timesteps - 1, dtype=torch.int64)
-            return Control(distance=distance, t_max=last, alpha=torch.full_like(distance, settings.fixed_alpha))
-        t_max = largest_timesteps(self.schedule, settings.kappa * distance, settings.t_floor)
+            last = self.schedule.num_train_timesteps - 1
+            return [
+                Control(
+                    distance=distance,
+                    t_max=torch.full_like(distance, last, dtype=torch.int64),
+                    alpha=torch.full_like(distance, settings.fixed_alpha),
+                )
+                for distance in distances
+            ]
+        t_max = [largest_timesteps(self.schedule, settings.kappa * d, settings.t_floor) for d in distances]
         high = settings.t_high or self._t_start(t_max, training)
-        return Control(distance=distance, t_max=t_max, alpha=regression_share(t_max, settings.t_low, high))
+        return [
+            Control(distance=distance, t_max=t, alpha=regression_share(t, settings.t_low, high))
+            for distance, t in zip(distances, t_max, strict=True)
+        ]
 
-    def _t_start(self, t_max: Tensor, training: bool) -> float:
-        """T_max of the first training step; before that step, of this batch."""
+    def _t_start(self, t_max: Sequence[Tensor], training: bool) -> float:
+        """T_max of the first training step, a mean over its samples; before that step, of these micro-batches."""
         if "t_start" in self.progress:
             return self.progress["t_start"]
-        start = max(float(_over_workers(t_max.float().mean(), training)), self.settings.t_low + 1)
+        mean = torch.cat([value.float().reshape(-1) for value in t_max]).mean()
+        start = max(float(_over_workers(mean, training)), self.settings.t_low + 1)
         if training:
             self.progress["t_start"] = start
         return start

@@ -27,6 +27,7 @@ from components.samplers.ddim import sample_ddim
 from components.samplers.guidance import guide
 from components.samplers.schedules import Schedule
 from components.systems.prior.recipe import PriorRecipe
+from components.training import gather_rows, worker_place
 from components.types import Batch, Loss, Objective
 
 
@@ -67,9 +68,10 @@ class AutoencoderObjective(PriorObjective):
         jitter = noise.normal("latents", tuple(latents.shape[1:])) * self.latent_noise
         error = self.prior.decode(latents + jitter) - batch.hq
         mse = error.square().mean()
+        psnr = -10 * torch.log10(error.detach().square().mean(dim=(1, 2, 3)).clamp_min(1e-10) / 4)
         yield (
             "autoencoder",
-            Loss(value=error.abs().mean() + 4 * mse, metrics={"loss": mse, "psnr": -10 * torch.log10(mse / 4)}),
+            Loss(value=error.abs().mean() + 4 * mse, metrics={"loss": mse, "psnr": psnr.mean()}),
         )
 
 
@@ -91,20 +93,70 @@ class ImageEncoderObjective(PriorObjective):
         self.temperature = temperature
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+        return self._phases(batch, None)
+
+    def step_phases(self, batches: Sequence[tuple[Batch, Noise]]) -> Sequence[Iterator[tuple[str, Loss]]]:
+        """`phases` of each micro-batch; all of them contrast with the pictures of the step's whole batch.
+
+        The pictures are embedded twice, first without gradients. The gradients of the micro-batches then add up to that
+        of one large batch, since each has the gradient by its own pictures alone (Gao et al. 2021, GradCache).
+        """
+        rank, workers = worker_place() if torch.is_grad_enabled() else (0, 1)
+        if len(batches) * workers == 1:
+            return [self.phases(batch, noise) for batch, noise in batches]
+        with torch.no_grad():
+            sides = [torch.cat([self._vectors(getattr(b, side)) for b, _ in batches]) for side in ("lq", "hq")]
+        own = len(sides[0])
+        lq, hq = (gather_rows(vectors) for vectors in sides) if workers > 1 else sides
+        starts = [rank * own + sum(len(batch) for batch, _ in batches[:n]) for n in range(len(batches))]
+        return [
+            self._phases(batch, _Pictures(lq, hq, start)) for (batch, _), start in zip(batches, starts, strict=True)
+        ]
+
+    def _vectors(self, images: Tensor) -> Tensor:
+        return picture_vectors(self.prior.embed_images(images))
+
+    def _phases(self, batch: Batch, pictures: _Pictures | None) -> Iterator[tuple[str, Loss]]:
+        """`phases`; the contrast is with `pictures`, or without them with the batch alone."""
         lq, hq = self.prior.embed_images(batch.lq), self.prior.embed_images(batch.hq)
-        similarity = picture_vectors(lq) @ picture_vectors(hq).T
-        target = torch.arange(len(batch), device=similarity.device)
+        lq_vectors, hq_vectors = picture_vectors(lq), picture_vectors(hq)
+        start, count, share = 0, len(batch), 1.0
+        if pictures is not None:
+            start, share = pictures.start, len(pictures.lq) / count
+            lq_vectors, hq_vectors = pictures.with_rows(lq_vectors, hq_vectors)
+        similarity = lq_vectors @ hq_vectors.T
+        target = torch.arange(len(similarity), device=similarity.device)
         logits = similarity / self.temperature
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         side = round((lq.shape[1] - 1) ** 0.5)
         thumbnail = F.interpolate(batch.hq, (side * self.cells,) * 2, mode="area")
         colours = F.pixel_unshuffle(thumbnail, self.cells).flatten(2).transpose(1, 2)
         colour = (self.readout(lq[:, 1:]) - colours).square().mean()
-        accuracy = (logits.argmax(1) == target).float().mean()
+        accuracy = (logits.argmax(1) == target)[start : start + count].float().mean()
+        value = contrast
+        if pictures is not None:  # the loop averages gradients, and those of the parts of this loss must add up
+            value = contrast.detach() + share * (contrast - contrast.detach())
         yield (
             "encoder",
-            Loss(value=contrast + 4 * colour, metrics={"loss": contrast, "found": accuracy, "colour": colour}),
+            Loss(value=value + 4 * colour, metrics={"loss": contrast, "found": accuracy, "colour": colour}),
         )
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Vectors of all pictures of a step [N, D], and the row of a micro-batch's first picture."""
+
+    lq: Tensor
+    hq: Tensor
+    start: int
+
+    def with_rows(self, *own: Tensor) -> list[Tensor]:
+        """`lq` and `hq` with the micro-batch's own rows, which carry gradients, in their places."""
+        rest = self.start + len(own[0])
+        return [
+            torch.cat([every[: self.start], rows.to(every.dtype), every[rest:]])
+            for every, rows in zip((self.lq, self.hq), own, strict=True)
+        ]
 
 
 def picture_vectors(tokens: Tensor) -> Tensor:

@@ -26,10 +26,13 @@ class SwinIRObjective(Objective):
     Args:
         network: all of its parameters train.
         drop_rate: see network.drop_path.
+        pictures: number of pictures of a step, over which the loss sums. A micro-batch's sum is enlarged accordingly,
+            because the loop averages over micro-batches and workers. 0: those of the batch.
     """
 
-    def __init__(self, network: SwinIR, drop_rate: float = 0.1) -> None:
+    def __init__(self, network: SwinIR, drop_rate: float = 0.1, pictures: int = 0) -> None:
         self.network, self.drop_rate = network.train().requires_grad_(True), drop_rate
+        self.pictures = pictures
         self.trainables: Mapping[str, nn.Module] = {PART: network}
         self.config: Mapping[str, Any] = network.config.to_dict()
         self.progress: MutableMapping[str, float] = {}
@@ -41,13 +44,15 @@ class SwinIRObjective(Objective):
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase. Without gradients (held-out losses) no branch is dropped.
 
-        Noise names: "drop_path <block> <branch>". Metrics of pictures in [0, 1]: loss (mean square error), psnr (dB).
+        Noise names: "drop_path <block> <branch>". Metrics, means over pictures in [0, 1]: loss (mean square error) and
+        psnr (dB).
         """
         factors = drop_path(self.drop_rate, self.network.depth, noise.uniform) if torch.is_grad_enabled() else None
         hq, lq = (to_unit(side) for side in (batch.hq, batch.lq))
-        value = F.mse_loss(restore(self.network, lq, factors).float(), hq, reduction="sum")
-        mean = value.detach() / hq.numel()
-        yield PART, Loss(value=value, metrics={"loss": mean, "psnr": -10 * torch.log10(mean.clamp_min(1e-10))})
+        restored = restore(self.network, lq, factors).float()
+        value = F.mse_loss(restored, hq, reduction="sum")
+        metrics = {"loss": value.detach() / hq.numel(), "psnr": psnr_of_batch(restored.detach(), hq).mean()}
+        yield PART, Loss(value=value * ((self.pictures or len(batch)) / len(batch)), metrics=metrics)
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ def build_objective(
         config = SwinIRConfig(**check_sizes(recipe.size))
         network = build_swinir(config, recipe.seed, recipe.gradient_checkpointing)
     check_same_size(network.config)
-    return SwinIRObjective(network.to(device), recipe.drop_path)
+    return SwinIRObjective(network.to(device), recipe.drop_path, recipe.batch_size)
 
 
 def check_same_size(config: SwinIRConfig) -> None:

@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from components.images import Limits
 
+FILE_SIZE_OPTION = "--max-megabytes or filters.max_file_mib"
+
 
 @dataclass(kw_only=True)
 class NegativeSpec:
@@ -188,6 +190,8 @@ class FilterSpec:
             max_bytes=int(self.max_file_mib * 2**20),
             min_side_px=self.min_side_px,
             max_aspect=self.max_aspect,
+            pixels_option="--max-megapixels or filters.max_megapixels",
+            bytes_option=FILE_SIZE_OPTION,
         )
 
 

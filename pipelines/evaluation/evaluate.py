@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 
 from components.evaluation.metrics import NO_DOWNLOAD, MetricInfo, Metrics, metric_info
-from components.images import decode
+from components.images import ANY_SHAPE, Limits, decode
 from components.randomness import generator
 from components.types import Image, SampleError
 from components.writing import replace_file
@@ -210,6 +210,7 @@ def evaluate(
     progress: Progress = no_progress,
     device: str = "cpu",
     seed: int = 0,
+    limits: Limits = ANY_SHAPE,
 ) -> Summary:
     """Score every restored picture and its baselines; write scores.jsonl and summary.json below `out`.
 
@@ -222,6 +223,7 @@ def evaluate(
         progress: called as (done, total, key) after each picture.
         device: of the metrics' networks.
         seed: of the bootstrap.
+        limits: larger pictures are not scored.
 
     Returns:
         The summary; `missing` names every picture and metric without a score, with the reason.
@@ -257,7 +259,7 @@ def evaluate(
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = {key: {role: paths[role][key] for role in folders} for key in keys}
-        rows, reused = _score_all(files, out / "scores.jsonl", versions, arms, scorer, missing, progress)
+        rows, reused = _score_all(files, out / "scores.jsonl", versions, arms, scorer, missing, progress, limits)
         summary = summarise(rows, scorer.names, arms, missing, seed)
         summary = replace(summary, folders=place, versions=versions, reused=reused)
         replace_file(out / "summary.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
@@ -277,6 +279,7 @@ def _score_all(
     scorer: Metrics,
     missing: list[dict[str, str]],
     progress: Progress,
+    limits: Limits,
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows of all pictures in the order of `files` (key -> role -> path), and the number of reused rows."""
     earlier = {row.get("key"): row for row in read_lines(scores_path)}
@@ -286,13 +289,13 @@ def _score_all(
     with scores_path.open("a", encoding="utf-8") as stream:
         for number, (key, paths) in enumerate(files.items(), start=1):
             try:
-                data = {role: _read_picture(path, key) for role, path in paths.items()}
+                data = {role: _read_picture(path, key, limits) for role, path in paths.items()}
                 digests = {role: hashlib.sha256(bytes_).hexdigest() for role, bytes_ in data.items()}
                 row = earlier.get(key)
                 if row is not None and _reusable(row, digests, versions, arms, scorer.names):
                     reused += 1
                 else:
-                    row = _score_row(key, data, digests, versions, arms, scorer)
+                    row = _score_row(key, data, digests, versions, arms, scorer, limits)
                     stream.write(json.dumps(row) + "\n")
                     stream.flush()
                 rows.append(row)
@@ -303,9 +306,10 @@ def _score_all(
     return rows, reused
 
 
-def _read_picture(path: Path, key: str) -> bytes:
+def _read_picture(path: Path, key: str, limits: Limits) -> bytes:
     """A picture's bytes. An unreadable file is a SampleError: `evaluate` takes an OSError for a failure of `out`."""
     try:
+        limits.check_bytes(path.stat().st_size)
         return path.read_bytes()
     except OSError as error:
         raise SampleError("unreadable", f"{path.name} cannot be read: {error.strerror}", key) from error
@@ -331,8 +335,9 @@ def _score_row(
     versions: Mapping[str, str],
     arms: Sequence[str],
     scorer: Metrics,
+    limits: Limits,
 ) -> dict[str, Any]:
-    pictures = {role: decode(bytes_, key=key) for role, bytes_ in data.items()}
+    pictures = {role: decode(bytes_, limits, key) for role, bytes_ in data.items()}
     restored, hq = pictures[RESTORED], pictures.get("hq")
     height, width = (restored if hq is None else hq).shape[:2]
     results = {a: scorer.measure(_arm_picture(a, restored, pictures["lq"], height, width), hq, key) for a in arms}

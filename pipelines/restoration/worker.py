@@ -165,11 +165,8 @@ class RestoreWorker:
 
     def _read(self, path: Path) -> bytes:
         """Read a file's bytes; a file above the limit is refused before it is read."""
-        limit = self.settings.limits.max_bytes
         try:
-            size = path.stat().st_size
-            if size > limit:
-                raise SampleError("too_large", f"{size} bytes exceed the limit of {limit}")
+            self.settings.limits.check_bytes(path.stat().st_size)
             return path.read_bytes()
         except OSError as error:
             raise SampleError("unreadable", error.strerror or str(error)) from error

@@ -19,6 +19,8 @@ from components.images import Limits
 from components.overrides import HOLDS_TEXT, apply_overrides
 from components.secrets import is_text_option, redacted, without_secrets
 
+FILE_SIZE_OPTION = "--max-megabytes or filters.max_file_mib"
+
 
 @dataclass(kw_only=True)
 class NegativeSpec:
@@ -191,6 +193,8 @@ class FilterSpec:
             max_bytes=int(self.max_file_mib * 2**20),
             min_side_px=self.min_side_px,
             max_aspect=self.max_aspect,
+            pixels_option="--max-megapixels or filters.max_megapixels",
+            bytes_option=FILE_SIZE_OPTION,
         )
 
 

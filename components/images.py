@@ -18,6 +18,7 @@ raises a `SampleError` with one of these codes:
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,7 @@ AVIF_BRANDS = (b"avif", b"avis")
 BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)  # the signature has two letters only, so this field is checked too
 JPEG_FRAMES, JPEG_SCAN = (0xC0, 0xC2), 0xDA  # ITU T.81, table B.1: baseline, progressive; start of scan
 JPEG_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # Huffman, quantisation, restart interval; JFIF's segment; comment
+MAX_STRETCH = 20  # ours: aspect above which a strip is enlarged less
 HARMLESS_PIXELS = 1 << 22  # ours: 12 MiB of RGB are harmless at any compression ratio
 TEXT_LIMIT_BYTES = 1 << 20  # ours: longest value that encode_png writes
 OTHER_PICTURES = (  # (offset, signature, name): recognised so that the error names the format
@@ -80,6 +82,7 @@ class Limits:
         max_aspect: largest ratio of the long to the short side.
         max_expansion: most decoded RGB bytes per file byte, for pictures above 4 million pixels. It stops compression
             bombs: deflate reaches 1,030, and photographs stay below 250 even as JPEG of quality 5.
+        pixels_option, bytes_option: what sets max_pixels and max_bytes, for the errors.
     """
 
     max_pixels: int = 50_000_000
@@ -87,6 +90,29 @@ class Limits:
     min_side_px: int = 8
     max_aspect: float = 20.0
     max_expansion: float = 500.0
+    pixels_option: str = "--max-megapixels"
+    bytes_option: str = "--max-megabytes"
+
+    def check_bytes(self, count: int) -> None:
+        """Check the size of a file; raise SampleError too_large."""
+        if count > self.max_bytes:
+            detail = f"{count} bytes exceed the limit of {self.max_bytes} bytes ({self.bytes_option})"
+            raise SampleError("too_large", detail)
+
+
+def limits_for_any_shape(max_pixels: int = 50_000_000, max_bytes: int | None = None) -> Limits:
+    """Return limits without a least side and without an aspect, for pictures to restore (decision 0009).
+
+    Args:
+        max_pixels: width times height.
+        max_bytes: size of the file; None takes 8 for each pixel, which are 16 bits with alpha, and at least 64 MiB.
+    """
+    max_bytes = max(64 << 20, 8 * max_pixels) if max_bytes is None else max_bytes
+    return Limits(max_pixels=max_pixels, max_bytes=max_bytes, min_side_px=1, max_aspect=math.inf)
+
+
+ANY_SHAPE = limits_for_any_shape()
+"""Limits of the commands that restore, degrade and measure pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +317,20 @@ def pad_to_multiple(image: Image, multiple: int) -> Image:
     return np.pad(image, ((0, below), (0, right), (0, 0)), mode="reflect" if min(height, width) > 1 else "symmetric")
 
 
+def working_size(size: tuple[int, int], min_side_px: int) -> tuple[int, int]:
+    """Return (height, width) at which networks run: a shorter short side is enlarged to min_side_px.
+
+    In a strip of more than MAX_STRETCH to 1, the long side limits the enlargement: else 1 x 3000 pixels would grow to
+    a billion.
+
+    Args:
+        size: (height, width) of the result in pixels.
+        min_side_px: 0 for no enlargement.
+    """
+    ratio = max(1.0, min(min_side_px / min(size), MAX_STRETCH * min_side_px / max(size)))
+    return round(size[0] * ratio), round(size[1] * ratio)
+
+
 def to_float(image: Image) -> Image:
     """Convert uint8 0..255 to float32 0..1; float32 passes through."""
     if image.dtype == np.uint8:
@@ -370,8 +410,7 @@ def _as_sample_errors(key: str) -> Iterator[None]:
 def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image | TiffPicture, str]]:
     """Open the header with the decoder of the signature's format, and check the limits."""
     kind = sniff(data)
-    if len(data) > limits.max_bytes:
-        raise SampleError("too_large", f"{len(data)} bytes exceed the limit of {limits.max_bytes}")
+    limits.check_bytes(len(data))
     if kind == "PNG":
         _check_png_size(data, limits)
         _check_png_chunks(data)
@@ -397,7 +436,8 @@ def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image | TiffPict
 def _check_size(width: int, height: int, n_bytes: int, limits: Limits) -> None:
     """Check the header's width and height against the limits."""
     if width * height > limits.max_pixels:
-        raise SampleError("too_large", f"{width} x {height} pixels exceed the limit of {limits.max_pixels}")
+        detail = f"{width} x {height} pixels exceed the limit of {limits.max_pixels} ({limits.pixels_option})"
+        raise SampleError("too_large", detail)
     if min(width, height) < limits.min_side_px:
         raise SampleError("too_small", f"{width} x {height}: the short side is below {limits.min_side_px} pixels")
     if max(width, height) > limits.max_aspect * min(width, height):
@@ -464,8 +504,7 @@ def _bare_jpeg(data: bytes, limits: Limits) -> Image | None:
     size = _bare_jpeg_size(data)
     if size is None:
         return None
-    if len(data) > limits.max_bytes:
-        raise SampleError("too_large", f"{len(data)} bytes exceed the limit of {limits.max_bytes}")
+    limits.check_bytes(len(data))
     _check_size(size[1], size[0], len(data), limits)
     return _turbo(data, size)
 

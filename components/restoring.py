@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image as Pillow
 
-from components.images import Decoded, Limits, decode, decode_parts, encode_png, flatten
+from components.images import ANY_SHAPE, Decoded, Limits, decode, decode_parts, encode_png, flatten
 from components.naming import printable, shorten
 from components.options import TEXTS, OptionCheck, UnknownOption
 from components.randomness import stream_key
@@ -185,8 +185,8 @@ def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_
     if len(sides) == 1:
         raise ValueError(f"{sides[0]} was given alone; give width and height together, or neither")
     for name in sides:
-        if isinstance(size[name], bool) or not isinstance(size[name], int) or not 8 <= size[name] <= 1 << 16:
-            raise ValueError(f"{name} must be a whole number of pixels from 8 to {1 << 16}, got {size[name]!r}")
+        if isinstance(size[name], bool) or not isinstance(size[name], int) or not 1 <= size[name] <= 1 << 16:
+            raise ValueError(f"{name} must be a whole number of pixels from 1 to {1 << 16}, got {size[name]!r}")
     if sides and size["height"] * size["width"] > max_output_pixels:
         raise ValueError(
             f"{size['width']} x {size['height']} pixels exceed max_output_pixels, which is {max_output_pixels}"
@@ -230,7 +230,7 @@ def restore_bytes(
     identity: Identity,
     picture: Picture,
     ask: Ask,
-    limits: Limits = Limits(),
+    limits: Limits = ANY_SHAPE,
     cancelled: Cancelled | None = None,
 ) -> bytes:
     """Restore one picture and return the PNG's bytes.
@@ -250,7 +250,7 @@ def restore_batch(
     identity: Identity,
     pictures: Sequence[Picture],
     ask: Ask,
-    limits: Limits = Limits(),
+    limits: Limits = ANY_SHAPE,
     cancelled: Cancelled | None = None,
 ) -> list[bytes | SampleError]:
     """Decode, restore and encode pictures; a broken picture does not affect the others.
@@ -297,7 +297,7 @@ def restore_batch(
     return [results[index] for index in range(len(pictures))]
 
 
-def request_of(picture: Picture, ask: Ask, limits: Limits = Limits()) -> Request:
+def request_of(picture: Picture, ask: Ask, limits: Limits = ANY_SHAPE) -> Request:
     """Return the request that `restore_batch` makes for a picture.
 
     Raises:

@@ -28,6 +28,12 @@ def curate(
     overrides: Overrides = None,
     out: Out = None,
     images: Images = None,
+    max_megapixels: Annotated[
+        float | None, typer.Option(min=0.000001, help="Refuse pictures with more megapixels: filters.max_megapixels.")
+    ] = None,
+    max_megabytes: Annotated[
+        float | None, typer.Option(min=0.000001, help="Refuse larger files: filters.max_file_mib in megabytes.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -40,7 +46,9 @@ def curate(
     from pipelines.curation.sources import check_sources, for_folder
 
     console = Console(silent=as_json)
-    resolved = load_spec(spec, overrides or [])
+    megapixels = [] if max_megapixels is None else [f"filters.max_megapixels={max_megapixels!r}"]
+    mebibytes = [] if max_megabytes is None else [f"filters.max_file_mib={max_megabytes * 1e6 / 2**20!r}"]
+    resolved = load_spec(spec, [*(overrides or []), *megapixels, *mebibytes])
     if images is not None:
         resolved = for_folder(resolved, images)
     bounds = thresholds(resolved)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands.support import complete_preset, parse_options, plain
-from pipelines.commands.words import Json, Overrides, RequiredOut
+from pipelines.commands.support import complete_preset, parse_options, picture_limits, plain
+from pipelines.commands.words import Json, MaxMegabytes, MaxMegapixels, Overrides, RequiredOut
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_QUARANTINED, Failure, UsageError
 
@@ -30,12 +30,14 @@ def degrade(
     record: Annotated[
         Path | None, typer.Option("--replay", metavar="RECORDS", help="Apply the plans of these records again.")
     ] = None,
+    max_megapixels: MaxMegapixels = 50,
+    max_megabytes: MaxMegabytes = None,
     as_json: Json = False,
 ) -> None:
     """Degrade pictures and record their plans, or replay recorded plans; KEY=VALUE sets the options of the preset."""
     from pipelines.evaluation.degrade import degrade_folder, replay
 
-    console = Console(silent=as_json)
+    console, limits = Console(silent=as_json), picture_limits(max_megapixels, max_megabytes)
     if record is not None:
         if overrides or preset is not None or seed is not None:
             raise UsageError("--replay takes no preset, seed or options: the records hold them.")
@@ -45,14 +47,14 @@ def degrade(
             )
         target = out or record.parent / "replayed"
         with console.bar("replay") as progress:
-            result = replay(record, source, target, progress=progress)
+            result = replay(record, source, target, progress=progress, limits=limits)
     elif source is None or out is None or _is_option(out):  # OUT is missing and an option took its place
         hint = f" A new folder of the name {out} needs its whole path." if out is not None else ""
         raise UsageError(f"degrade needs IN and OUT (or --replay RECORDS).{hint}")
     else:
         with console.bar("degrade") as progress:
             result = degrade_folder(
-                source, out, preset or "realesrgan", parse_options(overrides or []), seed or 0, progress=progress
+                source, out, preset or "realesrgan", parse_options(overrides or []), seed or 0, progress, limits
             )
     counts = f"{result.degraded} degraded, {result.skipped} done before, {result.quarantined} quarantined"
     sheet = [f"look at {result.sheet}"] if result.sheet else []
@@ -76,13 +78,16 @@ def evaluate(
     metrics: Annotated[
         list[str] | None, typer.Option("--metric", help="Name of a pyiqa metric; may be repeated.")
     ] = None,
+    max_megapixels: MaxMegapixels = 50,
+    max_megabytes: MaxMegabytes = None,
     as_json: Json = False,
 ) -> None:
     """Score restored pictures, their inputs and a classical baseline against the originals."""
     from pipelines.evaluation.evaluate import evaluate as evaluate_pictures
 
     console = Console(silent=as_json)
-    arguments: dict[str, Any] = {"metrics": metrics} if metrics else {}
+    arguments: dict[str, Any] = {"limits": picture_limits(max_megapixels, max_megabytes)}
+    arguments |= {"metrics": metrics} if metrics else {}
     with console.bar("evaluate") as progress:
         summary = evaluate_pictures(restored, lq, hq, out, progress=progress, **arguments)
     console.result(

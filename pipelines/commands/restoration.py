@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,10 @@ from pipelines.commands.support import (
     caption_spec,
     complete_captioner,
     parse_options,
+    picture_limits,
     plain,
 )
-from pipelines.commands.words import Json, ModelOption, Overrides, RequiredOut
+from pipelines.commands.words import Json, MaxMegabytes, MaxMegapixels, ModelOption, Overrides, RequiredOut
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
 
@@ -45,14 +47,14 @@ def restore(
     caption_view: Annotated[
         str, typer.Option(help="View for the captioner: lq, coarse, or auto (coarse if the model has it).")
     ] = "auto",
-    max_megapixels: Annotated[float, typer.Option(min=0.0001, help="Refuse inputs with more megapixels.")] = 50,
+    max_megapixels: MaxMegapixels = 50,
+    max_megabytes: MaxMegabytes = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
     compile_mode: Compile = "off",
     as_json: Json = False,
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
-    from components.images import Limits
     from pipelines.core.cluster import local_ray
     from pipelines.core.pictures import list_pictures
     from pipelines.core.pool import Pool
@@ -67,7 +69,9 @@ def restore(
     if captioner is None and caption_view != AUTO:
         raise UsageError("--caption-view needs --captioner.")
     opened = open_model(local_model(model), build)
+    limits = picture_limits(max_megapixels, max_megabytes)
     ask, identity = opened.request_options(options), opened.identity
+    ask = replace(ask, max_output_pixels=max(ask.max_output_pixels, limits.max_pixels))
     own = read_prompts(prompts, sources, source, identity.frame) if prompts is not None else None
     writer = job_captioner(caption_spec(captioner), caption_view, identity, device) if captioner is not None else None
     job = RestoreJob(
@@ -76,7 +80,7 @@ def restore(
         references=reference,
         prompts=own,
         captioner=writer,
-        limits=Limits(max_pixels=round(max_megapixels * 1e6)),
+        limits=limits,
     )
     with local_ray(), console.bar("restore") as progress:
         result = restore_folder(opened, source, out, job, Pool(num_gpus=float(device == "cuda")), progress)
@@ -92,6 +96,8 @@ def serve(
         str, typer.Option(help="Address to listen on; the default is reachable from this machine only.")
     ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    max_megapixels: MaxMegapixels = 25,
+    max_megabytes: MaxMegabytes = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
     compile_mode: Compile = "off",
@@ -100,9 +106,17 @@ def serve(
     from pipelines.core.cluster import local_ray
     from pipelines.restoration.models import open_model
     from pipelines.runs.registry import local_model
+    from pipelines.service.front import ServeLimits
     from pipelines.service.serve import serve as serve_model
 
     build = build_options(device, precision, compile_mode)
+    limits, defaults = picture_limits(max_megapixels, max_megabytes), ServeLimits()
+    usual = max_megabytes is None and limits.max_pixels <= defaults.max_input_pixels
+    serve_limits = ServeLimits(
+        max_bytes=defaults.max_bytes if usual else limits.max_bytes,
+        max_input_pixels=limits.max_pixels,
+        max_output_pixels=max(defaults.max_output_pixels, limits.max_pixels),
+    )
     opened = open_model(local_model(model), build)
     with local_ray():
         serve_model(
@@ -110,5 +124,6 @@ def serve(
             host=host,
             port=port,
             on_ready=lambda url: typer.echo(f"ready: {url}"),
+            limits=serve_limits,
             num_gpus=float(device == "cuda"),
         )

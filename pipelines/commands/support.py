@@ -17,6 +17,7 @@ from pipelines.core.home import shipped_files
 
 if TYPE_CHECKING:
     from components.corpora import CaptionSpec
+    from components.images import Limits
     from pipelines.curation.curate import CurateResult
     from pipelines.runs.records import PlanResult
 
@@ -50,6 +51,14 @@ class Command(TyperCommand):
             raise UsageError(
                 f'no such option "{getattr(error, "option_name", "")}". Did you mean "{suggestions[0]}"?'
             ) from error
+
+
+def picture_limits(max_megapixels: float, max_megabytes: float | None) -> Limits:
+    """Return the limits of input pictures that the options --max-megapixels and --max-megabytes set."""
+    from components.images import limits_for_any_shape
+
+    max_bytes = None if max_megabytes is None else max(1, round(max_megabytes * 1e6))
+    return limits_for_any_shape(max(1, round(max_megapixels * 1e6)), max_bytes)
 
 
 # -- completion --------------------------------------------------------------------------------------------------------

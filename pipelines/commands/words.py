@@ -15,6 +15,15 @@ RequiredOut = Annotated[Path, typer.Option("--out", "-o", help="The folder of th
 Images = Annotated[Path | None, typer.Option("--images", help="Your own folder of photographs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and no progress.")]
+MaxMegapixels = Annotated[
+    float, typer.Option("--max-megapixels", min=0.000001, help="Refuse inputs with more megapixels.")
+]
+MaxMegabytes = Annotated[
+    float | None,
+    typer.Option(
+        "--max-megabytes", min=0.000001, help="Refuse larger files; by default 8 for each megapixel, at least 67."
+    ),
+]
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A model folder, models:/name@alias or a shipped name.")
 ]

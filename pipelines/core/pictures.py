@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from components.images import Limits
 from components.restoring import file_key, picture_key
 from components.types import SampleError
 from pipelines.core.errors import UsageError
@@ -95,11 +96,11 @@ def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Pa
     return pictures
 
 
-def read_picture(path: Path, key: str, max_bytes: int | None = None) -> bytes:
+def read_picture(path: Path, key: str, limits: Limits | None = None) -> bytes:
     """Return the bytes of a picture's file.
 
     Args:
-        max_bytes: a larger file is refused before it is read.
+        limits: a larger file is refused before it is read.
 
     Raises:
         SampleError: linked_folder: a link to a folder; unreadable: a link that leads nowhere, a file or a folder that
@@ -113,9 +114,11 @@ def read_picture(path: Path, key: str, max_bytes: int | None = None) -> bytes:
             raise SampleError("unreadable", "the folder cannot be listed", key)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe might never end
             raise SampleError("not_image", "neither a file nor a link to one", key)
-        if max_bytes is not None and status.st_size > max_bytes:
-            raise SampleError("too_large", f"{status.st_size} bytes exceed the limit of {max_bytes}", key)
+        if limits is not None:
+            limits.check_bytes(status.st_size)
         return path.read_bytes()
+    except SampleError as error:
+        raise SampleError(error.code, error.detail, key) from error
     except OSError as error:
         reason = "a link that leads nowhere" if path.is_symlink() and not path.exists() else error.strerror
         raise SampleError("unreadable", f"cannot be read: {reason or error}", key) from error

@@ -26,8 +26,8 @@ from typing import Any
 import cv2
 
 from components.degradations import build_degradation
-from components.degradations.plans import MAX_SIDE_PX, strength
-from components.images import Limits, decode, encode_png, read_png_text, to_uint8
+from components.degradations.plans import strength
+from components.images import ANY_SHAPE, Limits, decode, encode_png, read_png_text, to_uint8
 from components.naming import printable
 from components.restoring import picture_key
 from components.types import Degradation, Plan, SampleError
@@ -40,8 +40,8 @@ from pipelines.core.rows import end_torn_line, json_text, parse_lines, read_line
 from pipelines.pages.sheets import contact_sheet
 
 SHEET_PICTURES = 24
+LIMITS = ANY_SHAPE
 RECORD_FIELDS = {"key": str, "source": str, "folder": str, "source_sha256": str, "pixels_sha256": str, "plan": dict}
-LIMITS = Limits(min_side_px=1, max_aspect=float(MAX_SIDE_PX))  # every picture that the degradation engine takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +89,9 @@ def degrade_folder(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
+    limits: Limits = LIMITS,
 ) -> DegradeResult:
-    """Degrade every picture of a folder.
+    """Degrade every picture of a folder; larger inputs than `limits` are quarantined.
 
     Raises:
         UsageError: an unknown preset or option, no pictures, or a result would overwrite a foreign file.
@@ -106,16 +107,19 @@ def degrade_folder(
     base = source if source.is_dir() else source.parent
     jobs = [Job(key=key, path=path, source=printable(os.path.relpath(path, base))) for key, path in paths.items()]
     settings = {"preset": preset, "options": options, "seed": seed}
-    return _run(jobs, base, out, degradation, settings, ignored, progress)
+    return _run(jobs, base, out, degradation, settings, ignored, progress, limits)
 
 
-def replay(record: Path, source: Path | None, out: Path, progress: Progress = no_progress) -> DegradeResult:
+def replay(
+    record: Path, source: Path | None, out: Path, progress: Progress = no_progress, limits: Limits = LIMITS
+) -> DegradeResult:
     """Apply recorded plans to their original pictures and compare the pixels with the records.
 
     Args:
         record: a records.jsonl, or a JSON file with one record or a list of them.
         source: the folder of originals; None takes the folder of each record.
         out: the folder of the results.
+        limits: larger inputs are quarantined.
 
     Raises:
         UsageError: there are no readable records, or `out` is the folder of the records.
@@ -135,7 +139,7 @@ def replay(record: Path, source: Path | None, out: Path, progress: Progress = no
     ]
     folder = source or Path(rows[0]["folder"])
     degradation = build_degradation("none")  # the plans hold everything
-    return _run(jobs, folder, out, degradation, {"replay": str(record.absolute())}, 0, progress)
+    return _run(jobs, folder, out, degradation, {"replay": str(record.absolute())}, 0, progress, limits)
 
 
 def _original(folder: Path, row: Mapping[str, Any]) -> Path:
@@ -185,6 +189,7 @@ def _run(
     settings: Mapping[str, Any],
     ignored: int,
     progress: Progress,
+    limits: Limits,
 ) -> DegradeResult:
     """Work through the jobs. Each job's line is written as soon as it ends."""
     check_output(out, free_mib=0)
@@ -208,7 +213,7 @@ def _run(
                 records.open("a", encoding="utf-8") as records_file,
                 quarantine.open("a", encoding="utf-8") as quarantine_file,
             ):
-                answers = _answers(jobs, folder, out, degradation, settings, earlier_rows)
+                answers = _answers(jobs, folder, out, degradation, settings, earlier_rows, limits)
                 for number, (status, row, same) in enumerate(answers, 1):
                     counts[status] += 1
                     if status != "skipped":
@@ -220,7 +225,7 @@ def _run(
             newest = {row["key"]: row for row in read_lines(records)}
             write_lines(records, sorted(newest.values(), key=itemgetter("key")))
             write_lines(quarantine, sorted(read_lines(quarantine), key=itemgetter("key")))
-            sheet = _sheet(list(newest.values()), {job.key: job.path for job in jobs}, out)
+            sheet = _sheet(list(newest.values()), {job.key: job.path for job in jobs}, out, limits)
         except OSError as error:
             raise Failure(f"cannot write to {out}: {error.strerror or error}") from error
         finally:
@@ -243,13 +248,15 @@ def _answers(
     degradation: Degradation,
     settings: Mapping[str, Any],
     earlier_rows: Mapping[str, Mapping[str, Any]],
+    limits: Limits,
 ) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """(status, row, whether a replay gave the recorded pixels) of each job, in the order of the jobs."""
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
         try:
             yield from pool.map(
-                lambda job: _degrade_one(job, folder, out, degradation, settings, earlier_rows.get(job.key)), jobs
+                lambda job: _degrade_one(job, folder, out, degradation, settings, earlier_rows.get(job.key), limits),
+                jobs,
             )
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -263,10 +270,11 @@ def _degrade_one(
     degradation: Degradation,
     settings: Mapping[str, Any],
     earlier: Mapping[str, Any] | None,
+    limits: Limits,
 ) -> tuple[str, dict[str, Any], bool]:
     """Degrade one picture. Returns (status, row, whether a replay gave the recorded pixels)."""
     try:
-        data = read_picture(job.path, job.key)
+        data = read_picture(job.path, job.key, limits)
         source_sha256, output = hashlib.sha256(data).hexdigest(), out / f"{job.key}.png"
         if job.expected and source_sha256 != job.expected[0]:
             raise SampleError("changed", "the original differs from the record's", job.key)
@@ -274,7 +282,7 @@ def _degrade_one(
         if earlier is not None and _is_current(earlier, source_sha256, recorded_settings, output):
             same = not job.expected or earlier["pixels_sha256"] == job.expected[1]
             return "skipped", dict(earlier), same
-        hq = decode(data, LIMITS, key=job.key)
+        hq = decode(data, limits, key=job.key)
         plan = job.plan if job.plan is not None else degradation.draw(settings["seed"], job.key, 0)
         try:
             pixels, amounts = to_uint8(degradation.apply(hq, plan)), strength(plan)
@@ -323,7 +331,7 @@ def _is_current(earlier: Mapping[str, Any], source_sha256: str, settings: Mappin
         return False
 
 
-def _sheet(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Path], out: Path) -> Path | None:
+def _sheet(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Path], out: Path, limits: Limits) -> Path | None:
     """Write contact.jpg: originals and results side by side, of pictures spread evenly over the keys."""
     rows = sorted((row for row in rows if row["key"] in sources), key=itemgetter("key"))
     spread_rows = [rows[k * len(rows) // SHEET_PICTURES] for k in range(SHEET_PICTURES)] if rows else []
@@ -331,7 +339,7 @@ def _sheet(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Path], out: 
     for row in rows if len(rows) <= SHEET_PICTURES else spread_rows:
         try:
             pair = [
-                decode(path.read_bytes(), LIMITS, key=row["key"]) for path in (sources[row["key"]], out / row["output"])
+                decode(path.read_bytes(), limits, key=row["key"]) for path in (sources[row["key"]], out / row["output"])
             ]
         except (OSError, SampleError):
             continue  # the file was removed meanwhile

@@ -27,7 +27,7 @@ import numpy as np
 from components.evaluation import TOO_FEW
 from components.evaluation.metrics import NO_DOWNLOAD, MetricInfo, Metrics
 from components.evaluation.statistics import mean_interval
-from components.images import decode
+from components.images import ANY_SHAPE, Limits, decode
 from components.naming import printable
 from components.types import Image, SampleError
 from components.writing import replace_file
@@ -209,6 +209,7 @@ def evaluate(
     baselines: Sequence[str] = BASELINES,
     progress: Progress = no_progress,
     device: str = "cpu",
+    limits: Limits = ANY_SHAPE,
 ) -> Summary:
     """Score every restored picture and its baselines; write scores.jsonl and summary.json below `out`.
 
@@ -220,6 +221,7 @@ def evaluate(
         baselines: of "lq" and "bicubic_median".
         progress: called as (done, total, key) after each picture.
         device: of the metrics' networks.
+        limits: larger pictures are not scored.
 
     Returns:
         The summary; `missing` names every picture and metric without a score, with the reason.
@@ -255,7 +257,7 @@ def evaluate(
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = {key: {role: paths[role][key] for role in folders} for key in keys}
-        rows, reused = _score_all(files, out / "scores.jsonl", versions, arms, scorer, missing, progress)
+        rows, reused = _score_all(files, out / "scores.jsonl", versions, arms, scorer, missing, progress, limits)
         summary = summarise(rows, scorer.info, arms, missing)
         summary = replace(summary, folders=place, versions={**versions, "statistics": STATISTICS}, reused=reused)
         replace_file(out / "summary.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
@@ -275,6 +277,7 @@ def _score_all(
     scorer: Metrics,
     missing: list[dict[str, str]],
     progress: Progress,
+    limits: Limits,
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows of all pictures in the order of `files` (key -> role -> path), and the number of reused rows."""
     earlier = {row.get("key"): row for row in read_lines(scores_path)}
@@ -284,13 +287,13 @@ def _score_all(
     with scores_path.open("a", encoding="utf-8") as stream:
         for number, (key, paths) in enumerate(files.items(), start=1):
             try:
-                data = {role: read_picture(path, key) for role, path in paths.items()}
+                data = {role: read_picture(path, key, limits) for role, path in paths.items()}
                 digests = {role: hashlib.sha256(bytes_).hexdigest() for role, bytes_ in data.items()}
                 row = earlier.get(key)
                 if row is not None and _reusable(row, digests, versions, arms, scorer.names):
                     reused += 1
                 else:
-                    row = _score_row(key, data, digests, versions, arms, scorer)
+                    row = _score_row(key, data, digests, versions, arms, scorer, limits)
                     stream.write(json.dumps(row) + "\n")
                     stream.flush()
                 rows.append(row)
@@ -321,8 +324,9 @@ def _score_row(
     versions: Mapping[str, str],
     arms: Sequence[str],
     scorer: Metrics,
+    limits: Limits,
 ) -> dict[str, Any]:
-    pictures = {role: decode(bytes_, key=key) for role, bytes_ in data.items()}
+    pictures = {role: decode(bytes_, limits, key) for role, bytes_ in data.items()}
     restored, hq = pictures[RESTORED], pictures.get("hq")
     height, width = (restored if hq is None else hq).shape[:2]
     results = {a: scorer.measure(_arm_picture(a, restored, pictures["lq"], height, width), hq, key) for a in arms}

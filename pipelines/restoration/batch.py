@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from components.images import Limits
+from components.images import ANY_SHAPE, Limits
 from components.restoring import Ask, Picture, picture_seed
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import UsageError
@@ -63,7 +63,7 @@ class RestoreJob:
     references: Path | None = None
     prompts: Mapping[str, str] | None = None
     captioner: JobCaptioner | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = ANY_SHAPE
 
 
 @dataclass(frozen=True, kw_only=True)

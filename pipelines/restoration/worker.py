@@ -167,8 +167,7 @@ class RestoreWorker:
 
     def _read(self, path: Path) -> bytes:
         """Read a file's bytes; a file above the limit is refused before it is read."""
-        limit = self.settings.limits.max_bytes
-        return read_picture(path, "", limit)
+        return read_picture(path, "", self.settings.limits)
 
     def _up_to_date(self, task: Task) -> bool:
         """Whether the record has this model, these options and these bytes, and its result is still there."""

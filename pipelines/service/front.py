@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from components.images import Limits, probe
+from components.images import Limits, limits_for_any_shape, probe
 from components.naming import did_you_mean
 from components.options import TEXTS, OptionCheck, UnknownOption
 from components.restoring import (
@@ -99,6 +99,10 @@ class ServeLimits:
     deadline_s: float = 600.0
     read_timeout_s: float = 60.0
     retry_after_s: int = 5
+
+    def of_picture(self) -> Limits:
+        """The limits of an input picture."""
+        return limits_for_any_shape(self.max_input_pixels, self.max_bytes)
 
 
 class Answer(Protocol):
@@ -279,7 +283,7 @@ async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
 
 
 def _too_large(max_bytes: int) -> Refusal:
-    return Refusal(413, "too_large", f"the body exceeds max_bytes, which is {max_bytes}")
+    return Refusal(413, "too_large", f"the body exceeds max_bytes, which is {max_bytes} (--max-megabytes)")
 
 
 def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: OptionCheck) -> tuple[str, int, Ask]:
@@ -331,7 +335,7 @@ def check_picture(data: bytes, ask: Ask | None, limits: ServeLimits) -> None:
         Refusal: 415, not a picture of a supported format; 422, broken or above a pixel limit, which the sentence names.
     """
     try:
-        info = probe(data, Limits(max_pixels=limits.max_input_pixels, max_bytes=limits.max_bytes))
+        info = probe(data, limits.of_picture())
     except SampleError as error:
         detail = error.detail
         if error.code == "too_large" and "pixels" in detail:

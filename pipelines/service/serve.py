@@ -35,7 +35,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from components.images import Limits, encode_png
+from components.images import encode_png
 from components.options import OptionCheck
 from components.restoring import Ask, Identity, Picture, restore_bytes
 from components.types import Cancellation, Restorer, SampleError
@@ -79,7 +79,7 @@ class RestorerReplica:
     """
 
     def __init__(self, factory: Factory, identity: Identity, limits: ServeLimits, threads: int) -> None:
-        self.identity, self.limits = identity, Limits(max_pixels=limits.max_input_pixels, max_bytes=limits.max_bytes)
+        self.identity, self.limits = identity, limits.of_picture()
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="restore")
         self.restorer: Restorer | None = None
         self.failure, self.errors, self.broken = "", 0, False

@@ -467,3 +467,18 @@ def test_the_start_noise_covers_the_whole_picture_before_tiling(
         assert torch.equal(part[overlap], latents[overlap])
         canvas[..., top : top + height, left : left + width] = latents
     assert not bool(canvas.isnan().any())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 5), (7, 5)])
+def test_any_shape_from_one_pixel_is_restored(network: InstantIR, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    for options in ({}, {"view": "crops", "color": "adain", "min_side_px": 8}):
+        job = Request(key="k", image=image, options={"steps": 1, "cfg_scale": 1.0, **options})
+        assert InstantIRRestorer(network).restore([job])[0].image.shape == (*size, 3)
+
+
+def test_a_strip_has_a_bounded_number_of_views() -> None:
+    view = ImageView(shortest_edge_px=16, crop_px=16)
+    for shape, views in (((1, 3000, 3), 20), ((3000, 2, 3), 20), ((16, 64, 3), 4)):
+        assert len(view_pixels(np.zeros(shape, np.uint8), view, "crops")) == views
+        assert len(view_pixels(np.zeros(shape, np.uint8), view, "crop")) == 1

@@ -581,3 +581,11 @@ def test_compiled_blocks_compute_the_same() -> None:
     plain = restore(InstaReviveRestorer(OneStepGenerator(predictor), backbone), image)
     fast = InstaReviveRestorer(OneStepGenerator(predictor), backbone, speed=Speed(compile="blocks"))
     assert np.abs(restore(fast, image).astype(int) - plain).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 5), (7, 5)])
+def test_any_shape_from_one_pixel_is_restored(size: tuple[int, int]) -> None:
+    predictor = tiny_predictor()
+    restorer = InstaReviveRestorer(OneStepGenerator(predictor), dit_backbone(predictor), Coarse(Darker(), 32))
+    for options in ({}, {"preset": "released", "min_side_px": 32, "tile_px": 128}, {"color": "wavelet"}):
+        assert restore(restorer, picture(*size), **options).shape == (*size, 3)

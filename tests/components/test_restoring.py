@@ -14,9 +14,20 @@ import pytest
 from PIL import Image as Pillow
 from PIL import ImageCms
 
-from components.images import Limits, decode, decode_parts, encode_png, flatten, read_png_text, spread_colors
+from components.corpora import FilterSpec
+from components.images import (
+    Limits,
+    decode,
+    decode_parts,
+    encode_png,
+    flatten,
+    limits_for_any_shape,
+    read_png_text,
+    spread_colors,
+    working_size,
+)
 from components.randomness import generator
-from components.restoring import Identity, Picture, parse_ask, request_of, restore_batch
+from components.restoring import Ask, Identity, Picture, parse_ask, request_of, restore_batch
 from components.types import Cancelled, OnStep, Request, Restored, Restorer, SampleError
 
 IDENTITY = Identity(name="enlarger", system="none", recipe="none", digest="0" * 64)
@@ -221,3 +232,41 @@ def test_a_pictures_prompt_replaces_the_jobs() -> None:
         ask.with_prompt("a fox").digest() == parse_ask({"prompt": "a fox", "alpha": "restore"}).digest() != ask.digest()
     )
     assert ask.with_prompt("") is ask
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (3, 5), (7, 5)])
+def test_any_shape_from_one_pixel_is_restored(size: tuple[int, int]) -> None:
+    """Without a least side and an aspect; with transparency of each kind, and at another size."""
+    height, width = size
+    image = photo(height, width)
+    assert result(encode(image)).size == (width, height)
+    rgba = encode(np.dstack([image, photo(height, width, "alpha")[..., 0]]))
+    for alpha in ("keep", "restore", "flatten"):
+        assert result(rgba, alpha=alpha, scale=2).size == (2 * width, 2 * height)
+    assert result(encode(image), width=1, height=1).size == (1, 1)
+
+
+def test_working_sizes_are_bounded() -> None:
+    """A short side is enlarged to the least one; the long side of a strip limits the enlargement."""
+    assert working_size((100, 200), 512) == (512, 1024)
+    assert working_size((600, 700), 512) == (600, 700)
+    assert working_size((10, 200), 512) == (512, 10240)  # 20 to 1, the longest that grows fully
+    assert working_size((1, 3000), 512) == (3, 10240)
+    assert working_size((20000, 3), 512) == (20000, 3)
+    assert working_size((1, 1), 0) == (1, 1)
+
+
+def test_limits_name_their_options() -> None:
+    data = encode(photo(40, 50))
+    for limits, words in (
+        (limits_for_any_shape(1999), r"50 x 40 pixels exceed the limit of 1999 \(--max-megapixels\)"),
+        (limits_for_any_shape(2000, 99), r"exceed the limit of 99 bytes \(--max-megabytes\)"),
+        (FilterSpec(max_megapixels=0.001, min_side_px=8).limits(), "--max-megapixels or filters.max_megapixels"),
+        (FilterSpec(max_file_mib=0.0001, min_side_px=8).limits(), "--max-megabytes or filters.max_file_mib"),
+    ):
+        with pytest.raises(SampleError, match=words) as error:
+            request_of(Picture(key="a", data=data, seed=0), Ask(), limits)
+        assert error.value.code == "too_large"
+    # a picture of the largest size fits in every depth with alpha
+    assert limits_for_any_shape(200_000_000).max_bytes == 1_600_000_000
+    assert limits_for_any_shape(1).max_bytes == 64 << 20

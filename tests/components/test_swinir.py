@@ -460,3 +460,12 @@ def test_the_system_is_registered() -> None:
     networks = system.networks()
     assert system.weights is not None and networks.build_restorer is not None and networks.look is not None
     assert system.weights.code().layout()["general_swinir_v1.ckpt"]["conv_last.bias"] == (3,)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 5), (7, 5)])
+@torch.no_grad()
+def test_any_shape_from_one_pixel_is_restored(network: SwinIR, size: tuple[int, int]) -> None:
+    """With the recipe's min_side_px too, which would make 38 million pixels of 1 x 300."""
+    for options in ({"min_side_px": 0}, {"min_side_px": 48, "tile_px": 256}):
+        restored = SwinIRRestorer(network, options).restore([Request(key="k", image=picture(*size))])[0]
+        assert restored.image.shape == (*size, 3)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from components.images import MAX_STRETCH
 from components.priors.sdxl_config import IMAGENET_MEAN, IMAGENET_STD, ImageView
 from components.types import Image
 
@@ -86,7 +87,7 @@ def view_pixels(image: Image, view: ImageView, fit: Fit) -> Tensor:
         fit: "crop" is the released form: the short side becomes view.shortest_edge_px, and the centre square of
             view.crop_px is cropped; pixels outside are lost. "whole" resizes the picture to the square. "pad" fits it
             into the square on the mean colour. "crops" takes the released crop at evenly spaced positions along the
-            long side, so that the crops cover the picture.
+            long side, so that the crops cover the picture. A strip of more than MAX_STRETCH to 1 is first squeezed.
 
     Returns:
         Normalised float32 [N, 3, crop, crop]: N is 1, or with "crops" the number of positions.
@@ -108,6 +109,10 @@ def view_pixels(image: Image, view: ImageView, fit: Fit) -> Tensor:
         return canvas[None]
     if fit not in ("crop", "crops"):
         raise ValueError(f"view must be whole, crop, pad or crops, got {fit!r}")
+    if max(height, width) > MAX_STRETCH * min(height, width):  # else 1 x 3000 pixels would become 3000 views
+        size = (min(height, MAX_STRETCH * width), min(width, MAX_STRETCH * height))
+        image = resize(image, size, Pillow.Resampling.BICUBIC)
+        height, width = size
     edge = view.shortest_edge_px
     # as in the BiT-style processor: the long side is truncated to an integer
     size = (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)

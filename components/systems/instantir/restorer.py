@@ -12,7 +12,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from components.color import transfer_colors
-from components.images import pad_to_multiple
+from components.images import pad_to_multiple, working_size
 from components.priors.tiling import TILE, decode_images, encode_images
 from components.randomness import generator
 from components.samplers.ddim import sample_ddim, sample_ddpm
@@ -228,8 +228,7 @@ def _work_size(image: Image, size: tuple[int, int], options: Options) -> tuple[t
     if options.resize == "released":
         (width, height), _ = released_sizes((image.shape[1], image.shape[0]), size[1], size[0])
         return (height, width), Pillow.Resampling.BILINEAR
-    ratio = max(1.0, options.min_side_px / min(size))
-    return (round(size[0] * ratio), round(size[1] * ratio)), Pillow.Resampling.BICUBIC
+    return working_size(size, options.min_side_px), Pillow.Resampling.BICUBIC
 
 
 def _finish(job: _Job, picture: Image) -> Image:

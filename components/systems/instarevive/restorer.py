@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 from torch import Tensor, nn
 
 from components.color import transfer_colors
-from components.images import pad_to_multiple
+from components.images import pad_to_multiple, working_size
 from components.priors.tiling import TILE, decode_images, encode_images, paint
 from components.randomness import generator as random_generator
 from components.samplers.tiles import equal_weights, gaussian_weights, tile_boxes, tiled
@@ -181,8 +181,7 @@ class InstaReviveRestorer(Restorer):
         height, width = request.size or image.shape[:2]
         if height < 1 or width < 1:
             raise SampleError("bad_size", f"size must be positive, got {height} x {width}", request.key)
-        ratio = max(1.0, options.min_side_px / min(height, width))
-        work = (round(height * ratio), round(width * ratio))
+        work = working_size((height, width), options.min_side_px)
         mask = None if options.inpaint == "none" else _missing(request, options)
         if mask is not None:  # as in training: the networks must not see what is missing
             image = np.where(mask[:, :, None] > 0, np.uint8(255), image)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from components.images import pad_to_multiple
+from components.images import pad_to_multiple, working_size
 from components.models import Model
 from components.priors.files import DTYPES, Precision
 from components.samplers.tiles import gaussian_weights, tile_boxes
@@ -69,8 +69,7 @@ class SwinIRRestorer(Restorer):
         size = request.size or (image.shape[0], image.shape[1])
         if min(size) < 1:
             raise SampleError("bad_size", f"size must be positive, got {size[0]} x {size[1]}", request.key)
-        ratio = max(1.0, options.min_side_px / min(size))
-        enlarged = _resize(image, (round(size[0] * ratio), round(size[1] * ratio)))
+        enlarged = _resize(image, working_size(size, options.min_side_px))
         restored = restore_image(self.network, enlarged, options.tile_px, options.tile_overlap, cancelled, request.key)
         return _resize(restored, size)
 

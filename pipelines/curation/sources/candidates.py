@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.corpora import CorpusSpec, SourceSpec
+from components.corpora import FILE_SIZE_OPTION, CorpusSpec, SourceSpec
 from components.images import encode_png
 from components.synthetic import dead_leaves
 from components.types import SampleError
@@ -103,7 +103,7 @@ def _of_files(part: Part, spec: CorpusSpec, out: Path) -> Iterator[Candidate]:
             candidate.id = _short(version + stamp)
         limit = spec.filters.limits().max_bytes
         if not entry.refused and candidate.size > limit and not entry.leaves:
-            detail = f"{candidate.size} bytes exceed the limit of {limit}"
+            detail = f"{candidate.size} bytes exceed the limit of {limit} bytes ({FILE_SIZE_OPTION})"
             candidate.problem = SampleError("too_large", detail, candidate.key)
         candidate.load = _loader(reader, place, candidate.key)
         yield candidate

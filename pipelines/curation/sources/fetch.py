@@ -61,7 +61,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProtocolError, ReadTimeoutError
 from urllib3.response import BaseHTTPResponse
 
-from components.corpora import DownloadSpec
+from components.corpora import FILE_SIZE_OPTION, DownloadSpec
 from components.images import sniff
 from components.randomness import generator
 from components.types import SampleError
@@ -318,7 +318,9 @@ class Fetcher:
                     raise SampleError("robots", f"{printable(target.url)} asks for {directive} in X-Robots-Tag")
         length = getattr(answer, "length_remaining", None)
         if length is not None and length > self.max_bytes:
-            raise SampleError("too_large", f"{length} bytes announced, {self.max_bytes} are allowed")
+            raise SampleError(
+                "too_large", f"{length} bytes announced, {self.max_bytes} are allowed ({FILE_SIZE_OPTION})"
+            )
 
     def _picture(self, answer: BaseHTTPResponse) -> bytes:
         """The whole body, which must be a picture."""
@@ -326,7 +328,7 @@ class Fetcher:
         while block := answer.read1(BLOCK_BYTES):  # one receive at a time, so that limits are checked in between
             data += block
             if len(data) > self.max_bytes:
-                raise SampleError("too_large", f"the body exceeds {self.max_bytes} bytes")
+                raise SampleError("too_large", f"the body exceeds {self.max_bytes} bytes ({FILE_SIZE_OPTION})")
         body = bytes(data)
         try:
             sniff(body)
@@ -487,7 +489,9 @@ def _unpack(data: bytes, encoding: str, max_bytes: int) -> bytes:
     except zlib.error as error:
         raise SampleError("bad_encoding", f"Content-Encoding {encoding}: {error}") from error
     if len(body) > max_bytes:
-        raise SampleError("too_large", f"the {encoding} body unpacks to more than {max_bytes} bytes")
+        raise SampleError(
+            "too_large", f"the {encoding} body unpacks to more than {max_bytes} bytes ({FILE_SIZE_OPTION})"
+        )
     if not inflater.eof:
         raise _MayPass("truncated", f"the {encoding} body ends early")
     return body

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from components.corpora import FILE_SIZE_OPTION
 from components.naming import printable
 from components.types import SampleError
 from pipelines.corpus.shards import BLOCK, PICTURE_EXTENSIONS, safe_key
@@ -222,7 +223,9 @@ def _members(source: BinaryIO, size: int, label: str, limit: int) -> Iterator[_M
                 unsafe = SampleError("unsafe_member", f"member {name!r} of {label} is refused")
                 yield _Member(name=safe_key(printable_name(name)), problem=unsafe)
             elif n_bytes > limit:
-                large = SampleError("too_large", f"member {name!r} of {label} holds {n_bytes} bytes, over {limit}")
+                large = SampleError(
+                    "too_large", f"member {name!r} of {label} holds {n_bytes} bytes, over {limit} ({FILE_SIZE_OPTION})"
+                )
                 yield _Member(name=printable_name(name), problem=large)
             elif name:
                 yield _Member(name=printable_name(name), offset=start, size=n_bytes)

@@ -19,6 +19,7 @@ from helper_modules import load_helper
 from torch import Tensor, nn
 
 from components.priors.nano import build_prior, build_tokenizer_json
+from components.priors.sdxl import Prior
 from components.randomness import Noise, generator
 from components.systems.instantir.network import Conditions, InstantIR, predict_noise
 from components.systems.instantir.objectives import AggregatorObjective, PerceptorObjective, PreviewerObjective
@@ -42,12 +43,17 @@ def awake(module: nn.Module, name: str) -> None:
         parameter.add_(0.25 * torch.from_numpy(values))
 
 
-def build(previewer: bool) -> InstantIR:
+def build_prior_awake() -> Prior:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         prior = build_prior(tiny.TINY, build_tokenizer_json(["red", "blue", "sky"], tiny.TINY["text_length"]))
     for name, module in prior.modules.items():
         awake(module, name)
+    return prior
+
+
+def build(previewer: bool) -> InstantIR:
+    prior = build_prior_awake()
     network = InstantIR(prior, tiny.RESAMPLER, tiny.LORA if previewer else None, aggregator=previewer)
     awake(network.perceptor, "perceptor")
     if network.aggregator is not None:

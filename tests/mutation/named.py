@@ -45,6 +45,7 @@ diffusion = in_file("components/objectives/diffusion.py", BY_HAND)
 consistency = in_file("components/objectives/consistency.py", BY_HAND)
 precomputed = in_file("components/objectives/precomputed.py", BY_HAND)
 guidance = in_file("components/samplers/guidance.py", BY_HAND)
+prior = in_file("components/systems/prior/training.py", "test_prior_objectives_by_hand.py")
 workers = in_file("components/training.py", "test_training_workers.py")
 
 TARGET = """        conditions = textless
@@ -384,6 +385,38 @@ AGGREGATOR = (
     objectives("aggregator: reference_noise ignored", "if self.reference_noise:", "if False:"),
 )
 
+PRIOR = (
+    prior("prior: autoencoder without jitter", "self.prior.decode(latents + jitter)", "self.prior.decode(latents)"),
+    prior("prior: autoencoder reconstructs LQ", "+ jitter) - batch.hq", "+ jitter) - batch.lq"),
+    prior("prior: PSNR over a range of 1", "torch.log10(mse / 4)", "torch.log10(mse)"),
+    prior(
+        "prior: encoder compares LQ with LQ", "self.prior.embed_images(batch.hq)", "self.prior.embed_images(batch.lq)"
+    ),
+    prior(
+        "prior: contrast in one direction",
+        "F.cross_entropy(logits.T, target)) / 2",
+        "F.cross_entropy(logits, target)) / 2",
+    ),
+    prior("prior: temperature multiplies", "similarity / self.temperature", "similarity * self.temperature"),
+    prior("prior: colours of LQ", "F.interpolate(batch.hq, (side", "F.interpolate(batch.lq, (side"),
+    prior("prior: colours of the next patch", "self.readout(lq[:, 1:])", "self.readout(lq[:, 1:].roll(1, 1))"),
+    prior("prior: class token counts as a patch", "self.readout(lq[:, 1:])", "self.readout(lq[:, :-1])"),
+    prior("prior: denoiser never drops the text", '"text_dropout") < self.text_dropout', '"text_dropout") < 0.0'),
+    prior(
+        "prior: pooled vector dropped with the text's draw",
+        'noise.uniform("pooled_dropout") <',
+        'noise.uniform("text_dropout") <',
+    ),
+    prior(
+        "prior: pooled vector dropped as zeros",
+        "replace_rows(pooled, empty_prompt,",
+        "replace_rows(pooled, 0 * pooled,",
+    ),
+    prior(
+        "prior: denoiser learns the clean latents", "self.loss(prediction, eps, t)", "self.loss(prediction, latents, t)"
+    ),
+)
+
 WORKERS = (
     workers("workers: gradients summed, not averaged", "    flat /= dist.get_world_size()\n    any_", "    any_"),
     workers(
@@ -406,5 +439,5 @@ WORKERS = (
     workers("workers: metrics in each worker's own order", "names = sorted(metrics)", "names = list(metrics)"),
 )
 
-NAMED: tuple[Named, ...] = (*PREVIEWER, *CONDITIONS, *DIFFUSION_LOSS, *AGGREGATOR, *WORKERS)
+NAMED: tuple[Named, ...] = (*PREVIEWER, *CONDITIONS, *DIFFUSION_LOSS, *AGGREGATOR, *PRIOR, *WORKERS)
 """Every wrong version; make mutate applies each to a copy of the repository and runs its tests."""

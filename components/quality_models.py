@@ -44,11 +44,6 @@ Scorer = Callable[[Sequence[Image]], list[float]]
 SEED = 0
 """Seed of the random crops that some pyiqa metrics draw for each picture."""
 
-SET_METRICS = frozenset({"fid", "sfid", "fid_dinov2", "inception_score"})
-"""Metrics of pyiqa that compare two sets of pictures."""
-CAPTION_METRICS = frozenset({"clipscore"})
-"""Metrics of pyiqa that need each picture's caption."""
-
 
 def build_scorer(score: ModelScore, device: str = "cpu", rows: int | None = None) -> Scorer:
     """Load the model of a score column.
@@ -104,6 +99,8 @@ def _pyiqa(score: ModelScore, device: str, rows: int) -> Scorer:
     """Score pictures one by one, because some metrics normalise over the batch; reset the random state for each."""
     _check_metric(score)
     metrics = Metrics((score.model,), device)
+    with _weights_only():
+        metrics.load()
 
     def judge(images: Sequence[Image]) -> list[float]:
         values = []
@@ -116,11 +113,11 @@ def _pyiqa(score: ModelScore, device: str, rows: int) -> Scorer:
 
 
 def _check_metric(score: ModelScore) -> None:
-    if metric_info(score.model).full_reference:
+    info = metric_info(score.model)
+    if info.full_reference:
         raise ValueError(f"score {score.name}: {score.model} compares with a target, which a single picture lacks")
-    if score.model in SET_METRICS | CAPTION_METRICS:
-        what = "sets of pictures" if score.model in SET_METRICS else "pictures with captions"
-        raise ValueError(f"score {score.name}: {score.model} judges {what}, not a picture alone")
+    if info.judges:
+        raise ValueError(f"score {score.name}: {score.model} judges {info.judges}, not a picture alone")
 
 
 @contextmanager

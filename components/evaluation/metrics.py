@@ -14,8 +14,10 @@ set needs no file from the network. Any other pyiqa name is accepted too and may
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from components.evaluation.downloads import weights_error
 from components.naming import near_name
 from components.types import Image, SampleError
 
@@ -47,6 +50,7 @@ class MetricInfo:
         min_side_px: for smaller sides the metric is undefined and recorded as missing.
         needs_detail: undefined for a target of one colour (a ratio of zeros), and then recorded as missing.
         downloads: the first use may download weights.
+        judges: what the metric judges, if that is not a picture alone: one of JUDGES' values.
     """
 
     higher_is_better: bool
@@ -55,6 +59,15 @@ class MetricInfo:
     min_side_px: int = 1
     needs_detail: bool = False
     downloads: bool = False
+    judges: str = ""
+
+
+JUDGES = {"FID": "sets of pictures", "InceptionScore": "sets of pictures", "CLIPScore": "pictures with captions"}
+"""Kinds of pyiqa's networks that cannot score a picture alone, and what they judge."""
+
+
+class MetricError(ValueError):
+    """A metric cannot be used: its weights are missing or broken, or a package is; one line that says what to do."""
 
 
 METRIC_INFO: dict[str, MetricInfo] = {
@@ -103,7 +116,13 @@ def metric_info(name: str) -> MetricInfo:
         higher_is_better=not config.get("lower_better", False),
         full_reference=config.get("metric_mode") == "FR",
         downloads=True,
+        judges=JUDGES.get(config.get("metric_opts", {}).get("type", ""), ""),
     )
+
+
+def without_target(names: Sequence[str] = NO_DOWNLOAD) -> tuple[str, ...]:
+    """The names that need no target."""
+    return tuple(name for name in names if not metric_info(name).full_reference)
 
 
 def _load_pyiqa() -> tuple[Any, dict[str, Any]]:
@@ -143,7 +162,8 @@ class Metrics:
         device: "cpu" or a torch device.
 
     Raises:
-        ValueError: a name is unknown (the message names the nearest), or `names` is empty.
+        ValueError: a name is unknown (the message names the nearest), a metric cannot score a picture alone, or `names`
+            is empty.
     """
 
     def __init__(self, names: Sequence[str] = NO_DOWNLOAD, device: str = "cpu") -> None:
@@ -151,8 +171,36 @@ class Metrics:
         if not self.names:
             raise ValueError(f"no metric was named; the default set is {', '.join(NO_DOWNLOAD)}")
         self.info = {name: metric_info(name) for name in self.names}
+        for name, info in self.info.items():
+            if info.judges:
+                advice = (
+                    f"measure the two folders with pyiqa itself: pyiqa {name} -t RESTORED -r ORIGINALS"
+                    if "sets" in info.judges
+                    else "choose a metric that needs no caption"
+                )
+                raise ValueError(f"{name} judges {info.judges}, not a picture alone: leave it out here, and {advice}")
         self.device = device
         self._networks: dict[str, Any] = {}
+
+    def load(self) -> None:
+        """Open the networks that may need a download, so that a missing file ends the work before it starts.
+
+        Raises:
+            MetricError: a network cannot be opened.
+        """
+        for name, info in self.info.items():
+            if info.downloads:
+                self._network(name)
+
+    def _network(self, name: str) -> Any:
+        if name not in self._networks:
+            create = _load_pyiqa()[0].create_metric
+            try:
+                with contextlib.redirect_stdout(sys.stderr):  # pyiqa prints; stdout is for results
+                    self._networks[name] = create(name, device=self.device)
+            except Exception as error:  # noqa: BLE001 the libraries below raise many kinds
+                raise MetricError(weights_error(name, error)) from None
+        return self._networks[name]
 
     def score(self, restored: Image, hq: Image | None = None, key: str = "") -> dict[str, float]:
         """The values only; `measure` also returns the reasons for missing ones."""
@@ -172,6 +220,7 @@ class Metrics:
 
         Raises:
             SampleError: "shape": a picture is not uint8 RGB, or the two sizes differ.
+            MetricError: a network cannot be opened; see `load`.
         """
         _check(restored, "restored picture", key)
         if hq is not None:
@@ -203,12 +252,11 @@ class Metrics:
             copy = np.ascontiguousarray(picture.transpose(2, 0, 1))
             return torch.from_numpy(copy).to(self.device).float().div(255.0).unsqueeze(0)
 
-        if name not in self._networks:
-            self._networks[name] = _load_pyiqa()[0].create_metric(name, device=self.device)
+        network = self._network(name)
         inputs = [tensor(restored)] + ([tensor(hq)] if info.full_reference and hq is not None else [])
         try:
             with torch.inference_mode(), _threads(restored):
-                value = float(self._networks[name](*inputs))
+                value = float(network(*inputs))
         except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:  # undefined on this picture
             return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         return (value, "") if math.isfinite(value) else (None, f"not a number ({value})")

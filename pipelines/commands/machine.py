@@ -78,6 +78,7 @@ def examine(out: Path | None = None) -> list[Finding]:
         ("ray", check_ray),
         ("mlflow", lambda: check_mlflow(target)),
         ("weights", check_weights),
+        ("metric weights", check_metric_weights),
         ("disk", lambda: check_disk(target)),
         ("memory", check_memory),
         ("shared memory", check_shared_memory),
@@ -320,6 +321,31 @@ def judge_weights(folder: Path, name: str) -> Finding:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return fail(name, f"{folder} is not a readable model folder: {error}", "Fetch it again.")
     return ok(name, f"{len(parts)} parts, sha256 verified")
+
+
+def check_metric_weights() -> list[Finding]:
+    """Look at the folder in which pyiqa keeps the weights of metrics."""
+    import torch.hub
+
+    return [judge_metric_weights(Path(torch.hub.get_dir()) / "pyiqa")]
+
+
+def judge_metric_weights(folder: Path) -> Finding:
+    """Judge a folder of metric weights; the default metrics need none of them."""
+    check = "metric weights"
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        advice = "Set TORCH_HOME to another folder: metrics such as niqe and lpips keep their weights there."
+        return warn(check, f"{place} cannot be written", advice)
+    files = [p for p in folder.glob("*") if p.is_file() and p.suffix != ".partial"]
+    empty = sorted(p.name for p in files if not p.stat().st_size)
+    if empty:
+        return warn(check, f"empty files in {folder}: {', '.join(empty[:5])}", "Delete them; they are fetched again.")
+    return ok(
+        check,
+        f"{len(files)} files in {folder} (TORCH_HOME moves it); the default metrics need none. Without a network, put "
+        "the file there that a metric's error names",
+    )
 
 
 def check_disk(target: Path) -> list[Finding]:

@@ -72,9 +72,12 @@ def _is_option(out: Path) -> bool:
 
 def evaluate(
     restored: Annotated[Path, typer.Argument(help="The folder of the restored pictures.")],
-    hq: Annotated[Path, typer.Option("--hq", help="The originals under the same names.")],
     lq: Annotated[Path, typer.Option("--lq", help="The degraded inputs under the same names.")],
     out: RequiredOut,
+    hq: Annotated[
+        Path | None,
+        typer.Option("--hq", help="The originals under the same names. Without them only metrics that need none work."),
+    ] = None,
     metrics: Annotated[
         list[str] | None, typer.Option("--metric", help="Name of a pyiqa metric; may be repeated.")
     ] = None,
@@ -82,7 +85,7 @@ def evaluate(
     max_megabytes: MaxMegabytes = None,
     as_json: Json = False,
 ) -> None:
-    """Score restored pictures, their inputs and a classical baseline against the originals."""
+    """Score restored pictures, their inputs and a classical baseline, against the originals if there are any."""
     from pipelines.evaluation.evaluate import evaluate as evaluate_pictures
 
     console = Console(silent=as_json)

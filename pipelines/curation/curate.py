@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from components.corpora import CorpusSpec, ModelScore, shown_spec
+from components.evaluation.metrics import MetricError
 from components.overrides import yaml_text
 from components.quality_models import build_scorer, check_scorer
 from components.writing import LEFTOVERS, replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, RestorayError, UsageError, unknown
 from pipelines.core.folders import folder_lock
-from pipelines.core.pool import ray_errors
+from pipelines.core.pool import last_line, ray_errors
 from pipelines.core.rows import end_torn_line, iter_lines
 from pipelines.corpus import shards
 from pipelines.corpus.catalogue import load_spec
@@ -304,6 +305,9 @@ def _run(
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = getattr(cause, "cause", None) or cause.__cause__
+            _, is_metric, advice = last_line(error).partition(f"{MetricError.__name__}: ")
+            if is_metric:
+                raise Failure(f"{what}: {advice}. Finished work is kept.") from error
             if cause is None:
                 raise
             raise Failure(f"{what}: {getattr(cause, 'strerror', None) or cause}. Finished work is kept.") from error

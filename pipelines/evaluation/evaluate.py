@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 
 from components.evaluation import TOO_FEW
-from components.evaluation.metrics import NO_DOWNLOAD, MetricInfo, Metrics
+from components.evaluation.metrics import NO_DOWNLOAD, MetricError, MetricInfo, Metrics, without_target
 from components.evaluation.statistics import mean_interval
 from components.images import ANY_SHAPE, Limits, decode
 from components.naming import printable
@@ -205,7 +205,7 @@ def evaluate(
     lq_dir: Path,
     hq_dir: Path | None,
     out: Path,
-    metrics: Sequence[str] = NO_DOWNLOAD,
+    metrics: Sequence[str] | None = None,
     baselines: Sequence[str] = BASELINES,
     progress: Progress = no_progress,
     device: str = "cpu",
@@ -215,9 +215,9 @@ def evaluate(
 
     Args:
         restored_dir, lq_dir: folders of pictures, paired by key.
-        hq_dir: folder of targets; with None only metrics without a target are scored.
+        hq_dir: folder of targets; without it only metrics that need no target can be scored.
         out: made if it does not exist; an existing scores.jsonl is continued.
-        metrics: names; see components.evaluation.metrics.
+        metrics: names; see components.evaluation.metrics. None takes its default set, or the part that needs no target.
         baselines: of "lq" and "bicubic_median".
         progress: called as (done, total, key) after each picture.
         device: of the metrics' networks.
@@ -227,16 +227,15 @@ def evaluate(
         The summary; `missing` names every picture and metric without a score, with the reason.
 
     Raises:
-        UsageError: a folder does not exist, there is no restored picture, or a metric or baseline is unknown.
-        Failure: `out` cannot be written, or no picture could be scored; summary.json then has the reasons.
+        UsageError: a folder does not exist, there is no restored picture, a metric or baseline is unknown, or a metric
+            cannot be used here.
+        Failure: a metric's weights are missing, `out` cannot be written, or no picture could be scored; summary.json
+            then has the reasons.
     """
     for name in baselines:
         if name not in BASELINES:
             raise unknown("baseline", name, BASELINES)
-    try:
-        scorer = Metrics(metrics, device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    scorer = _scorer(metrics, device, has_targets=hq_dir is not None)
     missing: list[dict[str, str]] = []
     folders = {RESTORED: Path(restored_dir), "lq": Path(lq_dir), **({"hq": Path(hq_dir)} if hq_dir is not None else {})}
     paths = {role: pictures_by_key(folder, missing) for role, folder in folders.items()}
@@ -261,12 +260,39 @@ def evaluate(
         summary = summarise(rows, scorer.info, arms, missing)
         summary = replace(summary, folders=place, versions={**versions, "statistics": STATISTICS}, reused=reused)
         replace_file(out / "summary.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
+    except MetricError as error:
+        raise Failure(f"{error}.") from error
     except OSError as error:
         raise Failure(f"cannot write to {out}: {error.strerror or error}.") from error
     if not summary.means[RESTORED]:
         first = f"{summary.missing[0]['key']}: {summary.missing[0]['reason']}"
         raise Failure(f"not one picture of {restored_dir} could be scored ({first}); see {out / 'summary.json'}.")
     return summary
+
+
+def check_metrics(names: Sequence[str], has_targets: bool = True) -> None:
+    """Check the metrics of an evaluation before its work.
+
+    Raises:
+        UsageError: a name is unknown, or a metric cannot be used here.
+    """
+    _scorer(names or None, "cpu", has_targets)
+
+
+def _scorer(names: Sequence[str] | None, device: str, has_targets: bool) -> Metrics:
+    """The metrics of an evaluation; None takes the default set, as far as there are targets for it."""
+    try:
+        scorer = Metrics((NO_DOWNLOAD if has_targets else without_target()) if names is None else names, device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    needy = [name for name, info in scorer.info.items() if info.full_reference and not has_targets]
+    if needy:
+        raise UsageError(
+            f"{', '.join(needy)}: {'these metrics compare' if len(needy) > 1 else 'this metric compares'} with the "
+            f"originals. Add --hq ORIGINALS, or take only metrics without originals: {', '.join(without_target())}, or "
+            "those that download weights, such as niqe and musiq."
+        )
+    return scorer
 
 
 def _score_all(
@@ -293,6 +319,7 @@ def _score_all(
                 if row is not None and _reusable(row, digests, versions, arms, scorer.names):
                     reused += 1
                 else:
+                    scorer.load()
                     row = _score_row(key, data, digests, versions, arms, scorer, limits)
                     stream.write(json.dumps(row) + "\n")
                     stream.flush()

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from components.evaluation import MIN_PICTURES, TOO_FEW
-from components.evaluation.metrics import metric_info
+from components.evaluation.metrics import MetricError, Metrics, metric_info
 from components.evaluation.statistics import mean_interval
 from components.recipes import Gate, Recipe
 from components.writing import replace_file
@@ -27,7 +27,7 @@ from pipelines.core.errors import Failure, GateFailed
 from pipelines.core.pool import Pool
 from pipelines.core.rows import read_lines
 from pipelines.corpus.shards import SPLIT, open_corpus
-from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.evaluate import check_metrics, evaluate
 from pipelines.evaluation.heldout import prepare_heldout
 from pipelines.restoration.batch import RestoreJob, restore_folder
 from pipelines.restoration.models import open_model
@@ -90,6 +90,21 @@ class GateResult:
         ]
         failures = f"; it could not restore {', '.join(self.lost[:5])}" if self.lost else ""
         return f"on {len(self.pictures)} held-out pictures the student has {' and '.join(clauses)}{failures}"
+
+
+def check_gate(recipe: Recipe) -> None:
+    """Check the gate's metric before the training, and fetch its weights.
+
+    Raises:
+        UsageError: the metric is unknown, or cannot score a picture alone.
+        Failure: its weights are missing.
+    """
+    if recipe.student_gate is not None:
+        check_metrics((PSNR, recipe.student_gate.metric))
+        try:
+            Metrics((recipe.student_gate.metric,)).load()
+        except MetricError as error:
+            raise Failure(f"{recipe.name}: {error}.") from error
 
 
 def pass_gate(

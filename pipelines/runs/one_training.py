@@ -15,7 +15,7 @@ from components.writing import replace_file
 from pipelines.core.console import Progress
 from pipelines.core.errors import UsageError
 from pipelines.core.folders import check_output, folder_lock
-from pipelines.evaluation.gate import pass_gate
+from pipelines.evaluation.gate import check_gate, pass_gate
 from pipelines.runs.identity import stage_digest, train_identity
 from pipelines.training.inputs import TrainInputs
 from pipelines.training.recipes import recipe_documents, recipe_version
@@ -26,9 +26,10 @@ def train_one(recipe: Recipe, inputs: TrainInputs, out: Path, progress: Progress
     """Train one stage in `out`. A recipe with a teacher must then pass its gate.
 
     Raises:
-        UsageError, Failure: see training.train.train and evaluation.gate.pass_gate.
+        UsageError, Failure: see training.train.train and evaluation.gate.check_gate and pass_gate.
         GateFailed: the trained model is worse than its teacher; it stays in `out`.
     """
+    check_gate(recipe)
     result = train(recipe, inputs, out, on_metrics=step_progress(progress, recipe.steps))
     if recipe.teacher:
         start = time.monotonic()

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.evaluation.metrics import metric_info
 from components.images import read_png_text
 from components.recipes import Recipe, as_dict
 from components.secrets import public
@@ -24,7 +23,7 @@ from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import Pool
 from pipelines.curation.curate import curate, load_spec
 from pipelines.curation.sources import for_folder, identities
-from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.evaluate import check_metrics, evaluate
 from pipelines.evaluation.heldout import prepare_heldout
 from pipelines.restoration.batch import RestoreJob, restore_folder
 from pipelines.restoration.models import open_model, option_check, recipe_defaults, request_options
@@ -65,11 +64,8 @@ def check_restore(settings: RestoreSettings, recipe: Recipe | None, parent_recip
 
 def check_evaluate(settings: EvaluateSettings, recipe: Recipe | None, parent_recipes: Sequence[Recipe]) -> None:
     """Check an evaluate stage's metrics. A name outside the usual set imports pyiqa."""
-    for name in settings.metrics:
-        try:
-            metric_info(name)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+    if settings.metrics:
+        check_metrics(settings.metrics)
 
 
 def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) -> dict[str, Any]:

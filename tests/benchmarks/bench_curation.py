@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+from timing import ratio
 
 from components.corpora import FilterSpec
 from components.fingerprints import fingerprint
@@ -93,6 +94,8 @@ def measure(data: list[bytes], rounds: int) -> dict[str, dict[str, float]]:
 
     The share is the median of the rounds' shares, since each round measures both rates one after another.
     """
+    if not data or rounds < 1:
+        raise SystemExit(f"at least one picture and one round are needed, got {len(data)} and {rounds}")
     cv2.setNumThreads(1)
     seconds: dict[str, list[float]] = {name: [] for name in arms()}
     for number in range(rounds + 1):
@@ -105,7 +108,7 @@ def measure(data: list[bytes], rounds: int) -> dict[str, dict[str, float]]:
     results = {}
     for name, times in seconds.items():
         median = statistics.median(times)
-        shares = [base / value for base, value in zip(seconds[BASE], times, strict=True)]
+        shares = [ratio(base, value, 6) for base, value in zip(seconds[BASE], times, strict=True)]
         results[name] = {
             "ms": round(1e3 * median, 3),
             "spread": round((max(times) - min(times)) / median, 3),

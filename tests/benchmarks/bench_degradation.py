@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from timing import MAX_SPREAD
+from timing import MAX_SPREAD, ratio
 
 RECIPES: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "default": ("realesrgan", {}, 12, "twice"),
@@ -95,6 +95,8 @@ def crops(folder: Path | None, count: int, side: int) -> list[np.ndarray]:
         picture = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB) if path.suffix in (".png", ".jpg", ".jpeg") else None
         if picture is not None and min(picture.shape[:2]) >= min(side, 256):
             photographs.append(picture)
+    if not photographs:
+        raise SystemExit(f"{folder} holds no photograph of at least {min(side, 256)} px")
     parts: list[np.ndarray] = []
     while len(parts) < count:
         picture = photographs[len(parts) % len(photographs)]
@@ -176,10 +178,15 @@ def original(
     """The original's item and batch code over these pictures, which are moved to the device.
 
     Raises:
-        SystemExit: no BasicSR at the path.
+        SystemExit: no BasicSR at the path, or the pictures do not fill the last batch: its time would be missing.
     """
     import torch
 
+    if not pictures or len(pictures) % batch_size:
+        raise SystemExit(
+            f"the original degrades whole batches of {batch_size}, and {len(pictures)} pictures do not fill them: "
+            f"take a multiple of {batch_size}"
+        )
     if not (checkout / "basicsr" / "data" / "degradations.py").is_file():
         raise SystemExit(f"{checkout} holds no basicsr/data/degradations.py")
     with stub_modules(checkout):
@@ -223,7 +230,7 @@ def original(
 
     @torch.no_grad()
     def apply(kernels_by_picture: list[dict[str, Any]]) -> None:
-        for start in range(0, len(planes) // batch_size * batch_size, batch_size):
+        for start in range(0, len(planes), batch_size):
             rows = slice(start, start + batch_size)
             kernels = ("kernel1", "kernel2", "sinc_kernel")
             data = {name: torch.stack([item[name] for item in kernels_by_picture[rows]]) for name in kernels}
@@ -248,6 +255,8 @@ def measure(
     """CPU milliseconds per picture: medians over interleaved rounds, ratio of the arms, and whether the row is void."""
     import torch
 
+    if min(pictures, rounds, seeds) < 1:
+        raise SystemExit(f"pictures, rounds and seeds must be at least 1, got {pictures}, {rounds} and {seeds}")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     hq, results = crops(photos, pictures, side), []
@@ -270,7 +279,7 @@ def measure(
             row |= {f"{name}_ms": round(median, 2), f"{name}_spread": round((max(values) - min(values)) / median, 3)}
         row["void"] = max(row[f"{name}_spread"] for name in arms) > MAX_SPREAD
         if basicsr is not None:
-            row["ratio"] = round(row["original_ms"] / row["ours_ms"], 1)
+            row["ratio"] = ratio(statistics.median(times["original"]), statistics.median(times["ours"]), 1)
         results.append(row)
     return results
 

@@ -23,7 +23,7 @@ from typing import Any
 import bench_degradation as bench
 import numpy as np
 import torch
-from timing import MAX_SPREAD, synchronise
+from timing import MAX_SPREAD, ratio, synchronise
 
 SHARPENING = {"realesrgan": "twice", "instantir": "once", "instarevive-bsr": "off"}
 
@@ -69,7 +69,7 @@ def measure(
             spreads = [(max(values) - min(values)) / statistics.median(values) for values in rates.values()]
             row |= {"spread": round(max(spreads), 3), "void": max(spreads) > MAX_SPREAD}
             if basicsr is not None:
-                row["ratio"] = round(row["ours_images_per_s"] / row["original_images_per_s"], 2)
+                row["ratio"] = ratio(*(statistics.median(rates[name]) for name in ("ours", "original")))
             if device != "cpu":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             results.append(row)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timing import psnr, summary, take_turns
+from timing import psnr, ratio, summary, take_turns
 
 if TYPE_CHECKING:
     import torch
@@ -315,7 +315,7 @@ def measure_sampling(
     rows = []
     for arm, times in seconds.items():
         row = {"what": "sampling", "size": name, "arm": arm, "steps": size.steps, **summary(times, device)}
-        row |= {"ratio_to_obvious": round(statistics.median(seconds["obvious"]) / statistics.median(times), 2)}
+        row |= {"ratio_to_obvious": ratio(statistics.median(seconds["obvious"]), statistics.median(times))}
         tflop = count_step_flops(size, fast.merged and arm != "obvious") * size.steps
         row |= {"tflop": round(tflop, 3), "merged": fast.merged}
         row |= {"compile": speed.compile if arm != "obvious" else "off"}
@@ -324,7 +324,7 @@ def measure_sampling(
         elif arm != "ours":
             row["psnr_to_exact_db"] = round(psnr(results[arm].float(), exact), 1)
         if arm in ("obvious", "ours") and device == "cuda":
-            row["tflop_per_s"] = round(tflop / statistics.median(times), 1)
+            row["tflop_per_s"] = ratio(tflop, statistics.median(times), 1)
         rows.append(row)
     if device == "cuda":
         rows.append({"what": "once", "size": name, **measure_once(network, fast, inputs[2], device, rounds)})
@@ -375,7 +375,8 @@ def measure_reuse(model: Path, device: str = "cpu", count: int = 4, steps: int =
     exact, rows = restore(), []
     for previews, features in ((2, 1), (3, 1), (2, 2), (3, 3)):
         error = np.square(restore(preview_every=previews, aggregator_every=features) - exact).mean(axis=(1, 2, 3))
-        decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
+        with np.errstate(divide="ignore"):
+            decibels = 10 * np.log10(255**2 / error)  # infinite for equal pictures
         row = {"what": "reuse", "steps": steps, "preview_every": previews, "aggregator_every": features}
         rows.append({**row, "psnr_db": round(float(decibels.mean()), 1), "worst_db": round(float(decibels.min()), 1)})
     return rows

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench_instantir import Size, build_network, measure_ceiling, sizes
-from timing import summary, take_turns
+from timing import ratio, summary, take_turns
 
 if TYPE_CHECKING:
     import torch
@@ -109,10 +109,10 @@ def measure_training(
     rows = []
     for arm, times in seconds.items():
         row = {"what": "aggregator train step", "size": name, "arm": arm, "batch": batch_size, **summary(times, device)}
-        row |= {"ratio_to_plain": round(statistics.median(seconds["plain"]) / statistics.median(times), 2)}
+        row |= {"ratio_to_plain": ratio(statistics.median(seconds["plain"]), statistics.median(times))}
         row |= {"loss": losses[arm], "tflop": round(tflop, 4), "compile": speed.compile if arm == "ours" else "off"}
         if on_gpu:
-            row |= {"tflop_per_s": round(tflop / statistics.median(times), 1)}
+            row |= {"tflop_per_s": ratio(tflop, statistics.median(times), 1)}
             row |= {"samples_per_s": round(batch_size / statistics.median(times), 2)}
             row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
         rows.append(row)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timing import psnr, repeat, summary, synchronise
+from timing import psnr, ratio, repeat, summary, synchronise
 
 if TYPE_CHECKING:
     import torch
@@ -266,9 +266,9 @@ def measure_generate(
                 exact = plain[batch]["plain"][1]
                 row |= {"difference": float((result - exact).abs().max() / exact.abs().max())}
                 row |= {"psnr_db": round(psnr(result, exact), 1)}
-                row |= {"ratio_to_plain": round(statistics.median(plain[batch]["plain"][0]) / median, 2)}
+                row |= {"ratio_to_plain": ratio(statistics.median(plain[batch]["plain"][0]), median)}
             if on_gpu:
-                row |= {"tflop_per_s": round(sum(tflop.values()) * batch / median, 1), "peak_gib": round(peak, 1)}
+                row |= {"tflop_per_s": ratio(sum(tflop.values()) * batch, median, 1), "peak_gib": round(peak, 1)}
             rows.append({**row, **_goals(case, batch, median)})
     rows.append(
         {

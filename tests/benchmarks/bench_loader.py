@@ -44,7 +44,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from timing import MAX_SPREAD
+from timing import MAX_SPREAD, ratio
 
 BATCH, WORKERS = 32, 2
 MB_A_WORKER = 300  # the memory goal of all processes: the object store's cap and this for each worker
@@ -304,7 +304,7 @@ def measure(
     row["memory_goal_mb"] = row["store_mb"] + MB_A_WORKER * WORKERS
     row["void"] = max(row[arm]["spread"] for arm in arms) > MAX_SPREAD
     if "ours" in arms:
-        row |= {f"ours_over_{arm}": round(row["ours"]["cpu_ms"] / row[arm]["cpu_ms"], 3) for arm in arms[:-1]}
+        row |= {f"ours_over_{arm}": ratio(row["ours"]["cpu_ms"], row[arm]["cpu_ms"], 3) for arm in arms[:-1]}
     return row
 
 

@@ -190,7 +190,10 @@ def run_leg(folder: Path, count: int, shard_mib: float) -> dict[str, Any]:
 
 
 def steadiness(points: list[tuple[float, int]]) -> float | None:
-    """Rate over the last tenth divided by the rate over the first; None with fewer than 22 points."""
+    """Rate over the last tenth divided by the rate over the first.
+
+    None with fewer than 22 points, or if their clock or count stands still over a tenth: there is no rate then.
+    """
     if len(points) < 22:
         return None
     times = np.array([at for at, _ in points])
@@ -198,10 +201,12 @@ def steadiness(points: list[tuple[float, int]]) -> float | None:
     low, high, span = counts[0], counts[-1], (counts[-1] - counts[0]) / 10
 
     def rate(begin: float, end: float) -> float:
-        return float((end - begin) / (np.interp(end, counts, times) - np.interp(begin, counts, times)))
+        seconds = float(np.interp(end, counts, times) - np.interp(begin, counts, times))
+        return (end - begin) / seconds if seconds > 0 else 0.0
 
     # The first results wait for the start of workers and the last for the slowest worker, so both are left out.
-    return round(rate(high - 1.5 * span, high - 0.5 * span) / rate(low + 0.5 * span, low + 1.5 * span), 3)
+    last, first = rate(high - 1.5 * span, high - 0.5 * span), rate(low + 0.5 * span, low + 1.5 * span)
+    return round(last / first, 3) if last > 0 and first > 0 else None
 
 
 def fit(legs: list[dict[str, Any]]) -> dict[str, float | None]:

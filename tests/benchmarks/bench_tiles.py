@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import sys
 import time
@@ -58,6 +59,9 @@ def nano_restorer(model: Path | None) -> InstantIRRestorer:
 def seam_score(picture: Image, borders: tuple[list[int], list[int]], width: int = 2) -> float:
     """Mean step across tile borders over the mean step `width` pixels away from them; 1 without a seam.
 
+    Infinite if the picture is flat away from the borders and steps at them.
+
+
     Args:
         picture: uint8 [H, W, 3].
         borders: rows and columns where a tile begins or ends.
@@ -70,7 +74,8 @@ def seam_score(picture: Image, borders: tuple[list[int], list[int]], width: int 
             line = [steps.take(i, axis=axis).mean() for i in (place - 1, place - 1 - width, place - 1 + width)]
             border_steps.append(line[0])
             near_steps.append((line[1] + line[2]) / 2)
-    return float(np.mean(border_steps) / max(np.mean(near_steps), 1e-9))
+    border, near = float(np.mean(border_steps)), float(np.mean(near_steps))
+    return border / near if near else math.inf if border else 1.0
 
 
 def borders_of(height: int, width: int, tile_px: int, overlap: float, multiple_px: int) -> tuple[list[int], list[int]]:

@@ -38,3 +38,5 @@ def test_the_fit_is_a_line_and_rates_are_compared() -> None:
     slowing = [(t * t / 1000, t) for t in range(1, 200)]
     assert scale.steadiness(slowing) < 0.5
     assert scale.steadiness(even[:5]) is None
+    assert scale.steadiness([(1.0, t) for t in range(200)]) is None, "a clock that stands still"
+    assert scale.steadiness([(t / 10, 7) for t in range(200)]) is None, "nothing was done"

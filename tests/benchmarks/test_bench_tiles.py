@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,10 @@ def test_the_score_is_above_one_at_a_seam_only() -> None:
     seam[:, 32:] += 3
     assert bench.seam_score(seam, ([], [32])) == pytest.approx(4.0)
     assert bench.seam_score(seam, ([], [16, 48])) == pytest.approx(1.0)
+    flat = np.full((64, 64, 3), 90, np.uint8)
+    assert bench.seam_score(flat, ([], [32])) == 1.0
+    flat[:, 32:] += 1
+    assert bench.seam_score(flat, ([], [32])) == math.inf
     assert bench.borders_of(120, 200, 64, 0.25, 8) == (sorted({24, 64, 56, 88}), sorted({40, 64, 104, 88, 136, 152}))
 
 

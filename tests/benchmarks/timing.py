@@ -53,6 +53,17 @@ def summary(times: Sequence[float], device: str) -> dict[str, Any]:
     return {clock: round(median, 5), "spread": round(spread, 3), "void": spread > MAX_SPREAD}
 
 
+def ratio(numerator: float, denominator: float, digits: int = 2) -> float:
+    """A ratio of two measurements, rounded.
+
+    Raises:
+        SystemExit: one of them is not a positive number: nothing was measured, and a ratio of it would look valid.
+    """
+    if not (0 < numerator < math.inf and 0 < denominator < math.inf):
+        raise SystemExit(f"nothing was measured: a ratio of {numerator:g} and {denominator:g} says nothing")
+    return round(numerator / denominator, digits)
+
+
 def psnr(result: torch.Tensor, exact: torch.Tensor) -> float:
     """PSNR of latents or pictures with the range of the exact ones, dB."""
     error = float((result - exact).square().mean())

@@ -297,8 +297,6 @@ def test_a_random_metric_draws_the_same_for_every_picture(monkeypatch: pytest.Mo
 
 def test_code_in_pyiqas_weights_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """pyiqa loads with weights_only=False; a file with code must raise an error, and its code must not run."""
-    import pickle
-
     import pyiqa
     from pyiqa.archs.arch_util import load_pretrained_network
 
@@ -315,9 +313,8 @@ def test_code_in_pyiqas_weights_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_
         return load_pretrained_network(torch.nn.Identity(), str(tmp_path / "evil.pth"), weight_keys="params")
 
     monkeypatch.setattr(pyiqa, "create_metric", create)
-    judge = build_scorer(ModelScore(name="evil", kind="pyiqa", model="musiq"))
-    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
-        judge([picture(64, 64, 1)])
+    with pytest.raises(ValueError, match=r"metric musiq: its weights .*evil\.pth cannot be read .*Weights only"):
+        build_scorer(ModelScore(name="evil", kind="pyiqa", model="musiq"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -334,3 +331,14 @@ def test_a_metric_that_cannot_score_a_single_picture_is_refused(metric: str, mes
     for judge in (build_scorer, check_scorer):
         with pytest.raises(ValueError, match=message):
             judge(ModelScore(name="score", kind="pyiqa", model=metric))
+
+
+def test_missing_weights_of_a_metric_end_the_scorer_and_not_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyiqa
+
+    def create(name: str, device: str) -> object:
+        raise OSError("no network")
+
+    monkeypatch.setattr(pyiqa, "create_metric", create)
+    with pytest.raises(ValueError, match=r"metric musiq cannot be opened \(OSError: no network\)"):
+        build_scorer(ModelScore(name="score", kind="pyiqa", model="musiq"))

@@ -179,3 +179,18 @@ def test_a_missing_prior_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(machine, "SHIPPED", tmp_path)
     monkeypatch.setattr(machine, "shipped_models", list)
     assert [(one.check, one.status) for one in machine.check_weights()] == [("nano prior", "fail")]
+
+
+def test_the_folder_of_metric_weights_is_named_and_judged(tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / "pyiqa"
+    nothing = machine.judge_metric_weights(folder)
+    assert nothing.status == "ok" and str(folder) in nothing.seen and "TORCH_HOME" in nothing.seen
+    folder.mkdir(parents=True)
+    (folder / "niqe.mat").write_bytes(b"weights")
+    assert machine.judge_metric_weights(folder).seen.startswith("1 files")
+    (folder / "musiq.pth").write_bytes(b"")
+    empty = machine.judge_metric_weights(folder)
+    assert empty.status == "warn" and "musiq.pth" in empty.seen and "Delete" in empty.advice
+    (tmp_path / "file").write_text("")
+    blocked = machine.judge_metric_weights(tmp_path / "file" / "pyiqa")
+    assert blocked.status == "warn" and "TORCH_HOME" in blocked.advice

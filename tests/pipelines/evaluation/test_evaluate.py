@@ -121,8 +121,6 @@ def test_no_score_at_all_is_a_failure_with_its_reason(folders, tmp_path):
         run(folders, tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["pictures"], summary["quarantined"]) == ([], 4)
-    with pytest.raises(Failure, match="no target"):  # every metric needs a target
-        evaluate(folders["lq"], folders["lq"], None, tmp_path / "out", metrics=("psnr",))
 
 
 def test_unwritable_output_is_one_sentence(folders, tmp_path, monkeypatch):
@@ -175,10 +173,42 @@ def test_small_inputs_are_brought_to_size(folders, tmp_path):
     assert summary.means["lq"]["psnr"]["mean"] < summary.means["restored"]["psnr"]["mean"]
 
 
-def test_without_targets_only_metrics_without_one_are_scored(folders, tmp_path):
-    summary = evaluate(folders["restored"], folders["lq"], None, tmp_path / "out", metrics=("psnr", "piqe"))
-    assert set(summary.means["restored"]) == {"piqe"}
-    assert {e["reason"] for e in summary.missing if e.get("metric") == "psnr"} == {"no target"}
+def test_without_targets_metrics_that_need_one_are_refused_and_the_others_work(folders, tmp_path):
+    with pytest.raises(UsageError, match=r"psnr, lpips: these metrics compare with the originals\. Add --hq .*piqe"):
+        evaluate(folders["restored"], folders["lq"], None, tmp_path / "out", metrics=("psnr", "piqe", "lpips"))
+    assert not (tmp_path / "out").exists()
+    for metrics in (None, ("piqe", "entropy")):
+        summary = evaluate(folders["restored"], folders["lq"], None, tmp_path / "out", metrics=metrics)
+        names = {"piqe"} if metrics is None else {"piqe", "entropy"}
+        assert all(set(summary.means[arm]) == names for arm in ("restored", "lq", "bicubic_median"))
+        assert {c.metric for c in summary.comparisons} == set(summary.verdicts) == names
+        assert summary.missing == [] and "hq" not in summary.folders
+
+
+def test_the_command_works_without_originals(folders, tmp_path):
+    command = ["evaluate", str(folders["restored"]), "--lq", str(folders["lq"]), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(build_app(), command)
+    assert result.exit_code == 0, result.output
+    assert "piqe: In piqe 4 pictures are too few to say" in result.output
+    result = CliRunner().invoke(build_app(), [*command, "--metric", "ssim"])
+    assert "ssim: this metric compares with the originals" in str(result.exception)
+
+
+def test_missing_weights_are_one_failure_and_no_missing_score(folders, tmp_path, monkeypatch):
+    import pyiqa
+
+    calls = []
+
+    def create(name, device):
+        calls.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(pyiqa, "create_metric", create)
+    with pytest.raises(Failure, match=r"metric niqe cannot be opened \(OSError: no network\)\.$"):
+        run(folders, tmp_path / "out", metrics=("niqe",))
+    assert calls == ["niqe"], "not once for each picture"
+    with pytest.raises(UsageError, match="fid judges sets of pictures"):
+        run(folders, tmp_path / "out", metrics=("psnr", "fid"))
 
 
 def test_baseline_is_median_then_bicubic():

@@ -260,3 +260,17 @@ def test_a_gate_without_enough_pictures_ends_before_the_training(tiny: Any, tmp_
     with pytest.raises(UsageError, match=r"at least 6 held-out pictures, and the largest corpus holds out 5.*split"):
         check_inputs(own, TrainInputs(corpora={"corpus": tmp_path / "few"}))
     check_inputs(own, TrainInputs(corpora={"corpus": tmp_path / "enough"}))
+
+
+def test_the_gates_metric_is_checked_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyiqa
+
+    def create(name: str, device: str) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(pyiqa, "create_metric", create)
+    monkeypatch.setattr(one_training, "train", lambda *_, **__: pytest.fail("it trained"))
+    for metric, error, words in (("lpips", Failure, "no network"), ("fid", UsageError, "sets of pictures")):
+        own = recipe(tmp_path / "teacher", f"gate.metric={metric}")
+        with pytest.raises(error, match=f"{metric}.*{words}"):
+            one_training.train_one(own, TrainInputs(), tmp_path / "out", progress=lambda *_: None)

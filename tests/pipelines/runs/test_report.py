@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -191,7 +192,6 @@ def test_the_best_arm_is_marked_by_direction(run_dir):
 
 @pytest.mark.parametrize("missing", ["curate", "dcp", "restore", "evaluate", "plan.json"])
 def test_partial_runs_have_a_report(run_dir, missing):
-    import shutil
 
     if missing == "plan.json":
         (run_dir / missing).unlink()
@@ -351,3 +351,15 @@ def test_the_report_of_an_earlier_run_claims_nothing_on_few_pictures(run_dir):
     del summary["means"]
     path.write_text(json.dumps(summary))
     assert "its verdict is shown as it was written" in page_of(run_dir).text
+
+
+def test_the_report_of_an_evaluation_without_originals(run_dir):
+    source = run_dir / "restore-00000000"
+    shutil.rmtree(run_dir / "evaluate-00000000")
+    shutil.rmtree(source / "hq")
+    evaluate(source / "restored", source / "lq", None, run_dir / "evaluate-00000000")
+    page = page_of(run_dir)
+    assert "3 pictures are too few to say whether restored beats its input in piqe" in page.text
+    assert "piqe" in page.text and "psnr better" not in page.text
+    assert "ground truth" not in page.text.split("Before and after")[1].split("Scores")[0]
+    assert page.open == []

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from components.models import ModelError
     from components.priors.sdxl import Prior
-    from components.samplers.schedules import Schedule
+    from components.samplers.schedules import Sampling, Schedule
 
 NEGATIVE_PROMPTS: dict[str, str] = {
     # SUPIR Fig. 19: the prompt of its negative samples
@@ -213,17 +213,22 @@ def image_to_image(
 
     height, width = images.shape[-2:]
     latents = prior.encode(images)
-    sigmas = image_to_image_sigmas(prior.schedule, settings.steps, settings.strength).to(latents.device)
+    schedule = prior.schedule
+    sigmas = image_to_image_sigmas(schedule, settings.steps, settings.strength, prior.sampling).to(latents.device)
     denoise = prompt_denoiser(prior, prompts, (height, width), settings.cfg_scale, settings.negative_prompt)
-    return prior.decode(sample_ddim(denoise, latents + sigmas[0] * noise, sigmas))
+    latents = sample_ddim(denoise, latents + sigmas[0] * noise, sigmas)
+    return prior.decode(schedule.preserving(latents, sigmas[-1].expand(len(latents))))
 
 
-def image_to_image_sigmas(schedule: Schedule, steps: int, strength: float) -> Tensor:
-    """Return sigmas of the last n = int(steps * strength) of `steps` steps, and a final 0: float32 [n + 1], falling.
+def image_to_image_sigmas(schedule: Schedule, steps: int, strength: float, sampling: Sampling | None = None) -> Tensor:
+    """Return sigmas of the last n = int(steps * strength) of `steps` steps, and the final level: float32 [n + 1].
 
     This is diffusers' definition of "strength", the name that SUPIR's authors use too.
     """
-    return schedule.sampling_sigmas(schedule.timesteps(steps)[steps - int(steps * strength) :])
+    from components.samplers.schedules import Sampling
+
+    sampling = sampling or Sampling()
+    return sampling.sigmas(schedule, sampling.timesteps(schedule, steps)[steps - int(steps * strength) :])
 
 
 def prompt_denoiser(

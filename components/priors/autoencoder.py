@@ -38,7 +38,7 @@ def encode_pixels(autoencoder: nn.Module, images: Tensor, noise: Tensor | None =
             latents = distribution.mode()
         else:
             latents = distribution.mean + distribution.std * noise.to(distribution.mean)
-    return latents.to(images.dtype) * _config(autoencoder)["scaling_factor"]  # type: ignore[no-any-return]
+    return scale_latents(autoencoder, latents.to(images.dtype))
 
 
 def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
@@ -46,9 +46,43 @@ def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
     if isinstance(autoencoder, SpaceToDepthAutoencoder):
         return autoencoder.decode(latents)
     with torch.autocast(latents.device.type, enabled=False):
-        scaled = latents / _config(autoencoder)["scaling_factor"]
-        images = autoencoder.decode(scaled.to(next(autoencoder.parameters()).dtype)).sample  # type: ignore[operator]
+        unscaled = unscale_latents(autoencoder, latents)
+        images = autoencoder.decode(unscaled.to(next(autoencoder.parameters()).dtype)).sample  # type: ignore[operator]
     return images.to(latents.dtype)  # type: ignore[no-any-return]
+
+
+def scale_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """An AutoencoderKL's own latents [B, C, h, w] -> scaled ones: (x - shift) scaling_factor / deviation.
+
+    The shift is shift_factor (SD3, Flux) plus latents_mean, and the deviation latents_std (Playground), where the
+    configuration has them.
+    """
+    shift, deviation = _shift_and_deviation(autoencoder, latents)
+    if shift is not None:
+        latents = latents - shift
+    latents = latents * _config(autoencoder)["scaling_factor"]
+    return latents if deviation is None else latents / deviation
+
+
+def unscale_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """The inverse of scale_latents."""
+    shift, deviation = _shift_and_deviation(autoencoder, latents)
+    if deviation is not None:
+        latents = latents * deviation
+    latents = latents / _config(autoencoder)["scaling_factor"]
+    return latents if shift is None else latents + shift
+
+
+def _shift_and_deviation(autoencoder: nn.Module, like: Tensor) -> tuple[Tensor | float | None, Tensor | None]:
+    config = _config(autoencoder)
+    mean, deviation = (
+        None if config.get(name) is None else like.new_tensor(config[name]).view(1, -1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    shift: Tensor | float | None = config.get("shift_factor")
+    if mean is not None:
+        shift = mean if shift is None else mean + shift
+    return shift, deviation
 
 
 def _config(autoencoder: nn.Module) -> Mapping[str, Any]:

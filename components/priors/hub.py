@@ -16,7 +16,7 @@ from torch import nn
 from components.models import ModelError, key_faults, load_model
 from components.places import SHIPPED, weights_folder
 from components.priors.files import DTYPES, Precision, check_prior_folder, first_line, read_json
-from components.priors.scheduler_config import SCHEDULER, read_schedule
+from components.priors.scheduler_config import SCHEDULER, read_sampling, read_schedule
 from components.priors.sdxl_config import (
     DINOV2,
     DINOV2_TOKEN_DIM,
@@ -26,7 +26,7 @@ from components.priors.sdxl_config import (
     SDXL_UNET,
     ImageView,
 )
-from components.samplers.schedules import Schedule
+from components.samplers.schedules import Sampling, Schedule
 from components.state_dicts import plain_keys
 
 _WEIGHTS = {
@@ -154,6 +154,7 @@ def load_sdxl(name: str, image_encoder: str = DINOV2, precision: Precision = "fp
         "tokenizers": tuple(tokenizers),
         "image_encoder": encoder,
         "schedule": _schedule(folder),
+        "sampling": read_sampling(folder) if (folder / SCHEDULER).is_file() else Sampling(),
         **view,
     }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from components.priors.autoencoder import autoencoder_factor, decode_latents, encode_pixels
 from components.priors.files import DTYPES, Precision
 from components.priors.sdxl_config import IMAGENET_MEAN, IMAGENET_STD, ImageView
-from components.samplers.schedules import Schedule
+from components.samplers.schedules import Sampling, Schedule
 
 
 @dataclass(kw_only=True)
@@ -33,6 +33,7 @@ class Prior:
         image_encoder: Dinov2Model; its last hidden state (class token first) is the input of the perceptor.
         schedule: the noise schedule of its training.
         view: preparation of pictures for the image encoder.
+        sampling: how it is sampled.
         image_encoder_name: folder or hub id of the image encoder if it is not part of the prior.
     """
 
@@ -46,6 +47,7 @@ class Prior:
     schedule: Schedule
     view: ImageView = field(default_factory=ImageView)
     image_encoder_name: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
 
     @property
     def source(self) -> dict[str, str]:

@@ -26,7 +26,7 @@ def sample_ddim(
     Args:
         denoise: called once per step with the latents and sigma [B].
         latents: [B, C, h, w] at noise level sigmas[0], variance-exploding.
-        sigmas: float [n + 1], falling; the last may be 0.
+        sigmas: float [n + 1], falling; the last may be 0, or equal the one before (a schedule's first level).
         on_step: called after each step; the preview is the clean estimate.
         cancelled: called before each step.
 
@@ -63,7 +63,9 @@ def _sample(
     on_step: OnStep | None,
     cancelled: Cancelled | None,
 ) -> Tensor:
-    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()) or float(sigmas[-1]) < 0:
+    differences = sigmas.diff()
+    falls = bool((differences[:-1] < 0).all()) and bool((differences[-1:] <= 0).all())
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not falls or float(sigmas[-1]) < 0:
         raise ValueError(f"sigmas must fall strictly and hold at least two levels, got {sigmas.tolist()}")
     steps = len(sigmas) - 1
     for step in range(steps):

@@ -8,13 +8,16 @@ with a = alphas_cumprod[t] and sigma = sqrt((1 - a) / a). The network's noise pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+Spacing = Literal["leading", "trailing", "linspace"]
+SPACINGS: Sequence[Spacing] = get_args(Spacing)
 
 
 class _Tables:
@@ -110,12 +113,13 @@ class Schedule(_Tables):
         alpha = self.alpha(timesteps, noisy.ndim).to(noisy.dtype)
         return alpha.sqrt() * velocity + (1 - alpha).sqrt() * noisy
 
-    def timesteps(self, n: int, spacing: Literal["leading", "trailing"] = "leading", offset: int = 1) -> Tensor:
+    def timesteps(self, n: int, spacing: Spacing = "leading", offset: int = 1) -> Tensor:
         """Time steps of an n-step sampler, int64 [n], falling.
 
         Args:
             n: number of steps, 1 .. T.
-            spacing: "leading" (SDXL's) takes multiples of T // n plus `offset`; "trailing" starts at T - 1.
+            spacing: "leading" (SDXL's) takes multiples of T // n plus `offset`; "trailing" starts at T - 1; "linspace"
+                goes from T - 1 to 0.
             offset: added with "leading" (SDXL: 1).
 
         Raises:
@@ -129,16 +133,20 @@ class Schedule(_Tables):
             return (torch.arange(n - 1, -1, -1) * (steps // n) + offset).clamp_max(steps - 1)
         if spacing == "trailing":
             return (steps - torch.arange(n, dtype=torch.float64) * (steps / n)).round().long() - 1
-        raise ValueError(f"spacing must be leading or trailing, got {spacing!r}")
+        if spacing == "linspace":
+            return torch.linspace(0, steps - 1, n, dtype=torch.float64).round().long().flip(0)
+        raise ValueError(f"spacing must be {', '.join(SPACINGS)}, got {spacing!r}")
 
-    def sampling_sigmas(self, timesteps: Tensor) -> Tensor:
-        """VE noise levels of a sampler's int64 timesteps [n], and a final 0 -> float32 [n + 1].
+    def sampling_sigmas(self, timesteps: Tensor, final_clean: bool = True) -> Tensor:
+        """VE noise levels of a sampler's int64 timesteps [n], and the final level -> float32 [n + 1].
 
         On a "leading" grid the level after a step is that of the next grid point, T // n below. After the last step it
-        is 0 (diffusers' set_alpha_to_one; the golden recordings of the official loops use it).
+        is 0 (diffusers' set_alpha_to_one; the golden recordings of the official loops use it), or without `final_clean`
+        that of time step 0.
         """
         levels = self.sigma(timesteps)
-        return torch.cat([levels, levels.new_zeros(1)])
+        last = levels.new_zeros(1) if final_clean else self.sigma(torch.zeros_like(timesteps[:1]))
+        return torch.cat([levels, last])
 
     @staticmethod
     def preserving(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -149,6 +157,38 @@ class Schedule(_Tables):
     def exploding(latents: Tensor, sigma: Tensor) -> Tensor:
         """VP latents [B, ...] at sigma [B] -> VE latents."""
         return latents * (1 + sigma.square()).sqrt().view(-1, *[1] * (latents.ndim - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a prior is sampled, besides its noise schedule; the defaults are those of our models and of the golden files.
+
+    Attributes:
+        spacing, offset: of the time steps, see Schedule.timesteps (diffusers' timestep_spacing and steps_offset).
+        final_clean: DDIM ends at noise level 0; False: at that of time step 0 (diffusers' set_alpha_to_one). DDPM
+            always ends at 0.
+
+    Raises:
+        ValueError: an unknown spacing, or a negative offset.
+    """
+
+    spacing: Spacing = "leading"
+    offset: int = 1
+    final_clean: bool = True
+
+    def __post_init__(self) -> None:
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"timestep_spacing must be one of {', '.join(SPACINGS)}, got {self.spacing!r}")
+        if self.offset < 0:
+            raise ValueError(f"steps_offset must be at least 0, got {self.offset}")
+
+    def timesteps(self, schedule: Schedule, n: int) -> Tensor:
+        """Time steps of an n-step sampler, int64 [n], falling; raises ValueError as Schedule.timesteps."""
+        return schedule.timesteps(n, self.spacing, self.offset)
+
+    def sigmas(self, schedule: Schedule, timesteps: Tensor, ancestral: bool = False) -> Tensor:
+        """VE noise levels of these time steps and the final level, float32 [n + 1]; `ancestral` for DDPM."""
+        return schedule.sampling_sigmas(timesteps, self.final_clean or ancestral)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from components.cuda_graphs import Function, GraphedFunction, can_record
 from components.objectives.consistency import consistency_output
 from components.options import check_choices, settings_by_name
+from components.priors.autoencoder import scale_latents, unscale_latents
 from components.priors.sdxl import Prior
 from components.systems.instantir.aggregator import Residuals
 from components.systems.instantir.block_calls import autocast_is_on, compile_by_kind, recompute
@@ -214,14 +215,15 @@ class FastInstantIR:
         if noise is not None or not self._compiles(prior.autoencoder):
             return prior.encode(images, noise)
         with torch.autocast(images.device.type, enabled=False):
-            return self._encode(prior.autoencoder, images) * prior.autoencoder.config["scaling_factor"]  # type: ignore
+            return scale_latents(prior.autoencoder, self._encode(prior.autoencoder, images))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Prior.decode, compiled if `compile` is on."""
         prior = self.network.prior
         if not self._compiles(prior.autoencoder):
             return prior.decode(latents)
-        return self._decode(prior.autoencoder, latents / prior.autoencoder.config["scaling_factor"])  # type: ignore[index]
+        with torch.autocast(latents.device.type, enabled=False):
+            return self._decode(prior.autoencoder, unscale_latents(prior.autoencoder, latents))
 
     def _compiles(self, autoencoder: nn.Module) -> bool:
         """Whether an autoencoder is compiled; one with its own tiling is not."""
@@ -489,15 +491,19 @@ def _own_precision(walkable: Walkable) -> contextlib.AbstractContextManager[Any]
 
 
 def _decode(autoencoder: Any, latents: Tensor) -> Tensor:
-    """AutoencoderKL's decoding of unscaled latents, without tiling, slicing and its output class."""
+    """AutoencoderKL's decoding of unscaled latents, in their dtype, without tiling, slicing and its output class."""
+    dtype, latents = latents.dtype, latents.to(autoencoder.dtype)
     if autoencoder.post_quant_conv is not None:
         latents = autoencoder.post_quant_conv(latents)
     images: Tensor = autoencoder.decoder(latents)
-    return images
+    return images.to(dtype)
 
 
 def _encode(autoencoder: Any, images: Tensor) -> Tensor:
-    """The mode of AutoencoderKL's posterior, unscaled, without tiling, slicing and its output class."""
+    """The mode of AutoencoderKL's posterior, unscaled, without tiling, slicing and its output class.
+
+    In the pictures' dtype.
+    """
     moments = autoencoder.encoder(images.to(autoencoder.dtype))
     if autoencoder.quant_conv is not None:
         moments = autoencoder.quant_conv(moments)

@@ -180,8 +180,8 @@ def record(
     lq = prior.encode(images, noise=noise("encode") if options.encoding == "sample" else None)
     positive = conditions_of(network, images, prompts, options.view)
     negative = network.unconditional(positive, negative_prompts) if options.loop.guided else None
-    timesteps = prior.schedule.timesteps(options.steps)
-    sigmas = prior.schedule.sampling_sigmas(timesteps).to(prior.device)
+    timesteps = prior.sampling.timesteps(prior.schedule, options.steps)
+    sigmas = prior.sampling.sigmas(prior.schedule, timesteps, options.sampler == "ddpm").to(prior.device)
 
     start = noise("start")
     latents = (
@@ -199,7 +199,7 @@ def record(
         denoised=torch.stack(recorder.denoised),
         renewed=torch.tensor(recorder.renewed, device=lq.device),
         factors=torch.stack(recorder.factors),
-        latents=result,
+        latents=Schedule.preserving(result, sigmas[-1].expand(batch)),
     )
 
 

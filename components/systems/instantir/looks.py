@@ -65,8 +65,10 @@ def _generate(network: InstantIR, noise: Tensor, conditions: Conditions, recipe:
         negative, positive = eps.chunk(2)
         return latents - sigma.view(-1, 1, 1, 1) * guide(negative, positive, recipe.cfg_scale)
 
-    sigmas = schedule.sampling_sigmas(schedule.timesteps(recipe.steps_at_restore)).to(noise.device)
-    return sample_ddim(denoise, Schedule.exploding(noise, sigmas[0].expand(len(noise))), sigmas)
+    sampling = network.prior.sampling
+    sigmas = sampling.sigmas(schedule, sampling.timesteps(schedule, recipe.steps_at_restore)).to(noise.device)
+    latents = sample_ddim(denoise, Schedule.exploding(noise, sigmas[0].expand(len(noise))), sigmas)
+    return Schedule.preserving(latents, sigmas[-1].expand(len(noise)))
 
 
 @contextlib.contextmanager

@@ -154,7 +154,8 @@ class InstantIRRestorer(Restorer):
         del noise
         boxes = self._boxes(shape[1], shape[2], options)
         positive, negative = self._conditions(batch, (boxes[0][2] * prior.factor, boxes[0][3] * prior.factor))
-        sigmas = prior.schedule.sampling_sigmas(prior.schedule.timesteps(options.steps)).to(prior.device)
+        timesteps = prior.sampling.timesteps(prior.schedule, options.steps)
+        sigmas = prior.sampling.sigmas(prior.schedule, timesteps, options.sampler == "ddpm").to(prior.device)
         latents = self._noise(batch, "start", shape)
         if options.start == "lq":
             latents = latents.mul_(sigmas[0]).add_(lq)
@@ -177,7 +178,8 @@ class InstantIRRestorer(Restorer):
             step_noise = lambda i: self._noise(batch, f"step {i}", shape)  # noqa: E731
             clean = sample_ddpm(denoise, latents, sigmas, step_noise, on_step, cancelled)
         del denoiser, denoise, latents, lq, hq
-        pictures = decode_images(self.fast, clean, keys=[job.request.key for job in batch])
+        finished = Schedule.preserving(clean, sigmas[-1].expand(len(clean)))
+        pictures = decode_images(self.fast, finished, keys=[job.request.key for job in batch])
         return [_finish(job, picture) for job, picture in zip(batch, pictures, strict=True)]
 
     def _boxes(self, height: int, width: int, options: Options) -> list[Box]:
@@ -202,7 +204,8 @@ class InstantIRRestorer(Restorer):
         text, pooled = prior.embed_prompts([job.request.prompt for job in batch])
         sizes = torch.tensor([[*size, 0, 0, *size]]).expand(len(batch), -1)
         views = torch.stack([view_pixels(job.unpadded, prior.view, batch[0].options.view) for job in batch])
-        tokens = prior.image_encoder(pixel_values=views.flatten(0, 1).to(prior.device)).last_hidden_state
+        pixels = views.flatten(0, 1).to(prior.device, next(prior.image_encoder.parameters()).dtype)
+        tokens = prior.image_encoder(pixel_values=pixels).last_hidden_state
         positive = Conditions(
             text=text,
             pooled=pooled,

@@ -316,7 +316,7 @@ def generate(
     """Clean latents [B, C, h, w] from prompts alone, by DDIM from standard normal noise."""
     text, pooled = prior.embed_prompts([""] * len(noise) + list(prompts))
     ids = prior.time_ids(torch.tensor([[*size, 0, 0, *size]]).expand(2 * len(noise), -1))
-    sigmas = prior.schedule.sampling_sigmas(prior.schedule.timesteps(steps)).to(noise.device)
+    sigmas = prior.sampling.sigmas(prior.schedule, prior.sampling.timesteps(prior.schedule, steps)).to(noise.device)
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         eps = prior.unet(
@@ -328,7 +328,8 @@ def generate(
         negative, positive = eps.chunk(2)
         return latents - sigma.view(-1, 1, 1, 1) * guide(negative, positive, cfg_scale)
 
-    return sample_ddim(denoise, Schedule.exploding(noise, sigmas[0].expand(len(noise))), sigmas)
+    latents = sample_ddim(denoise, Schedule.exploding(noise, sigmas[0].expand(len(noise))), sigmas)
+    return Schedule.preserving(latents, sigmas[-1].expand(len(noise)))
 
 
 @torch.no_grad()

@@ -75,7 +75,8 @@ def analyze_time(subject: Subject, mixed: str = "realesrgan", progress: Progress
     level = lv.quality_levels(mixed)[-1]
     pictures = list_study_pictures(job.images, job.out, job.limit)
     settings = {**run_settings(subject), "level": level.document()}
-    fixed_steps = fixed_timesteps(subject.network.prior.schedule.timesteps(subject.options.steps))
+    prior = subject.network.prior
+    fixed_steps = fixed_timesteps(prior.sampling.timesteps(prior.schedule, subject.options.steps))
     keys_on_sheet = sheet_keys(list(pictures.by_key))
 
     def measure(key: str, picture: Image) -> dict[str, Any]:

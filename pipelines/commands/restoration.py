@@ -19,6 +19,7 @@ from pipelines.commands.support import (
 )
 from pipelines.commands.words import Json, ModelOption, Overrides, RequiredOut
 from pipelines.core.console import Console
+from pipelines.core.devices import check_device
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
 
 
@@ -62,6 +63,7 @@ def restore(
     from pipelines.runs.registry import local_model
 
     console = Console(silent=as_json)
+    check_device(device)
     options, build = parse_options(overrides or []), build_options(device, precision, compile_mode)
     sources, _ = list_pictures(source, out)
     if captioner is None and caption_view != AUTO:
@@ -104,6 +106,7 @@ def serve(
     from pipelines.runs.registry import local_model
     from pipelines.service.serve import serve as serve_model
 
+    check_device(device)
     build = build_options(device, precision, compile_mode)
     opened = open_model(local_model(model), build)
     with local_ray():

@@ -9,6 +9,7 @@ import typer
 
 from pipelines.commands.support import Command, Device, complete_preset, parse_options, plain
 from pipelines.core.console import Console
+from pipelines.core.devices import check_device
 from pipelines.core.errors import EXIT_QUARANTINED
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def study_job(model: str, images: Path, out: Path, overrides: list[str] | None, 
     from pipelines.analysis.model import StudyJob
     from pipelines.runs.registry import local_model
 
+    check_device(str(settings.get("device", "cpu")), one_of=False)
     options = parse_options(overrides or [])
     return StudyJob(model=local_model(model), images=images, out=out, options=options, **settings)
 
@@ -194,6 +196,8 @@ def accuracy(
 ) -> None:
     """How well DINOv2 classifies degraded pictures (InstantIR's figure 3a); weights and pictures do not ship."""
     from pipelines.analysis.accuracy import analyze_accuracy
+
+    check_device(device, one_of=False)
 
     console = Console(silent=as_json)
     with console.bar("accuracy") as progress:

@@ -18,6 +18,7 @@ from pipelines.commands.support import (
 )
 from pipelines.commands.words import DryRun, Images, Json, Out, Overrides
 from pipelines.core.console import Console
+from pipelines.core.devices import check_gpus
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
 
 
@@ -61,6 +62,7 @@ def curate(
     if images is None:
         check_paths(resolved, argument=spec)
     check_sources(resolved, out)  # a folder without pictures fails here, before Ray starts
+    check_gpus(resolved)
     with local_ray(), console.bar("curate") as progress:
         result = curate_corpus(resolved, out, progress=progress)
     end_curation(result, out, console)
@@ -111,6 +113,7 @@ def caption(
     console = Console(silent=as_json)
     spec = caption_spec(model, overrides or [])
     open_corpus(corpus)
+    check_gpus(spec)
     with local_ray(), console.bar("caption") as progress:
         result = caption_corpus(corpus, spec, name, CaptionOptions(engine=engine), progress)
     captioned = result.samples - result.given - result.quarantined
@@ -140,7 +143,7 @@ def replay(
         reasons = retryable_reasons(corpus)
         console.result(reasons, [f"{count:>8}  {code}" for code, count in reasons.items()] or ["nothing"])
         return
-    saved_spec(corpus, overrides or [])
+    check_gpus(saved_spec(corpus, overrides or []))
     from pipelines.core.cluster import local_ray
 
     with local_ray(), console.bar("replay") as progress:

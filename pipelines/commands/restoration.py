@@ -21,6 +21,7 @@ from pipelines.commands.support import (
 )
 from pipelines.commands.words import Json, MaxMegabytes, MaxMegapixels, ModelOption, Overrides, RequiredOut
 from pipelines.core.console import Console
+from pipelines.core.devices import check_device
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
 
 
@@ -64,6 +65,7 @@ def restore(
     from pipelines.runs.registry import local_model
 
     console = Console(silent=as_json)
+    check_device(device)
     options, build = parse_options(overrides or []), build_options(device, precision, compile_mode)
     sources, _ = list_pictures(source, out)
     if captioner is None and caption_view != AUTO:
@@ -109,6 +111,7 @@ def serve(
     from pipelines.service.front import ServeLimits
     from pipelines.service.serve import serve as serve_model
 
+    check_device(device)
     build = build_options(device, precision, compile_mode)
     limits, defaults = picture_limits(max_megapixels, max_megabytes), ServeLimits()
     usual = max_megabytes is None and limits.max_pixels <= defaults.max_input_pixels

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COMPILE_MODES = ("off", "autoencoder", "blocks", "whole")
 """Which networks of a restorer torch.compile compiles, from none to all."""
 
-Device = Annotated[str, typer.Option(help="Device of the networks: cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="Device of the networks: cpu, or cuda for a GPU.")]
 
 Precision = Annotated[str, typer.Option(help="Precision of the weights: fp32, bf16 or fp16.")]
 

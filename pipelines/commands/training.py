@@ -9,6 +9,7 @@ import typer
 from pipelines.commands.support import complete_recipe, input_folders, plain, yaml_text
 from pipelines.commands.words import DryRun, Json, Out, Overrides
 from pipelines.core.console import Console
+from pipelines.core.devices import check_gpus
 from pipelines.core.errors import UsageError, unknown
 from pipelines.core.home import shipped_files
 
@@ -43,6 +44,7 @@ def train(
 
     folders = train_inputs(input_folders(inputs or []))
     check_inputs(resolved, folders)
+    check_gpus(resolved)
     with train_folder(resolved, folders, out), local_ray(), console.bar(resolved.name) as progress:
         result = train_one(resolved, folders, out, progress)
     lines = [f"model: {result.model}"]

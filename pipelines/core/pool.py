@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from pipelines.core.cluster import local_ray, require_cpus
+from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
 
 J = TypeVar("J")
@@ -88,8 +89,10 @@ def answers_of(make: Callable[[], Worker[J, A]], jobs: Sequence[J], pool: Pool) 
         pool: number and resources of the workers.
 
     Raises:
+        UsageError: a worker needs more GPUs than there are.
         Failure: Ray ended the job.
     """
+    check_gpus({"num_gpus": pool.num_gpus})
     if pool.workers == 0:
         worker = make()
         for start in range(0, len(jobs), pool.batch_size):

@@ -28,6 +28,7 @@ from components.overrides import yaml_text
 from components.quality_models import build_scorer, check_scorer
 from components.writing import LEFTOVERS, replace_file
 from pipelines.core.console import Progress, no_progress
+from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, RestorayError, UsageError, unknown
 from pipelines.core.folders import folder_lock
 from pipelines.core.pool import last_line, ray_errors
@@ -124,6 +125,7 @@ def curate(
     if images is not None:
         spec = for_folder(spec, Path(images))
     check_sources(spec, Path(out).absolute())
+    check_gpus(spec)
 
     def list_all(out: Path) -> Listing:
         _make_negatives(spec, out, report_progress)

@@ -17,6 +17,7 @@ from typing import Any
 from components.writing import replace_file
 from pipelines.core.cluster import local_ray
 from pipelines.core.console import Console
+from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.folders import check_output, folder_lock
 from pipelines.core.home import runs_folder
@@ -90,6 +91,9 @@ def run_plan(
     if options.dry_run:
         return result
 
+    for record in records:
+        if record.state != "done":  # no stage runs for hours before a later one fails
+            check_gpus(record.stage.resolved)
     start = time.monotonic()
     check_output(run_dir, resolved.free_mib if any(r.state != "done" for r in records) else 0)
     with folder_lock(run_dir):

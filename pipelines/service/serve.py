@@ -40,6 +40,7 @@ from components.options import OptionCheck
 from components.restoring import Ask, Identity, Picture, restore_bytes
 from components.types import Cancellation, Restorer, SampleError
 from pipelines.core.cluster import local_ray
+from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory, OpenedModel
@@ -246,6 +247,7 @@ def start(
         Failure: the model cannot be loaded, or not in time; or this Ray already runs a service.
     """
     limits = limits or ServeLimits()
+    check_gpus({"num_gpus": num_gpus})
     port = _free_port(host, port)
     with ExitStack() as stack:
         stack.enter_context(local_ray())

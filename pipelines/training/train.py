@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.recipes import Recipe
+from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.metrics import OnMetrics, Tail, heldout_losses
 from pipelines.core.pool import last_line
@@ -67,6 +68,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
             f"{recipe.name} needs {placement.gpus_per_worker:g} GPU for each worker, and Ray has none: "
             "placement.gpus_per_worker=0 trains on the CPU."
         )
+    check_gpus(recipe)
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": placement.gpus_per_worker} if use_gpu else {})
     scaling = ScalingConfig(num_workers=placement.workers, use_gpu=use_gpu, resources_per_worker=resources)
     cpus_per_task = data_cpus(recipe)

@@ -20,6 +20,7 @@ from components.captions.views import View, find_view
 from components.corpora import CaptionSpec
 from components.types import Image, SampleError
 from pipelines.core.console import Progress
+from pipelines.core.devices import check_gpus
 from pipelines.core.errors import UsageError, unknown
 from pipelines.core.pool import Pool
 from pipelines.corpus.columns.caption_engine import run_engine, vllm_processor
@@ -122,6 +123,7 @@ def caption_corpus(
         batch_size=spec.batch_size,
         short_side_px=int(plan.identity["short_side_px"]),
     )
+    check_gpus(spec)
     pool = Pool(workers=spec.workers, num_gpus=spec.num_gpus)
     result = compute_column(corpus_dir, column, pool, spec.overwrite, options.max_bad_fraction, progress, run)
     return CaptionResult(

@@ -14,8 +14,15 @@ from pathlib import Path
 from components.restoring import file_key
 from pipelines.core.errors import UsageError
 
-SIDECARS = frozenset({".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".xmp", ".yaml", ".yml"})
+SIDECARS = frozenset(
+    {".caption", ".csv", ".html", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".xmp", ".yaml", ".yml"}
+)
 """Suffixes of files that accompany pictures; such files are counted and never quarantined."""
+
+SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r")
+SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found")
+SYSTEM_NAMES = frozenset((*SYSTEM_FILES, *SYSTEM_FOLDERS, "system volume information"))
+"""Names, in lower case, of what operating systems, disk stations and picture browsers put beside pictures."""
 
 OWN_MARKS = {
     "plan.json": ("plan", "stages"),
@@ -32,12 +39,17 @@ They mark the folder of a run, a stage, a corpus, a restoration or a study, in t
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 
+def is_system_name(name: str) -> bool:
+    """Whether a file or a folder of this name is hidden, or is no user's: Thumbs.db, "._a.jpg", "__MACOSX"."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
 def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], int]:
     """Return pictures by key, in the order of their names, and the number of other files.
 
     The key is the relative path without its suffix, with "__" for "/". If two files would share a key, also on file
-    systems that ignore case, each keeps its suffix. Hidden files and sidecars do not count as pictures. Files below
-    `out`, and below folders inside `src` that an earlier run wrote, are left out.
+    systems that ignore case, each keeps its suffix. Hidden files, those of the system, and sidecars do not count as
+    pictures. Files below `out`, and below folders inside `src` that an earlier run wrote, are left out.
 
     Raises:
         UsageError: `src` does not exist, holds no picture, or is `out` itself.
@@ -51,10 +63,10 @@ def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], 
     paths: list[Path] = []
     other_files = 0
     for here, folders, names in os.walk(src):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not is_output(Path(here) / f, out))
+        folders[:] = sorted(f for f in folders if not is_system_name(f) and not is_output(Path(here) / f, out))
         for name in sorted(names):
             path = Path(here) / name
-            if name.startswith(".") or path.suffix.lower() in SIDECARS or not path.is_file():
+            if is_system_name(name) or path.suffix.lower() in SIDECARS or not path.is_file():
                 other_files += 1
             else:
                 paths.append(path)
@@ -87,7 +99,7 @@ def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Pa
     duplicates: set[str] = set()
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in relative.parts)
+        is_hidden = any(map(is_system_name, relative.parts))
         if is_hidden or path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
             continue
         key = relative.with_suffix("").as_posix()

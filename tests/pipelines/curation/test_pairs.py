@@ -36,7 +36,7 @@ def write_pairs(folder: Path, count: int = 8, names: tuple[str, str] = ("p{}", "
     for index in range(count):
         picture = dead_leaves(160, 7, index)[:128, :]
         (folder / "hq" / f"{names[0].format(index)}.png").write_bytes(encode_png(picture))
-        (folder / "lq" / f"{names[1].format(index)}.png").write_bytes(encode_png(dark(picture)))
+        (folder / "lq" / f"{names[1].format(index, index)}.png").write_bytes(encode_png(dark(picture)))
 
 
 def make(folder: Path, out: Path, *more: str) -> Path:
@@ -124,9 +124,8 @@ def test_smaller_inputs_of_a_scale(tmp_path: Path) -> None:
 
 
 def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
-    write_pairs(tmp_path / "pairs", names=("a{}", "b{}"))
-    (tmp_path / "pairs" / "lq" / "b0.png").unlink()
-    with pytest.raises(UsageError, match=r"holds 8 pictures and .* 7, and no name is in both"):
+    write_pairs(tmp_path / "pairs", names=("cat{}", "dog{}s{}"))
+    with pytest.raises(UsageError, match=r"8 of 8 inputs have no target .* 8 .* pairs: cat0.png with dog0s0.png"):
         make(tmp_path / "pairs", tmp_path / "corpus")
     with pytest.raises(UsageError, match="both the targets and the inputs"):
         make(tmp_path / "pairs", tmp_path / "other", f"pairs.0.lq={tmp_path / 'pairs' / 'hq'}")

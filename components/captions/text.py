@@ -1,7 +1,7 @@
 """Texts as lines that are safe in logs, tables and prompts. Torch-free.
 
-A picture may have several texts. A corpus stores them in one string with SEPARATOR between them, which no tidy text
-holds. So a caption of one text is that text.
+A picture may have several texts. The table of a corpus stores them in one string with SEPARATOR between them, which no
+tidy text holds. So a caption of one text is that text. Its manifest and shards have "captions" too, a list.
 """
 
 from __future__ import annotations

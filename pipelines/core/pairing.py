@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from os.path import splitext
 
 SHOWN = 3  # names of each side in a message
+ONE_RULE = "paired by equal names, or with one prefix and suffix for all"
 MAX_AFFIX_CHARS = 32  # ours: longest affix that is searched for
 
 
@@ -71,7 +72,8 @@ def pair_names(
         return _numbers(dict(best[0]), len(targets))
     if equal and not best:
         return _numbers(equal, len(targets))
-    raise NoPairs(_refusal(targets, inputs, equal, "paired by equal names, or with one prefix and suffix for all"))
+    how = f'paired by equal names, and "{_text(by_rule[best[0]].input)}" would pair them all' if best else ONE_RULE
+    raise NoPairs(_refusal(targets, inputs, equal, how))
 
 
 def _numbers(pairs: Mapping[int, int], count: int) -> list[int | None]:
@@ -149,24 +151,29 @@ def _rules(targets: _Names, inputs: _Names) -> Iterator[tuple[Affixes, dict[int,
         return
     stems = {*targets.stems}
     probe = min(inputs.stems, key=len)
-    for own, other in itertools.product(_affixes(inputs.stems), _affixes(targets.stems)):
+    prefix, suffix = _common_ends(inputs.stems)
+    for own, other in itertools.product(_affixes(prefix, suffix), _affixes(*_common_ends(targets.stems))):
         core = _strip(probe, own)
-        if not core or f"{other[0]}{core}{other[1]}" not in stems or not _is_rule(own, other, core):
+        if not core or f"{other[0]}{core}{other[1]}" not in stems or not _is_shortest(own, other):
             continue
+        # where both sides have a prefix, "cat" and "bat" share a part of a word and not a name
+        starts = not (own[0] and other[0]) or any(
+            _is_border(probe[at - 1], probe[at]) for at in range(len(own[0]), min(len(prefix) + 1, len(probe)))
+        )
+        ends = not (own[1] and other[1]) or any(
+            _is_border(probe[-at - 1], probe[-at]) for at in range(len(own[1]), min(len(suffix) + 1, len(probe)))
+        )
         affixes = Affixes(target=other, input=own)
-        if all(affixes.target_stem(stem) in stems for stem in inputs.stems):
+        if starts and ends and all(affixes.target_stem(stem) in stems for stem in inputs.stems):
             pairs = _apply(targets, inputs, affixes)
             if len(pairs) == len(inputs.stems):
                 yield affixes, pairs
 
 
-def _is_rule(own: tuple[str, str], other: tuple[str, str], core: str) -> bool:
-    """Whether two affixes change a name, are no longer than needed, and do not cut a word in two on both sides."""
-    if own == other or (own[0] and own[0][-1] == other[0][-1:]) or (own[1] and own[1][0] == other[1][:1]):
-        return False
-    starts = not (own[0] and other[0]) or _is_border(own[0][-1], core[0]) or _is_border(other[0][-1], core[0])
-    ends = not (own[1] and other[1]) or _is_border(core[-1], own[1][0]) or _is_border(core[-1], other[1][0])
-    return starts and ends
+def _is_shortest(own: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two affixes change a name, and no shorter ones make the same change."""
+    is_longer = (own[0] and own[0][-1] == other[0][-1:]) or (own[1] and own[1][0] == other[1][:1])
+    return own != other and not is_longer
 
 
 def _is_border(left: str, right: str) -> bool:
@@ -175,13 +182,17 @@ def _is_border(left: str, right: str) -> bool:
     return kinds[0] != kinds[1] or (left.islower() and right.isupper()) or not any(kinds[0])
 
 
-def _affixes(stems: Sequence[str]) -> list[tuple[str, str]]:
-    """All (prefix, suffix) that all of these stems have."""
+def _common_ends(stems: Sequence[str]) -> tuple[str, str]:
+    """The longest (prefix, suffix) that all of these stems have, up to MAX_AFFIX_CHARS."""
     first, last = min(stems), max(stems)
     prefix = first[: _shared(first, last)][:MAX_AFFIX_CHARS]
     backwards = [stem[::-1] for stem in stems]
     first, last = min(backwards), max(backwards)
-    suffix = first[: _shared(first, last)][:MAX_AFFIX_CHARS][::-1]
+    return prefix, first[: _shared(first, last)][:MAX_AFFIX_CHARS][::-1]
+
+
+def _affixes(prefix: str, suffix: str) -> list[tuple[str, str]]:
+    """All beginnings of a prefix with all ends of a suffix."""
     ends = [suffix[start:] for start in range(len(suffix) + 1)]
     return [(prefix[:length], end) for length in range(len(prefix) + 1) for end in ends]
 

@@ -16,7 +16,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.captions.text import split_texts
 from components.images import decode, read_png_text
 from components.places import SHIPPED
 from components.types import Image, SampleError
@@ -251,9 +250,9 @@ def corpus(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> list[dict[str
             picture = shard_picture(reader, places.get(str(row.get("key"))))
             if picture is not None:
                 uri = data_uri(shrink(picture, THUMBNAIL_PX), 75)
-                caption = " | ".join(split_texts(str(row.get("caption") or "")))
-                facts = {name: str(row.get(name) or "") for name in ("key", "split", "credit", "licence")}
-                thumbnails.append({"uri": uri, "caption": caption, **facts})
+                thumbnails.append(
+                    {"uri": uri, **{k: str(row.get(k) or "") for k in ("key", "split", "credit", "licence", "caption")}}
+                )
         corpora.append(
             {
                 "name": stage["name"],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from components.types import SampleError
-from pipelines.core.pictures import is_system_name
+from pipelines.core.pictures import SYSTEM_NAMES
 from pipelines.corpus.shards import BLOCK, PICTURE_EXTENSIONS, safe_key
 
 REFUSED_SUFFIXES = frozenset({"pickle", "pkl", "pyd", "pt", "pth", "npy", "npz"})
@@ -257,8 +257,8 @@ def _is_system_member(name: str) -> bool:
 
     Other hidden members are samples like any other.
     """
-    *folders, file = name.split("/")
-    return file.startswith("._") or any(not part.startswith(".") and is_system_name(part) for part in (*folders, file))
+    parts = name.split("/")
+    return parts[-1].startswith("._") or not SYSTEM_NAMES.isdisjoint(part.lower() for part in parts)
 
 
 def _is_unsafe(name: str, header: tarfile.TarInfo) -> bool:

@@ -26,7 +26,7 @@ MAX_CAPTION_BYTES = 16 * MAX_CAPTION_CHARS  # of a file or member that are read:
 MAX_TEXTS = 100  # ours: texts of one picture
 MAX_NOTE_CHARS = 200  # ours: of a licence or a credit
 
-CAPTION_FIELDS = ("caption", "prompt", "text")
+CAPTION_FIELDS = ("captions", "caption", "prompt", "text")
 LICENCE_FIELDS = ("licence", "license")
 STRUCT_FIELDS = ("raw", *CAPTION_FIELDS, "value")
 """Fields of a struct that hold its text: COCO's sentences are structs with "raw" and "tokens"."""

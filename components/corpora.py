@@ -291,24 +291,32 @@ class PrecomputeSpec:
 class PairSpec:
     """Pairs of target and input: of a benchmark, or of a training set whose inputs are already degraded.
 
-    Pictures are matched by their names without suffix. If the folders have no name in common, they are matched by
-    order: the n-th name of one folder belongs to the n-th of the other.
+    Pictures are matched by their paths without suffix. Where these differ, one affix for the whole set must give every
+    input a target of its own: "1x2" belongs to "1", "7_LR4" to "7_HR". Other folders are refused.
 
     Attributes:
         hq: folder of the targets; "" for real pictures without a reference.
         lq: folder of the inputs.
+        hq_name, lq_name: how the files are named, without suffix and with "{}" for what a target and its input share:
+            "{}_HR" and "{}_LR4"; "" finds it from the names.
         scale: ratio of the targets' sides to the inputs'; without targets, the scale to restore to.
         note: remarks for users.
     """
 
     hq: str = ""
     lq: str = ""
+    hq_name: str = ""
+    lq_name: str = ""
     scale: int = 1
     note: str = ""
 
     def __post_init__(self) -> None:
         if self.scale < 1:
             raise ValueError(f"the scale of a pair must be at least 1, got {self.scale}")
+        for field_name in ("hq_name", "lq_name"):
+            name = getattr(self, field_name)
+            if name and (name.count("{}") != 1 or "/" in name):
+                raise ValueError(f'{field_name} "{name}" needs one "{{}}" for what both names share, and no folder')
 
 
 @dataclass(kw_only=True)

@@ -203,6 +203,8 @@ def plan_lines(result: PlanResult) -> list[str]:
 
 def end_curation(result: CurateResult, out: Path, console: Console) -> None:
     """Print the result of curate or replay, and exit."""
+    for note in result.notes:
+        console.say(note)
     reasons = ", ".join(f"{count} {code}" for code, count in result.reasons.items())
     lines = [f"{result.accepted} accepted, {result.rejected} quarantined{f' ({reasons})' if reasons else ''}; {out}"]
     console.result(plain(result), [*lines, f"look at {result.report}"])

@@ -27,7 +27,8 @@ SIDECARS = frozenset(
 
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r")
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found")
-SYSTEM_NAMES = frozenset((*SYSTEM_FILES, *SYSTEM_FOLDERS, "system volume information"))
+SYSTEM_HIDDEN = (".ds_store", ".apdisk", ".trashes", ".fseventsd", ".spotlight-v100", "system volume information")
+SYSTEM_NAMES = frozenset((*SYSTEM_FILES, *SYSTEM_FOLDERS, *SYSTEM_HIDDEN))
 """Names, in lower case, of what operating systems, disk stations and picture browsers put beside pictures."""
 
 OWN_MARKS = {

@@ -63,7 +63,10 @@ TABLE = pa.schema(
         ("print", pa.binary()),
     ]
 )
-"""Columns of a split's table, which has one record batch per shard, in order. `print` is the perceptual fingerprint."""
+"""Columns of a split's table, which has one record batch per shard, in order. `print` is the perceptual fingerprint.
+
+A caption may hold several texts, see components.captions.text.
+"""
 
 CACHED_BATCHES = 64  # record batches that a Split remembers; they are mapped, so they need little memory
 

@@ -81,6 +81,7 @@ class CurateResult:
         report: the report.html of the corpus.
         digest: sha256 of the manifest.
         seconds: wall time.
+        notes: sentences on tables in folders: pictures without a row, and rows without a picture.
     """
 
     accepted: int
@@ -94,6 +95,7 @@ class CurateResult:
     report: Path
     digest: str
     seconds: float
+    notes: Sequence[str] = ()
 
 
 def curate(
@@ -181,6 +183,7 @@ def _curate(
         report=report,
         digest=digest,
         seconds=time.monotonic() - started,
+        notes=listing.sentences,
     )
 
 

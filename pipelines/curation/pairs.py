@@ -20,6 +20,7 @@ from components.images import Limits, decode
 from components.types import Image, SampleError
 from pipelines.core.console import Progress
 from pipelines.core.errors import UsageError
+from pipelines.core.pairing import NoPairs, pair_names
 from pipelines.core.pool import Pool
 from pipelines.core.rows import iter_lines
 from pipelines.corpus.columns.computing import ColumnResult, compute_column
@@ -64,12 +65,16 @@ def add_pairs(
         Failure, RetryLater: see compute_column.
     """
     by_source: dict[str, list[tuple[Entry, Input]]] = {}
+    unused: list[str] = []
     digest = hashlib.sha256()
     for pair in spec.pairs:
         if not pair.hq or pair.lq.startswith("<"):
             continue
         targets, inputs = _entries_of(_source_of(spec, pair)), _entries_of(SourceSpec(kind="folder", path=pair.lq))
-        for target, entry in zip(targets, match_inputs(targets, inputs, pair), strict=True):
+        matches = match_inputs(targets, inputs, pair)
+        used = {entry.path for entry in matches if entry}
+        unused += [entry.source.partition(":")[2] for entry in inputs if entry.path not in used]
+        for target, entry in zip(targets, matches, strict=True):
             input_ = Input(path=entry.path if entry else "", scale=pair.scale)
             by_source.setdefault(target.source, []).append((target, input_))
             digest.update(json.dumps([target.source, pair.scale, *_stamp(entry)]).encode())
@@ -81,7 +86,11 @@ def add_pairs(
         name=COLUMN,
         kind="picture",
         producer={"name": "pairs", "digest": digest.hexdigest()},
-        factory=functools.partial(PairReader, {key: input_ for key, input_ in inputs_by_key.items() if input_}),
+        factory=functools.partial(
+            PairReader,
+            {key: input_ for key, input_ in inputs_by_key.items() if input_},
+            f"; {len(unused)} inputs belong to none, the first is {unused[0]}" if unused else "",
+        ),
     )
     pool = Pool(workers=workers if len(inputs_by_key) > FEW else 0)
     # other files are another column, and the corpus has just been curated for them: overwrite
@@ -89,26 +98,27 @@ def add_pairs(
 
 
 def match_inputs(targets: Sequence[Entry], inputs: Sequence[Entry], pair: PairSpec) -> list[Entry | None]:
-    """The input of each target: the one of its name, or, if no name is in both folders, the one of its place.
-
-    If names decide, a target without an input gets None; it is quarantined later.
+    """The input of each target, by their names: see pipelines.core.pairing. A target without an input gets None.
 
     Raises:
-        UsageError: both sides are one folder; or no names are equal and the numbers of files differ.
+        UsageError: both sides are one folder, or a side is empty, or the names do not belong together.
     """
     if Path(pair.hq).resolve() == Path(pair.lq).resolve():
         raise UsageError(
             f"{pair.hq} holds both the targets and the inputs of a pair: the inputs need a folder of their own."
         )
-    by_key = {entry.key: entry for entry in inputs}
-    if any(entry.key in by_key for entry in targets):
-        return [by_key.get(entry.key) for entry in targets]
-    if len(targets) != len(inputs):
+    for folder, entries in ((pair.hq, targets), (pair.lq, inputs)):
+        if not entries:
+            raise UsageError(f"{folder} holds no picture for a pair.")
+    names = [[entry.source.partition(":")[2] for entry in entries] for entries in (targets, inputs)]
+    try:
+        numbers = pair_names(names[0], names[1], pair.hq_name, pair.lq_name)
+    except NoPairs as error:
         raise UsageError(
-            f"{pair.hq} holds {len(targets)} pictures and {pair.lq} {len(inputs)}, and no name is in both: "
-            "name each input like its target, or give as many of both in one order."
-        )
-    return list(inputs)
+            f"{pair.hq} and {pair.lq}: {error}. Name each input like its target, or say how they are named: "
+            "pairs.0.lq_name='{}x2'."
+        ) from error
+    return [None if number is None else inputs[number] for number in numbers]
 
 
 class PairReader:
@@ -116,10 +126,11 @@ class PairReader:
 
     Args:
         inputs: input by key of the corpus.
+        unused: words on the inputs without a target; "" for none.
     """
 
-    def __init__(self, inputs: Mapping[str, Input]) -> None:
-        self.inputs = inputs
+    def __init__(self, inputs: Mapping[str, Input], unused: str = "") -> None:
+        self.inputs, self.unused = inputs, unused
 
     def __call__(self, images: Sequence[Image], keys: Sequence[str]) -> list[Value | SampleError]:
         return [self._read(image, key) for image, key in zip(images, keys, strict=True)]
@@ -127,7 +138,7 @@ class PairReader:
     def _read(self, target: Image, key: str) -> bytes | SampleError:
         input_ = self.inputs.get(key)
         if input_ is None or not input_.path:
-            return SampleError("no_pair", "no input belongs to this picture", key)
+            return SampleError("no_pair", f"no input belongs to this picture{self.unused}", key)
         try:
             data = Path(input_.path).read_bytes()
             # decode refuses a picture without a declared range: its floats could lie in 0..1 or in -1..1

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from components.captions.text import split_texts
 from components.corpora import CorpusSpec
 from components.types import SampleError
 from components.writing import LEFTOVERS, replace_file, whole_file
@@ -86,7 +87,10 @@ def write_planned(plan: ShardPlan, spec: CorpusSpec, out: Path) -> dict[str, Any
             raise SourceChanged(f"{row['source']}: the file changed while it was curated")
         return data
 
-    samples = [shards.Sample(key=r["key"], ext=r["ext"], info={name: r[name] for name in MEMBER}) for r in rows]
+    samples = [
+        shards.Sample(key=r["key"], ext=r["ext"], info={**{name: r[name] for name in MEMBER}, **_texts(r)})
+        for r in rows
+    ]
     entry = shards.write_shard(out / plan.split, f"{plan.split}-{plan.number:05d}", samples, read)
     lines = [shards.json_line(manifest_row(row, entry["name"])) for row in rows]
     batch = shards.table_batch([{**row, **place} for row, place in zip(rows, entry["samples"], strict=True)])
@@ -107,7 +111,13 @@ def manifest_row(row: Mapping[str, Any], shard: str) -> dict[str, Any]:
     """A decided row as a row of the manifest, without paths of the machine."""
     names = ("key", "source", "sha256", "bytes", "width", "height", "split", "licence", "credit", "caption")
     scores = {c.removeprefix(SCORE): _round(v) for c, v in row.items() if c.startswith(SCORE) and v is not None}
-    return {**{name: row[name] for name in names}, "verdicts": scores, "shard": shard}
+    return {**{name: row[name] for name in names}, **_texts(row), "verdicts": scores, "shard": shard}
+
+
+def _texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """For a picture of several texts: the first as its caption, and all of them; {} for others."""
+    texts = split_texts(row["caption"])
+    return {"caption": texts[0], "captions": texts} if len(texts) > 1 else {}
 
 
 def _round(value: float) -> float:

@@ -5,9 +5,10 @@ Arms:
     lq               the degraded input, resized bicubically to its target's size if it is smaller.
     bicubic_median   a 3 x 3 median filter on the input, then the same resize: a baseline without a model.
 
-Pictures are paired by key: the path below the folder without its suffix. A picture without its counterparts is
-reported by name. Each row is appended to scores.jsonl at once. A rerun reuses every row whose pictures' sha256 and
-metric versions are unchanged, so a killed job loses at most one picture's work.
+Pictures are paired by key: the path below the folder without its suffix. If a folder has other names, one affix for all
+may turn them into those of the restored pictures (pipelines/core/pairing.py). A picture without its counterparts, or of
+another shape than these, is reported by name. Each row is appended to scores.jsonl at once. A rerun reuses every row
+whose pictures' sha256 and metric versions are unchanged, so a killed job loses at most one picture's work.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from components.types import Image, SampleError
 from components.writing import replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, UsageError, unknown
+from pipelines.core.pairing import NoPairs, pair_names
 from pipelines.core.pictures import pictures_by_key, read_picture
 from pipelines.core.rows import end_torn_line, read_lines, write_lines
 
@@ -241,6 +243,7 @@ def evaluate(
     paths = {role: pictures_by_key(folder, missing) for role, folder in folders.items()}
     if not paths[RESTORED]:
         raise UsageError(f"no pictures in {str(restored_dir)!r}")
+    paths |= {role: _with_keys_of(paths[RESTORED], paths[role], folders[role]) for role in paths if role != RESTORED}
     keys = []
     for key in sorted(set().union(*paths.values())):
         missing_roles = [role for role in folders if key not in paths[role]]
@@ -293,6 +296,28 @@ def _scorer(names: Sequence[str] | None, device: str, has_targets: bool) -> Metr
             "those that download weights, such as niqe and musiq."
         )
     return scorer
+
+
+def _with_keys_of(restored: Mapping[str, Path], others: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """Pictures of another folder by the keys of the restored ones; those without a partner keep their key.
+
+    Raises:
+        UsageError: the names fit in several ways.
+    """
+    if not others or restored.keys() <= others.keys():
+        return dict(others)
+    names = [[f"{key}{path.suffix}" for key, path in side.items()] for side in (others, restored)]
+    try:
+        numbers = pair_names(names[0], names[1])
+    except NoPairs as error:
+        if restored.keys().isdisjoint(others):
+            raise UsageError(f"{folder} does not fit the restored pictures: {error}.") from error
+        return dict(others)
+    keys = list(restored)
+    return {
+        other if number is None else keys[number]: path
+        for (other, path), number in zip(others.items(), numbers, strict=True)
+    }
 
 
 def _score_all(
@@ -356,6 +381,7 @@ def _score_row(
     pictures = {role: decode(bytes_, limits, key) for role, bytes_ in data.items()}
     restored, hq = pictures[RESTORED], pictures.get("hq")
     height, width = (restored if hq is None else hq).shape[:2]
+    _check_shapes(pictures["lq"], height, width, "restored picture" if hq is None else "target", key)
     results = {a: scorer.measure(_arm_picture(a, restored, pictures["lq"], height, width), hq, key) for a in arms}
     return {
         "key": key,
@@ -365,6 +391,20 @@ def _score_row(
         "scores": {arm: {name: round(value, 6) for name, value in s.values.items()} for arm, s in results.items()},
         "missing": {arm: s.missing for arm, s in results.items()},
     }
+
+
+def _check_shapes(lq: Image, height: int, width: int, role: str, key: str) -> None:
+    """Check that one scale turns the input's sides into those of its target, up to the rounding of a side.
+
+    Raises:
+        SampleError: pair_size: none does.
+    """
+    own_height, own_width = lq.shape[:2]
+    scale = width / own_width if width >= height else height / own_height  # the longer side is rounded least
+    off = max(abs(own_height * scale - height), abs(own_width * scale - width))
+    if off >= 2 * max(scale, 1.0):
+        detail = f"the input has {own_width} x {own_height} pixels and the {role} {width} x {height}: no one scale fits"
+        raise SampleError("pair_size", detail, key)
 
 
 def _arm_picture(arm: str, restored: Image, lq: Image | None, height: int, width: int) -> Image:

@@ -1,9 +1,9 @@
 """Prompts of the pictures in a restoration job: from a file, or from a captioner in the worker.
 
 A prompts file is JSON lines, {"key": "a", "prompt": "..."}, or a table (.csv). A table has a header with such names, or
-two columns without a header: picture and prompt. `key` or `file_name` names the picture. A `prompt` is used unchanged.
-A `caption` or `text` is put into the frame of the model's recipe, as in training. The `records.jsonl` of an earlier job
-is a valid prompts file, if all its pictures had a prompt.
+two columns without a header: picture and prompt. Its encoding and separator may be those of Excel. `key` or
+`file_name` names the picture. A `prompt` is used unchanged. A `caption` or `text` is put into the frame of the model's
+recipe, as in training. The `records.jsonl` of an earlier job is a valid prompts file, if all its pictures had a prompt.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from components.restoring import MAX_PROMPT_CHARS, Identity, as_sample_error, ch
 from components.systems import SYSTEMS
 from components.types import Request, Restorer, SampleError
 from pipelines.core.errors import UsageError, unknown
+from pipelines.core.tables import read_text, separator_of
 
 NAMES, TEXTS = ("key", "file_name"), ("prompt", "caption", "text")
 KINDS = (".jsonl", ".csv")
@@ -125,11 +126,9 @@ def _keys_by_name(sources: Mapping[str, Path], src: Path) -> dict[str, set[str]]
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_text(path.read_bytes(), str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text") from error
 
 
 def _json_lines(path: Path) -> Iterator[Line]:
@@ -157,7 +156,8 @@ def _only_field(path: Path, number: int, row: Mapping[str, Any], names: tuple[st
 
 
 def _table_lines(path: Path) -> Iterator[Line]:
-    rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    separator, table = separator_of(_text(path), {*NAMES, *TEXTS})
+    rows = csv.reader(io.StringIO(table, newline=""), delimiter=separator, strict=True)
     columns: list[str] = []
     try:
         for row in rows:

@@ -40,7 +40,8 @@ class StreamConfig:
         prompt: template of a row's prompt, with {caption} for the caption; "": the caption alone.
         captioner: source of captions: "tags" (computed from the crop), "manifest" (captions of the corpus),
             "column:NAME" (a text column of the corpus; null gives ""), "negative" (negative prompts in the manifest; a
-            sample without one is refused), or "" (no captions).
+            sample without one is refused), or "" (no captions). Of a sample's several texts one is drawn by (seed, key,
+            position).
         captioners: one captioner per source; (): `captioner` for all.
         captioning: writes missing captions, see texts.Captioning; None: they stay empty.
         latents, embeddings: columns of the corpora with precomputed latents and prompt embeddings; "": none.

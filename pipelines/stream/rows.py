@@ -48,7 +48,7 @@ from pipelines.corpus.shards import STORED_LIMITS, Corpus, ShardFile, Split, ope
 from pipelines.stream.columns import Precomputed, check_columns
 from pipelines.stream.config import DEAD_LEAVES, StreamConfig, captioner_of
 from pipelines.stream.ordering import Mixture, Order
-from pipelines.stream.texts import COLUMN, NEGATIVE, caption_missing
+from pipelines.stream.texts import COLUMN, NEGATIVE, caption_missing, draw_text
 
 RESERVE = 1 << 40
 """Distance between attempts: attempt k at position p reads the sample at p + k * RESERVE. No run gets so far."""
@@ -216,7 +216,7 @@ class _RowInput(NamedTuple):
         original: (height, width) of the picture before it was resized.
         corner: (top, left) of the crop in the resized picture.
         captioner: captioner of the source.
-        caption: caption from the corpus; "" for none.
+        caption: text from the corpus, one of several; "" for none.
         lq: paired or unpaired input; None if lq comes from a degradation or equals hq.
         replaced: errors of the samples that this row replaces; "" for none.
     """
@@ -293,7 +293,7 @@ def _first_usable(config: StreamConfig, position: int, source: str, candidates: 
             original=original,
             corner=corner,
             captioner=captioner,
-            caption=caption,
+            caption=draw_text(caption, config.seed, key, position),
             lq=lq,
             replaced="; ".join(failures),
         )

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from components.captions.presets import HUB_ID, PRESETS
+from components.captions.text import split_texts
 from components.captions.views import View, view_for
 from components.corpora import CaptionSpec
 from components.naming import did_you_mean
+from components.randomness import generator
 from components.systems import SYSTEMS
 from components.types import Image, SampleError
 from pipelines.core.errors import UsageError
@@ -73,6 +75,14 @@ class Captioning:
             (answer, "") if isinstance(answer, str) else ("", f"[{answer.code}] {key}: {answer.detail}")
             for key, answer in zip(keys, (results[n] for n in range(len(keys))), strict=True)
         ]
+
+
+def draw_text(caption: str, seed: int, key: str, position: int) -> str:
+    """Return one of a sample's texts, drawn by (seed, key, position); see components.captions.text."""
+    texts = split_texts(caption)
+    if len(texts) < 2:
+        return caption
+    return texts[int(generator(seed, "caption", key, position).integers(0, len(texts)))]
 
 
 def is_captioner(name: str) -> bool:

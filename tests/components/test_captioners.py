@@ -339,7 +339,7 @@ def test_broken_weights_raise_one_sentence(blip: Path, tmp_path: Path) -> None:
 
 def test_tidy() -> None:
     assert tidy("  a cat\n\n on\ta  mat \r\n") == "a cat on a mat"
-    assert tidy("a\x00b\x1b[31mred\x7f") == "ab[31mred"
+    assert tidy("a\x00b\x1b[31mred\x7f") == "a b [31mred"
     assert tidy("evil \u202etxt.exe\u2066 cut\ufffd") == "evil txt.exe cut"
     assert tidy("می\u200cخواهم 👩\u200d🎨") == "می\u200cخواهم 👩\u200d🎨"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from components.captions.identity import CaptionerPlan
 from components.captions.presets import TAGS, open_captioner
-from components.captions.text import tidy
+from components.captions.text import join_texts, split_texts
 from components.captions.views import View, find_view
 from components.corpora import CaptionSpec
 from components.types import Image, SampleError
@@ -140,8 +140,8 @@ def caption_corpus(
 
 
 def existing_caption(entry: Mapping[str, Any]) -> Value | None:
-    """The caption that a sample brought along, tidied; None for a sample without one."""
-    return tidy(str(entry.get("caption") or "")) or None
+    """The caption that a sample brought along, tidied, with all its texts; None for a sample without one."""
+    return join_texts(split_texts(str(entry.get("caption") or ""))) or None
 
 
 def _caption_worker(plan: CaptionerPlan, options: CaptionOptions) -> Worker:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from components.captions.text import split_texts
 from components.corpora import PrecomputeSpec
 from components.negatives import model_folder, prior_digest, square
 from components.types import Image, SampleError
@@ -293,7 +294,9 @@ class EmbeddingWorker:
                 text = self.column.value(task.split, shard.first + place)
             else:
                 text = str(part.locate(shard.first + place)[1]["caption"] or "")
-            if isinstance(text, str):
+            if isinstance(text, str) and len(split_texts(text)) > 1:  # a stream draws one for each row
+                shard.settle(place, SampleError("several_texts", "it has several texts, and an embedding is of one"))
+            elif isinstance(text, str):
                 texts[place] = text
             else:
                 shard.settle(place, SampleError("no_caption", f"column {self.captions} holds none"))

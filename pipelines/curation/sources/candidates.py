@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from components.corpora import FILE_SIZE_OPTION, CorpusSpec, SourceSpec
 from components.images import encode_png
 from components.synthetic import dead_leaves
+from components.text_files import decode_text
 from components.types import SampleError
 from pipelines.core.errors import RestorayError, first_line
 from pipelines.core.rows import iter_lines
@@ -31,10 +31,19 @@ from pipelines.curation.sources import stores, tars
 from pipelines.curation.sources.fetch import FetchedFile, Fetcher, fetch_many
 from pipelines.curation.sources.files import Entry
 from pipelines.curation.sources.parts import Part
-
-MAX_CAPTION_CHARS = 10_000  # ours: longer captions are cut; text encoders read less than a hundredth of it
-LICENCE_FIELDS = ("licence", "license")
-CAPTION_FIELDS = ("caption", "prompt", "text")
+from pipelines.curation.sources.texts import (
+    CAPTION_FIELDS,
+    CAPTION_SUFFIXES,
+    LICENCE_FIELDS,
+    caption_of,
+    caption_of_bytes,
+    first_caption,
+    key_of,
+    plain,
+    read_caption_file,
+    tidy_caption,
+    tidy_note,
+)
 
 
 @dataclass(kw_only=True)
@@ -98,8 +107,13 @@ def _of_files(part: Part, spec: CorpusSpec, out: Path) -> Iterator[Candidate]:
             at=place,
             problem=SampleError(*entry.refused, entry.key) if entry.refused else None,
         )
+        candidate.caption = entry.caption
         if entry.caption_path:
-            candidate.caption, stamp = _caption_file(entry.caption_path)
+            try:
+                candidate.caption, stamp = read_caption_file(entry.caption_path)
+            except SampleError as error:
+                candidate.problem = candidate.problem or SampleError(error.code, error.detail, entry.key)
+                stamp = f"|{entry.caption_version}"
             candidate.id = _short(version + stamp)
         limit = spec.filters.limits().max_bytes
         if not entry.refused and candidate.size > limit and not entry.leaves:
@@ -111,24 +125,6 @@ def _of_files(part: Part, spec: CorpusSpec, out: Path) -> Iterator[Candidate]:
 
 def _loader(reader: Bytes, at: str, key: str) -> Callable[[], bytes]:
     return lambda: reader.read(at, key)
-
-
-def _caption_file(path: str) -> tuple[str, str]:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe might never end
-            return "", ""
-        with open(path, encoding="utf-8", errors="replace") as source:
-            text = source.read(4 * MAX_CAPTION_CHARS)
-        return tidy_caption(text), f"|{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    except OSError:
-        return "", ""
-
-
-def tidy_caption(text: str) -> str:
-    """One line without control characters, of at most MAX_CAPTION_CHARS."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[: 2 * MAX_CAPTION_CHARS]).split())[
-        :MAX_CAPTION_CHARS
-    ]
 
 
 def _of_tar(part: Part, source: SourceSpec, reader: Bytes) -> Iterator[Candidate]:
@@ -158,7 +154,11 @@ def _of_sample(
     sample: tars.TarSample, archive: str, archive_id: str, part: Part, source: SourceSpec, reader: Bytes
 ) -> Iterator[Candidate]:
     """A candidate for each picture of a sample: `a.v1.jpg` and `a.v2.jpg` are two pictures."""
-    caption, licence, credit = _texts_of(sample.members, source)
+    problem: SampleError | None = None
+    try:
+        caption, licence, credit = _texts_of(sample.members, source)
+    except SampleError as error:
+        (caption, licence, credit), problem = ("", source.licence, source.credit), error
     pictures = [s for s in sample.offsets if s.rpartition(".")[2].lower() in shards.PICTURE_EXTENSIONS]
     for suffix in pictures:
         name = f"{sample.key}.{suffix}"
@@ -175,13 +175,14 @@ def _of_sample(
             caption=caption,
             size=size,
             at=at,
+            problem=SampleError(problem.code, problem.detail, key) if problem else None,
             load=_return(sample.members[suffix]) if in_memory else _loader(reader, at, key),
         )
     if not pictures:
         offset, key = min(sample.offsets.values()), shards.safe_key(sample.key)
         names = ", ".join(sorted(sample.members))[:1000]
-        problem = SampleError("no_picture", f"the sample holds {names} and no picture that we read", key)
-        yield Candidate(id=_short(f"{archive_id}|{offset}"), key=key, source=f"{archive}/{sample.key}", problem=problem)
+        none = SampleError("no_picture", f"the sample holds {names} and no picture that we read", key)
+        yield Candidate(id=_short(f"{archive_id}|{offset}"), key=key, source=f"{archive}/{sample.key}", problem=none)
 
 
 def _return(data: bytes) -> Callable[[], bytes]:
@@ -189,24 +190,35 @@ def _return(data: bytes) -> Callable[[], bytes]:
 
 
 def _texts_of(members: Mapping[str, bytes], source: SourceSpec) -> tuple[str, str, str]:
-    """(caption, licence, credit) from a sample's text and JSON members."""
+    """(caption, licence, credit) from a sample's text and JSON members.
+
+    Raises:
+        SampleError: bad_caption or not_text: a caption cannot be read.
+    """
     caption, licence, credit = "", source.licence, source.credit
+    texts = {suffix: data for suffix, data in members.items() if _kind(suffix) in CAPTION_SUFFIXES}
+    for suffix in sorted(texts, key=lambda suffix: CAPTION_SUFFIXES.index(_kind(suffix))):
+        caption = caption or caption_of_bytes(texts[suffix], f".{suffix}")
     for suffix, data in members.items():
-        kind = suffix.rpartition(".")[2].lower()
-        if kind == "txt" and not caption:
-            caption = data[: 4 * MAX_CAPTION_CHARS].decode("utf-8", "replace")
-        elif kind == "json":
-            try:
-                document = json.loads(data)
-            except (ValueError, RecursionError):  # RecursionError: thousands of brackets
-                continue
-            if isinstance(document, dict):
-                text = {name: value for name, value in document.items() if isinstance(value, str)}
-                names = (source.caption_column,) if source.caption_column else CAPTION_FIELDS
-                caption = next((text[name] for name in names if text.get(name)), caption)
-                licence = next((text[name] for name in LICENCE_FIELDS if text.get(name)), licence)
-                credit = text.get("credit") or credit
-    return tidy_caption(caption), tidy_caption(licence)[:200], tidy_caption(credit)[:200]
+        if _kind(suffix) != "json":
+            continue
+        try:
+            document = json.loads(decode_text(data))
+        except (ValueError, RecursionError, SampleError):  # RecursionError: thousands of brackets
+            continue
+        if isinstance(document, dict):
+            names = (source.caption_column,) if source.caption_column else CAPTION_FIELDS
+            caption = first_caption(document, names, f".{suffix}") or caption
+            text = {name: value for name, value in document.items() if isinstance(value, str | int)}
+            licences = (plain(text.get(name), name) for name in LICENCE_FIELDS)
+            licence = next(filter(None, licences), licence)
+            credit = plain(text.get("credit"), "credit") or credit
+    return caption, tidy_note(licence), tidy_note(credit)
+
+
+def _kind(suffix: str) -> str:
+    """The last part of a suffix, in lower case."""
+    return suffix.rpartition(".")[2].lower()
 
 
 def _of_row_group(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[Candidate]:
@@ -226,27 +238,33 @@ def _of_row_group(part: Part, source: SourceSpec, spec: CorpusSpec) -> Iterator[
         return
     for number in range(rows.num_rows):
         row = {name: rows.column(name)[number].as_py() for name in rows.column_names if name != source.image_column}
-        own = str(row.get(source.key_column) or "") if source.key_column else ""
-        name = shards.safe_key(own or f"{part.where['label'].rpartition('.')[0]}-{group:05d}-{number:06d}")
-        at = {"source": part.source, "path": part.where["path"], "group": group, "row": number}
-        place = json.dumps(at)
-        yield Candidate(
+        own = f"{part.where['label'].rpartition('.')[0]}-{group:05d}-{number:06d}"
+        candidate = Candidate(
             id=_short(f"{label}|{part.digest}|{number}"),
-            key=name,
+            key=shards.safe_key(own),
             source=f"{label}#{group}/{number}",
-            licence=str(row.get(source.licence_column) or "") or source.licence,
+            licence=source.licence,
             credit=source.credit,
-            caption=tidy_caption(str(row.get(source.caption_column) or "")),
-            at=place,
-            load=_loader(reader, place, name),
+            at=json.dumps({"source": part.source, "path": part.where["path"], "group": group, "row": number}),
         )
+        try:
+            if source.key_column:
+                candidate.key = shards.safe_key(key_of(row[source.key_column], f'the column "{source.key_column}"'))
+            if source.licence_column:
+                candidate.licence = plain(row[source.licence_column], source.licence_column) or source.licence
+            if source.caption_column:
+                candidate.caption = caption_of(row[source.caption_column], f'the column "{source.caption_column}"')
+        except SampleError as error:
+            candidate.problem = SampleError(error.code, error.detail, candidate.key)
+        candidate.load = _loader(reader, candidate.at, candidate.key)
+        yield candidate
 
 
 def _of_addresses(
     part: Part, source: SourceSpec, spec: CorpusSpec, out: Path, has_row: Callable[[str], bool]
 ) -> Iterator[Candidate]:
     rows = list(iter_lines(out / "work" / "parts" / part.where["list"]))
-    fresh = [row for row in rows if not has_row(_short(row["url"]))]
+    fresh = [row for row in rows if "refused" not in row and not has_row(_short(row["url"]))]
     spool = _Spool(out, part.name)
     try:
         with Fetcher(spec.download, spec.filters.limits().max_bytes) as fetcher:
@@ -258,9 +276,10 @@ def _of_addresses(
                     source=row["url"],
                     licence=row.get("licence") or source.licence,
                     credit=source.credit,
-                    caption=tidy_caption(row.get("caption", "")),
+                    caption=row.get("texts") or tidy_caption(row.get("caption", "")),
+                    problem=SampleError(row["refused"][0], row["refused"][1], row["key"]) if "refused" in row else None,
                 )
-                if not has_row(candidate.id):
+                if candidate.problem is None and not has_row(candidate.id):
                     answer = next(answers)
                     if isinstance(answer, FetchedFile):
                         candidate.load, candidate.size = _return(answer.data), len(answer.data)

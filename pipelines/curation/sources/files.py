@@ -5,24 +5,25 @@ Listing uses names and sizes only, and yields one entry at a time, since a folde
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.util
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from components.corpora import CorpusSpec, SourceSpec, SplitSpec
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.home import package_folder
-from pipelines.core.pictures import SIDECARS, is_output, is_own_sheet
+from pipelines.core.pictures import SIDECARS, is_output, is_own_sheet, is_system_name
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
+from pipelines.curation.sources.tables import FolderTables, Note
 from pipelines.curation.sources.tars import printable_name
+from pipelines.curation.sources.texts import CAPTION_SUFFIXES
 
 KINDS = frozenset({"folder", "skimage", "demo_corpus", "dead_leaves", "negatives"})
 """Kinds of sources that this module lists."""
@@ -38,6 +39,10 @@ SKIMAGE_CREDITS = {  # file: (licence, credit), from the docstrings of scikit-im
 }
 
 
+TABLE_CODES = ("bad_caption", "not_text")
+"""Codes of pictures that a metadata table describes wrongly: only a new listing reads the table again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One candidate picture of a listing.
@@ -49,6 +54,7 @@ class Entry:
         size, mtime_ns: bytes and modification time of a local file.
         licence, credit: for the manifest.
         version: version in a store, in the place of a modification time.
+        caption: caption from a table in a folder (tables.py).
         caption_path: path of a text file of the same name.
         caption_version: size and modification time of that text file.
         leaves: (size_px, seed, index) of a synthetic picture.
@@ -63,6 +69,7 @@ class Entry:
     licence: str = ""
     credit: str = ""
     version: str = ""
+    caption: str = ""
     caption_path: str = ""
     caption_version: str = ""
     leaves: tuple[int, int, int] | None = None
@@ -81,9 +88,10 @@ class Entry:
 
 @dataclass
 class SkippedFiles:
-    """Number of sidecar and hidden files in a listing."""
+    """Number of sidecar and hidden files in a listing, and sentences on its tables that a user should read."""
 
     count: int = 0
+    sentences: list[str] = field(default_factory=list)
 
 
 def iter_entries(source: SourceSpec, out: Path | None, skipped: SkippedFiles) -> Iterator[Entry]:
@@ -142,7 +150,8 @@ def identities(spec: CorpusSpec) -> Iterator[list[Any]]:
             for entry in iter_entries(source, None, SkippedFiles()):
                 # shipped pictures have the modification time of their check-out
                 mtime_ns = entry.mtime_ns if source.kind == "folder" else 0
-                yield [entry.key, entry.source, entry.size, mtime_ns, entry.version, entry.refused]
+                facts = [entry.key, entry.source, entry.size, mtime_ns, entry.version, entry.refused]
+                yield [*facts, entry.caption] if entry.caption else facts
         else:
             files = stores.list_files(source.path, source.storage)
             yield from ([name, size, version] for _, name, size, version in files)
@@ -178,30 +187,42 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped
         raise UsageError(f"{folder} is not a folder." if folder.exists() else f"there is no folder {folder}.")
     if out is not None and out.resolve() == folder.resolve():
         raise UsageError(f"{folder} is both input and output; choose another output folder.")
-    notes_of = _read_credits(folder)
+    tables = FolderTables(folder, source)
     unreadable: list[OSError] = []
     for parent, folders, files in os.walk(folder, onerror=unreadable.append):
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and not is_output(Path(parent) / n, out))
+        folders[:] = sorted(n for n in folders if not is_system_name(n) and not is_output(Path(parent) / n, out))
         for name in folders:
             if os.path.islink(os.path.join(parent, name)):
                 place = printable_name((Path(parent) / name).relative_to(folder).as_posix())
                 refused = ("linked_folder", "links to folders are not followed: name the folder as a source")
                 yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{place}", refused=refused)
-        captions = {name for name in files if name.endswith(".txt")}
+        tables.enter(Path(parent), files)
+        captions = _caption_files(files)
         for name in sorted(files):
             path = Path(parent) / name
-            if name.startswith(".") or path.suffix.lower() in SIDECARS or is_own_sheet(path):
+            if is_system_name(name) or path.suffix.lower() in SIDECARS or is_own_sheet(path):
                 skipped.count += 1
                 continue
-            entry = _file_entry(path, path.relative_to(folder).as_posix(), source, notes_of)
-            text_file = path.with_suffix(".txt")
-            yield _with_caption(entry, text_file) if text_file.name in captions else entry
+            entry = _file_entry(path, path.relative_to(folder).as_posix(), source, tables.note_of(path))
+            yield _with_caption(entry, path.with_name(captions[path.stem])) if path.stem in captions else entry
+    skipped.sentences += tables.close()
     for error in unreadable:
         place = printable_name(Path(error.filename).relative_to(folder).as_posix()) if error.filename else ""
         if place in ("", "."):
             raise UsageError(f"{folder} cannot be read: {error.strerror}.")
         refused = ("unreadable", f"folder cannot be listed: {error.strerror}")
         yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{printable_name(place)}", refused=refused)
+
+
+def _caption_files(files: Iterable[str]) -> dict[str, str]:
+    """Name of the caption file by stem, for any case of its suffix: a.txt goes before a.TXT and a.caption."""
+    by_stem: dict[str, str] = {}
+    names = [(stem, suffix, name) for name in files for stem, _, suffix in [name.rpartition(".")] if stem]
+    for kind in CAPTION_SUFFIXES:
+        for stem, suffix, name in sorted(names, key=lambda item: (item[1] != kind, item)):
+            if suffix.lower() == kind:
+                by_stem.setdefault(stem, name)
+    return by_stem
 
 
 def _with_caption(entry: Entry, text_file: Path) -> Entry:
@@ -217,8 +238,9 @@ def _stored(source: SourceSpec, skipped: SkippedFiles) -> Iterator[Entry]:
     """Candidates below an address of a store, or those that match a pattern."""
     for path, relative, size, version in stores.list_files(source.path, source.storage):
         name = relative.rpartition("/")[2]
+        is_system = any(map(is_system_name, relative.split("/")))
         suffix = "." + name.rpartition(".")[2].lower() if "." in name else ""
-        if name.startswith(".") or suffix in SIDECARS:
+        if is_system or suffix in SIDECARS:
             skipped.count += 1
             continue
         entry = Entry(
@@ -236,16 +258,16 @@ def _stored(source: SourceSpec, skipped: SkippedFiles) -> Iterator[Entry]:
         yield entry
 
 
-def _file_entry(path: Path, relative: str, source: SourceSpec, notes_of: Mapping[str, tuple[str, str]]) -> Entry:
+def _file_entry(path: Path, relative: str, source: SourceSpec, note: Note) -> Entry:
     suffix = path.suffix[1:].lower()
     name = printable_name(relative)
-    licence, credit = notes_of.get(relative, (source.licence, source.credit))
     entry = Entry(
         key=shards.safe_key(name[: len(name) - len(suffix) - 1] if _is_picture(suffix) else name),
         source=f"{source.kind}:{name}",
         path=str(path),
-        licence=licence,
-        credit=credit,
+        licence=note.licence,
+        credit=note.credit,
+        caption=note.caption,
     )
     try:
         status = path.stat()
@@ -255,7 +277,7 @@ def _file_entry(path: Path, relative: str, source: SourceSpec, notes_of: Mapping
         return replace(entry, refused=("not_image", "neither a file nor a link to one"))
     if suffix and not _is_picture(suffix):  # the content decides about a name without a suffix
         return replace(entry, refused=("not_image", f"the suffix .{suffix} is not of a picture format that we read"))
-    return replace(entry, size=status.st_size, mtime_ns=status.st_mtime_ns)
+    return replace(entry, size=status.st_size, mtime_ns=status.st_mtime_ns, refused=note.problem)
 
 
 def _is_picture(suffix: str) -> bool:
@@ -267,9 +289,11 @@ def entry_again(entry: Entry, source: SourceSpec) -> Entry | None:
     """The entry of a listed local file in its present state; None for an entry that is not a local file."""
     if not entry.path or stores.is_address(entry.path):
         return None
+    if entry.refused and entry.refused[0] in TABLE_CODES:
+        return entry
     relative = entry.source.removeprefix(f"{source.kind}:")
-    notes_of = {relative: (entry.licence, entry.credit)}
-    present = _file_entry(Path(entry.path), relative, source, notes_of)
+    note = Note(caption=entry.caption, licence=entry.licence, credit=entry.credit)
+    present = _file_entry(Path(entry.path), relative, source, note)
     text_file = entry.caption_path
     return replace(_with_caption(present, Path(text_file)) if text_file else present, key=entry.key)
 
@@ -282,7 +306,8 @@ def _skimage(source: SourceSpec) -> Iterator[Entry]:
     for name in source.names or sorted(SKIMAGE_CREDITS):
         if name not in SKIMAGE_CREDITS:
             raise unknown("cleared picture of scikit-image", name, SKIMAGE_CREDITS)
-        yield _file_entry(folder / name, name, source, SKIMAGE_CREDITS)
+        licence, credit = SKIMAGE_CREDITS[name]
+        yield _file_entry(folder / name, name, source, Note(licence=licence, credit=credit))
 
 
 def _leaves(source: SourceSpec) -> Iterator[Entry]:
@@ -297,18 +322,6 @@ def _leaves(source: SourceSpec) -> Iterator[Entry]:
             credit="made by this project",
             leaves=leaves,
         )
-
-
-def _read_credits(folder: Path) -> dict[str, tuple[str, str]]:
-    """(licence, credit) by file name from a CREDITS.csv in the folder; {} without one."""
-    try:
-        with open(folder / "CREDITS.csv", newline="", encoding="utf-8") as table:
-            rows = list(csv.DictReader(table))
-        return {row["file"]: (row["licence"], row["credit"]) for row in rows}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise UsageError(f"{folder / 'CREDITS.csv'} cannot be read: it needs columns file, licence, credit.") from error
 
 
 def for_folder(spec: CorpusSpec, folder: Path) -> CorpusSpec:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def list_again(
             with suppress(UsageError, Failure, OSError):  # it was removed: its rows get that error when they are tried
                 together = archive_parts(number, source, path, together[0].where["label"])
         parts += together
-    return Listing(parts=parts, skipped=listing.skipped)
+    return replace(listing, parts=parts)
 
 
 def _list_part_again(part: Part, spec: CorpusSpec, out: Path, sources: Collection[str]) -> Part:

@@ -12,7 +12,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,17 +21,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.corpora import CorpusSpec, SourceSpec
+from components.types import SampleError
 from components.writing import replace_file
 from pipelines.core.errors import Failure, UsageError, first_line, near_miss
+from pipelines.core.pictures import SIDECARS, is_system_name
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
 from pipelines.curation.sources.files import KINDS, Entry, SkippedFiles, iter_entries, nothing_to_curate
+from pipelines.curation.sources.texts import caption_of, check_text_columns, key_of, plain
 
 SMALLEST, USUAL, LARGEST = 8, 64, 256
 """Entries of a part of single files: least, usual and largest number. Ours: a part is some seconds of work."""
 
 ADDRESSES = (32, 256, 1024)
 """The same numbers for addresses, many of which are fetched at the same time."""
+
+MARKERS = frozenset({"_SUCCESS", "_metadata", "_common_metadata"})  # files that Spark puts beside its tables
 
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".txt")
 
@@ -55,10 +60,17 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """All parts in the order of the sources, and the number of skipped sidecar and hidden files."""
+    """All parts in the order of the sources.
+
+    Attributes:
+        parts: the parts.
+        skipped: number of sidecar and hidden files.
+        sentences: on tables in folders: pictures without a row, and rows without a picture.
+    """
 
     parts: list[Part]
     skipped: int
+    sentences: Sequence[str] = ()
 
 
 def list_parts(spec: CorpusSpec, out: Path) -> Listing:
@@ -96,7 +108,7 @@ def list_parts(spec: CorpusSpec, out: Path) -> Listing:
     for stale in folder.glob("*.jsonl") if folder.is_dir() else ():
         if stale.stem not in names:
             stale.unlink()
-    return Listing(parts=parts, skipped=skipped.count)
+    return Listing(parts=parts, skipped=skipped.count, sentences=skipped.sentences)
 
 
 def _file_line(entry: Entry, held_out: dict[str, str], some: list[str]) -> tuple[str, dict[str, Any]]:
@@ -170,10 +182,12 @@ class _Archive:
 
 
 def _archives(source: SourceSpec, out: Path) -> Iterator[_Archive]:
-    """Files of a source, without hidden ones and without our own output."""
+    """Files of a source, without hidden ones, sidecars (img2dataset's 00000_stats.json) and our own output."""
     own = f"{out.resolve()}{os.sep}"
     for path, relative, size, version in stores.list_files(source.path, source.storage):
-        if relative.rpartition("/")[2].startswith(".") or os.path.realpath(path).startswith(own):
+        suffix = "." + relative.rpartition(".")[2].lower()
+        is_sidecar = (suffix in SIDECARS and suffix != f".{source.kind}") or relative.rpartition("/")[2] in MARKERS
+        if is_sidecar or any(map(is_system_name, relative.split("/"))) or os.path.realpath(path).startswith(own):
             continue
         yield _archive(path, relative, size, version, source)
 
@@ -202,15 +216,16 @@ def _row_groups(number: int, source: SourceSpec, archive: _Archive) -> Iterator[
     try:
         with stores.open_file(archive.path, source.storage) as file:
             metadata = pq.ParquetFile(file).metadata
+            schema = metadata.schema.to_arrow_schema()
     except (OSError, pa.ArrowException) as error:  # the part's only row has this error
         sentence = getattr(error, "strerror", "") or first_line(error)
         yield Part(source=number, name=name, digest=digest, where={**where, "broken": sentence})
         return
     columns = (source.image_column, source.key_column, source.caption_column, source.licence_column)
     for column in filter(None, columns):
-        fields = metadata.schema.to_arrow_schema().names
-        if column not in fields:
-            raise UsageError(f'{archive.label} has no column "{column}".{near_miss(column, fields)}')
+        if column not in schema.names:
+            raise UsageError(f'{archive.label} has no column "{column}".{near_miss(column, schema.names)}')
+    check_text_columns(archive.label, schema, source.caption_column, source.key_column, source.licence_column)
     for group in range(metadata.num_row_groups):
         yield Part(source=number, name=f"{name}-{group:05d}", digest=digest, where={**where, "group": group})
 
@@ -220,22 +235,39 @@ def _row_groups(number: int, source: SourceSpec, archive: _Archive) -> Iterator[
 
 def _address_lines(source: SourceSpec) -> Iterator[tuple[str, dict[str, Any]]]:
     for path, relative, _, _ in stores.list_files(source.path, source.storage):
+        name = relative.rpartition("/")[2]
+        if name in MARKERS or name.endswith("_stats.json") or any(map(is_system_name, relative.split("/"))):
+            continue
         is_empty = True
         for row in _table_rows(path, relative, source):
             url = str(row.get(source.url_column) or "").strip()
             if not url:
                 continue
             is_empty = False
-            key = str(row.get(source.key_column) or "") if source.key_column else ""
-            line = {
-                "url": url,
-                "key": shards.safe_key(key or "url-" + hashlib.sha256(url.encode()).hexdigest()[:20]),
-                "caption": str(row.get(source.caption_column) or "") if source.caption_column else "",
-                "licence": str(row.get(source.licence_column) or "") if source.licence_column else "",
-            }
-            yield url, {name: value for name, value in line.items() if value}
+            yield url, _address_line(url, row, source)
         if is_empty:
             raise UsageError(f'{relative} holds no address in the column "{source.url_column}".')
+
+
+def _address_line(url: str, row: Mapping[str, Any], source: SourceSpec) -> dict[str, Any]:
+    """The line of an address: url, key, and where there are any: caption (one text), texts (a caption),
+    licence, refused (code, detail)."""
+    line: dict[str, Any] = {"url": url, "key": "url-" + hashlib.sha256(url.encode()).hexdigest()[:20]}
+    try:
+        if source.key_column:
+            line["key"] = key_of(row.get(source.key_column), f'the column "{source.key_column}"')
+        if source.caption_column:
+            text = row.get(source.caption_column)
+            if isinstance(text, str):
+                line["caption"] = text
+            else:
+                line["texts"] = caption_of(text, f'the column "{source.caption_column}"')
+        if source.licence_column:
+            line["licence"] = plain(row.get(source.licence_column), source.licence_column)
+    except SampleError as error:
+        line["refused"] = (error.code, error.detail)
+    line["key"] = shards.safe_key(line["key"])
+    return {name: value for name, value in line.items() if value}
 
 
 def _table_rows(path: str, label: str, source: SourceSpec) -> Iterator[Mapping[str, Any]]:
@@ -247,7 +279,7 @@ def _table_rows(path: str, label: str, source: SourceSpec) -> Iterator[Mapping[s
     try:
         with stores.open_file(path, source.storage) as file:
             if suffix == ".parquet":
-                yield from _parquet_rows(file, label, columns)
+                yield from _parquet_rows(file, label, columns, source)
                 return
             text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
             reader: Callable[[TextIO, str], Iterator[Mapping[str, Any]]] = {
@@ -262,10 +294,11 @@ def _table_rows(path: str, label: str, source: SourceSpec) -> Iterator[Mapping[s
         raise Failure(f"{label} cannot be read: {error.strerror or error}.") from error
 
 
-def _parquet_rows(file: Any, label: str, columns: list[str]) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(file: Any, label: str, columns: list[str], source: SourceSpec) -> Iterator[Mapping[str, Any]]:
     try:
         table = pq.ParquetFile(file)
         _check_columns(label, columns, dict.fromkeys(table.schema_arrow.names))
+        check_text_columns(label, table.schema_arrow, source.caption_column, source.key_column, source.licence_column)
         for batch in table.iter_batches(batch_size=4096, columns=columns):
             yield from batch.to_pylist()
     except pa.ArrowException as error:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 from components.corpora import FILE_SIZE_OPTION
 from components.naming import printable
 from components.types import SampleError
+from pipelines.core.pictures import SYSTEM_NAMES
 from pipelines.corpus.shards import BLOCK, PICTURE_EXTENSIONS, safe_key
 
 REFUSED_SUFFIXES = frozenset({"pickle", "pkl", "pyd", "pt", "pth", "npy", "npz"})
@@ -217,7 +218,7 @@ def _members(source: BinaryIO, size: int, label: str, limit: int) -> Iterator[_M
                 records = _pax_records(data)
         else:
             name, long_name, records = long_name or records.get("path", header.name), "", {}
-            if header.isdir() or name.rpartition("/")[2].startswith("._"):  # AppleDouble: macOS adds one to each file
+            if header.isdir() or _is_system_member(name):
                 pass
             elif _is_unsafe(name, header):  # the key of the problem may become a file name
                 unsafe = SampleError("unsafe_member", f"member {name!r} of {label} is refused")
@@ -253,6 +254,15 @@ def _pax_records(data: bytes) -> dict[str, str]:
     if not re.fullmatch(r"[0-9]{1,15}", records.get("size", "0")):
         del records["size"]
     return records
+
+
+def _is_system_member(name: str) -> bool:
+    """Whether the system of the tar's maker added a member: AppleDouble of macOS, Thumbs.db, folders of a disk station.
+
+    Other hidden members are samples like any other.
+    """
+    parts = name.split("/")
+    return parts[-1].startswith("._") or not SYSTEM_NAMES.isdisjoint(part.lower() for part in parts)
 
 
 def _is_unsafe(name: str, header: tarfile.TarInfo) -> bool:

@@ -265,7 +265,8 @@ def test_a_description_has_licence_use_command_notes_and_the_resolved_spec() -> 
     assert "restoray curate realphoto60 --out CORPUS" in text
     assert "  lq: PICTURES" in text, "resolved, not ${sources.0.path}"
     document = json.loads(json.dumps(description.to_json()))
-    assert document["spec"]["pairs"] == [{"hq": "", "lq": "PICTURES", "scale": 2, "note": ""}]
+    pair = {"hq": "", "lq": "PICTURES", "hq_name": "", "lq_name": "", "scale": 2, "note": ""}
+    assert document["spec"]["pairs"] == [pair]
 
 
 def test_a_spec_outside_the_package_is_described_by_its_path(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from components.captions.text import join_texts
 from components.corpora import PrecomputeSpec
 from components.images import center_crop, decode, encode_png, resize_short_side
 from components.priors.opening import load_prior
@@ -256,3 +257,14 @@ def test_workers_write_the_same_files_as_one_process(ray_session: None, corpus: 
     results = computed(corpus, workers=2)
     assert [result.reused for result in results] == [0, 0]
     assert {name: files(corpus, name) for name in before} == before
+
+
+def test_a_picture_of_several_texts_has_no_embedding(photographs: list[np.ndarray], tmp_path: Path) -> None:
+    """A stream draws one of its texts for each row, and the trainer encodes that one."""
+    captions = (join_texts(["red", "bright"]), "green", "blue")
+    samples = [(f"p{n}", "png", encode_png(photographs[0]), {"caption": text}) for n, text in enumerate(captions)]
+    write_corpus(tmp_path / "corpus", "test", {"train": samples, "held_out": []}, 4)
+    (result,) = computed(tmp_path / "corpus", "embeddings")
+    assert (result.samples, dict(result.reasons)) == (3, {"several_texts": 1})
+    column = open_column(open_corpus(tmp_path / "corpus"), "embeddings")
+    assert column.value("train", 0) is None and column.value("train", 1) is not None

@@ -36,7 +36,7 @@ def write_pairs(folder: Path, count: int = 8, names: tuple[str, str] = ("p{}", "
     for index in range(count):
         picture = dead_leaves(160, 7, index)[:128, :]
         (folder / "hq" / f"{names[0].format(index)}.png").write_bytes(encode_png(picture))
-        (folder / "lq" / f"{names[1].format(index)}.png").write_bytes(encode_png(dark(picture)))
+        (folder / "lq" / f"{names[1].format(index, index)}.png").write_bytes(encode_png(dark(picture)))
 
 
 def make(folder: Path, out: Path, *more: str) -> Path:
@@ -124,9 +124,8 @@ def test_smaller_inputs_of_a_scale(tmp_path: Path) -> None:
 
 
 def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
-    write_pairs(tmp_path / "pairs", names=("a{}", "b{}"))
-    (tmp_path / "pairs" / "lq" / "b0.png").unlink()
-    with pytest.raises(UsageError, match=r"holds 8 pictures and .* 7, and no name is in both"):
+    write_pairs(tmp_path / "pairs", names=("cat{}", "dog{}s{}"))
+    with pytest.raises(UsageError, match=r"8 of 8 inputs have no target .* 8 .* pairs: cat0.png with dog0s0.png"):
         make(tmp_path / "pairs", tmp_path / "corpus")
     with pytest.raises(UsageError, match="both the targets and the inputs"):
         make(tmp_path / "pairs", tmp_path / "other", f"pairs.0.lq={tmp_path / 'pairs' / 'hq'}")
@@ -181,3 +180,72 @@ def test_floats_of_another_range_are_named() -> None:
     picture = np.zeros((4, 4, 3), np.float32)
     with pytest.raises(ValueError, match=r"must lie in 0\.\.1, got -1\.\.1"):
         images_to_tensor([picture - 1, picture + 1])
+
+
+def write_coloured(folder: Path, names: dict[str, str], scale: int = 1) -> None:
+    """Pairs of (name of the target: name of the input), each with dead leaves of its own."""
+    for index, (target, other) in enumerate(names.items()):
+        picture = dead_leaves(128, 9, index)
+        for side, name, pixels in (("hq", target, picture), ("lq", other, dark(picture)[::scale, ::scale])):
+            (folder / side / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / side / name).write_bytes(encode_png(pixels))
+
+
+@pytest.mark.parametrize(
+    ("target", "other", "overrides"),
+    [
+        ("{}.png", "{}x2.png", ()),
+        ("{}.png", "X2/{}x2.png", ()),
+        ("a/hq_{}.png", "a/lq_{}.png", ()),
+        ("{}.png", "1{}x9{}.png", ("pairs.0.lq_name=1{}x9-",)),
+    ],
+)
+def test_names_with_an_affix_never_pair_by_place(
+    tmp_path: Path, target: str, other: str, overrides: tuple[str, ...]
+) -> None:
+    """In the order of the names 1x2.png is behind 10x2.png, and 1.png before 10.png."""
+    end = "-" if overrides else ""
+    names = {target.format(n): other.format(n, end) for n in range(1, 13)}
+    write_coloured(tmp_path / "pairs", names, scale=2)
+    corpus = open_corpus(make(tmp_path / "pairs", tmp_path / "corpus", "pairs.0.scale=2", *overrides))
+    column = open_column(corpus, "lq")
+    source_of = {row["key"]: row["source"].removeprefix("folder:") for row in corpus.rows()}
+    assert len(source_of) == 12
+    for split, part in corpus.splits.items():
+        for sample in range(len(part)):
+            name = names[source_of[part.locate(sample)[1]["key"]]]
+            assert column.value(split, sample) == (tmp_path / "pairs" / "lq" / name).read_bytes()
+
+
+def test_inputs_that_belong_to_no_target_are_named(tmp_path: Path) -> None:
+    write_coloured(tmp_path / "pairs", {f"{n}.png": f"{n}.png" for n in range(6)})
+    (tmp_path / "pairs" / "lq" / "5.png").rename(tmp_path / "pairs" / "lq" / "five.png")
+    corpus = make(tmp_path / "pairs", tmp_path / "corpus")
+    bad = (corpus / "columns" / "lq" / "quarantine.jsonl").read_text()
+    assert (
+        bad.count("\n") == 1
+        and "no input belongs to this picture; 1 inputs belong to none, the first is five.png" in bad
+    )
+
+
+def test_names_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    write_coloured(tmp_path / "pairs", {f"{n}.png": f"{n:04}.png" for n in (1, 2, 10)})
+    with pytest.raises(UsageError, match=r"3 of 3 inputs .* 1.png with 0001.png, 10.png with 0002.png"):
+        make(tmp_path / "pairs", tmp_path / "corpus")
+    with pytest.raises(UsageError, match=r"3 of 3 inputs have no target .* named"):
+        make(tmp_path / "pairs", tmp_path / "other", "pairs.0.lq_name=n{}x2")
+    with pytest.raises((UsageError, ValueError), match=r'lq_name "x2" needs one'):
+        make(tmp_path / "pairs", tmp_path / "other", "pairs.0.lq_name=x2")
+    for path in (tmp_path / "pairs" / "lq").iterdir():
+        path.unlink()
+    with pytest.raises(UsageError, match="lq holds no picture for a pair"):
+        make(tmp_path / "pairs", tmp_path / "other")
+
+
+def test_pairs_of_another_shape_are_named_with_both_sizes(tmp_path: Path) -> None:
+    write_coloured(tmp_path / "pairs", {f"{n}.png": f"{n}x4.png" for n in range(8)}, scale=4)
+    turned = np.rot90(dead_leaves(32, 9, 3)[:24])
+    (tmp_path / "pairs" / "lq" / "3x4.png").write_bytes(encode_png(np.ascontiguousarray(turned)))
+    corpus = make(tmp_path / "pairs", tmp_path / "corpus", "pairs.0.scale=4")
+    bad = (corpus / "columns" / "lq" / "quarantine.jsonl").read_text()
+    assert bad.count("\n") == 1 and "its input has 24 x 32 pixels, it has 128 x 128, and the pair's scale is 4" in bad

@@ -290,3 +290,30 @@ def test_bad_calls_are_usage_errors(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no pictures in"):
         evaluate(tmp_path / "empty", folders["lq"], folders["hq"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("role", ["hq", "lq"])
+def test_folders_with_another_affix_are_paired_by_it(folders, tmp_path, role):
+    expected = run(folders, tmp_path / "out").means
+    for path in [*folders[role].rglob("*.png")]:
+        path.rename(path.with_name(f"{path.stem}_{role}4.png"))
+    summary = run(folders, tmp_path / "again")
+    assert (summary.means, summary.missing) == (expected, [])
+    assert summary.pictures == ["deep/p0", "p1", "p2", "p3"]
+
+
+def test_folders_of_other_names_are_refused(folders, tmp_path):
+    for path in [*folders["hq"].rglob("*.png")]:
+        path.rename(path.with_name(f"{'abcd'[int(path.stem[1:])]}.png"))
+    with pytest.raises(UsageError, match=r"hq does not fit .* 4 of 4 inputs have no target"):
+        run(folders, tmp_path / "out")
+
+
+def test_an_input_of_another_shape_is_named_with_both_sizes(folders, tmp_path):
+    for index, shape in ((1, (80, 64)), (2, (16, 20)), (3, (21, 27))):  # the last two: 1/4, and 1/3 rounded
+        (folders["lq"] / f"p{index}.png").write_bytes(encode_png(clean(index, *shape), {}))
+    summary = run(folders, tmp_path / "out")
+    assert summary.pictures == ["deep/p0", "p2", "p3"]
+    [missing] = summary.missing
+    assert missing["key"] == "p1" and "64 x 80 pixels and the target 80 x 64" in missing["reason"]
+    assert missing["reason"].startswith("[pair_size]")

@@ -185,6 +185,16 @@ def test_a_file_name_of_several_pictures_is_refused(pictures: Path, tmp_path: Pa
         read_prompts(tmp_path / "p.csv", list_pictures(pictures)[0], pictures)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_as_a_spreadsheet_saves_it(pictures: Path, tmp_path: Path, encoding: str, separator: str) -> None:
+    lines = (("file_name", "prompt"), ("a.png", '"a café,\nat 5 € a “menu”"'), ("b.png", '"a dog; sleeping"'))
+    table = "".join(f"{name}{separator}{text}\r\n" for name, text in lines)
+    (tmp_path / "p.csv").write_bytes(table.encode(encoding))
+    prompts = read_prompts(tmp_path / "p.csv", list_pictures(pictures)[0], pictures)
+    assert prompts["b"] == "a dog; sleeping" and prompts["a"] == "a café,\nat 5 € a “menu”"
+
+
 # --- the job ----------------------------------------------------------------------------------------------------------
 
 

@@ -12,19 +12,25 @@ import numpy as np
 import pytest
 
 from components.captions.tags import describe
+from components.captions.text import join_texts
 from components.captions.views import find_view
 from components.corpora import CaptionSpec
 from components.degradations import build_degradation
 from components.images import encode_png, to_float, to_uint8
 from components.negatives import NEGATIVE_PROMPTS
+from components.randomness import generator
 from components.synthetic import dead_leaves
 from components.systems.recipes import load_recipe
 from components.tensors import collate
 from components.types import Image, SampleError
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.metrics import read_metrics
+from pipelines.core.pool import Pool as JobPool
 from pipelines.core.rows import read_lines
 from pipelines.corpus.columns.captioners import picture_sha256, start_captioner_pool
+from pipelines.corpus.columns.captions import existing_caption
+from pipelines.corpus.columns.computing import compute_column
+from pipelines.corpus.columns.spec import ColumnSpec
 from pipelines.corpus.shards import write_corpus
 from pipelines.stream import feed
 from pipelines.stream.config import StreamConfig, captioner_of
@@ -313,3 +319,42 @@ def test_a_stage_trains_on_a_mixture_with_captioners(ray_session: None, tmp_path
         assert (captions.get(picture_sha256(hq)) == describe(hq)) == (prompt == caption_of(hq))
     alive = [a for a in actors().values() if a["State"] == "ALIVE" and "Captioner" in a["ActorClassName"]]
     assert alive == []  # the run stopped its pool
+
+
+# --- several texts of a picture ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> StreamConfig:
+    """A stream of a corpus whose second picture has three texts."""
+    folder = make_corpus(tmp_path / "several", ["alone", join_texts(["one", "two", "three"]), ""])
+    return StreamConfig(sources=((folder, 1.0),), seed=3, resolution=32, captioner="manifest")
+
+
+def test_one_of_several_texts_is_drawn_by_seed_key_and_position(several: StreamConfig) -> None:
+    rows = [load_row(several, position) for position in range(90)]
+    drawn = [row["prompt"] for row in rows if "1" in row["key"]]
+    assert len(drawn) == 30 and set(drawn) == {"one", "two", "three"}
+    assert {row["prompt"] for row in rows if "1" not in row["key"]} == {"alone", ""}
+    expected = [
+        ["one", "two", "three"][int(generator(3, "caption", row["key"], int(row["position"])).integers(0, 3))]
+        for row in rows
+        if "1" in row["key"]
+    ]
+    assert drawn == expected
+    assert load_columns(several, range(90))["prompt"].tolist() == [row["prompt"] for row in rows]
+    other = [load_row(replace(several, seed=4), position) for position in range(90)]
+    assert [row["prompt"] for row in other if "1" in row["key"]] != drawn
+
+
+def test_texts_of_a_column_are_drawn_too(several: StreamConfig) -> None:
+    folder = Path(several.sources[0][0])
+    column = ColumnSpec(name="captions", kind="text", producer={}, factory=_none, existing=existing_caption)
+    compute_column(folder, column, JobPool(workers=0), max_bad_fraction=1.0)
+    config = replace(several, captioner="column:captions")
+    manifest = [load_row(several, position)["prompt"] for position in range(30)]
+    assert [load_row(config, position)["prompt"] for position in range(30)] == manifest
+
+
+def _none() -> Callable[[Sequence[Image], Sequence[str]], list[SampleError]]:
+    return lambda images, keys: [SampleError("no_caption", "none", key) for key in keys]

@@ -163,7 +163,7 @@ class Recipe:
     pairs: str = ""  # column of the lq pictures ("lq" if curation wrote it); there is then no degradation
     unpaired: str = ""  # name of an input whose pictures are lq; they do not match the targets
     prompt: str = ""  # template of prompts, with {caption} for the caption; "": the caption alone
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of forward passes; weights and autoencoder stay float32
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of forward passes; trained weights stay float32
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema_decay: float = 0.0  # 0: off
     checkpoint_every: int = 1000  # steps

@@ -42,7 +42,7 @@ def measure_training(
     """Rows for the Aggregator's train step, with plain and fast forward passes; FLOP by torch's counter.
 
     With `half_autoencoder`, the autoencoder runs in half precision, as one like sdxl-vae-fp16-fix can. With
-    `latents_in_batch`, targets are encoded before (`restoray precompute`), and only LQ pictures are encoded.
+    `latents_in_batch`, targets are encoded before (`precompute:` of a corpus spec), and only LQ pictures are encoded.
     """
     from dataclasses import replace
 

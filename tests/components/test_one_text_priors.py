@@ -173,7 +173,7 @@ def test_a_recipe_in_bf16_halves_the_text_encoder_alone(folders: dict[str, Path]
 
 @pytest.mark.parametrize("family", ["pixart", "sd"])
 def test_precomputed_latents_give_the_same_losses(family: str, folders: dict[str, Path]) -> None:
-    """The latents are rounded to float16, as `restoray precompute` stores them; this prior embeds prompts itself."""
+    """The latents are rounded to float16, as `precompute:` stores them; this prior embeds prompts itself."""
     recipe = load_recipe("instarevive-bsr-nano", [f"family={family}", f"prior={folders[family]}", "resolution=32"])
     objective = build_objective(recipe, {})
     draw = np.random.default_rng(0)

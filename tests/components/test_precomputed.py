@@ -38,7 +38,7 @@ def nano() -> Prior:
 
 
 def rows(prior: Prior, lacking: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
-    """Stream rows with the columns of `restoray precompute`; `lacking` gives the row without latents or embeddings."""
+    """Stream rows with the columns of a spec's `precompute:`; `lacking` gives the row without latents or embeddings."""
     result = []
     for n, prompt in enumerate(PROMPTS):
         hq = dead_leaves(SIDE, 1, n)

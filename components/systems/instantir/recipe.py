@@ -79,13 +79,14 @@ class InstantIRRecipe(Recipe):
         perceptor_scale: Eq. 3's w, in this stage and in its model. null takes the parent model's, or the released 1
             without a parent. 0 leaves the perceptor out.
         view: the perceptor's view of a picture: "whole", or the released "crop", which cuts the edges off. The model's
-            restorer uses the same view.
+            restorer uses the same view, unless an option or a preset of the request replaces it.
         reference: aggregator: "preview", or "lq" for a model without previews; the model's restorer uses the same.
         reference_noise: aggregator: fresh noise on the reference (section 4.4, last row of Table 2a).
         preview_cfg_scale: aggregator: above 1 previews are guided with a scale from 1 .. this (released option, off).
         gradient_checkpointing: compute activations again in the backward pass: less memory, a third more compute.
         compile: aggregator: the functions that torch.compile compiles, see fast.Speed.
-        frozen_precision: aggregator: precision of the frozen networks' weights in memory; the model's parts stay fp32.
+        frozen_precision: aggregator: precision of the frozen networks' weights, in which they also compute; the model's
+            parts stay fp32.
         steps_at_restore, cfg_scale: options for restoring held-out pictures during training.
     """
 

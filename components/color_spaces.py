@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageCms
 
-from components.types import SampleError
+from components.types import Image, SampleError
 
 Primaries = tuple[float, ...]
 """Chromaticities x, y of white, red, green and blue."""
@@ -104,6 +104,49 @@ def declared_profile(picture: Pillow.Image, kind: str, data: bytes) -> bytes | N
     except Exception:  # noqa: BLE001 - metadata may be hostile; the picture is still used
         return None
     return _exif_profile(exif)
+
+
+def srgb_and_alpha(picture: Pillow.Image, profile: bytes | None) -> tuple[Image, np.ndarray | None]:
+    """Convert a loaded Pillow picture to uint8 sRGB [H, W, 3], and alpha [H, W] unless every pixel is opaque.
+
+    Raises:
+        SampleError: unsupported_mode.
+    """
+    alpha: np.ndarray | None = None
+    if picture.mode.startswith("I;16"):
+        wide = np.asarray(picture).astype(np.uint32)
+        transparent = picture.info.get("transparency")
+        if isinstance(transparent, int):
+            alpha = np.where(wide == transparent, 0, 255).astype(np.uint8)
+        picture = Pillow.fromarray(((wide + 128) // 257).astype(np.uint8))  # 65535 -> 255, 32768 -> 128
+    elif picture.mode in ("I", "F"):
+        raise SampleError("unsupported_mode", f"32-bit values (mode {picture.mode}) have no declared range")
+    elif picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        rgba = _with_alpha(picture)
+        alpha = np.asarray(rgba.getchannel("A"))
+        picture = rgba.convert("RGB")
+    elif picture.mode in ("1", "P"):
+        picture = picture.convert("RGB")
+    elif picture.mode not in ("L", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
+        raise SampleError("unsupported_mode", f"pixels of mode {picture.mode}")
+    srgb = to_srgb(picture, profile) if profile else None
+    rgb = np.array((srgb if srgb is not None else picture).convert("RGB"))
+    return rgb, alpha if alpha is not None and alpha.min() < 255 else None
+
+
+def _with_alpha(picture: Pillow.Image) -> Pillow.Image:
+    """Convert any transparent mode to RGBA."""
+    transparent = picture.info.get("transparency")
+    if picture.mode in ("RGB", "L") and transparent is not None:
+        # PNG stores one transparent colour at the file's bit depth, but Pillow has already reduced 16 bits to 8
+        colour = np.atleast_1d(np.asarray(transparent))
+        colour = colour >> 8 if colour.max() > 255 else colour
+        rgb = np.asarray(picture.convert("RGB"))
+        alpha = np.where((rgb == colour).all(axis=-1), 0, 255).astype(np.uint8)
+        return Pillow.fromarray(np.dstack([rgb, alpha]))
+    if picture.mode in ("RGBa", "La"):
+        picture = picture.convert("RGBA" if picture.mode == "RGBa" else "LA")
+    return picture.convert("RGBA")
 
 
 def to_srgb(picture: Pillow.Image, profile: bytes) -> Pillow.Image | None:

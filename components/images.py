@@ -31,7 +31,7 @@ import simplejpeg
 from PIL import Image as Pillow
 from PIL import PngImagePlugin, TiffImagePlugin
 
-from components.color_spaces import declared_profile, tiff_profile, to_srgb
+from components.color_spaces import declared_profile, srgb_and_alpha, tiff_profile, to_srgb
 from components.tiffs import TiffPicture, read_layout
 from components.types import Image, SampleError
 
@@ -49,6 +49,9 @@ JPEG_FRAMES, JPEG_SCAN = (0xC0, 0xC2), 0xDA  # ITU T.81, table B.1: baseline, pr
 JPEG_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # Huffman, quantisation, restart interval; JFIF's segment; comment
 MAX_STRETCH = 20  # ours: aspect above which a strip is enlarged less
 HARMLESS_PIXELS = 1 << 22  # ours: 12 MiB of RGB are harmless at any compression ratio
+CORPUS_PNG_LEVEL = 6  # of every PNG in a corpus; another level would change the bytes of finished corpora
+PNG_LEVEL = 1  # of results: a fifth of level 6's time, and files 4 % larger (docs/benchmarks.md)
+RUN_LENGTHS = 3  # zlib's Z_RLE: on filtered photographs faster and smaller than its levels 1 to 3
 TEXT_LIMIT_BYTES = 1 << 20  # ours: longest value that encode_png writes
 OTHER_PICTURES = (  # (offset, signature, name): recognised so that the error names the format
     (0, b"8BPS", "PSD"),
@@ -232,7 +235,7 @@ def _decode(data: bytes, limits: Limits, key: str, background: int | None) -> De
                 rgb, alpha = _colour_jpeg(data, picture), None
                 if rgb is None:
                     picture.load()
-                    rgb, alpha = _srgb_and_alpha(picture, declared_profile(picture, kind, data))
+                    rgb, alpha = srgb_and_alpha(picture, declared_profile(picture, kind, data))
                 orientation = _orientation(picture)  # after load, because Pillow rotates a TIFF and drops the tag
             if alpha is not None and background is not None:
                 rgb = _on_background(rgb, alpha, background)
@@ -348,12 +351,13 @@ def to_uint8(image: Image) -> Image:
     return cv2.addWeighted(contiguous, 255.0, contiguous, 0.0, 0.0, dtype=cv2.CV_8U).reshape(image.shape)  # in one pass
 
 
-def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
+def encode_png(image: Image, text: Mapping[str, str] | None = None, level: int = CORPUS_PNG_LEVEL) -> bytes:
     """Encode a uint8 picture as PNG; equal input gives equal bytes.
 
     Args:
         image: uint8 [H, W, 3], with alpha [H, W, 4], gray [H, W], or gray with alpha [H, W, 2].
         text: text chunks by keyword (1 to 79 Latin-1 characters); they are sorted by keyword.
+        level: of deflate, 0 (none) to 9; 1 looks for runs of equal bytes only. Pixels do not depend on it.
 
     Raises:
         ValueError: wrong shape or type of the picture, or a keyword or value that PNG cannot hold.
@@ -368,8 +372,16 @@ def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
             raise ValueError(f"text of {keyword!r} holds a zero byte or exceeds {TEXT_LIMIT_BYTES} characters")
         chunks.add_text(keyword, value)
     target = io.BytesIO()
-    Pillow.fromarray(image).save(target, "PNG", pnginfo=chunks, compress_level=6)
+    strategy = {"compress_type": RUN_LENGTHS} if level == 1 else {}
+    Pillow.fromarray(image).save(target, "PNG", pnginfo=chunks, compress_level=level, **strategy)
     return target.getvalue()
+
+
+def check_png_level(level: object) -> int:
+    """Return a level of deflate unchanged; raise ValueError unless it is a whole number from 0 to 9."""
+    if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level <= 9:
+        raise ValueError(f"png_level must be a whole number from 0 to 9, got {level!r:.80}")
+    return level
 
 
 def read_png_text(data: bytes) -> dict[str, str]:
@@ -550,48 +562,9 @@ def _turbo(data: bytes, size: tuple[int, int]) -> Image | None:
 
 
 def _tiff_parts(picture: TiffPicture) -> tuple[Image, np.ndarray | None]:
-    """Decode a TIFF without Pillow, to the same parts as _srgb_and_alpha."""
+    """Decode a TIFF without Pillow, to the same parts as srgb_and_alpha."""
     loaded, alpha = picture.load()
     profile = tiff_profile(picture.layout.tags, picture.data)
     srgb = to_srgb(loaded, profile) if profile else None
     rgb = np.array((srgb if srgb is not None else loaded).convert("RGB"))
     return rgb, alpha if alpha is not None and alpha.min() < 255 else None
-
-
-def _srgb_and_alpha(picture: Pillow.Image, profile: bytes | None) -> tuple[Image, np.ndarray | None]:
-    """Convert a loaded Pillow picture to uint8 sRGB [H, W, 3], and alpha [H, W] unless every pixel is opaque."""
-    alpha: np.ndarray | None = None
-    if picture.mode.startswith("I;16"):
-        wide = np.asarray(picture).astype(np.uint32)
-        transparent = picture.info.get("transparency")
-        if isinstance(transparent, int):
-            alpha = np.where(wide == transparent, 0, 255).astype(np.uint8)
-        picture = Pillow.fromarray(((wide + 128) // 257).astype(np.uint8))  # 65535 -> 255, 32768 -> 128
-    elif picture.mode in ("I", "F"):
-        raise SampleError("unsupported_mode", f"32-bit values (mode {picture.mode}) have no declared range")
-    elif picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        rgba = _with_alpha(picture)
-        alpha = np.asarray(rgba.getchannel("A"))
-        picture = rgba.convert("RGB")
-    elif picture.mode in ("1", "P"):
-        picture = picture.convert("RGB")
-    elif picture.mode not in ("L", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
-        raise SampleError("unsupported_mode", f"pixels of mode {picture.mode}")
-    srgb = to_srgb(picture, profile) if profile else None
-    rgb = np.array((srgb if srgb is not None else picture).convert("RGB"))
-    return rgb, alpha if alpha is not None and alpha.min() < 255 else None
-
-
-def _with_alpha(picture: Pillow.Image) -> Pillow.Image:
-    """Convert any transparent mode to RGBA."""
-    transparent = picture.info.get("transparency")
-    if picture.mode in ("RGB", "L") and transparent is not None:
-        # PNG stores one transparent colour at the file's bit depth, but Pillow has already reduced 16 bits to 8
-        colour = np.atleast_1d(np.asarray(transparent))
-        colour = colour >> 8 if colour.max() > 255 else colour
-        rgb = np.asarray(picture.convert("RGB"))
-        alpha = np.where((rgb == colour).all(axis=-1), 0, 255).astype(np.uint8)
-        return Pillow.fromarray(np.dstack([rgb, alpha]))
-    if picture.mode in ("RGBa", "La"):
-        picture = picture.convert("RGBA" if picture.mode == "RGBa" else "LA")
-    return picture.convert("RGBA")

@@ -18,7 +18,17 @@ import cv2
 import numpy as np
 from PIL import Image as Pillow
 
-from components.images import ANY_SHAPE, Decoded, Limits, decode, decode_parts, encode_png, flatten
+from components.images import (
+    ANY_SHAPE,
+    PNG_LEVEL,
+    Decoded,
+    Limits,
+    check_png_level,
+    decode,
+    decode_parts,
+    encode_png,
+    flatten,
+)
 from components.naming import printable, shorten
 from components.options import TEXTS, OptionCheck, UnknownOption
 from components.randomness import stream_key
@@ -33,7 +43,7 @@ MAX_SCALE = 16.0  # ours
 MAX_SEED = 2**63 - 1
 SIDES = ("height", "width")  # options of every system, as are TEXTS and the CHOICES:
 CHOICES: Mapping[str, tuple[str, ...]] = {"alpha": ("keep", "restore", "flatten"), "gray": ("keep", "color")}
-COMMON = (*TEXTS, *SIDES, "scale", *CHOICES)
+COMMON = (*TEXTS, *SIDES, "scale", *CHOICES, "png_level")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +78,7 @@ class Ask:
         gray: "keep" makes the result of a gray picture gray; "color" lets the restorer add colours.
         options: system-specific options in the system's types.
         max_output_pixels: a larger result is refused; not part of `document` and `digest`.
+        png_level: of the results' compression, 0 to 9; not part of them either, as pixels do not depend on it.
     """
 
     prompt: str = ""
@@ -78,6 +89,7 @@ class Ask:
     gray: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
     max_output_pixels: int = MAX_OUTPUT_PIXELS
+    png_level: int = PNG_LEVEL
 
     def document(self) -> dict[str, Any]:
         """Return the options as JSON, without defaults."""
@@ -192,6 +204,7 @@ def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_
             f"{size['width']} x {size['height']} pixels exceed max_output_pixels, which is {max_output_pixels}"
         )
     scale = _scale(rest.pop("scale", None), sides)
+    png_level = check_png_level(rest.pop("png_level", PNG_LEVEL))
     kinds = {name: rest.pop(name, choices[0]) for name, choices in CHOICES.items()}
     for name, kind in kinds.items():
         if kind not in CHOICES[name]:
@@ -210,6 +223,7 @@ def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_
         **kinds,
         options=system_options,
         max_output_pixels=max_output_pixels,
+        png_level=png_level,
     )
 
 
@@ -253,19 +267,51 @@ def restore_batch(
     limits: Limits = ANY_SHAPE,
     cancelled: Cancelled | None = None,
 ) -> list[bytes | SampleError]:
-    """Decode, restore and encode pictures; a broken picture does not affect the others.
+    """Decode, restore and encode pictures: the PNGs of `restore_pictures`, with its errors."""
+    results = restore_pictures(restorer, identity, pictures, ask, limits, cancelled)
+    return [result if isinstance(result, SampleError) else result.png() for result in results]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A restored picture before its encoding, which needs no network and takes long: callers do it in another thread.
+
+    Attributes:
+        image: uint8, as encode_png accepts.
+        text: text chunks of the PNG.
+        level: of the compression.
+    """
+
+    image: Image
+    text: Mapping[str, str]
+    level: int
+
+    def png(self) -> bytes:
+        """Encode the picture."""
+        return encode_png(self.image, self.text, self.level)
+
+
+def restore_pictures(
+    restorer: Restorer,
+    identity: Identity,
+    pictures: Sequence[Picture],
+    ask: Ask,
+    limits: Limits = ANY_SHAPE,
+    cancelled: Cancelled | None = None,
+) -> list[Result | SampleError]:
+    """Decode and restore pictures; a broken picture does not affect the others.
 
     If the batch fails as a whole (out of memory, for example), its pictures are restored one by one.
 
     Returns:
-        For each picture its PNG, or a SampleError with the reason: the codes of `components.images`, and `refused`
+        For each picture its result, or a SampleError with the reason: the codes of `components.images`, and `refused`
         (the restorer's ValueError: an unknown option, an unsupported size), `not_finite` (a broken model),
         `out_of_memory`, `failed`.
 
     Raises:
         Cancellation: `cancelled` became true.
     """
-    results: dict[int, bytes | SampleError] = {}
+    results: dict[int, Result | SampleError] = {}
     requests: dict[int, Request] = {}
     alphas: dict[int, Request] = {}  # alpha as gray pictures
     parts: dict[int, Decoded] = {}
@@ -293,7 +339,8 @@ def restore_batch(
             results[index] = restored if isinstance(restored, SampleError) else mask  # type: ignore[assignment]
         else:
             image = _with_parts(restored.image, parts[index], ask, mask.image if mask is not None else None)
-            results[index] = encode_png(image, png_text(identity, pictures[index], ask, restored))
+            text = png_text(identity, pictures[index], ask, restored)
+            results[index] = Result(image=image, text=text, level=ask.png_level)
     return [results[index] for index in range(len(pictures))]
 
 

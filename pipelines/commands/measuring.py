@@ -34,7 +34,10 @@ def degrade(
     max_megabytes: MaxMegabytes = None,
     as_json: Json = False,
 ) -> None:
-    """Degrade pictures and record their plans, or replay recorded plans; KEY=VALUE sets the options of the preset."""
+    """Degrade pictures and record their plans, or replay recorded plans.
+
+    KEY=VALUE sets the options of the preset, and png_level.
+    """
     from pipelines.evaluation.degrade import degrade_folder, replay
 
     console, limits = Console(silent=as_json), picture_limits(max_megapixels, max_megabytes)
@@ -53,9 +56,9 @@ def degrade(
         raise UsageError(f"degrade needs IN and OUT (or --replay RECORDS).{hint}")
     else:
         with console.bar("degrade") as progress:
-            result = degrade_folder(
-                source, out, preset or "realesrgan", parse_options(overrides or []), seed or 0, progress, limits
-            )
+            options = parse_options(overrides or [])
+            level = {name: options.pop(name) for name in ("png_level",) if name in options}
+            result = degrade_folder(source, out, preset or "realesrgan", options, seed or 0, progress, limits, **level)
     counts = f"{result.degraded} degraded, {result.skipped} done before, {result.quarantined} quarantined"
     sheet = [f"look at {result.sheet}"] if result.sheet else []
     console.result(plain(result), [f"{counts}; {result.folder}", *sheet])

@@ -27,7 +27,7 @@ import cv2
 
 from components.degradations import build_degradation
 from components.degradations.plans import strength
-from components.images import ANY_SHAPE, Limits, decode, encode_png, read_png_text, to_uint8
+from components.images import ANY_SHAPE, PNG_LEVEL, Limits, check_png_level, decode, encode_png, read_png_text, to_uint8
 from components.naming import printable
 from components.restoring import picture_key
 from components.types import Degradation, Plan, SampleError
@@ -90,6 +90,7 @@ def degrade_folder(
     seed: int = 0,
     progress: Progress = no_progress,
     limits: Limits = LIMITS,
+    png_level: int = PNG_LEVEL,
 ) -> DegradeResult:
     """Degrade every picture of a folder; larger inputs than `limits` are quarantined.
 
@@ -97,6 +98,10 @@ def degrade_folder(
         UsageError: an unknown preset or option, no pictures, or a result would overwrite a foreign file.
         Failure: `out` cannot be written.
     """
+    try:
+        check_png_level(png_level)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     # records are JSON, which holds lists and no tuples
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in (options or {}).items()}
     try:
@@ -107,7 +112,7 @@ def degrade_folder(
     base = source if source.is_dir() else source.parent
     jobs = [Job(key=key, path=path, source=printable(os.path.relpath(path, base))) for key, path in paths.items()]
     settings = {"preset": preset, "options": options, "seed": seed}
-    return _run(jobs, base, out, degradation, settings, ignored, progress, limits)
+    return _run(jobs, base, out, degradation, settings, ignored, progress, limits, png_level)
 
 
 def replay(
@@ -190,6 +195,7 @@ def _run(
     ignored: int,
     progress: Progress,
     limits: Limits,
+    png_level: int = PNG_LEVEL,
 ) -> DegradeResult:
     """Work through the jobs. Each job's line is written as soon as it ends."""
     check_output(out, free_mib=0)
@@ -213,7 +219,7 @@ def _run(
                 records.open("a", encoding="utf-8") as records_file,
                 quarantine.open("a", encoding="utf-8") as quarantine_file,
             ):
-                answers = _answers(jobs, folder, out, degradation, settings, earlier_rows, limits)
+                answers = _answers(jobs, folder, out, degradation, settings, earlier_rows, limits, png_level)
                 for number, (status, row, same) in enumerate(answers, 1):
                     counts[status] += 1
                     if status != "skipped":
@@ -249,13 +255,16 @@ def _answers(
     settings: Mapping[str, Any],
     earlier_rows: Mapping[str, Mapping[str, Any]],
     limits: Limits,
+    png_level: int,
 ) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """(status, row, whether a replay gave the recorded pixels) of each job, in the order of the jobs."""
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
         try:
             yield from pool.map(
-                lambda job: _degrade_one(job, folder, out, degradation, settings, earlier_rows.get(job.key), limits),
+                lambda job: _degrade_one(
+                    job, folder, out, degradation, settings, earlier_rows.get(job.key), limits, png_level
+                ),
                 jobs,
             )
         except BaseException:
@@ -271,6 +280,7 @@ def _degrade_one(
     settings: Mapping[str, Any],
     earlier: Mapping[str, Any] | None,
     limits: Limits,
+    png_level: int,
 ) -> tuple[str, dict[str, Any], bool]:
     """Degrade one picture. Returns (status, row, whether a replay gave the recorded pixels)."""
     try:
@@ -291,7 +301,7 @@ def _degrade_one(
     except SampleError as error:
         reason = {"stage": "degrade", "code": error.code, "detail": error.detail}
         return "quarantined", {"key": job.key, "source": job.source, **reason}, True
-    png = encode_png(pixels, {"software": "restoray", "key": job.key})
+    png = encode_png(pixels, {"software": "restoray", "key": job.key}, png_level)
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(output, png)
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from components.images import ANY_SHAPE, Limits
@@ -39,6 +39,8 @@ from pipelines.restoration.books import Books
 from pipelines.restoration.models import OpenedModel
 from pipelines.restoration.prompts import JobCaptioner
 from pipelines.restoration.worker import RestoreWorker, Task, WorkerSettings
+
+MAX_BATCHES_PER_CALL, CALLS_PER_WORKER = 8, 4  # ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,16 @@ class RestoreResult:
     records: Path
     quarantine: Path
     unprompted: int = 0
+
+
+def batches_per_call(pictures: int, pool: Pool) -> int:
+    """Number of batches in one call of a worker, so that one is encoded while the next is restored.
+
+    Small jobs have calls of one batch: each worker should get CALLS_PER_WORKER calls at least, and a kill costs the
+    pictures of a call.
+    """
+    batches = -(-pictures // pool.batch_size)
+    return max(1, min(MAX_BATCHES_PER_CALL, batches // (CALLS_PER_WORKER * max(1, pool.workers))))
 
 
 def restore_folder(
@@ -141,11 +153,13 @@ def restore_folder(
             limits=job.limits,
             out=books.out,
             marks=books.marks.folder,
+            batch_size=pool.batch_size,
             others=pool.others,
             build=model.build,
             captioner=job.captioner,
         )
-        answers = answers_of(functools.partial(RestoreWorker, settings), tasks, pool)
+        calls = replace(pool, batch_size=pool.batch_size * batches_per_call(len(tasks), pool))
+        answers = answers_of(functools.partial(RestoreWorker, settings), tasks, calls)
         counts = books.collect(answers, len(tasks), progress or no_progress)
     return RestoreResult(
         restored=counts["restored"],

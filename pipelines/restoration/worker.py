@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from components.images import Limits, probe
 from components.naming import printable
-from components.restoring import Ask, Identity, Picture, as_sample_error, request_of, restore_batch
+from components.restoring import Ask, Identity, Picture, Result, as_sample_error, request_of, restore_pictures
 from components.types import Restorer, SampleError
 from components.writing import replace_file, write_error_reason
 from pipelines.core.deaths import MAX_DEATHS, Marks, WorkersDied
@@ -70,6 +71,7 @@ class WorkerSettings:
         limits: larger inputs are refused.
         out: folder of the results.
         marks: folder of the marks, see core/deaths.py.
+        batch_size: pictures per call of the restorer; 0: all of a call's.
         others: number of other workers that may load the model at the same time.
         build: settings of the restorer, for the records.
         captioner: writes missing prompts; None: they stay empty.
@@ -81,6 +83,7 @@ class WorkerSettings:
     limits: Limits
     out: Path
     marks: Path
+    batch_size: int = 0
     others: int = 0
     build: Mapping[str, Any] = field(default_factory=dict)
     captioner: JobCaptioner | None = None
@@ -88,6 +91,8 @@ class WorkerSettings:
 
 class RestoreWorker:
     """Restores batches of tasks in a worker process. It loads the model when the first picture needs it.
+
+    A thread encodes and writes a batch while the networks work on the next one of the call.
 
     It returns every failure as an answer: an exception would end the whole job.
     """
@@ -120,15 +125,28 @@ class RestoreWorker:
             answers.update({task.key: _fatal(task, self.broken) for task in remaining})
             remaining = []
         suspects = any(self.marks.deaths(_mark(task)) for task in remaining)  # one of them killed a worker
-        for group in [[task] for task in remaining] if suspects else [remaining] if remaining else []:
-            answers.update(self._restore_group(group))
+        size = 1 if suspects else self.settings.batch_size or max(1, len(remaining))
+        groups = [remaining[first : first + size] for first in range(0, len(remaining), size)]
+        with ThreadPoolExecutor(1, "encode") as encoder:
+            last: Future[dict[str, Answer]] | None = None
+            for group in groups:
+                write = self._restore_group(group)
+                if last is not None:  # one group is encoded while the next is restored; further ones would fill memory
+                    answers.update(last.result())
+                last = encoder.submit(write)
+                if suspects:
+                    wait([last])  # a mark must name the picture that kills
+            if last is not None:
+                answers.update(last.result())
         return [answers[task.key] for task in tasks]
 
-    def _restore_group(self, group: Sequence[Task]) -> dict[str, Answer]:
+    def _restore_group(self, group: Sequence[Task]) -> Callable[[], dict[str, Answer]]:
+        """Restore a batch; the returned function encodes and writes it, removes its marks and gives its answers."""
         assert self.restorer is not None
         if len(group) == 1 and self.marks.deaths(_mark(group[0])) >= MAX_DEATHS:
             error = SampleError("worker_died", f"{MAX_DEATHS} workers died over this picture", group[0].key)
-            return {group[0].key: self._quarantine(group[0], error, group[0].picture.data)}
+            answer = self._quarantine(group[0], error, group[0].picture.data)
+            return lambda: {group[0].key: answer}
         answers: dict[str, Answer] = {}
         settings = self.settings
         with ExitStack() as stack:
@@ -142,14 +160,28 @@ class RestoreWorker:
                 except Exception as error:  # noqa: BLE001 - a captioner may raise any error; the job goes on
                     answers[task.key] = self._quarantine(task, as_sample_error(error, task.key), task.picture.data)
             pictures = [task.picture for task in ready]
-            results = restore_batch(self.restorer, settings.identity, pictures, settings.ask, settings.limits)
+            results = restore_pictures(self.restorer, settings.identity, pictures, settings.ask, settings.limits)
             seconds = (perf_counter() - start) / len(group)
-            for task, result in zip(ready, results, strict=True):
-                if isinstance(result, SampleError):
-                    answers[task.key] = self._quarantine(task, result, task.picture.data)
-                else:
-                    answers[task.key] = self._write(task, result, seconds)
-        return answers
+            marks = stack.pop_all()
+
+        def write() -> dict[str, Answer]:
+            with marks:
+                for task, result in zip(ready, results, strict=True):
+                    answers[task.key] = self._encode(task, result, seconds)
+            return answers
+
+        return write
+
+    def _encode(self, task: Task, result: Result | SampleError, seconds: float) -> Answer:
+        """Encode and write a result; `seconds` is the time of its restoration."""
+        if isinstance(result, SampleError):
+            return self._quarantine(task, result, task.picture.data)
+        start = perf_counter()
+        try:
+            png = result.png()
+        except Exception as error:  # noqa: BLE001 - out of memory, for example; the job goes on
+            return self._quarantine(task, as_sample_error(error, task.key), task.picture.data)
+        return self._write(task, png, seconds + perf_counter() - start)
 
     def _with_prompt(self, task: Task) -> Task:
         """Return the task with the picture's own prompt, from the job or from the captioner, if there is one."""

@@ -58,6 +58,7 @@ PARAMETERS: Mapping[str, type] = {
     **dict.fromkeys(SIDES, int),
     "scale": float,
     **dict.fromkeys(CHOICES, str),
+    "png_level": int,
 }
 """Types of the parameters that every system takes. All other parameters are options of one system, which checks them
 as in a batch job."""

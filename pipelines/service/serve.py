@@ -37,7 +37,7 @@ from ray.serve.handle import DeploymentHandle
 
 from components.images import encode_png
 from components.options import OptionCheck
-from components.restoring import Ask, Identity, Picture, restore_bytes
+from components.restoring import Ask, Identity, Picture, restore_pictures
 from components.types import Cancellation, Restorer, SampleError
 from pipelines.core.cluster import local_ray
 from pipelines.core.devices import check_gpus
@@ -72,6 +72,8 @@ class Outcome:
 class RestorerReplica:
     """Holds the model and restores one picture at a time. A cancelled picture ends at the sampler's next step.
 
+    Another thread encodes a result, so that the device works on the next picture meanwhile.
+
     If the model cannot be loaded, the replica stays and reports the reason: after an exception Serve would restart it
     again and again.
 
@@ -82,6 +84,7 @@ class RestorerReplica:
     def __init__(self, factory: Factory, identity: Identity, limits: ServeLimits, threads: int) -> None:
         self.identity, self.limits = identity, limits.of_picture()
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="restore")
+        self.encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self.restorer: Restorer | None = None
         self.failure, self.errors, self.broken = "", 0, False
         try:
@@ -119,9 +122,15 @@ class RestorerReplica:
     async def _restore(self, picture: Picture, ask: Ask) -> Outcome:
         assert self.restorer is not None
         stop = threading.Event()
-        work = functools.partial(restore_bytes, self.restorer, self.identity, picture, ask, self.limits, stop.is_set)
+        work = functools.partial(
+            restore_pictures, self.restorer, self.identity, [picture], ask, self.limits, stop.is_set
+        )
         try:
-            return Outcome(png=await asyncio.get_running_loop().run_in_executor(self.pool, work))
+            loop = asyncio.get_running_loop()
+            (result,) = await loop.run_in_executor(self.pool, work)
+            if isinstance(result, SampleError):
+                raise result
+            return Outcome(png=await loop.run_in_executor(self.encoder, result.png))
         except SampleError as error:
             return Outcome(code=error.code, detail=error.detail)
         except Cancellation:
@@ -261,8 +270,9 @@ def start(
         )
         restorer = ray_serve.deployment(
             name="restorer",
-            max_ongoing_requests=1,
-            max_queued_requests=limits.max_queued,
+            # one is restored while the last one is encoded; Serve's queue cannot be empty
+            max_ongoing_requests=2 if limits.max_queued > 1 else 1,
+            max_queued_requests=max(1, limits.max_queued - 1),
             max_constructor_retry_count=2,
             graceful_shutdown_timeout_s=5,
             ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},

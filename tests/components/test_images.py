@@ -380,3 +380,14 @@ def test_the_image_path_imports_without_torch_and_leaves_pillow_alone() -> None:
         "assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_level_of_a_png_changes_its_size_only() -> None:
+    text = {"key": "a"}
+    files = [images.encode_png(photo(200, 200), text, level) for level in range(10)]
+    assert all(np.array_equal(decode(data), photo(200, 200)) and images.read_png_text(data) == text for data in files)
+    assert len(files[0]) > 3 * 200 * 200 > len(files[images.PNG_LEVEL]) > len(files[9])
+    assert images.encode_png(photo(), text) == images.encode_png(photo(), text, images.CORPUS_PNG_LEVEL)
+    for wrong in (-1, 10, 2.0, True, "6", None):
+        with pytest.raises(ValueError, match="png_level must be a whole number from 0 to 9"):
+            images.check_png_level(wrong)

@@ -16,6 +16,7 @@ from PIL import ImageCms
 
 from components.corpora import FilterSpec
 from components.images import (
+    PNG_LEVEL,
     Limits,
     decode,
     decode_parts,
@@ -270,3 +271,17 @@ def test_limits_name_their_options() -> None:
     # a picture of the largest size fits in every depth with alpha
     assert limits_for_any_shape(200_000_000).max_bytes == 1_600_000_000
     assert limits_for_any_shape(1).max_bytes == 64 << 20
+
+
+def test_the_png_level_is_an_option_that_leaves_the_digest() -> None:
+    data, default = encode(photo(64, 64)), parse_ask({})
+    assert default.png_level == PNG_LEVEL and default.digest() == parse_ask({"png_level": 9}).digest()
+    pictures = [Picture(key="a", data=data, seed=1)]
+    files = {
+        level: restore_batch(Enlarger(), IDENTITY, pictures, parse_ask({"png_level": level}))[0] for level in (0, 6, 9)
+    }
+    assert all(isinstance(png, bytes) and np.array_equal(decode(png), decode(files[0])) for png in files.values())
+    assert files[6] == encode_png(decode(files[6]), read_png_text(files[6]), 6)  # level 6 is that of earlier versions
+    assert len(files[0]) > len(files[9])
+    with pytest.raises(ValueError, match="png_level must be a whole number from 0 to 9, got 12"):
+        parse_ask({"png_level": 12})

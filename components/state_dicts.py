@@ -28,7 +28,7 @@ WRAPPERS = (
 PREFIXES = (
     *("module", "_orig_mod", "base_model.model", "model.diffusion_model", "diffusion_model", "model", "network", "net"),
     *("net_g", "netG", "generator", "student", "ema", "ema_model", "model_ema", "params", "state_dict", "transformer"),
-    *("aggregator", "swinir"),
+    "aggregator",
 )
 """Prefixes that are removed where every key of a dictionary has them."""
 

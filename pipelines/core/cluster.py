@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -116,22 +115,6 @@ def require_cpus(what: str, cpus: float, hint: str) -> None:
     total = float(ray.cluster_resources().get("CPU", 0.0))
     if total < cpus:
         raise UsageError(f"{what} needs {cpus:g} CPUs, and Ray has {total:g}: {hint}")
-
-
-def ray_in_use() -> str:
-    """How many CPUs and GPUs of the running Ray are in use, in words; "" without a running Ray."""
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return ""
-    try:
-        total, free = ray.cluster_resources(), ray.available_resources()
-    except Exception:  # noqa: BLE001 - Ray is shutting down, in another thread
-        return ""
-    return ", ".join(
-        f"{total[name] - free.get(name, 0.0):g} of {total[name]:g} {name}s"
-        for name in ("CPU", "GPU")
-        if total.get(name)
-    )
 
 
 def start_ray(folder: Path, num_cpus: int, object_store_mib: int) -> None:

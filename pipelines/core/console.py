@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
 from components.naming import printable
-from pipelines.core.cluster import ray_in_use
+from pipelines.core.environment import ray_in_use
 from pipelines.core.rows import json_text
 
 SILENCE_S = 120.0

@@ -1,9 +1,10 @@
-"""The environment of Ray: settings that it reads when it is imported. Imports nothing, so that commands start fast."""
+"""The environment of Ray: settings that it reads at its import, and its use. Imports nothing: commands start fast."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import sys
 
 
 def quiet_environment() -> None:
@@ -20,3 +21,19 @@ def quiet_environment() -> None:
     os.environ.pop("RAY_AUTH_MODE", None)
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def ray_in_use() -> str:
+    """How many CPUs and GPUs of the running Ray are in use, in words; "" without a running Ray."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return ""
+    try:
+        total, free = ray.cluster_resources(), ray.available_resources()
+    except Exception:  # noqa: BLE001 - Ray is shutting down, in another thread
+        return ""
+    return ", ".join(
+        f"{total[name] - free.get(name, 0.0):g} of {total[name]:g} {name}s"
+        for name in ("CPU", "GPU")
+        if total.get(name)
+    )

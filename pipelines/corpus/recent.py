@@ -23,10 +23,10 @@ def open_limit() -> int:
     The first call raises the process' soft limit to its hard limit: many systems start with a soft limit of 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * MOST_OPEN if hard == resource.RLIM_INFINITY else min(hard, 4 * MOST_OPEN)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
+    most = 4 * MOST_OPEN if hard == resource.RLIM_INFINITY else min(hard, 4 * MOST_OPEN)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
     return MOST_OPEN if soft == resource.RLIM_INFINITY else max(LEAST_OPEN, min(MOST_OPEN, soft // 4))
 
 

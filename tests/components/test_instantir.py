@@ -243,9 +243,8 @@ def test_weights_that_do_not_fit_are_all_listed_and_none_is_copied(part: str, ne
     del state[missing]
     state[misshapen] = torch.zeros(1, 2, 3)
     state["surprise"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"missing .*unexpected surprise.*shape") as error:
+    with pytest.raises(ValueError, match=r"1 missing: .*1 unexpected: surprise; 1 of the wrong shape"):
         network.load_parts({part: state})
-    assert "3 faults" in str(error.value)
     assert all(torch.equal(v, before[n]) for n, v in network.parts()[part].items())
 
 

@@ -255,7 +255,7 @@ def test_errors_name_missing_files_and_wrong_settings(folders: dict[str, Path], 
     (place / "transformer" / "config.json").write_text(json.dumps(config))
     for wrong, words in (
         ({"prediction_type": "sample"}, "epsilon or v_prediction"),
-        ({"rescale_betas_zero_snr": True}, "unscaled schedule"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is not supported"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule must be"),
     ):
         scheduler.write_text(json.dumps({**SCHEDULES["pixart"], **wrong}))

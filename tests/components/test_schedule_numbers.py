@@ -73,8 +73,8 @@ def test_mixes_of_a_short_schedule_and_their_inverses() -> None:
 def test_time_steps_of_samplers(n: int, spacing: Any, offset: int, steps: list[int]) -> None:
     schedule = Schedule(13, 0.1, 0.2)
     assert schedule.timesteps(n, spacing, offset).tolist() == steps
-    with pytest.raises(ValueError, match="spacing must be leading or trailing, got 'linspace'"):
-        schedule.timesteps(n, "linspace", offset)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="spacing must be leading, trailing, linspace, got 'even'"):
+        schedule.timesteps(n, "even", offset)  # type: ignore[arg-type]
 
 
 def test_levels_of_a_sampler_end_at_zero() -> None:

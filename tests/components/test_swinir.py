@@ -410,10 +410,10 @@ def test_a_network_of_one_window_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "reason"),
     [
-        (lambda t: t.pop("norm.weight"), ModelError, r"missing \['norm.weight'\]"),
-        (lambda t: t.update(extra=torch.zeros(1)), ModelError, r"unexpected \['extra'\]"),
+        (lambda t: t.pop("norm.weight"), ModelError, "1 missing: norm.weight"),
+        (lambda t: t.update(extra=torch.zeros(1)), ModelError, "1 unexpected: extra"),
         (lambda t: t.update({"norm.weight": torch.zeros(7)}), ModelError, r"norm.weight: \(7,\) instead of \(12,\)"),
-        (lambda t: t["layers.0.residual_group.blocks.1.attn_mask"].zero_(), ModelError, "attn_mask are not the tables"),
+        (lambda t: t["layers.0.residual_group.blocks.1.attn_mask"].zero_(), ModelError, "attn_mask: not the tables of"),
         (lambda t: t["conv_hr.bias"].fill_(float("nan")), ModelError, "conv_hr.bias"),
         (lambda t: t.pop("conv_first.1.weight"), WeightsFileError, "not a SwinIR with"),
         (lambda t: t.pop("layers.1.residual_group.blocks.1.mlp.fc1.bias"), ModelError, "blocks.1.mlp.fc1.bias"),
@@ -442,7 +442,7 @@ def test_wrong_arguments_of_import_and_export_are_refused(network: SwinIR, tmp_p
         check_sizes({"embed_dims": 3})
     with pytest.raises(ValueError, match="whole numbers"):
         check_sizes({"depths": ["a"]})
-    with pytest.raises(ModelError, match="wrong shapes"):
+    with pytest.raises(ModelError, match="12 of the wrong shape"):
         import_weights([path], None, sizes={"window_size": 2})
     assert import_weights([path], None).model is None  # checked, nothing written
     with pytest.raises(ModelError, match="not a SwinIR"):

@@ -49,6 +49,8 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "tests/components/test_instantir.py",
         "tests/components/test_instantir_modes.py",
     ),
+    "components/evaluation/__init__.py": ("tests/components/test_statistics.py",),
+    "components/evaluation/downloads.py": ("tests/components/test_metric_weights.py",),
     "components/systems/instarevive/scores.py": ("tests/components/test_instarevive_training.py",),
     "components/systems/prior/training.py": ("tests/components/test_one_text_priors.py",),
 }

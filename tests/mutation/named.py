@@ -388,7 +388,11 @@ AGGREGATOR = (
 PRIOR = (
     prior("prior: autoencoder without jitter", "self.prior.decode(latents + jitter)", "self.prior.decode(latents)"),
     prior("prior: autoencoder reconstructs LQ", "+ jitter) - batch.hq", "+ jitter) - batch.lq"),
-    prior("prior: PSNR over a range of 1", "torch.log10(mse / 4)", "torch.log10(mse)"),
+    prior(
+        "prior: PSNR over a range of 1",
+        "(error.detach().square().mean(dim=(1, 2, 3)).clamp_min(1e-10) / 4)",
+        "(error.detach().square().mean(dim=(1, 2, 3)))",
+    ),
     prior(
         "prior: encoder compares LQ with LQ", "self.prior.embed_images(batch.hq)", "self.prior.embed_images(batch.lq)"
     ),

@@ -73,8 +73,8 @@ def test_a_window_of_shards_stays_open(tmp_path: Path, monkeypatch: pytest.Monke
     """600 shards, more than the 512 of a window: a second pass opens no file again."""
     assert min(MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 4) >= open_limit() >= LEAST_OPEN
     values: Recent[int, int] = Recent(lambda: 600)
-    made = [values.get(number, lambda: 0) for _ in range(2) for number in range(600)]
-    assert len(values) == 600 and len(made) == 1200
+    calls_of_get = [values.get(number, lambda: 0) for _ in range(2) for number in range(600)]
+    assert len(values) == 600 and len(calls_of_get) == 1200
     calls: list[int] = []
     for number in (0, 599, 600, 1, 2):  # 600 pushes out the one that was read first: 1, since 0 was read again
         values.get(number, lambda number=number: calls.append(number) or 0)  # type: ignore[misc, func-returns-value]

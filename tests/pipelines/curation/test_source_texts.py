@@ -347,7 +347,7 @@ def test_files_of_systems_are_no_pictures(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", {**dict.fromkeys(SYSTEM, b"x"), "a.png": b"x", "sub/b.png": b"x"})
     items = read(folder)
     assert list(items) == ["a", "sub__b"] and codes(items) == {}
-    assert list(list_pictures(folder)[0]) == ["a", "sub__b"]
+    assert list(list_pictures(folder)[0]) == ["a", "sub/b"]
     assert list(pictures_by_key(folder, [])) == ["a", "sub/b"]
     (tmp_path / "tars").mkdir()
     tar(tmp_path / "tars" / "a.tar", {**dict.fromkeys(SYSTEM, b"x"), "a.png": b"x"})

@@ -311,7 +311,11 @@ def test_unsupported_priors_are_refused(released: Released, tmp_path: Path) -> N
     for file, change, reason in (
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "must predict noise"),
         ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not flow_prediction"),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "unscaled schedule"),
+        (
+            "scheduler/scheduler_config.json",
+            {"rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr is not supported",
+        ),
         ("dino/config.json", {"model_type": "dinov2_with_registers"}, "without register tokens"),
         ("dino/preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "is not ImageNet's"),
         ("unet/config.json", {"norm_num_groups": 4, "block_out_channels": [16, 32, 36]}, "cannot be loaded|do not fit"),

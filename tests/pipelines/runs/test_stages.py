@@ -30,7 +30,11 @@ def recipe(*overrides: str) -> Any:
 def write_index(folder: Path, **counts: int) -> Path:
     """Write an index with one shard per split and these numbers of samples."""
     splits = {
-        split: {"samples": n, "table": {"name": f"{split}.arrow"}, "shards": [{"name": f"{split}-0.tar", "samples": n}]}
+        split: {
+            "samples": n,
+            "table": {"name": f"{split}.arrow"},
+            "shards": [{"name": f"{split}-0.tar", "bytes": 0, "sha256": "", "samples": n}],
+        }
         for split, n in counts.items()
     }
     (folder / "index.json").write_text(json.dumps({"format": 2, "digest": "d", "splits": splits}))

@@ -104,7 +104,7 @@ def test_a_training_goes_on_without_its_sample_sheet(tmp_path: Path, monkeypatch
 
     pixels = torch.zeros(2, 3, 8, 8)
     heldout = SimpleNamespace(keys=["a", "b"], lq=pixels, hq=pixels, prompts=["", ""], __len__=lambda: 2)
-    monkeypatch.setattr(worker, "evaluate_loss", lambda *_: {"network": 1.0})
+    monkeypatch.setattr(worker, "evaluate_loss", lambda *_, **__: {"network": 1.0})
     system = SimpleNamespace(look=lambda *_: torch.full((2, 3, 8, 8), torch.nan))
     monkeypatch.setitem(SYSTEMS, "toy", system)  # type: ignore[arg-type]
     rows: list[Any] = []

@@ -129,15 +129,16 @@ def start_ray(folder: Path, num_cpus: int, object_store_mib: int) -> None:
     os.environ.pop("RAY_AUTH_MODE", None)
     for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                object_store_memory=object_store_mib * 2**20,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(folder / str(attempt)),
-            )
+            with _no_arguments():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    object_store_memory=object_store_mib * 2**20,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(folder / str(attempt)),
+                )
             return
         except SystemExit as error:  # from Ray's own SIGTERM handler, while Ray starts
             raise KeyboardInterrupt if error.code == signal.SIGTERM else error from error
@@ -146,6 +147,24 @@ def start_ray(folder: Path, num_cpus: int, object_store_mib: int) -> None:
             if "timed out" not in str(error):
                 raise
     raise RetryLater("Ray could not start in time: this machine is too busy. Run the same command again later.")
+
+
+@contextmanager
+def _no_arguments() -> Iterator[None]:
+    """Hide the command line from Ray inside a `with` block.
+
+    Ray records the command line with its secrets as the job's entry point, and cannot encode names that are not UTF-8.
+    """
+    from ray._private import utils
+
+    name = getattr(utils, "get_entrypoint_name", None)
+    if name is not None:
+        utils.get_entrypoint_name = lambda: "restoray"
+    try:
+        yield
+    finally:
+        if name is not None:
+            utils.get_entrypoint_name = name
 
 
 def quiet_data() -> None:

@@ -110,7 +110,7 @@ def test_the_logs_of_a_failed_run_are_kept_and_rays_lines_stay_out_of_the_termin
     repository: Path, tmp_path: Path
 ) -> None:
     process = subprocess.run(
-        [sys.executable, "-c", FAILURE],
+        [sys.executable, "-c", FAILURE, b"caf\xe9"],  # Ray cannot encode such an argument
         cwd=repository,
         env={**os.environ, "RESTORAY_HOME": str(tmp_path)},
         capture_output=True,

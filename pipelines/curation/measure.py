@@ -91,7 +91,9 @@ def look(data: bytes, filters: FilterSpec, key: str) -> dict[str, Any]:
 
 def rules_of(filters: FilterSpec) -> str:
     """Digest of what decides a measured row besides its bytes; thresholds of scores do not."""
-    limits = {**asdict(filters.limits()), "min_file_kib": filters.min_file_kib}
+    options = ("pixels_option", "bytes_option")  # words for errors, which decide nothing
+    limits = {name: limit for name, limit in asdict(filters.limits()).items() if name not in options}
+    limits["min_file_kib"] = filters.min_file_kib
     return hashlib.sha256(json.dumps([VERSION, sorted(SCORES), WORDS, limits], sort_keys=True).encode()).hexdigest()
 
 

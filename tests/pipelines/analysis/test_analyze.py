@@ -317,7 +317,7 @@ def test_accuracy_counts_the_encoders_predictions(tmp_path: Path) -> None:
     for number, name in enumerate(("n01", "n02", "n03")):
         (images / name).mkdir(parents=True)
         for index in range(2):
-            pictures[f"{name}__{index}"] = picture = dead_leaves(256, number, index)
+            pictures[f"{name}/{index}"] = picture = dead_leaves(256, number, index)
             (images / name / f"{index}.png").write_bytes(encode_png(picture))
     result = analyze_accuracy(images, tmp_path / "out", str(tmp_path / "encoder"), mixed="realesrgan-nano")
     rows = {row["key"]: row for row in read_lines(tmp_path / "out" / "values.jsonl")}

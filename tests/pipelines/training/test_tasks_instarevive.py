@@ -45,7 +45,7 @@ NANO = [
     *("precision=fp32", "placement.gpus_per_worker=0", "gradient_checkpointing=false", "ema_decay=0"),
     *("evaluate_every=2", "checkpoint_every=2", "optimizer.lr=1e-3", "distillation.lpips="),
 ]
-"""Overrides that shrink a paper's recipe to seconds; data, degradation, masks, prompts and losses stay, but for LPIPS."""
+"""Overrides that shrink a paper's recipe to seconds; data, degradation, masks, prompts and losses (but LPIPS) stay."""
 
 
 def rainy(picture: Image, index: int) -> Image:

@@ -190,6 +190,11 @@ class Recipe:
         return ""
 
     @property
+    def loss_weights(self) -> Mapping[str, str]:
+        """Files, folders or names of the weights of the losses' networks, by the recipe's key."""
+        return {}
+
+    @property
     def distil(self) -> bool:
         """Whether the stage needs a teacher."""
         return False

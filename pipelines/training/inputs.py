@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from components.captions.presets import HUB_ID
 from components.evaluation import MIN_PICTURES
 from components.negatives import prior_digest
 from components.recipes import Recipe
 from components.systems import SYSTEMS, parent_stage
 from pipelines.core.errors import UsageError
-from pipelines.core.home import shipped_files
+from pipelines.core.home import shipped_files, weights_folder
 from pipelines.corpus.catalogue import entry_of, load_spec
 from pipelines.corpus.shards import SPLIT, open_corpus
 from pipelines.stream.config import DEAD_LEAVES, StreamConfig, captioner_of
@@ -72,8 +73,20 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
             raise UsageError(
                 f"{recipe.name}: {stream.unpaired} has no held-out picture, and evaluation needs inputs from it."
             )
+    _check_loss_weights(recipe)
     if recipe.latents or recipe.embeddings:
         _check_precomputed(recipe, inputs, stream)
+
+
+def _check_loss_weights(recipe: Recipe) -> None:
+    """Raises UsageError if weights of a loss are neither a file nor a folder here; a hub id may be downloaded."""
+    for key, place in recipe.loss_weights.items():
+        places = [Path(place).expanduser(), weights_folder() / place]
+        if not any(path.exists() for path in places) and not HUB_ID.fullmatch(place):
+            raise UsageError(
+                f"{recipe.name}: {key} names weights that are not here: {place} is no file or folder, and "
+                f"{places[1]} does not exist. Put the files there, name another place, or train without them: {key}="
+            )
 
 
 def _check_precomputed(recipe: Recipe, inputs: TrainInputs, stream: StreamConfig) -> None:

@@ -262,3 +262,14 @@ def test_a_key_that_the_stage_does_not_read_is_refused() -> None:
         load_recipe("instantir-dcp-nano", ["lora_rank=8"])
     with pytest.raises(RecipeError, match="noise_offset is for stage dcp and aggregator, not previewer"):
         load_recipe("instantir-previewer-nano", ["noise_offset=0.1"])
+
+
+def test_every_paper_recipe_of_instarevive_asks_for_lpips_and_nano_ones_say_that_they_do_without() -> None:
+    """Appendix: LPIPS is the regression. Day to night has no regression (its inputs show other places)."""
+    tasks = ("bsr", "bsr-released", "bfr", "saltpepper", "derain", "lowlight", "inpaint", "cartoon", "identity")
+    for task in tasks:
+        settings = load_recipe(f"instarevive-{task}").distillation  # type: ignore[attr-defined]
+        assert (settings.regression, settings.lpips) == ("perceptual", "lpips-vgg"), task
+    for task in ("daynight", "bsr-nano", "inpaint-nano", "pairs-nano", "unpaired-nano"):
+        recipe = load_recipe(f"instarevive-{task}")
+        assert not recipe.loss_weights and recipe.distillation.regression in ("none", "both"), task  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,6 +54,10 @@ class InstaReviveRecipe(Recipe):
     picture_encoder: str = ""
     gradient_checkpointing: bool = False
     restore_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def loss_weights(self) -> Mapping[str, str]:
+        return {"distillation.lpips": self.distillation.lpips} if self.distillation.lpips else {}
 
     @property
     def student_gate(self) -> Gate | None:

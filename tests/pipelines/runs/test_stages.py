@@ -227,3 +227,16 @@ def test_pairs_are_not_degraded_again() -> None:
 def test_a_recipe_without_a_prior_needs_none(name: str) -> None:
     """`prior: none` of these recipes was refused as an unknown prior."""
     check_recipe(load_recipe(name))
+
+
+def test_a_papers_recipe_does_not_train_without_its_lpips(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A missing file ends the driver at once; a file, a name in the weights folder, a hub id and "" pass."""
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "home"))
+    inputs = TrainInputs(corpora={"ffhq": write_index(tmp_path, train=4, held_out=2)})
+    with pytest.raises(UsageError, match=r"distillation.lpips names weights that are not here: lpips-vgg is no file"):
+        check_inputs(load_recipe("instarevive-bfr"), inputs)
+    (tmp_path / "vgg.pth").touch()
+    for place in (str(tmp_path / "vgg.pth"), "some/lpips", ""):
+        check_inputs(load_recipe("instarevive-bfr", [f"distillation.lpips={place}"]), inputs)
+    (tmp_path / "home" / "weights" / "lpips-vgg").mkdir(parents=True)
+    check_inputs(load_recipe("instarevive-bfr"), inputs)

@@ -329,7 +329,7 @@ def test_accuracy_counts_the_encoders_predictions(tmp_path: Path) -> None:
     assert {key: row["class"] for key, row in rows.items()} == {key: int(key[2]) - 1 for key in rows}
     right = np.mean([expected[key] == rows[key]["class"] for key in rows])
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["accuracy"]["HQ"]["mean"] == pytest.approx(right)
-    assert f"{100 * right:.1f} % right" in result.seen[0]
+    assert f"Right of clean pictures: {right:.3f} [" in result.seen[0]
 
     # nearest class means: clean references classify themselves if each class has one picture
     reference = tmp_path / "reference"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,9 @@ def one_thread() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the Makefile's environment, also for `pytest` without make."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # a shell's background job ignores Ctrl-C, and so would the processes of the tests that send it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     from pipelines.core.environment import quiet_environment
 
     quiet_environment()

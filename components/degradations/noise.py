@@ -56,7 +56,7 @@ def shot_tables(photons: int) -> tuple[np.ndarray, np.ndarray]:
     """
     rates = np.arange(256) * (photons / 255)
     skew = np.sqrt(np.minimum(1, 2 * rates))
-    spread = np.sqrt((rates - skew**2 / 18).clip(0))
+    spread = np.sqrt(rates - skew**2 / 18)
     return (spread / photons).astype(np.float32), (skew / photons).astype(np.float32)
 
 

@@ -64,7 +64,7 @@ def pyramid_distance(prediction: Tensor, target: Tensor, levels: int = 5) -> Ten
 
     Args:
         prediction, target: pictures of one size.
-        levels: largest number of bands; halving ends before a side falls below 2 pixels.
+        levels: largest number of bands; a picture with a side below 4 pixels is not halved.
     """
     # the pyramid is linear: that of the difference is the difference of the pyramids
     residual = prediction.float() - target.float()

@@ -106,6 +106,9 @@ def test_bad_pictures_name_the_sample(metrics, restored, hq):
     with pytest.raises(SampleError, match="cat/7") as error:
         metrics.score(restored, hq, key="cat/7")
     assert error.value.code == "shape"
+    with pytest.raises(SampleError) as error:
+        metrics.measure(restored, hq)
+    assert error.value.key == ""  # the caller adds it
 
 
 def test_unknown_names_are_refused_with_the_nearest():

@@ -58,6 +58,47 @@ def test_the_pyramid_accepts_odd_and_tiny_pictures_and_has_a_gradient(side: int)
     assert x.grad is not None and bool(x.grad.isfinite().all()) and float(x.grad.abs().sum()) > 0
 
 
+def pyramid_by_hand(difference: np.ndarray, levels: int) -> float:
+    """The loss of one channel [H, W] with loops: blur, mean of 2 x 2 cells, bilinear enlargement."""
+    total = 0.0
+    for _ in range(levels - 1):
+        height, width = difference.shape
+        if min(height, width) < 4:
+            break
+        blurred = np.zeros_like(difference)
+        for y, x in np.ndindex(height, width):
+            for dy, wy in ((-1, 1), (0, 2), (1, 1)):
+                for dx, wx in ((-1, 1), (0, 2), (1, 1)):
+                    row, column = min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)
+                    blurred[y, x] += wy * wx / 16 * difference[row, column]
+        coarse = np.zeros(((height + 1) // 2, (width + 1) // 2))
+        for y, x in np.ndindex(*coarse.shape):
+            coarse[y, x] = blurred[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean()
+        enlarged = np.zeros_like(difference)
+        for y, x in np.ndindex(height, width):
+            for row, wy in linear_shares(y, height, len(coarse)):
+                for column, wx in linear_shares(x, width, coarse.shape[1]):
+                    enlarged[y, x] += wy * wx * coarse[row, column]
+        total += np.abs(difference - enlarged).mean()
+        difference = coarse
+    return float(total + np.abs(difference).mean())
+
+
+def linear_shares(place: int, size: int, coarse: int) -> list[tuple[int, float]]:
+    """The two cells of a coarse row that a fine pixel mixes, with their shares."""
+    centre = max((place + 0.5) * coarse / size - 0.5, 0.0)
+    first = int(centre)
+    return [(first, 1 - (centre - first)), (min(first + 1, coarse - 1), centre - first)]
+
+
+@pytest.mark.parametrize("shape", [(3, 9), (4, 4), (5, 8), (7, 10)])
+def test_the_pyramid_by_hand(shape: tuple[int, int]) -> None:
+    x, y = (generator(5, name).uniform(-1, 1, shape) for name in ("x", "y"))
+    expected = pyramid_by_hand(x - y, 3)
+    rows = [torch.from_numpy(values.astype(np.float32)).expand(1, 3, *shape) for values in (x, y)]
+    assert float(pyramid_distance(*rows, levels=3)) == pytest.approx(expected, rel=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------------------- LPIPS
 
 

@@ -203,8 +203,9 @@ def _run(jobs: Sequence[Job], copies: Sequence[Path], options: argparse.Namespac
         return runs.start(copy, job.mutant, job.names)
 
     for done, (job, result) in enumerate(_in_processes(new, copies, start_job), 1):
-        job.result = result
-        book.add(job.key, result)
+        if result["outcome"] != "error":  # else the next `make mutate` runs it again
+            job.result = result
+            book.add(job.key, result)
         rate = done / (time.monotonic() - start)
         change = f"{job.file}:{job.mutant.lines[0]} {job.name or job.mutant.change}" if job.mutant else job.file
         left = (len(new) - done) / rate / 60

@@ -245,6 +245,7 @@ class Run:
         copy: folder that it works in.
         pid: of the process.
         report: file that it writes at its end.
+        begun: file that it writes when its tests begin.
         mended: text of the mutated file without the mutant, to be written back; by path.
         started: clock at its start.
         used: (seconds of processor time so far, clock when they last grew).
@@ -253,6 +254,7 @@ class Run:
     copy: Path
     pid: int
     report: Path
+    begun: Path
     mended: dict[Path, str] = field(default_factory=dict)
     started: float = 0.0
     used: tuple[float, float] = (0.0, 0.0)
@@ -260,7 +262,8 @@ class Run:
     def poll(self) -> dict[str, Any] | None:
         """Return None while the process runs; then its result, with the file as it was before.
 
-        The result has "outcome" ("killed", "survived" or "timeout"), "killer" and "seconds" by the clock.
+        The result has "outcome", "killer" and "seconds" by the clock. The outcome is "killed", "survived" or "timeout";
+        or "error" if the process ended before its tests began, or pytest itself failed: nothing is known then.
         """
         pid, status, _ = os.wait4(self.pid, os.WNOHANG)
         late = not pid and self._waits()
@@ -276,7 +279,11 @@ class Run:
             self.report.unlink()
         out_of_time = late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU)
         code = os.waitstatus_to_exitcode(status)
-        if out_of_time:
+        begun = self.begun.exists()
+        self.begun.unlink(missing_ok=True)
+        if not begun or (code in PYTEST_FAILS and not result["killer"]):
+            result |= {"outcome": "error", "killer": f"exit status {code}"}
+        elif out_of_time:
             result["outcome"] = "timeout"
         elif code in (0, NO_TESTS):
             result["outcome"] = "survived"
@@ -314,6 +321,9 @@ class Run:
 NO_TESTS = 5
 """Exit status of pytest when no test is left: a mutant that takes parameters away from a test is no failure of it."""
 
+PYTEST_FAILS = (3, 4)
+"""Exit statuses of pytest after an error of its own, and after options that it does not take."""
+
 
 def _kill(group: int) -> None:
     with contextlib.suppress(ProcessLookupError):
@@ -347,10 +357,11 @@ def start_profile(copy: Path, test_file: str, files: Sequence[str]) -> Run:
 
 
 def _fork(copy: Path, plugin: Any, files: Sequence[str], report: Any, *, limited: bool) -> Run:
-    place = copy.parent / "report.json"
+    place, begun = copy.parent / "report.json", copy.parent / "begun"
+    begun.unlink(missing_ok=True)
     pid = os.fork()
     if pid:
-        return Run(copy=copy, pid=pid, report=place, started=time.monotonic())
+        return Run(copy=copy, pid=pid, report=place, begun=begun, started=time.monotonic())
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -370,6 +381,7 @@ def _fork(copy: Path, plugin: Any, files: Sequence[str], report: Any, *, limited
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
         import pytest
 
+        begun.touch()
         if isinstance(plugin, Recorder):
             sys.settrace(plugin.trace)
         code = int(pytest.main([*OPTIONS[0 if limited else 1 :], *MARKS, "--rootdir", str(copy), *files], [plugin]))

@@ -230,13 +230,13 @@ def test_a_result_is_good_for_its_files_only(tmp_path: Path) -> None:
     assert mutate.digest(tmp_path / "c") == mutate.digest(tmp_path / "a")
 
 
-def forked(work: str) -> runs.Run:
-    """A child process that runs Python code, as a Run."""
+def forked(work: str, begun: Path) -> runs.Run:
+    """A child process that runs Python code, as a Run; its tests began if there is a file `begun`."""
     pid = os.fork()
     if pid == 0:
         os.setsid()
         os.execv(os.sys.executable, [os.sys.executable, "-c", work])  # type: ignore[attr-defined]
-    return runs.Run(copy=Path(), pid=pid, report=Path("/nowhere"), started=time.monotonic())
+    return runs.Run(copy=Path(), pid=pid, report=Path("/nowhere"), begun=begun, started=time.monotonic())
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,7 @@ def forked(work: str) -> runs.Run:
         ("pass", "survived"),
         ("raise SystemExit(5)", "survived"),
         ("raise SystemExit(1)", "killed"),
+        ("raise SystemExit(4)", "error"),
         ("import os; os.abort()", "killed"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGXCPU)", "timeout"),
     ],
@@ -252,17 +253,21 @@ def forked(work: str) -> runs.Run:
 def test_outcomes_of_a_process(work: str, outcome: str, tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text("changed")
-    run = forked(work)
-    run.mended = {file: "as before\r\n"}
-    while (result := run.poll()) is None:
-        time.sleep(0.01)
-    assert result["outcome"] == outcome
-    assert file.read_bytes() == b"as before\r\n"
+    for begun in (True, False):
+        if begun:
+            (tmp_path / "begun").touch()
+        run = forked(work, tmp_path / "begun")
+        run.mended = {file: "as before\r\n"}
+        while (result := run.poll()) is None:
+            time.sleep(0.01)
+        assert result["outcome"] == (outcome if begun else "error")
+        assert file.read_bytes() == b"as before\r\n"
 
 
-def test_a_process_that_waits_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_waits_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "WAIT_S", 0.3)
-    run = forked("import time; time.sleep(60)")
+    (tmp_path / "begun").touch()
+    run = forked("import time; time.sleep(60)", tmp_path / "begun")
     while (result := run.poll()) is None:
         time.sleep(0.05)
     assert result["outcome"] == "timeout"

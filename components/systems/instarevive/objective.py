@@ -404,4 +404,4 @@ class InstaReviveObjective(Objective):
 
 
 def _over_workers(value: Tensor, training: bool) -> Tensor:
-    return average({"value": value})["value"].to(value) if training else value
+    return average({"value": value})["value"] if training else value

@@ -1,6 +1,6 @@
 """Restoration of single pictures: bytes in, PNG bytes out. Batch jobs and the service share it.
 
-Both call `restore_batch`. So the service and a batch job write the same bytes for the same model, key, seed, options
+Both call `restore_pictures`. So the service and a batch job write the same bytes for the same model, key, seed, options
 and batch size; float rounding may differ with the batch size. Torch-free: the restorer is an argument.
 """
 
@@ -239,26 +239,6 @@ def _scale(value: Any, sides: Sequence[str]) -> float:
     return float(value)
 
 
-def restore_bytes(
-    restorer: Restorer,
-    identity: Identity,
-    picture: Picture,
-    ask: Ask,
-    limits: Limits = ANY_SHAPE,
-    cancelled: Cancelled | None = None,
-) -> bytes:
-    """Restore one picture and return the PNG's bytes.
-
-    Raises:
-        SampleError: the picture cannot be decoded or restored; see `restore_batch`.
-        Cancellation: `cancelled` became true.
-    """
-    result = restore_batch(restorer, identity, [picture], ask, limits, cancelled)[0]
-    if isinstance(result, SampleError):
-        raise result
-    return result
-
-
 def restore_batch(
     restorer: Restorer,
     identity: Identity,
@@ -345,7 +325,7 @@ def restore_pictures(
 
 
 def request_of(picture: Picture, ask: Ask, limits: Limits = ANY_SHAPE) -> Request:
-    """Return the request that `restore_batch` makes for a picture.
+    """Return the request that `restore_pictures` makes for a picture.
 
     Raises:
         SampleError: the picture cannot be decoded, or its result would be too large.
@@ -454,7 +434,7 @@ def _check_answer(request: Request, answer: Restored) -> None:
 
 
 def as_sample_error(error: Exception, key: str) -> SampleError:
-    """Turn a restorer's exception for one picture into a SampleError with a code of `restore_batch`."""
+    """Turn a restorer's exception for one picture into a SampleError with a code of `restore_pictures`."""
     if isinstance(error, SampleError):
         return SampleError(error.code, error.detail, error.key or key)
     # torch.OutOfMemoryError is a RuntimeError; this module cannot import it

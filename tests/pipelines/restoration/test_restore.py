@@ -17,7 +17,7 @@ from PIL import PngImagePlugin
 
 from components.images import ANY_SHAPE, decode, encode_png, read_png_text
 from components.models import ModelCard, save_model
-from components.restoring import Identity, Picture, file_key, parse_ask, picture_seed, restore_batch, restore_bytes
+from components.restoring import Identity, Picture, file_key, parse_ask, picture_seed, restore_batch
 from components.synthetic import dead_leaves
 from components.systems import SYSTEMS
 from components.types import Restorer, SampleError
@@ -376,8 +376,10 @@ def test_a_bad_picture_in_a_batch_does_not_change_the_others() -> None:
     good = [Picture(key=f"p{i}", data=encode_png(dead_leaves(32, 0, i)), seed=i) for i in range(2)]
     results = restore_batch(restorer, IDENTITY, [good[0], Picture(key="bad", data=b"", seed=0), good[1]], ask)
     assert isinstance(results[1], SampleError) and (results[1].code, results[1].key) == ("empty", "bad")
-    assert results[0] == restore_bytes(restorer, IDENTITY, good[0], ask)
-    assert results[2] == restore_bytes(restorer, IDENTITY, good[1], ask)
+    assert results[::2] == [
+        *restore_batch(restorer, IDENTITY, good[:1], ask),
+        *restore_batch(restorer, IDENTITY, good[1:], ask),
+    ]
 
 
 class Swapping(Restorer):
@@ -389,7 +391,7 @@ class Swapping(Restorer):
 
 def test_results_in_the_wrong_order_are_detected() -> None:
     pictures = [Picture(key=f"p{i}", data=encode_png(dead_leaves(32, 0, i)), seed=i) for i in range(2)]
-    right = [restore_bytes(tiny.TinyRestorer(strength=1.0), IDENTITY, picture, parse_ask({})) for picture in pictures]
+    right = restore_batch(tiny.TinyRestorer(strength=1.0), IDENTITY, pictures, parse_ask({}))
     assert restore_batch(Swapping(), IDENTITY, pictures, parse_ask({})) == right  # it restores them one by one
 
 

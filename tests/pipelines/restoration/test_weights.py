@@ -402,7 +402,8 @@ def test_published_weights_restore_a_photograph_by_commands_alone(
     report = restoray("weights", "import", "instantir", "--from", str(released.files.parent), *released.words())
     parts = [source["part"] for source in report["sources"]]
     assert report["missing"] == [] and parts == ["perceptor", "previewer", "aggregator"]
-    options = ("steps=3", "cfg_scale=3", "view=crop")  # the published perceptor gets the centre of the picture
+    # an import restores at the release's working size, at least 768 px; `by_hand` works at the picture's own
+    options = ("steps=3", "cfg_scale=3", "view=crop", "resize=native")
     result = restoray("restore", "in", "--model", "instantir", "--out", "out", *options)
     assert result["restored"] == 1
     restored = np.asarray(Image.open(tmp_path / "out" / f"{KEY}.png"))

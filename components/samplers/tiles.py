@@ -109,7 +109,7 @@ def tiled(
         if min(box) < 0 or box[0] + box[2] > height or box[1] + box[3] > width:
             raise ValueError(f"tile {box} reaches outside {height} x {width}")
         _part(total, box).add_(weights)
-    if not bool((total > 0).all()):
+    if not (total > 0).all():
         raise ValueError(f"the tiles leave gaps in {height} x {width}")
     parts = [denoise.tile(box) for box in boxes]
     # divide in float64: a float32 quotient of two weights of 1e-11 is inexact

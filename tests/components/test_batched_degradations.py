@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from components.degradations import PRESETS, build_degradation, noise
-from components.degradations.batched import apply_plans, philox
+from components.degradations.batched import _bucket, apply_plans, philox
+from components.degradations.batched.ops import _tables, kernel_size
 from components.degradations.batched.resizing import sampling_matrices
 from components.degradations.plans import make_plan
 from components.degradations.resize import MODES, sampling_matrix
@@ -148,3 +151,45 @@ def test_wrong_batches_are_refused() -> None:
     halves = make_plan([{"op": "resize", "base": "hq", "divide": 2, "mode": "area"}])
     with pytest.raises(ValueError, match="different sizes"):
         apply_plans(torch.zeros(2, 3, 8, 8), [*plans, halves])
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_back_ends_agree_on_steps_by_factor(mode: str) -> None:
+    """The step is 1 / scale, and not the ratio of the sides, which are rounded."""
+    op = {"op": "resize", "base": "current", "scale": 0.37, "mode": mode}
+    plans = [make_plan([{**op, "sampling": sampling}]) for sampling in ("factor", "size")]
+    one, other = both([picture(0, 61, 47)] * 2, plans)
+    assert np.abs(one - other).max() <= 0.05 * LEVEL
+    assert np.abs(one[0] - one[1]).max() > LEVEL
+
+
+def test_back_ends_agree_on_strong_colours_at_low_quality() -> None:
+    """Rounded coefficients overshoot there, and the decoder clips its planes before it converts them."""
+    columns = np.arange(64) // 8 % 2
+    image = np.zeros((64, 64, 3), np.float32)
+    image[..., 0], image[..., 2] = columns, 1 - columns
+    for quality in (2, 10, 30):
+        plan = make_plan([{"op": "jpeg", "quality": quality, "form": "edge"}])
+        one, other = both([image], [plan])
+        assert np.abs(one - other).mean() <= 0.5 * LEVEL, quality
+
+
+def test_tables_of_real_jpeg_are_the_encoders() -> None:
+    qualities = range(1, 101)
+    luma, chroma = _tables(qualities, True, torch.zeros(1))
+    for index, quality in enumerate(qualities):
+        stream = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(stream, "JPEG", quality=quality)
+        expected = Image.open(stream).quantization
+        assert [luma[index].flatten().tolist(), chroma[index].flatten().tolist()] == [expected[0], expected[1]], quality
+
+
+def test_a_canvas_side_is_its_own_bucket() -> None:
+    sides = {_bucket(side) for side in range(1, 2000)}
+    assert len(sides) > 5 and all(_bucket(side) == side for side in sides)
+    assert all(_bucket(side) >= side for side in range(1, 2000))
+
+
+def test_the_side_of_a_kernel_is_in_its_plan() -> None:
+    assert kernel_size({"kind": "given", "weights": [[0.2] * 5] * 5}) == 5
+    assert kernel_size({"kind": "iso", "size": 7, "sigma_x": 1.0}) == 7

@@ -386,6 +386,7 @@ def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
         ("instarevive-bfr", {"kernel_size": 40}),
         ("instarevive-bfr", {"quality": (0, 50)}),
         ("instarevive-bfr", {"shrink": (0.5, 2)}),
+        ("instarevive-bfr", {"sigma": (1, 10_000.5)}),
         ("instarevive-bfr", {"noise": (-1, 5)}),
         ("instarevive-bfr", {"noise": (0, 20_000)}),
         ("bsrgan", {"factor": 1}),

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.models import ModelCard, ModelError, save_model
 from components.objectives.consistency import consistency_output
-from components.objectives.diffusion import WeightedEpsilon, importance_weights
+from components.objectives.diffusion import WeightedEpsilon, importance_weights, offset_noise
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.priors.opening import load_prior
 from components.priors.sdxl import Prior
@@ -508,3 +508,9 @@ def test_a_few_steps_lower_the_error_on_other_pictures(stage: str, lr: float) ->
     after = noise_error(network, heldout)
     assert before < 0.5, "the nano prior's own error"
     assert after < 0.9 * before, (before, after)
+
+
+def test_offset_noise_is_the_sum() -> None:
+    noise, offset = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1), torch.tensor([10.0, 20.0]).view(1, 2, 1, 1)
+    assert offset_noise(noise, offset, 0.1).flatten().tolist() == [2.0, 0.0]
+    assert offset_noise(noise, offset, 0.0) is noise

@@ -221,3 +221,24 @@ def test_the_system_is_registered() -> None:
     layout = system.weights.code().layout(sizes={})
     assert sum(torch.Size(s).numel() for s in layout["InstaRevive_v1.ckpt"].values()) == 610_856_096
     assert asdict(recipe())["distillation"]["kappa"] == 1.5
+
+
+def test_a_recipe_with_lpips_gives_the_objective_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, str]] = []
+
+    def perceptual(restored: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        return (restored - clean).abs().flatten(1).mean(dim=1)
+
+    def load(place: str, device: str) -> Any:
+        opened.append((place, device))
+        return perceptual
+
+    monkeypatch.setattr("components.systems.instarevive.training.load_lpips", load)
+    objective = build_objective(recipe(distillation=Distillation(regression="perceptual", lpips="PLACE")), {})
+    assert opened == [("PLACE", "cpu")] and objective.perceptual is perceptual
+
+
+def test_parts_are_the_builders() -> None:
+    objective = build_objective(recipe(), {})
+    parts = objective.parts()
+    assert set(parts) and all(isinstance(tensors, dict) and tensors for tensors in parts.values())

@@ -144,3 +144,7 @@ def test_the_callers_thread_count_is_restored():
     scorer.measure(picture(32, 32), picture(32, 32))  # also if the metric fails
     assert thread_counts == [1]
     assert torch.get_num_threads() == before
+
+
+def test_no_metric_of_the_table_needs_a_download():
+    assert [name for name, info in METRIC_INFO.items() if info.downloads] == []

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components.models import ModelError
-from components.objectives.regression import VggLpips, latent_distance, load_lpips, pyramid_distance
+from components.objectives.regression import SCALE, SHIFT, VggLpips, latent_distance, load_lpips, pyramid_distance
 from components.randomness import generator, seeded_init
 
 
@@ -119,6 +119,13 @@ def reference_lpips(network: VggLpips, a: Tensor, b: Tensor) -> Tensor:
             unit = [f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in (x, y)]
             total = total + torch.einsum("bchw,c->bhw", (unit[0] - unit[1]) ** 2, weights).mean((1, 2))
     return total
+
+
+def test_lpips_has_imagenets_mean_and_deviation() -> None:
+    """ImageNet's numbers are for pictures in [0, 1]; LPIPS takes [-1, 1] and rounds to three places."""
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(SHIFT, 2 * mean - 1, atol=1e-9)
+    np.testing.assert_allclose(SCALE, 2 * deviation, atol=1e-9)
 
 
 @torch.no_grad()

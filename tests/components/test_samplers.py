@@ -152,7 +152,7 @@ def test_steps_are_reported_and_cancelled() -> None:
     assert events[0].preview is not None
 
 
-@pytest.mark.parametrize("sigmas", [[1.0], [1.0, 2.0], [1.0, 1.0, 0.5], [1.0, -1.0]])
+@pytest.mark.parametrize("sigmas", [[1.0], [1.0, 2.0], [1.0, 1.0, 0.5], [1.0, -1.0], [2.0, 1.0, -1.0]])
 def test_levels_that_do_not_fall_are_refused(sigmas: list[float]) -> None:
     with pytest.raises(ValueError, match="fall strictly"):
         sample_ddim(lambda latents, sigma: latents, normal(1, 1, 2, 2), torch.tensor(sigmas))

@@ -20,7 +20,7 @@ from components.priors.tiling import decode_images, encode_images
 from components.randomness import generator, seeded_init
 from components.samplers.ddim import sample_ddim
 from components.samplers.schedules import Schedule
-from components.samplers.tiles import gaussian_weights, tile_boxes, tiled
+from components.samplers.tiles import equal_weights, gaussian_weights, tile_boxes, tiled
 from components.tensors import images_to_tensor, tensor_to_images
 from components.types import Box, Cancellation, Denoiser
 
@@ -131,6 +131,12 @@ def test_the_blend_is_the_weighted_mean() -> None:
     for column in range(12):
         a, b = (place(column, left) if left <= column < left + 8 else 0.0 for left in (0, 4))
         assert float(blend[column]) == pytest.approx(4 * b / (a + b), abs=1e-6)
+
+
+def test_equal_weights_blend_to_the_plain_mean() -> None:
+    boxes: list[Box] = [(0, 0, 4, 8), (0, 4, 4, 8)]
+    blend = tiled(Constant(), 4, 12, boxes, weigh=equal_weights)(torch.zeros(1, 1, 4, 12), torch.ones(1))[0, 0, 0]
+    assert blend.tolist() == [0.0] * 4 + [2.0] * 4 + [4.0] * 4
 
 
 def test_a_single_tile_is_the_denoiser_itself_and_gaps_are_refused() -> None:

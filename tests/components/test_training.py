@@ -115,6 +115,22 @@ def test_an_overflow_halves_the_scale_and_is_bad_only_at_scale_one() -> None:
     assert float(objective.a.weight.detach()) == 0
 
 
+def test_a_trainable_without_a_gradient_passes_the_scaler() -> None:
+    """A phase may give its trainable no gradient, and the scaler refuses an optimiser without one."""
+
+    class OneIdle(TwoPlayers):
+        def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+            yield "critic", Loss(value=(self.a.weight - 1).square().sum())
+            yield "generator", Loss(value=(self.a.weight - 1).square().sum())
+
+    objective, scaler = OneIdle(), build_scaler("fp16", "cpu")
+    metrics = half(objective, 0.5, scaler)
+    assert metrics["bad_steps"] == 0 and metrics["critic/grad_norm"] == 0
+    assert float(objective.b.weight.detach()) == 0 and float(objective.a.weight.detach()) == pytest.approx(
+        0.1, abs=1e-4
+    )
+
+
 def test_the_loss_scale_is_part_of_a_checkpoint() -> None:
     objective, scaler = TwoPlayers(), build_scaler("fp16", "cpu")
     optimizers = build_optimizers(objective, SETTINGS)

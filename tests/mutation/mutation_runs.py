@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -383,6 +384,7 @@ def _fork(copy: Path, plugin: Any, files: Sequence[str], report: Any, *, limited
 
         begun.touch()
         if isinstance(plugin, Recorder):
+            threading.settrace(plugin.trace)  # tests of workers run in threads
             sys.settrace(plugin.trace)
         code = int(pytest.main([*OPTIONS[0 if limited else 1 :], *MARKS, "--rootdir", str(copy), *files], [plugin]))
         sys.settrace(None)

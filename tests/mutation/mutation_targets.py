@@ -51,6 +51,10 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     ),
     "components/evaluation/__init__.py": ("tests/components/test_statistics.py",),
     "components/evaluation/downloads.py": ("tests/components/test_metric_weights.py",),
+    "components/systems/instarevive/objective.py": (
+        "tests/components/test_whole_batch.py",
+        "tests/components/test_instarevive_training.py",
+    ),
     "components/systems/instarevive/scores.py": ("tests/components/test_instarevive_training.py",),
     "components/systems/prior/training.py": ("tests/components/test_one_text_priors.py",),
 }

@@ -380,6 +380,11 @@ def test_precomputed_latents_and_embeddings_enter_the_loss(stage: str, bare: Ins
     check(kind(network, **settings), by_hand, precomputed, seed_for(settings), settings)
 
 
+def test_the_teachers_scale_may_start_at_zero(whole: InstantIR) -> None:
+    """At 0 the teacher's step is without the picture and the text."""
+    assert PreviewerObjective(whole, guidance_range=(0.0, 4.0)).guidance_range == (0.0, 4.0)
+
+
 def test_the_previewers_error_is_its_distance_from_the_hq_latents(whole: InstantIR) -> None:
     """The metric preview_error, which distillation lowers and a collapse raises."""
     batch, noise = rows(), Noise(3, rows().positions)

@@ -24,6 +24,7 @@ from components.systems.instarevive.training import (
     build_objective,
     look,
     measure,
+    prior_of_teacher,
 )
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import build_swinir
@@ -167,6 +168,15 @@ def test_the_settings_of_a_warm_start_are_kept_or_refused(tmp_path: Path) -> Non
         other.info["config"][key] = value  # type: ignore[index]
         with pytest.raises(ModelError, match=words):
             build_objective(recipe(input="noise"), {"onestep": other})
+
+
+@pytest.mark.parametrize(
+    ("config", "family"), [({}, "sdxl"), ({"family": ""}, "sdxl"), ({"family": "pixart"}, "pixart")]
+)
+def test_the_family_and_the_prior_of_a_teacher(config: dict[str, Any], family: str) -> None:
+    record = {"id": "nano", "digest": "d"}
+    teacher = Model(path=Path("teacher"), info={"system": "s", "config": config, "prior": record}, digest="")
+    assert prior_of_teacher(teacher) == (family, "nano", record)
 
 
 def test_with_a_teacher_the_recipes_own_family_is_not_checked() -> None:

@@ -134,6 +134,7 @@ def test_the_blend_is_the_weighted_mean() -> None:
 
 
 def test_equal_weights_blend_to_the_plain_mean() -> None:
+    assert torch.equal(equal_weights(2, 3), torch.ones(2, 3, dtype=torch.float64))
     boxes: list[Box] = [(0, 0, 4, 8), (0, 4, 4, 8)]
     blend = tiled(Constant(), 4, 12, boxes, weigh=equal_weights)(torch.zeros(1, 1, 4, 12), torch.ones(1))[0, 0, 0]
     assert blend.tolist() == [0.0] * 4 + [2.0] * 4 + [4.0] * 4

@@ -36,6 +36,7 @@ from named import NAMED
 
 ROOT = Path(__file__).resolve().parents[2]
 SURVIVORS = Path(__file__).with_name("survivors.toml")
+PROFILER = "tests/mutation/mutation_runs.py"  # profiles of another version of it are no good
 LOWEST_SCORE = 0.9
 DEAD = ("killed", "timeout")
 
@@ -178,7 +179,7 @@ def _profile(jobs: Sequence[Job], copies: Sequence[Path], options: argparse.Name
         if profile.error:
             raise SystemExit(f"tests fail without a mutant: {profile.error}")
         profiles[test] = profile
-        touched = {test, *profile.at_import, *(file for one in profile.tests for file in one.lines)}
+        touched = {test, PROFILER, *profile.at_import, *(file for one in profile.tests for file in one.lines)}
         fields = {name: result[name] for name in ("tests", "at_import", "error")}
         book.add(test, {"digests": {file: digest(tree / file) for file in sorted(touched)}, **fields})
         print(f"profile {len(profiles)}: {test}, {len(profile.tests)} tests, {result['seconds']:.0f} s", flush=True)

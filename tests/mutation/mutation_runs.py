@@ -120,7 +120,8 @@ class Profile:
 def choose(mutant: Mutant, files: Sequence[str], profiles: dict[str, Profile], budget: float = BUDGET_S) -> list[str]:
     """Return the tests for a mutant: those that run its lines, the fastest first, while they take `budget` seconds.
 
-    A statement that runs at import (a table, a default) concerns all tests that run any line of its file.
+    A statement that runs at import (a table, a default) concerns all tests that run any line of its file, and those
+    whose test file imports it, since a test may read a table alone.
 
     Args:
         mutant: the mutant.
@@ -134,10 +135,9 @@ def choose(mutant: Mutant, files: Sequence[str], profiles: dict[str, Profile], b
         profile = profiles[file]
         for test in profile.tests:
             lines = test.lines.get(mutant.file, [])
-            if any(first <= line <= last for line in lines) or (mutant.at_import and lines):
+            reads = mutant.at_import and (lines or mutant.file in profile.at_import)
+            if reads or any(first <= line <= last for line in lines):
                 near.append((test.seconds, test.name))
-        if mutant.at_import and not any(mutant.file in test.lines for test in profile.tests):
-            near.extend((test.seconds, test.name) for test in profile.tests if mutant.file in profile.at_import)
     names: list[str] = []
     total = 0.0
     for seconds, name in sorted(near):

@@ -176,6 +176,9 @@ def test_the_fastest_tests_of_a_line_are_chosen() -> None:
     assert runs.choose(outside, ["one"], profiles) == ["t1", "t2", "t3"]
     assert runs.fastest("a.py", ["one"], profiles, budget=3.5) == ["t1", "t2"]
     assert runs.choose(inside, [], profiles) == []
+    reader = runs.Profile(tests=[runs.Test(name="t5", seconds=5, lines={})], at_import={"a.py": [1]})
+    assert runs.choose(outside, ["reader"], {"reader": reader}) == ["t5"], "it may read the table and run no line"
+    assert runs.choose(inside, ["reader"], {"reader": reader}) == []
 
 
 def job(outcome: str, name: str = "", text: str = "x - rate") -> mutate.Job:

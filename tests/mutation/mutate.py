@@ -170,7 +170,8 @@ def _profile(jobs: Sequence[Job], copies: Sequence[Path], options: argparse.Name
     new = []
     for test in dict.fromkeys(test for job in jobs for test in job.tests):
         entry = book.entries.get(test)
-        if entry and all((tree / f).exists() and digest(tree / f) == d for f, d in entry["digests"].items()):
+        digests = {PROFILER: "", **entry["digests"]} if entry else {"": ""}
+        if entry and all((tree / f).is_file() and digest(tree / f) == d for f, d in digests.items()):
             profiles[test] = runs.profile_of(entry)
         else:
             new.append(test)

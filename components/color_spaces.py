@@ -124,6 +124,8 @@ def srgb_and_alpha(picture: Pillow.Image, profile: bytes | None) -> tuple[Image,
     elif picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         rgba = _with_alpha(picture)
         alpha = np.asarray(rgba.getchannel("A"))
+        if picture.format == "BMP" and not alpha.any():  # many writers leave the fourth byte at zero
+            alpha = None
         picture = rgba.convert("RGB")
     elif picture.mode in ("1", "P"):
         picture = picture.convert("RGB")
@@ -164,11 +166,19 @@ def to_srgb(picture: Pillow.Image, profile: bytes) -> Pillow.Image | None:
             if picture.mode == "L":  # gray values share one curve
                 ramp = Pillow.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, -1))
                 return picture.point(np.asarray(_converted(ramp, source))[0, :, 1].tolist())
+        elif space == "GRAY" and picture.mode == "RGB" and _is_gray(picture):  # gray with alpha, or gray in a WebP
+            return _converted(picture.getchannel("R"), source)
         elif {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}.get(picture.mode) != space:
             return None  # the profile belongs to another kind of picture
         return _converted(picture, source)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
+
+
+def _is_gray(picture: Pillow.Image) -> bool:
+    """Whether the three channels of a picture are equal."""
+    red, green, blue = picture.split()
+    return red.tobytes() == green.tobytes() == blue.tobytes()
 
 
 def _converted(picture: Pillow.Image, source: ImageCms.ImageCmsProfile) -> Pillow.Image:

@@ -55,9 +55,12 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _PASSWORD = re.compile(r"(?<!github)://[^/?#\s@]*:[^/?#\s]*@")  # "github://owner:repository@branch" holds none
+_USER = re.compile(r"(?i)(?<![a-z])((?:https?|s3)://)[^/?#\s@]+@")  # a token alone is often typed as the user
 _SIGNATURE = re.compile(
-    r"(?i)((?:^|[?&;])(?:sig|signature|x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|token|access_token|api_?key|key|se|skoid|"
-    r"password|secret|sharedaccesssignature|accountkey)=)[^&;\s]*"
+    r"(?i)((?:^|[?&;#])(?:sig|signature|x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|token|access_token|api_?key|key|se|skoid|"
+    r"password|passwd|pass|pwd|secret|client_secret|sharedaccesssignature|accountkey|access_?key|credential|auth|"
+    r"authorization|(?:refresh|id|session|security|auth|sas)_?token|jwt|hmac|hdne[at]|policy|key-pair-id|"
+    r"googleaccessid|session|sas)=)[^&;\s]*"
 )
 MIN_CHARS = 3
 """Shorter secrets are not searched in messages: they are part of many words."""
@@ -75,7 +78,7 @@ def holds_secret(text: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """An address, or a text with addresses, without user names, passwords and signatures."""
-    return _SIGNATURE.sub(lambda match: f"{match[1]}...", _PASSWORD.sub("://...@", text))
+    return _SIGNATURE.sub(lambda match: f"{match[1]}...", _USER.sub(r"\1...@", _PASSWORD.sub("://...@", text)))
 
 
 def redacted(storage: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,12 @@ FOREIGN = re.compile(
     "[\u00a1-\u00ffƒŠŒŽšœžŸˆ˜‚„†‡‰‹›]{3}"  # no Western European word has three in a row
     f"|(?<={LETTER})(?:[¡¢£¥¦§¨©ª«¬¯°±¶¸¹²³º»¼½¾¿“”›]{LETTER}|[‚„ƒˆ˜†‡‰‹¤])"  # a sign inside a word
     f"|(?<!{LETTER})ÿ|ƒ{LETTER}|[a-zß-öø-ÿ][À-ÖØ-ÞŠŒŽŸ]"  # the byte ff; a capital after a small letter
+    rf"|(?<!{LETTER})(?:Ÿ[a-zß-ÿ]|[£¦¨¬¯¶¸¹²³†‡‰ˆ˜™]{LETTER}|(?<!\d)[¼½¾]{LETTER})|¤"  # a sign that begins a word
+    f"|‚{LETTER}(?![^‘’‚]*[‘’])"  # a low quote that nothing closes
+    "|[ðþÐÞ](?=.*[çğêîôûâàèùüãñÇÜ])|[çêîôûâàèùüãñÇÜ](?=.*[ðþÐÞ])"  # Icelandic with what it does not have: Turkish
+    f"|ý{LETTER}*ý"  # Turkish, where all vowels of a word are alike
 )
-"""What letters of other 8-bit encodings become in cp1252."""
+"""What letters of other 8-bit encodings become in cp1252. Single words may pass: čočka becomes èoèka."""
 
 
 def decode_text(data: bytes, is_whole: bool = True) -> str:

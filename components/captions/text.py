@@ -18,9 +18,9 @@ SEPARATOR = "\x1e"
 
 JOINERS = frozenset("\u200c\u200d")  # format characters of Persian, Indic scripts and emoji
 KEPT_FORMATS = JOINERS | frozenset(
-    "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
+    "\u180e\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
 )
-"""The joiners, and visible format characters: signs above or below a number."""
+"""The joiners, Mongolian's separator of vowels, and visible format characters: signs above or below a number."""
 FLAG, TAGS = "\U0001f3f4", range(0xE0020, 0xE0080)
 """Tag characters spell the region of a flag; elsewhere they are invisible text, which is removed."""
 REMOVED_CATEGORIES = frozenset({"Cs", "Cf"})

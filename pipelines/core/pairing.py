@@ -17,6 +17,7 @@ from os.path import splitext
 
 SHOWN = 3  # names of each side in a message
 ONE_RULE = "paired by equal names, or with one prefix and suffix for all"
+DIGITS = "0123456789"
 MAX_AFFIX_CHARS = 32  # ours: longest affix that is searched for
 
 
@@ -69,6 +70,9 @@ def pair_names(
         names = " and ".join(f'"{_text(by_rule[pairs].input)}"' for pairs in best[:2])
         raise NoPairs(f"the names fit in several ways, with the inputs named {names}: say which")
     if best and (best == whole or not equal):
+        rule = by_rule[best[0]]
+        if _may_be_numbers(rule, [theirs.stems[number] for number, _ in best[0]]):
+            raise NoPairs(f'only "{_text(rule.input)}" fits the inputs, which may as well be other numbers: say which')
         return _numbers(dict(best[0]), len(targets))
     if equal and not best:
         return _numbers(equal, len(targets))
@@ -195,6 +199,23 @@ def _affixes(prefix: str, suffix: str) -> list[tuple[str, str]]:
     """All beginnings of a prefix with all ends of a suffix."""
     ends = [suffix[start:] for start in range(len(suffix) + 1)]
     return [(prefix[:length], end) for length in range(len(prefix) + 1) for end in ends]
+
+
+def _may_be_numbers(rule: Affixes, stems: Sequence[str]) -> bool:
+    """Whether a rule may pair one numbering with another one: 1, 2, 3 with 11, 12, 13, or with 10, 20, 30.
+
+    Zeros in front of a number do not change it, and 110 beside 11 is no shift by ten.
+    """
+    cores = [core for stem in stems if (core := _strip(stem, rule.input)) is not None]
+    for before, after in (rule.input, rule.target):
+        first = before[len(before.rstrip(DIGITS)) :]
+        numbers = [len(core) - len(core.lstrip(DIGITS)) for core in cores]
+        if first.strip("0") and all(numbers) and len(set(numbers)) == 1:
+            return True
+        if after[:1].isdigit() and all(core[-1].isdigit() for core in cores):
+            return True
+    sides = ["".join(affix) for affix in (rule.input, rule.target)]
+    return len(stems) == 1 and all(any(letter.isdigit() for letter in side) for side in sides)
 
 
 def _shared(one: str, other: str) -> int:

@@ -21,15 +21,22 @@ from components.types import SampleError
 from pipelines.core.errors import UsageError
 
 SIDECARS = frozenset(
-    {".caption", ".csv", ".html", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".xmp", ".yaml", ".yml"}
+    {
+        *(".caption", ".csv", ".html", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".xmp", ".yaml", ".yml"),
+        *(".aae", ".cos", ".dop", ".pp3"),  # edits of a photograph, as phones and raw developers save them
+        *(".md5", ".sfv", ".sha1", ".sha256", ".sha512"),
+    }
 )
 """Suffixes of files that accompany pictures; such files are counted and never quarantined."""
 
-SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r")
+SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "zbthumbnail.info", "pspbrwse.jbf")
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found")
 SYSTEM_HIDDEN = (".ds_store", ".apdisk", ".trashes", ".fseventsd", ".spotlight-v100", "system volume information")
 SYSTEM_NAMES = frozenset((*SYSTEM_FILES, *SYSTEM_FOLDERS, *SYSTEM_HIDDEN))
 """Names, in lower case, of what operating systems, disk stations and picture browsers put beside pictures."""
+
+SYSTEM_STREAMS = (":zone.identifier", ":encryptable", ":com.dropbox.attrs", ":com.dropbox.attributes")
+"""Ends of names, in lower case: streams of NTFS that became files of their own on another file system."""
 
 OWN_MARKS = {
     "plan.json": ("plan", "stages"),
@@ -52,7 +59,7 @@ OWN_FILES = frozenset({SHEET, "records.jsonl", "quarantine.jsonl"})
 
 def is_system_name(name: str) -> bool:
     """Whether a file or a folder of this name is hidden, or is no user's: Thumbs.db, "._a.jpg", "__MACOSX"."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.startswith((".", "~$")) or name.lower() in SYSTEM_NAMES or name.lower().endswith(SYSTEM_STREAMS)
 
 
 def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], int]:

@@ -17,7 +17,7 @@ MAX_CELL_CHARS = 1 << 24  # ours: captions may be longer than the csv module's 1
 def read_text(data: bytes, label: str) -> str:
     """The text of a file that a person wrote; UsageError with its name if it cannot be decoded."""
     try:
-        return decode_text(data)
+        return decode_text(data).lstrip("\ufeff").rstrip("\x1a")  # a second mark; the end of a file in DOS
     except SampleError as error:
         raise UsageError(f"{label}: {error.detail}.") from error
 
@@ -53,7 +53,7 @@ def read_table(data: bytes, label: str, columns: dict[str, tuple[str, ...]]) -> 
     spellings = {spelling: name for name, others in columns.items() for spelling in others}
     separator, text = separator_of(read_text(data, label), spellings)
     csv.field_size_limit(MAX_CELL_CHARS)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
     header: list[str] = []
     try:
         for row in rows:

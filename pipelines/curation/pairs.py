@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,11 @@ def match_inputs(targets: Sequence[Entry], inputs: Sequence[Entry], pair: PairSp
         raise UsageError(
             f"{pair.hq} holds both the targets and the inputs of a pair: the inputs need a folder of their own."
         )
+    for inner, outer in itertools.permutations((pair.hq, pair.lq)):
+        if Path(inner).resolve().is_relative_to(Path(outer).resolve()):
+            raise UsageError(
+                f"{inner} lies in {outer}, so its pictures belong to both sides of the pairs: move one of them."
+            )
     for folder, entries in ((pair.hq, targets), (pair.lq, inputs)):
         if not entries:
             raise UsageError(f"{folder} holds no picture for a pair.")

@@ -248,3 +248,49 @@ def test_every_marker_of_a_jpeg_s_channels_is_read() -> None:
     ycbcr = file("JPEG")
     marked = ycbcr[:2] + adobe[:-1] + b"\x01" + ycbcr[2:]
     assert np.array_equal(decode(marked), decode(ycbcr))
+
+
+def gray_profile(gamma: float) -> bytes:
+    """An ICC profile of gray values (version 4.3)."""
+    bodies = {
+        b"desc": color_spaces._icc_text("gray"),
+        b"cprt": color_spaces._icc_text("none"),
+        b"wtpt": color_spaces._icc_xyz(color_spaces.D50),
+        b"kTRC": b"para" + struct.pack(">IHHi", 0, 0, 0, round(gamma * 65536)),
+    }
+    table, body, start = struct.pack(">I", len(bodies)), b"", 128 + 4 + 12 * len(bodies)
+    for name, value in bodies.items():
+        table += name + struct.pack(">II", start + len(body), len(value))
+        body += value + bytes(-len(value) % 4)
+    head = struct.pack(">I4xI12s12x4s", start + len(body), 0x04300000, b"mntrGRAYXYZ ", b"acsp").ljust(68, b"\0")
+    return (head + struct.pack(">3i", *color_spaces._fixed(color_spaces.D50))).ljust(128, b"\0") + table + body
+
+
+def test_a_profile_of_gray_values_counts_with_alpha_and_where_gray_is_stored_as_colours() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    with_alpha, colours = np.dstack([levels, np.full_like(levels, 255)]), np.repeat(levels[..., None], 3, -1)
+    profile = {"icc_profile": gray_profile(1.6)}
+    right = expected(colours, SRGB, 1.6)
+    assert np.abs(colours - right).max() > 20
+    for data in (
+        file("PNG", levels, **profile),
+        file("PNG", with_alpha, **profile),
+        file("TIFF", with_alpha, **profile),
+        file("PNG", levels, transparency=7, **profile),
+        file("WEBP", colours, **profile),
+    ):
+        visible = decode(data) if b"tRNS" not in data else np.where(colours == 7, right, decode(data))
+        assert np.abs(visible - right).max() <= 3  # dark levels of gray profiles are rounded twice
+    assert np.array_equal(decode(png(**profile)), PIXELS), "colours have no gray profile"
+
+
+def test_a_bmp_whose_fourth_bytes_are_all_zero_is_opaque() -> None:
+    rows = np.dstack([PIXELS[::-1, :, ::-1], np.zeros(PIXELS.shape[:2], np.uint8)]).tobytes()
+    height, width = PIXELS.shape[:2]
+    header = struct.pack("<IiiHHIIiiII", 124, width, height, 1, 32, 3, len(rows), 0, 0, 0, 0)
+    header += struct.pack("<4I4s", 0xFF0000, 0xFF00, 0xFF, 0xFF000000, b"BGRs")
+    head = struct.pack("<IHHI", 138 + len(rows), 0, 0, 138) + header.ljust(124, b"\0")
+    assert np.array_equal(decode(b"BM" + head + rows), PIXELS)
+    some = bytearray(rows)
+    some[3] = 255  # one pixel is visible, so the others are not
+    assert (decode(b"BM" + head + bytes(some))[:-1] == 255).all()

@@ -71,3 +71,30 @@ def test_addresses_with_secrets() -> None:
     assert not any("SEC" in without_secrets(text) or "abc" in without_secrets(text) for text in hidden)
     plain = ("s3://b/*.tar", "hf://datasets/a/b@main/x", "github://o:r@main/x", "s3://b/key=3/x", "sftp://me@host/x")
     assert not any(map(holds_secret, plain))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://SECRET@h/x.csv",
+        "https://user%3ASECRET@h/x",
+        "https://h/x?access_key=SECRET",
+        "https://h/x?client_secret=SECRET&a=1",
+        "https://h/x?refresh_token=SECRET",
+        "https://h/x?credential=SECRET",
+        "https://h/x?Policy=SECRET&Key-Pair-Id=K",
+        "https://h/x?jwt=SECRET",
+        "https://h/x?pwd=SECRET",
+        "https://h/x?hdnea=SECRET",
+        "https://h/x?auth=SECRET",
+        "https://h/x#access_token=SECRET",
+    ],
+)
+def test_more_places_of_secrets_in_addresses(address: str) -> None:
+    assert holds_secret(address) and "SECRET" not in without_secrets(f"cannot open {address}: no")
+    assert "SECRET" not in json.dumps(redacted({"endpoint_url": address}))
+
+
+def test_addresses_that_look_like_secrets_stay() -> None:
+    for address in ("sftp://me@host/x", "https://h/@user/x?author=me&passage=2", "hf://datasets/a/b@main/x"):
+        assert without_secrets(address) == address

@@ -51,6 +51,17 @@ def test_cp1252_is_decoded(text: str) -> None:
         ("żółw na płocie", "cp1250"),
         ("süße Mädchen", "mac-roman"),
         ("süße Mädchen", "cp437"),
+        ("ładny kot", "cp1250"),
+        ("Łódka", "iso8859_2"),
+        ("Łąka i las", "cp1250"),
+        ("Über den Wolken", "mac-roman"),
+        ("über alles", "mac-roman"),
+        ("Österreich", "cp850"),
+        ("école", "cp850"),
+        ("güneşli bir gün", "cp1254"),
+        ("kırmızı araba", "cp1254"),
+        ("œuvre", "iso8859_15"),
+        ("5€", "iso8859_15"),
     ],
 )
 def test_other_encodings_are_refused_and_not_read_as_cp1252(text: str, encoding: str) -> None:
@@ -92,3 +103,20 @@ def test_several_texts_are_one_caption() -> None:
     assert join_texts([" a\ncat ", "", "a pet"]) == f"a cat{SEPARATOR}a pet"
     assert split_texts(f"a cat{SEPARATOR}a pet") == ["a cat", "a pet"]
     assert (join_texts(["a"]), split_texts("a"), split_texts(""), split_texts(" ")) == ("a", ["a"], [], [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Þórður sagði nýja sögu",
+        "¡Hola! «¿Sí?» ‚Ja‘, sagte er",
+        "© Zoë, 20 °C, 1½in, £5, ±2 µm, m² ™",
+        "»Žižek« in München",
+    ],
+)
+def test_signs_of_western_texts_stay(text: str) -> None:
+    assert decode_text(text.encode("cp1252")) == text
+
+
+def test_the_separator_of_mongolian_vowels_stays() -> None:
+    assert tidy("\u182e\u180e\u1820\n") == "\u182e\u180e\u1820"

@@ -13,6 +13,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ class CaptionCache:
         """Read what all writers have added since the last look, up to the last complete line of each."""
         for path in sorted(self.folder.glob("*.jsonl")):
             start = self._read_to.get(path, 0)
-            with open(path, "rb") as source:
+            with suppress(FileNotFoundError), open(path, "rb") as source:  # somebody may tidy up the cache
                 source.seek(start)
                 for line in source:
                     if not line.endswith(b"\n"):
@@ -155,9 +156,12 @@ class CaptionCache:
         if place is None:
             return None
         path, start = place
-        with open(path, "rb") as source:
-            source.seek(start)
-            rows = parse_lines(source.readline())
+        try:
+            with open(path, "rb") as source:
+                source.seek(start)
+                rows = parse_lines(source.readline())
+        except FileNotFoundError:
+            return None
         return str(rows[0]["caption"]) if rows and rows[0].get("picture") == name.hex() else None
 
 

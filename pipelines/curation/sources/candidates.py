@@ -31,6 +31,7 @@ from pipelines.curation.sources import stores, tars
 from pipelines.curation.sources.fetch import FetchedFile, Fetcher, fetch_many
 from pipelines.curation.sources.files import Entry
 from pipelines.curation.sources.parts import Part
+from pipelines.curation.sources.tars import printable_name
 from pipelines.curation.sources.texts import (
     CAPTION_FIELDS,
     CAPTION_SUFFIXES,
@@ -193,9 +194,11 @@ def _texts_of(members: Mapping[str, bytes], source: SourceSpec) -> tuple[str, st
     """(caption, licence, credit) from a sample's text and JSON members.
 
     Raises:
-        SampleError: bad_caption or not_text: a caption cannot be read.
+        SampleError: bad_caption or not_text: a caption cannot be read; bad_json: a document cannot, and no other member
+            holds a caption.
     """
     caption, licence, credit = "", source.licence, source.credit
+    broken: SampleError | None = None
     texts = {suffix: data for suffix, data in members.items() if _kind(suffix) in CAPTION_SUFFIXES}
     for suffix in sorted(texts, key=lambda suffix: CAPTION_SUFFIXES.index(_kind(suffix))):
         caption = caption or caption_of_bytes(texts[suffix], f".{suffix}")
@@ -204,8 +207,15 @@ def _texts_of(members: Mapping[str, bytes], source: SourceSpec) -> tuple[str, st
             continue
         try:
             document = json.loads(decode_text(data))
-        except (ValueError, RecursionError, SampleError):  # RecursionError: thousands of brackets
+        except SampleError as error:
+            broken = SampleError(error.code, f"its .{printable_name(suffix)} cannot be decoded: {error.detail}")
             continue
+        except (ValueError, RecursionError):  # RecursionError: thousands of brackets
+            broken = SampleError("bad_json", f"its .{printable_name(suffix)} is no JSON document")
+            continue
+        if isinstance(document, str | list) and not source.caption_column:
+            with suppress(SampleError):  # lists of boxes and other annotations hold no texts
+                caption = caption_of(document, f".{suffix}") or caption
         if isinstance(document, dict):
             names = (source.caption_column,) if source.caption_column else CAPTION_FIELDS
             caption = first_caption(document, names, f".{suffix}") or caption
@@ -213,6 +223,8 @@ def _texts_of(members: Mapping[str, bytes], source: SourceSpec) -> tuple[str, st
             licences = (plain(text.get(name), name) for name in LICENCE_FIELDS)
             licence = next(filter(None, licences), licence)
             credit = plain(text.get("credit"), "credit") or credit
+    if broken is not None and not caption:
+        raise broken
     return caption, tidy_note(licence), tidy_note(credit)
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -204,7 +205,8 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped
                 skipped.count += 1
                 continue
             entry = _file_entry(path, path.relative_to(folder).as_posix(), source, tables.note_of(path))
-            yield _with_caption(entry, path.with_name(captions[path.stem])) if path.stem in captions else entry
+            text_file = next((captions[form] for form in _caption_stems(name) if form in captions), "")
+            yield _with_caption(entry, path.with_name(text_file)) if text_file else entry
     skipped.sentences += tables.close()
     for error in unreadable:
         place = printable_name(Path(error.filename).relative_to(folder).as_posix()) if error.filename else ""
@@ -215,22 +217,40 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped
 
 
 def _caption_files(files: Iterable[str]) -> dict[str, str]:
-    """Name of the caption file by stem, for any case of its suffix: a.txt goes before a.TXT and a.caption."""
+    """Name of the caption file by stem, for any case of its suffix: a.txt goes before a.TXT and a.caption.
+
+    A stem is also a key in composed letters and without case, as the file systems of macOS and Windows compare names.
+    """
     by_stem: dict[str, str] = {}
     names = [(stem, suffix, name) for name in files for stem, _, suffix in [name.rpartition(".")] if stem]
     for kind in CAPTION_SUFFIXES:
         for stem, suffix, name in sorted(names, key=lambda item: (item[1] != kind, item)):
             if suffix.lower() == kind:
                 by_stem.setdefault(stem, name)
+    for stem, name in list(by_stem.items()):
+        by_stem.setdefault(_any_case(stem), name)
     return by_stem
 
 
+def _caption_stems(name: str) -> Iterator[str]:
+    """Stems of a picture's caption file, the first one before the others: "a" and "a.jpg" of a.jpg, as written and in
+    any spelling."""
+    stem = Path(name).stem
+    for form in (stem, name):
+        yield from (form, _any_case(form))
+
+
+def _any_case(name: str) -> str:
+    """A name without its case, in composed letters; the mark keeps it apart from names as written."""
+    return "/" + unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
 def _with_caption(entry: Entry, text_file: Path) -> Entry:
-    """The entry with its caption file, whose version is its size and time."""
+    """The entry with its caption file, whose version is its size and time; a broken link has none."""
     try:
         status = text_file.stat()
     except OSError:
-        return entry
+        return replace(entry, caption_path=str(text_file))
     return replace(entry, caption_path=str(text_file), caption_version=f"{status.st_size}|{status.st_mtime_ns}")
 
 

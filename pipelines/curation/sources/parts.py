@@ -6,39 +6,35 @@ runs of files and addresses are cut, so a new file changes only its own part.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.corpora import CorpusSpec, SourceSpec
-from components.types import SampleError
 from components.writing import replace_file
-from pipelines.core.errors import Failure, UsageError, first_line, near_miss
+from pipelines.core.errors import UsageError, first_line, near_miss
 from pipelines.core.pictures import SIDECARS, is_system_name
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
+from pipelines.curation.sources.address_tables import MARKERS, address_lines
 from pipelines.curation.sources.files import KINDS, Entry, SkippedFiles, iter_entries, nothing_to_curate
-from pipelines.curation.sources.texts import caption_of, check_text_columns, key_of, plain
+from pipelines.curation.sources.texts import check_text_columns
 
 SMALLEST, USUAL, LARGEST = 8, 64, 256
 """Entries of a part of single files: least, usual and largest number. Ours: a part is some seconds of work."""
 
+INDICES = (".idx", ".index", ".crc")  # of webdataset, DALI and Hadoop, beside tars and tables
+
 ADDRESSES = (32, 256, 1024)
 """The same numbers for addresses, many of which are fetched at the same time."""
-
-MARKERS = frozenset({"_SUCCESS", "_metadata", "_common_metadata"})  # files that Spark puts beside its tables
-
-TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +92,7 @@ def list_parts(spec: CorpusSpec, out: Path) -> Listing:
         elif source.kind == "parquet":
             parts += (part for archive in _archives(source, out) for part in _row_groups(number, source, archive))
         else:
-            parts += _write_lists(number, _address_lines(source), folder, ADDRESSES, about(source))
+            parts += _write_lists(number, address_lines(source), folder, ADDRESSES, about(source))
     if not parts:
         raise nothing_to_curate(spec)
     names = {part.name for part in parts}
@@ -186,7 +182,8 @@ def _archives(source: SourceSpec, out: Path) -> Iterator[_Archive]:
     own = f"{out.resolve()}{os.sep}"
     for path, relative, size, version in stores.list_files(source.path, source.storage):
         suffix = "." + relative.rpartition(".")[2].lower()
-        is_sidecar = (suffix in SIDECARS and suffix != f".{source.kind}") or relative.rpartition("/")[2] in MARKERS
+        is_sidecar = suffix in (*SIDECARS, *INDICES) and suffix != f".{source.kind}"
+        is_sidecar = is_sidecar or relative.rpartition("/")[2] in MARKERS
         if is_sidecar or any(map(is_system_name, relative.split("/"))) or os.path.realpath(path).startswith(own):
             continue
         yield _archive(path, relative, size, version, source)
@@ -228,105 +225,3 @@ def _row_groups(number: int, source: SourceSpec, archive: _Archive) -> Iterator[
     check_text_columns(archive.label, schema, source.caption_column, source.key_column, source.licence_column)
     for group in range(metadata.num_row_groups):
         yield Part(source=number, name=f"{name}-{group:05d}", digest=digest, where={**where, "group": group})
-
-
-# --- tables of addresses ----------------------------------------------------------------------------------------------
-
-
-def _address_lines(source: SourceSpec) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path, relative, _, _ in stores.list_files(source.path, source.storage):
-        name = relative.rpartition("/")[2]
-        if name in MARKERS or name.endswith("_stats.json") or any(map(is_system_name, relative.split("/"))):
-            continue
-        is_empty = True
-        for row in _table_rows(path, relative, source):
-            url = str(row.get(source.url_column) or "").strip()
-            if not url:
-                continue
-            is_empty = False
-            yield url, _address_line(url, row, source)
-        if is_empty:
-            raise UsageError(f'{relative} holds no address in the column "{source.url_column}".')
-
-
-def _address_line(url: str, row: Mapping[str, Any], source: SourceSpec) -> dict[str, Any]:
-    """The line of an address: url, key, and where there are any: caption (one text), texts (a caption),
-    licence, refused (code, detail)."""
-    line: dict[str, Any] = {"url": url, "key": "url-" + hashlib.sha256(url.encode()).hexdigest()[:20]}
-    try:
-        if source.key_column:
-            line["key"] = key_of(row.get(source.key_column), f'the column "{source.key_column}"')
-        if source.caption_column:
-            text = row.get(source.caption_column)
-            if isinstance(text, str):
-                line["caption"] = text
-            else:
-                line["texts"] = caption_of(text, f'the column "{source.caption_column}"')
-        if source.licence_column:
-            line["licence"] = plain(row.get(source.licence_column), source.licence_column)
-    except SampleError as error:
-        line["refused"] = (error.code, error.detail)
-    line["key"] = shards.safe_key(line["key"])
-    return {name: value for name, value in line.items() if value}
-
-
-def _table_rows(path: str, label: str, source: SourceSpec) -> Iterator[Mapping[str, Any]]:
-    """Rows of a table of addresses, one at a time."""
-    suffix = "." + label.rpartition(".")[2].lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise UsageError(f"{label} is not a table of addresses: {', '.join(TABLE_SUFFIXES)} are read.")
-    columns = [c for c in (source.url_column, source.key_column, source.caption_column, source.licence_column) if c]
-    try:
-        with stores.open_file(path, source.storage) as file:
-            if suffix == ".parquet":
-                yield from _parquet_rows(file, label, columns, source)
-                return
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
-            reader: Callable[[TextIO, str], Iterator[Mapping[str, Any]]] = {
-                ".jsonl": _json_rows,
-                ".txt": lambda lines, _: ({source.url_column: line} for line in lines if not line.startswith("#")),
-            }.get(suffix, _csv_rows)
-            for number, row in enumerate(reader(text, label)):
-                if not number and suffix != ".txt":
-                    _check_columns(label, columns, row)
-                yield row
-    except OSError as error:
-        raise Failure(f"{label} cannot be read: {error.strerror or error}.") from error
-
-
-def _parquet_rows(file: Any, label: str, columns: list[str], source: SourceSpec) -> Iterator[Mapping[str, Any]]:
-    try:
-        table = pq.ParquetFile(file)
-        _check_columns(label, columns, dict.fromkeys(table.schema_arrow.names))
-        check_text_columns(label, table.schema_arrow, source.caption_column, source.key_column, source.licence_column)
-        for batch in table.iter_batches(batch_size=4096, columns=columns):
-            yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise Failure(f"{label} is not a readable parquet file: {first_line(error)}.") from error
-
-
-def _json_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UsageError(f"{label}, line {number}: not a JSON object.")
-        yield row
-
-
-def _csv_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
-    csv.field_size_limit(1 << 24)  # captions may be longer than the module's 128 KiB
-    try:
-        yield from csv.DictReader(lines, delimiter="\t" if label.lower().endswith(".tsv") else ",")
-    except csv.Error as error:
-        raise UsageError(f"{label} is not a readable table: {error}.") from error
-
-
-def _check_columns(label: str, columns: list[str], row: Mapping[str, Any]) -> None:
-    for column in columns:
-        if column not in row:
-            raise UsageError(f'{label} has no column "{column}".{near_miss(column, [str(name) for name in row])}')

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,7 @@ class FolderTables:
         self.metadata: list[_Table] = []  # of the present folder and those above it
         self.sentences: list[str] = []
         self.without_credit: list[str] = []
-        credits_file = root / CREDITS
-        notes = read_credits(credits_file) if credits_file.is_file() else None
-        self.credits = None if notes is None else _Table(root, CREDITS, notes)
+        self.credits: _Table | None = None
 
     def enter(self, folder: Path, files: list[str]) -> None:
         """Open the metadata of a folder and forget that of folders that the walk has left.
@@ -85,9 +83,19 @@ class FolderTables:
         """
         while self.metadata and not folder.is_relative_to(self.metadata[-1].folder):
             self._close(self.metadata.pop())
-        name = next((name for name in METADATA if name in files), "")
-        if not name:
+        name = _named(CREDITS, files)
+        if name and folder == self.root:
+            self.credits = _Table(folder, name, read_credits(folder / name))
+        elif name:
+            label = printable_name((folder / name).relative_to(self.root).as_posix())
+            self.sentences.append(f"{label} was not read: it belongs into the folder of the source.")
+        names = list(filter(None, (_named(name, files) for name in METADATA)))
+        if not names:
             return
+        name = names[0]
+        if names[1:]:
+            label = printable_name((folder / names[1]).relative_to(self.root).as_posix())
+            self.sentences.append(f"{label} was not read: {name} goes before it.")
         notes = read_metadata(folder / name, self.source)
         label = printable_name((folder / name).relative_to(self.root).as_posix())
         if notes is None:
@@ -133,6 +141,11 @@ class FolderTables:
             self.sentences.append(f"{table.label} names pictures that are not there: {_some(unused)}.")
 
 
+def _named(name: str, files: Collection[str]) -> str:
+    """The file of a name, in any case if there is none as written; "" for none."""
+    return name if name in files else min((file for file in files if file.lower() == name.lower()), default="")
+
+
 def _look_up(table: _Table, path: Path) -> Note | None:
     name = _normal(path.relative_to(table.folder).as_posix())
     note = table.notes.get(name)
@@ -174,16 +187,19 @@ def read_metadata(path: Path, source: SourceSpec) -> dict[str, Note] | None:
         UsageError: it cannot be read, lacks the column that the source names, or has two different rows of one file.
     """
     notes: dict[str, Note] = {}
-    rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path, source)
+    has_column, missing = not source.caption_column, ""
+    rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix.lower()](path, source)
     for line, row in rows:
         names = [name for name in row if _names_files(name)]
         if not names and not notes:  # another kind of table
             return None
         if not names:
             raise UsageError(f'{path}, line {line}: no "{FILE_NAME}".{near_miss(FILE_NAME, map(str, row))}')
-        if source.caption_column and source.caption_column not in row:
+        if source.caption_column in row:
+            has_column = True
+        elif not has_column and not missing:
             near = near_miss(source.caption_column, map(str, row))
-            raise UsageError(f'{path}, line {line}: no "{source.caption_column}".{near}')
+            missing = f'{path}, line {line}: no "{source.caption_column}".{near}'
         note = _metadata_note(row, source, f"{path.name}, line {line}")
         for name in names:
             files = row[name] if isinstance(row[name], list) else [row[name]]
@@ -191,6 +207,8 @@ def read_metadata(path: Path, source: SourceSpec) -> dict[str, Note] | None:
                 if not isinstance(file, str):
                     raise UsageError(f'{path}, line {line}: "{name}" must be text, got {file!r:.80}.')
                 _add(notes, file, note, f"{path}, line {line}")
+    if missing and not has_column:  # JSON leaves out what a picture has not
+        raise UsageError(missing)
     return notes
 
 

@@ -56,18 +56,19 @@ def caption_of_bytes(data: bytes, name: str) -> str:
 
 
 def read_caption_file(path: str) -> tuple[str, str]:
-    """(caption, stamp of the file's text) of a text file; ("", "") if there is none to read.
+    """(caption, stamp of the file's text) of a text file.
 
     Raises:
-        SampleError: not_text: it cannot be decoded.
+        SampleError: not_text: it cannot be decoded; unreadable: it is no file, or cannot be read.
     """
+    name = printable_name(os.path.basename(path))
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe might never end
-            return "", ""
+            raise SampleError("unreadable", f"its caption {name} is neither a file nor a link to one")
         with open(path, "rb") as source:
             data = source.read(MAX_CAPTION_BYTES + 1)
-    except OSError:
-        return "", ""
+    except OSError as error:
+        raise SampleError("unreadable", f"its caption {name} cannot be read: {error.strerror}") from error
     caption = caption_of_bytes(data, os.path.basename(path))
     text = decode_text(data[:MAX_CAPTION_BYTES], is_whole=len(data) <= MAX_CAPTION_BYTES)
     text = text.replace("\r\n", "\n").replace("\r", "\n")[: 4 * MAX_CAPTION_CHARS]

@@ -84,3 +84,24 @@ def test_an_explicit_name_decides() -> None:
         pair_names(["1.png", "2.png"], ["1x2.png", "2x3.png"], "", "{}x2")
     with pytest.raises(ValueError, match="needs one"):
         pair_names(targets, inputs, "gt", "")
+
+
+@pytest.mark.parametrize(
+    ("targets", "inputs"),
+    [
+        (["1", "2", "3"], ["11", "12", "13"]),
+        (["f1", "f2", "f3"], ["f10", "f20", "f30"]),
+        (["101", "102"], ["1", "2"]),
+        (["IMG_0001"], ["IMG_0002"]),
+        (["a1"], ["b11"]),
+    ],
+)
+def test_another_numbering_is_no_affix(targets: list[str], inputs: list[str]) -> None:
+    with pytest.raises(NoPairs, match="may as well be other numbers"):
+        pair_names([f"{name}.png" for name in targets], [f"{name}.png" for name in inputs])
+
+
+def test_zeros_before_a_number_and_sizes_after_a_name_are_affixes() -> None:
+    assert pairs(["0001.png", "0002.png"], ["1.png", "2.png"]) == {"0001.png": "1.png", "0002.png": "2.png"}
+    assert pairs(["1.png"], ["1x2.png"]) == {"1.png": "1x2.png"}
+    assert pairs(["1.png", "2.png"], ["21.png", "22.png"], "", "2{}") == {"1.png": "21.png", "2.png": "22.png"}

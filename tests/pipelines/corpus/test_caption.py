@@ -240,6 +240,17 @@ def test_a_copy_in_another_process_writes_to_a_file_of_its_own(tmp_path: Path) -
     assert cache.get([name_of(1)]) == ["b"] and copy.get([name_of(0)]) == ["a"]
 
 
+def test_a_cache_that_somebody_tidies_up_or_cuts_has_no_captions(tmp_path: Path) -> None:
+    cache, other = CaptionCache(tmp_path, IDENTITY), CaptionCache(tmp_path, IDENTITY)
+    other.put({name_of(0): "a", name_of(1): "b"})
+    assert cache.get([name_of(0), name_of(1)]) == ["a", "b"]
+    (file,) = tmp_path.rglob("*.jsonl")
+    file.write_bytes(file.read_bytes().splitlines(keepends=True)[1])
+    assert cache.get([name_of(0), name_of(1)]) == [None, None]
+    file.unlink()
+    assert cache.get([name_of(0), name_of(1)]) == [None, None]
+
+
 def test_damaged_lines_are_ignored(tmp_path: Path) -> None:
     cache = CaptionCache(tmp_path, IDENTITY)
     cache.put({name_of(number): f"caption {number}" for number in range(3)})

@@ -138,7 +138,9 @@ def _merge(defaults: Any, *documents: Any) -> Any:
     except TypeError as error:  # it does not say where
         wrong = "has a list where names and values belong, or the reverse."
         for document in map(OmegaConf.create, documents):
-            for name in document if isinstance(document, DictConfig) else ():
+            if not isinstance(document, DictConfig):
+                continue
+            for name in map(str, document):
                 try:
                     OmegaConf.merge(defaults, OmegaConf.masked_copy(document, name))
                 except TypeError:
@@ -164,9 +166,10 @@ def _check_number(merged: Any, key: str) -> None:
     for part in _parts(key):
         if isinstance(here, ListConfig) and int(part) >= len(here):
             raise OverrideError(f"{key}: {place} has {len(here)} entries, counted from 0.")
-        if not isinstance(here, ListConfig | DictConfig):
-            return
-        here = here._get_node(int(part) if isinstance(here, ListConfig) else part)
+        if isinstance(here, ListConfig):
+            here = here._get_node(int(part))
+        elif isinstance(here, DictConfig):
+            here = here._get_node(part)
         place = f"{place}.{part}" if place else part
 
 
@@ -254,7 +257,7 @@ def _node_value(schema: type[Any], key: str, parts: Sequence[str], node: yaml.No
         pairs = [(str(name.value), entry) for name, entry in node.value]
         return {name: _node_value(schema, key, [*parts, name], entry, source) for name, entry in pairs}
     if _is_text(kind):
-        return _text_value(key, node.value, optional and node.style is None)
+        return _text_value(key, node.value, optional and bool(word))
     return literal(_yaml_value(key, source[node.start_mark.index : node.end_mark.index]))
 
 

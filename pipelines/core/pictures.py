@@ -22,8 +22,17 @@ from pipelines.core.errors import UsageError
 
 SIDECARS = frozenset(
     {".caption", ".csv", ".html", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".xmp", ".yaml", ".yml"}
+    | {".aae", ".dop", ".md5", ".npz", ".pp3", ".sha256", ".xml"}
 )
-"""Suffixes of files that accompany pictures; such files are counted and never quarantined."""
+"""Suffixes of files that accompany pictures; such files are counted and never quarantined.
+
+Those of the second line: edits of photo programs, checksums, boxes, and the latents that other trainers store.
+"""
+
+PICTURE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp", ""}
+)
+"""Of two files with one stem, one with such a suffix keeps the short key: a.jpg is not renamed by a.nef or a.mov."""
 
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r")
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found")
@@ -129,16 +138,19 @@ def make_keys(names: Sequence[str]) -> list[str]:
     """Return the keys of paths below one folder ("sub/b.png"), which differ also where letters' case does not count.
 
     If two paths would share a key, each of them keeps its suffix, and if that does not suffice, gets a hash of its
-    path. So a key depends on its own path and on the paths that collide with it, not on their order.
+    path; but a path with a suffix of a picture does so for another picture only. So a key depends on its own path and
+    on the paths that collide with it, not on their order.
     """
     spellings = [_spellings(name) for name in names]
+    others = [os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES for name in names]
     levels = [0] * len(names)
     for _ in range(len(spellings[0]) if names else 0):
         keys = [spelling[level] for spelling, level in zip(spellings, levels, strict=True)]
         uses = Counter(map(_folded, keys))
+        rivals = Counter(_folded(key) for key, other in zip(keys, others, strict=True) if not other)
         folders = {_folded(folder) for key in keys for folder in _parents(key)}
         for number, key in enumerate(keys):
-            if uses[_folded(key)] > 1 or _folded(f"{key}.png") in folders:
+            if (uses if others[number] else rivals)[_folded(key)] > 1 or _folded(f"{key}.png") in folders:
                 levels[number] = min(levels[number] + 1, len(spellings[number]) - 1)
     return [spelling[level] for spelling, level in zip(spellings, levels, strict=True)]
 
@@ -212,7 +224,7 @@ def own_mark(folder: Path) -> str | None:
         try:
             text = (folder / name).read_bytes()
             document = json.loads(text.partition(b"\n")[0] if name.endswith(".jsonl") else text)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(document, dict) and all(field in document for field in fields):
             return name

@@ -25,6 +25,7 @@ from pipelines.core.errors import Failure, RetryLater, UsageError
 from pipelines.core.pictures import list_pictures
 from pipelines.core.rows import read_lines
 from pipelines.corpus.shards import write_corpus
+from pipelines.evaluation.degrade import degrade_folder
 from pipelines.evaluation.heldout import prepare_heldout
 from pipelines.restoration.models import open_model, option_check
 from pipelines.service.front import Refusal, ServeLimits, read_parameters
@@ -112,6 +113,30 @@ def test_a_reference_belongs_to_the_picture_of_its_name_and_changes_the_result(
     (references / "p1.png").rename(references / "other.png")
     with pytest.raises(UsageError, match=r"no picture in .*hq has the name of one"):
         run(model, pictures, out, references=references)
+
+
+def test_a_broken_reference_is_named(model: Path, pictures: Path, tmp_path: Path) -> None:
+    key, source = next(iter(list_pictures(pictures)[0].items()))
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / f"{key}.png").symlink_to("/nowhere.png")
+    (tmp_path / "refs" / "other.png").write_bytes(source.read_bytes())
+    result = run(model, pictures, tmp_path / "out", references=tmp_path / "refs")
+    row = next(row for row in read_lines(result.quarantine) if row["key"] == key)
+    assert (row["code"], row["detail"]) == (
+        "unreadable",
+        f"of the reference {key}.png: cannot be read: a link that leads nowhere",
+    )
+
+
+def test_the_folder_of_another_command_is_refused(model: Path, pictures: Path, tmp_path: Path) -> None:
+    degrade_folder(pictures, tmp_path / "out", "none")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != ".lock"}
+    with pytest.raises(UsageError, match=r"records\.jsonl is not of an earlier job of this command"):
+        run(model, pictures, tmp_path / "out")
+    run(model, pictures, tmp_path / "restored")
+    with pytest.raises(UsageError, match=r"records\.jsonl is not of an earlier job of this command"):
+        degrade_folder(pictures, tmp_path / "restored", "none")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != ".lock"}
 
 
 def test_the_seed_decides_the_bits(model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def prompts_used(out: Path) -> dict[str, str]:
             '{"key": "a", "caption": "a red, old\\n \\"fox\\"", "seed": 1}\n{"key": "sub/d", "text": "two"}\n',
         ),
         ("p.csv", '\ufeffa.png,"a red, old ""fox"""\r\nd.png,two\r\n'),
-        ("p.jsonl", json.dumps({"key": "a", "prompt": 'a red, old "fox"'}) + '\n{"key": ".\\\\sub\\\\d.png", "prompt": "two"}'),
+        (
             "p.jsonl",
             '{"key": "a", "prompt": "a red, old \\"fox\\""}\n{"file_name": ".\\\\sub\\\\d.png", "prompt": "two"}',
         ),

@@ -6,6 +6,7 @@ A job writes the result of a picture as KEY.png, so the folder of the results ha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -98,7 +99,7 @@ def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Pa
     paths, _ = _walk(folder, None)
     keys = make_keys([path.relative_to(folder).as_posix() for path in paths])
     pictures = dict(zip(keys, paths, strict=True))
-    for key in [key for key, path in pictures.items() if not path.is_file()]:
+    for key in [key for key, path in pictures.items() if not os.path.isfile(path)]:
         try:
             read_picture(pictures.pop(key), key)
         except SampleError as error:
@@ -130,7 +131,8 @@ def read_picture(path: Path, key: str, limits: Limits | None = None) -> bytes:
     except SampleError as error:
         raise SampleError(error.code, error.detail, key) from error
     except OSError as error:
-        reason = "a link that leads nowhere" if path.is_symlink() and not path.exists() else error.strerror
+        is_broken = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
+        reason = "a link that leads nowhere" if is_broken and os.path.islink(path) else error.strerror
         raise SampleError("unreadable", f"cannot be read: {reason or error}", key) from error
 
 

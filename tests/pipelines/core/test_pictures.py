@@ -123,6 +123,25 @@ def test_links_and_broken_files_are_refused_by_name(tmp_path: Path) -> None:
     assert set(list_pictures(tmp_path / "shortcut")[0]) == set(list_pictures(src)[0])
 
 
+def test_a_link_that_cannot_be_followed_costs_its_picture_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "in/good.png")
+    (tmp_path / "in" / "long.png").symlink_to("x" * 3000)
+    (tmp_path / "in" / "closed.png").symlink_to(tmp_path / "closed" / "a.png")
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:  # not chmod: the superuser may follow every link
+        if path.name == "closed.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    result = degrade_folder(tmp_path / "in", tmp_path / "out", "none")
+    details = {row["key"]: row["detail"] for row in read_lines(result.quarantine)}
+    assert details == {"long": "cannot be read: File name too long", "closed": "cannot be read: Permission denied"}
+    missing: list[dict[str, str]] = []
+    assert (set(pictures_by_key(tmp_path / "in", missing)), len(missing)) == ({"good"}, 2)
+
+
 def test_a_folder_with_nothing_but_links_says_so(tmp_path: Path) -> None:
     write(tmp_path / "away", "q.png")
     (tmp_path / "only").mkdir()

@@ -519,6 +519,15 @@ def test_heldout_pairs(corpus: Path, tmp_path: Path) -> None:
     assert read_lines(out / "quarantine.jsonl")[0]["key"] == "broken"
 
 
+def test_heldout_keys_that_differ_in_case_only_are_those_of_their_results(model: Path, tmp_path: Path) -> None:
+    samples = [(key, "png", encode_png(dead_leaves(64, 3, n)), {}) for n, key in enumerate(("IMG_1", "img_1", "z"))]
+    corpus = write_corpus(tmp_path / "corpus", "test", {"train": [], "held_out": samples}).folder
+    prepare_heldout(corpus, tmp_path / "set", "realesrgan-nano", seed=4, short_side=64)
+    run(model, tmp_path / "set" / "lq", tmp_path / "set" / "restored")
+    names = {name: set(outputs(tmp_path / "set" / name)) for name in ("hq", "lq", "restored")}
+    assert names["hq"] == names["lq"] == names["restored"] and "z.png" in names["lq"] and len(names["lq"]) == 3
+
+
 def test_prepare_heldout_is_idempotent_and_depends_on_its_settings(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     prepare_heldout(corpus, out, "realesrgan-nano", seed=4, short_side=48)

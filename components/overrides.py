@@ -2,7 +2,8 @@
 
 A text field takes the characters that were typed: "#", ": ", brackets, quotes, blanks at the ends, digits, "yes" and
 "${...}" have no meaning in it. A field that may be empty (`str | None`) reads "null" as None. All other fields read
-YAML: numbers, true and false, null, lists, mappings. Lists and mappings of texts keep the spelling of their entries.
+YAML: numbers, true and false, null, lists, mappings. Texts inside lists and mappings keep their spelling. Numbers are
+decimal: "010" is ten, and "1:30" is none, although YAML 1.1 reads 8 and 90.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from components.options import TEXTS
@@ -28,6 +29,14 @@ PROMPTS = {HOLDS_TEXT: frozenset(TEXTS).__contains__}
 MARKS_MISSING = "???"
 """OmegaConf's mark of a missing value, which no text of a dataclass can hold."""
 
+NOT_TEXT = {code: 0x100000 + code for code in range(0xDC80, 0xDD00)}
+"""Python holds the bytes of a name that is not UTF-8 as lone surrogates, which YAML refuses. It gets characters for
+private use in their place, which `with_bytes` turns back."""
+
+_PRIVATE = {private: code for code, private in NOT_TEXT.items()}
+_PRIVATE_LETTER = re.compile(f"[{chr(min(_PRIVATE))}-{chr(max(_PRIVATE))}]")
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]*[0-9]")
+_SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _SEPARATORS = re.compile(r"[.\[\]]+")
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _LIST_PLACE = re.compile(r"[.\[]\d+(?:[.\]]|$)")
@@ -57,8 +66,21 @@ def literal(value: Any) -> Any:
 
 
 def yaml_text(document: Any) -> str:
-    """Return plain data as YAML that OmegaConf loads with the same texts."""
-    return str(OmegaConf.to_yaml(OmegaConf.create(literal(document))))
+    """Return plain data as YAML that OmegaConf loads with the same texts, after `with_bytes`."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(_without_bytes(literal(document)))))
+
+
+def with_bytes(value: Any) -> Any:
+    """Return loaded data with the names that are not UTF-8, as `yaml_text` had them."""
+    if isinstance(value, DictConfig | ListConfig):
+        data = OmegaConf.to_container(value)
+        restored = with_bytes(data)
+        return value if restored == data else OmegaConf.create(restored)
+    if isinstance(value, str):
+        return value.translate(_PRIVATE) if _PRIVATE_LETTER.search(value) else value
+    if isinstance(value, Mapping):
+        return {with_bytes(name): with_bytes(entry) for name, entry in value.items()}
+    return [with_bytes(entry) for entry in value] if isinstance(value, list) else value
 
 
 def read_options(overrides: Iterable[str], texts: Iterable[str] = ()) -> dict[str, Any]:
@@ -88,23 +110,67 @@ def apply_overrides(schema: type[Any], document: Any, overrides: Sequence[str]) 
         overrides: "sources.0.path=DIR" changes an entry of a list.
 
     Raises:
-        OverrideError: a text is not key=value, or its value is no YAML where the field is not a text.
+        OverrideError: a text is not key=value, its value is no YAML where the field is not a text, or it or the
+            document has a list where a mapping or one value belongs, or the reverse.
         OmegaConfBaseException: a key is unknown, or a value has a wrong type.
     """
     nested: dict[str, Any] = {}
     in_lists: list[tuple[str, Any]] = []
     for override in overrides:
         key, text = split_pair(override)
-        value = _typed_value(key, text, *_field_type(schema, _parts(key)))
+        _check_place(schema, key)
+        value = _typed_value(schema, key, text)
         if _LIST_PLACE.search(key):
             in_lists.append((key, value))
         else:
             _put(nested, key, value)
-    merged = OmegaConf.merge(OmegaConf.structured(schema), document, OmegaConf.create(nested))
+    merged = _merge(OmegaConf.structured(schema), with_bytes(document), OmegaConf.create(nested))
     for key, value in in_lists:  # a merge would replace the whole list
+        _check_number(merged, key)
         OmegaConf.update(merged, key, value)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _merge(defaults: Any, *documents: Any) -> Any:
+    try:
+        return OmegaConf.merge(defaults, *documents)
+    except TypeError as error:  # it does not say where
+        wrong = "has a list where names and values belong, or the reverse."
+        for document in map(OmegaConf.create, documents):
+            if not isinstance(document, DictConfig):
+                continue
+            for name in map(str, document):
+                try:
+                    OmegaConf.merge(defaults, OmegaConf.masked_copy(document, name))
+                except TypeError:
+                    raise OverrideError(f"{name} {wrong}") from error
+        raise OverrideError(f"it {wrong}") from error
+
+
+def _check_place(schema: type[Any], key: str) -> None:
+    """Refuse a key with a name where a list has numbers, or with a name below a field of one value."""
+    parts = _parts(key)
+    for count, part in enumerate(parts):
+        kind, _ = _field_type(schema, parts[:count])
+        place = ".".join(parts[:count])
+        if get_origin(kind) is list and not part.isdecimal():
+            raise OverrideError(f"{key}: {place} is a list; name an entry by its number, as in {place}.0.")
+        if kind in (str, int, float, bool):
+            raise OverrideError(f"{key}: {place} takes one value and has no settings of its own.")
+
+
+def _check_number(merged: Any, key: str) -> None:
+    """Refuse a number that a list does not have."""
+    here, place = merged, ""
+    for part in _parts(key):
+        if isinstance(here, ListConfig) and int(part) >= len(here):
+            raise OverrideError(f"{key}: {place} has {len(here)} entries, counted from 0.")
+        if isinstance(here, ListConfig):
+            here = here._get_node(int(part))
+        elif isinstance(here, DictConfig):
+            here = here._get_node(part)
+        place = f"{place}.{part}" if place else part
 
 
 def _parts(key: str) -> list[str]:
@@ -147,45 +213,113 @@ def _without_none(kind: Any) -> tuple[Any, bool]:
     return (others[0] if len(others) == 1 else Any), len(others) < len(get_args(kind))
 
 
-def _typed_value(key: str, text: str, kind: Any, optional: bool) -> Any:
-    """Return a typed text for OmegaConf."""
-    if kind is str or (get_origin(kind) is Literal and all(isinstance(each, str) for each in get_args(kind))):
-        if text == MARKS_MISSING:
-            raise OverrideError(f'{key} cannot be "{MARKS_MISSING}", which marks a missing value.')
-        return None if optional and text == "null" else literal(text)
+def _typed_value(schema: type[Any], key: str, text: str) -> Any:
+    """Return the typed value of a text for OmegaConf."""
+    parts = _parts(key)
+    kind, optional = _field_type(schema, parts)
+    if _is_text(kind):
+        return _text_value(key, text, optional)
     if kind is Any:
         return literal(_plain_value(key, text))
     if not text:
         return ""  # YAML would read None
-    if get_origin(kind) in (list, dict) and get_args(kind)[-1] is str:
-        try:
-            return literal(yaml.load(text, Loader=yaml.BaseLoader))  # noqa: S506 - it makes texts only
-        except yaml.YAMLError as error:
-            raise _no_yaml(key, text) from error
-    return _yaml_value(key, text)
+    if text.startswith("${"):
+        return text
+    safe = _without_bytes(text)
+    return with_bytes(_node_value(schema, key, parts, _node(key, safe), safe))
+
+
+def _node_value(schema: type[Any], key: str, parts: Sequence[str], node: yaml.Node, source: str) -> Any:
+    """Return the value of a YAML node for OmegaConf: texts as they are spelled, the rest as `_yaml_value` reads it.
+
+    Args:
+        parts: place of the node in the schema.
+        source: the YAML text.
+    """
+    kind, optional = _field_type(schema, parts)
+    word = node.value if isinstance(node, yaml.ScalarNode) and node.style is None else ""
+    is_open = kind is Any or (optional and word == "null")
+    for is_kind, form, example in (
+        (get_origin(kind) is list, yaml.SequenceNode, "a list, as in [a, b]"),
+        (
+            get_origin(kind) is dict or dataclasses.is_dataclass(kind),
+            yaml.MappingNode,
+            "names and values, as in {a: b}",
+        ),
+        (_is_text(kind), yaml.ScalarNode, "one text: quote it, as in 'b: c'"),
+    ):
+        if is_kind and not is_open and not isinstance(node, form):
+            raise OverrideError(f"{'.'.join(parts)} needs {example}.")
+    if isinstance(node, yaml.SequenceNode):
+        items = enumerate(node.value)
+        return [_node_value(schema, key, [*parts, str(number)], entry, source) for number, entry in items]
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(str(name.value), entry) for name, entry in node.value]
+        return {name: _node_value(schema, key, [*parts, name], entry, source) for name, entry in pairs}
+    if _is_text(kind):
+        return _text_value(key, node.value, optional and bool(word))
+    return literal(_yaml_value(key, source[node.start_mark.index : node.end_mark.index]))
+
+
+def _node(key: str, text: str) -> yaml.Node:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _no_yaml(key, text) from error
+    return node or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(each, str) for each in get_args(kind)))
+
+
+def _text_value(key: str, text: str, optional: bool) -> Any:
+    if text == MARKS_MISSING:
+        raise OverrideError(f'{key} cannot be "{MARKS_MISSING}", which marks a missing value.')
+    return None if optional and text == "null" else literal(text)
 
 
 def _plain_value(key: str, text: str) -> Any:
     """Return the value of a text for a field without a type."""
     is_nested = text.lstrip()[:1] in ("[", "{") and text.strip()[-1:] in ("]", "}")
+    if is_nested:
+        safe = _without_bytes(text)
+        return with_bytes(_node_value(_Untyped, key, ["any"], _node(key, safe), safe))
     try:
         value = _yaml_value(key, text) if text else ""
     except OverrideError:
-        if is_nested:
-            raise
         return text
-    if isinstance(value, list | dict):
-        return value if is_nested else text
     is_number = isinstance(value, int | float) or value is None
     return value if is_number and not re.search(r"[#:\s]", text.strip()) else text  # "1:30" is a number in YAML 1.1
 
 
 def _yaml_value(key: str, text: str) -> Any:
     """Return the value of a YAML text, with OmegaConf's spelling of numbers ("1e-4")."""
+    word = text.strip()
+    if _LEADING_ZERO.fullmatch(word):
+        return int(word)
+    if _SEXAGESIMAL.fullmatch(word):
+        return word
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise _no_yaml(key, text) from error
+
+
+def _without_bytes(value: Any) -> Any:
+    """Return data that YAML can hold; see NOT_TEXT."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.translate(NOT_TEXT)
+    if isinstance(value, Mapping):
+        return {_without_bytes(name): _without_bytes(entry) for name, entry in value.items()}
+    return [_without_bytes(entry) for entry in value] if isinstance(value, list) else value
+
+
+@dataclasses.dataclass
+class _Untyped:
+    """A schema with one field without a type."""
+
+    any: Any = None
 
 
 def _no_yaml(key: str, text: str) -> OverrideError:

@@ -167,13 +167,14 @@ def picture_seed(seed: int, key: str) -> int:
 
 
 def check_text(name: str, text: Any) -> str:
-    """Check a text for guidance and return it unchanged.
+    """Check a text for guidance and return it; only the line breaks of Windows and of browsers' forms become "\\n".
 
     Raises:
         ValueError: not a text, too long, or with control characters; the message names `name`.
     """
     if not isinstance(text, str):
         raise ValueError(f"{name} must be text, got {text!r}")
+    text = text.replace("\r\n", "\n")
     if len(text) > MAX_PROMPT_CHARS:
         raise ValueError(f"{name} has {len(text)} characters; the limit is {MAX_PROMPT_CHARS}")
     if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,8 +43,9 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the command."""
+        given = list(args)  # the parser empties it
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except Exception as error:  # the parser's error classes are private to typer
             suggestions = getattr(error, "possibilities", None)
             if not suggestions:
@@ -51,6 +53,16 @@ class Command(TyperCommand):
             raise UsageError(
                 f'no such option "{getattr(error, "option_name", "")}". Did you mean "{suggestions[0]}"?'
             ) from error
+        if any(text == "" or re.fullmatch("--[a-z-]+=", text) for text in given):
+            _refuse_empty_paths(ctx.params)
+        return rest
+
+
+def _refuse_empty_paths(values: Mapping[str, Any]) -> None:
+    """A path from an empty variable ("--out $OUT") would name the working directory."""
+    for name, value in values.items():
+        if Path() in (value if isinstance(value, list) else [value]):
+            raise UsageError(f'the path of {name} is empty; "." names this folder.')
 
 
 def picture_limits(max_megapixels: float, max_megabytes: float | None) -> Limits:

@@ -6,6 +6,7 @@ A job writes the result of a picture as KEY.png, so the folder of the results ha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,9 +26,15 @@ SIDECARS = frozenset(
         *(".caption", ".csv", ".html", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".xmp", ".yaml", ".yml"),
         *(".aae", ".cos", ".dop", ".pp3"),  # edits of a photograph, as phones and raw developers save them
         *(".md5", ".sfv", ".sha1", ".sha256", ".sha512"),
+        *(".npz", ".xml"),  # latents that other trainers store, and boxes
     }
 )
 """Suffixes of files that accompany pictures; such files are counted and never quarantined."""
+
+PICTURE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp", ""}
+)
+"""Of two files with one stem, one with such a suffix keeps the short key: a.jpg is not renamed by a.nef or a.mov."""
 
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "zbthumbnail.info", "pspbrwse.jbf")
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found")
@@ -96,7 +103,7 @@ def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Pa
     paths, _ = _walk(folder, None)
     keys = make_keys([path.relative_to(folder).as_posix() for path in paths])
     pictures = dict(zip(keys, paths, strict=True))
-    for key in [key for key, path in pictures.items() if not path.is_file()]:
+    for key in [key for key, path in pictures.items() if not os.path.isfile(path)]:
         try:
             read_picture(pictures.pop(key), key)
         except SampleError as error:
@@ -128,7 +135,8 @@ def read_picture(path: Path, key: str, limits: Limits | None = None) -> bytes:
     except SampleError as error:
         raise SampleError(error.code, error.detail, key) from error
     except OSError as error:
-        reason = "a link that leads nowhere" if path.is_symlink() and not path.exists() else error.strerror
+        is_broken = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
+        reason = "a link that leads nowhere" if is_broken and os.path.islink(path) else error.strerror
         raise SampleError("unreadable", f"cannot be read: {reason or error}", key) from error
 
 
@@ -136,16 +144,19 @@ def make_keys(names: Sequence[str]) -> list[str]:
     """Return the keys of paths below one folder ("sub/b.png"), which differ also where letters' case does not count.
 
     If two paths would share a key, each of them keeps its suffix, and if that does not suffice, gets a hash of its
-    path. So a key depends on its own path and on the paths that collide with it, not on their order.
+    path; but a path with a suffix of a picture does so for another picture only. So a key depends on its own path and
+    on the paths that collide with it, not on their order.
     """
     spellings = [_spellings(name) for name in names]
+    others = [os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES for name in names]
     levels = [0] * len(names)
     for _ in range(len(spellings[0]) if names else 0):
         keys = [spelling[level] for spelling, level in zip(spellings, levels, strict=True)]
         uses = Counter(map(_folded, keys))
+        rivals = Counter(_folded(key) for key, other in zip(keys, others, strict=True) if not other)
         folders = {_folded(folder) for key in keys for folder in _parents(key)}
         for number, key in enumerate(keys):
-            if uses[_folded(key)] > 1 or _folded(f"{key}.png") in folders:
+            if (uses if others[number] else rivals)[_folded(key)] > 1 or _folded(f"{key}.png") in folders:
                 levels[number] = min(levels[number] + 1, len(spellings[number]) - 1)
     return [spelling[level] for spelling, level in zip(spellings, levels, strict=True)]
 
@@ -219,7 +230,7 @@ def own_mark(folder: Path) -> str | None:
         try:
             text = (folder / name).read_bytes()
             document = json.loads(text.partition(b"\n")[0] if name.endswith(".jsonl") else text)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(document, dict) and all(field in document for field in fields):
             return name

@@ -10,6 +10,7 @@ from typing import Any
 
 from components.naming import printable
 from components.writing import replace_file
+from pipelines.core.errors import UsageError
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -23,7 +24,7 @@ def parse_lines(data: bytes) -> list[dict[str, Any]]:
     for line in data.split(b"\n"):  # not splitlines: JSON text may hold other line separators
         try:
             row = json.loads(line)
-        except ValueError:  # a kill or a crash of the machine damaged the line
+        except (ValueError, RecursionError):  # a kill or a crash of the machine damaged the line
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -37,6 +38,20 @@ def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as source:
         for line in source:
             yield from parse_lines(line)
+
+
+def own_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """Read the rows of a list that an earlier job of the same command wrote.
+
+    Raises:
+        UsageError: a row lacks one of `fields`: it is of another command or program, whose file must stay as it is.
+    """
+    rows = read_lines(path)
+    if any(field not in row for row in rows for field in fields):
+        raise UsageError(
+            f"{path} is not of an earlier job of this command and would be overwritten; choose another output folder"
+        )
+    return rows
 
 
 def end_torn_line(path: Path) -> None:

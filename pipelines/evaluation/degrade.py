@@ -13,10 +13,11 @@ degrade the pictures, because OpenCV releases the interpreter's lock.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
@@ -36,7 +37,7 @@ from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.folders import check_output, folder_lock
 from pipelines.core.pictures import SHEET, list_pictures, read_picture
-from pipelines.core.rows import end_torn_line, json_text, parse_lines, read_lines, write_lines
+from pipelines.core.rows import end_torn_line, json_text, own_lines, parse_lines, read_lines, write_lines
 from pipelines.pages.sheets import contact_sheet
 
 SHEET_PICTURES = 24
@@ -130,12 +131,13 @@ def replay(
         UsageError: there are no readable records, or `out` is the folder of the records.
     """
     rows = read_records(record)
+    by_key = functools.cache(lambda folder: list_pictures(folder)[0])
     if out.resolve() == record.parent.resolve():
         raise UsageError(f"{out} holds the records themselves; choose another output folder.")
     jobs = [
         Job(
             key=row["key"],
-            path=_original(source or Path(row["folder"]), row),
+            path=_original(source or Path(row["folder"]), row, by_key),
             source=row["source"],
             plan=row["plan"],
             expected=(row["source_sha256"], row["pixels_sha256"]),
@@ -147,12 +149,12 @@ def replay(
     return _run(jobs, folder, out, degradation, {"replay": str(record.absolute())}, 0, progress, limits)
 
 
-def _original(folder: Path, row: Mapping[str, Any]) -> Path:
+def _original(folder: Path, row: Mapping[str, Any], by_key: Callable[[Path], Mapping[str, Path]]) -> Path:
     """The path of a record's original. A name that is no text stands escaped in the record; the key finds its file."""
     path: Path = folder / row["source"]
     if path.exists() or "\\" not in row["source"] or not folder.is_dir():
         return path
-    return list_pictures(folder)[0].get(row["key"], path)
+    return by_key(folder).get(row["key"], path)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -203,7 +205,14 @@ def _run(
     counts, differing = {"degraded": 0, "skipped": 0, "quarantined": 0}, []
     threads = cv2.getNumThreads()
     with folder_lock(out):
-        earlier_rows = {row["key"]: row for row in read_lines(records)}
+        earlier_rows = {
+            row["key"]: row for row in own_lines(records, ("key", "output", "output_sha256", "pixels_sha256"))
+        }
+        own_lines(quarantine, ("key", "code"))
+        if not earlier_rows and os.path.lexists(out / SHEET):
+            raise UsageError(
+                f"{out / SHEET} would be overwritten, and there are no records of an earlier job beside it."
+            )
         for job in jobs:
             output = out / f"{job.key}.png"
             if os.path.lexists(output) and job.key not in earlier_rows and not _is_own(output, job.key):

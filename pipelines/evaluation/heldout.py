@@ -19,11 +19,11 @@ import numpy as np
 
 from components.degradations import build_degradation
 from components.images import center_crop, decode, encode_png, resize_short_side, to_float, to_uint8
-from components.restoring import file_key
 from components.types import Degradation, Image, SampleError
 from components.writing import replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, UsageError
+from pipelines.core.pictures import make_keys
 from pipelines.core.rows import read_lines, write_lines
 from pipelines.corpus.columns.reading import Column, open_column
 from pipelines.corpus.shards import SPLIT, open_corpus, read_sample
@@ -102,9 +102,10 @@ def prepare_heldout(
         hq.mkdir(parents=True, exist_ok=True)
         lq.mkdir(exist_ok=True)
         earlier_rows = {row["key"]: row for row in read_lines(records) if row["settings"] == settings}
-        for position in range(count):
-            shard, entry = corpus.split(SPLIT).locate(position)
-            key = file_key(entry["key"])
+        # Keys that differ in case only get other names, as in every list of pictures that reads these folders.
+        keys = make_keys([f"{corpus.split(SPLIT).locate(position)[1]['key']}.png" for position in range(count)])
+        for position, key in enumerate(keys):
+            shard = corpus.split(SPLIT).locate(position)[0]
             row = earlier_rows.get(key)
             if row is not None and row["position"] == position and _intact(out, row):
                 rows.append(row)

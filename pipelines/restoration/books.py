@@ -15,9 +15,10 @@ from components.writing import LEFTOVERS
 from pipelines.core.console import Progress
 from pipelines.core.deaths import Marks, remove_leftovers
 from pipelines.core.errors import Failure, UsageError
-from pipelines.core.rows import json_text, read_lines, write_lines
+from pipelines.core.rows import json_text, own_lines, read_lines, write_lines
 from pipelines.restoration.worker import Answer
 
+RECORD_FIELDS, QUARANTINE_FIELDS = ("key", "output", "output_sha256", "model_digest"), ("key", "code")
 MAX_EQUAL_FAILURES = 3  # equal failures of the first pictures end the job: then the job is wrong, not the pictures
 
 
@@ -33,16 +34,17 @@ class Books:
         """Clean up after an earlier job and return the newest record by key. Only a newer record replaces a record.
 
         Raises:
-            UsageError: a result would overwrite a file of another program.
+            UsageError: a result or a list would overwrite a file of another program or of another command.
             Failure: the folder cannot be written.
         """
         try:
-            records = {record["key"]: record for record in read_lines(self.records)}
+            records = {record["key"]: record for record in own_lines(self.records, RECORD_FIELDS)}
+            rejects = own_lines(self.quarantine, QUARANTINE_FIELDS)
             self._check_outputs(sources, records)
             self.marks.clear()
             remove_leftovers(self.out, f"**/{LEFTOVERS}")
             write_lines(self.records, list(records.values()))
-            write_lines(self.quarantine, [q for q in read_lines(self.quarantine) if q["key"] not in sources])
+            write_lines(self.quarantine, [q for q in rejects if q["key"] not in sources])
         except OSError as error:
             raise Failure(f"cannot write to {self.out}: {error.strerror or error}") from error
         return records

@@ -60,7 +60,8 @@ def read_prompts(path: Path, sources: Mapping[str, Path], src: Path, frame: str 
     line_of: dict[str, int] = {}
     absent = []
     for number, name, kind, text in lines:
-        keys = keys_by_name.get(name) or keys_by_name.get(unicodedata.normalize("NFC", name), set())
+        spellings = (name, unicodedata.normalize("NFC", name), _posix_name(name))
+        keys = next((keys_by_name[each] for each in spellings if each in keys_by_name), set())
         if not keys:
             absent.append(f"{name} (line {number})")
             continue
@@ -124,6 +125,11 @@ def _keys_by_name(sources: Mapping[str, Path], src: Path) -> dict[str, set[str]]
     return names | exact[0] | exact[1] | exact[2]
 
 
+def _posix_name(name: str) -> str:
+    """A name as tables of Windows and of `find` have it: "sub\\b.png", "./b.png"."""
+    return unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
+
+
 def _text(path: Path) -> str:
     try:
         return read_text(path.read_bytes(), str(path))
@@ -137,7 +143,7 @@ def _json_lines(path: Path) -> Iterator[Line]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _error(path, number, "no JSON") from error
         if not isinstance(row, dict):
             raise _error(path, number, "no JSON object")

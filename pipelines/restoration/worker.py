@@ -111,7 +111,7 @@ class RestoreWorker:
             data = b""
             try:
                 data = self._read(task.source)
-                reference = self._read(task.reference) if task.reference is not None else b""
+                reference = self._read_reference(task.reference) if task.reference is not None else b""
                 task = replace(task, picture=replace(task.picture, data=data, reference=reference))
                 if self._up_to_date(task):
                     answers[task.key] = Answer(status="skipped", row={"key": task.key})
@@ -200,6 +200,12 @@ class RestoreWorker:
     def _read(self, path: Path) -> bytes:
         """Read a file's bytes; a file above the limit is refused before it is read."""
         return read_picture(path, "", self.settings.limits)
+
+    def _read_reference(self, path: Path) -> bytes:
+        try:
+            return self._read(path)
+        except SampleError as error:
+            raise SampleError(error.code, f"of the reference {printable(path.name)}: {error.detail}") from error
 
     def _up_to_date(self, task: Task) -> bool:
         """Whether the record has this model, these options and these bytes, and its result is still there."""

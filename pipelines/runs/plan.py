@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from components.naming import printable
 from components.overrides import literal
 from pipelines.core.errors import UsageError, first_line, unknown
 from pipelines.core.home import shipped_files
@@ -94,7 +95,11 @@ def load_plan(
         stages_by_name[stage["name"]] = resolved
     origin = {"file": "" if str(name) in shipped_files("plans") else str(path.absolute()), "overrides": list(overrides)}
     return Plan(
-        name=path.stem, title=head.title, free_mib=head.free_mib, stages=tuple(stages_by_name.values()), origin=origin
+        name=printable(path.stem),
+        title=head.title,
+        free_mib=head.free_mib,
+        stages=tuple(stages_by_name.values()),
+        origin=origin,
     )
 
 

@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any, Protocol
+from urllib.parse import parse_qsl, unquote_to_bytes
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -30,7 +33,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from components.images import Limits, limits_for_any_shape, probe
-from components.naming import did_you_mean
+from components.naming import did_you_mean, is_text, printable
 from components.options import TEXTS, OptionCheck, UnknownOption
 from components.restoring import (
     CHOICES,
@@ -39,7 +42,6 @@ from components.restoring import (
     SIDES,
     Ask,
     Identity,
-    file_key,
     parse_ask,
     picture_key,
     picture_seed,
@@ -216,7 +218,7 @@ async def read_request(request: Request, max_bytes: int) -> tuple[bytes, bytes, 
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes + FORM_OVERHEAD:
         raise _too_large(max_bytes)
-    named_values = list(request.query_params.multi_items())
+    named_values = _query_values(request)
     reference = b""
     if content_type == "multipart/form-data":
         data, reference, fields = await _read_form(request, max_bytes)
@@ -232,6 +234,29 @@ async def read_request(request: Request, max_bytes: int) -> tuple[bytes, bytes, 
     return data, reference, parameters
 
 
+def _query_values(request: Request) -> list[tuple[str, str]]:
+    """The parameters of a query; a Refusal for one that is not UTF-8, which Starlette would damage in silence."""
+    query = request.scope["query_string"].decode("latin-1")
+    pairs = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
+    for name, value in pairs:
+        if not is_text(name + value):
+            raise Refusal(422, "bad_parameter", f"{printable(name)[:80]} is not UTF-8 text: {printable(value)[:80]}")
+    return pairs
+
+
+class _FormParser(MultiPartParser):
+    """A parser that also knows the encoded file names of some clients: filename*=UTF-8''caf%C3%A9.png (RFC 8187)."""
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        encoded = re.search(rb";\s*filename\*\s*=\s*\"?utf-8'[^']*'([^;\s\"]+)", part.content_disposition or b"", re.I)
+        if encoded is not None:
+            kept = re.sub(rb";\s*filename\*?\s*=\s*(\"[^\"]*\"|[^;\s]*)", b"", part.content_disposition or b"")
+            name = unquote_to_bytes(encoded[1]).replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+            part.content_disposition = kept + b'; filename="' + name + b'"'
+        super().on_headers_finished()
+
+
 async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, bytes, list[tuple[str, str]]]:
     """Read a form with a file "image" and an optional file "reference".
 
@@ -239,7 +264,7 @@ async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, bytes, li
         (picture bytes, reference bytes or b"", text fields). If no key was sent, the name of the file "image" is added
         as the key.
     """
-    parser = MultiPartParser(
+    parser = _FormParser(
         request.headers,
         _limited(request, max_bytes + FORM_OVERHEAD),
         max_files=2,
@@ -265,7 +290,9 @@ async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, bytes, li
             raise _too_large(max_bytes)
         fields = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
         name = (upload.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
-        stem = name.rsplit(".", 1)[0] or name
+        for letter in '"\r\n':  # browsers escape these three and no others
+            name = name.replace(f"%{ord(letter):02X}", letter)
+        stem = PurePosixPath(name).stem
         if stem and "key" not in dict(fields) and "key" not in request.query_params:
             fields.append(("key", stem))
         return data, reference, fields
@@ -301,7 +328,7 @@ def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: O
             kind = "a number" if name == "scale" else "a whole number"
             raise Refusal(422, "bad_parameter", f"{name} must be {kind}, got {text[:40]!r}") from None
     key = values.pop("key", "picture")
-    key = key if picture_key(key) == key else file_key(key)  # a batch job's key may hold folders
+    key = picture_key(key)  # as a batch job makes it, with its folders
     seed = values.pop("seed", None)
     if seed is None:
         seed = picture_seed(0, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from components.corpora import CorpusSpec, load_corpus_spec
 from components.overrides import PROMPTS, OverrideError, apply_overrides, read_options, yaml_text
@@ -146,9 +148,39 @@ def test_other_fields_read_yaml() -> None:
     assert read("bound=${inner.number}").bound == 0.0, "interpolation of a number"
 
 
+def test_numbers_are_decimal_and_texts_inside_lists_keep_their_spelling() -> None:
+    schema = read("count=010", "numbers=[010, 0.5]", "options.sizes=[08, 010]", "inner={text: 007, number: 1e-4}")
+    assert (schema.count, schema.numbers, schema.options) == (10, [10.0, 0.5], {"sizes": [8, 10]})
+    assert schema.inner == Inner(text="007", number=1e-4)
+    assert read("inners=[{text: yes}, {text: 'a #1'}]").inners == [Inner(text="yes"), Inner(text="a #1")]
+    assert read_options(["steps=010", "x=1:30"]) == {"steps": 10, "x": "1:30"}
+    for override in ("count=1:30", "bound=1:30", "numbers=[1:30]"):  # 90 in YAML 1.1
+        with pytest.raises(OmegaConfBaseException, match="'1:30' of type 'str' could not be converted"):
+            read(override)
+
+
+def test_names_that_are_not_utf8_pass_through_yaml(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    assert read(f"names=[{name}, b]", f"by_name={{a: {name}}}").names == [name, "b"]
+    spec = load_corpus_spec(_folder_spec(tmp_path), [f"sources.0.path=/{name}", f"dedup.against=[/{name}/c]"])
+    (tmp_path / "saved.yaml").write_text(yaml_text(asdict(spec)), encoding="utf-8")
+    assert load_corpus_spec(tmp_path / "saved.yaml") == spec
+    assert (spec.sources[0].path, spec.dedup.against) == (f"/{name}", [f"/{name}/c"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("names=[a: b]", "names.0 needs one text"),
+        ("names=a", "names needs a list, as in"),
+        ("by_name=[1]", "by_name needs names and values"),
+        ("options=[1]", "options needs names and values"),
+        ("inner=3", "inner needs names and values"),
+        ("inners.text=x", "inners is a list; name an entry by its number"),
+        ("inners.-1.text=x", "inners is a list"),
+        ("inners.5.text=x", "inners has 2 entries, counted from 0"),
+        ("names.0=a", "names has 0 entries"),
+        ("by_name.a.b=3", "by_name.a takes one value"),
         ("nonsense", "is not key=value"),
         ("=3", "is not key=value"),
         ("numbers=[1", "numbers cannot be read as YAML: '\\[1'"),
@@ -176,6 +208,9 @@ def test_recipes_and_specs_name_wrong_keys_as_before(tmp_path: Path) -> None:
         load_corpus_spec(tmp_path / "broken.yaml")
     with pytest.raises(RecipeError, match=r"broken\.yaml cannot be read"):
         load_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("system: swinir\nstage: restorer\nsources: [a]\n")
+    with pytest.raises(RecipeError, match=r"list\.yaml: sources has a list where names and values belong"):
+        load_recipe(tmp_path / "list.yaml")
 
 
 def test_a_spec_without_changes_keeps_its_defaults(tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ def test_recipes_lists_all_shipped_names(repository: Path, tmp_path: Path) -> No
         (["degrade"], 2, "needs IN and OUT"),
         (["degrade", "empty", "sharpen=false"], 2, "needs IN and OUT"),
         (["degrade", "empty", "x"], 2, "holds no pictures"),
+        (["degrade", "empty", ""], 2, "the path of out is empty"),
+        (["restore", "empty", "--model", "nano", "--out="], 2, "the path of out is empty"),
         (["degrade", "empty", "x", "--preset", "bsrgna"], 2, 'Did you mean "bsrgan"'),
         (["degrade", "--replay", "file"], 2, "holds no records"),
         (["degrade", "--replay", "file", "--seed", "1"], 2, "the records hold them"),

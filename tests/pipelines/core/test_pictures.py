@@ -123,6 +123,25 @@ def test_links_and_broken_files_are_refused_by_name(tmp_path: Path) -> None:
     assert set(list_pictures(tmp_path / "shortcut")[0]) == set(list_pictures(src)[0])
 
 
+def test_a_link_that_cannot_be_followed_costs_its_picture_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "in/good.png")
+    (tmp_path / "in" / "long.png").symlink_to("x" * 3000)
+    (tmp_path / "in" / "closed.png").symlink_to(tmp_path / "closed" / "a.png")
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:  # not chmod: the superuser may follow every link
+        if path.name == "closed.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    result = degrade_folder(tmp_path / "in", tmp_path / "out", "none")
+    details = {row["key"]: row["detail"] for row in read_lines(result.quarantine)}
+    assert details == {"long": "cannot be read: File name too long", "closed": "cannot be read: Permission denied"}
+    missing: list[dict[str, str]] = []
+    assert (set(pictures_by_key(tmp_path / "in", missing)), len(missing)) == ({"good"}, 2)
+
+
 def test_a_folder_with_nothing_but_links_says_so(tmp_path: Path) -> None:
     write(tmp_path / "away", "q.png")
     (tmp_path / "only").mkdir()
@@ -164,3 +183,34 @@ def test_names_that_are_not_text_are_escaped_once_for_all() -> None:
     assert printable(f"{LATIN_1}/é") == "caf\\xe9/é"
     text = json_text({LATIN_1: [LATIN_1, {"a": LATIN_1}, 1, None]})
     assert json.loads(text.encode()) == {"caf\\xe9": ["caf\\xe9", {"a": "caf\\xe9"}, 1, None]}
+
+
+def test_a_companion_does_not_rename_its_picture() -> None:
+    names = ["DSC_1.JPG", "DSC_1.NEF", "IMG_2.HEIC", "IMG_2.MOV", "k.png", "k.jpg", "k.raw", "x.mov", "x.mov.png"]
+    keys = make_keys(names)
+    assert keys == ["DSC_1", "DSC_1.NEF", "IMG_2.HEIC", "IMG_2.MOV", "k.png", "k.jpg", "k.raw", "x", "x.mov"]
+    assert make_keys([f"{key}.png" for key in keys]) == keys
+
+
+def test_files_of_other_trainers_and_photo_programs_are_no_pictures(tmp_path: Path) -> None:
+    write(tmp_path, "a.png")
+    for suffix in (".npz", ".aae", ".pp3", ".dop", ".xml", ".md5", ".XML"):
+        (tmp_path / f"a{suffix}").write_bytes(b"x")
+    assert list_pictures(tmp_path) == ({"a": tmp_path / "a.png"}, 7)
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "quarantine.jsonl", "contact.jpg"])
+def test_lists_and_sheets_of_others_stay_as_they_are(name: str, tmp_path: Path) -> None:
+    write(tmp_path, "in/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"id": 1}\n')
+    with pytest.raises(UsageError, match=rf"{name}.*would be overwritten"):
+        degrade_folder(tmp_path / "in", tmp_path / "out", "none")
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != ".lock"] == [name]
+    assert (tmp_path / "out" / name).read_text() == '{"id": 1}\n'
+
+
+def test_a_folder_with_a_hostile_index_is_listed(tmp_path: Path) -> None:
+    write(tmp_path, "sub/a.png")
+    (tmp_path / "sub" / "index.json").write_text("[" * 100_000)
+    assert set(list_pictures(tmp_path)[0]) == {"sub/a"}

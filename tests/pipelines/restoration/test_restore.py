@@ -25,6 +25,7 @@ from pipelines.core.errors import Failure, RetryLater, UsageError
 from pipelines.core.pictures import list_pictures
 from pipelines.core.rows import read_lines
 from pipelines.corpus.shards import write_corpus
+from pipelines.evaluation.degrade import degrade_folder
 from pipelines.evaluation.heldout import prepare_heldout
 from pipelines.restoration.models import open_model, option_check
 from pipelines.service.front import Refusal, ServeLimits, read_parameters
@@ -112,6 +113,30 @@ def test_a_reference_belongs_to_the_picture_of_its_name_and_changes_the_result(
     (references / "p1.png").rename(references / "other.png")
     with pytest.raises(UsageError, match=r"no picture in .*hq has the name of one"):
         run(model, pictures, out, references=references)
+
+
+def test_a_broken_reference_is_named(model: Path, pictures: Path, tmp_path: Path) -> None:
+    key, source = next(iter(list_pictures(pictures)[0].items()))
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / f"{key}.png").symlink_to("/nowhere.png")
+    (tmp_path / "refs" / "other.png").write_bytes(source.read_bytes())
+    result = run(model, pictures, tmp_path / "out", references=tmp_path / "refs")
+    row = next(row for row in read_lines(result.quarantine) if row["key"] == key)
+    assert (row["code"], row["detail"]) == (
+        "unreadable",
+        f"of the reference {key}.png: cannot be read: a link that leads nowhere",
+    )
+
+
+def test_the_folder_of_another_command_is_refused(model: Path, pictures: Path, tmp_path: Path) -> None:
+    degrade_folder(pictures, tmp_path / "out", "none")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != ".lock"}
+    with pytest.raises(UsageError, match=r"records\.jsonl is not of an earlier job of this command"):
+        run(model, pictures, tmp_path / "out")
+    run(model, pictures, tmp_path / "restored")
+    with pytest.raises(UsageError, match=r"records\.jsonl is not of an earlier job of this command"):
+        degrade_folder(pictures, tmp_path / "restored", "none")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != ".lock"}
 
 
 def test_the_seed_decides_the_bits(model: Path, pictures: Path, tmp_path: Path) -> None:
@@ -492,6 +517,15 @@ def test_heldout_pairs(corpus: Path, tmp_path: Path) -> None:
     rows = {row["key"]: row for row in read_lines(out / "heldout.jsonl")}
     assert rows["tall"]["position"] == 2 and rows["tall"]["plan"]
     assert read_lines(out / "quarantine.jsonl")[0]["key"] == "broken"
+
+
+def test_heldout_keys_that_differ_in_case_only_are_those_of_their_results(model: Path, tmp_path: Path) -> None:
+    samples = [(key, "png", encode_png(dead_leaves(64, 3, n)), {}) for n, key in enumerate(("IMG_1", "img_1", "z"))]
+    corpus = write_corpus(tmp_path / "corpus", "test", {"train": [], "held_out": samples}).folder
+    prepare_heldout(corpus, tmp_path / "set", "realesrgan-nano", seed=4, short_side=64)
+    run(model, tmp_path / "set" / "lq", tmp_path / "set" / "restored")
+    names = {name: set(outputs(tmp_path / "set" / name)) for name in ("hq", "lq", "restored")}
+    assert names["hq"] == names["lq"] == names["restored"] and "z.png" in names["lq"] and len(names["lq"]) == 3
 
 
 def test_prepare_heldout_is_idempotent_and_depends_on_its_settings(corpus: Path, tmp_path: Path) -> None:

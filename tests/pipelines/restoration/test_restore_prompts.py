@@ -122,11 +122,21 @@ def prompts_used(out: Path) -> dict[str, str]:
             '{"key": "a", "caption": "a red, old\\n \\"fox\\"", "seed": 1}\n{"key": "sub/d", "text": "two"}\n',
         ),
         ("p.csv", '\ufeffa.png,"a red, old ""fox"""\r\nd.png,two\r\n'),
+        (
+            "p.jsonl",
+            '{"key": "a", "prompt": "a red, old \\"fox\\""}\n{"file_name": ".\\\\sub\\\\d.png", "prompt": "two"}',
+        ),
+        ("p.csv", '"file_name","prompt"\n./a.png,"a red, old ""fox"""\nsub\\d.png,two\n'),
         ("p.CSV", 'width,caption,file_name\n40,"a red, old ""fox""",a.png\n40,two,sub/d.png\n'),
     ],
 )
 def test_a_prompts_file_has_keys_or_file_names(name: str, text: str, pictures: Path, tmp_path: Path) -> None:
     assert read(tmp_path / name, text, pictures) == {"a": 'a red, old "fox"', "sub/d": "two"}
+
+
+def test_line_breaks_of_windows_are_line_breaks(pictures: Path, tmp_path: Path) -> None:
+    text = '{"key": "a", "prompt": "one\\r\\ntwo"}\r\n'
+    assert read(tmp_path / "p.jsonl", text, pictures) == {"a": "one\ntwo"}
 
 
 def test_captions_are_put_into_the_models_frame_and_prompts_are_not(pictures: Path, tmp_path: Path) -> None:

@@ -108,6 +108,11 @@ def test_a_change_changes_the_digests_of_later_stages_only(plan: Path) -> None:
     assert [a.digest == b.digest for a, b in zip(before, after, strict=True)] == [True, False, False]
 
 
+def test_a_plan_whose_file_name_is_not_text_has_a_name_that_is(plan: Path) -> None:
+    renamed = plan.rename(plan.with_name(os.fsdecode(b"pl\xe9.yaml")))
+    assert load_plan(renamed, verbs=verbs()).name == "pl\\xe9"
+
+
 def test_placement_is_not_part_of_a_training_digest(tmp_path: Path) -> None:
     document = "stages:\n  - {name: train, verb: train, recipe: RECIPE}\n"
     recipe = tmp_path / "tiny.yaml"

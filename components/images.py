@@ -451,7 +451,7 @@ def _raise_pillow_limit(max_pixels: int) -> None:
 
     The number is Pillow's, for the whole process. It only grows, so that threads with different limits agree.
     """
-    if Pillow.MAX_IMAGE_PIXELS is not None and Pillow.MAX_IMAGE_PIXELS < max_pixels:
+    if Pillow.MAX_IMAGE_PIXELS is not None and max_pixels > Pillow.MAX_IMAGE_PIXELS:
         Pillow.MAX_IMAGE_PIXELS = max_pixels
 
 

@@ -146,7 +146,7 @@ def _check(picture: Image, role: str, key: str) -> None:
 
 @contextmanager
 def _patience() -> Iterator[None]:
-    """Let a silent server fail after DOWNLOAD_SILENCE_S: torch.hub, which downloads most weights, would wait for ever."""
+    """Let a silent server of weights fail after DOWNLOAD_SILENCE_S; torch.hub would wait for it for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_SILENCE_S if before is None else before)
     try:

@@ -82,21 +82,21 @@ def plain_state(value: Any) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, notes
 
 
-def wrapper_prefix(keys: Iterable[str], known: Collection[str]) -> str:
-    """The beginning of keys under which all of the `known` ones are, whatever a tool has called it; "" for none.
+def wrapper_prefix(keys: Iterable[str], essential: Collection[str]) -> str:
+    """The beginning of keys under which all of the `essential` ones are, whatever a tool has called it; "" for none.
 
     Args:
-        known: keys that a file must have. If some of them are there without a beginning, there is no wrapper.
+        essential: keys that a file must have. If some of them are there without a beginning, there is no wrapper.
 
     Raises:
         ValueError: they are under several beginnings, so there are several networks.
     """
     present = set(keys)
-    if not known or any(key in present for key in known):
+    if not essential or any(key in present for key in essential):
         return ""
-    probe = max(known, key=len)
+    probe = max(essential, key=len)
     ends = (key.removesuffix(probe) for key in present if key.endswith(f".{probe}"))
-    prefixes = sorted(prefix for prefix in ends if all(prefix + key in present for key in known))
+    prefixes = sorted(prefix for prefix in ends if all(prefix + key in present for key in essential))
     if len(prefixes) > 1:
         names = " and ".join(prefix.rstrip(".") for prefix in prefixes[:2])
         raise ValueError(f"it holds several such networks, {names}: save one of them alone")
@@ -104,9 +104,9 @@ def wrapper_prefix(keys: Iterable[str], known: Collection[str]) -> str:
 
 
 def without_prefix(
-    tensors: Mapping[str, Tensor], known: Collection[str], what: str
+    tensors: Mapping[str, Tensor], essential: Collection[str], what: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors without the `wrapper_prefix` of the known keys, and notes on what was left out.
+    """Tensors without the `wrapper_prefix` of the essential keys, and notes on what was left out.
 
     Args:
         what: the file's name, for the notes.
@@ -114,7 +114,7 @@ def without_prefix(
     Raises:
         ValueError: see wrapper_prefix.
     """
-    prefix = wrapper_prefix(tensors, known)
+    prefix = wrapper_prefix(tensors, essential)
     if not prefix:
         return dict(tensors), []
     others = [key for key in tensors if not key.startswith(prefix)]

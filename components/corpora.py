@@ -6,6 +6,7 @@ misspelt key or a value of the wrong type raises an error of one sentence that n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -183,7 +184,8 @@ class FilterSpec:
     models: list[ModelScore] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.min_side_px < 8 or self.max_aspect < 1 or self.max_file_mib <= 0 or self.max_megapixels <= 0:
+        sizes = (self.max_file_mib, self.max_megapixels)
+        if self.min_side_px < 8 or not self.max_aspect >= 1 or not all(0 < size < math.inf for size in sizes):
             raise ValueError("filters need min_side_px >= 8, max_aspect >= 1, max_file_mib > 0 and max_megapixels > 0")
 
     def limits(self) -> Limits:

@@ -76,7 +76,7 @@ OTHER_PICTURES = (  # (offset, signature, name): recognised so that the error na
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of a picture file. All numbers are ours; Pillow's own hard limit is 178 million pixels.
+    """Limits of a picture file. All numbers are ours.
 
     Attributes:
         max_pixels: width times height, from the header.
@@ -438,11 +438,21 @@ def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image | TiffPict
                 raise SampleError("animated", "the TIFF holds several frames or pages")
             yield TiffPicture(data=data, layout=layout), kind
             return
+    _raise_pillow_limit(limits.max_pixels)
     with Pillow.open(io.BytesIO(data), formats=(kind,)) as picture:
         _check_size(*picture.size, len(data), limits)
         if picture.format != "MPO" and getattr(picture, "is_animated", False):
             raise SampleError("animated", f"the {kind} holds several frames or pages")
         yield picture, kind
+
+
+def _raise_pillow_limit(max_pixels: int) -> None:
+    """Let Pillow open what `limits` allow: by itself it warns above 89 million pixels and refuses above 179.
+
+    The number is Pillow's, for the whole process. It only grows, so that threads with different limits agree.
+    """
+    if Pillow.MAX_IMAGE_PIXELS is not None and max_pixels > Pillow.MAX_IMAGE_PIXELS:
+        Pillow.MAX_IMAGE_PIXELS = max_pixels
 
 
 def _check_size(width: int, height: int, n_bytes: int, limits: Limits) -> None:

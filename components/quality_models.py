@@ -245,7 +245,9 @@ def _network(
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), exact:
             output = model(**inputs, **shared_inputs)
-            return scores_of(output, sizes)[: len(group)]
+            scores, is_nan = scores_of(output, sizes), _nan_rows(output)
+        # a detector that makes NaN would find nothing, which looks like a score of 0
+        return [float("nan") if bad else score for score, bad in zip(scores, is_nan, strict=True)][: len(group)]
 
     def judge(images: Sequence[Image]) -> list[float]:
         inputs_of = [dict(processor(images=image, return_tensors="pt")) for image in images]
@@ -262,6 +264,13 @@ def _network(
         return values
 
     return judge
+
+
+def _nan_rows(output: Any) -> list[bool]:
+    """Whether a network made NaN for each picture of its output."""
+    logits = output.logits_per_image if hasattr(output, "logits_per_image") else output.logits
+    answer: list[bool] = logits.isnan().flatten(1).any(dim=1).tolist()
+    return answer
 
 
 def _label_numbers(score: ModelScore, config: Any) -> list[int]:

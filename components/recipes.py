@@ -97,8 +97,13 @@ class Placement:
     caption_cache: str = ""  # folder that all nodes share; "": RESTORAY_HOME/cache/captions
 
     def __post_init__(self) -> None:
-        if self.captioners < 1 or min(self.cpus_per_captioner, self.gpus_per_captioner) < 0:
-            raise RecipeError("placement needs captioners >= 1, and no negative share of a CPU or GPU")
+        shares = (self.cpus_per_worker, self.gpus_per_worker, self.cpus_per_captioner, self.gpus_per_captioner)
+        counts = (self.workers - 1, self.captioners - 1, self.threads, self.max_failures)
+        if min(counts) < 0 or not all(0 <= share < math.inf for share in shares):
+            raise RecipeError(
+                "placement needs workers and captioners >= 1, threads and max_failures >= 0, and shares of CPUs and "
+                "GPUs that are numbers of at least 0"
+            )
 
 
 @dataclass(kw_only=True)

@@ -5,13 +5,14 @@
     module.  _orig_mod.  model.  net.  ...     data-parallel wrappers, torch.compile, Lightning modules
     layers.0._orig_mod.weight                  torch.compile, FSDP and checkpointing inside a network
 
+A wrapper of any other name is found by the keys that a file must have (`wrapper_prefix`).
 An exponential average goes before the weights that it averages, as its authors restore with it. What is left out is in
 the notes. All names are ours to read only: nothing here opens a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch import Tensor
 from components.naming import list_some
 
 WRAPPERS = (
-    *("ema_state_dict", "model_ema", "ema_model", "params_ema", "ema", "netG_ema", "g_ema", "generator_ema"),
+    *("ema_state_dict", "state_dict_ema", "model_state_dict_ema", "ema_model_state_dict", "model_ema", "ema_model"),
+    *("averaged_model", "params_ema", "ema_params", "ema_weights", "ema", "netG_ema", "g_ema", "G_ema"),
+    *("generator_ema", "unet_ema", "ema_unet"),
     *("state_dict", "model_state_dict", "model_state", "model", "module", "params", "network", "net", "netG", "net_g"),
     *("generator", "student", "weights", "unet", "transformer", "lora", "adapter", "aggregator"),
 )
@@ -34,6 +37,14 @@ PREFIXES = (
 
 INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 """Parts of keys that wrappers add anywhere."""
+
+COUNTERS = ("step", "global_step", "epoch", "iteration", "iter", "n_averaged", "num_updates", "decay")
+"""Names of single numbers that tools keep among the weights, as tensors without dimensions."""
+
+FLAT = (
+    "it holds the flat parameters of FSDP: save it where it was made with FullStateDictConfig and "
+    "StateDictType.FULL_STATE_DICT"
+)
 
 ZERO = (
     "it is a shard of DeepSpeed's ZeRO, which holds slices of the weights: run `python zero_to_fp32.py . weights.bin` "
@@ -50,7 +61,7 @@ def plain_state(value: Any) -> tuple[dict[str, Tensor], list[str]]:
     notes: list[str] = []
     if not isinstance(value, Mapping):
         raise ValueError(f"the whole file holds {type(value).__name__}, not a dictionary of tensors")
-    while not any(isinstance(inner, Tensor) and inner.ndim for inner in value.values()):
+    while not any(_is_weight(key, inner) for key, inner in value.items()):
         if _is_zero_shard(value):
             raise ValueError(ZERO)
         names = [name for name in WRAPPERS if isinstance(value.get(name), Mapping) and _holds_weights(value[name])]
@@ -64,9 +75,61 @@ def plain_state(value: Any) -> tuple[dict[str, Tensor], list[str]]:
     tensors = dict(_flat(value, "", left_out))
     if left_out:
         notes.append(f"no weights, left out: {list_some(left_out)}")
+    if any(key.rpartition(".")[2] == "_flat_param" for key in tensors):
+        raise ValueError(FLAT)
     if not tensors:
         raise ValueError(f"it holds no tensors{f', only {list_some(left_out)}' if left_out else ''}")
     return tensors, notes
+
+
+def wrapper_prefix(keys: Iterable[str], essential: Collection[str]) -> str:
+    """The beginning of keys under which all of the `essential` ones are, whatever a tool has called it; "" for none.
+
+    Args:
+        essential: keys that a file must have. If some of them are there without a beginning, there is no wrapper.
+
+    Raises:
+        ValueError: they are under several beginnings, so there are several networks.
+    """
+    present = set(keys)
+    if not essential or any(key in present for key in essential):
+        return ""
+    probe = max(essential, key=len)
+    ends = (key.removesuffix(probe) for key in present if key.endswith(f".{probe}"))
+    prefixes = sorted(prefix for prefix in ends if all(prefix + key in present for key in essential))
+    if len(prefixes) > 1:
+        names = " and ".join(prefix.rstrip(".") for prefix in prefixes[:2])
+        raise ValueError(f"it holds several such networks, {names}: save one of them alone")
+    return prefixes[0] if prefixes else ""
+
+
+def without_prefix(
+    tensors: Mapping[str, Tensor], essential: Collection[str], what: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors without the `wrapper_prefix` of the essential keys, and notes on what was left out.
+
+    Args:
+        what: the file's name, for the notes.
+
+    Raises:
+        ValueError: see wrapper_prefix.
+    """
+    prefix = wrapper_prefix(tensors, essential)
+    if not prefix:
+        return dict(tensors), []
+    others = [key for key in tensors if not key.startswith(prefix)]
+    left_out = f"; left out: {list_some(others)}" if others else ""
+    inner = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return inner, [f"{what}: {prefix.rstrip('.')} was read{left_out}"]
+
+
+def without_counters(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A dictionary without the COUNTERS among its tensors."""
+    return {
+        key: inner
+        for key, inner in tensors.items()
+        if not (key in COUNTERS and isinstance(inner, Tensor) and not inner.ndim)
+    }
 
 
 def plain_keys(keys: list[str]) -> list[str]:
@@ -87,8 +150,9 @@ def plain_keys(keys: list[str]) -> list[str]:
 
 
 def _flat(value: Mapping[Any, Any], prefix: str, left_out: list[str]) -> Iterator[tuple[str, Tensor]]:
-    keys = [str(key) for key in value]
-    for key, inner in zip(plain_keys(keys), value.values(), strict=True):
+    weights = without_counters(value)
+    left_out += [f"{prefix}{key}" for key in value if key not in weights]
+    for key, inner in zip(plain_keys([str(key) for key in weights]), weights.values(), strict=True):
         name = f"{prefix}{key}"
         if isinstance(inner, Tensor):
             if str(inner.layout) != "torch.strided":
@@ -105,6 +169,11 @@ def _flat(value: Mapping[Any, Any], prefix: str, left_out: list[str]) -> Iterato
 def _holds_weights(value: Any) -> bool:
     """Whether a dictionary holds a tensor, at any depth."""
     return any(isinstance(v, Tensor) or (isinstance(v, Mapping) and _holds_weights(v)) for v in value.values())
+
+
+def _is_weight(key: Any, inner: Any) -> bool:
+    """Whether this is a network's tensor: their keys have dots, and those of random states and lists of losses none."""
+    return isinstance(inner, Tensor) and bool(inner.ndim) and "." in str(key)
 
 
 def _is_optimizer(key: str) -> bool:

@@ -7,6 +7,7 @@ tools put around the weights is removed, see components.state_dicts.
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from components.models import ModelError
-from components.state_dicts import plain_keys, plain_state
+from components.state_dicts import plain_keys, plain_state, without_counters
 
 _HEAD_BYTES = 16
+_MAX_HEAD_BYTES = 100_000_000  # of a safetensors file, as its specification says
 
 FOREIGN = {
     b"GGUF": "a GGUF file",
@@ -30,6 +32,16 @@ FOREIGN = {
     b"\x08\x08": "an ONNX file",
 }
 """First bytes of weights in formats of other tools."""
+
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"Rar!": "RAR",
+    b"7z\xbc\xaf": "7-Zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"(\xb5/\xfd": "zstd",
+}
+"""First bytes of packed files."""
 
 
 class WeightsFileError(ModelError):
@@ -59,7 +71,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise WeightsFileError(f"{path}: {error.strerror or error}") from error
     try:
         if head[8:9] == b"{":
-            tensors = _read_safetensors(path)
+            tensors = without_counters(_read_safetensors(path))
             return dict(zip(plain_keys(list(tensors)), tensors.values(), strict=True)), []
         tensors, notes = plain_state(_read_pickle(path, head))
     except WeightsFileError:
@@ -67,6 +79,24 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     except ValueError as error:
         raise WeightsFileError(f"{path}: {error}") from error
     return tensors, [f"{path.name}: {note}" for note in notes]
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; torch itself cannot tell for 8-bit floats."""
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The texts in the head of a safetensors file; {} for other files and without any."""
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > _MAX_HEAD_BYTES:
+                return {}
+            texts = json.loads(stream.read(size)).get("__metadata__") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return {str(name): str(text) for name, text in texts.items()} if isinstance(texts, dict) else {}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -108,6 +138,13 @@ def _looks_like(head: bytes) -> str:
     for start, kind in FOREIGN.items():
         if head.startswith(start):
             return f"it is {kind}: convert it to safetensors or to a state_dict of torch"
+    for start, kind in PACKED.items():
+        if head.startswith(start):
+            return f"it is packed with {kind}: unpack it first"
+    if head.lstrip().startswith(b"{"):
+        return "it is JSON: the index of several shards, or a configuration. Save the whole state_dict as one file"
+    if not head.strip(b"\0"):
+        return "it begins with zeros only, as a download does that was not finished"
     return f"its first bytes are {head[:8]!r}"
 
 

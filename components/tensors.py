@@ -20,6 +20,9 @@ OVERSHOOT = 0.5
 EXPLODED = 1e4
 """A decoded picture lies near -1..1. Values as large as this are no overshoot: the activations exploded. Ours."""
 
+SATURATED = 10.0
+"""A picture whose mean absolute value is as large shows black and white only. Ours."""
+
 PRECOMPUTED = {
     "latents": {"latents": "latents"},
     "embeddings": {"text": "embeddings_text", "pooled": "embeddings_pooled"},
@@ -81,17 +84,35 @@ def check_finite(values: Tensor, keys: Sequence[str] = ()) -> None:
     fault = (
         f"values that are not finite ({count} of {rows.shape[1]})" if count else f"values up to {rows[row].max():.3g}"
     )
+    raise _not_finite(fault, keys, row)
+
+
+def check_pictures(values: Tensor, keys: Sequence[str] = ()) -> None:
+    """`check_finite` for decoded pictures [B, ...], which must also have a mean absolute value below SATURATED."""
+    check_finite(values, keys)
+    if not values.numel():
+        return
+    low, high = (float(bound) for bound in values.detach().aminmax())
+    if low > -SATURATED and high < SATURATED:
+        return
+    means = values.detach().flatten(1).to(torch.float32).abs().mean(1)
+    if float(means.max()) >= SATURATED:
+        row = int(means.argmax())
+        raise _not_finite(f"values of {means[row]:.3g} on average where 1 is white", keys, row)
+
+
+def _not_finite(fault: str, keys: Sequence[str], row: int) -> SampleError:
     detail = f"the model made {fault}: its weights are broken, or their precision is too low"
-    raise SampleError("not_finite", detail, keys[row] if row < len(keys) else "")
+    return SampleError("not_finite", detail, keys[row] if row < len(keys) else "")
 
 
 def tensor_to_images(tensor: Tensor, keys: Sequence[str] = ()) -> list[Image]:
     """float [B, 3, H, W] in [-1, 1] (values outside are clipped) -> uint8 [H, W, 3] each, rounded to nearest.
 
     Raises:
-        SampleError: "not_finite", see check_finite; `keys` are the pictures' names for it.
+        SampleError: "not_finite", see check_pictures; `keys` are the pictures' names for it.
     """
-    check_finite(tensor, keys)
+    check_pictures(tensor, keys)
     levels = tensor.detach().to(torch.float32).clamp(-1, 1).add(1.0).mul(127.5).round().to(torch.uint8)
     return list(levels.permute(0, 2, 3, 1).cpu().numpy())
 

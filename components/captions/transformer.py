@@ -23,7 +23,7 @@ from PIL import Image as Pillow
 from components.captions.identity import CaptionerError
 from components.captions.text import tidy
 from components.images import resize_short_side, to_uint8
-from components.types import Image
+from components.types import Image, SampleError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,18 +74,27 @@ class TransformerCaptioner:
         return bool(self.device.type != "cpu")
 
     def caption(self, images: Sequence[Image]) -> list[str]:
-        """Write one line for each uint8 or float32 picture [H, W, 3], in one batch; "" if the model writes nothing."""
+        """Write one line for each uint8 or float32 picture [H, W, 3], in one batch; "" if the model writes nothing.
+
+        Raises:
+            SampleError: "not_finite": the model made NaN over one of the pictures.
+        """
         import torch
 
         if not images:
             return []
         inputs = self._inputs([self._shrink(image) for image in images])
         inputs = inputs.to(self.device, dtype=self.model.dtype)
-        prompt_ids = inputs.get("input_ids")
+        prompt_ids, watch = inputs.get("input_ids"), _NanWatch()
         with torch.inference_mode():
             token_ids = self.model.generate(
-                **inputs, do_sample=False, num_beams=1, max_new_tokens=int(self.identity["max_tokens"])
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=int(self.identity["max_tokens"]),
+                logits_processor=[watch],
             )
+        watch.check()
         rows = _new_tokens(token_ids, prompt_ids).tolist()
         text_ids = [_between_marks(row, self.ends, self.marks) for row in rows]
         return [tidy(text) for text in self.tokenizer.batch_decode(text_ids, skip_special_tokens=True)]
@@ -147,6 +156,27 @@ class TransformerCaptioner:
         if limit and min(image.shape[:2]) > limit:
             image = resize_short_side(image, limit)
         return Pillow.fromarray(to_uint8(image))
+
+
+class _NanWatch:
+    """A logits processor that changes nothing and remembers NaN.
+
+    The greedy choice among NaN is the first token of the vocabulary, so a broken model writes "!!!!" and no error.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Any = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen = scores.isnan().any() | self.seen  # stays on the device: no wait at each token
+        return scores
+
+    def check(self) -> None:
+        """Raise SampleError if a score was NaN."""
+        if bool(self.seen):
+            raise SampleError(
+                "not_finite", "the captioner made NaN: its weights are broken, or their precision is too low"
+            )
 
 
 def prompt_ids(folder: Path, identity: Mapping[str, Any], system: str = "") -> list[int]:

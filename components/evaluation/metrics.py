@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ NO_DOWNLOAD: tuple[str, ...] = ("psnr", "ssim", "ms_ssim", "gmsd", "vif", "piqe"
 
 ONE_THREAD_PIXELS = 1_000_000
 """Below this size one CPU thread is faster: at 256 x 448 on two busy cores vif took 0.5 s, with two threads 7.8 s."""
+
+DOWNLOAD_SILENCE_S = 60.0
+"""Longest silence of a server of weights; ours."""
 
 IDENTITY_PSNR_DB = 80.0
 """The value of pyiqa's psnr and psnry for equal pictures (10 log10(1 / 1e-8))."""
@@ -141,6 +145,17 @@ def _check(picture: Image, role: str, key: str) -> None:
 
 
 @contextmanager
+def _patience() -> Iterator[None]:
+    """Let a silent server of weights fail after DOWNLOAD_SILENCE_S; torch.hub would wait for it for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SILENCE_S if before is None else before)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextmanager
 def _threads(picture: Image) -> Iterator[None]:
     """Sets one torch thread for a small picture, and restores the caller's number afterwards."""
     import torch
@@ -196,7 +211,7 @@ class Metrics:
         if name not in self._networks:
             create = _load_pyiqa()[0].create_metric
             try:
-                with contextlib.redirect_stdout(sys.stderr):  # pyiqa prints; stdout is for results
+                with contextlib.redirect_stdout(sys.stderr), _patience():  # pyiqa prints; stdout is for results
                     self._networks[name] = create(name, device=self.device)
             except Exception as error:  # noqa: BLE001 the libraries below raise many kinds
                 raise MetricError(weights_error(name, error)) from None

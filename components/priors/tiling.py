@@ -99,7 +99,7 @@ def decode_images(prior: LatentPrior, latents: Tensor, tile: int = TILE, keys: S
         keys: names of the pictures, for errors.
 
     Raises:
-        SampleError: "not_finite", see tensors.check_finite.
+        SampleError: "not_finite", see tensors.check_pictures.
     """
     size = (latents.shape[-2], latents.shape[-1])
     if max(size) <= tile:
@@ -129,7 +129,7 @@ def paint(
         keys: names of the pictures, for errors.
 
     Raises:
-        SampleError: "not_finite", see tensors.check_finite.
+        SampleError: "not_finite", see tensors.check_pictures.
     """
     pictures = np.zeros((batch, size[0] * scale, size[1] * scale, 3), dtype=np.uint8)
     # the sum of cross-faded tiles must be rounded only once, so a row of tiles is summed as float first

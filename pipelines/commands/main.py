@@ -20,7 +20,7 @@ from pipelines.commands import analyze, corpora, doctor, measuring, restoration,
 from pipelines.commands.support import Command
 from pipelines.core.environment import quiet_environment
 from pipelines.core.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, RestorayError
-from pipelines.core.ray_output import separate_stderr
+from pipelines.core.ray_output import open_standard_streams, separate_stderr
 
 INTERRUPT_MESSAGE = "interrupted: the same command resumes where this one stopped."
 
@@ -84,6 +84,7 @@ def interrupt(signum: int, frame: object) -> None:
 
 def main() -> None:
     """The entry point of `restoray`."""
+    open_standard_streams()
     quiet_environment()
     separate_stderr()
     for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are not text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,9 @@ def picture_limits(max_megapixels: float, max_megabytes: float | None) -> Limits
     """Return the limits of input pictures that the options --max-megapixels and --max-megabytes set."""
     from components.images import limits_for_any_shape
 
+    for name, value in (("--max-megapixels", max_megapixels), ("--max-megabytes", max_megabytes)):
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"{name} must be a number, got {value}.")
     max_bytes = None if max_megabytes is None else max(1, round(max_megabytes * 1e6))
     return limits_for_any_shape(max(1, round(max_megapixels * 1e6)), max_bytes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -79,7 +80,7 @@ def check_gpus(settings: Any) -> None:
         settings: a dataclass or nested mappings and lists; every GPU_KEYS inside counts.
 
     Raises:
-        UsageError: there are too few GPUs; the sentence names the setting.
+        UsageError: there are too few GPUs, or it is no number of GPUs; the sentence names the setting.
     """
     is_record = dataclasses.is_dataclass(settings) and not isinstance(settings, type)
     shares = dict(_gpu_shares(dataclasses.asdict(settings) if is_record else settings))
@@ -97,6 +98,8 @@ def _gpu_shares(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if key in GPU_KEYS and isinstance(inner, int | float):
+                if not 0 <= inner < math.inf:
+                    raise UsageError(f"{place}{key} must be a number of at least 0, got {inner:g}; 0 uses the CPU.")
                 together = value.get("workers", 1) if key == "gpus_per_worker" else 1
                 if inner > 0:
                     yield f"{place}{key}={inner:g}{f' on {together} workers' * (together > 1)}", inner * together

@@ -15,12 +15,24 @@ def quiet_environment() -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     # Despite its name, this variable makes a local Ray listen on loopback only, on any system. Checked with 2.60: with
     # it all sockets are on 127.0.0.1; without it most are on every address, also with _node_ip_address.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # Every process of Ray listens for the others and unpickles what they send, Serve's replicas on all addresses. Each
     # command has a token of its own, and refuses a caller without it, also where the user's environment disables that.
     os.environ.pop("RAY_AUTH_MODE", None)
-    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # An empty token, or a file without one, would make Ray take or write the one in the user's home.
+    if not _holds_text(os.environ.get("RAY_AUTH_TOKEN_PATH", "")):
+        os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+        if not os.environ.get("RAY_AUTH_TOKEN", "").strip():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _holds_text(path: str) -> bool:
+    """Whether a file exists, can be read and is not blank."""
+    try:
+        with open(path, "rb") as stream:
+            return bool(stream.read(4096).strip())
+    except OSError:
+        return False
 
 
 def ray_in_use() -> str:

@@ -6,6 +6,7 @@ are dataclasses; Ray pickles them as they are. A worker must return its failures
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,10 +49,12 @@ class Pool:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or self.batch_size < 1 or min(self.num_cpus, self.num_gpus) < 0:
+        shares = (self.num_cpus, self.num_gpus)
+        if self.workers < 0 or self.batch_size < 1 or not all(0 <= share < math.inf for share in shares):
             raise UsageError(
-                "a pool needs workers >= 0, batch_size >= 1 and no negative share of a CPU or GPU; got "
-                f"workers {self.workers}, batch_size {self.batch_size}."
+                "a pool needs workers >= 0, batch_size >= 1, and shares of CPUs and GPUs that are numbers of at least "
+                f"0; got workers {self.workers}, batch_size {self.batch_size}, num_cpus {self.num_cpus:g}, num_gpus "
+                f"{self.num_gpus:g}."
             )
 
     @property

@@ -23,6 +23,21 @@ KEPT_RUNS = 5  # folders of logs; older ones are removed
 KEPT_BYTES = 4 << 20  # of each file, its end
 
 
+def open_standard_streams() -> None:
+    """Open the null device for standard streams that the caller has closed ("2>&-"), before anything else is opened.
+
+    Without it the next file of the job would get descriptor 1 or 2, and a library's message would end in its bytes.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
+
+
 def separate_stderr() -> None:
     """Give Python's standard error a descriptor of its own, so that descriptor 2 is free for `ray_output_in`.
 
@@ -90,9 +105,12 @@ def keep_logs(folder: Path) -> Path | None:
                 continue
             if path.stat().st_size:
                 copy.mkdir(parents=True, exist_ok=True)
+                name = path.name  # two attempts to start Ray have files of one name
+                if (copy / name).exists():
+                    name = "-".join(path.relative_to(folder).parts)
                 with path.open("rb") as stream:
                     stream.seek(max(0, path.stat().st_size - KEPT_BYTES))
-                    (copy / path.name).write_bytes(stream.read())
+                    (copy / name).write_bytes(stream.read())
         for old in sorted(entry for entry in logs.iterdir() if entry.is_dir())[:-KEPT_RUNS]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError:

@@ -47,7 +47,7 @@ PICTURE_EXTENSIONS = frozenset(EXTENSIONS.values()) | {"jpeg", "jpe", "jfif", "t
 SPLIT = "held_out"
 """The split for evaluation; the other one is "train"."""
 
-STORED_LIMITS = Limits(max_pixels=1 << 40, max_bytes=1 << 40, max_aspect=1e9, max_expansion=1e9)
+STORED_LIMITS = Limits(max_pixels=1 << 40, max_bytes=1 << 40, min_side_px=1, max_aspect=1e9, max_expansion=1e9)
 """Limits for pictures of a corpus: curation has applied the corpus' own, which may exceed the decoder's defaults."""
 
 TABLE = pa.schema(

@@ -11,9 +11,10 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from components.corpora import CorpusSpec, PairSpec, SourceSpec
@@ -90,6 +91,7 @@ def add_pairs(
         factory=functools.partial(
             PairReader,
             {key: input_ for key, input_ in inputs_by_key.items() if input_},
+            replace(spec.filters.limits(), min_side_px=1, max_aspect=math.inf),  # an input may be small
             f"; {len(unused)} inputs belong to none, the first is {unused[0]}" if unused else "",
         ),
     )
@@ -132,11 +134,12 @@ class PairReader:
 
     Args:
         inputs: input by key of the corpus.
+        limits: larger inputs are refused.
         unused: words on the inputs without a target; "" for none.
     """
 
-    def __init__(self, inputs: Mapping[str, Input], unused: str = "") -> None:
-        self.inputs, self.unused = inputs, unused
+    def __init__(self, inputs: Mapping[str, Input], limits: Limits, unused: str = "") -> None:
+        self.inputs, self.limits, self.unused = inputs, limits, unused
 
     def __call__(self, images: Sequence[Image], keys: Sequence[str]) -> list[Value | SampleError]:
         return [self._read(image, key) for image, key in zip(images, keys, strict=True)]
@@ -148,7 +151,7 @@ class PairReader:
         try:
             data = Path(input_.path).read_bytes()
             # decode refuses a picture without a declared range: its floats could lie in 0..1 or in -1..1
-            height, width = decode(data, Limits(), key).shape[:2]
+            height, width = decode(data, self.limits, key).shape[:2]
         except OSError as error:
             return SampleError("unreadable", f"its input cannot be read: {error.strerror}", key)
         except SampleError as error:

@@ -26,7 +26,7 @@ from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pictures import make_keys
 from pipelines.core.rows import read_lines, write_lines
 from pipelines.corpus.columns.reading import Column, open_column
-from pipelines.corpus.shards import SPLIT, open_corpus, read_sample
+from pipelines.corpus.shards import SPLIT, STORED_LIMITS, open_corpus, read_sample
 
 SIDE_MULTIPLE = 16  # latents are an eighth of the picture and some networks halve them twice; smaller priors need less
 
@@ -144,7 +144,7 @@ def _make_pair(
     own: Image | None = None,
 ) -> dict[str, Any]:
     """Write one pair and return its record. The input is `own`, or the degraded picture where that is None."""
-    target = resize_short_side(decode(data, key=key), short_side)
+    target = resize_short_side(decode(data, STORED_LIMITS, key), short_side)
     if own is not None:
         how = cv2.INTER_AREA if own.shape[0] > target.shape[0] else cv2.INTER_CUBIC
         own = np.asarray(cv2.resize(own, target.shape[1::-1], interpolation=how), np.uint8)
@@ -167,7 +167,7 @@ def _own_input(inputs: Column, position: int, key: str) -> Image:
     data = inputs.value(SPLIT, position)
     if not isinstance(data, bytes):
         raise SampleError("no_pair", f"there is no input for it in column {inputs.name}", key)
-    return decode(data, key=key)
+    return decode(data, STORED_LIMITS, key)
 
 
 def _intact(out: Path, row: Mapping[str, Any]) -> bool:

@@ -72,6 +72,7 @@ def check_service(
     expected = expected_png if isinstance(expected_png, bytes) else expected_png.read_bytes()
     text = read_png_text(expected)
     query = {"key": text["key"], "seed": text["seed"], **json.loads(text["options"])}
+    query |= {"png_level": text["png_level"]} if "png_level" in text else {}
     start_s = time.perf_counter()
     data, content_type = picture_path.read_bytes(), "application/octet-stream"
     if reference_path is not None:

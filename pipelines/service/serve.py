@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +37,7 @@ from ray.serve.handle import DeploymentHandle
 
 from components.images import encode_png
 from components.options import OptionCheck
-from components.restoring import Ask, Identity, Picture, restore_pictures
+from components.restoring import Ask, Identity, Picture, as_sample_error, restore_pictures
 from components.types import Cancellation, Restorer, SampleError
 from pipelines.core.cluster import local_ray
 from pipelines.core.devices import check_gpus
@@ -48,7 +48,7 @@ from pipelines.service.client import POLL_S, wait_ready
 from pipelines.service.front import STATUS, ServeLimits, build_app
 
 APP = "restoray"
-FAILED_STATUS = 500  # of the errors that are no fault of the picture, the options or the load
+FAILED_STATUS = 500
 MAX_ERRORS = 3  # more failed than restored pictures; then the replica tests itself
 REPLACEMENTS = 2  # processes without one restored picture, one after the other; then the service reports its failure
 END_AFTER_S = 0.2
@@ -78,11 +78,13 @@ class RestorerReplica:
     again and again.
 
     After MAX_ERRORS more failed than restored pictures the replica restores a picture of its own. If this fails too,
-    its device or its model is broken: the process ends, and Serve starts another one.
+    its device or its model is broken: the process ends, and Serve starts another one. Pictures without enough memory
+    count too: memory that another program or a leak holds does not come back. The process also ends if a cancelled
+    picture still works one deadline later, since all others would wait behind it for ever.
     """
 
     def __init__(self, factory: Factory, identity: Identity, limits: ServeLimits, threads: int) -> None:
-        self.identity, self.limits = identity, limits.of_picture()
+        self.identity, self.limits, self.deadline_s = identity, limits.of_picture(), limits.deadline_s
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="restore")
         self.encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self.restorer: Restorer | None = None
@@ -106,7 +108,7 @@ class RestorerReplica:
         outcome = await self._restore(Picture(key=key, data=data, seed=seed, reference=reference), ask)
         if outcome.png:
             self.errors = max(0, self.errors - 1)
-        elif STATUS.get(outcome.code) == FAILED_STATUS:
+        elif _is_own_fault(outcome):
             self.errors += 1
             if self.errors >= MAX_ERRORS:
                 self.errors, self.broken = 0, await self._fails_on_its_own_picture()
@@ -127,16 +129,27 @@ class RestorerReplica:
         )
         try:
             loop = asyncio.get_running_loop()
-            (result,) = await loop.run_in_executor(self.pool, work)
+            future = self.pool.submit(work)
+            (result,) = await asyncio.wrap_future(future)
             if isinstance(result, SampleError):
                 raise result
             return Outcome(png=await loop.run_in_executor(self.encoder, result.png))
-        except SampleError as error:
-            return Outcome(code=error.code, detail=error.detail)
         except Cancellation:
             return Outcome(code="cancelled", detail="the request was cancelled")
+        except asyncio.CancelledError:
+            loop.call_later(self.deadline_s, self._end_if_stuck, future)
+            raise
+        except Exception as error:  # noqa: BLE001 - out of memory in the encoder, for example
+            reason = as_sample_error(error, picture.key)
+            return Outcome(code=reason.code, detail=reason.detail)
         finally:
             stop.set()  # also runs when this coroutine is cancelled and the thread still works
+
+    def _end_if_stuck(self, future: Future[Any]) -> None:
+        """End the process if a cancelled picture still works: a device that hangs looks like this."""
+        if not future.done():
+            log.error("a cancelled picture still works %g s later: the process ends", self.deadline_s)
+            self.end()
 
     async def _fails_on_its_own_picture(self) -> bool:
         """Whether a small gradient fails too, with a reference if the model needs one."""
@@ -147,7 +160,12 @@ class RestorerReplica:
             outcome = await self._restore(Picture(key="self-test", data=png, seed=0, reference=reference), Ask())
             if outcome.code != "refused":
                 break
-        return STATUS.get(outcome.code) == FAILED_STATUS
+        return _is_own_fault(outcome)
+
+
+def _is_own_fault(outcome: Outcome) -> bool:
+    """Whether the replica may be the cause of a failure: no fault of the picture, the options or the load."""
+    return STATUS.get(outcome.code) == FAILED_STATUS or outcome.code == "out_of_memory"
 
 
 class FrontDoor:
@@ -288,7 +306,7 @@ def start(
         ray_serve.run_many(
             [ray_serve.RunTarget(target=target, name=APP, route_prefix="/")], wait_for_applications_running=False
         )
-        service = RunningService(url=f"http://{host}:{port}", stack=ExitStack())
+        service = RunningService(url=url_of(host, port), stack=ExitStack())
         if wait:
             wait_ready(service.url, timeout_s)
         service.stack = stack.pop_all()
@@ -322,6 +340,11 @@ def serve(
         with service:
             threading.Event().wait()
     return service
+
+
+def url_of(host: str, port: int) -> str:
+    """The address of a service; IPv6 addresses stand in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def start_proxy(options: HTTPOptions, timeout_s: float) -> None:

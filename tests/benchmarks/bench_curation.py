@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
-from timing import ratio
+from timing import is_void, median_and_spread, ratio
 
 from components.corpora import FilterSpec
 from components.fingerprints import fingerprint
@@ -107,11 +107,12 @@ def measure(data: list[bytes], rounds: int) -> dict[str, dict[str, float]]:
                 seconds[name].append((time.process_time() - start) / len(data))
     results = {}
     for name, times in seconds.items():
-        median = statistics.median(times)
+        median, spread = median_and_spread(times)
         shares = [ratio(base, value, 6) for base, value in zip(seconds[BASE], times, strict=True)]
         results[name] = {
             "ms": round(1e3 * median, 3),
-            "spread": round((max(times) - min(times)) / median, 3),
+            "spread": round(spread, 3),
+            "void": is_void(rounds, spread),
             "rate_of_decode_only": round(statistics.median(shares), 3),
         }
     return results

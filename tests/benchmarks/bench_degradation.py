@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from timing import MAX_SPREAD, ratio
+from timing import is_void, median_and_spread, ratio
 
 RECIPES: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "default": ("realesrgan", {}, 12, "twice"),
@@ -275,9 +275,9 @@ def measure(
                     times[name].append(1e3 * (time.process_time() - start) / seeds / pictures)
         row: dict[str, Any] = {"recipe": recipe, "side": side, "pictures": pictures, "rounds": rounds, "seeds": seeds}
         for name, values in times.items():
-            median = statistics.median(values)
-            row |= {f"{name}_ms": round(median, 2), f"{name}_spread": round((max(values) - min(values)) / median, 3)}
-        row["void"] = max(row[f"{name}_spread"] for name in arms) > MAX_SPREAD
+            median, spread = median_and_spread(values)
+            row |= {f"{name}_ms": round(median, 2), f"{name}_spread": round(spread, 3)}
+        row["void"] = is_void(rounds, max(row[f"{name}_spread"] for name in arms))
         if basicsr is not None:
             row["ratio"] = ratio(statistics.median(times["original"]), statistics.median(times["ours"]), 1)
         results.append(row)

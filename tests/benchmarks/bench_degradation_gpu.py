@@ -23,7 +23,7 @@ from typing import Any
 import bench_degradation as bench
 import numpy as np
 import torch
-from timing import MAX_SPREAD, ratio, synchronise
+from timing import is_void, median_and_spread, ratio, synchronise
 
 SHARPENING = {"realesrgan": "twice", "instantir": "once", "instarevive-bsr": "off"}
 
@@ -66,8 +66,8 @@ def measure(
                         rates[name].append(size / (time.perf_counter() - start))
             row: dict[str, Any] = {"preset": preset, "batch": size, "side": side, "device": device_name(device)}
             row |= {f"{name}_images_per_s": round(statistics.median(values), 1) for name, values in rates.items()}
-            spreads = [(max(values) - min(values)) / statistics.median(values) for values in rates.values()]
-            row |= {"spread": round(max(spreads), 3), "void": max(spreads) > MAX_SPREAD}
+            spread = max(median_and_spread(values)[1] for values in rates.values())
+            row |= {"spread": round(spread, 3), "void": is_void(rounds, spread)}
             if basicsr is not None:
                 row["ratio"] = ratio(*(statistics.median(rates[name]) for name in ("ours", "original")))
             if device != "cpu":

@@ -44,7 +44,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from timing import MAX_SPREAD, ratio
+from timing import is_void, median_and_spread, ratio
 
 BATCH, WORKERS = 32, 2
 MB_A_WORKER = 300  # the memory goal of all processes: the object store's cap and this for each worker
@@ -289,10 +289,10 @@ def measure(
     row: dict[str, Any] = {"samples": samples, "side": side, "cut": crop, "rounds": rounds, "epochs": epochs}
     for arm, results in results_by_arm.items():
         cpu = [float(result["cpu_ms"]) for result in results]
-        median = statistics.median(cpu)
+        median, spread = median_and_spread(cpu)
         row[arm] = {
             "cpu_ms": round(median, 3),
-            "spread": round((max(cpu) - min(cpu)) / median, 3),
+            "spread": round(spread, 3),
             "cpu_ms_by_round": [round(value, 3) for value in cpu],
             "wall_ms": round(statistics.median(result["wall_ms"] for result in results), 3),
             "peak_mb": [
@@ -302,7 +302,7 @@ def measure(
         }
     row["store_mb"] = round(store_mib() * 1.048576)
     row["memory_goal_mb"] = row["store_mb"] + MB_A_WORKER * WORKERS
-    row["void"] = max(row[arm]["spread"] for arm in arms) > MAX_SPREAD
+    row["void"] = is_void(rounds, max(row[arm]["spread"] for arm in arms))
     if "ours" in arms:
         row |= {f"ours_over_{arm}": ratio(row["ours"]["cpu_ms"], row[arm]["cpu_ms"], 3) for arm in arms[:-1]}
     return row

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from timing import is_void, median_and_spread
 
 STAGES = ("dcp", "previewer", "aggregator")
 
@@ -112,10 +112,11 @@ def measure(resolution: int = 128, repeats: int = 5, threads: int = 2) -> list[d
             "name": name,
             "resolution": resolution,
             "threads": threads,
-            "median_s": round(statistics.median(values), 4),
-            "spread": round((max(values) - min(values)) / statistics.median(values), 3),
+            "median_s": round(median, 4),
+            "spread": round(spread, 3),
+            "void": is_void(repeats, spread),
         }
-        for name, values in seconds.items()
+        for name, (median, spread) in ((name, median_and_spread(values)) for name, values in seconds.items())
     ]
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from timing import is_void, median_and_spread, ratio
 
 from components.images import Image, decode, encode_png
 from components.synthetic import dead_leaves
@@ -42,24 +42,28 @@ def measure(pictures: Sequence[Image], levels: Sequence[int], repeats: int) -> l
     """Encode every picture at every level; the median CPU time of the repeats counts.
 
     Returns:
-        For each level: level, time and size relative to level 6, ms of a picture, bits of a pixel.
+        For each level: level, time and size relative to level 6, ms of a picture, bits of a pixel, and whether the
+        times are void.
     """
-    seconds, sizes = {}, {}
+    if not pictures or repeats < 1:
+        raise SystemExit(f"at least one picture and one repeat are needed, got {len(pictures)} and {repeats}")
+    seconds, spreads, sizes = {}, {}, {}
     for level in dict.fromkeys([REFERENCE_LEVEL, *levels]):
         runs = []
         for _ in range(repeats):
             start = time.process_time()
             sizes[level] = sum(len(encode_png(picture, level=level)) for picture in pictures)
             runs.append(time.process_time() - start)
-        seconds[level] = statistics.median(runs)
+        seconds[level], spreads[level] = median_and_spread(runs)
     pixels = sum(picture.shape[0] * picture.shape[1] for picture in pictures)
     return [
         {
             "level": level,
-            "time": round(seconds[level] / seconds[REFERENCE_LEVEL], 3),
+            "time": ratio(seconds[level], seconds[REFERENCE_LEVEL], 3),
             "size": round(sizes[level] / sizes[REFERENCE_LEVEL], 4),
             "ms": round(1e3 * seconds[level] / len(pictures), 1),
             "bits_per_pixel": round(8 * sizes[level] / pixels, 2),
+            "void": is_void(repeats, max(spreads[level], spreads[REFERENCE_LEVEL])),
         }
         for level in levels
     ]

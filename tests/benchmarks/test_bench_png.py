@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from helper_modules import load_helper
@@ -16,7 +17,14 @@ def test_rows_are_relative_to_level_6(capsys: pytest.CaptureFixture[str]) -> Non
     assert [row["level"] for row in rows] == [0, 2, 6, 9]
     sizes = [row["size"] for row in rows]
     assert sizes == sorted(sizes, reverse=True) and sizes[2] == rows[2]["time"] == 1
+    assert all(row["void"] for row in rows)  # one repeat has no spread
     assert rows[0]["bits_per_pixel"] > 24 > rows[1]["bits_per_pixel"]  # level 0 stores three bytes and a filter
+
+
+def test_nothing_measured_is_no_row(tmp_path: Path) -> None:
+    for words in (["--images", str(tmp_path)], ["--side", "32", "--pictures", "1", "--repeats", "0"]):
+        with pytest.raises(SystemExit, match="at least one picture and one repeat are needed"):
+            bench.main(["--levels", "1", *words])
 
 
 def test_a_folder_gives_the_middles_of_its_pictures(images_dir) -> None:  # type: ignore[no-untyped-def]

@@ -31,6 +31,15 @@ def test_a_line_is_void_if_its_times_spread() -> None:
     assert timing.summary([1.0, 1.0, 1.3], "cuda") == {"median_s": 1.0, "spread": 0.3, "void": True}
 
 
+def test_a_single_round_and_a_stopped_clock_say_nothing() -> None:
+    """One time has no spread, so the spread cannot make its line void."""
+    assert timing.summary([1.0], "cpu") == {"median_cpu_s": 1.0, "spread": 0.0, "void": True}
+    assert timing.is_void(2, math.nan)
+    for times in ([], [0.0, 0.0], [math.inf] * 3):
+        with pytest.raises(SystemExit, match=f"nothing was measured: {len(times)} rounds"):
+            timing.summary(times, "cpu")
+
+
 def test_psnr_is_over_the_exact_range() -> None:
     exact = torch.tensor([0.0, 2.0, 1.0, 1.0])
     assert timing.psnr(exact + 0.02, exact) == pytest.approx(40.0, abs=1e-3)

@@ -47,10 +47,26 @@ def repeat(call: Callable[[], torch.Tensor], device: str, rounds: int) -> tuple[
 
 def summary(times: Sequence[float], device: str) -> dict[str, Any]:
     """Median, spread over the median, and whether the spread makes the line void."""
-    median = statistics.median(times)
-    spread = (max(times) - min(times)) / median
+    median, spread = median_and_spread(times)
     clock = "median_s" if device == "cuda" else "median_cpu_s"
-    return {clock: round(median, 5), "spread": round(spread, 3), "void": spread > MAX_SPREAD}
+    return {clock: round(median, 5), "spread": round(spread, 3), "void": is_void(len(times), spread)}
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Median of measurements, and their range as a share of it.
+
+    Raises:
+        SystemExit: there are none, or the median is not a positive number: nothing was measured.
+    """
+    median = statistics.median(values) if values else 0.0
+    if not 0 < median < math.inf:
+        raise SystemExit(f"nothing was measured: {len(values)} rounds with the median {median:g}")
+    return median, (max(values) - min(values)) / median
+
+
+def is_void(rounds: int, spread: float) -> bool:
+    """Whether a line says nothing: its arms spread too far, or a single round shows no spread at all."""
+    return rounds < 2 or not spread <= MAX_SPREAD
 
 
 def ratio(numerator: float, denominator: float, digits: int = 2) -> float:

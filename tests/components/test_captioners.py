@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helper_modules import load_helper
 from hypothesis import given
 from hypothesis import strategies as st
@@ -156,6 +157,17 @@ def test_prompts_of_different_lengths_are_padded_on_the_left(kind: str, request:
     captioner: Any = build_captioner(str(request.getfixturevalue(kind)))
     ids = captioner._inputs([captioner._shrink(picture) for picture in PICTURES])["input_ids"]
     assert (ids[:, 0] == tiny.PAD).any() and (ids[:, -1] != tiny.PAD).all()
+
+
+@pytest.mark.parametrize("kind", ["llava", "blip"])
+def test_a_model_that_makes_nan_writes_no_caption(kind: str, request: pytest.FixtureRequest) -> None:
+    """The greedy choice among NaN is the vocabulary's first token: "!!!!" with many models."""
+    captioner: Any = build_captioner(str(request.getfixturevalue(kind)), max_tokens=4)
+    with torch.no_grad():
+        next(p for p in reversed(list(captioner.model.parameters())) if p.ndim > 1).view(-1)[0] = torch.nan
+    with pytest.raises(SampleError, match="the captioner made NaN") as error:
+        captioner.caption(PICTURES[:2])
+    assert error.value.code == "not_finite"
 
 
 def test_large_pictures_are_shrunk_first(blip: Path) -> None:

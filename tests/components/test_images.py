@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import subprocess
 import sys
 import zlib
@@ -267,6 +268,17 @@ def test_limits_are_checked_and_named() -> None:
             error = refusal(lambda function=function, limits=limits: function(data, limits, "k"))  # type: ignore[misc, operator]
             assert (error.code, error.key) == (code, "k")
     assert decode(data, Limits(max_pixels=4000, min_side_px=40, max_aspect=2.5)).shape == (40, 100, 3)
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 15_000])  # Pillow warns above 89 million pixels and refuses above 179
+def test_limits_above_pillows_own_hold(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pillow, "MAX_IMAGE_PIXELS", 89_478_485)
+    header = 2 * side.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    data = images.PNG_SIGNATURE + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    assert probe(data, Limits(max_pixels=300_000_000, max_expansion=math.inf)).width == side
+    error = refusal(lambda: probe(data, Limits(max_pixels=80_000_000)))
+    assert error.code == "too_large" and "--max-megapixels" in error.detail
 
 
 def test_a_compression_bomb_below_the_pixel_limit_is_refused() -> None:

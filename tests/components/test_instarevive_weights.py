@@ -84,6 +84,17 @@ def test_an_imported_model_computes_the_same_as_the_network(tmp_path: Path) -> N
     assert torch.equal(result, expected)
 
 
+def test_a_generator_under_another_name_is_read_and_two_are_refused(tmp_path: Path) -> None:
+    tensors = released_tensors()
+    path = save_checkpoint(tmp_path, {"our_generator": tensors, "critic": {"x.weight": torch.ones(2)}})
+    report = import_weights([path], None, sizes=TINY)
+    assert report.sources[0].tensors == len(tensors)
+    assert "InstaRevive_v1.ckpt: our_generator was read; left out: critic.x.weight" in report.notes
+    path = save_checkpoint(tmp_path, {"first": tensors, "second": tensors})
+    with pytest.raises(ModelError, match="several such networks, first and second"):
+        import_weights([path], None, sizes=TINY)
+
+
 def test_the_published_layout_has_the_parameters_of_the_reference() -> None:
     (name, shapes), *others = expected_layout().items()
     assert name == "InstaRevive_v1.ckpt" and not others

@@ -62,9 +62,27 @@ def test_one_wrong_value_is_found_before_it_is_clipped(value: float, dtype: torc
 
 
 def test_a_plausible_overshoot_is_clipped_as_before() -> None:
-    pixels = tensor_to_images(torch.tensor([-9.0, 0.0, 50.0]).view(1, 3, 1, 1))[0]
-    assert pixels.tolist() == [[[0, 128, 255]]]
+    pixels = tensor_to_images(torch.tensor([-9.0, 0.0, 50.0, *[0.0] * 9]).view(1, 3, 2, 2))[0]
+    assert pixels[..., 0].tolist() == [[0, 128], [255, 128]]
     check_finite(torch.zeros(0, 3, 4, 4))
+
+
+@pytest.mark.parametrize("value", [11.0, -300.0])
+def test_a_picture_far_outside_its_range_is_no_picture(value: float) -> None:
+    """It would be black and white only; a few such pixels are an overshoot."""
+    pictures = torch.zeros(2, 3, 4, 5)
+    pictures[1] = value
+    for act in (lambda: tensor_to_images(pictures, ["a", "b"]), lambda: to_levels(pictures, "nearest", ["a", "b"])):
+        with pytest.raises(SampleError, match="on average where 1 is white") as error:
+            act()
+        assert (error.value.code, error.value.key) == ("not_finite", "b")
+    pictures[1, :, 0] = 0.0
+    pictures[1] *= 9 / abs(value)
+    assert len(tensor_to_images(pictures)) == 2
+    network = build_swinir(SwinIRConfig(**swinir.TINY), seed=3)
+    with torch.no_grad():
+        network.conv_last.bias += abs(value) * 3
+    assert code_and_key(SwinIRRestorer(network, {"min_side_px": 0})) == ("not_finite", "k")
 
 
 def test_float_pictures_with_nan_are_no_input() -> None:

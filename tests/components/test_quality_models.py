@@ -6,11 +6,13 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from components import quality_models
 from components.corpora import ModelScore
 from components.quality_models import build_scorer, check_scorer
 from components.randomness import generator, seeded_init
@@ -136,6 +138,23 @@ def test_scores_are_those_of_the_librarys_own_pipeline(models: Path, pictures: l
 
 def test_an_object_that_is_nowhere_the_most_likely_scores_0(models: Path, pictures: list[np.ndarray]) -> None:
     assert build_scorer(score_of(models, "detector", label="cat"))(pictures) == [0.0] * len(pictures)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "zero_shot", "detector"])
+def test_a_network_that_makes_nan_gives_no_score(
+    models: Path, pictures: list[np.ndarray], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A detector would find nothing, and the score 0 could pass a filter."""
+    load = quality_models._load
+
+    def broken(*arguments: Any) -> Any:
+        model = load(*arguments)
+        for weight in model.parameters():
+            weight.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(quality_models, "_load", broken)
+    assert all(np.isnan(build_scorer(score_of(models, kind))(pictures)))
 
 
 @pytest.mark.parametrize("kind", ["classifier", "zero_shot", "detector"])

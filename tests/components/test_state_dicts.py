@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from components.models import ModelError, load_strictly
 from components.naming import limited, list_some
+from components.state_dicts import without_prefix
 from components.systems.instantir.previewer import split_key
 from components.systems.weights_io import find_released
 from components.tensor_files import WeightsFileError, read_tensors, read_weights
@@ -56,6 +57,11 @@ def saved(content: Any, folder: Path, name: str = "x.pt") -> Path:
         {**PLAIN, "step": 1000, "version": "1", "config": {"a": 1}, "betas": [0.9, 0.99]},
         {**PLAIN, "optimizer": {"state": {0: {"exp_avg": torch.ones(2, 3)}}}},
         {key: nn.Parameter(value) for key, value in PLAIN.items()},
+        {"model": PLAIN, "rng_state": torch.get_rng_state(), "epoch": 1},
+        {"state_dict": PLAIN, "losses": torch.ones(5)},
+        {"state_dict": OTHER, "state_dict_ema": PLAIN},
+        {"n_averaged": torch.tensor(3), **prefixed("module.")},
+        {**PLAIN, "global_step": torch.tensor(100)},
     ],
 )
 def test_a_wrapped_checkpoint_gives_the_plain_weights(content: Any, tmp_path: Path) -> None:
@@ -67,6 +73,20 @@ def test_a_wrapped_checkpoint_gives_the_plain_weights(content: Any, tmp_path: Pa
 def test_safetensors_lose_the_same_prefixes(tmp_path: Path) -> None:
     save_file(prefixed("module._orig_mod."), tmp_path / "x.safetensors")
     assert set(read_tensors(tmp_path / "x.safetensors")) == set(PLAIN)
+
+
+def test_a_wrapper_of_another_name_is_found_by_the_keys_it_must_hold() -> None:
+    wrapped = {
+        "pipe.inner.conv.weight": torch.ones(1),
+        "pipe.inner.layers.0.norm.bias": torch.ones(2),
+        "loss.a": torch.ones(3),
+    }
+    tensors, notes = without_prefix(wrapped, tuple(PLAIN), "x.pt")
+    assert set(tensors) == set(PLAIN) and notes == ["x.pt: pipe.inner was read; left out: loss.a"]
+    for others in (PLAIN, {**PLAIN, **prefixed("ema.")}, {"pipe.conv.weight": torch.ones(1)}):  # plain, or incomplete
+        assert without_prefix(others, tuple(PLAIN), "x.pt") == (dict(others), [])
+    with pytest.raises(ValueError, match="several such networks, a and b: save one of them alone"):
+        without_prefix({**prefixed("a."), **prefixed("b.")}, tuple(PLAIN), "x.pt")
 
 
 def test_what_is_left_out_is_in_the_notes(tmp_path: Path) -> None:
@@ -103,6 +123,7 @@ ZERO_3 = {"module": {key: torch.zeros(0) for key in PLAIN}, "ds_version": "0", "
         ({"epoch": 3, "config": {"a": 1}}, "it holds no tensors, only epoch, config"),
         (torch.ones(3), "the whole file holds Tensor, not a dictionary of tensors"),
         ({"a._orig_mod.b": torch.ones(1), "a.b": torch.ones(1)}, r"a\._orig_mod\.b and a\.b name the same tensor"),
+        ({"_fsdp_wrapped_module._flat_param": torch.ones(9)}, "the flat parameters of FSDP: save it"),
         (SimpleNamespace(a=1), r"save only the weights: torch\.save\(model\.state_dict\(\), FILE\)"),
     ],
 )
@@ -117,6 +138,14 @@ def test_files_of_other_tools_and_shards_are_named(tmp_path: Path) -> None:
         read_tensors(tmp_path / "x.gguf")
     with pytest.raises(WeightsFileError, match="one of 3 shards"):
         read_tensors(saved(PLAIN, tmp_path, "model-00001-of-00003.bin"))
+    for head, words in (
+        (b'{"metadata": {}}', "it is JSON: the index of several shards"),
+        (b"\x1f\x8b\x08" + bytes(20), "packed with gzip: unpack it"),
+        (bytes(64), "zeros only, as a download does that was not finished"),
+    ):
+        (tmp_path / "x.bin").write_bytes(head)
+        with pytest.raises(WeightsFileError, match=words):
+            read_tensors(tmp_path / "x.bin")
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
     with pytest.raises(WeightsFileError, match="a TorchScript program"):
         read_tensors(tmp_path / "script.pt")

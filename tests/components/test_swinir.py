@@ -363,10 +363,12 @@ def file_content(network: SwinIR, form: str) -> dict[str, Any]:
         "bare": bare,
         "wrapped": {"state_dict": {f"module.{k}": v for k, v in state.items()}, "global_step": 150_000},
         "prefixed": {f"module.{k}": v for k, v in bare.items()},
+        # a whole DiffBIR holds its SwinIR under this name
+        "part": {**{f"preprocess_model.{k}": v for k, v in state.items()}, "model.diffusion_model.x": torch.ones(3)},
     }[form]
 
 
-@pytest.mark.parametrize("form", ["flat", "bare", "wrapped", "prefixed"])
+@pytest.mark.parametrize("form", ["flat", "bare", "wrapped", "prefixed", "part"])
 def test_released_files_are_imported_and_exported(network: SwinIR, form: str, tmp_path: Path) -> None:
     path = tmp_path / "general_swinir_v1.ckpt"
     torch.save(file_content(network, form), path)

@@ -22,10 +22,12 @@ FILE_NAMES: Mapping[str, tuple[str, ...]] = {
         "pytorch_lora_weights.bin",
         "previewer_lora_weights.safetensors",
         "pytorch_lora_weights.safetensors",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
     ),
     "aggregator": ("aggregator.pt", "aggregator_ckpt.pt", "aggregator.safetensors"),
 }
-"""File names to search a folder for: the published ones, those of the training scripts, and safetensors variants."""
+"""File names to search a folder for: the published ones, those of the training scripts and of peft, and variants."""
 
 RELEASE_DEFAULTS: Mapping[str, Any] = {"view": "crop", "resize": "released"}
 """Options of imported weights without a recipe of their own: the view and the working size of the official command line

@@ -8,6 +8,7 @@ import. Files are memory-mapped: both directions hold one tensor at a time in me
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,14 +22,16 @@ from components.models import ModelCard, ModelError, file_sha256, key_faults, lo
 from components.naming import MESSAGE_CHARS, limited, list_some
 from components.priors.hub import PriorShape, prior_shape
 from components.priors.sdxl_config import DINOV2, LICENCES, SDXL
+from components.state_dicts import without_prefix
 from components.systems.instantir.layout import Shape, layout, parameter_count
+from components.systems.instantir.lora_files import alpha_layer, declared_alpha, join_alphas, layer_names, remedies
 from components.systems.instantir.network import PARTS
 from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.perceptor import ResamplerConfig
 from components.systems.instantir.previewer import LoraSettings, adapter_names, released_names, split_key
 from components.systems.instantir.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, SPELLINGS, check_sizes
 from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
-from components.tensor_files import WeightsFileError, read_weights
+from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
 
 PUBLISHED_DCP_PARAMETERS = 849_799_424
@@ -36,11 +39,6 @@ PUBLISHED_DCP_PARAMETERS = 849_799_424
 
 OWN_SETTINGS = ("time_modulation", "perceptor_scale")
 """Keys of a network's config that released files do not hold; an import takes them from a sidecar."""
-
-OTHER_SPELLING = (
-    "Keys of a LoRA are read as diffusers, peft or kohya's tools write them: convert the file with diffusers' "
-    "load_lora_weights and save_lora_weights"
-)
 
 NamedTensors = dict[str, tuple[str, Tensor]]
 """Released key -> (the file's own key, the tensor)."""
@@ -60,12 +58,18 @@ class _File:
 
 @dataclass(frozen=True, kw_only=True)
 class _Expected:
-    """The sizes and the layout that the files must have."""
+    """The sizes and the layout that the files must have.
+
+    Attributes:
+        alpha_given: whether the caller names the LoRA's alpha. alpha_known: whether the caller or a sidecar does.
+    """
 
     shape: PriorShape
     resampler: ResamplerConfig
     lora: LoraSettings
     layout: Mapping[str, Mapping[str, Shape]]
+    alpha_given: bool = False
+    alpha_known: bool = False
 
 
 def import_weights(
@@ -276,7 +280,15 @@ def _expected(sidecar: Mapping[str, Any], prior: str, image_encoder: str, sizes:
         )
     lora = LoraSettings(**{**(config.get("lora") or {}), **checked_sizes.get("lora", {})})
     size = ResamplerConfig(**resampler)
-    return _Expected(shape=shape, resampler=size, lora=lora, layout=layout(shape.unet, resampler, lora.to_dict()))
+    alpha_given = "alpha" in checked_sizes.get("lora", {})
+    return _Expected(
+        shape=shape,
+        resampler=size,
+        lora=lora,
+        layout=layout(shape.unet, resampler, lora.to_dict()),
+        alpha_given=alpha_given,
+        alpha_known=alpha_given or "alpha" in (config.get("lora") or {}),
+    )
 
 
 def _permitted_use(shape: PriorShape) -> str:
@@ -290,6 +302,12 @@ def _permitted_use(shape: PriorShape) -> str:
 def _open(path: Path, expected: _Expected) -> _File:
     """Read a file, detect its part by the keys, and map the keys to the released ones."""
     tensors, notes = read_weights(path)
+    for part in ("aggregator", "perceptor"):
+        try:
+            tensors, more = without_prefix(tensors, tuple(expected.layout[part]), path.name)
+        except ValueError as error:
+            raise WeightsFileError(f"{path}: {error}") from error
+        notes += more
     if any(key.startswith("controlnet_down_blocks.") for key in tensors):
         file = _File(path, "aggregator", {key: (key, tensor) for key, tensor in tensors.items()})
     elif any("lora_" in key or "lora." in key for key in tensors):
@@ -317,27 +335,33 @@ def _open_adapter(path: Path, tensors: Mapping[str, Tensor]) -> _File:
 
 
 def _open_lora(path: Path, tensors: Mapping[str, Tensor], expected: _Expected) -> _File:
-    """A LoRA in the spelling of diffusers, peft or kohya's tools, which write a layer's dots as underscores."""
-    file, alphas = _File(path, "previewer", {}), set[float]()
+    """A LoRA in the spelling of diffusers, peft or kohya's tools; see lora_files."""
+    file, alphas = _File(path, "previewer", {}), dict[str, float]()
     adapters = adapter_names(tensors)
     if len(adapters) > 1:
         raise WeightsFileError(f"{path}: holds the adapters {list_some(adapters)}: save one of them alone")
     layers = {split[0] for key in expected.layout["previewer"] if (split := split_key(key)) is not None}
-    by_kohya_name = {f"lora_unet_{layer.replace('.', '_')}": layer for layer in layers}
+    names = layer_names(path, tensors, layers)
+    own = {layer for layer in names.values() if layer in layers}
     for key, tensor in tensors.items():
-        if key.endswith(".alpha") and tensor.numel() == 1:
-            alphas.add(float(tensor))
+        if tensor.numel() == 1 and (layer := alpha_layer(key, names)) in own:
+            alphas[str(layer)] = float(tensor)
             continue
-        layer = split_key(key)
-        name = key
-        if layer is not None:
-            name = released_names(by_kohya_name.get(layer[0], layer[0]))[layer[1] == "B"]
-        _put(file, name, key, tensor)
-    if len(alphas) > 1:
-        file.faults.append(f"alpha differs between layers: {sorted(alphas)}")
+        split = split_key(key)
+        _put(file, key if split is None else released_names(names[split[0]])[split[1] == "B"], key, tensor)
+    bad = sorted({alpha for alpha in alphas.values() if not 0 < alpha < math.inf})
+    if alphas and len(alphas) < len(own):
+        file.faults.append(f"alpha is missing for {len(own) - len(alphas)} of {len(own)} layers")
+    elif bad:
+        file.faults.append(f"alpha must be positive, and is {bad[0]:g}")
     elif alphas:
-        file.alpha = alphas.pop()
-    elif any(key.startswith("lora_unet_") for key in tensors):
+        if len(set(alphas.values())) > 1:
+            low, high = min(alphas.values()), max(alphas.values())
+            file.notes.append(f"{path.name}: alphas of {low:g} to {high:g} were multiplied into the up weights")
+        file.alpha = join_alphas(file.tensors, alphas)
+    elif not expected.alpha_given:
+        file.alpha = declared_alpha(path)
+    if file.alpha is None and not expected.alpha_known and any(name != key for name, (key, _) in file.tensors.items()):
         file.notes.append(f"{path.name} holds no alpha: {expected.lora.alpha:g} is used; lora.alpha=NUMBER changes it")
     return file
 
@@ -378,7 +402,7 @@ def _compare(file: _File, expected: _Expected) -> None:
         if tuple(tensor.shape) != shapes[name]
     ]
     not_float = [f"{key} is {tensor.dtype}" for _, key, tensor in shared if not tensor.is_floating_point()]
-    not_finite = [key for _, key, tensor in shared if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    not_finite = [key for _, key, tensor in shared if tensor.is_floating_point() and not all_finite(tensor)]
     for what, keys in (
         ("missing", missing),
         ("unexpected", unexpected),
@@ -403,12 +427,13 @@ def _source(file: _File) -> WeightsSource:
 def _fault_message(file: _File, expected: _Expected) -> str:
     shapes = expected.layout[file.part]
     looks = _looks_like(file, expected)
-    spelling = file.part == "previewer" and any(split_key(key) is None for key in file.tensors)
+    unknown = [key for name, (key, _) in file.tensors.items() if name not in shapes]
+    remedy = remedies(unknown) if file.part == "previewer" and unknown else ""
     return (
         f"{file.path}: does not fit InstantIR's {RELEASED[file.part]} on the prior {expected.shape.id} "
         f"({len(shapes)} tensors, {parameter_count(shapes):,} parameters): {'; '.join(file.faults)}"
         f"{f'. The file looks like {looks}: give these as KEY=VALUE if that is right' if looks else ''}"
-        f"{f'. {OTHER_SPELLING}' if spelling else ''}"
+        f"{f'. {remedy}' if remedy else ''}"
     )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from components.color import Transfer, adain, wavelet
-from components.tensors import check_finite
+from components.tensors import check_pictures
 from components.types import Box, Image
 
 
@@ -72,9 +72,9 @@ def to_levels(pictures: Tensor, rounding: Literal["nearest", "truncate"], keys: 
     """float [B, 3, H, W] in [0, 1] (values outside are clipped) -> uint8 [H, W, 3] each.
 
     Raises:
-        SampleError: "not_finite", see tensors.check_finite; `keys` are the pictures' names for it.
+        SampleError: "not_finite", see tensors.check_pictures; `keys` are the pictures' names for it.
     """
-    check_finite(pictures, keys)
+    check_pictures(pictures, keys)
     levels = pictures.to(torch.float32).clamp(0, 1) * 255
     levels = levels.round() if rounding == "nearest" else levels
     return list(levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())

@@ -26,12 +26,13 @@ from components.priors.scheduler_config import read_schedule
 from components.priors.sdxl_config import LICENCES as SDXL_LICENCES
 from components.priors.sdxl_config import SDXL, SDXL_UNET
 from components.samplers.schedules import Schedule, schedule_from
+from components.state_dicts import without_prefix
 from components.systems.instarevive.network import FAMILIES, OneStep, aligning_conv, build_network, check_prediction
 from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, check_sizes
 from components.systems.instarevive.settings import PRIORS
 from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
-from components.tensor_files import WeightsFileError, read_weights
+from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
 
 Shapes = dict[str, tuple[int, ...]]
@@ -98,7 +99,11 @@ def import_weights(
     for number, path in enumerate(files):
         progress(number, len(files), path.name)
         tensors, file_notes = read_weights(path)
-        notes += file_notes
+        try:
+            tensors, more = without_prefix(tensors, tuple(expected.layout["generator"]), path.name)
+        except ValueError as error:
+            raise WeightsFileError(f"{path}: {error}") from error
+        notes += [*file_notes, *more]
         part = "align" if set(tensors) <= {"weight", "bias"} else "generator"
         if part in file_tensors:
             raise ValueError(f"{file_tensors[part][0]} and {path} both hold the {part}: give one of them")
@@ -366,9 +371,7 @@ def _faults(path: Path, part: str, tensors: Mapping[str, Tensor], expected: _Exp
             if tuple(tensor.shape) != expected_shapes[key]
         ],
         "not floating point": [f"{key} is {t.dtype}" for key, t in common if not t.is_floating_point()],
-        "with values that are not finite": [
-            key for key, t in common if t.is_floating_point() and not bool(t.isfinite().all())
-        ],
+        "with values that are not finite": [key for key, t in common if t.is_floating_point() and not all_finite(t)],
     }
     faults = key_faults(keys_by_fault)
     if not faults:

@@ -18,7 +18,7 @@ from components.systems.swinir.network import SwinIR
 from components.systems.swinir.objective import check_same_size
 from components.systems.swinir.options import Options, option_texts, parse_options, restore_defaults
 from components.systems.swinir.weights import network_of
-from components.tensors import check_finite
+from components.tensors import check_pictures
 from components.types import Cancellation, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
 
 
@@ -97,7 +97,7 @@ def restore_image(
         key: the picture's name, for errors.
 
     Raises:
-        SampleError: "not_finite", see tensors.check_finite.
+        SampleError: "not_finite", see tensors.check_pictures.
         Cancellation: `cancelled()` became true.
     """
     multiple = network.config.multiple_px
@@ -132,7 +132,7 @@ def _restore_tile(network: SwinIR, image: Image, key: str) -> np.ndarray:
     weight = network.conv_last.weight
     pixels: Tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(weight.device)
     restored = network(pixels.to(torch.float32).div(255).to(weight.dtype))
-    check_finite(restored, [key])
+    check_pictures(restored, [key])
     return restored[0].permute(1, 2, 0).to(torch.float32).cpu().numpy()
 
 

@@ -28,14 +28,16 @@ from components.models import (
     save_model,
 )
 from components.naming import list_some
+from components.state_dicts import without_prefix
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import SwinIR
 from components.systems.swinir.options import restore_defaults
 from components.systems.swinir.released import FILE_NAMES, LICENCE, PART, RELEASED, SIDECAR, check_sizes
 from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
-from components.tensor_files import WeightsFileError, read_tensors, read_weights
+from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
 
+_FIRST = "conv_first.1.weight"
 _BIAS, _INDEX = "attn.relative_position_bias_table", "attn.relative_position_index"
 
 
@@ -83,8 +85,18 @@ def read_swinir(path: Path, sizes: Mapping[str, Any] | None = None) -> SwinIR:
         ModelError: keys, shapes or tables do not fit.
         ValueError: wrong sizes.
     """
-    tensors = read_tensors(path)
+    tensors, _ = _read(path)
     return load_swinir(tensors, _config(path, tensors, check_sizes(sizes or {})), str(path))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file by released key, and notes on what else it holds."""
+    tensors, notes = read_weights(path)
+    try:
+        tensors, more = without_prefix(tensors, (_FIRST, _block(0, 0, _BIAS)), path.name)
+    except ValueError as error:
+        raise WeightsFileError(f"{path}: {error}") from error
+    return tensors, [*notes, *more]
 
 
 def network_of(model: Model) -> SwinIR:
@@ -127,10 +139,10 @@ def import_weights(
     path = files[0]
     progress(0, 1, path.name)
     sidecar = _sidecar(path)
-    tensors, file_notes = read_weights(path)
+    tensors, file_notes = _read(path)
     config = _config(path, tensors, {**(sidecar.get("config") or {}), **check_sizes(sizes or {})})
     network = load_swinir(tensors, config, str(path))
-    not_finite = [key for key, value in parameters_of(network).items() if not bool(value.isfinite().all())]
+    not_finite = [key for key, value in parameters_of(network).items() if not all_finite(value)]
     if not_finite:
         raise ModelError(f"{path}: {key_faults({'with values that are not finite': not_finite})}")
     source = WeightsSource(
@@ -258,7 +270,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
 def _config(path: Path, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> SwinIRConfig:
     """The network's sizes: from `sizes`, else from the shapes, else the published ones."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    first, bias_table = shapes.get("conv_first.1.weight", ()), shapes.get(_block(0, 0, _BIAS), ())
+    first, bias_table = shapes.get(_FIRST, ()), shapes.get(_block(0, 0, _BIAS), ())
     if len(first) != 4 or len(bias_table) != 2:
         raise WeightsFileError(f"{path}: not a SwinIR with pixel unshuffle; it holds {list_some(sorted(tensors), 120)}")
     defaults = SwinIRConfig()

@@ -125,6 +125,16 @@ def test_the_logs_of_a_failed_run_are_kept_and_rays_lines_stay_out_of_the_termin
     assert "a line of a worker" in "".join(path.read_text() for path in logs.glob("worker-*.out"))
 
 
+def test_logs_of_two_attempts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "home"))
+    for attempt in ("0", "1"):
+        (tmp_path / "ray" / attempt / "logs").mkdir(parents=True)
+        (tmp_path / "ray" / attempt / "logs" / "raylet.err").write_text(attempt)
+    logs = keep_logs(tmp_path / "ray")
+    assert logs is not None
+    assert {p.name: p.read_text() for p in logs.iterdir()} == {"raylet.err": "0", "1-logs-raylet.err": "1"}
+
+
 def test_only_the_newest_logs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "home"))
     for number in range(8):

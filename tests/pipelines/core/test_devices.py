@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -83,6 +84,21 @@ def test_every_setting_with_gpus_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     check_gpus(CaptionSpec(model="blip", num_gpus=1, workers=8))  # eight workers may take turns
     gpus(2, monkeypatch)
     check_gpus(recipe)
+
+
+@pytest.mark.parametrize("number", [-1.0, math.nan, math.inf])
+def test_a_share_that_is_no_number_of_gpus_or_cpus_is_named(number: float) -> None:
+    """Ray would wait for NaN GPUs, or fail after its start."""
+    with pytest.raises(UsageError, match="num_gpus must be a number of at least 0, got"):
+        check_gpus(CaptionSpec(model="blip", num_gpus=number))
+    for field in ("num_cpus", "num_gpus"):
+        with pytest.raises(UsageError, match="numbers of at least"):
+            Pool(**{field: number})
+    for field in ("cpus_per_worker", "gpus_per_worker", "cpus_per_captioner", "gpus_per_captioner"):
+        with pytest.raises(UsageError, match="placement needs workers"):
+            load_checked_recipe("instantir-dcp-nano", [f"placement.{field}={number}"])
+    with pytest.raises(UsageError, match="placement needs workers"):
+        load_checked_recipe("instantir-dcp-nano", ["placement.workers=0"])
 
 
 def test_a_pool_does_not_wait_for_a_gpu() -> None:

@@ -123,6 +123,18 @@ def test_smaller_inputs_of_a_scale(tmp_path: Path) -> None:
     assert row["lq"].shape == row["hq"].shape and np.abs(row["lq"].astype(int) * 4 - row["hq"]).mean() < 30
 
 
+def test_inputs_have_the_limits_of_their_corpus(tmp_path: Path) -> None:
+    """Inputs of strips, and of few pixels: neither is refused by the decoder's own defaults."""
+    for side, step in (("hq", 1), ("lq", 16)):
+        (tmp_path / "pairs" / side).mkdir(parents=True)
+        strip = np.tile(dead_leaves(64, 7, 0), (1, 25, 1))[::step, ::step]
+        (tmp_path / "pairs" / side / "a.png").write_bytes(encode_png(strip))
+    corpus = make(tmp_path / "pairs", tmp_path / "corpus", "filters.max_aspect=30", "pairs.0.scale=16")
+    reader = open_corpus(corpus)
+    (split,) = [name for name, part in reader.splits.items() if len(part)]
+    assert open_column(reader, "lq").value(split, 0) == (tmp_path / "pairs" / "lq" / "a.png").read_bytes()
+
+
 def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", names=("cat{}", "dog{}s{}"))
     with pytest.raises(UsageError, match=r"8 of 8 inputs have no target .* 8 .* pairs: cat0.png with dog0s0.png"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from components.corpora import FilterSpec
 from components.images import ANY_SHAPE, decode, encode_png
 from pipelines.commands import corpora, measuring, restoration
 from pipelines.commands.main import build_app
+from pipelines.core.errors import UsageError
 from pipelines.evaluation.degrade import degrade_folder
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.service.front import Refusal, ServeLimits, check_picture
@@ -61,6 +64,15 @@ def test_a_larger_picture_is_refused_with_the_option_s_name(
     assert CliRunner().invoke(build_app(), [*command, "--out", str(tmp_path / "scores")]).exit_code == 3
     (missing,) = json.loads((tmp_path / "scores" / "summary.json").read_text())["missing"]
     assert missing["key"] == "usual" and words in missing["reason"]
+
+
+@pytest.mark.parametrize("option", ["--max-megapixels=inf", "--max-megabytes=inf"])
+def test_a_limit_that_is_no_number_is_refused(pictures: Path, tmp_path: Path, option: str) -> None:
+    result = CliRunner().invoke(build_app(), ["degrade", str(pictures), str(tmp_path / "out"), option])
+    assert isinstance(result.exception, UsageError) and "must be a number" in str(result.exception)
+    for value in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="max_megapixels > 0"):
+            FilterSpec(max_megapixels=value)
 
 
 def test_every_command_that_reads_pictures_has_both_options(pictures: Path) -> None:

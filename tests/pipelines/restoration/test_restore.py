@@ -528,6 +528,14 @@ def test_heldout_keys_that_differ_in_case_only_are_those_of_their_results(model:
     assert names["hq"] == names["lq"] == names["restored"] and "z.png" in names["lq"] and len(names["lq"]) == 3
 
 
+def test_heldout_pictures_have_the_limits_of_their_corpus(tmp_path: Path) -> None:
+    """A corpus of longer strips than the decoder's default, as curation with filters.max_aspect=40 accepts them."""
+    strip = encode_png(np.tile(dead_leaves(64, 3, 0), (1, 30, 1)))
+    corpus = write_corpus(tmp_path / "corpus", "test", {"train": [], "held_out": [("strip", "png", strip, {})]}).folder
+    assert prepare_heldout(corpus, tmp_path / "set", "none", short_side=32).new == 1
+    assert decode((tmp_path / "set" / "hq" / "strip.png").read_bytes(), ANY_SHAPE).shape == (32, 960, 3)
+
+
 def test_prepare_heldout_is_idempotent_and_depends_on_its_settings(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     prepare_heldout(corpus, out, "realesrgan-nano", seed=4, short_side=48)

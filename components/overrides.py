@@ -152,7 +152,7 @@ def _check_place(schema: type[Any], key: str) -> None:
     """Refuse a key with a name where a list has numbers, or with a name below a field of one value."""
     parts = _parts(key)
     for count, part in enumerate(parts):
-        kind, _ = _field_type(schema, parts[:count])
+        kind, _ = _field_type(schema, parts[:count], by_name=False)  # "headers" may hold a text, or texts by name
         place = ".".join(parts[:count])
         if get_origin(kind) is list and not part.isdecimal():
             raise OverrideError(f"{key}: {place} is a list; name an entry by its number, as in {place}.0.")
@@ -188,8 +188,11 @@ def _put(document: dict[str, Any], key: str, value: Any) -> None:
     document[last] = value
 
 
-def _field_type(schema: Any, parts: Sequence[str]) -> tuple[Any, bool]:
-    """Return (type of the field at these names, whether None is allowed); Any for a field without a type."""
+def _field_type(schema: Any, parts: Sequence[str], by_name: bool = True) -> tuple[Any, bool]:
+    """Return (type of the field at these names, whether None is allowed); Any for a field without a type.
+
+    With `by_name`, HOLDS_TEXT makes such a field a text.
+    """
     kind, optional, is_text = schema, False, None
     for name in parts:
         if dataclasses.is_dataclass(kind):
@@ -203,7 +206,7 @@ def _field_type(schema: Any, parts: Sequence[str]) -> tuple[Any, bool]:
         else:
             kind = Any
         kind, optional = _without_none(kind)
-    return (str if kind is Any and is_text is not None and is_text(parts[-1]) else kind), optional
+    return (str if by_name and kind is Any and is_text is not None and is_text(parts[-1]) else kind), optional
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:

@@ -398,7 +398,6 @@ def png_text(identity: Identity, picture: Picture, ask: Ask, restored: Restored)
         "source_sha256": hashlib.sha256(picture.data).hexdigest(),
         **({"reference_sha256": hashlib.sha256(picture.reference).hexdigest()} if picture.reference else {}),
         "options": json.dumps(ask.with_prompt(picture.prompt).document(), sort_keys=True),
-        **({"png_level": str(ask.png_level)} if ask.png_level != PNG_LEVEL else {}),
     }
 
 

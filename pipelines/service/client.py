@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 import urllib.error
@@ -12,7 +13,10 @@ from collections.abc import Mapping
 from email.message import Message
 from pathlib import Path
 
-from components.images import read_png_text
+import numpy as np
+from PIL import Image as Pillow
+
+from components.images import PNG_LEVEL, encode_png, read_png_text
 from pipelines.core.errors import Failure
 
 POLL_S = 0.2
@@ -72,7 +76,8 @@ def check_service(
     expected = expected_png if isinstance(expected_png, bytes) else expected_png.read_bytes()
     text = read_png_text(expected)
     query = {"key": text["key"], "seed": text["seed"], **json.loads(text["options"])}
-    query |= {"png_level": text["png_level"]} if "png_level" in text else {}
+    level = _png_level(expected, text)
+    query |= {"png_level": level} if level != PNG_LEVEL else {}
     start_s = time.perf_counter()
     data, content_type = picture_path.read_bytes(), "application/octet-stream"
     if reference_path is not None:
@@ -86,6 +91,13 @@ def check_service(
     if body != expected:
         raise Failure(f"the service's picture of {picture_path.name} differs from the batch job's")
     return {"bytes": float(len(body)), "seconds": seconds}
+
+
+def _png_level(png: bytes, text: Mapping[str, str]) -> int:
+    """The level that gives a restored picture's bytes again, which do not hold it; PNG_LEVEL if none does."""
+    with Pillow.open(io.BytesIO(png)) as picture:
+        image = np.asarray(picture)
+    return next((level for level in (PNG_LEVEL, *range(10)) if encode_png(image, text, level) == png), PNG_LEVEL)
 
 
 def post(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helper_modules import load_helper
 
-from components.images import encode_png, read_png_text
+from components.images import encode_png
 from components.restoring import Ask, Identity, Result, parse_ask
 from components.synthetic import dead_leaves
 from pipelines.service import client
@@ -130,5 +130,4 @@ def test_the_service_is_asked_for_the_batch_jobs_compression(
 
     monkeypatch.setattr(client, "post", post)
     expected = restored({"png_level": level})
-    assert ("png_level" in read_png_text(expected)) == (level != 1)
     assert client.check_service("http://x", source, expected)["bytes"] == len(expected)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.images import encode_png, to_float, to_uint8
+from components.images import ANY_SHAPE, encode_png, to_float, to_uint8
 from components.models import Model, ModelCard, ModelError, load_model, save_model
 from components.randomness import Noise
 from components.recipes import as_dict
@@ -87,7 +87,7 @@ def make_corpus(folder: Path, make: Callable[[Image, int], Image] | None = None,
         for number, (key, picture) in enumerate(pictures.items()):
             (folder / "inputs" / f"{key}.png").write_bytes(encode_png(make(picture, number)))
             inputs[key] = Input(path=str(folder / "inputs" / f"{key}.png"))
-        reader = functools.partial(PairReader, inputs)
+        reader = functools.partial(PairReader, inputs, ANY_SHAPE)
         column = ColumnSpec(name="lq", kind="picture", producer={"name": "pairs"}, factory=reader)
         compute_column(folder, column, Pool(workers=0))
     return folder

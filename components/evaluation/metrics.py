@@ -112,7 +112,11 @@ def metric_info(name: str) -> MetricInfo:
     configs = _load_pyiqa()[1]
     if name not in configs:
         names = sorted({*METRIC_INFO, *configs})
-        near = near_name(name, names)
+        near = name.lower() if name.lower() in names else near_name(name, names)
+        if "," in name or " " in name.strip():
+            raise ValueError(
+                f"unknown metric {name!r}. Each metric needs an option of its own: --metric psnr --metric ssim"
+            )
         hint = f'Did you mean "{near}"?' if near else f"The default set is {', '.join(NO_DOWNLOAD)}."
         raise ValueError(f"unknown metric {name!r}. {hint}")
     config = configs[name]

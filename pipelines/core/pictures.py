@@ -99,7 +99,8 @@ def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Pa
         UsageError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise UsageError(f"no folder {str(folder)!r}")
+        hint = ", which is a file: name the folder that holds it" if folder.is_file() else ""
+        raise UsageError(f"no folder {str(folder)!r}{hint}")
     paths, _ = _walk(folder, None)
     keys = make_keys([path.relative_to(folder).as_posix() for path in paths])
     pictures = dict(zip(keys, paths, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ def test_a_failed_download_names_metric_file_and_folder(metric: str, file: str, 
         assert f"/{file} on another machine and put the file at {hub / file}; " in text
         assert "TORCH_HOME" in text and "\n" not in text and len(text) < 2000
     assert not (hub / file).exists()
+
+
+def test_a_silent_server_does_not_hold_the_work_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.hub waits as long as the sockets' default says, which is for ever."""
+    import pyiqa
+
+    seen: list[float | None] = []
+    monkeypatch.setattr(pyiqa, "create_metric", lambda *_, **__: seen.append(socket.getdefaulttimeout()))
+    Metrics(("niqe",)).load()
+    assert seen == [60.0] and socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize("metric", ["niqe", "musiq"])

@@ -283,6 +283,12 @@ def test_an_earlier_summary_is_restated_with_todays_verdicts(folders, tmp_path):
 def test_bad_calls_are_usage_errors(folders, tmp_path):
     with pytest.raises(UsageError, match='Did you mean "psnr"'):
         run(folders, tmp_path / "out", metrics=("psnrr",))
+    with pytest.raises(UsageError, match='Did you mean "psnr"'):
+        run(folders, tmp_path / "out", metrics=("PSNR",))
+    with pytest.raises(UsageError, match="Each metric needs an option of its own"):
+        run(folders, tmp_path / "out", metrics=("psnr,ssim",))
+    with pytest.raises(UsageError, match="which is a file: name the folder that holds it"):
+        evaluate(next(folders["lq"].rglob("*.png")), folders["lq"], folders["hq"], tmp_path / "out")
     with pytest.raises(UsageError, match='Did you mean "bicubic_median"'):
         run(folders, tmp_path / "out", baselines=("bicubic_medium",))
     with pytest.raises(UsageError, match="no folder"):

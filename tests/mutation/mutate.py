@@ -187,12 +187,20 @@ def _profile(jobs: Sequence[Job], copies: Sequence[Path], options: argparse.Name
     return profiles
 
 
+def known_result(job: Job, book: Book) -> dict[str, Any]:
+    """The job's result from an earlier run; empty if there is none, or if it survived without some of its tests."""
+    result = book.entries.get(job.key, {})
+    if result.get("outcome") == "survived" and not set(job.names) <= set(result.get("names", [])):
+        return {}
+    return result
+
+
 def _run(jobs: Sequence[Job], copies: Sequence[Path], options: argparse.Namespace, begin: float) -> None:
     """Run the jobs that have no result yet; stop when the minutes are over."""
     book = Book(options.out / "results.jsonl")
     new = []
     for job in jobs:
-        job.result = book.entries.get(job.key, {})
+        job.result = known_result(job, book)
         if not job.result and not job.names:
             job.result = {"outcome": "survived", "killer": "", "note": "no test runs this line"}
         if not job.result:
@@ -207,7 +215,7 @@ def _run(jobs: Sequence[Job], copies: Sequence[Path], options: argparse.Namespac
     for done, (job, result) in enumerate(_in_processes(new, copies, start_job), 1):
         if result["outcome"] != "error":  # else the next `make mutate` runs it again
             job.result = result
-            book.add(job.key, result)
+            book.add(job.key, {**result, "names": job.names})
         rate = done / (time.monotonic() - start)
         change = f"{job.file}:{job.mutant.lines[0]} {job.name or job.mutant.change}" if job.mutant else job.file
         left = (len(new) - done) / rate / 60

@@ -224,6 +224,17 @@ def test_results_survive_a_stop(tmp_path: Path) -> None:
     assert mutate.Book(path).entries == {"a": {"key": "a", "outcome": "survived"}}
 
 
+def test_a_survivor_of_other_tests_runs_again(tmp_path: Path) -> None:
+    book = mutate.Book(tmp_path / "results.jsonl")
+    survivor, victim = (mutate.Job(name="n", file=file, tests=[], names=["t1", "t2"]) for file in ("a.py", "b.py"))
+    for one, outcome in ((survivor, "survived"), (victim, "killed")):
+        book.add(one.key, {"outcome": outcome, "names": ["t1"]})
+    assert mutate.known_result(survivor, book) == {}
+    assert mutate.known_result(victim, book)["outcome"] == "killed"
+    survivor.names = ["t1"]
+    assert mutate.known_result(survivor, book)["outcome"] == "survived"
+
+
 def test_a_result_is_good_for_its_files_only(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("2")

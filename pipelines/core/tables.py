@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Iterator
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from components.text_files import decode_text
 from components.types import SampleError
@@ -20,6 +22,20 @@ def read_text(data: bytes, label: str) -> str:
         return decode_text(data).lstrip("\ufeff").rstrip("\x1a")  # a second mark; the end of a file in DOS
     except SampleError as error:
         raise UsageError(f"{label}: {error.detail}.") from error
+
+
+def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number from 1, object) of each line that is not blank; UsageError for a line that is no object."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UsageError(f"{label}, line {number}: not a JSON object.")
+        yield number, row
 
 
 def separator_of(text: str, names: Collection[str]) -> tuple[str, str]:

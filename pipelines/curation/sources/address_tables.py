@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, TextIO
@@ -20,7 +19,7 @@ from components.text_files import decode_text
 from components.types import SampleError
 from pipelines.core.errors import Failure, UsageError, first_line, near_miss
 from pipelines.core.pictures import is_system_name
-from pipelines.core.tables import separator_of
+from pipelines.core.tables import json_lines, separator_of
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
 from pipelines.curation.sources.texts import caption_of, check_text_columns, key_of, plain
@@ -129,7 +128,7 @@ def _table_rows(path: str, label: str, source: SourceSpec) -> Iterator[Mapping[A
             text = io.TextIOWrapper(file, encoding=_encoding(file), errors="surrogateescape", newline="")
             rows: Iterator[Mapping[Any, Any]]
             if suffix == ".jsonl":
-                rows = _json_rows(text, label)
+                rows = (row for _, row in json_lines(text, label))
             elif suffix == ".txt":
                 rows = ({source.url_column: line} for line in text if not line.lstrip().startswith("#"))
             else:
@@ -165,19 +164,6 @@ def _parquet_rows(file: Any, label: str, columns: list[str], source: SourceSpec)
             yield from batch.to_pylist()
     except pa.ArrowException as error:
         raise Failure(f"{label} is not a readable parquet file: {first_line(error)}.") from error
-
-
-def _json_rows(lines: TextIO, label: str) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UsageError(f"{label}, line {number}: not a JSON object.")
-        yield row
 
 
 def _csv_rows(lines: TextIO, label: str, columns: list[str]) -> Iterator[Mapping[Any, Any]]:

@@ -7,7 +7,6 @@ them by the column "file_name" (or another that ends in "file_name"), relative t
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from components.corpora import SourceSpec
 from components.types import SampleError
 from pipelines.core.errors import UsageError, first_line, near_miss
-from pipelines.core.tables import read_table, read_text
+from pipelines.core.tables import json_lines, read_table, read_text
 from pipelines.curation.sources.tars import printable_name
 from pipelines.curation.sources.texts import (
     CAPTION_FIELDS,
@@ -247,16 +246,7 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def _json_rows(path: Path, source: SourceSpec) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for line, text in enumerate(read_text(_bytes_of(path), str(path)).split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {line}: not a JSON object.")
-        yield line, row
+    return json_lines(read_text(_bytes_of(path), str(path)).split("\n"), str(path))
 
 
 def _csv_rows(path: Path, source: SourceSpec) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -81,6 +81,34 @@ def test_every_name_has_a_number_or_a_reason(metrics):
     assert metrics.measure(flat, flat).missing == {"vif": "the target is one flat colour"}
 
 
+@pytest.mark.parametrize("name", [name for name, info in METRIC_INFO.items() if info.min_side_px > 1])
+def test_the_smallest_side_is_scored_and_one_pixel_less_is_not(name):
+    side = METRIC_INFO[name].min_side_px
+    scorer = Metrics((name,))
+    asked = []
+    scorer._networks[name] = lambda *pictures: asked.append(pictures) or pictures[0].mean()
+    for shape in ((side - 1, 300), (300, side - 1)):
+        assert scorer.measure(picture(*shape), picture(*shape)).missing == {
+            name: f"needs {side} px a side, the picture has {side - 1}"
+        }
+    assert scorer.measure(picture(side, 300), picture(side, 300)).missing == {} and len(asked) == 1
+
+
+def test_the_smallest_sides_are_those_of_the_networks():
+    """Filters of 11 px, three and five halvings, blocks: below these sides pyiqa fails or measures its own padding."""
+    sides = "psnr 1 psnry 1 ssim 11 ssimc 11 ms_ssim 161 cw_ssim 64 fsim 32 gmsd 8 nlpd 64 vif 64 vsi 32 mad 64 piqe 32"
+    assert " ".join(f"{name} {info.min_side_px}" for name, info in METRIC_INFO.items()) == f"{sides} entropy 1"
+
+
+def test_an_error_without_a_text_is_a_reason_too():
+    def fail(*pictures):
+        raise AssertionError
+
+    scorer = Metrics(("psnr",))
+    scorer._networks["psnr"] = fail
+    assert scorer.measure(picture(32, 32), picture(32, 32)).missing["psnr"] == "AssertionError: "
+
+
 def test_a_value_that_is_not_a_number_is_missing():
     scorer = Metrics(("psnr",))
     scorer._networks["psnr"] = lambda restored, hq: restored.sum() * math.nan
@@ -111,9 +139,24 @@ def test_bad_pictures_name_the_sample(metrics, restored, hq):
     assert error.value.key == ""  # the caller adds it
 
 
+def test_bad_pictures_are_told_with_their_shapes(metrics):
+    with pytest.raises(SampleError, match=r"the restored picture must be uint8 \[H, W, 3\], got uint8 \(4, 4, 4\)"):
+        metrics.score(np.zeros((4, 4, 4), np.uint8))
+    with pytest.raises(SampleError, match=r"the target must be uint8 \[H, W, 3\], got float64 \(40, 40, 3\)"):
+        metrics.score(picture(40, 40), picture(40, 40).astype(np.float64))
+    with pytest.raises(SampleError, match="differ in size: 40 x 41 and 42 x 43"):
+        metrics.score(picture(40, 41), picture(42, 43))
+
+
 def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match='Did you mean "ms_ssim"'):
         Metrics(("psnr", "msssim"))
+    with pytest.raises(ValueError, match="--metric psnr --metric ssim"):
+        Metrics(("psnr,ssim",))
+    with pytest.raises(ValueError, match='Did you mean "psnr"'):
+        Metrics(("PSNR",))
+    with pytest.raises(ValueError, match="The default set is psnr, ssim, "):
+        Metrics(("qqqqqqqqqq",))
     with pytest.raises(ValueError, match="no metric was named"):
         Metrics(())
 

@@ -99,6 +99,30 @@ def test_the_pyramid_by_hand(shape: tuple[int, int]) -> None:
     assert float(pyramid_distance(*rows, levels=3)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_pyramid_has_five_bands_unless_told() -> None:
+    x, y = pictures(1, 96), pictures(1, 96, "y")
+    bands = [float(pyramid_distance(x, y, levels=levels)) for levels in (1, 4, 5, 6)]
+    assert float(pyramid_distance(x, y)) == bands[2] and len(set(bands)) == 4
+    assert bands[0] == pytest.approx(float((x - y).abs().mean()), rel=1e-6)  # one band: the picture itself
+
+
+def test_the_pyramid_takes_half_precision_and_compares_in_single() -> None:
+    """A difference of 2^-10 beside 1 is lost where bfloat16 subtracts, and both operands count."""
+    x = torch.full((1, 3, 8, 8), 1.0, dtype=torch.bfloat16)
+    y = torch.full((1, 3, 8, 8), 1.0 + 2**-10)
+    for one, other in ((x, y), (y, x)):
+        distance = pyramid_distance(one, other)
+        assert distance.dtype == torch.float32 and float(distance) == pytest.approx(2**-10, rel=1e-4)
+        assert float(latent_distance(one, other)) == pytest.approx(2**-20, rel=1e-4)
+
+
+def test_the_pyramid_of_a_thin_picture_is_not_halved_along_the_long_side() -> None:
+    """The short side counts, whichever it is."""
+    for shape in ((3, 40), (40, 3)):
+        x, y = (torch.from_numpy(generator(5, n).uniform(-1, 1, (1, 3, *shape)).astype(np.float32)) for n in "ab")
+        assert float(pyramid_distance(x, y)) == pytest.approx(float((x - y).abs().mean()), rel=1e-6)
+
+
 # -------------------------------------------------------------------------------------------------------------- LPIPS
 
 
@@ -133,6 +157,21 @@ def test_lpips_is_the_published_formula(network: VggLpips) -> None:
     a, b = pictures(2, 33), pictures(2, 33, "y")
     torch.testing.assert_close(network(a, b), reference_lpips(network, a, b), atol=1e-6, rtol=1e-4)
     assert float(network(a, a).abs().max()) == 0
+
+
+@torch.no_grad()
+def test_lpips_of_weak_features_divides_by_their_length_and_little_more(network: VggLpips) -> None:
+    """Features of length 1e-6 are compared as directions: an epsilon far above 1e-10 would make them shorter."""
+    weak = VggLpips()
+    weak.load_state_dict(network.state_dict())
+    features = {tap: torch.tensor([1e-6, 0.0]).view(2, 1, 1, 1).repeat(1, 1, 2, 2) for tap in range(5)}
+    features = {tap: torch.cat([value, value.flip(0)], dim=1) for tap, value in features.items()}
+    weak._tap_features = lambda images: features.items()  # type: ignore[method-assign]
+    for tap in range(5):
+        weak.add_module(f"lin{tap}", torch.nn.Conv2d(2, 1, 1, bias=False))
+        torch.nn.init.ones_(weak.get_submodule(f"lin{tap}").weight)  # type: ignore[arg-type]
+    # each tap: unit vectors at right angles, squared distance 2
+    assert float(weak(pictures(1, 16), pictures(1, 16))) == pytest.approx(10.0, rel=1e-3)
 
 
 def test_lpips_has_a_gradient_for_the_picture_only(network: VggLpips) -> None:

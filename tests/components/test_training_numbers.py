@@ -121,6 +121,74 @@ def test_each_trainable_without_a_finite_gradient_counts_and_keeps_its_weight() 
     assert [weight_of(module) for module in objective.trainables.values()] == [1.0, 1.0, 1.0]
 
 
+def test_a_step_leaves_no_gradient_behind() -> None:
+    """None, not zeros: AdamW moves a weight with a zero gradient by its decay and its moments."""
+    objective = Line(1.0, ("a", "b"))
+    optimizers = build_optimizers(objective, SETTINGS)
+    train_step(objective, with_noise(1.0), optimizers, lr=0.1, clip_norm=9)
+    assert [module.weight.grad for module in objective.trainables.values()] == [None, None]
+
+
+def test_a_scaler_is_updated_once_between_two_steps_of_one_trainable() -> None:
+    """The steps a, b, a, b, a: an update goes before each second a, and one ends the step."""
+
+    class Repeated(Line):
+        def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+            for name in ("a", "b", "a", "b", "a"):
+                value = self.trainables[name].weight.square().sum()
+                yield name, Loss(value=value, metrics={})
+
+    calls: list[str] = []
+
+    class Scaler(torch.amp.GradScaler):  # type: ignore[misc]
+        def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+            calls.append("step")
+            return super().step(optimizer, *args, **kwargs)  # type: ignore[no-any-return]
+
+        def update(self, new_scale: float | Tensor | None = None) -> None:
+            calls.append("update")
+            super().update(new_scale)
+
+    objective = Repeated(1.0, ("a", "b"))
+    train_step(
+        objective,
+        with_noise(1.0),
+        build_optimizers(objective, SETTINGS),
+        lr=0.1,
+        clip_norm=9,
+        precision="fp16",
+        scaler=Scaler("cpu"),
+    )
+    assert calls == ["step", "step", "update", "step", "step", "update", "step", "update"]
+
+
+def test_a_trainable_without_gradients_passes_the_scaler_by() -> None:
+    """A phase whose loss does not reach its trainable: torch's scaler would refuse the step."""
+
+    class Idle(Line):
+        def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
+            yield "a", Loss(value=self.trainables["b"].weight.square().sum(), metrics={})
+
+    objective, scaler = Idle(1.0, ("a", "b")), build_scaler("fp16", "cpu")
+    report = train_step(
+        objective,
+        with_noise(1.0),
+        build_optimizers(objective, SETTINGS),
+        lr=0.1,
+        clip_norm=9,
+        precision="fp16",
+        scaler=scaler,
+    )
+    assert report["a/grad_norm"] == 0 and report["bad_steps"] == 0
+    assert [weight_of(module) for module in objective.trainables.values()] == [1.0, 1.0]
+
+
+def test_the_forward_pass_is_in_single_precision_unless_told() -> None:
+    objective = Line(1.0)
+    train_step(objective, with_noise(1.0), build_optimizers(objective, SETTINGS), lr=0.1, clip_norm=1)
+    assert objective.dtypes == [torch.float32]
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_forward_pass_has_the_precision(precision: str, dtype: torch.dtype) -> None:
     objective = Line(1.0)

@@ -57,6 +57,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     ),
     "components/systems/instarevive/scores.py": ("tests/components/test_instarevive_training.py",),
     "components/systems/prior/training.py": ("tests/components/test_one_text_priors.py",),
+    "components/training.py": ("tests/components/test_whole_batch.py",),
 }
 """Tests of files that tests reach through other modules, besides the test files that import the file itself."""
 

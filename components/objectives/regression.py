@@ -3,6 +3,7 @@
     lpips     distance of VGG-16 features, weights from files (Zhang et al. 2018); InstaRevive's appendix
     pyramid   mean absolute difference of the bands of a Laplacian pyramid (Bojanowski et al. 2018, Eq. 3), summed
     l2        mean square of latents, InstaRevive Eq. 4
+    charbonnier  sqrt(difference^2 + eps^2) (Charbonnier et al. 1994), for coarse restorers
 
 All are per sample and do not grow with the size of the picture.
 """
@@ -89,6 +90,12 @@ def _binomial_blur(x: Tensor) -> Tensor:
 def latent_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean square error per sample: [B, ...] -> float32 [B] (InstaRevive Eq. 4, with a mean instead of the sum)."""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def charbonnier_distance(prediction: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
+    """Mean of sqrt(difference^2 + eps^2) per sample: [B, ...] -> float32 [B]."""
+    difference = prediction.float() - target.float()
+    return (difference.square() + eps**2).sqrt().flatten(1).mean(dim=1)
 
 
 class VggLpips(nn.Module):

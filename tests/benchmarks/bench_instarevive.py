@@ -391,12 +391,12 @@ def build_update(case: Case, device: str, fake: str, checkpoint: bool) -> Any:
     """The product's objective with a case's random networks: a copy of the prior as generator, real and fake score."""
     import torch
 
+    from components.objectives.distillation import Distillation
     from components.objectives.regression import VggLpips
     from components.randomness import seeded_init
     from components.systems.instarevive.network import OneStepGenerator
     from components.systems.instarevive.objective import InstaReviveObjective
     from components.systems.instarevive.scores import build_scores
-    from components.systems.instarevive.settings import Distillation
 
     on_gpu = device == "cuda"
     _, backbone = build_case(case, device, torch.float32, torch.bfloat16 if on_gpu else torch.float32)

@@ -19,6 +19,7 @@ from helper_modules import load_helper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from components.objectives.distillation import Distillation
 from components.objectives.score_matching import smallest_timesteps
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.randomness import Noise
@@ -28,7 +29,6 @@ from components.systems.instantir.objectives import PreviewerObjective
 from components.systems.instantir.previewer import lora_layers
 from components.systems.instarevive.network import Conditions, EpsPredictor, build_network
 from components.systems.instarevive.objective import InstaReviveObjective
-from components.systems.instarevive.settings import Distillation
 from components.types import Batch
 
 tiny = load_helper("components/test_instantir.py")

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from components.models import ModelError
+from components.objectives.distillation import Distillation
 from components.randomness import generator
 from components.recipes import RecipeError
 from components.systems.instarevive.identity import (
@@ -23,7 +24,6 @@ from components.systems.instarevive.identity import (
     with_ip_adapter,
 )
 from components.systems.instarevive.network import EpsPredictor
-from components.systems.instarevive.settings import Distillation
 from components.systems.instarevive.training import build_objective
 
 WIDTH, TOKENS = 8, 4

@@ -13,7 +13,9 @@ import torch
 from helper_modules import load_helper
 from torch import Tensor, nn
 
+from components.objectives import score_distillation as module
 from components.objectives.diffusion import epsilon_loss
+from components.objectives.distillation import Distillation
 from components.objectives.regression import pyramid_distance
 from components.objectives.score_matching import (
     draw_timesteps,
@@ -27,11 +29,9 @@ from components.priors.sdxl import Prior
 from components.randomness import Noise, generator
 from components.recipes import Optimizer, RecipeError
 from components.samplers.schedules import FlowSchedule, Schedule
-from components.systems.instarevive import objective as module
 from components.systems.instarevive.network import EpsPredictor, OneStep, OneStepGenerator
 from components.systems.instarevive.objective import InstaReviveObjective, PriorTexts
 from components.systems.instarevive.scores import build_scores
-from components.systems.instarevive.settings import Distillation
 from components.training import (
     Ema,
     averaged_trainables,

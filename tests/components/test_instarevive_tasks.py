@@ -12,9 +12,9 @@ import torch
 from helper_modules import load_helper
 
 from components.captions.views import find_view, view_for
+from components.objectives.distillation import Distillation
 from components.recipes import RecipeError
 from components.systems import SYSTEMS
-from components.systems.instarevive.settings import Distillation
 from components.systems.recipes import load_recipe
 from components.types import SampleError
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from components.models import Model, ModelCard, ModelError, load_model, save_model
+from components.objectives.distillation import Distillation
 from components.randomness import Noise
 from components.recipes import Optimizer, RecipeError, as_dict
 from components.systems import SYSTEMS, build_restorer
 from components.systems.instarevive.network import OneStepGenerator
 from components.systems.instarevive.recipe import InstaReviveRecipe
-from components.systems.instarevive.settings import Distillation
 from components.systems.instarevive.training import (
     MEASURE_SEED,
     BackboneObjective,

@@ -13,10 +13,10 @@ from helper_modules import load_helper
 from torch import Tensor
 
 from components import training
+from components.objectives.distillation import Distillation
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.randomness import Noise
 from components.systems.instantir.objectives import AggregatorObjective, PerceptorObjective, PreviewerObjective
-from components.systems.instarevive.settings import Distillation
 from components.systems.prior.training import AutoencoderObjective, DenoiserObjective, ImageEncoderObjective
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import build_swinir

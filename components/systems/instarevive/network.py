@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
@@ -82,19 +82,6 @@ class Conditions:
 def join(parts: Sequence[Conditions]) -> Conditions:
     """Concatenate along the batch: guidance calls the network once for both halves."""
     return Conditions(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
-
-
-class ScoreNetwork(Protocol):
-    """A noise predictor: the interface of real and fake score.
-
-    `latents` have the noise of `schedule` at int64 `timesteps` [B]. The result is the predicted standard normal noise
-    of the same shape [B, C, h, w], in the latents' dtype, for every kind of prediction of the network.
-    """
-
-    @property
-    def schedule(self) -> Schedule | FlowSchedule: ...
-
-    def predict_eps(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor: ...
 
 
 class EpsPredictor(nn.Module):

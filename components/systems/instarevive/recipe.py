@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from components.objectives.distillation import Distillation
 from components.recipes import Gate, Recipe, RecipeError
 from components.systems.instarevive.options import check_options
-from components.systems.instarevive.settings import PRIORS, AlignStart, Distillation, Family
+from components.systems.instarevive.settings import PRIORS, AlignStart, Family
 
 
 @dataclass(kw_only=True)

@@ -16,9 +16,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from components.objectives.score_distillation import ScoreNetwork
 from components.randomness import seeded_init
 from components.samplers.schedules import FlowSchedule, Schedule
-from components.systems.instarevive.network import Conditions, EpsPredictor, ScoreNetwork
+from components.systems.instarevive.network import Conditions, EpsPredictor
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Attention projections, of DiTs and UNets."""

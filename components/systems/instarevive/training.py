@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from components.models import Model, ModelError, load_model
 from components.naming import list_some
 from components.objectives.regression import load_lpips
+from components.objectives.score_distillation import ScoreNetwork
 from components.priors.one_text import OneTextPrior
 from components.priors.sdxl import Prior
 from components.randomness import Noise
@@ -30,7 +31,7 @@ from components.systems.instarevive.identity import (
     load_picture_embedder,
     with_ip_adapter,
 )
-from components.systems.instarevive.network import Conditions, EpsPredictor, OneStep, OneStepGenerator, ScoreNetwork
+from components.systems.instarevive.network import Conditions, EpsPredictor, OneStep, OneStepGenerator
 from components.systems.instarevive.objective import InstaReviveObjective, PriorTexts, Texts
 from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.recipe import InstaReviveRecipe

@@ -6,20 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image as Pillow
-from torch import Tensor
 
-from components.images import pad_to_multiple, working_size
+from components.images import working_size
 from components.models import Model
 from components.priors.files import DTYPES, Precision
-from components.samplers.tiles import gaussian_weights, tile_boxes
+from components.samplers.picture_tiles import restore_in_tiles
 from components.systems.swinir.network import SwinIR
 from components.systems.swinir.objective import check_same_size
 from components.systems.swinir.options import Options, option_texts, parse_options, restore_defaults
 from components.systems.swinir.weights import network_of
-from components.tensors import check_pictures
-from components.types import Cancellation, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
+from components.types import Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
 
 
 class SwinIRRestorer(Restorer):
@@ -74,7 +71,6 @@ class SwinIRRestorer(Restorer):
         return _resize(restored, size)
 
 
-@torch.inference_mode()
 def restore_image(
     network: SwinIR,
     image: Image,
@@ -83,62 +79,9 @@ def restore_image(
     cancelled: Cancelled | None = None,
     key: str = "",
 ) -> Image:
-    """Restore one picture, uint8 [H, W, 3] -> the same size.
-
-    The picture is padded with its mirror image to the network's multiple. Sides above tile_px are split
-    into overlapping tiles with Gaussian weights. Memory, except for the 8-bit pictures, is that of a tile and a row of
-    tiles.
-
-    Args:
-        network: on any device; tiles are moved there one by one.
-        tile_px: rounded down to a multiple of network.config.multiple_px.
-        overlap: least overlap of neighbours, as a share of a tile, 0 to 0.9.
-        cancelled: called before each tile.
-        key: the picture's name, for errors.
-
-    Raises:
-        SampleError: "not_finite", see tensors.check_pictures.
-        Cancellation: `cancelled()` became true.
-    """
-    multiple = network.config.multiple_px
-    height, width = image.shape[:2]
-    padded = pad_to_multiple(image, multiple)
-    rows, columns = padded.shape[:2]
-    side = max(multiple, tile_px // multiple * multiple)
-    boxes = tile_boxes(rows, columns, (side, side), overlap, multiple)
-    weights = gaussian_weights(*boxes[0][2:]).to(torch.float32)[..., None].numpy()
-    result = np.empty_like(padded)
-    total = np.zeros((rows, columns, 1), dtype=np.float32)
-    for top, left, h, w in boxes:
-        total[top : top + h, left : left + w] += weights
-    strip, strip_top = np.zeros((0, columns, 3), dtype=np.float32), 0
-    for top, left, h, w in boxes:
-        if cancelled is not None and cancelled():
-            raise Cancellation("cancelled between two tiles")
-        if top > strip_top:  # boxes are in reading order: the rows above are complete
-            _write_rows(result, strip[: top - strip_top], strip_top)
-            strip, strip_top = strip[top - strip_top :], top
-        missing_rows = top + h - strip_top - len(strip)
-        if missing_rows > 0:
-            strip = np.concatenate([strip, np.zeros((missing_rows, columns, 3), np.float32)])
-        restored = _restore_tile(network, padded[top : top + h, left : left + w], key)
-        strip[:h, left : left + w] += restored * (weights / total[top : top + h, left : left + w])
-    _write_rows(result, strip, strip_top)
-    return np.ascontiguousarray(result[:height, :width])
-
-
-def _restore_tile(network: SwinIR, image: Image, key: str) -> np.ndarray:
-    """Restore one tile, uint8 [h, w, 3] -> float32 [h, w, 3] in [0, 1], not clipped."""
-    weight = network.conv_last.weight
-    pixels: Tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(weight.device)
-    restored = network(pixels.to(torch.float32).div(255).to(weight.dtype))
-    check_pictures(restored, [key])
-    return restored[0].permute(1, 2, 0).to(torch.float32).cpu().numpy()
-
-
-def _write_rows(result: Image, rows: np.ndarray, top: int) -> None:
-    """Round complete float rows into the 8-bit picture."""
-    result[top : top + len(rows)] = np.rint(np.clip(rows, 0, 1) * 255).astype(np.uint8)
+    """Restore one picture, uint8 [H, W, 3] -> the same size; see restore_in_tiles."""
+    like = network.conv_last.weight
+    return restore_in_tiles(network, image, network.config.multiple_px, tile_px, overlap, like, cancelled, key)
 
 
 def _resize(image: Image, size: tuple[int, int]) -> Image:

@@ -1,0 +1,1 @@
+"""A residual U-Net that restores pictures in one step: a regression, and a generator of the detail it leaves out."""

@@ -1,0 +1,35 @@
+"""Networks from model folders, and their tensors for new ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from components.models import Model, ModelError, load_strictly
+from components.systems.unetres.config import config_from
+from components.systems.unetres.network import UNetRes
+
+REGRESSION = "regression"
+"""Part of a model folder: the network that restores by itself."""
+
+
+def parameters_of(network: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors by key."""
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def network_of(model: Model, part: str = REGRESSION) -> UNetRes:
+    """A network of a model folder, in evaluation mode.
+
+    Raises:
+        ModelError: a model of another system, an invalid config, or keys or shapes that do not fit it.
+    """
+    if model.info["system"] != "unetres" or part not in model.info["parts"]:
+        raise ModelError(f"{model.path}: holds no {part} of a UNetRes, but a {model.info['system']} model")
+    try:
+        config = config_from(model.info["config"][part])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{model.path}: its config makes no UNetRes: {error}") from error
+    network = UNetRes(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    load_strictly(network, model.part(part), f"{model.path}: part {part}")
+    return network.eval()

@@ -1,0 +1,63 @@
+"""Options of a restoration request. Torch-free: they are checked before a job starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+from components.options import typed_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a restoration.
+
+    Attributes:
+        strength: share of the generator's detail, from 0 (the regression alone) to 1; a model without a generator
+            ignores it.
+        tile_px: side of a tile; larger pictures are restored in tiles. Rounded down to the network's multiple.
+        tile_overlap: least overlap of neighbours, as a share of a tile.
+    """
+
+    strength: float = 1.0
+    tile_px: int = 768
+    tile_overlap: float = 0.125
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"option strength must be between 0 and 1, got {self.strength}")
+        if self.tile_px < 1:
+            raise ValueError(f"option tile_px must be at least 1, got {self.tile_px}")
+        if not 0 <= self.tile_overlap <= 0.9:
+            raise ValueError(f"option tile_overlap must be between 0 and 0.9, got {self.tile_overlap}")
+
+
+def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Default restorer options from a resolved recipe."""
+    return dict(recipe.get("restore_options") or {})
+
+
+def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The options in their own types; see components.options.OptionCheck.
+
+    Args:
+        defaults: from the model's recipe, see restore_defaults.
+
+    Raises:
+        ValueError: an unknown name (with the nearest one), a wrong type, or a value outside its range.
+    """
+    values = typed_options(options, get_type_hints(Options))
+    replace(parse_options(defaults, Options()), **values)  # checks the ranges
+    return values
+
+
+def parse_options(options: Mapping[str, Any], defaults: Options) -> Options:
+    """Options by name over defaults; raises like check_options."""
+    return replace(defaults, **typed_options(options, get_type_hints(Options)))
+
+
+def option_texts(options: Options) -> dict[str, str]:
+    """Options as text, for a PNG's text chunks."""
+    return {name: str(value) for name, value in asdict(options).items()}

@@ -1,0 +1,157 @@
+"""Packed training states next to a model folder: `state/` holds what a training needs to go on from the model.
+
+state/state.json            step, recipe (digest), progress, and the curve of the held-out losses so far
+state/tensors.safetensors   see components.packed_states
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.recipes import Recipe
+from components.writing import replace_file
+from pipelines.core.errors import Failure, UsageError
+from pipelines.core.metrics import read_metrics
+from pipelines.core.rows import json_text
+from pipelines.training.recipes import recipe_documents, recipe_version
+from pipelines.training.stage_files import METRICS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from components.models import Model
+
+STATE, STATE_JSON, TENSORS = "state", "state.json", "tensors.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A packed state.
+
+    Attributes:
+        model: the folder next to it, with the averaged weights.
+        folder: of the state.
+        step: finished steps.
+        recipe: digest of the recipe, see recipe_digest.
+        progress: of the objective.
+        curve: held-out values by name and step.
+    """
+
+    model: Model
+    folder: Path
+    step: int
+    recipe: str
+    progress: Mapping[str, float] = field(default_factory=dict)
+    curve: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of components.packed_states."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / TENSORS)
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Digest of everything in a recipe that a packed state must agree with."""
+    document = [recipe_documents(recipe)[1], recipe_version(recipe)]
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def read_packed(model: str | Path) -> Packed:
+    """The packed state next to a model folder or shipped model.
+
+    Raises:
+        UsageError: there is no model or no state, or the state is damaged.
+    """
+    from components.models import ModelError, load_model
+
+    try:
+        folder = load_model(model)
+        state = folder.path / STATE
+        document = json.loads((state / STATE_JSON).read_bytes())
+        return Packed(
+            model=folder,
+            folder=state,
+            step=int(document["step"]),
+            recipe=str(document["recipe"]),
+            progress={str(name): float(value) for name, value in document["progress"].items()},
+            curve=document["curve"],
+        )
+    except (ModelError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{model} has no packed state to start from ({type(error).__name__}: {error}).") from error
+
+
+def packed_start(model: str, recipe: Recipe) -> Path | None:
+    """The folder of the model if its packed state is of this recipe; None without a name, or for another recipe.
+
+    Raises:
+        UsageError: see read_packed.
+    """
+    if not model:
+        return None
+    packed = read_packed(model)
+    return packed.model.path if packed.recipe == recipe_digest(recipe) else None
+
+
+def pack_stage(recipe: Recipe, inputs: Mapping[str, Path], stage: Path, out: Path, card: str = "") -> Packed:
+    """Write a model folder in half precision with the averaged weights of a stage's newest checkpoint, and its state.
+
+    Args:
+        recipe: of the stage.
+        inputs: model folders by the stage that trained them.
+        stage: the stage's folder.
+        out: the model folder; replaced.
+        card: text of files/CARD.md; "" for none.
+
+    Raises:
+        Failure: the stage has no checkpoint.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from components.models import ModelCard, load_model, save_model
+    from components.packed_states import pack_state
+    from components.recipes import identity
+    from components.systems import SYSTEMS
+    from components.training import Ema, averaged_trainables, build_optimizers, restore_state
+
+    states = sorted((stage / "ray" / "run").glob("checkpoint_*/state.pt"))
+    if not states:
+        raise Failure(f"{stage} has no checkpoint.")
+    state: dict[str, Any] = torch.load(states[-1], weights_only=True, map_location="cpu")
+    parents = {name: load_model(folder) for name, folder in inputs.items()}
+    objective = SYSTEMS[recipe.system].build_objective(recipe, parents)
+    ema = Ema(averaged_trainables(objective), recipe.ema_decay) if recipe.ema_decay else None
+    restore_state(state, objective, build_optimizers(objective, recipe.optimizer), ema)
+    if ema is not None:
+        ema.swap_in().__enter__()  # the objective is thrown away
+    parts = objective.parts()
+    curve = {
+        name: {str(step): value for step, value in values.items()}
+        for name, values in read_metrics(stage / METRICS).items()
+        if name.startswith("heldout/")
+    }
+    card_fields = ModelCard(
+        name=out.name,
+        system=recipe.system,
+        recipe=identity(recipe),
+        config=objective.config,
+        parents={name: model.digest for name, model in parents.items()},
+        metrics={"step": state["step"], "steps": recipe.steps},
+    )
+    model = save_model(out, card_fields, parts, {"CARD.md": card} if card else {}, half=True)
+    (out / STATE).mkdir()
+    save_file(pack_state(state, parts), out / STATE / TENSORS)
+    document = {
+        "step": int(state["step"]),
+        "recipe": recipe_digest(recipe),
+        "progress": dict(state["progress"]),
+        "curve": curve,
+    }
+    replace_file(out / STATE / STATE_JSON, (json_text(document, indent=1) + "\n").encode())
+    return read_packed(model.path)

@@ -1,4 +1,4 @@
-"""Picture quality by name, one picture at a time, through pyiqa.
+"""Picture quality by name, one picture at a time, through pyiqa and our own ST-LPIPS.
 
 This module alone imports pyiqa, at the first use of a metric: the import takes seconds and hundreds of MB. The default
 set needs no file from the network. Any other pyiqa name is accepted too and may download weights.
@@ -9,6 +9,10 @@ set needs no file from the network. Any other pyiqa name is accepted too and may
     ssim, ms_ssim  1 for equal pictures, on Y; ms_ssim halves the picture four times and needs 161 px a side.
     gmsd           deviation of gradient similarity, 0 for equal pictures.
     vif            share of the target's information in the result, 1 for equal pictures; sharpening can exceed 1.
+    st_lpips       shift-tolerant LPIPS, 0 for equal pictures; a learned score whose weights come with the requirements.
+    niqe_restoray  without a target: distance from the statistics of sharp photographs, 0 and up; not NIQE.
+    consistency    dB: the result, degraded again by the recorded plan, against the input.
+    color_drift    mean Delta E between the colours of result and input, over areas of 16 px.
     piqe           without a target: 0 (clean) to 100 (blocky, noisy or blurred), from local statistics only.
 """
 
@@ -19,7 +23,7 @@ import logging
 import math
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +32,11 @@ import numpy as np
 
 from components.evaluation.downloads import weights_error
 from components.naming import near_name
-from components.types import Image, SampleError
+from components.types import Image, Plan, SampleError
 
-NO_DOWNLOAD: tuple[str, ...] = ("psnr", "ssim", "ms_ssim", "gmsd", "vif", "piqe")
+NO_DOWNLOAD: tuple[str, ...] = (
+    "psnr", "ssim", "ms_ssim", "gmsd", "vif", "st_lpips", "piqe", "niqe_restoray", "consistency", "color_drift"
+)  # fmt: skip
 """The default set: no network, each below 0.3 s at 256 px on one CPU thread."""
 
 ONE_THREAD_PIXELS = 1_000_000
@@ -55,6 +61,7 @@ class MetricInfo:
         needs_detail: undefined for a target of one colour (a ratio of zeros), and then recorded as missing.
         downloads: the first use may download weights.
         judges: what the metric judges, if that is not a picture alone: one of JUDGES' values.
+        compares: "input": with the input picture; "plan": with it, and needs the plan that made it; "" for neither.
     """
 
     higher_is_better: bool
@@ -64,6 +71,7 @@ class MetricInfo:
     needs_detail: bool = False
     downloads: bool = False
     judges: str = ""
+    compares: str = ""
 
 
 JUDGES = {"FID": "sets of pictures", "InceptionScore": "sets of pictures", "CLIPScore": "pictures with captions"}
@@ -89,8 +97,37 @@ METRIC_INFO: dict[str, MetricInfo] = {
     "mad": MetricInfo(higher_is_better=False, min_side_px=64),
     "piqe": MetricInfo(higher_is_better=False, full_reference=False, min_side_px=32),
     "entropy": MetricInfo(higher_is_better=True, full_reference=False),
+    "st_lpips": MetricInfo(higher_is_better=False, min_side_px=32),
+    "niqe_restoray": MetricInfo(higher_is_better=False, full_reference=False, min_side_px=96),
+    "consistency": MetricInfo(higher_is_better=True, full_reference=False, unit="dB", compares="plan"),
+    "color_drift": MetricInfo(higher_is_better=False, full_reference=False, compares="input"),
 }
 """The metrics that need no download; `metric_info` looks others up in pyiqa."""
+
+
+def _st_lpips(device: str) -> Any:
+    from components.evaluation.st_lpips import load_st_lpips
+
+    return load_st_lpips(device)
+
+
+def _niqe_restoray(device: str) -> Any:
+    from components.evaluation.niqe_restoray import naturalness
+    from components.tensors import tensor_to_images
+
+    return lambda images: naturalness(tensor_to_images(images * 2 - 1)[0])
+
+
+OWN: dict[str, Callable[[str], Any]] = {"st_lpips": _st_lpips, "niqe_restoray": _niqe_restoray}
+"""Metrics of ours: (device) -> network, called like pyiqa's with pictures [1, 3, H, W] in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The input of a restored picture, uint8 [H', W', 3], and the plan that made it; None if it is not recorded."""
+
+    lq: Image
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,29 +250,35 @@ class Metrics:
 
     def _network(self, name: str) -> Any:
         if name not in self._networks:
-            create = _load_pyiqa()[0].create_metric
             try:
+                if name in OWN:
+                    self._networks[name] = OWN[name](self.device)
+                    return self._networks[name]
+                create = _load_pyiqa()[0].create_metric
                 with contextlib.redirect_stdout(sys.stderr), _patience():  # pyiqa prints; stdout is for results
                     self._networks[name] = create(name, device=self.device)
             except Exception as error:  # noqa: BLE001 the libraries below raise many kinds
                 raise MetricError(weights_error(name, error)) from None
         return self._networks[name]
 
-    def score(self, restored: Image, hq: Image | None = None, key: str = "") -> dict[str, float]:
+    def score(
+        self, restored: Image, hq: Image | None = None, key: str = "", origin: Origin | None = None
+    ) -> dict[str, float]:
         """The values only; `measure` also returns the reasons for missing ones."""
-        return self.measure(restored, hq, key).values
+        return self.measure(restored, hq, key, origin).values
 
-    def measure(self, restored: Image, hq: Image | None = None, key: str = "") -> Scores:
+    def measure(self, restored: Image, hq: Image | None = None, key: str = "", origin: Origin | None = None) -> Scores:
         """Scores one picture.
 
         Args:
             restored: uint8 [H, W, 3].
             hq: the target, same shape; with None the full-reference metrics are missing.
             key: the sample's key, for errors.
+            origin: the picture's input, for the metrics that compare with it.
 
         Returns:
-            Finite values by metric, and a reason for each metric without one ("no target", "needs 161 px a side, ...",
-            "not a number", or the error of the metric).
+            Finite values by metric, and a reason for each metric without one ("no target", "no input", "no recorded
+            plan", "needs 161 px a side, ...", "not a number", or the error of the metric).
 
         Raises:
             SampleError: "shape": a picture is not uint8 RGB, or the two sizes differ.
@@ -249,7 +292,8 @@ class Metrics:
                 raise SampleError("shape", f"restored picture and target differ in size: {sizes}", key)
         scores = Scores()
         for name in self.names:
-            value, reason = self._one(name, restored, hq)
+            compares = self.info[name].compares
+            value, reason = _agreement(name, restored, origin) if compares else self._one(name, restored, hq)
             if value is None:
                 scores.missing[name] = reason
             else:
@@ -279,3 +323,19 @@ class Metrics:
         except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:  # undefined on this picture
             return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         return (value, "") if math.isfinite(value) else (None, f"not a number ({value})")
+
+
+def _agreement(name: str, restored: Image, origin: Origin | None) -> tuple[float | None, str]:
+    """Value, or None and the reason, of a metric that compares with the input."""
+    from components.evaluation.agreement import color_drift, consistency_db
+
+    if origin is None:
+        return None, "no input"
+    if name == "color_drift":
+        return color_drift(restored, origin.lq), ""
+    if origin.plan is None:
+        return None, "no recorded plan"
+    try:
+        return consistency_db(restored, origin.lq, origin.plan), ""
+    except ValueError as error:
+        return None, str(error)

@@ -26,11 +26,11 @@ import cv2
 import numpy as np
 
 from components.evaluation import TOO_FEW
-from components.evaluation.metrics import NO_DOWNLOAD, MetricError, MetricInfo, Metrics, without_target
+from components.evaluation.metrics import NO_DOWNLOAD, MetricError, MetricInfo, Metrics, Origin, without_target
 from components.evaluation.statistics import mean_interval
 from components.images import ANY_SHAPE, Limits, decode
 from components.naming import printable
-from components.types import Image, SampleError
+from components.types import Image, Plan, SampleError
 from components.writing import replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, UsageError, unknown
@@ -40,6 +40,9 @@ from pipelines.core.rows import end_torn_line, read_lines, write_lines
 
 RESTORED = "restored"
 BASELINES = ("lq", "bicubic_median")
+PLAN_RECORDS = {"records.jsonl": ("", "output_sha256"), "heldout.jsonl": ("..", "lq_sha256")}
+"""Records of degradations: where they lie as seen from the inputs, and the entry with an input's sha256."""
+
 STATISTICS = "2"
 """Version of intervals and verdicts in summary.json. Before 2 the intervals of few pictures were too narrow."""
 
@@ -237,7 +240,8 @@ def evaluate(
     for name in baselines:
         if name not in BASELINES:
             raise unknown("baseline", name, BASELINES)
-    scorer = _scorer(metrics, device, has_targets=hq_dir is not None)
+    plans = recorded_plans(Path(lq_dir))
+    scorer = _scorer(metrics, device, has_targets=hq_dir is not None, has_plans=bool(plans))
     missing: list[dict[str, str]] = []
     folders = {RESTORED: Path(restored_dir), "lq": Path(lq_dir), **({"hq": Path(hq_dir)} if hq_dir is not None else {})}
     paths = {role: pictures_by_key(folder, missing) for role, folder in folders.items()}
@@ -259,7 +263,7 @@ def evaluate(
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = {key: {role: paths[role][key] for role in folders} for key in keys}
-        rows, reused = _score_all(files, out / "scores.jsonl", versions, arms, scorer, missing, progress, limits)
+        rows, reused = _score_all(files, plans, out / "scores.jsonl", versions, arms, scorer, missing, progress, limits)
         summary = summarise(rows, scorer.info, arms, missing)
         summary = replace(summary, folders=place, versions={**versions, "statistics": STATISTICS}, reused=reused)
         replace_file(out / "summary.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
@@ -282,10 +286,23 @@ def check_metrics(names: Sequence[str], has_targets: bool = True) -> None:
     _scorer(names or None, "cpu", has_targets)
 
 
-def _scorer(names: Sequence[str] | None, device: str, has_targets: bool) -> Metrics:
-    """The metrics of an evaluation; None takes the default set, as far as there are targets for it."""
+def recorded_plans(lq_dir: Path) -> dict[str, Plan]:
+    """Plans by the sha256 of the input that they made, from the records of `restoray degrade` or of a run."""
+    plans: dict[str, Plan] = {}
+    for name, (place, entry) in PLAN_RECORDS.items():
+        for row in read_lines(lq_dir / place / name):
+            if isinstance(row.get("plan"), Mapping) and entry in row:
+                plans[str(row[entry])] = row["plan"]
+    return plans
+
+
+def _scorer(names: Sequence[str] | None, device: str, has_targets: bool, has_plans: bool = True) -> Metrics:
+    """The metrics of an evaluation; None takes the default set, as far as there are targets and plans for it."""
     try:
-        scorer = Metrics((NO_DOWNLOAD if has_targets else without_target()) if names is None else names, device)
+        if names is None:
+            default = NO_DOWNLOAD if has_targets else without_target()
+            names = [name for name in default if has_plans or name != "consistency"]
+        scorer = Metrics(names, device)
     except ValueError as error:
         raise UsageError(str(error)) from error
     needy = [name for name, info in scorer.info.items() if info.full_reference and not has_targets]
@@ -322,6 +339,7 @@ def _with_keys_of(restored: Mapping[str, Path], others: Mapping[str, Path], fold
 
 def _score_all(
     files: Mapping[str, Mapping[str, Path]],
+    plans: Mapping[str, Plan],
     scores_path: Path,
     versions: Mapping[str, str],
     arms: Sequence[str],
@@ -345,7 +363,8 @@ def _score_all(
                     reused += 1
                 else:
                     scorer.load()
-                    row = _score_row(key, data, digests, versions, arms, scorer, limits)
+                    plan = plans.get(digests["lq"])
+                    row = _score_row(key, data, plan, digests, versions, arms, scorer, limits)
                     stream.write(json.dumps(row) + "\n")
                     stream.flush()
                 rows.append(row)
@@ -372,6 +391,7 @@ def _reusable(
 def _score_row(
     key: str,
     data: Mapping[str, bytes],
+    plan: Plan | None,
     digests: Mapping[str, str],
     versions: Mapping[str, str],
     arms: Sequence[str],
@@ -382,7 +402,8 @@ def _score_row(
     restored, hq = pictures[RESTORED], pictures.get("hq")
     height, width = (restored if hq is None else hq).shape[:2]
     _check_shapes(pictures["lq"], height, width, "restored picture" if hq is None else "target", key)
-    results = {a: scorer.measure(_arm_picture(a, restored, pictures["lq"], height, width), hq, key) for a in arms}
+    lq, origin = pictures["lq"], Origin(lq=pictures["lq"], plan=plan)
+    results = {a: scorer.measure(_arm_picture(a, restored, lq, height, width), hq, key, origin) for a in arms}
     return {
         "key": key,
         "sha256": dict(digests),
@@ -447,7 +468,9 @@ def summarise(
                 comparisons.append(compare(name, infos[name], opponent, pairs))
     opponents = arms[1:]
     verdicts = {c.metric: c.sentence for c in comparisons if opponents and c.opponent == opponents[0]}
-    sentences = [overall_verdict(comparisons, opponent, infos) for opponent in opponents]
+    verdicts |= {name: _beside_input(name, means) for name in verdicts if infos[name].compares}
+    judged = [c for c in comparisons if not infos[c.metric].compares]  # handing the input back scores best in these
+    sentences = [overall_verdict(judged, opponent, infos) for opponent in opponents]
     verdict = " ".join(sentence for sentence in sentences if sentence)
     without_scores = len({entry["key"] for entry in all_missing if "metric" not in entry})
     if without_scores:
@@ -457,7 +480,12 @@ def summarise(
     return Summary(
         pictures=[row["key"] for row in rows],
         metrics={
-            n: {"higher_is_better": i.higher_is_better, "full_reference": i.full_reference, "unit": i.unit}
+            n: {
+                "higher_is_better": i.higher_is_better,
+                "full_reference": i.full_reference,
+                "unit": i.unit,
+                **({"compares": i.compares} if i.compares else {}),
+            }
             for n, i in infos.items()
         },
         means=means,
@@ -467,6 +495,20 @@ def summarise(
         missing=all_missing,
         quarantined=without_scores,
     )
+
+
+def _beside_input(name: str, means: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The sentence of a metric that compares with the input: the input's own score and the gain stand beside it."""
+
+    def mean_of(arm: str, metric: str) -> float | None:
+        entry = means.get(arm, {}).get(metric)
+        return None if entry is None else entry["mean"]
+
+    own, input_score = mean_of(RESTORED, name), mean_of(BASELINES[0], name)
+    sentence = f"In {name} restored has {own:.2f}, the input itself {input_score:.2f}"
+    restored, degraded = mean_of(RESTORED, "psnr"), mean_of(BASELINES[0], "psnr")
+    gain = "" if restored is None or degraded is None else f", beside a gain of {restored - degraded:+.2f} dB in psnr"
+    return f"{sentence}{gain}: handing the input back would score best, so this does not count in the verdict."
 
 
 def restate(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -482,7 +524,9 @@ def restate(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
     if document["versions"].get("statistics") == STATISTICS:
         return dict(document)
     infos = {
-        name: MetricInfo(higher_is_better=info["higher_is_better"], unit=info["unit"])
+        name: MetricInfo(
+            higher_is_better=info["higher_is_better"], unit=info["unit"], compares=info.get("compares", "")
+        )
         for name, info in document["metrics"].items()
     }
     missing = [entry for entry in document["missing"] if "metric" not in entry]

@@ -103,5 +103,5 @@ def test_metrics_of_sets_and_of_captions_are_refused_by_name() -> None:
 
 
 def test_metrics_without_a_target() -> None:
-    assert without_target() == ("piqe",)
+    assert without_target() == ("piqe", "niqe_restoray", "consistency", "color_drift")
     assert without_target(("psnr", "entropy", "niqe", "lpips")) == ("entropy", "niqe")

@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 
-from components.evaluation.metrics import IDENTITY_PSNR_DB, METRIC_INFO, NO_DOWNLOAD, Metrics, metric_info
+from components.evaluation.metrics import IDENTITY_PSNR_DB, METRIC_INFO, NO_DOWNLOAD, OWN, Metrics, metric_info
 from components.randomness import generator
 from components.types import SampleError
 
@@ -65,20 +65,21 @@ def test_identity_is_finite_and_perfect(metrics, offline):
 def test_direction_agrees_with_more_noise(metrics, offline):
     hq = picture()
     mild, strong = metrics.score(noisy(hq, 8), hq), metrics.score(noisy(hq, 40), hq)
-    for name in metrics.names:
+    for name in mild.keys() - {"niqe_restoray"}:  # waves are no photograph
         assert (mild[name] > strong[name]) is METRIC_INFO[name].higher_is_better, name
 
 
 def test_every_name_has_a_number_or_a_reason(metrics):
     small = metrics.measure(picture(160, 200), picture(160, 200, seed=1))
-    assert small.missing == {"ms_ssim": "needs 161 px a side, the picture has 160"}
-    assert set(small.values) == set(metrics.names) - {"ms_ssim"}
+    no_input = dict.fromkeys(("consistency", "color_drift"), "no input")
+    assert small.missing == {"ms_ssim": "needs 161 px a side, the picture has 160", **no_input}
+    assert set(small.values) == set(metrics.names) - {"ms_ssim", "consistency", "color_drift"}
     assert "ms_ssim" in metrics.score(picture(161, 161), picture(161, 161, seed=1))
     alone = metrics.measure(picture())
-    assert set(alone.values) == {"piqe"}
-    assert set(alone.missing.values()) == {"no target"}
+    assert set(alone.values) == {"piqe", "niqe_restoray"}
+    assert set(alone.missing.values()) == {"no target", "no input"}
     flat = np.full((176, 176, 3), 90, np.uint8)
-    assert metrics.measure(flat, flat).missing == {"vif": "the target is one flat colour"}
+    assert metrics.measure(flat, flat).missing == {"vif": "the target is one flat colour", **no_input}
 
 
 @pytest.mark.parametrize("name", [name for name, info in METRIC_INFO.items() if info.min_side_px > 1])
@@ -96,8 +97,9 @@ def test_the_smallest_side_is_scored_and_one_pixel_less_is_not(name):
 
 def test_the_smallest_sides_are_those_of_the_networks():
     """Filters of 11 px, three and five halvings, blocks: below these sides pyiqa fails or measures its own padding."""
+    own = "st_lpips 32 niqe_restoray 96 consistency 1 color_drift 1"
     sides = "psnr 1 psnry 1 ssim 11 ssimc 11 ms_ssim 161 cw_ssim 64 fsim 32 gmsd 8 nlpd 64 vif 64 vsi 32 mad 64 piqe 32"
-    assert " ".join(f"{name} {info.min_side_px}" for name, info in METRIC_INFO.items()) == f"{sides} entropy 1"
+    assert " ".join(f"{name} {info.min_side_px}" for name, info in METRIC_INFO.items()) == f"{sides} entropy 1 {own}"
 
 
 def test_an_error_without_a_text_is_a_reason_too():
@@ -173,6 +175,8 @@ def test_table_agrees_with_pyiqa():
     from pyiqa.default_model_configs import DEFAULT_CONFIGS
 
     for name, info in METRIC_INFO.items():
+        if name in (*OWN, "consistency", "color_drift"):
+            continue
         assert info.higher_is_better is not DEFAULT_CONFIGS[name].get("lower_better", False), name
         assert info.full_reference is (DEFAULT_CONFIGS[name]["metric_mode"] == "FR"), name
 

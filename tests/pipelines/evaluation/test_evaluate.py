@@ -179,10 +179,40 @@ def test_without_targets_metrics_that_need_one_are_refused_and_the_others_work(f
     assert not (tmp_path / "out").exists()
     for metrics in (None, ("piqe", "entropy")):
         summary = evaluate(folders["restored"], folders["lq"], None, tmp_path / "out", metrics=metrics)
-        names = {"piqe"} if metrics is None else {"piqe", "entropy"}
+        names = {"piqe", "color_drift"} if metrics is None else {"piqe", "entropy"}
         assert all(set(summary.means[arm]) == names for arm in ("restored", "lq", "bicubic_median"))
         assert {c.metric for c in summary.comparisons} == set(summary.verdicts) == names
-        assert summary.missing == [] and "hq" not in summary.folders
+        small = [entry for entry in summary.missing if entry["metric"] == "niqe_restoray"]
+        assert summary.missing == small and len(small) == (12 if metrics is None else 0)
+        assert "hq" not in summary.folders
+
+
+def test_inputs_with_recorded_plans_have_a_consistency(tmp_path):
+    """The plan is that of the input's bytes, wherever the records are; the input's own score stands beside it."""
+    from components.degradations import build_degradation
+    from components.images import decode, to_float, to_uint8
+    from pipelines.evaluation.degrade import degrade_folder
+
+    originals = tmp_path / "originals"
+    originals.mkdir()
+    for index in range(6):
+        (originals / f"p{index}.png").write_bytes(encode_png(clean(index, 96, 112), {}))
+    degrade_folder(originals, tmp_path / "lq", "x4-noise40", seed=3)
+    assert evaluate(originals, originals, None, tmp_path / "none", metrics=("piqe",)).pictures
+    assert "consistency" not in evaluate(originals, originals, None, tmp_path / "none").metrics  # no plans there
+    summary = evaluate(originals, tmp_path / "lq", originals, tmp_path / "out", metrics=("psnr", "consistency"))
+    assert summary.means["restored"]["consistency"] == {"mean": 80.0, "pictures": 6}  # the true picture
+    lq = decode((tmp_path / "lq" / "p0.png").read_bytes())
+    plan = build_degradation("x4-noise40").draw(3, "p0", 0)
+    again = to_uint8(build_degradation("none").apply(to_float(lq), plan))
+    row = json.loads((tmp_path / "out" / "scores.jsonl").read_text().splitlines()[0])
+    assert row["scores"]["lq"]["consistency"] == pytest.approx(psnr(again.astype(float), lq.astype(float)), abs=1e-4)
+    assert "consistency" not in summary.verdict and "psnr" in summary.verdict
+    sentence = summary.verdicts["consistency"]
+    assert sentence.startswith("In consistency restored has 80.00, the input itself ") and "dB in psnr" in sentence
+    (tmp_path / "lq" / "p1.png").write_bytes(encode_png(clean(1, 96, 112), {}))  # not the record's picture
+    changed = evaluate(originals, tmp_path / "lq", originals, tmp_path / "out", metrics=("psnr", "consistency"))
+    assert {(m["key"], m["reason"]) for m in changed.missing} == {("p1", "no recorded plan")}
 
 
 def test_the_command_works_without_originals(folders, tmp_path):

@@ -65,7 +65,7 @@ class SourceSpec:
             "" if the command line sets it.
         storage: fsspec options of that store ("endpoint_url", "anon"). Secrets come from the environment or from the
             command line; no file and no message holds them, see components.secrets.
-        names: file names to use (skimage); empty uses all pictures with a cleared licence.
+        names: file names to use (skimage, demo_corpus); empty uses all pictures with a cleared licence.
         count, size_px, seed: settings of dead_leaves.
         image_column: parquet column of bytes, or of structs with a field "bytes".
         key_column, caption_column, licence_column: columns of parquet and url tables; "" for none.

@@ -9,9 +9,11 @@ gradients. So the training goes on at the same step with nearly the same step si
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from components.models import ModelError
@@ -78,6 +80,16 @@ def unpack_state(
                 }
             if ema is not None and f"{name}.{key}" in ema.shadow:
                 ema.shadow[f"{name}.{key}"].copy_(parameter)
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors of a packed state."""
+    save_file(dict(tensors), path)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a packed state."""
+    return load_file(path)
 
 
 def _factors(name: str, moment: Tensor) -> dict[str, Tensor]:

@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.degradations.bsrgan import BSRGAN
+from components.degradations.mixed import Mixed
 from components.degradations.real_esrgan import SECOND, RealESRGAN, Stage
 from components.degradations.simple import FirstOrder, FixedDegradation, NoDegradation, SaltPepper, Strokes
 from components.naming import did_you_mean
 from components.types import Degradation
 
-PRESETS: dict[str, RealESRGAN | BSRGAN | FirstOrder | FixedDegradation | SaltPepper | Strokes | NoDegradation] = {
+PRESETS: dict[
+    str, RealESRGAN | BSRGAN | FirstOrder | FixedDegradation | SaltPepper | Strokes | Mixed | NoDegradation
+] = {
     # The x4plus options. LQ is always made from the sharpened picture; the losses there use sharpened targets too.
     "realesrgan": RealESRGAN(sharpen=True, sharpen_target=True),
     # Zhang et al. 2021.
@@ -41,6 +44,8 @@ PRESETS: dict[str, RealESRGAN | BSRGAN | FirstOrder | FixedDegradation | SaltPep
     "blur2-x4": FixedDegradation(sigma=2.0, factor=4),
     "x4-noise40": FixedDegradation(factor=4, noise=40.0),
     "blur2-x4-noise20-jpeg50": FixedDegradation(sigma=2.0, factor=4, noise=20.0, quality=50),
+    # Ours, for a restorer of all of these: Real-ESRGAN without sharpening, the five tests, mild faults and none.
+    "mixed": Mixed(),
     # InstaRevive A.8: single faults.
     "salt-pepper": SaltPepper(),
     "strokes": Strokes(),

@@ -12,9 +12,16 @@ from components.systems.instarevive.system import INSTAREVIVE
 from components.systems.prior.system import PRIOR
 from components.systems.swinir.system import SWINIR
 from components.systems.system import System
+from components.systems.unetres.system import UNETRES
 from components.types import Restorer
 
-SYSTEMS: dict[str, System] = {"prior": PRIOR, "instantir": INSTANTIR, "instarevive": INSTAREVIVE, "swinir": SWINIR}
+SYSTEMS: dict[str, System] = {
+    "prior": PRIOR,
+    "instantir": INSTANTIR,
+    "instarevive": INSTAREVIVE,
+    "swinir": SWINIR,
+    "unetres": UNETRES,
+}
 
 
 def parent_stage(recipe: Recipe) -> str:

@@ -59,7 +59,7 @@ class Networks:
     """
 
     objectives: Mapping[str, Callable[..., Objective]] = field(default_factory=dict)
-    look: Callable[..., Tensor] | None = None
+    look: Callable[..., Tensor | None] | None = None
     measure: Callable[..., dict[str, float]] | None = None
     encoded_with: Callable[[Any, Mapping[str, Path]], str] = lambda recipe, parents: str(recipe.prior)
     build_restorer: Callable[..., Restorer] | None = None

@@ -29,21 +29,32 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     images: Images = None,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="End a training at its first checkpoint after this time; 0 for no limit.")
+    ] = 0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Run the stages of a plan in order. Finished stages are skipped, and an interrupted stage continues."""
-    run_and_print(plan, overrides, out, images, dry_run, as_json)
+    run_and_print(plan, overrides, out, images, dry_run, as_json, minutes)
 
 
 def run_and_print(
-    plan: str, overrides: list[str] | None, out: Path | None, images: Path | None, dry_run: bool, as_json: bool
+    plan: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    images: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    minutes: float = 0.0,
 ) -> None:
     """Run a plan, print its result and exit; a dry run prints the resolved plan and runs nothing."""
     from pipelines.runs.engine import RunOptions, run_plan
 
     console = Console(silent=as_json)
-    result = run_plan(plan, out, overrides or (), RunOptions(images=images, dry_run=dry_run, console=console))
+    result = run_plan(
+        plan, out, overrides or (), RunOptions(images=images, dry_run=dry_run, console=console, minutes=minutes)
+    )
     lines = plan_lines(result) if dry_run else result.lines()
     console.result(result.to_json(), lines)
     raise typer.Exit(0 if dry_run else result.exit_code)

@@ -53,6 +53,12 @@ class RetryLater(RestorayError):
     exit_code = EXIT_RETRY
 
 
+class Unfinished(RestorayError):
+    """The time that the command was given is over; the same command continues the work."""
+
+    exit_code = EXIT_RETRY
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if the message is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

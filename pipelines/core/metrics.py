@@ -71,6 +71,11 @@ def heldout_losses(path: Path) -> dict[str, dict[int, float]]:
     }
 
 
+def last_step(path: Path) -> int:
+    """The largest step in metrics.jsonl; 0 without one."""
+    return max((row.step for row in tail_metrics(path)[0]), default=0)
+
+
 class Tail:
     """Context manager with a thread that passes new rows of a metrics file to a callback, the last ones at exit."""
 

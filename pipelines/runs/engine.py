@@ -42,6 +42,7 @@ class RunOptions:
         dry_run: resolve everything and write nothing.
         track: log to MLflow in the run's folder.
         console: shows the progress.
+        minutes: a training ends at its first checkpoint after this time; the same command continues. 0 for no limit.
         verbs: the verbs that stages may name; tests bring their own.
     """
 
@@ -49,6 +50,7 @@ class RunOptions:
     dry_run: bool = False
     track: bool = True
     console: Console = field(default_factory=Console)
+    minutes: float = 0.0
     verbs: Mapping[str, Verb] = field(default_factory=lambda: VERBS)
 
 
@@ -150,6 +152,7 @@ def run_one(
         recipe=stage.recipe,
         images=options.images,
         console=options.console,
+        minutes=options.minutes,
     )
     start = time.monotonic()
     record.state = "running"

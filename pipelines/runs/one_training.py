@@ -22,19 +22,31 @@ from pipelines.training.recipes import recipe_documents, recipe_version
 from pipelines.training.train import TrainResult, train
 
 
-def train_one(recipe: Recipe, inputs: TrainInputs, out: Path, progress: Progress) -> TrainResult:
+def train_one(
+    recipe: Recipe,
+    inputs: TrainInputs,
+    out: Path,
+    progress: Progress,
+    minutes: float = 0.0,
+    start: Path | None = None,
+) -> TrainResult:
     """Train one stage in `out`. A recipe with a teacher must then pass its gate.
 
+    Args:
+        minutes, start: see training.train.train.
+
     Raises:
+        Unfinished: the minutes are over.
         UsageError, Failure: see training.train.train and evaluation.gate.check_gate and pass_gate.
         GateFailed: the trained model is worse than its teacher; it stays in `out`.
     """
     check_gate(recipe)
-    result = train(recipe, inputs, out, on_metrics=step_progress(progress, recipe.steps))
+    shown = step_progress(progress, recipe.steps)
+    result = train(recipe, inputs, out, on_metrics=shown, minutes=minutes, start=start)
     if recipe.teacher:
-        start = time.monotonic()
+        begin = time.monotonic()
         pass_gate(recipe, inputs.corpora, out)
-        result = replace(result, seconds=result.seconds + time.monotonic() - start)
+        result = replace(result, seconds=result.seconds + time.monotonic() - begin)
     return result
 
 

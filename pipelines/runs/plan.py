@@ -167,7 +167,8 @@ def resolve_stage(
     trains = issubclass(verb.settings, TrainSettings)
     settings = resolve_settings(verb.settings, document, () if trains else overrides, f"stage {name}")
     recipe, resolved = None, dataclasses.asdict(settings)
-    identity: dict[str, Any] = dict(resolved)
+    without = {item.name for item in dataclasses.fields(settings) if not item.metadata.get("identity", True)}
+    identity: dict[str, Any] = {key: value for key, value in resolved.items() if key not in without}
     version = verb.version
     if trains:
         placement = [f"placement.workers={workers}"] if workers else []

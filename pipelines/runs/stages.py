@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from components.corpora import CorpusSpec
 from components.images import read_png_text
 from components.recipes import Recipe, as_dict
 from components.secrets import public
@@ -39,6 +40,7 @@ from pipelines.runs.verb import (
     Verb,
 )
 from pipelines.service.client import check_service
+from pipelines.training.packing import packed_start
 from pipelines.training.recipes import check_degradation
 
 
@@ -70,7 +72,7 @@ def check_evaluate(settings: EvaluateSettings, recipe: Recipe | None, parent_rec
 
 def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
     """The resolved spec and a digest of all candidate pictures: other pictures make another stage."""
-    spec = load_spec(settings.spec)
+    spec = _spec_of(settings)
     if images is not None:
         spec = for_folder(spec, images)
     pictures = hashlib.sha256()
@@ -85,10 +87,28 @@ def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) 
     return {"spec": document, "pictures": pictures.hexdigest()}
 
 
+def _spec_of(settings: CurateSettings) -> CorpusSpec:
+    """The spec of a curate stage, with its folder.
+
+    Raises:
+        UsageError: `pictures` is set, and no folder source lacks a path.
+    """
+    spec = load_spec(settings.spec)
+    if not settings.pictures:
+        return spec
+    open_sources = [n for n, source in enumerate(spec.sources) if source.kind == "folder" and not source.path]
+    if not open_sources:
+        raise UsageError(f"pictures={settings.pictures}: spec {settings.spec} has no folder source without a path.")
+    sources = list(spec.sources)
+    folder = str(Path(settings.pictures).expanduser().absolute())
+    sources[open_sources[0]] = dataclasses.replace(sources[open_sources[0]], path=folder)
+    return dataclasses.replace(spec, sources=sources)
+
+
 def run_curate(context: StageContext) -> dict[str, Any]:
     """Curate photographs into shards."""
     with context.console.bar(context.name) as progress:
-        result = curate(context.settings.spec, context.stage_dir, progress=progress, images=context.images)
+        result = curate(_spec_of(context.settings), context.stage_dir, progress=progress, images=context.images)
     return {
         "accepted": result.accepted,
         "quarantined": result.rejected,
@@ -107,7 +127,14 @@ def corpus_files(corpus: Path) -> list[str]:
 def run_train(context: StageContext) -> dict[str, Any]:
     """Train one stage."""
     with context.console.bar(context.name) as progress:
-        result = train_one(context.recipe, train_inputs(context.inputs), context.stage_dir, progress)
+        result = train_one(
+            context.recipe,
+            train_inputs(context.inputs),
+            context.stage_dir,
+            progress,
+            minutes=context.minutes,
+            start=packed_start(context.settings.start, context.recipe),
+        )
     heldout: dict[str, dict[str, float]] = {}
     for name, losses in result.heldout.items():
         if losses:

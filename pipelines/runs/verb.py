@@ -28,6 +28,7 @@ class StageContext:
         images: the user's folder of photographs, which replaces the sources of a curate stage.
         tracker, tracking_run: the MLflow tracker and the stage's run; None without tracking.
         console: shows the progress.
+        minutes: limit of a training's time; 0 for none.
     """
 
     plan: str
@@ -43,6 +44,7 @@ class StageContext:
     tracker: Tracker | None = None
     tracking_run: str | None = None
     console: Console = field(default_factory=Console)
+    minutes: float = 0.0
 
     def find(self, relative: str) -> Path:
         """`relative` in the last input folder that has it, e.g. "model" or "index.json".
@@ -56,19 +58,37 @@ class StageContext:
         raise Failure(f'stage "{self.name}" needs {relative}, and none of its inputs has it: {", ".join(self.inputs)}.')
 
 
+NO_IDENTITY: Mapping[str, bool] = {"identity": False}
+"""Metadata of a setting that is not part of a stage's digest."""
+
+
 @dataclass(kw_only=True)
 class CurateSettings:
-    """spec: a corpus spec's name in datasets/ or a path."""
+    """Make a corpus.
+
+    Attributes:
+        spec: a corpus spec's name in datasets/ or a path.
+        pictures: path of the spec's folder source that has none.
+    """
 
     spec: str = "demo"
+    pictures: str = field(default="", metadata=NO_IDENTITY)  # the digest has the pictures themselves
 
 
 @dataclass(kw_only=True)
 class TrainSettings:
-    """recipe: a name in pipelines/recipes/ or a path; overrides: key=value pairs that change it."""
+    """Train a stage.
+
+    Attributes:
+        recipe: a name in pipelines/recipes/ or a path.
+        overrides: key=value pairs that change it.
+        start: a model folder or shipped model with a packed state, from which the stage starts if the state is of its
+            recipe; "" for none.
+    """
 
     recipe: str = ""
     overrides: list[str] = field(default_factory=list)
+    start: str = field(default="", metadata=NO_IDENTITY)
 
 
 @dataclass(kw_only=True)

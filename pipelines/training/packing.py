@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.recipes import Recipe
+from components.recipes import Recipe, identity
+from components.systems import SYSTEMS
 from components.writing import replace_file
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.metrics import read_metrics
@@ -51,9 +52,9 @@ class Packed:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of components.packed_states."""
-        from safetensors.torch import load_file
+        from components.packed_states import read_state
 
-        return load_file(self.folder / TENSORS)
+        return read_state(self.folder / TENSORS)
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -112,12 +113,9 @@ def pack_stage(recipe: Recipe, inputs: Mapping[str, Path], stage: Path, out: Pat
         Failure: the stage has no checkpoint.
     """
     import torch
-    from safetensors.torch import save_file
 
     from components.models import ModelCard, load_model, save_model
-    from components.packed_states import pack_state
-    from components.recipes import identity
-    from components.systems import SYSTEMS
+    from components.packed_states import pack_state, write_state
     from components.training import Ema, averaged_trainables, build_optimizers, restore_state
 
     states = sorted((stage / "ray" / "run").glob("checkpoint_*/state.pt"))
@@ -146,7 +144,7 @@ def pack_stage(recipe: Recipe, inputs: Mapping[str, Path], stage: Path, out: Pat
     )
     model = save_model(out, card_fields, parts, {"CARD.md": card} if card else {}, half=True)
     (out / STATE).mkdir()
-    save_file(pack_state(state, parts), out / STATE / TENSORS)
+    write_state(out / STATE / TENSORS, pack_state(state, parts))
     document = {
         "step": int(state["step"]),
         "recipe": recipe_digest(recipe),

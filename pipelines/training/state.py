@@ -13,6 +13,7 @@ from ray import train as ray_train
 from ray.train.torch import get_device
 
 from components.models import Model, load_model
+from components.packed_states import unpack_state
 from components.recipes import Recipe
 from components.systems import SYSTEMS
 from components.tensors import collate_rows, images_to_tensor
@@ -22,6 +23,7 @@ from pipelines.stream.config import StreamConfig
 from pipelines.stream.rows import heldout_rows, load_row, target_plan
 from pipelines.stream.texts import Captioning
 from pipelines.training.inputs import TrainInputs, stream_config
+from pipelines.training.packing import read_packed
 from pipelines.training.stage_files import Log
 
 EXAMPLES = 64  # pictures that an objective may use while it is built, for example for principal components
@@ -38,6 +40,8 @@ class Run:
         cwd: the driver's current folder; relative model paths in a recipe start there.
         captioning: captioner actors for missing captions; None: missing captions stay empty.
         cpus_per_task: logical CPUs of one data task. Each rank can run at least one at any time.
+        until: time in seconds since 1970 after which the run ends at its next checkpoint; 0 for no limit.
+        start: folder of a packed state, with which a run without a checkpoint starts; None for none.
     """
 
     recipe: Recipe
@@ -46,6 +50,8 @@ class Run:
     cwd: Path
     captioning: Captioning | None = None
     cpus_per_task: float = 1.0
+    until: float = 0.0
+    start: Path | None = None
 
 
 @dataclass(kw_only=True)
@@ -136,9 +142,14 @@ def _examples(stream: StreamConfig) -> torch.Tensor:
 
 
 def resume(state: State) -> None:
-    """Load the newest checkpoint, if there is one."""
+    """Load the newest checkpoint, or the packed state to start from, if there is one."""
     checkpoint = ray_train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as folder:
             tensors = torch.load(Path(folder) / "state.pt", weights_only=True, map_location=state.device)
         state.step = restore_state(tensors, state.objective, state.optimizers, state.ema, state.scaler)
+    elif state.run.start is not None:
+        packed = read_packed(state.run.start)
+        unpack_state(packed.tensors(), packed.model.parts(), packed.step, state.objective, state.optimizers, state.ema)
+        state.objective.progress.update(packed.progress)
+        state.step = packed.step

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from components.recipes import Recipe
 from pipelines.core.devices import check_gpus
-from pipelines.core.errors import Failure, UsageError
-from pipelines.core.metrics import OnMetrics, Tail, heldout_losses
+from pipelines.core.errors import Failure, Unfinished, UsageError
+from pipelines.core.metrics import OnMetrics, Tail, heldout_losses, last_step
 from pipelines.core.pool import last_line
 from pipelines.stream.texts import running_captioners
 from pipelines.training.inputs import TrainInputs, check_inputs
@@ -38,7 +38,14 @@ class TrainResult:
     seconds: float
 
 
-def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics | None = None) -> TrainResult:
+def train(
+    recipe: Recipe,
+    inputs: TrainInputs,
+    out: Path,
+    on_metrics: OnMetrics | None = None,
+    minutes: float = 0.0,
+    start: Path | None = None,
+) -> TrainResult:
     """Train one stage, from the last checkpoint in `out` if there is one. Ray must be initialised.
 
     Args:
@@ -46,9 +53,12 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
         inputs: corpora and parent models.
         out: the stage's folder, for model/, metrics.jsonl, samples/, order.jsonl and ray/.
         on_metrics: called with new (step, name, value, time) rows while the stage trains.
+        minutes: the training ends at its first checkpoint after this time; 0 for no limit.
+        start: folder of a packed state (packing.py), with which a training without a checkpoint starts.
 
     Raises:
         UsageError: see check_inputs; or the recipe needs a GPU and Ray has none.
+        Unfinished: the minutes are over; the same call continues.
         Failure: the run ended without a model; the message has the reason.
     """
     import ray
@@ -58,7 +68,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
     from pipelines.training.state import Run
     from pipelines.training.worker import worker
 
-    start, cwd = time.time(), Path.cwd()
+    begin, cwd = time.time(), Path.cwd()
     check_inputs(recipe, inputs)
     out.mkdir(parents=True, exist_ok=True)
     placement = recipe.placement
@@ -83,6 +93,8 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
                     cwd=cwd,
                     captioning=captioning,
                     cpus_per_task=cpus_per_task,
+                    until=begin + 60 * minutes if minutes else 0.0,
+                    start=start,
                 )
             },
             scaling_config=scaling,
@@ -98,9 +110,14 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, on_metrics: OnMetrics 
             result = trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in its own types
             raise _ended_early(recipe, error) from error
+    if result.error is None and minutes and time.time() >= begin + 60 * minutes and not (out / MODEL).is_dir():
+        raise Unfinished(
+            f"{recipe.name}: {last_step(out / METRICS)} of {recipe.steps} steps are done after {minutes:g} minutes; "
+            "the same command continues."
+        )
     if result.error is not None or not (out / MODEL / "model.json").is_file():
         raise _ended_early(recipe, result.error)
-    return TrainResult(model=out / MODEL, heldout=heldout_losses(out / METRICS), seconds=time.time() - start)
+    return TrainResult(model=out / MODEL, heldout=heldout_losses(out / METRICS), seconds=time.time() - begin)
 
 
 def data_cpus(recipe: Recipe) -> float:

@@ -59,6 +59,14 @@ def worker(config: Mapping[str, Run]) -> None:
             write_model(state)
         if last or state.step % state.recipe.checkpoint_every == 0:
             write_checkpoint(state)
+            if not last and is_late(state):
+                return
+
+
+def is_late(state: State) -> bool:
+    """Whether the run's time is up; all ranks agree."""
+    late = float(0 < state.run.until <= time.time())
+    return float(average({"late": torch.tensor(late, device=state.device)})["late"]) > 0
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------

@@ -165,12 +165,12 @@ def test_a_short_training_removes_noise() -> None:
     optimizers = build_optimizers(objective, recipe.optimizer)
     heldout = [batch(8, first=100)]
     before = evaluate_loss(objective, heldout, 0)["regression"]
-    for step in range(120):
+    for step in range(80):
         data = batch(8, first=8 * step % 64)
         train_step(objective, [(data, Noise(0, data.positions))], optimizers, lr=2e-3, clip_norm=1.0)
-    assert evaluate_loss(objective, heldout, 0)["regression"] < 0.4 * before
+    assert evaluate_loss(objective, heldout, 0)["regression"] < 0.5 * before
     psnrs = measure(objective, heldout)
-    assert psnrs["psnr_heldout"] > psnrs["psnr_heldout_lq"] + 5
+    assert psnrs["psnr_heldout"] > psnrs["psnr_heldout_lq"] + 3
     with torch.no_grad():
         preview = look(objective, recipe, heldout[0].lq, [""] * 8, 0)
     assert float((preview - heldout[0].hq).square().mean()) < 0.3 * float(

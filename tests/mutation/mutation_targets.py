@@ -40,6 +40,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     "components/degradations/masks.py": ("tests/components/test_batched_degradations.py",),
     "components/degradations/kernels.py": ("tests/components/test_batched_degradations.py",),
     "components/degradations/filters.py": ("tests/components/test_batched_degradations.py",),
+    "components/samplers/picture_tiles.py": ("tests/components/test_unetres.py", "tests/components/test_swinir.py"),
     "components/degradations/scratch.py": ("tests/components/test_degradations.py",),
     "components/degradations/simple.py": (
         "tests/components/test_degradations.py",
@@ -51,6 +52,10 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     ),
     "components/evaluation/__init__.py": ("tests/components/test_statistics.py",),
     "components/evaluation/downloads.py": ("tests/components/test_metric_weights.py",),
+    "components/objectives/score_distillation.py": (
+        "tests/components/test_whole_batch.py",
+        "tests/components/test_instarevive_objective.py",
+    ),
     "components/systems/instarevive/objective.py": (
         "tests/components/test_whole_batch.py",
         "tests/components/test_instarevive_training.py",

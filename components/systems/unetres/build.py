@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,16 @@ from components.models import Model, ModelError, load_strictly
 from components.systems.unetres.config import config_from
 from components.systems.unetres.network import UNetRes
 
-REGRESSION = "regression"
-"""Part of a model folder: the network that restores by itself."""
+REGRESSION, DENOISER, GENERATOR = "regression", "denoiser", "generator"
+"""Parts of a model folder: the network that restores by itself, the score of sharp pictures, and the network that adds
+detail to the regression's result."""
+
+INPUTS: Mapping[str, Mapping[str, int | bool]] = {
+    REGRESSION: {"pictures": 1},
+    DENOISER: {"pictures": 1, "level": True},
+    GENERATOR: {"pictures": 2},
+}
+"""What goes into each network, see network.UNetRes."""
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:
@@ -30,6 +40,7 @@ def network_of(model: Model, part: str = REGRESSION) -> UNetRes:
         config = config_from(model.info["config"][part])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{model.path}: its config makes no UNetRes: {error}") from error
-    network = UNetRes(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = UNetRes(config, **INPUTS[part])  # type: ignore[arg-type]
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     load_strictly(network, model.part(part), f"{model.path}: part {part}")
-    return network.eval()
+    return network.eval()  # type: ignore[no-any-return]

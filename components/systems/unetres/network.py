@@ -39,13 +39,14 @@ class UNetRes(nn.Module):
     Args:
         config: sizes.
         pictures: number of pictures that go in side by side; the first one is changed.
+        level: a number for each sample goes in too, as a constant map (DRUNet's noise level map).
     """
 
-    def __init__(self, config: UNetResConfig, pictures: int = 1) -> None:
+    def __init__(self, config: UNetResConfig, pictures: int = 1, level: bool = False) -> None:
         super().__init__()
-        self.config, self.pictures = config, pictures
+        self.config, self.pictures, self.level = config, pictures, level
         patch, widths, levels = COLOURS * config.factor**2, config.widths, len(config.widths)
-        self.head = nn.Conv2d(pictures * patch, widths[0], 3, padding=1)
+        self.head = nn.Conv2d(pictures * patch + level, widths[0], 3, padding=1)
         self.down = nn.ModuleList(_blocks(widths[i], config.blocks[i]) for i in range(levels - 1))
         self.shrink = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], 2, stride=2) for i in range(levels - 1))
         self.bottom = _blocks(widths[-1], config.blocks[levels - 1])
@@ -58,24 +59,30 @@ class UNetRes(nn.Module):
         nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor, *others: Tensor) -> Tensor:
-        """Change a picture.
+        """The first pictures plus their change, [B, 3, H, W], not clipped, in their dtype; arguments as in `change`."""
+        return images + self.change(images, *others).to(images.dtype)
+
+    def change(self, images: Tensor, *others: Tensor, level: Tensor | None = None) -> Tensor:
+        """The change [B, 3, H, W] of pictures.
 
         Args:
             images: [B, 3, H, W] in [-1, 1]; sides are multiples of config.multiple_px.
             others: more pictures of that shape; with the first, `pictures` of them.
-
-        Returns:
-            The first pictures plus the change, [B, 3, H, W], not clipped, in their dtype.
+            level: [B], if the network takes one.
 
         Raises:
-            ValueError: other sides, or another number of pictures.
+            ValueError: other sides, another number of pictures, or a level where none belongs.
         """
         multiple = self.config.multiple_px
         if images.shape[-1] % multiple or images.shape[-2] % multiple:
             raise ValueError(f"sides must be multiples of {multiple}, got {tuple(images.shape[-2:])}")
         if len(others) + 1 != self.pictures:
             raise ValueError(f"the network takes {self.pictures} pictures, got {len(others) + 1}")
+        if self.level != (level is not None):
+            raise ValueError(f"the network takes {'a' if self.level else 'no'} level")
         x = F.pixel_unshuffle(torch.cat([images, *others], dim=1), self.config.factor)
+        if level is not None:
+            x = torch.cat([x, level.to(x).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[-2:])], dim=1)
         x = self.head(x.contiguous(memory_format=torch.channels_last))  # half the time of the default order on a CPU
         first, skips = x, []
         for blocks, shrink in zip(self.down, self.shrink, strict=True):
@@ -83,17 +90,17 @@ class UNetRes(nn.Module):
             skips.append(x)
             x = shrink(x)
         x = self.bottom(x)
-        for level in reversed(range(len(skips))):
-            x = self.up[level](self.enlarge[level](x) + skips[level])
-        change = F.pixel_shuffle(self.tail(x + first), self.config.factor)
-        return images + change.to(images.dtype)
+        for grid in reversed(range(len(skips))):
+            x = self.up[grid](self.enlarge[grid](x) + skips[grid])
+        return F.pixel_shuffle(self.tail(x + first), self.config.factor)
 
 
 def _blocks(width: int, count: int) -> nn.Sequential:
     return nn.Sequential(*(Block(width) for _ in range(count)))
 
 
-def build_unetres(config: UNetResConfig, seed: int, name: str, pictures: int = 1) -> UNetRes:
+def build_unetres(config: UNetResConfig, seed: int, name: str, pictures: int = 1, level: bool = False) -> UNetRes:
     """A new network whose start weights depend on (seed, name) only."""
     with seeded_init(seed, name):
-        return UNetRes(config, pictures).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = UNetRes(config, pictures, level)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.models import Model, load_model
+from components.models import Model, ModelError, load_model
 from components.objectives.regression import charbonnier_distance
+from components.objectives.score_distillation import ScoreNetwork
 from components.randomness import Noise
-from components.systems.unetres.build import REGRESSION, network_of, parameters_of
+from components.systems.unetres.build import DENOISER, GENERATOR, INPUTS, REGRESSION, network_of, parameters_of
 from components.systems.unetres.config import config_from
+from components.systems.unetres.detail import DetailObjective
 from components.systems.unetres.network import UNetRes, build_unetres
 from components.systems.unetres.recipe import UNetResRecipe
+from components.systems.unetres.score import DenoiserObjective, NoScore, score_of
 from components.tensors import psnr_of_batch
 from components.types import Batch, Loss, Objective
 
@@ -55,6 +58,19 @@ def to_unit(images: Tensor) -> Tensor:
     return (images + 1) / 2
 
 
+def _start(recipe: UNetResRecipe, parents: Mapping[str, Model]) -> Model | None:
+    """The model folder that a stage starts from, if there is one."""
+    start = next(iter(parents.values()), None)
+    return load_model(recipe.warm_start) if start is None and recipe.warm_start else start
+
+
+def _network(recipe: UNetResRecipe, start: Model | None, part: str) -> UNetRes:
+    """A network of the stage: of the start, if it has that part, else a new one."""
+    if start is not None and part in start.info["parts"]:
+        return network_of(start, part)
+    return build_unetres(config_from(recipe.size), recipe.seed, part, **INPUTS[part])  # type: ignore[arg-type]
+
+
 def regression_objective(
     recipe: UNetResRecipe,
     parents: Mapping[str, Model],
@@ -65,36 +81,77 @@ def regression_objective(
 
     Args:
         recipe: resolved recipe.
-        parents: at most one model folder of the same stage; it replaces recipe.warm_start.
+        parents: at most one model folder to start from; it replaces recipe.warm_start.
         examples: unused.
-        device: where the network goes.
+        device: where the networks go.
 
     Raises:
         ModelError: parent or warm start is no usable model.
     """
-    start = next(iter(parents.values()), None)
-    if start is None and recipe.warm_start:
-        start = load_model(recipe.warm_start)
-    if start is not None:
-        network = network_of(start, REGRESSION)
-    else:
-        network = build_unetres(config_from(recipe.size), recipe.seed, REGRESSION)
+    network = _network(recipe, _start(recipe, parents), REGRESSION)
     return RegressionObjective(network.to(device), recipe.charbonnier_eps)
 
 
+def denoiser_objective(
+    recipe: UNetResRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> DenoiserObjective:
+    """The objective of stage denoiser, on the model of stage regression; arguments as in regression_objective."""
+    start = _start(recipe, parents)
+    if start is None:
+        raise ModelError(f"{recipe.name}: stage denoiser passes a regression on: name its model")
+    network, regression = _network(recipe, start, DENOISER), network_of(start, REGRESSION)
+    return DenoiserObjective(score_of(network.to(device)), regression.to(device))
+
+
+def generator_objective(
+    recipe: UNetResRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> DetailObjective:
+    """The objective of stage generator, on the model of stage denoiser; arguments as in regression_objective."""
+    start = _start(recipe, parents)
+    if start is None:
+        raise ModelError(f"{recipe.name}: stage generator needs a regression and a denoiser: name their model")
+    regression, generator = (network.to(device) for network in (network_of(start), _network(recipe, start, GENERATOR)))
+    real: ScoreNetwork = NoScore()
+    fake = None
+    if recipe.distillation.score:
+        real = score_of(network_of(start, DENOISER).to(device).requires_grad_(False))
+        fake = score_of(network_of(start, DENOISER).to(device)).train()
+    return DetailObjective(generator, regression, real, fake, recipe.distillation)
+
+
+UNetResObjective = RegressionObjective | DenoiserObjective | DetailObjective
+
+
+def restore(objective: UNetResObjective, lq: Tensor) -> Tensor | None:
+    """LQ pictures [B, 3, H, W] in [-1, 1] restored by the networks in training; None for a denoiser."""
+    if isinstance(objective, RegressionObjective):
+        return objective.network(lq)  # type: ignore[no-any-return]
+    if isinstance(objective, DetailObjective):
+        return objective.generator(objective.regression(lq), lq)  # type: ignore[no-any-return]
+    return None
+
+
 def look(
-    objective: RegressionObjective, recipe: UNetResRecipe, lq: Tensor, prompts: Sequence[str], seed: int
-) -> Tensor:
-    """LQ pictures [B, 3, H, W] in [-1, 1], restored; same shape and range, not clipped."""
-    return objective.network(lq)  # type: ignore[no-any-return]
+    objective: UNetResObjective, recipe: UNetResRecipe, lq: Tensor, prompts: Sequence[str], seed: int
+) -> Tensor | None:
+    """See `restore`; same shape and range as LQ, not clipped."""
+    return restore(objective, lq)
 
 
 @torch.no_grad()
-def measure(objective: RegressionObjective, heldout: Sequence[Batch]) -> dict[str, float]:
-    """Mean PSNR over held-out pictures, dB, of the restored and of the LQ pictures."""
+def measure(objective: UNetResObjective, heldout: Sequence[Batch]) -> dict[str, float]:
+    """Mean PSNR over held-out pictures, dB, of the restored and of the LQ pictures; empty for a denoiser."""
     psnrs: dict[str, list[Tensor]] = {"psnr_heldout": [], "psnr_heldout_lq": []}
     for batch in heldout:
-        hq = to_unit(batch.hq)
-        for name, image in (("psnr_heldout", objective.network(batch.lq)), ("psnr_heldout_lq", batch.lq)):
+        hq, restored = to_unit(batch.hq), restore(objective, batch.lq)
+        if restored is None:
+            return {}
+        for name, image in (("psnr_heldout", restored), ("psnr_heldout_lq", batch.lq)):
             psnrs[name].append(psnr_of_batch(to_unit(image), hq))
     return {name: float(torch.cat(values).mean()) for name, values in psnrs.items()}

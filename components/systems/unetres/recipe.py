@@ -5,24 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from components.objectives.distillation import Distillation
 from components.recipes import Recipe, RecipeError
+from components.systems.system import Stage, check_stage_keys
 from components.systems.unetres.config import config_from
 from components.systems.unetres.options import check_options
+
+STAGES = (
+    Stage(name="regression", version=1, continues=("regression", "generator"), keys=("charbonnier_eps",)),
+    Stage(name="denoiser", version=1, follows="regression"),
+    Stage(name="generator", version=1, follows="denoiser", continues=("generator",), keys=("distillation",)),
+)
+
+
+def picture_distillation() -> Distillation:
+    """Defaults of a distillation on pictures: there are no texts, so no guidance."""
+    return Distillation(cfg_scale=1.0, prompt=False, text_dropout=0.0)
 
 
 @dataclass(kw_only=True)
 class UNetResRecipe(Recipe):
-    """Trains a UNetRes on pairs. Stage regression: Charbonnier loss (Charbonnier et al. 1994).
+    """Trains the networks of a UNetRes on pictures.
+
+    Stage regression restores by a Charbonnier loss (Charbonnier et al. 1994), stage denoiser learns the score of sharp
+    pictures, and stage generator adds detail by score matching (InstaRevive's way).
 
     Attributes:
-        size: replaces fields of UNetResConfig, e.g. `size.widths`; empty: the default network.
+        size: replaces fields of UNetResConfig for the stage's own network, e.g. `size.widths`.
         charbonnier_eps: where the loss turns from square to absolute, in units of a picture in [0, 1].
+        distillation: of the generator; see Distillation.
         warm_start: a model folder with start weights; its sizes replace `size`.
         restore_options: default options of the trained model's restorer, see options.Options.
     """
 
     size: dict[str, Any] = field(default_factory=dict)
     charbonnier_eps: float = 1e-3
+    distillation: Distillation = field(default_factory=picture_distillation)
     warm_start: str = ""
     restore_options: dict[str, Any] = field(default_factory=dict)
 
@@ -35,8 +53,14 @@ class UNetResRecipe(Recipe):
         super().__post_init__()
         if self.charbonnier_eps <= 0:
             raise RecipeError(f"charbonnier_eps must be positive, got {self.charbonnier_eps}")
+        distillation = self.distillation
+        if distillation.cfg_scale != 1 or distillation.prompt or distillation.lpips or distillation.inpaint:
+            raise RecipeError("a distillation on pictures has no texts, LPIPS or masks: leave these settings out")
+        if distillation.fake != "full" or distillation.regression == "none":
+            raise RecipeError("distillation needs fake=full and a regression")
         for name, check in (("size", config_from), ("restore_options", check_options)):
             try:
                 check(getattr(self, name))
             except ValueError as error:
                 raise RecipeError(f"{name}: {error}") from error
+        check_stage_keys(self, STAGES)

@@ -1,7 +1,9 @@
-"""Restores pictures of any size with the regression; large ones in tiles."""
+"""Restores pictures of any size with the regression and the generator; large ones in tiles."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from components.models import Model
 from components.priors.files import DTYPES, Precision
 from components.samplers.picture_tiles import restore_in_tiles
-from components.systems.unetres.build import network_of
+from components.systems.unetres.build import GENERATOR, REGRESSION, network_of
 from components.systems.unetres.network import UNetRes
 from components.systems.unetres.options import Options, option_texts, parse_options, restore_defaults
 from components.types import Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
@@ -23,14 +25,20 @@ class UNetResRestorer(Restorer):
 
     Args:
         regression: restores by itself.
+        generator: adds detail to the regression's result; None for none.
         defaults: options that replace the built-in defaults.
 
     Raises:
         ValueError: a default is unknown or out of range.
     """
 
-    def __init__(self, regression: UNetRes, defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, regression: UNetRes, generator: UNetRes | None = None, defaults: Mapping[str, Any] | None = None
+    ) -> None:
         self.regression = regression.eval().requires_grad_(False)
+        self.generator = None if generator is None else generator.eval().requires_grad_(False)
+        networks = [network for network in (self.regression, self.generator) if network is not None]
+        self.multiple_px = math.lcm(*(network.config.multiple_px for network in networks))
         self.defaults = parse_options(defaults or {}, Options())
 
     def restore(
@@ -67,9 +75,9 @@ class UNetResRestorer(Restorer):
         if image.shape[:2] != size:
             image = np.array(Pillow.fromarray(image).resize((size[1], size[0]), Pillow.Resampling.BICUBIC))
         return restore_in_tiles(
-            self._network,
+            functools.partial(self._network, options.strength),
             image,
-            self.regression.config.multiple_px,
+            self.multiple_px,
             options.tile_px,
             options.tile_overlap,
             self.regression.head.weight,
@@ -77,8 +85,14 @@ class UNetResRestorer(Restorer):
             request.key,
         )
 
-    def _network(self, images: Tensor) -> Tensor:
-        return self.regression(images * 2 - 1) / 2 + 0.5  # type: ignore[no-any-return]
+    def _network(self, strength: float, images: Tensor) -> Tensor:
+        """Pictures in [0, 1]: the regression's, and `strength` times what the generator changes."""
+        lq = images * 2 - 1
+        result = self.regression(lq)
+        if self.generator is not None and strength:
+            detail = self.generator.change(result, lq)
+            result = result + strength * detail.to(result.dtype)
+        return result / 2 + 0.5  # type: ignore[no-any-return]
 
 
 def build_restorer(
@@ -97,4 +111,8 @@ def build_restorer(
         ModelError: the folder is damaged.
     """
     options = {**restore_defaults(model.info.get("recipe") or {}), **defaults}
-    return UNetResRestorer(network_of(model).to(device, DTYPES[precision]), options)
+    regression = network_of(model, REGRESSION).to(device, DTYPES[precision])
+    generator = None
+    if GENERATOR in model.info["parts"]:
+        generator = network_of(model, GENERATOR).to(device, DTYPES[precision])
+    return UNetResRestorer(regression, generator, options)

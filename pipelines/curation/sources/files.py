@@ -106,7 +106,7 @@ def iter_entries(source: SourceSpec, out: Path | None, skipped: SkippedFiles) ->
     elif source.kind == "skimage":
         yield from _skimage(source)
     elif source.kind == "demo_corpus":
-        yield from _folder(package_folder() / "demo_corpus", source, out, skipped)
+        yield from _demo_corpus(source, out, skipped)
     elif source.kind == "negatives":
         yield from _negatives(source, out, skipped)
     elif not source.path:
@@ -328,6 +328,17 @@ def _skimage(source: SourceSpec) -> Iterator[Entry]:
             raise unknown("cleared picture of scikit-image", name, SKIMAGE_CREDITS)
         licence, credit = SKIMAGE_CREDITS[name]
         yield _file_entry(folder / name, name, source, Note(licence=licence, credit=credit))
+
+
+def _demo_corpus(source: SourceSpec, out: Path | None, skipped: SkippedFiles) -> Iterator[Entry]:
+    """The shipped pictures, or those that the source names."""
+    folder = package_folder() / "demo_corpus"
+    for name in source.names:
+        if not (folder / name).is_file():
+            raise unknown("shipped picture", name, [path.name for path in folder.glob("*.jpg")])
+    for entry in _folder(folder, source, out, skipped):
+        if not source.names or Path(entry.path).name in source.names:
+            yield entry
 
 
 def _leaves(source: SourceSpec) -> Iterator[Entry]:

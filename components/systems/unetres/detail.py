@@ -1,0 +1,64 @@
+"""The generator: adds detail to a regression's result in one step, trained by dynamic score matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.objectives.distillation import Distillation
+from components.objectives.regression import latent_distance, pyramid_distance
+from components.objectives.score_distillation import Inputs, ScoreDistillation, ScoreNetwork
+from components.randomness import Noise
+from components.systems.unetres.build import GENERATOR, REGRESSION, parameters_of
+from components.systems.unetres.network import UNetRes
+from components.systems.unetres.score import PictureScore
+from components.types import Batch
+
+
+class DetailObjective(ScoreDistillation):
+    """The distillation on pictures; their latents are the pictures themselves. See ScoreDistillation.
+
+    Args:
+        generator: takes the regression's result, which it changes, and LQ.
+        regression: frozen.
+        real, fake, settings: see ScoreDistillation; of the settings, those about texts and autoencoders have no effect.
+    """
+
+    def __init__(
+        self,
+        generator: UNetRes,
+        regression: UNetRes,
+        real: ScoreNetwork,
+        fake: PictureScore | None,
+        settings: Distillation | None = None,
+    ) -> None:
+        super().__init__(generator.train(), real, fake, settings)
+        self.regression = regression.eval().requires_grad_(False)
+        self.config: Mapping[str, Any] = {
+            REGRESSION: regression.config.to_dict(),
+            GENERATOR: generator.config.to_dict(),
+        }
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Regression and generator."""
+        return {REGRESSION: parameters_of(self.regression), GENERATOR: parameters_of(self.generator)}
+
+    @torch.no_grad()
+    def _inputs(self, batch: Batch, noise: Noise) -> Inputs:
+        return Inputs(conditions=None, target=batch.hq, lq=self.regression(batch.lq))
+
+    def _generate(self, batch: Batch, conditions: Any, noise: Noise, lq: Tensor) -> Tensor:
+        return self.generator(lq, batch.lq)  # type: ignore[no-any-return]
+
+    def _regression(self, latents: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The pyramid, mean squares, or both; see Distillation.regression."""
+        settings, terms = self.settings, dict[str, Tensor]()
+        if settings.regression != "l2":
+            terms["loss_perceptual"] = settings.perceptual_weight * pyramid_distance(latents, target)
+        if settings.regression != "perceptual":
+            terms["loss_l2"] = settings.l2_weight * latent_distance(latents, target)
+        total = torch.stack(list(terms.values())).sum(dim=0)
+        return total, {"loss_regression": total, **(terms if len(terms) > 1 else {})}

@@ -1,0 +1,125 @@
+"""Trainings in legs, and packed states: where they stop, what they hold, and how a training goes on from one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.images import encode_png
+from components.models import load_model
+from components.recipes import Recipe
+from components.synthetic import dead_leaves
+from components.systems.recipes import load_recipe
+from pipelines.core.errors import EXIT_RETRY, Failure, Unfinished, UsageError
+from pipelines.core.metrics import last_step, read_metrics
+from pipelines.curation.curate import curate
+from pipelines.training.inputs import TrainInputs
+from pipelines.training.packing import STATE, pack_stage, packed_start, read_packed, recipe_digest
+from pipelines.training.train import train
+
+SMALL = [
+    "size={widths: [8, 12], blocks: [1, 1, 1], factor: 2}",
+    "resolution=32",
+    "short_side=64",
+    "scale=[1.0, 1.5]",
+    "batch_size=4",
+    "steps=12",
+    "checkpoint_every=4",
+    "evaluate_every=4",
+    "heldout_triples=4",
+    "ema_decay=0.5",
+    "precision=fp32",
+    "placement.threads=1",
+]
+
+
+def recipe(*more: str) -> Recipe:
+    return load_recipe("unetres-regression", [*SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def inputs(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> TrainInputs:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(8):
+        (folder / f"leaves-{number}.png").write_bytes(encode_png(dead_leaves(144, 2, number)))
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus"
+    curate("folder", corpus, images=folder)
+    return TrainInputs(corpora={"corpus": corpus})
+
+
+@pytest.fixture(scope="module")
+def leg(inputs: TrainInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage's folder after a first leg, which ended at the first checkpoint."""
+    out = tmp_path_factory.mktemp("stage")
+    sentence = "4 of 12 steps are done after 0.0001 minutes; the same command continues"
+    with pytest.raises(Unfinished, match=sentence) as error:
+        train(recipe(), inputs, out, minutes=0.0001)
+    assert error.value.exit_code == EXIT_RETRY
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed(leg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shipped") / "small"
+    pack_stage(recipe(), {}, leg, out, card="# small\n")
+    return out
+
+
+def test_a_leg_ends_at_a_checkpoint_without_a_model(leg: Path) -> None:
+    assert not (leg / "model").exists() and last_step(leg / "metrics.jsonl") == 4
+
+
+@pytest.mark.slow
+def test_a_packed_state_holds_half_precision_weights_and_the_curve(leg: Path, packed: Path) -> None:
+    state = read_packed(packed)
+    assert (state.step, state.recipe) == (4, recipe_digest(recipe()))
+    part = load_model(packed).part("regression")
+    assert {tensor.dtype for tensor in part.values()} == {torch.float16}
+    (checkpoint,) = (leg / "ray" / "run").glob("checkpoint_*/state.pt")
+    full = torch.load(checkpoint, weights_only=True)
+    for key, value in part.items():
+        torch.testing.assert_close(value.float(), full["ema"][f"regression.{key}"], rtol=1e-3, atol=1e-4)
+    heldout = read_metrics(leg / "metrics.jsonl")["heldout/regression"]
+    assert state.curve == {"heldout/regression": {str(step): value for step, value in heldout.items()}}
+    size = sum(path.stat().st_size for path in packed.rglob("*") if path.is_file())
+    assert size < 0.4 * checkpoint.stat().st_size
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_from_a_packed_state_and_ends(inputs: TrainInputs, packed: Path, tmp_path: Path) -> None:
+    """It takes steps 5 to 12 with the samples of those positions, and starts at the packed model's loss."""
+    start = packed_start(str(packed), recipe())
+    assert start == packed
+    train(recipe(), inputs, tmp_path, start=start)
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert sorted(metrics["loss"]) == list(range(5, 13))
+    rows = [json.loads(line) for line in (tmp_path / "order.jsonl").read_text().splitlines()]
+    assert rows[0]["positions"] == [16, 17, 18, 19] and rows[-1]["positions"] == [44, 45, 46, 47]
+    before = read_packed(packed).curve["heldout/regression"]["4"]
+    assert metrics["heldout/regression"][8] == pytest.approx(before, rel=0.2)
+    assert load_model(tmp_path / "model").info["metrics"]["psnr_heldout"] > 10
+
+
+@pytest.mark.slow
+def test_the_next_leg_goes_on_from_the_checkpoint(inputs: TrainInputs, leg: Path) -> None:
+    train(recipe(), inputs, leg, minutes=60)
+    assert sorted(read_metrics(leg / "metrics.jsonl")["loss"]) == list(range(1, 13)) and (leg / "model").is_dir()
+
+
+def test_the_state_of_another_recipe_is_not_used(packed: Path, tmp_path: Path) -> None:
+    assert packed_start(str(packed), recipe("steps=13")) is None
+    assert packed_start(str(packed), recipe("placement.threads=2")) == packed
+    assert packed_start("", recipe()) is None
+    with pytest.raises(UsageError, match="has no packed state"):
+        packed_start(str(tmp_path), recipe())
+    (packed / STATE / "state.json").rename(tmp_path / "state.json")
+    try:
+        with pytest.raises(UsageError, match="has no packed state"):
+            read_packed(packed)
+    finally:
+        (tmp_path / "state.json").rename(packed / STATE / "state.json")
+    with pytest.raises(Failure, match="has no checkpoint"):
+        pack_stage(recipe(), {}, tmp_path, tmp_path / "out")

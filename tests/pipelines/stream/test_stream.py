@@ -116,6 +116,32 @@ def test_rows_repeat_and_differ_by_position_and_seed(config: StreamConfig) -> No
     assert other["plan"] != first["plan"]
 
 
+def test_pictures_that_are_resized_anew_are_decoded_once_in_a_small_split(
+    config: StreamConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are the same with and without the cache, whose size has a limit."""
+    scaled = dataclasses.replace(config, scale=(1.0, 1.4))
+    keys: list[str] = []
+    original = stream.decode
+
+    def decode(data: bytes, limits: object, key: str) -> np.ndarray:
+        keys.append(key)
+        return original(data, limits, key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream, "decode", decode)
+    stream._decoded_cache.clear()
+    rows = [load_row(scaled, position) for position in range(20)]
+    assert len(keys) == 5 and set(keys) == {f"t{n}" for n in range(5)}
+    monkeypatch.setattr(stream, "DECODED_SAMPLES", 4)
+    keys.clear()
+    assert all(same(row, load_row(scaled, position)) for position, row in enumerate(rows)) and len(keys) == 20
+    monkeypatch.setattr(stream, "DECODED_SAMPLES", 256)
+    monkeypatch.setattr(stream, "DECODED_BYTES", 2 * 90 * 70 * 3)
+    stream._decoded_cache.clear()
+    assert all(same(row, load_row(scaled, position)) for position, row in enumerate(rows))
+    assert sum(picture.nbytes for picture in stream._decoded_cache.values()) <= 2 * 90 * 70 * 3
+
+
 def test_without_degradation_and_caption(config: StreamConfig) -> None:
     row = load_row(dataclasses.replace(config, degradation=""), 0)
     assert np.array_equal(row["hq"], row["lq"])

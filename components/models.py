@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from components.naming import did_you_mean, limited, list_some
-from components.places import find_model_folder, shipped_models, stored_models, weights_folder
+from components.places import find_model_folder, shipped_models, shipped_priors, stored_models, weights_folder
 
 FORMAT = 1
 
@@ -173,25 +173,28 @@ def _prepare(tensor: Tensor, half: bool, addresses: set[int]) -> Tensor:
     return tensor
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, prior: bool = False) -> Path:
     """Resolve a path, a shipped name or a name below RESTORAY_HOME/weights to a model folder.
+
+    Args:
+        prior: see places.find_model_folder.
 
     Raises:
         ModelError: there is no such folder; the message suggests a similar name or lists all.
     """
-    path = find_model_folder(name)
+    path = find_model_folder(name, prior)
     if path is not None:
         return path
-    near = did_you_mean(str(name), [*shipped_models(), *stored_models()])
+    near = did_you_mean(str(name), [*(shipped_priors() if prior else shipped_models()), *stored_models()])
     raise ModelError(
         f"{name}: neither a model folder (it would hold model.json) nor a shipped model, "
         f"and none in {weights_folder()}. {near}"
     )
 
 
-def load_model(name: str | Path) -> Model:
-    """Open a model folder or a shipped model and check its model.json."""
-    path = resolve_model(name)
+def load_model(name: str | Path, prior: bool = False) -> Model:
+    """Open a model folder or a shipped model and check its model.json; arguments and errors as in resolve_model."""
+    path = resolve_model(name, prior)
     text = (path / "model.json").read_bytes()
     try:
         info = json.loads(text)

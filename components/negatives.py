@@ -128,7 +128,7 @@ def model_folder(name: str, revision: str = "") -> tuple[Path, bool]:
     """
     from components.models import resolve_model
 
-    return (resolve_model(name), True) if _is_ours(name) else (_diffusers_folder(name, revision), False)
+    return (resolve_model(name, prior=True), True) if _is_ours(name) else (_diffusers_folder(name, revision), False)
 
 
 def build_image_to_image(
@@ -164,7 +164,7 @@ def _is_ours(name: str) -> bool:
     from components.models import ModelError, load_model
 
     try:
-        load_model(name)
+        load_model(name, prior=True)
     except ModelError as error:
         if "nor a shipped model" not in str(error):
             raise

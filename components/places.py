@@ -7,8 +7,9 @@ from pathlib import Path
 
 HOME_VARIABLE = "RESTORAY_HOME"
 
-SHIPPED = Path(__file__).parent / "priors" / "weights"
-"""Folder of the model folders that ship with the code."""
+SHIPPED_PRIORS = Path(__file__).parent / "priors" / "weights"
+SHIPPED_MODELS = Path(__file__).parent / "systems" / "weights"
+"""Folders of the model folders that ship with the code. A prior and a restorer may have the same name."""
 
 
 def home() -> Path:
@@ -21,9 +22,14 @@ def weights_folder() -> Path:
     return home() / "weights"
 
 
-def find_model_folder(name: str | Path) -> Path | None:
-    """Return the model folder of a path, a shipped name or a name below `weights_folder`; None if there is none."""
-    for path in (Path(name), SHIPPED / str(name), weights_folder() / str(name)):
+def find_model_folder(name: str | Path, prior: bool = False) -> Path | None:
+    """Return the model folder of a path, a shipped name or a name below `weights_folder`; None if there is none.
+
+    Args:
+        prior: a shipped name is that of a prior, else that of a restorer.
+    """
+    shipped = SHIPPED_PRIORS if prior else SHIPPED_MODELS
+    for path in (Path(name), shipped / str(name), weights_folder() / str(name)):
         if (path / "model.json").is_file():
             return path
     return None
@@ -35,5 +41,10 @@ def stored_models() -> list[str]:
 
 
 def shipped_models() -> list[str]:
-    """Return the names of the shipped model folders."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/model.json"))
+    """Return the names of the shipped restorers."""
+    return sorted(path.parent.name for path in SHIPPED_MODELS.glob("*/model.json"))
+
+
+def shipped_priors() -> list[str]:
+    """Return the names of the shipped priors."""
+    return sorted(path.parent.name for path in SHIPPED_PRIORS.glob("*/model.json"))

@@ -210,6 +210,11 @@ class Recipe:
         return None
 
     @property
+    def trains_prior(self) -> bool:
+        """Whether the stage trains a prior, so that a warm start is one."""
+        return False
+
+    @property
     def opens_prior(self) -> bool:
         """Whether the stage uses `prior`; a stage that trains a prior does not."""
         return True

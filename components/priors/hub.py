@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from components.models import ModelError, key_faults, load_model
-from components.places import SHIPPED, weights_folder
+from components.places import SHIPPED_PRIORS, weights_folder
 from components.priors.files import DTYPES, Precision, check_prior_folder, first_line, read_json
 from components.priors.scheduler_config import SCHEDULER, read_sampling, read_schedule
 from components.priors.sdxl_config import (
@@ -76,7 +76,7 @@ def prior_shape(name: str, image_encoder: str = DINOV2) -> PriorShape:
         ModelError: the prior is missing, or the model is not a prior.
     """
     try:
-        model = load_model(name)
+        model = load_model(name, prior=True)
     except ModelError as error:
         if "nor a shipped model" not in str(error):
             raise
@@ -84,7 +84,7 @@ def prior_shape(name: str, image_encoder: str = DINOV2) -> PriorShape:
         check_prior_folder(model)
         config = model.info["config"]
         return PriorShape(
-            id=model.path.name if model.path.parent == SHIPPED else str(model.path.resolve()),
+            id=model.path.name if model.path.parent == SHIPPED_PRIORS else str(model.path.resolve()),
             digest=model.digest,
             image_encoder="",
             unet=config["unet"],

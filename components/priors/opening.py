@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from components.models import Model, ModelError, load_model, load_strictly
-from components.places import SHIPPED
+from components.places import SHIPPED_PRIORS
 from components.priors.files import Precision, check_prior_folder, first_line
 from components.priors.hub import load_sdxl
 from components.priors.nano import build_prior
@@ -29,7 +29,7 @@ def load_prior(
         ModelError: no prior under that name; the message lists the places that were tried.
     """
     try:
-        model = load_model(name)
+        model = load_model(name, prior=True)
     except ModelError as error:
         if "nor a shipped model" not in str(error):
             raise
@@ -52,7 +52,7 @@ def prior_from_model(model: Model) -> Prior:
     for part, module in prior.modules.items():
         load_strictly(module, model.part(part), f"{model.path}: part {part}")
     # the name that identifies it: a shipped name, or the path of the folder
-    prior.name = model.path.name if model.path.parent == SHIPPED else str(model.path.resolve())
+    prior.name = model.path.name if model.path.parent == SHIPPED_PRIORS else str(model.path.resolve())
     prior.digest = model.digest
     return prior
 

@@ -23,7 +23,14 @@ from typing import Literal
 
 import psutil
 
-from components.places import SHIPPED, shipped_models, stored_models, weights_folder
+from components.places import (
+    SHIPPED_MODELS,
+    SHIPPED_PRIORS,
+    shipped_models,
+    shipped_priors,
+    stored_models,
+    weights_folder,
+)
 from components.systems import SYSTEMS
 from pipelines.core.home import home
 
@@ -288,8 +295,12 @@ def judge_store(store: Path) -> Finding:
 
 
 def check_weights() -> list[Finding]:
-    """Check the files of every shipped model; the nano prior must be there. List the defaults of imported models."""
-    shipped = [judge_weights(SHIPPED / name, f"{name} prior") for name in sorted({"nano", *shipped_models()})]
+    """Check the files of every shipped prior and restorer; those of the name nano must be there.
+
+    List the defaults of imported models.
+    """
+    shipped = [judge_weights(SHIPPED_PRIORS / name, f"{name} prior") for name in sorted({"nano", *shipped_priors()})]
+    shipped += [judge_weights(SHIPPED_MODELS / name, f"{name} model") for name in sorted({"nano", *shipped_models()})]
     return shipped + [judge_defaults(weights_folder() / name, name) for name in stored_models()]
 
 
@@ -311,7 +322,11 @@ def judge_defaults(folder: Path, name: str) -> Finding:
 def judge_weights(folder: Path, name: str) -> Finding:
     """Judge a model folder: every part must have the sha256 of model.json."""
     if not (folder / "model.json").is_file():
-        return fail(name, f"no model.json in {folder}", "Reinstall, or train it: `restoray run nano-prior`.")
+        return fail(
+            name,
+            f"no model.json in {folder}",
+            "Reinstall, or train it: `restoray run nano`, or `nano-prior` for the prior.",
+        )
     try:
         parts = json.loads((folder / "model.json").read_text())["parts"]
         for part, entry in parts.items():

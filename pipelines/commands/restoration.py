@@ -19,7 +19,15 @@ from pipelines.commands.support import (
     picture_limits,
     plain,
 )
-from pipelines.commands.words import Json, MaxMegabytes, MaxMegapixels, ModelOption, Overrides, RequiredOut
+from pipelines.commands.words import (
+    SHIPPED_MODEL,
+    Json,
+    MaxMegabytes,
+    MaxMegapixels,
+    ModelOption,
+    Overrides,
+    RequiredOut,
+)
 from pipelines.core.console import Console
 from pipelines.core.devices import check_device
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
@@ -27,8 +35,8 @@ from pipelines.core.errors import EXIT_QUARANTINED, UsageError
 
 def restore(
     source: Annotated[Path, typer.Argument(help="A folder of pictures.")],
-    model: ModelOption,
     out: RequiredOut,
+    model: ModelOption = SHIPPED_MODEL,
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Seed; with a picture's key it determines every random number.")] = 0,
     reference: Annotated[
@@ -93,7 +101,7 @@ def restore(
 
 
 def serve(
-    model: ModelOption,
+    model: ModelOption = SHIPPED_MODEL,
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default is reachable from this machine only.")
     ] = ("127.0.0.1"),

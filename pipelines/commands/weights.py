@@ -1,4 +1,4 @@
-"""`restoray weights` and its three commands. They parse, call and print, like main.py."""
+"""`restoray weights` and its commands. They parse, call and print, like main.py."""
 
 from __future__ import annotations
 
@@ -106,3 +106,22 @@ def layout_command(
 
     shapes = layout(system, prior=prior, image_encoder=image_encoder, sizes=parse_options(sizes or []))
     Console(silent=as_json).result(shapes, layout_lines(shapes))
+
+
+@app.command(name="pack", cls=Command)
+def pack_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    to: Annotated[Path, typer.Option("--to", help="The model folder; replaced.")],
+    stage: Annotated[str, typer.Option(help="The training stage; the last one with a checkpoint by default.")] = "",
+    card: Annotated[Path | None, typer.Option(help="A text for files/CARD.md.")] = None,
+    credits_file: Annotated[
+        Path | None, typer.Option("--credits", help="A CSV of file, licence and credit, for pictures without them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a stage's averaged weights in half precision, with a small state from which its training can go on."""
+    from pipelines.runs.pack import pack_run
+
+    packed = pack_run(run, stage, to, card, credits_file)
+    document = {"model": str(packed.model.path), "digest": packed.model.digest, "step": packed.step}
+    Console(silent=as_json).result(document, [f"step {packed.step}; {packed.model.path}"])

@@ -24,6 +24,9 @@ MaxMegabytes = Annotated[
         "--max-megabytes", min=0.000001, help="Refuse larger files; by default 8 for each megapixel, at least 67."
     ),
 ]
+SHIPPED_MODEL = "nano"
+"""The restorer that is taken when no model is named."""
+
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A model folder, models:/name@alias or a shipped name.")
 ]

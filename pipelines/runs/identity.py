@@ -43,7 +43,8 @@ def train_identity(recipe: Recipe) -> dict[str, Any]:
         "teacher": recipe.teacher,
     }
     for name, start in starts.items():
-        folder = find_model_folder(start) if start else None
+        prior = name == "prior" or (name == "warm_start" and recipe.trains_prior)
+        folder = find_model_folder(start, prior) if start else None
         if folder is not None:
             identity[name] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
     captioner = Path(recipe.missing_captions.model).expanduser() if recipe.missing_captions.model else None

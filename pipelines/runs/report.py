@@ -18,7 +18,7 @@ from typing import Any
 
 from components.images import decode, read_png_text
 from components.naming import printable
-from components.places import SHIPPED
+from components.places import SHIPPED_PRIORS
 from components.types import Image, SampleError
 from components.writing import replace_file
 from pipelines.core.errors import Failure, RestorayError, UsageError
@@ -175,6 +175,14 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
 
 
+def _beside_input(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Means of restored and lq by metric, for metrics that compare with the input and have a sentence of their own."""
+    means, verdicts = summary.get("means") or {}, summary.get("verdicts") or {}
+    names = [n for n, info in (summary.get("metrics") or {}).items() if info.get("compares") and n in verdicts]
+    arms = (RESTORED, BASELINES[0])
+    return {n: {a: means[a][n]["mean"] for a in arms} for n in names if all(n in means.get(a, {}) for a in arms)}
+
+
 def score_table(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
     """The table of scores: a line per picture and arm, a column per metric, the best arm marked; means come first."""
     metrics = summary.get("metrics") or {}
@@ -318,7 +326,7 @@ def model_card(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> dict[str,
     identity = str(prior.get("id") or "")
     card: dict[str, Any] = {}
     if re.fullmatch(r"[\w.-]+", identity) and identity.strip("."):
-        shipped = SHIPPED / identity / "model.json"
+        shipped = SHIPPED_PRIORS / identity / "model.json"
         if shipped.is_file():
             card = json.loads(shipped.read_text(encoding="utf-8"))
     ceiling = card.get("metrics") or {}
@@ -420,6 +428,8 @@ def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
         "unfinished": [s["name"] for s in stages if s["state"] not in ("finished", "done before")],
         "verdict": verdict if isinstance(verdict, str) else "",
         "comparisons": [c for c in summary.get("comparisons") or [] if isinstance(c, dict)],
+        "beside": _beside_input(summary),
+        "verdicts": summary.get("verdicts") or {},
         "missing": [m for m in summary.get("missing") or [] if isinstance(m, dict)],
         "figures": figures,
         "pictures": pictures,

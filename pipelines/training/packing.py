@@ -11,14 +11,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from components.fingerprints import fingerprint
+from components.images import decode
 from components.recipes import Recipe, identity
 from components.systems import SYSTEMS
 from components.writing import replace_file
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.metrics import read_metrics
-from pipelines.core.rows import json_text
+from pipelines.core.rows import json_text, read_lines
+from pipelines.corpus.shards import STORED_LIMITS, open_corpus, read_sample
 from pipelines.training.recipes import recipe_documents, recipe_version
 from pipelines.training.stage_files import METRICS
 
@@ -99,7 +103,37 @@ def packed_start(model: str, recipe: Recipe) -> Path | None:
     return packed.model.path if packed.recipe == recipe_digest(recipe) else None
 
 
-def pack_stage(recipe: Recipe, inputs: Mapping[str, Path], stage: Path, out: Path, card: str = "") -> Packed:
+def picture_list(corpus: Path, credits_by_file: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> str:
+    """A corpus' pictures as JSON lines: key, split, source, sha256, licence, credit and fingerprint.
+
+    Args:
+        corpus: its folder.
+        credits_by_file: (licence, credit) by file name, for pictures whose source has none.
+    """
+    opened, lines = open_corpus(corpus), []
+    manifest = {row["key"]: row for row in read_lines(corpus / "manifest.jsonl")}
+    for split in opened.splits:
+        for number in range(len(opened.split(split))):
+            key = opened.split(split).locate(number)[1]["key"]
+            row = manifest[key]
+            own_credit = credits_by_file.get(str(row["source"]).rpartition(":")[2], ("", ""))
+            picture = decode(read_sample(opened, split, number), STORED_LIMITS, key)
+            line = {
+                "key": key,
+                "split": split,
+                "source": row["source"],
+                "sha256": row["sha256"],
+                "licence": row["licence"] or own_credit[0],
+                "credit": row["credit"] or own_credit[1],
+                "fingerprint": [f"{int(word):016x}" for word in fingerprint(picture)],
+            }
+            lines.append(json.dumps(line, sort_keys=True, ensure_ascii=False))
+    return "\n".join(lines) + "\n"
+
+
+def pack_stage(
+    recipe: Recipe, inputs: Mapping[str, Path], stage: Path, out: Path, files: Mapping[str, str] = MappingProxyType({})
+) -> Packed:
     """Write a model folder in half precision with the averaged weights of a stage's newest checkpoint, and its state.
 
     Args:
@@ -107,7 +141,7 @@ def pack_stage(recipe: Recipe, inputs: Mapping[str, Path], stage: Path, out: Pat
         inputs: model folders by the stage that trained them.
         stage: the stage's folder.
         out: the model folder; replaced.
-        card: text of files/CARD.md; "" for none.
+        files: further text files of the folder by name.
 
     Raises:
         Failure: the stage has no checkpoint.
@@ -142,7 +176,7 @@ def pack_stage(recipe: Recipe, inputs: Mapping[str, Path], stage: Path, out: Pat
         parents={name: model.digest for name, model in parents.items()},
         metrics={"step": state["step"], "steps": recipe.steps},
     )
-    model = save_model(out, card_fields, parts, {"CARD.md": card} if card else {}, half=True)
+    model = save_model(out, card_fields, parts, {**objective.files, **files}, half=True)
     (out / STATE).mkdir()
     write_state(out / STATE / TENSORS, pack_state(state, parts))
     document = {

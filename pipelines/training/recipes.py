@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.places import shipped_models, stored_models
+from components.places import shipped_models, shipped_priors, stored_models
 from components.recipes import Recipe, RecipeError, as_dict, identity, resolve
 from components.systems import SYSTEMS
 from components.systems.recipes import load_recipe
@@ -53,9 +53,9 @@ def check_recipe(recipe: Recipe) -> None:
     check_missing_captions(recipe)
     check_degradation(recipe.degradation.preset, recipe.degradation.options)
     if recipe.opens_prior:
-        check_start("prior", recipe.prior)
+        check_start("prior", recipe.prior, prior=True)
     if recipe.warm_start:
-        check_start("warm_start", recipe.warm_start)
+        check_start("warm_start", recipe.warm_start, prior=recipe.trains_prior)
     if recipe.distil and not recipe.teacher:
         raise UsageError(f"{recipe.name} distils a teacher, and none is set. Name a trained model: teacher=MODEL.")
     for key, name in (("coarse", recipe.coarse), ("teacher", recipe.teacher)):
@@ -73,9 +73,9 @@ def check_degradation(preset: str, options: Mapping[str, Any]) -> None:
         raise UsageError(str(error)) from error
 
 
-def check_start(key: str, name: str, hub: bool = True) -> None:
+def check_start(key: str, name: str, hub: bool = True, prior: bool = False) -> None:
     """Raises UsageError unless `name` is a shipped or stored model, an existing path, or (with hub) a hub id."""
-    models = [*shipped_models(), *stored_models()]
+    models = [*(shipped_priors() if prior else shipped_models()), *stored_models()]
     if name not in models and not Path(name).exists() and not (hub and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         commands = [f"restoray train {name}"] if name in shipped_files("recipes") else []
         has_weights = name in SYSTEMS and SYSTEMS[name].weights is not None

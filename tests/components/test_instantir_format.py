@@ -115,4 +115,4 @@ def test_the_first_demos_prior_is_unchanged() -> None:
     """Models record their prior's digest: with another `nano` prior, no demo model would open."""
     from components.models import load_model
 
-    assert load_model("nano").digest == "f2255415fe6766dcd7750b8ed62b240b861a9cd28926ca6bc8f148982f38704b"
+    assert load_model("nano", prior=True).digest == "f2255415fe6766dcd7750b8ed62b240b861a9cd28926ca6bc8f148982f38704b"

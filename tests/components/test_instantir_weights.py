@@ -563,7 +563,7 @@ def test_the_shape_of_sdxl_needs_no_files(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_models_and_priors_in_restoray_home_open_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RESTORAY_HOME", str(tmp_path))
     folder = tmp_path / "weights" / "mine"
-    shutil.copytree(load_model("nano").path, folder)
+    shutil.copytree(load_model("nano", prior=True).path, folder)
     assert load_model("mine").path == folder and prior_shape("mine").id == str(folder.resolve())
     with pytest.raises(ModelError, match='Did you mean "mine"'):
         load_model("mime")

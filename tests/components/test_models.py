@@ -80,8 +80,15 @@ def test_errors_name_missing_parts_and_bad_json(tmp_path: Path) -> None:
 
 
 def test_an_unknown_model_lists_the_shipped_ones() -> None:
-    with pytest.raises(ModelError, match="nano"):
-        resolve_model("nanoo")
+    for prior in (False, True):
+        with pytest.raises(ModelError, match='Did you mean "nano"'):
+            resolve_model("nanoo", prior)
+
+
+def test_a_prior_and_a_restorer_may_have_one_name() -> None:
+    restorer, prior = load_model("nano"), load_model("nano", prior=True)
+    assert (restorer.info["system"], prior.info["system"]) == ("unetres", "prior")
+    assert restorer.digest != prior.digest
 
 
 def test_load_strictly_names_every_fault() -> None:

@@ -172,7 +172,7 @@ def test_a_batch_without_precomputed_values_is_a_plain_batch(nano: Prior) -> Non
 def test_the_priors_denoiser_takes_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text encoders learn, so it embeds all prompts, also if a batch has embeddings."""
     recipe: Any = load_recipe("prior-denoiser-nano", ["warm_start=nano"])
-    objective: Any = PRIOR.build_objective(recipe, {"encoder": load_model("nano")})
+    objective: Any = PRIOR.build_objective(recipe, {"encoder": load_model("nano", prior=True)})
     precomputed, plain = batches(objective.prior)
     expected = loss(objective, plain)
     monkeypatch.setattr(objective.prior.autoencoder, "encode", refuse)

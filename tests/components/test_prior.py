@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from components.models import ModelError, load_model, resolve_model
-from components.places import SHIPPED
+from components.places import SHIPPED_PRIORS
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.opening import load_prior
 from components.priors.sdxl_config import ImageView
@@ -43,7 +43,7 @@ def nano():  # type: ignore[no-untyped-def]
 
 
 def test_the_shipped_prior_is_at_most_8_mb() -> None:
-    assert sum(p.stat().st_size for p in (SHIPPED / "nano").rglob("*") if p.is_file()) <= 8_000_000
+    assert sum(p.stat().st_size for p in (SHIPPED_PRIORS / "nano").rglob("*") if p.is_file()) <= 8_000_000
 
 
 def test_shapes_meet_the_prior_contract(nano) -> None:  # type: ignore[no-untyped-def]
@@ -83,7 +83,7 @@ def test_a_missing_prior_is_refused() -> None:
 
 def test_a_models_record_finds_its_prior_in_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
-    shutil.copytree(resolve_model("nano"), folder)
+    shutil.copytree(resolve_model("nano", prior=True), folder)
     prior = load_prior(folder)
     record = {"id": prior.name, "digest": prior.digest}
     assert load_prior("nano").name == "nano" and prior.name == str(folder.resolve())
@@ -95,7 +95,7 @@ def test_a_models_record_finds_its_prior_in_a_folder(tmp_path: Path) -> None:
 
 def test_a_config_that_builds_no_prior_is_refused_with_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
-    shutil.copytree(resolve_model("nano"), folder)
+    shutil.copytree(resolve_model("nano", prior=True), folder)
     document = json.loads((folder / "model.json").read_text())
     document["config"]["schedule"] = {"num_train_timesteps": 1000, "shift": 3.0}  # keys of a FlowSchedule
     (folder / "model.json").write_text(json.dumps(document))
@@ -117,7 +117,7 @@ def test_sizes_become_floats_in_order(nano) -> None:  # type: ignore[no-untyped-
 
 
 def test_the_card_holds_the_required_metrics() -> None:
-    metrics = load_model("nano").info["metrics"]
+    metrics = load_model("nano", prior=True).info["metrics"]
     assert metrics["autoencoder_psnr_heldout"] >= 32.0
     assert metrics["encoder_found_among_64"] > 0.5
 

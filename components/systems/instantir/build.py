@@ -47,7 +47,9 @@ def open_prior(
     encoder = (record or {}).get("image_encoder") or DINOV2
     try:
         # A prior with a digest is a local model folder, so the hub is not asked.
-        prior = load_prior(resolve_model(recipe_prior) if digest else recipe_prior, device, encoder, precision)
+        prior = load_prior(
+            resolve_model(recipe_prior, prior=True) if digest else recipe_prior, device, encoder, precision
+        )
     except ModelError as error:
         if not digest:
             raise

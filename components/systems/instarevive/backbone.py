@@ -182,7 +182,7 @@ def open_backbone(
     prior: Prior | OneTextPrior
     if family in ("sdxl", "nano"):
         digest = (record or {}).get("digest", "")
-        prior = load_prior(resolve_model(name) if digest else name, image_encoder="", precision=precision)
+        prior = load_prior(resolve_model(name, prior=True) if digest else name, image_encoder="", precision=precision)
         if digest and prior.digest != digest:
             raise ModelError(
                 f"prior {name!r} has digest {prior.digest[:12]}, but the model was trained on {digest[:12]}: "

@@ -324,7 +324,7 @@ def _read_prior(family: str, name: str) -> tuple[dict[str, Any], dict[str, str],
     """
     if family in ("nano", "sdxl"):
         try:
-            model = load_model(name)
+            model = load_model(name, prior=True)
         except ModelError as error:
             if family == "nano" or "nor a shipped model" not in str(error):
                 raise

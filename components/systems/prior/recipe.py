@@ -37,6 +37,11 @@ class PriorRecipe(Recipe):
     noise_offset: float = 0.0
 
     @property
+    def trains_prior(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def opens_prior(self) -> bool:
         """False: the stages train a prior."""
         return False

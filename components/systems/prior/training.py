@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.captions.tags import VOCABULARY
-from components.models import Model, load_model, load_strictly, resolve_model
+from components.models import Model, load_model, load_strictly
 from components.objectives.diffusion import WeightedEpsilon, replace_rows
 from components.objectives.precomputed import clean_latents
 from components.priors.autoencoder import SpaceToDepthAutoencoder
@@ -273,7 +273,7 @@ def _prior_in_training(recipe: PriorRecipe, parents: Mapping[str, Model], device
     tokenizer_json = build_tokenizer_json(VOCABULARY, int(config["text_length"]))
     start: Model | None = next(iter(parents.values()), None)
     if start is None and recipe.warm_start:
-        start = load_model(resolve_model(recipe.warm_start))
+        start = load_model(recipe.warm_start, prior=True)
     if start is not None:
         config, tokenizer_json = start.info["config"], start.file("tokenizer.json").read_text(encoding="utf-8")
     with seeded_init(recipe.seed, "prior"):

@@ -21,6 +21,9 @@ from components.systems.unetres.score import DenoiserObjective, NoScore, score_o
 from components.tensors import psnr_of_batch
 from components.types import Batch, Loss, Objective
 
+MOST_DB = 50.0
+"""Limit of a picture's PSNR in the log: inputs without a fault have 100 dB, and would be all that the mean shows."""
+
 
 class RegressionObjective(Objective):
     """Charbonnier loss between restored and HQ picture, a mean over pixels.
@@ -41,14 +44,14 @@ class RegressionObjective(Objective):
         return {REGRESSION: parameters_of(self.network)}
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
-        """One phase, without noise. Metrics, means over pictures in [0, 1]: loss, psnr and psnr_lq (dB)."""
+        """One phase, without noise. Metrics, means over pictures in [0, 1]: loss, psnr and psnr_lq (dB, up to MOST_DB)."""
         restored = self.network(batch.lq).float()
         value = charbonnier_distance(restored / 2, batch.hq / 2, self.eps).mean()
         hq, images = to_unit(batch.hq), to_unit(restored.detach())
         metrics = {
             "loss": value.detach(),
-            "psnr": psnr_of_batch(images, hq).mean(),
-            "psnr_lq": psnr_of_batch(to_unit(batch.lq), hq).mean(),
+            "psnr": psnr_of_batch(images, hq).clamp_max(MOST_DB).mean(),
+            "psnr_lq": psnr_of_batch(to_unit(batch.lq), hq).clamp_max(MOST_DB).mean(),
         }
         yield REGRESSION, Loss(value=value, metrics=metrics)
 

@@ -174,11 +174,15 @@ def test_command_exits_1_exactly_when_something_fails(repository: Path, tmp_path
     assert process.returncode == (1 if failed else 0)
 
 
-def test_a_missing_prior_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [one.status for one in machine.check_weights()] == ["ok"]
-    monkeypatch.setattr(machine, "SHIPPED", tmp_path)
-    monkeypatch.setattr(machine, "shipped_models", list)
-    assert [(one.check, one.status) for one in machine.check_weights()] == [("nano prior", "fail")]
+def test_a_missing_shipped_model_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [(one.check, one.status) for one in machine.check_weights()] == [("nano prior", "ok"), ("nano model", "ok")]
+    for kind in ("PRIORS", "MODELS"):
+        monkeypatch.setattr(machine, f"SHIPPED_{kind}", tmp_path)
+        monkeypatch.setattr(machine, f"shipped_{kind.lower()}", list)
+    assert [(one.check, one.status) for one in machine.check_weights()] == [
+        ("nano prior", "fail"),
+        ("nano model", "fail"),
+    ]
 
 
 def test_the_folder_of_metric_weights_is_named_and_judged(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def a_job(corpus: Path, out: Path) -> NegativesJob:
         corpus=corpus,
         split="train",
         corpus_digest=open_corpus(corpus).digest,
-        model_digest=load_model("nano").digest,
+        model_digest=load_model("nano", prior=True).digest,
         out=out,
         spec=NegativeSpec(prior="nano", prompts=[NEGATIVE_PROMPTS["supir-samples"]], **FAST),
     )
@@ -93,7 +93,9 @@ def test_pictures_captions_and_records_belong_together(corpus: Path, whole: Path
             == NEGATIVE_PROMPTS["supir-samples"]
         )
         assert hashlib.sha256(read_sample(corpus_reader, "train", row["sample"])).hexdigest() == row["source_sha256"]
-        assert row["model_digest"] == load_model("nano").digest and row["seed"] == 0 and row["strength"] == 0.5
+        assert (
+            row["model_digest"] == load_model("nano", prior=True).digest and row["seed"] == 0 and row["strength"] == 0.5
+        )
         assert read_png_text(png)["source_key"] == row["source_key"]
     assert len({row["output_sha256"] for row in records}) == 5
     assert (whole / "contact.jpg").stat().st_size > 0
@@ -201,9 +203,9 @@ def test_a_model_that_fails_on_every_picture_ends_the_job(corpus: Path, tmp_path
     from safetensors.torch import load_file, save_file
 
     from components.models import file_sha256
-    from components.places import SHIPPED
+    from components.places import SHIPPED_PRIORS
 
-    broken = Path(shutil.copytree(SHIPPED / "nano", tmp_path / "nan"))
+    broken = Path(shutil.copytree(SHIPPED_PRIORS / "nano", tmp_path / "nan"))
     info = json.loads((broken / "model.json").read_text())
     weights = broken / info["parts"]["unet"]["file"]
     tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}

@@ -17,6 +17,7 @@ from PIL import PngImagePlugin
 
 from components.images import ANY_SHAPE, decode, encode_png, read_png_text
 from components.models import ModelCard, save_model
+from components.places import SHIPPED_PRIORS
 from components.restoring import Identity, Picture, file_key, parse_ask, picture_seed, restore_batch
 from components.synthetic import dead_leaves
 from components.systems import SYSTEMS
@@ -556,4 +557,4 @@ def test_prepare_heldout_is_idempotent_and_depends_on_its_settings(corpus: Path,
 
 def test_a_prior_cannot_be_opened_for_restoration() -> None:
     with pytest.raises(UsageError, match="nano is a prior model, which restores nothing"):
-        open_model("nano")
+        open_model(SHIPPED_PRIORS / "nano")

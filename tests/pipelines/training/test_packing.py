@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.fingerprints import fingerprint
 from components.images import encode_png
 from components.models import load_model
 from components.recipes import Recipe
@@ -17,7 +18,7 @@ from pipelines.core.errors import EXIT_RETRY, Failure, Unfinished, UsageError
 from pipelines.core.metrics import last_step, read_metrics
 from pipelines.curation.curate import curate
 from pipelines.training.inputs import TrainInputs
-from pipelines.training.packing import STATE, pack_stage, packed_start, read_packed, recipe_digest
+from pipelines.training.packing import STATE, pack_stage, packed_start, picture_list, read_packed, recipe_digest
 from pipelines.training.train import train
 
 SMALL = [
@@ -62,9 +63,11 @@ def leg(inputs: TrainInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def packed(leg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(inputs: TrainInputs, leg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shipped") / "small"
-    pack_stage(recipe(), {}, leg, out, card="# small\n")
+    pack_stage(
+        recipe(), {}, leg, out, files={"CARD.md": "# small\n", "pictures.jsonl": picture_list(inputs.corpora["corpus"])}
+    )
     return out
 
 
@@ -86,6 +89,23 @@ def test_a_packed_state_holds_half_precision_weights_and_the_curve(leg: Path, pa
     assert state.curve == {"heldout/regression": {str(step): value for step, value in heldout.items()}}
     size = sum(path.stat().st_size for path in packed.rglob("*") if path.is_file())
     assert size < 0.4 * checkpoint.stat().st_size
+
+
+@pytest.mark.slow
+def test_the_list_of_pictures_names_each_with_its_fingerprint(inputs: TrainInputs, packed: Path) -> None:
+    lines = [json.loads(line) for line in load_model(packed).file("pictures.jsonl").read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == [f"leaves-{number}" for number in range(8)]
+    assert {line["split"] for line in lines} == {"train", "held_out"}
+    for line in lines:
+        own = fingerprint(dead_leaves(144, 2, int(line["key"][-1])))
+        assert line["fingerprint"] == [f"{int(word):016x}" for word in own]
+    text = picture_list(inputs.corpora["corpus"], {"leaves-0.png": ("CC0-1.0", "me")})
+    by_source = {line["source"]: line for line in map(json.loads, text.splitlines())}
+    assert {name: by_source["folder:leaves-0.png"][name] for name in ("licence", "credit")} == {
+        "licence": "CC0-1.0",
+        "credit": "me",
+    }
+    assert by_source["folder:leaves-1.png"]["credit"] == ""
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def test_a_student_is_built_on_its_teachers_prior_and_passes_the_gate(tmp_path: 
     assert SYSTEMS["instarevive"].networks().encoded_with(recipe, {}) == "nano"
     result = pass_gate(recipe, corpora, tmp_path / "out", on_ray=False)
     assert result.passed and len(result.pictures) == 6
-    prior = load_model("nano")
+    prior = load_model("nano", prior=True)
     with pytest.raises(ModelError, match="there is no score to distil"):
         SYSTEMS["instarevive"].build_objective(load_recipe("distil-onestep-nano", [f"teacher={prior.path}"]), {})
 

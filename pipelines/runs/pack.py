@@ -1,0 +1,60 @@
+"""`restoray weights pack`: a training stage of a run as a small model folder, from which its training can go on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.core.errors import UsageError, unknown
+from pipelines.runs.plan import load_plan
+from pipelines.training.packing import Packed, pack_stage, picture_list
+
+
+def pack_run(run: Path, stage: str, out: Path, card: Path | None = None, credits_file: Path | None = None) -> Packed:
+    """Pack the newest checkpoint of a run's stage, with the list of its pictures.
+
+    Args:
+        run: the run's folder.
+        stage: name of the stage in the plan; "" for the last one with a checkpoint.
+        out: the model folder; replaced.
+        card: a text for files/CARD.md.
+        credits_file: a CSV with the columns file, licence and credit, for pictures whose source has none.
+
+    Raises:
+        UsageError: `run` is no run of a plan, or has no such stage.
+        Failure: the stage has no checkpoint.
+    """
+    try:
+        document: dict[str, Any] = json.loads((run / "plan.json").read_bytes())
+        plan = load_plan(document.get("file") or document["plan"], document["overrides"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{run} is not a run: its plan.json cannot be read ({type(error).__name__}).") from error
+    trained = {planned.name: planned for planned in plan.stages if planned.recipe is not None}
+    begun = [name for name, planned in trained.items() if any((run / planned.folder).glob("ray/run/checkpoint_*"))]
+    if stage and stage not in trained:
+        raise unknown("training stage", stage, trained)
+    if not stage and not begun:
+        raise UsageError(f"no training stage of {run} has a checkpoint.")
+    planned = trained[stage or begun[-1]]
+    needs = {need: next(other for other in plan.stages if other.name == need) for need in planned.needs}
+    parents = {
+        str(other.recipe.stage): run / other.folder / "model" for other in needs.values() if other.recipe is not None
+    }
+    corpora = [run / other.folder for other in needs.values() if (run / other.folder / "index.json").is_file()]
+    credited = _credits(credits_file) if credits_file is not None else {}
+    files = {"pictures.jsonl": "".join(picture_list(corpus, credited) for corpus in corpora)}
+    if card is not None:
+        files["CARD.md"] = card.read_text(encoding="utf-8")
+    return pack_stage(planned.recipe, parents, run / planned.folder, out, files)
+
+
+def _credits(path: Path) -> Mapping[str, tuple[str, str]]:
+    """(licence, credit) by file name."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            return {row["file"]: (row["licence"], row["credit"]) for row in csv.DictReader(stream)}
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} has no columns file, licence and credit ({type(error).__name__}).") from error

@@ -55,6 +55,9 @@ def _credits(path: Path) -> Mapping[str, tuple[str, str]]:
     """(licence, credit) by file name."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            return {row["file"]: (row["licence"], row["credit"]) for row in csv.DictReader(stream)}
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} has no columns file, licence and credit ({type(error).__name__}).") from error
+            rows = csv.DictReader(stream)
+            if not {"file", "licence", "credit"} <= set(rows.fieldnames or ()):
+                raise UsageError(f"{path} has no columns file, licence and credit.")
+            return {row["file"]: (row["licence"] or "", row["credit"] or "") for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read ({type(error).__name__}).") from error

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.corpora import CorpusSpec
+from components.corpora import CorpusSpec, SplitSpec
 from components.images import read_png_text
 from components.recipes import Recipe, as_dict
 from components.secrets import public
@@ -23,7 +23,7 @@ from components.systems import parent_stage
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import Pool
 from pipelines.curation.curate import curate, load_spec
-from pipelines.curation.sources import for_folder, identities
+from pipelines.curation.sources import DEFAULT_HELD_OUT_FRACTION, for_folder, identities
 from pipelines.evaluation.evaluate import check_metrics, evaluate
 from pipelines.evaluation.heldout import prepare_heldout
 from pipelines.restoration.batch import RestoreJob, restore_folder
@@ -72,7 +72,7 @@ def check_evaluate(settings: EvaluateSettings, recipe: Recipe | None, parent_rec
 
 def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
     """The resolved spec and a digest of all candidate pictures: other pictures make another stage."""
-    spec = _spec_of(settings)
+    spec = spec_of(settings)
     if images is not None:
         spec = for_folder(spec, images)
     pictures = hashlib.sha256()
@@ -87,28 +87,34 @@ def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) 
     return {"spec": document, "pictures": pictures.hexdigest()}
 
 
-def _spec_of(settings: CurateSettings) -> CorpusSpec:
-    """The spec of a curate stage, with its folder.
+def spec_of(settings: CurateSettings) -> CorpusSpec:
+    """The spec of a curate stage, with the folder of its settings.
+
+    A folder source without a path, which nobody named, is left out if there are others. Pictures are then held out by
+    fraction: the names of the spec may be those of the folder.
 
     Raises:
         UsageError: `pictures` is set, and no folder source lacks a path.
     """
     spec = load_spec(settings.spec)
-    if not settings.pictures:
+    nameless = [n for n, source in enumerate(spec.sources) if source.kind == "folder" and not source.path]
+    if settings.pictures:
+        if not nameless:
+            raise UsageError(f"pictures={settings.pictures}: spec {settings.spec} has no folder source without a path.")
+        sources = list(spec.sources)
+        folder = str(Path(settings.pictures).expanduser().absolute())
+        sources[nameless[0]] = dataclasses.replace(sources[nameless[0]], path=folder)
+        return dataclasses.replace(spec, sources=sources)
+    others = [source for n, source in enumerate(spec.sources) if n not in nameless]
+    if not nameless or not others:
         return spec
-    open_sources = [n for n, source in enumerate(spec.sources) if source.kind == "folder" and not source.path]
-    if not open_sources:
-        raise UsageError(f"pictures={settings.pictures}: spec {settings.spec} has no folder source without a path.")
-    sources = list(spec.sources)
-    folder = str(Path(settings.pictures).expanduser().absolute())
-    sources[open_sources[0]] = dataclasses.replace(sources[open_sources[0]], path=folder)
-    return dataclasses.replace(spec, sources=sources)
+    return dataclasses.replace(spec, sources=others, split=SplitSpec(held_out_fraction=DEFAULT_HELD_OUT_FRACTION))
 
 
 def run_curate(context: StageContext) -> dict[str, Any]:
     """Curate photographs into shards."""
     with context.console.bar(context.name) as progress:
-        result = curate(_spec_of(context.settings), context.stage_dir, progress=progress, images=context.images)
+        result = curate(spec_of(context.settings), context.stage_dir, progress=progress, images=context.images)
     return {
         "accepted": result.accepted,
         "quarantined": result.rejected,

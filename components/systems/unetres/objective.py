@@ -44,7 +44,7 @@ class RegressionObjective(Objective):
         return {REGRESSION: parameters_of(self.network)}
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
-        """One phase, without noise. Metrics, means over pictures in [0, 1]: loss, psnr and psnr_lq (dB, up to MOST_DB)."""
+        """One phase, without noise. Metrics, means over pictures: loss, psnr and psnr_lq (dB, up to MOST_DB)."""
         restored = self.network(batch.lq).float()
         value = charbonnier_distance(restored / 2, batch.hq / 2, self.eps).mean()
         hq, images = to_unit(batch.hq), to_unit(restored.detach())

@@ -6,6 +6,7 @@ the list of parts; candidates.py yields the candidates of a part inside the task
 
 from pipelines.curation.sources.candidates import Bytes, Candidate, candidates, remove_bodies
 from pipelines.curation.sources.files import (
+    DEFAULT_HELD_OUT_FRACTION,
     Entry,
     check_sources,
     for_folder,
@@ -18,6 +19,7 @@ from pipelines.curation.sources.listing import list_again, load_listing, save_li
 from pipelines.curation.sources.parts import Listing, Part, list_parts
 
 __all__ = [
+    "DEFAULT_HELD_OUT_FRACTION",
     "Bytes",
     "Candidate",
     "Entry",

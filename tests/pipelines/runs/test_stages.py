@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 
+from components.corpora import SourceSpec
+from components.images import encode_png
 from components.restoring import Ask
+from components.synthetic import dead_leaves
 from components.systems.recipes import load_recipe
 from pipelines.core.console import Console
-from pipelines.core.errors import RetryLater, UsageError
+from pipelines.core.errors import RetryLater, Unfinished, UsageError
 from pipelines.core.metrics import Tail, read_metrics
+from pipelines.curation.curate import load_spec
+from pipelines.curation.sources import iter_entries
+from pipelines.curation.sources.files import SkippedFiles
+from pipelines.runs import stages
 from pipelines.runs.identity import train_identity
 from pipelines.runs.one_training import train_folder
-from pipelines.runs.stages import check_restore, corpus_files, run_restore
-from pipelines.runs.verb import RestoreSettings, StageContext
+from pipelines.runs.plan import load_plan
+from pipelines.runs.stages import check_restore, corpus_files, run_restore, spec_of
+from pipelines.runs.verb import CurateSettings, RestoreSettings, StageContext, TrainSettings
 from pipelines.training.inputs import TrainInputs, check_inputs
 from pipelines.training.recipes import check_recipe
 from pipelines.training.stage_files import METRICS, ORDER, Log, Sample, log_order, read_order
@@ -151,6 +159,63 @@ def test_a_restore_stage_counts_all_refusals_and_lists_all_pictures(
     )
     assert results["quarantined"] == 3
     assert {"hq/a.png", "lq/a.png", "restored/a.png", "restored/records.jsonl"} <= set(results["outputs"])
+
+
+def test_a_folder_that_nobody_named_is_left_out_and_a_named_one_is_taken(tmp_path: Path) -> None:
+    """The shipped plan resolves without the folder; with it, the folder's names are held out."""
+    spec = load_spec("nano")
+    alone = spec_of(CurateSettings(spec="nano"))
+    assert [source.kind for source in alone.sources] == ["demo_corpus", "skimage"]
+    assert (alone.split.held_out, alone.split.held_out_fraction) == ([], 0.2)
+    both = spec_of(CurateSettings(spec="nano", pictures=str(tmp_path)))
+    assert [source.path for source in both.sources] == ["", "", str(tmp_path)] and both.split == spec.split
+    assert spec_of(CurateSettings(spec="folder")) == load_spec("folder")  # its only source: an error names it later
+    with pytest.raises(UsageError, match="spec demo has no folder source without a path"):
+        spec_of(CurateSettings(spec="demo", pictures=str(tmp_path)))
+
+
+def test_the_place_of_the_pictures_is_not_part_of_a_digest(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "p.png").write_bytes(encode_png(dead_leaves(64, 0, 0)))
+    (tmp_path / "plan.yaml").write_text("stages: [{name: corpus, verb: curate, spec: nano}]")
+    first = load_plan(tmp_path / "plan.yaml", [f"corpus.pictures={tmp_path / 'a'}"]).stages[0].digest
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert load_plan(tmp_path / "plan.yaml", [f"corpus.pictures={tmp_path / 'b'}"]).stages[0].digest == first
+    assert load_plan(tmp_path / "plan.yaml").stages[0].digest != first
+
+
+def test_shipped_pictures_can_be_chosen_by_name() -> None:
+    source = SourceSpec(kind="demo_corpus", names=["tea-gardens.jpg", "mr-lee.jpg"])
+    assert [entry.key for entry in iter_entries(source, None, SkippedFiles())] == ["mr-lee", "tea-gardens"]
+    with pytest.raises(UsageError, match=r'Did you mean "mr-lee\.jpg"'):
+        list(iter_entries(SourceSpec(kind="demo_corpus", names=["mr-le.jpg"]), None, SkippedFiles()))
+
+
+def test_a_training_stage_gets_its_minutes_and_its_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    def train_one(*_: Any, **named: Any) -> Any:
+        calls.append(named)
+        raise Unfinished("later")
+
+    monkeypatch.setattr(stages, "train_one", train_one)
+    for start in ("", "nano"):
+        context = StageContext(
+            plan="p",
+            name="regression",
+            verb="train",
+            digest="d",
+            run_dir=tmp_path,
+            stage_dir=tmp_path,
+            inputs={},
+            settings=TrainSettings(recipe="unetres-regression", start=start),
+            recipe=load_recipe("unetres-regression", ["steps=7"]),
+            minutes=9.0,
+            console=Console(silent=True),
+        )
+        with pytest.raises(Unfinished):
+            stages.run_train(context)
+    assert calls == [{"minutes": 9.0, "start": None}] * 2  # the shipped state is of another recipe
 
 
 def test_a_torn_row_costs_that_row_only(tmp_path: Path) -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from components.fingerprints import fingerprint
 from components.images import encode_png
 from components.models import load_model
 from components.recipes import Recipe
 from components.synthetic import dead_leaves
+from components.systems import build_restorer
 from components.systems.recipes import load_recipe
+from components.types import Request
+from pipelines.commands.main import build_app
 from pipelines.core.errors import EXIT_RETRY, Failure, Unfinished, UsageError
 from pipelines.core.metrics import last_step, read_metrics
 from pipelines.curation.curate import curate
+from pipelines.runs.plan import load_plan
 from pipelines.training.inputs import TrainInputs
 from pipelines.training.packing import STATE, pack_stage, packed_start, picture_list, read_packed, recipe_digest
 from pipelines.training.train import train
@@ -143,3 +149,40 @@ def test_the_state_of_another_recipe_is_not_used(packed: Path, tmp_path: Path) -
         (tmp_path / "state.json").rename(packed / STATE / "state.json")
     with pytest.raises(Failure, match="has no checkpoint"):
         pack_stage(recipe(), {}, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_command_packs_a_stage_of_a_run(inputs: TrainInputs, leg: Path, tmp_path: Path) -> None:
+    """It finds recipe, parents and corpus by the run's plan.json, as `restoray run` wrote it."""
+    document = {
+        "stages": [
+            {"name": "corpus", "verb": "curate", "spec": "demo"},
+            {"name": "first", "verb": "train", "recipe": "unetres-regression", "overrides": SMALL, "needs": ["corpus"]},
+        ]
+    }
+    plan, run = tmp_path / "small.yaml", tmp_path / "run"
+    plan.write_text(json.dumps(document))
+    folders = {stage.name: stage.folder for stage in load_plan(plan).stages}
+    shutil.copytree(inputs.corpora["corpus"], run / folders["corpus"])
+    shutil.copytree(leg, run / folders["first"])
+    (run / "plan.json").write_text(json.dumps({"plan": "small", "file": str(plan), "overrides": []}))
+    (tmp_path / "card.md").write_text("# a card\n")
+    (tmp_path / "credits.csv").write_text("file,licence,credit\nleaves-0.png,CC0-1.0,me\n")
+    command = ["weights", "pack", str(run), "--to", str(tmp_path / "out"), "--card", str(tmp_path / "card.md")]
+    result = CliRunner().invoke(build_app(), [*command, "--credits", str(tmp_path / "credits.csv"), "--json"])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    packed = read_packed(tmp_path / "out")
+    assert answer == {"model": str(tmp_path / "out"), "digest": packed.model.digest, "step": packed.step}
+    assert packed.model.file("CARD.md").read_text() == "# a card\n"
+    lines = [json.loads(line) for line in packed.model.file("pictures.jsonl").read_text().splitlines()]
+    assert [line["credit"] for line in lines if line["source"] == "folder:leaves-0.png"] == ["me"]
+    assert build_restorer(tmp_path / "out").restore([Request(key="a", image=dead_leaves(40, 0, 0))])[0].image.shape
+    for arguments, word in (
+        ([*command, "--stage", "frist"], 'Did you mean "first"'),
+        ([*command, "--credits", str(tmp_path / "card.md")], "no columns file, licence and credit"),
+        (["weights", "pack", str(tmp_path), "--to", str(tmp_path / "x")], "is not a run"),
+    ):
+        assert word in str(CliRunner().invoke(build_app(), arguments).exception)
+    shutil.rmtree(run / folders["first"] / "ray")
+    assert "no training stage" in str(CliRunner().invoke(build_app(), command).exception)

@@ -117,11 +117,13 @@ def pack_command(
     credits_file: Annotated[
         Path | None, typer.Option("--credits", help="A CSV of file, licence and credit, for pictures without them.")
     ] = None,
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "unstated",
+    permitted_use: Annotated[str, typer.Option(help="What the weights may be used for.")] = "unstated",
     as_json: Json = False,
 ) -> None:
     """Write a stage's averaged weights in half precision, with a small state from which its training can go on."""
     from pipelines.runs.pack import pack_run
 
-    packed = pack_run(run, stage, to, card, credits_file)
+    packed = pack_run(run, stage, to, card, credits_file, licence, permitted_use)
     document = {"model": str(packed.model.path), "digest": packed.model.digest, "step": packed.step}
     Console(silent=as_json).result(document, [f"step {packed.step}; {packed.model.path}"])

@@ -13,7 +13,15 @@ from pipelines.runs.plan import load_plan
 from pipelines.training.packing import Packed, pack_stage, picture_list
 
 
-def pack_run(run: Path, stage: str, out: Path, card: Path | None = None, credits_file: Path | None = None) -> Packed:
+def pack_run(
+    run: Path,
+    stage: str,
+    out: Path,
+    card: Path | None = None,
+    credits_file: Path | None = None,
+    licence: str = "unstated",
+    permitted_use: str = "unstated",
+) -> Packed:
     """Pack the newest checkpoint of a run's stage, with the list of its pictures.
 
     Args:
@@ -22,6 +30,7 @@ def pack_run(run: Path, stage: str, out: Path, card: Path | None = None, credits
         out: the model folder; replaced.
         card: a text for files/CARD.md.
         credits_file: a CSV with the columns file, licence and credit, for pictures whose source has none.
+        licence, permitted_use: of the weights.
 
     Raises:
         UsageError: `run` is no run of a plan, or has no such stage.
@@ -48,7 +57,7 @@ def pack_run(run: Path, stage: str, out: Path, card: Path | None = None, credits
     files = {"pictures.jsonl": "".join(picture_list(corpus, credited) for corpus in corpora)}
     if card is not None:
         files["CARD.md"] = card.read_text(encoding="utf-8")
-    return pack_stage(planned.recipe, parents, run / planned.folder, out, files)
+    return pack_stage(planned.recipe, parents, run / planned.folder, out, files, licence, permitted_use)
 
 
 def _credits(path: Path) -> Mapping[str, tuple[str, str]]:

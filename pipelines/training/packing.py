@@ -103,6 +103,14 @@ def packed_start(model: str, recipe: Recipe) -> Path | None:
     return packed.model.path if packed.recipe == recipe_digest(recipe) else None
 
 
+def _without_places(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without paths of this machine: of an absolute path the last name stays."""
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in fields.items()
+    }
+
+
 def picture_list(corpus: Path, credits_by_file: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> str:
     """A corpus' pictures as JSON lines: key, split, source, sha256, licence, credit and fingerprint.
 
@@ -132,7 +140,13 @@ def picture_list(corpus: Path, credits_by_file: Mapping[str, tuple[str, str]] = 
 
 
 def pack_stage(
-    recipe: Recipe, inputs: Mapping[str, Path], stage: Path, out: Path, files: Mapping[str, str] = MappingProxyType({})
+    recipe: Recipe,
+    inputs: Mapping[str, Path],
+    stage: Path,
+    out: Path,
+    files: Mapping[str, str] = MappingProxyType({}),
+    licence: str = "unstated",
+    permitted_use: str = "unstated",
 ) -> Packed:
     """Write a model folder in half precision with the averaged weights of a stage's newest checkpoint, and its state.
 
@@ -142,6 +156,7 @@ def pack_stage(
         stage: the stage's folder.
         out: the model folder; replaced.
         files: further text files of the folder by name.
+        licence, permitted_use: of the weights.
 
     Raises:
         Failure: the stage has no checkpoint.
@@ -171,9 +186,11 @@ def pack_stage(
     card_fields = ModelCard(
         name=out.name,
         system=recipe.system,
-        recipe=identity(recipe),
+        recipe=_without_places(identity(recipe)),
         config=objective.config,
         parents={name: model.digest for name, model in parents.items()},
+        licence=licence,
+        permitted_use=permitted_use,
         metrics={"step": state["step"], "steps": recipe.steps},
     )
     model = save_model(out, card_fields, parts, {**objective.files, **files}, half=True)

@@ -169,11 +169,14 @@ def test_the_command_packs_a_stage_of_a_run(inputs: TrainInputs, leg: Path, tmp_
     (tmp_path / "card.md").write_text("# a card\n")
     (tmp_path / "credits.csv").write_text("file,licence,credit\nleaves-0.png,CC0-1.0,me\n")
     command = ["weights", "pack", str(run), "--to", str(tmp_path / "out"), "--card", str(tmp_path / "card.md")]
-    result = CliRunner().invoke(build_app(), [*command, "--credits", str(tmp_path / "credits.csv"), "--json"])
+    result = CliRunner().invoke(
+        build_app(), [*command, "--credits", str(tmp_path / "credits.csv"), "--licence", "CC0-1.0", "--json"]
+    )
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     packed = read_packed(tmp_path / "out")
     assert answer == {"model": str(tmp_path / "out"), "digest": packed.model.digest, "step": packed.step}
+    assert packed.model.info["licence"] == "CC0-1.0" and str(tmp_path) not in json.dumps(packed.model.info)
     assert packed.model.file("CARD.md").read_text() == "# a card\n"
     lines = [json.loads(line) for line in packed.model.file("pictures.jsonl").read_text().splitlines()]
     assert [line["credit"] for line in lines if line["source"] == "folder:leaves-0.png"] == ["me"]

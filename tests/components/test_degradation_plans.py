@@ -37,6 +37,7 @@ RECORDED = {
     "instantir": "b9915ca0ac94eebf",
     "instarevive-bfr": "f8ca186ccb47e75b",
     "instarevive-bsr": "561dc890b8220ab9",
+    "mixed": "d2c8545a4e903057",
     "none": "66b419e28fac3288",
     "realesrgan": "89fc9e67582c8e93",
     "realesrgan-nano": "d4c6762bb8b586be",

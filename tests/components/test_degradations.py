@@ -58,7 +58,8 @@ def test_a_plan_survives_json_and_replays_to_the_same_bits(preset: str) -> None:
         # the plan alone decides: a degradation of another class replays it
         other = build_degradation("none")
         assert np.array_equal(lq, other.apply(hq, json.loads(json.dumps(plan))))
-        assert np.array_equal(lq, hq) == (preset == "none")
+        assert np.array_equal(lq, hq) == (not plan["ops"])
+        assert (preset == "none") <= (not plan["ops"]) <= (preset in ("none", "mixed"))
         assert lq.shape == hq.shape
         assert lq.dtype == np.float32
         assert lq.min() >= 0

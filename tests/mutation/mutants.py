@@ -122,6 +122,8 @@ def sites(file: str, source: str) -> list[Site]:
         site = Site()
         for text in texts:
             old = source[start:stop]
+            if text.isdecimal() and source[stop : stop + 1] == ".":  # 0.round() is no program, and (0).round() is one
+                text = f"({text})"
             same = (line, old, text)
             seen[same] = seen.get(same, -1) + 1
             site.mutants.append(

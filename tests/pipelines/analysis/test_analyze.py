@@ -389,7 +389,7 @@ def test_the_command_ends_with_3_where_a_picture_is_bad(
         (["--side", "4"], "at least 8 px"),
         (["--limit", "-1"], "at least 1"),
         (["--model", "nanoo"], 'Did you mean "nano"'),
-        (["--model", "nano"], "restores nothing"),
+        (["--model", "nano"], "this study needs an InstantIR model"),
         (["--images", "nowhere"], "does not exist"),
     ],
 )

@@ -31,14 +31,14 @@ TRAIN = {
         "sa-1b",
         "bdd100k",
     ),
-    *("lol", "rain", "ffhq-cartoon", "dra-300k", "demo", "folder", "pairs", "dead-leaves"),
+    *("lol", "rain", "ffhq-cartoon", "dra-300k", "demo", "folder", "pairs", "dead-leaves", "nano"),
 }
 BENCHMARKS = {
     *("realsr", "drealsr", "realset65", "realphoto60", "real47", "div2k-val", "celeba-test", "lfw-test", "wider-test"),
     *("imagenet-test", "instantir-test", "rain100l"),
 }
 """The four papers' sets: sec. 4 and the appendices of each name them."""
-OURS = {"demo", "folder", "pairs", "dead-leaves"}
+OURS = {"demo", "folder", "pairs", "dead-leaves", "nano"}
 
 METRICS = {"psnr", "ssim", "lpips", "clipiqa", "maniqa", "musiq", "niqe", "fid", "ids"}
 """What the papers' tables score (SUPIR tab. 1, InstantIR tab. 1, InstaRevive tabs. 1 and 2, DRA tab. 2)."""

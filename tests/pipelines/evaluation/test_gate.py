@@ -159,7 +159,7 @@ def test_the_command_registers_only_a_student_that_passes(
     teacher, out = tiny.write_model(tmp_path / "teacher", 100.0), tmp_path / "out"
     names: list[str] = []
 
-    def train(recipe: Any, inputs: TrainInputs, out: Path, on_metrics: Any = None) -> TrainResult:
+    def train(recipe: Any, inputs: TrainInputs, out: Path, on_metrics: Any = None, **_: Any) -> TrainResult:
         tiny.write_model(out / "model", 100.0 if passes else 0.5)
         return TrainResult(model=out / "model", heldout={}, seconds=0.0)
 
@@ -192,7 +192,7 @@ spec.loader.exec_module(tiny)
 networks = Networks(build_restorer=lambda model, **_: tiny.build_tiny(model.path))
 SYSTEMS["tiny"] = dataclasses.replace(tiny.SYSTEM, networks=lambda: networks)
 
-def train(recipe, inputs, out, on_metrics=None):
+def train(recipe, inputs, out, on_metrics=None, **_):
     tiny.write_model(out / "model", 0.5)
     return one_training.TrainResult(model=out / "model", heldout={}, seconds=0.0)
 

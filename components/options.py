@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from components.naming import did_you_mean
@@ -44,6 +44,16 @@ def typed_options(options: Mapping[str, Any], types: Mapping[str, Any]) -> dict[
             raise UnknownOption(name, types)
         values[name] = _convert(name, value, types[name])
     return values
+
+
+def replace_options(options: Mapping[str, Any], defaults: T) -> T:
+    """A dataclass of options with some of them changed by name, in their own types; raises as typed_options."""
+    return replace(defaults, **typed_options(options, get_type_hints(type(defaults))))  # type: ignore[type-var]
+
+
+def option_texts(options: Any) -> dict[str, str]:
+    """The fields of a dataclass of options as text, for a PNG's text chunks."""
+    return {name: str(value) for name, value in asdict(options).items()}
 
 
 def apply_preset(values: Mapping[str, Any], defaults: T, presets: Mapping[str, Mapping[str, Any]]) -> T:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
-from components.options import typed_options
+from components.options import replace_options, typed_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,5 @@ def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = Mapp
         ValueError: an unknown name (with the nearest one), a wrong type, or a value outside its range.
     """
     values = typed_options(options, get_type_hints(Options))
-    replace(parse_options(defaults, Options()), **values)  # checks the ranges
+    replace(replace_options(defaults, Options()), **values)  # checks the ranges
     return values
-
-
-def parse_options(options: Mapping[str, Any], defaults: Options) -> Options:
-    """Options by name over defaults; raises like check_options."""
-    return replace(defaults, **typed_options(options, get_type_hints(Options)))
-
-
-def option_texts(options: Options) -> dict[str, str]:
-    """Options as text, for a PNG's text chunks."""
-    return {name: str(value) for name, value in asdict(options).items()}

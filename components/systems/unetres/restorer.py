@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from PIL import Image as Pillow
 from torch import Tensor
 
 from components.models import Model
+from components.picture_restorer import PictureRestorer, resize_bicubic
 from components.priors.files import DTYPES, Precision
 from components.samplers.picture_tiles import restore_in_tiles
 from components.systems.unetres.build import GENERATOR, REGRESSION, network_of
 from components.systems.unetres.network import UNetRes
-from components.systems.unetres.options import Options, option_texts, parse_options, restore_defaults
-from components.types import Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
+from components.systems.unetres.options import Options, restore_defaults
+from components.types import Cancelled, Image
 
 
-class UNetResRestorer(Restorer):
+class UNetResRestorer(PictureRestorer[Options]):
     """See types.Restorer. The networks are deterministic: seed and prompts have no effect.
 
     Args:
@@ -39,50 +38,21 @@ class UNetResRestorer(Restorer):
         self.generator = None if generator is None else generator.eval().requires_grad_(False)
         networks = [network for network in (self.regression, self.generator) if network is not None]
         self.multiple_px = math.lcm(*(network.config.multiple_px for network in networks))
-        self.defaults = parse_options(defaults or {}, Options())
+        super().__init__("unetres", defaults or {}, Options())
 
-    def restore(
-        self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
-    ) -> list[Restored]:
-        """Restore in request order, one picture at a time.
-
-        Args:
-            requests: any sizes; `size` enlarges or shrinks by bicubic interpolation first.
-            on_step: called after each picture.
-            cancelled: called before each tile.
-
-        Raises:
-            SampleError: a picture that is not uint8 RGB ("bad_image"), or an impossible size ("bad_size").
-            ValueError: unknown or wrong options; the message names the nearest option.
-            Cancellation: `cancelled()` became true.
-        """
-        restored = []
-        for number, request in enumerate(requests, start=1):
-            options = parse_options(request.options, self.defaults)
-            image = self._restore_request(request, options, cancelled)
-            restored.append(Restored(key=request.key, image=image, info={"system": "unetres", **option_texts(options)}))
-            if on_step is not None:
-                on_step(StepEvent(step=number, of=len(requests)))
-        return restored
-
-    def _restore_request(self, request: Request, options: Options, cancelled: Cancelled | None) -> Image:
-        image = request.image
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise SampleError("bad_image", f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}", request.key)
-        size = request.size or (image.shape[0], image.shape[1])
-        if min(size) < 1:
-            raise SampleError("bad_size", f"size must be positive, got {size[0]} x {size[1]}", request.key)
-        if image.shape[:2] != size:
-            image = np.array(Pillow.fromarray(image).resize((size[1], size[0]), Pillow.Resampling.BICUBIC))
+    def restore_image(
+        self, image: Image, size: tuple[int, int], options: Options, cancelled: Cancelled | None, key: str
+    ) -> Image:
+        """See PictureRestorer."""
         return restore_in_tiles(
             functools.partial(self._network, options.strength),
-            image,
+            resize_bicubic(image, size),
             self.multiple_px,
             options.tile_px,
             options.tile_overlap,
             self.regression.head.weight,
             cancelled,
-            request.key,
+            key,
         )
 
     def _network(self, strength: float, images: Tensor) -> Tensor:

@@ -14,18 +14,16 @@ import cv2
 import numpy as np
 
 from components.degradations.engine import apply_plan
+from components.evaluation import IDENTITY_PSNR_DB
 from components.images import to_float, to_uint8
 from components.types import Image, Plan
-
-MOST_DB = 80.0
-"""The value of equal pictures, as in the PSNR of metrics.py."""
 
 CELL_PX = 16
 """Side of an area whose mean colour is compared; ours, larger than the blur of most inputs."""
 
 
 def consistency_db(image: Image, lq: Image, plan: Plan) -> float:
-    """PSNR in dB between the degraded result and the input, at most MOST_DB.
+    """PSNR in dB between the degraded result and the input, at most IDENTITY_PSNR_DB.
 
     Args:
         image: result, uint8 [H, W, 3].
@@ -39,7 +37,7 @@ def consistency_db(image: Image, lq: Image, plan: Plan) -> float:
     if again.shape != lq.shape:
         raise ValueError(f"the plan makes {again.shape[:2]} of the result, the input has {lq.shape[:2]}")
     error = float(np.square(again.astype(np.float64) - lq).mean()) / 255**2
-    return float(min(MOST_DB, -10 * np.log10(error))) if error else MOST_DB
+    return float(min(IDENTITY_PSNR_DB, -10 * np.log10(error))) if error else IDENTITY_PSNR_DB
 
 
 def color_drift(image: Image, lq: Image) -> float:

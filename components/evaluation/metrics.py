@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from components.evaluation import IDENTITY_PSNR_DB as IDENTITY_PSNR_DB
 from components.evaluation.downloads import weights_error
 from components.naming import near_name
 from components.types import Image, Plan, SampleError
@@ -44,9 +45,6 @@ ONE_THREAD_PIXELS = 1_000_000
 
 DOWNLOAD_SILENCE_S = 60.0
 """Longest silence of a server of weights; ours."""
-
-IDENTITY_PSNR_DB = 80.0
-"""The value of pyiqa's psnr and psnry for equal pictures (10 log10(1 / 1e-8))."""
 
 
 @dataclass(frozen=True, kw_only=True)

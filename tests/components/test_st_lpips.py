@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from components.degradations import build_degradation
-from components.evaluation import st_lpips
-from components.evaluation.agreement import MOST_DB, consistency_db
+from components.evaluation import IDENTITY_PSNR_DB, st_lpips
+from components.evaluation.agreement import consistency_db
 from components.evaluation.metrics import METRIC_INFO, Metrics
 from components.evaluation.st_lpips import FILE, PACKAGE, halve, load_st_lpips
 from components.images import to_float, to_uint8
@@ -93,7 +93,7 @@ def test_the_true_picture_is_exact_and_others_are_not(preset: str) -> None:
     degradation, hq = build_degradation(preset, **options), dead_leaves(96, 1, 0)
     plan = degradation.draw(5, "k", 0)
     lq = to_uint8(degradation.apply(to_float(hq), plan))
-    assert consistency_db(hq, lq, plan) == MOST_DB
+    assert consistency_db(hq, lq, plan) == IDENTITY_PSNR_DB
     assert 5 < consistency_db(dead_leaves(96, 1, 1), lq, plan) < 25
     shifted = np.clip(hq.astype(int) + 10, 0, 255).astype(np.uint8)
     assert consistency_db(shifted, lq, plan) < 35

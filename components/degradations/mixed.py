@@ -126,7 +126,7 @@ class Mixed(PlanDegradation):
             divide = float(draw.uniform(*mild.factor))
             ops += [{"op": "resize", "base": "hq", "divide": divide, "mode": "antialias"}, {"op": "clip"}]
         if draw.random() < mild.noise_prob:
-            ops.append(gaussian(float(draw.uniform(*mild.noise)), noise_seed(seed, key, position, "noise")))
+            ops.append(gaussian(draw.uniform(*mild.noise), noise_seed(seed, key, position, "noise")))
         if draw.random() < mild.jpeg_prob:
             ops.append({"op": "jpeg", "quality": int(draw.uniform(*mild.quality)), "form": "edge"})
         if ops:

@@ -46,9 +46,8 @@ class ShiftTolerantLpips(nn.Module):
             {_name(key): nn.Conv2d(a, b, kernel, padding=padding) for key, (a, b, kernel, padding) in CONVS.items()}
         )
         self.lins = nn.ModuleList(nn.Conv2d(sizes[1], 1, 1, bias=False) for sizes in CONVS.values())
-        # ImageNet's mean and deviation for pictures in [-1, 1], with the numbers of LPIPS
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        for name in ("shift", "scale"):  # ImageNet's mean and deviation for pictures in [-1, 1], from the file
+            self.register_buffer(name, torch.zeros(1, 3, 1, 1))
         self.requires_grad_(False)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:

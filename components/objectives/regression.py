@@ -4,6 +4,7 @@
     pyramid   mean absolute difference of the bands of a Laplacian pyramid (Bojanowski et al. 2018, Eq. 3), summed
     l2        mean square of latents, InstaRevive Eq. 4
     charbonnier  sqrt(difference^2 + eps^2) (Charbonnier et al. 1994), for coarse restorers
+    log_mse   logarithm of each picture's mean square error: all pictures count alike in decibels
 
 All are per sample and do not grow with the size of the picture.
 """
@@ -96,6 +97,15 @@ def charbonnier_distance(prediction: Tensor, target: Tensor, eps: float = 1e-3) 
     """Mean of sqrt(difference^2 + eps^2) per sample: [B, ...] -> float32 [B]."""
     difference = prediction.float() - target.float()
     return (difference.square() + eps**2).sqrt().flatten(1).mean(dim=1)
+
+
+def log_mse_distance(prediction: Tensor, target: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(mean square error + eps) per sample: [B, ...] -> float32 [B]; ln(10) / 10 of it are a decibel.
+
+    A mean over pictures of the plain error belongs to the worst of them. `eps` keeps the best ones, whose error is
+    below it, from owning the mean of the logarithms.
+    """
+    return (latent_distance(prediction, target) + eps).log()
 
 
 class VggLpips(nn.Module):

@@ -288,6 +288,22 @@ def test_workers_share_the_distance_while_training_only(prior: Prior, monkeypatc
 # ---------------------------------------------------------------------------------------------------------- ablations
 
 
+def test_without_regression_the_loss_is_the_weighted_score_matching_alone(prior: Prior) -> None:
+    objective = make(prior, Distillation(regression="none", weight=3.0))
+    loss = run(objective, tiny.batch())["generator"]
+    assert "loss_regression" not in loss.metrics and float(loss.metrics["alpha"]) == 0
+    assert float(loss.value.detach()) == pytest.approx(3 * float(loss.metrics["loss_dsm"]), rel=1e-6)
+
+
+def test_a_step_of_one_batch_runs_the_generator_once(prior: Prior, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, rows = make(prior), tiny.batch()
+    calls, generate = [], objective._generate
+    monkeypatch.setattr(objective, "_generate", lambda *inputs: calls.append(1) or generate(*inputs))
+    (phases,) = objective.step_phases([(rows, Noise(0, rows.positions))])
+    next(phases)
+    assert len(calls) == 1
+
+
 def test_without_score_there_is_one_phase_and_one_network(prior: Prior) -> None:
     objective, rows = make(prior, Distillation(score=False)), tiny.batch()
     losses = run(objective, rows)
@@ -433,11 +449,21 @@ def test_wrong_scores_are_refused(prior: Prior) -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"kappa": -1.0}, "kappa"),
-        ({"t_share": 1.5}, "t_share"),
-        ({"t_floor": 0}, "t_floor"),
-        ({"reduction": "max"}, "mean, sum"),
-        ({"regression": "l1"}, "perceptual, l2, both"),
+        *(
+            ({name: -0.1}, f"^{name} must be at least 0, got -0.1")
+            for name in ("kappa", "weight", "cfg_scale", "perceptual_weight", "l2_weight", "t_low", "t_high")
+        ),
+        *(({name: 0}, f"^{name} must be at least 1, got 0") for name in ("t_floor", "lora_rank", "fake_steps")),
+        *(
+            ({name: value}, f"^{name} must be between 0 and 1, got {value}")
+            for name in ("t_share", "fixed_alpha", "text_dropout")
+            for value in (-0.1, 1.1)
+        ),
+        ({"reduction": "max"}, "^reduction must be one of mean, sum, got 'max'"),
+        ({"regression": "l1"}, "^regression must be one of perceptual, l2, both, none, got 'l1'"),
+        ({"fake": "all"}, "^fake must be one of full, lora"),
+        ({"fake_range": "all"}, "^fake_range must be one of full, same"),
+        ({"regression": "none", "score": False}, "leaves no loss"),
         ({"t_low": 300.0, "t_high": 200.0}, "t_low"),
         ({"score": False, "dynamic": False, "fixed_alpha": 0.0}, "leaves no loss"),
     ],

@@ -58,6 +58,33 @@ def test_tests_are_exact_or_drawn_within_their_ranges() -> None:
     assert set(factors) == set(range(2, 9))
 
 
+def test_drawn_strengths_fill_their_ranges() -> None:
+    for shares in ((0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
+        mixed = Mixed(shares=shares, exact_prob=0.0)
+        values: dict[str, list[float]] = {name: [] for name in RANGES[shares]}
+        for position in range(3000):
+            for op in operations(mixed.draw(5, "k", position)):
+                if op["op"] == "blur":
+                    values["sigma"].append(op["kernel"]["sigma_x"])
+                elif op["op"] == "noise":
+                    values["noise"].append(op["level"])
+                elif op["op"] == "jpeg":
+                    values["quality"].append(op["quality"])
+                elif op["op"] == "resize" and "divide" in op:
+                    values["factor"].append(op["divide"])
+        for name, (low, high) in RANGES[shares].items():
+            span = high - low
+            assert low <= min(values[name]) <= low + 0.03 * span, name
+            assert high - 0.03 * span - (name == "quality") <= max(values[name]) <= high, name
+
+
+RANGES = {
+    (0.0, 1.0, 0.0): {"sigma": (0.5, 3.0), "noise": (5.0, 50.0), "quality": (30, 90), "factor": (2, 8)},
+    (0.0, 0.0, 1.0): {"sigma": (0.2, 1.0), "noise": (0.0, 8.0), "quality": (70, 98), "factor": (1.0, 2.0)},
+}
+"""Ranges of the strengths, of tests and of mild faults."""
+
+
 def test_equal_arguments_give_equal_plans_and_pictures() -> None:
     mixed, hq = build_degradation("mixed"), to_float(dead_leaves(64, 0, 0))
     for position in range(40):

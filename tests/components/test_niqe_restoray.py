@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import gennorm
 
+from components.evaluation.metrics import Metrics
 from components.evaluation.niqe_restoray import (
     FEATURES,
     FILE,
@@ -51,6 +52,12 @@ def test_worse_photographs_score_worse() -> None:
     ]
     assert clean < blurs[0] < blurs[1] < blurs[2] and clean < noises[0] < noises[1] < noises[2]
     assert clean < 6 < blurs[2]
+
+
+def test_the_metric_is_the_naturalness_of_the_picture() -> None:
+    picture = photographs()[0]
+    scores = Metrics(("niqe_restoray",)).score(picture, picture)
+    assert scores["niqe_restoray"] == pytest.approx(naturalness(picture), rel=1e-9)
 
 
 def test_the_score_is_the_distance_of_two_gaussians_by_hand() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from components.images import decode, encode_png
 from components.models import ModelCard, ModelError, load_model, save_model
-from components.objectives.regression import charbonnier_distance
+from components.objectives.regression import charbonnier_distance, log_mse_distance
 from components.randomness import Noise, generator
 from components.recipes import RecipeError
 from components.restoring import Identity, Picture, parse_ask, restore_batch
@@ -22,7 +24,7 @@ from components.systems.recipes import load_recipe
 from components.systems.unetres.build import network_of
 from components.systems.unetres.config import UNetResConfig, config_from
 from components.systems.unetres.network import UNetRes, build_unetres
-from components.systems.unetres.objective import RegressionObjective, look, measure, regression_objective
+from components.systems.unetres.objective import RegressionObjective, distance_of, look, measure, regression_objective
 from components.systems.unetres.options import check_options
 from components.systems.unetres.recipe import UNetResRecipe
 from components.systems.unetres.restorer import UNetResRestorer
@@ -142,20 +144,43 @@ def test_charbonnier_by_hand() -> None:
     assert charbonnier_distance(x.bfloat16(), y.bfloat16()).dtype == torch.float32
 
 
-def test_the_regressions_loss_by_hand() -> None:
-    """sqrt(d^2 + eps^2) with d between restored LQ and HQ in [0, 1], a mean over all; the HQ has no other part."""
+def test_log_mse_by_hand() -> None:
+    x, y = rows("x", 2, 3), rows("y", 2, 3)
+    expected = [
+        math.log(sum((float(a) - float(b)) ** 2 for a, b in zip(p.flatten(), q.flatten(), strict=True)) / 27 + 0.01)
+        for p, q in zip(x, y, strict=True)
+    ]
+    assert log_mse_distance(x, y, 0.01).tolist() == pytest.approx(expected, rel=1e-5)
+    assert log_mse_distance(x.bfloat16(), y.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "eps"), [("charbonnier", 0.02), ("log_mse", 0.003)])
+def test_the_regressions_loss_by_hand(kind: str, eps: float) -> None:
+    """sqrt(d^2 + eps^2), a mean over all, or log(mean of d^2 + eps), a mean over pictures; d is between restored LQ and
+    HQ in [0, 1]. The HQ has no other part."""
     network, data = tiny(), batch(3)
-    objective = RegressionObjective(network, eps=0.02)
+    recipe = load_recipe("unetres-regression", [f"loss={kind}", f"{kind}_eps={eps}"])
+    assert isinstance(recipe, UNetResRecipe)
+    objective = RegressionObjective(network, distance_of(recipe))
     ((name, loss),) = objective.phases(data, Noise(0, data.positions))
-    difference = (network(data.lq) - data.hq) / 2
+    squares = ((network(data.lq) - data.hq) / 2).square().detach()
     assert name == "regression"
-    assert float(loss.value.detach()) == pytest.approx(
-        float((difference.square() + 0.0004).sqrt().mean().detach()), rel=1e-5
-    )
+    if kind == "charbonnier":
+        expected = (squares + eps**2).sqrt().mean()
+    else:
+        expected = sum((one.mean() + eps).log() for one in squares) / 3
+    assert float(loss.value.detach()) == pytest.approx(float(expected), rel=1e-5)
     psnr = -10 * torch.log10(((data.lq - data.hq) / 2).square().flatten(1).mean(1))
     assert float(loss.metrics["psnr_lq"]) == pytest.approx(float(psnr.mean()), rel=1e-5)
     loss.value.backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+def test_a_perfect_input_counts_50_db_in_the_log() -> None:
+    network, data = build_unetres(config_from(TINY), 3, "regression"), batch(3)
+    data = replace(data, lq=data.hq)
+    ((_, loss),) = RegressionObjective(network).phases(data, Noise(0, data.positions))
+    assert float(loss.metrics["psnr_lq"]) == float(loss.metrics["psnr"]) == 50
 
 
 def test_a_short_training_removes_noise() -> None:

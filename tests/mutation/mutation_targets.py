@@ -57,6 +57,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "tests/components/test_instarevive_objective.py",
     ),
     "components/systems/instarevive/objective.py": (
+        "tests/components/test_instarevive_objective.py",
         "tests/components/test_whole_batch.py",
         "tests/components/test_instarevive_training.py",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.models import Model, ModelError, load_model
-from components.objectives.regression import charbonnier_distance
+from components.objectives.regression import charbonnier_distance, log_mse_distance
 from components.objectives.score_distillation import ScoreNetwork
 from components.randomness import Noise
 from components.systems.unetres.build import DENOISER, GENERATOR, INPUTS, REGRESSION, network_of, parameters_of
@@ -26,15 +27,15 @@ MOST_DB = 50.0
 
 
 class RegressionObjective(Objective):
-    """Charbonnier loss between restored and HQ picture, a mean over pixels.
+    """A distance between restored and HQ pictures in [0, 1], a mean over pictures.
 
     Args:
         network: all of its parameters train.
-        eps: see UNetResRecipe.charbonnier_eps.
+        distance: (restored, HQ), both [B, 3, H, W] in [0, 1], the first a little outside -> [B].
     """
 
-    def __init__(self, network: UNetRes, eps: float = 1e-3) -> None:
-        self.network, self.eps = network.train().requires_grad_(True), eps
+    def __init__(self, network: UNetRes, distance: Callable[[Tensor, Tensor], Tensor] = charbonnier_distance) -> None:
+        self.network, self.distance = network.train().requires_grad_(True), distance
         self.trainables: Mapping[str, nn.Module] = {REGRESSION: network}
         self.config: Mapping[str, Any] = {REGRESSION: network.config.to_dict()}
         self.progress: MutableMapping[str, float] = {}
@@ -45,15 +46,22 @@ class RegressionObjective(Objective):
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase, without noise. Metrics, means over pictures: loss, psnr and psnr_lq (dB, up to MOST_DB)."""
-        restored = self.network(batch.lq).float()
-        value = charbonnier_distance(restored / 2, batch.hq / 2, self.eps).mean()
-        hq, images = to_unit(batch.hq), to_unit(restored.detach())
+        restored, hq = to_unit(self.network(batch.lq).float()), to_unit(batch.hq)
+        value = self.distance(restored, hq).mean()
+        images = restored.detach()
         metrics = {
             "loss": value.detach(),
             "psnr": psnr_of_batch(images, hq).clamp_max(MOST_DB).mean(),
             "psnr_lq": psnr_of_batch(to_unit(batch.lq), hq).clamp_max(MOST_DB).mean(),
         }
         yield REGRESSION, Loss(value=value, metrics=metrics)
+
+
+def distance_of(recipe: UNetResRecipe) -> Callable[[Tensor, Tensor], Tensor]:
+    """The regression's distance of a recipe."""
+    if recipe.loss == "log_mse":
+        return functools.partial(log_mse_distance, eps=recipe.log_mse_eps)
+    return functools.partial(charbonnier_distance, eps=recipe.charbonnier_eps)
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -92,7 +100,7 @@ def regression_objective(
         ModelError: parent or warm start is no usable model.
     """
     network = _network(recipe, _start(recipe, parents), REGRESSION)
-    return RegressionObjective(network.to(device), recipe.charbonnier_eps)
+    return RegressionObjective(network.to(device), distance_of(recipe))
 
 
 def denoiser_objective(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from components.objectives.distillation import Distillation
 from components.recipes import Recipe, RecipeError
@@ -11,8 +11,15 @@ from components.systems.system import Stage, check_stage_keys
 from components.systems.unetres.config import config_from
 from components.systems.unetres.options import check_options
 
+RegressionLoss = Literal["charbonnier", "log_mse"]
+
 STAGES = (
-    Stage(name="regression", version=1, continues=("regression", "generator"), keys=("charbonnier_eps",)),
+    Stage(
+        name="regression",
+        version=1,
+        continues=("regression", "generator"),
+        keys=("loss", "charbonnier_eps", "log_mse_eps"),
+    ),
     Stage(name="denoiser", version=1, follows="regression"),
     Stage(name="generator", version=1, follows="denoiser", continues=("generator",), keys=("distillation",)),
 )
@@ -27,19 +34,24 @@ def picture_distillation() -> Distillation:
 class UNetResRecipe(Recipe):
     """Trains the networks of a UNetRes on pictures.
 
-    Stage regression restores by a Charbonnier loss (Charbonnier et al. 1994), stage denoiser learns the score of sharp
-    pictures, and stage generator adds detail by score matching (InstaRevive's way).
+    Stage regression restores, stage denoiser learns the score of sharp pictures, and stage generator adds detail by
+    score matching (InstaRevive's way).
 
     Attributes:
         size: replaces fields of UNetResConfig for the stage's own network, e.g. `size.widths`.
-        charbonnier_eps: where the loss turns from square to absolute, in units of a picture in [0, 1].
+        loss: of the regression. "charbonnier" (Charbonnier et al. 1994) weighs all pixels alike; "log_mse" weighs all
+            pictures alike, in decibels.
+        charbonnier_eps: where that loss turns from square to absolute, in units of a picture in [0, 1].
+        log_mse_eps: a mean square error of a picture in [0, 1] below which it hardly counts (1e-5 is 50 dB).
         distillation: of the generator; see Distillation.
         warm_start: a model folder with start weights; its sizes replace `size`.
         restore_options: default options of the trained model's restorer, see options.Options.
     """
 
     size: dict[str, Any] = field(default_factory=dict)
+    loss: RegressionLoss = "charbonnier"
     charbonnier_eps: float = 1e-3
+    log_mse_eps: float = 1e-5
     distillation: Distillation = field(default_factory=picture_distillation)
     warm_start: str = ""
     restore_options: dict[str, Any] = field(default_factory=dict)
@@ -51,8 +63,11 @@ class UNetResRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.charbonnier_eps <= 0:
-            raise RecipeError(f"charbonnier_eps must be positive, got {self.charbonnier_eps}")
+        if self.loss not in get_args(RegressionLoss):
+            raise RecipeError(f"loss must be one of {', '.join(get_args(RegressionLoss))}, got {self.loss!r}")
+        for name in ("charbonnier_eps", "log_mse_eps"):
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"{name} must be positive, got {getattr(self, name)}")
         distillation = self.distillation
         if distillation.cfg_scale != 1 or distillation.prompt or distillation.lpips or distillation.inpaint:
             raise RecipeError("a distillation on pictures has no texts, LPIPS or masks: leave these settings out")

@@ -1,11 +1,12 @@
-"""The gate of a distillation: a student is registered only if its pictures are nearly as good as its teacher's.
+"""The gate: a model is handed on only if its pictures are nearly as good as another's.
 
     <out>/gate/hq, lq              held-out pictures of the student's corpus, degraded with a fixed seed
     <out>/gate/teacher, student    both restorations
     <out>/gate/gate.json           the verdict: per metric the mean paired difference, its interval, the allowed loss
 
-The teacher may be a model of any system that restores. Fewer than MIN_PICTURES pictures pass no student: a mean over
-them says too little about others.
+A distillation compares its student with its teacher; evaluation.choice compares a fine-tuned model with the one that
+would restore without it. Both may be models of any system that restores. Fewer than MIN_PICTURES pictures pass no
+model: a mean over them says too little about others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from components.evaluation.statistics import mean_interval
 from components.recipes import Gate, Recipe
 from components.writing import replace_file
 from pipelines.core.console import Progress
-from pipelines.core.errors import Failure, GateFailed
+from pipelines.core.errors import Failure, GateFailed, RestorayError
 from pipelines.core.pool import Pool
 from pipelines.core.rows import read_lines
 from pipelines.corpus.shards import SPLIT, open_corpus
@@ -45,8 +46,8 @@ class Judgement:
     Attributes:
         metric: its name.
         pictures: number of pictures with a score of both.
-        teacher, student: means over the pictures.
-        loss: mean over the pictures of how much worse the student is, in the metric's unit; negative if it is better.
+        reference, candidate: means over the pictures; of teacher and student in a distillation.
+        loss: mean over the pictures of how much worse the candidate is, in the metric's unit; negative if it is better.
         low, high: 95 % interval of the loss, see mean_interval; None with fewer than MIN_PICTURES pictures.
         allowed: largest loss that passes.
         passed: whether loss <= allowed, over at least MIN_PICTURES pictures.
@@ -54,8 +55,8 @@ class Judgement:
 
     metric: str
     pictures: int
-    teacher: float
-    student: float
+    reference: float
+    candidate: float
     loss: float
     low: float | None
     high: float | None
@@ -68,9 +69,9 @@ class GateResult:
     """The gate's result; gate.json holds it as JSON.
 
     Attributes:
-        pictures: keys of the pictures on which teacher and student both have a score.
+        pictures: keys of the pictures on which both have a score.
         judgements: one for each metric.
-        lost: keys on which the student lacks a score that the teacher has; the gate fails if there are any.
+        lost: keys on which the candidate lacks a score that the reference has; the gate fails if there are any.
     """
 
     pictures: list[str]
@@ -81,15 +82,15 @@ class GateResult:
     def passed(self) -> bool:
         return not self.lost and all(one.passed for one in self.judgements)
 
-    def sentence(self) -> str:
-        """The verdict in one sentence."""
+    def sentence(self, candidate: str = "student") -> str:
+        """The verdict in one sentence, with what the candidate is called."""
         clauses = [
-            f"{one.metric} {one.student:.4g} against {one.teacher:.4g} (worse by {one.loss:+.4g}, "
+            f"{one.metric} {one.candidate:.4g} against {one.reference:.4g} (worse by {one.loss:+.4g}, "
             f"{'within' if one.loss <= one.allowed else 'above'} the allowed {one.allowed:.4g}{_doubt(one.pictures)})"
             for one in self.judgements
         ]
         failures = f"; it could not restore {', '.join(self.lost[:5])}" if self.lost else ""
-        return f"on {len(self.pictures)} held-out pictures the student has {' and '.join(clauses)}{failures}"
+        return f"on {len(self.pictures)} held-out pictures the {candidate} has {' and '.join(clauses)}{failures}"
 
 
 def check_gate(recipe: Recipe) -> None:
@@ -146,16 +147,11 @@ def pass_gate(
         pairs=recipe.pairs,
     )
     gpu = recipe.placement.gpus_per_worker > 0 and on_ray
+    pool = Pool(workers=int(on_ray), num_gpus=float(gpu))
     models: tuple[str | Path, ...] = (recipe.teacher, student)
     for arm, model, options in zip(ARMS, models, (gate.teacher_options, gate.student_options), strict=True):
-        opened = open_model(model, {"device": "cuda"} if gpu else {})
-        job = RestoreJob(ask=opened.request_options(options), seed=SEED)
-        pool = Pool(workers=int(on_ray), num_gpus=float(gpu))
-        answers = restore_folder(opened, folder / "lq", folder / arm, job, pool, progress)
-        if answers.quarantined and not answers.restored + answers.skipped:
-            reason = read_lines(answers.quarantine)[0]
-            kind = Failure if arm == ARMS[0] else GateFailed
-            raise kind(f"{recipe.name}: the {arm} restored none of {answers.quarantined} pictures: {reason['detail']}.")
+        failure = Failure if arm == ARMS[0] else GateFailed
+        restore_arm(recipe.name, folder, arm, model, options, pool, failure, progress)
     result = compare(folder, gate)
     document = {**asdict(result), "passed": result.passed, "teacher": str(recipe.teacher), "verdict": result.sentence()}
     replace_file(folder / VERDICT, (json.dumps(document, indent=1) + "\n").encode())
@@ -164,47 +160,73 @@ def pass_gate(
     return result
 
 
-def compare(folder: Path, gate: Gate) -> GateResult:
-    """Compare the pictures of student and teacher in `folder`, which also holds hq and lq.
+def restore_arm(
+    name: str,
+    folder: Path,
+    arm: str,
+    model: str | Path,
+    options: Mapping[str, object],
+    pool: Pool,
+    failure: type[RestorayError] = Failure,
+    progress: Progress | None = None,
+) -> None:
+    """Restore the pictures of <folder>/lq into <folder>/<arm>.
+
+    Args:
+        name: of the training, for the message.
+        options: of the restorer.
+        pool: its processes; with GPUs the model runs on them.
+        failure: what to raise if the model restores no picture at all.
+    """
+    opened = open_model(model, {"device": "cuda"} if pool.num_gpus else {})
+    job = RestoreJob(ask=opened.request_options(options), seed=SEED)
+    answers = restore_folder(opened, folder / "lq", folder / arm, job, pool, progress)
+    if answers.quarantined and not answers.restored + answers.skipped:
+        reason = read_lines(answers.quarantine)[0]
+        raise failure(f"{name}: the {arm} restored none of {answers.quarantined} pictures: {reason['detail']}.")
+
+
+def compare(folder: Path, gate: Gate, arms: tuple[str, str] = ARMS) -> GateResult:
+    """Compare the pictures of reference and candidate, in that order in `arms`; `folder` also holds hq and lq.
 
     A picture that this run quarantined has no scores, even if an earlier model's result of it is still in the folder.
 
     Raises:
-        Failure: the teacher lacks a picture, or no picture has a score of both in some metric.
+        Failure: the reference lacks a picture, or no picture has a score of both in some metric.
     """
-    names = (PSNR, gate.metric)
+    names, (first, second) = (PSNR, gate.metric), arms
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    for arm in ARMS:
+    for arm in arms:
         scores_folder = folder / f"scores-{arm}"
         evaluate(folder / arm, folder / "lq", folder / "hq", scores_folder, metrics=names, baselines=())
         quarantined = {row["key"] for row in read_lines(folder / arm / "quarantine.jsonl")}
         rows = {row["key"]: row["scores"]["restored"] for row in read_lines(scores_folder / "scores.jsonl")}
         scores[arm] = {key: row for key, row in rows.items() if key not in quarantined}
     inputs = {path.stem for path in (folder / "lq").glob("*.png")}
-    teacher_lacks = sorted(inputs - set(scores["teacher"]))
-    if teacher_lacks:
+    lacking = sorted(inputs - set(scores[first]))
+    if lacking:
         raise Failure(
-            f"{folder}: the teacher has no result of {', '.join(teacher_lacks[:5])}; the student cannot be compared."
+            f"{folder}: the {first} has no result of {', '.join(lacking[:5])}; the {second} cannot be compared."
         )
-    student_lacks = sorted(k for k, row in scores["teacher"].items() if set(row) - set(scores["student"].get(k, {})))
+    lost = sorted(k for k, row in scores[first].items() if set(row) - set(scores[second].get(k, {})))
     judgements, pictures = [], set[str]()
     for name in names:
-        keys = [k for k, row in scores["teacher"].items() if name in row and name in scores["student"].get(k, {})]
+        keys = [k for k, row in scores[first].items() if name in row and name in scores[second].get(k, {})]
         if not keys:
-            raise Failure(f"{folder}: no picture has a {name} of both teacher and student; choose another gate.metric.")
+            raise Failure(f"{folder}: no picture has a {name} of both {first} and {second}; choose another metric.")
         pictures.update(keys)
-        by_arm = {arm: np.array([scores[arm][key][name] for key in keys]) for arm in ARMS}
+        by_arm = {arm: np.array([scores[arm][key][name] for key in keys]) for arm in arms}
         sign = 1 if metric_info(name).higher_is_better else -1
-        losses = sign * (by_arm["teacher"] - by_arm["student"])
-        teacher, student, loss = (float(v.mean()) for v in (by_arm["teacher"], by_arm["student"], losses))
+        losses = sign * (by_arm[first] - by_arm[second])
+        reference, candidate, loss = (float(v.mean()) for v in (by_arm[first], by_arm[second], losses))
         interval = mean_interval(losses) or (None, None)
-        allowed = gate.psnr_db if name == PSNR else gate.perceptual * abs(teacher)
+        allowed = gate.psnr_db if name == PSNR else gate.perceptual * abs(reference)
         judgements.append(
             Judgement(
                 metric=name,
                 pictures=len(keys),
-                teacher=teacher,
-                student=student,
+                reference=reference,
+                candidate=candidate,
                 loss=loss,
                 low=interval[0],
                 high=interval[1],
@@ -212,7 +234,7 @@ def compare(folder: Path, gate: Gate) -> GateResult:
                 passed=bool(loss <= allowed) and len(keys) >= MIN_PICTURES,  # False for NaN
             )
         )
-    return GateResult(pictures=sorted(pictures), judgements=judgements, lost=student_lacks)
+    return GateResult(pictures=sorted(pictures), judgements=judgements, lost=lost)
 
 
 def _doubt(pictures: int) -> str:

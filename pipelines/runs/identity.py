@@ -30,6 +30,12 @@ def stage_digest(resolved: Mapping[str, Any], inputs: Mapping[str, str], version
     return hashlib.sha256(canonical({"recipe": resolved, "inputs": inputs, "version": version})).hexdigest()
 
 
+def model_digest(model: str, prior: bool = False) -> str:
+    """sha256 of the model.json of a folder or shipped model; "" for other names, such as a hub's."""
+    folder = find_model_folder(model, prior) if model else None
+    return "" if folder is None else hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
+
+
 def train_identity(recipe: Recipe) -> dict[str, Any]:
     """Digests of the local weights that a training starts from, and of its local captioner.
 
@@ -44,9 +50,8 @@ def train_identity(recipe: Recipe) -> dict[str, Any]:
     }
     for name, start in starts.items():
         prior = name == "prior" or (name == "warm_start" and recipe.trains_prior)
-        folder = find_model_folder(start, prior) if start else None
-        if folder is not None:
-            identity[name] = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
+        if digest := model_digest(start, prior):
+            identity[name] = digest
     captioner = Path(recipe.missing_captions.model).expanduser() if recipe.missing_captions.model else None
     if captioner and captioner.is_dir():
         identity["captioner"] = folder_digest(captioner)

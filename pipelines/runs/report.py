@@ -35,6 +35,8 @@ SIZES: tuple[tuple[int, int], ...] = ((512, 90), (384, 85), (256, 80), (192, 70)
 """(longest side in px, JPEG quality) of the report's pictures, tried in order until the page is below MAX_BYTES."""
 MAX_GALLERY, MAX_CONTACT, MAX_QUARANTINE, MAX_TRIPLETS = 24, 60, 200, 4
 THUMBNAIL_PX, TRIPLET_PX = 96, 640
+HEADLINE = ("psnr", "ssim", "st_lpips")
+"""Metrics of the first sentence."""
 ARM_LABELS = {RESTORED: "restored", "lq": "input", "bicubic_median": "median + bicubic"}
 STAGE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 
@@ -181,6 +183,22 @@ def _beside_input(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     names = [n for n, info in (summary.get("metrics") or {}).items() if info.get("compares") and n in verdicts]
     arms = (RESTORED, BASELINES[0])
     return {n: {a: means[a][n]["mean"] for a in arms} for n in names if all(n in means.get(a, {}) for a in arms)}
+
+
+def headline(comparisons: Sequence[Mapping[str, Any]], beside: Collection[str]) -> str:
+    """One sentence about restored against input: pictures that got better in the main scores, and what got worse.
+
+    It is empty without comparisons with the input. Scores that compare with the input (`beside`) do not count.
+    """
+    counted = [c for c in comparisons if c.get("opponent") == BASELINES[0] and c.get("metric") not in beside]
+    shown = [c for name in HEADLINE for c in counted if c.get("metric") == name] or counted[:1]
+    if not shown:
+        return ""
+    parts = [f"{c['wins']} of {c['pictures']} in {c['metric']} (mean {c['mean_difference']:+.3g})" for c in shown]
+    losses = [str(c["metric"]) for c in counted if c.get("outcome") == "loses"]
+    worse = f"; on average it is worse in {', '.join(losses)}" if losses else ""
+    few = " These are too few pictures to say more." if any(c.get("outcome") == "too few" for c in shown) else ""
+    return f"The restored picture is better than its input on {', '.join(parts)}{worse}.{few}"
 
 
 def score_table(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,7 +348,7 @@ def model_card(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> dict[str,
         if shipped.is_file():
             card = json.loads(shipped.read_text(encoding="utf-8"))
     ceiling = card.get("metrics") or {}
-    if not prior:  # the run trained a prior, whose own metrics are the ceiling
+    if not prior and model["info"].get("system") == "prior":  # the run trained a prior: its metrics are the ceiling
         ceiling = model["info"].get("metrics") or {}
     flat = {key: value for key, value in flat_numbers(ceiling).items() if "/start" not in key}
     reconstruction_numbers = {
@@ -421,14 +439,19 @@ def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
         if s["resolved"]
     ]
     table = score_table(rows, summary)
+    comparisons = [c for c in summary.get("comparisons") or [] if isinstance(c, dict)]
+    beside = _beside_input(summary)
+    choices = [str(s["results"].get("verdict") or "") for s in stages if s["verb"] == "choose"]
     return {
         "title": str(plan.get("title") or plan.get("plan") or run_dir.name),
         "run": run_dir.name,
         "stages": stages,
         "unfinished": [s["name"] for s in stages if s["state"] not in ("finished", "done before")],
         "verdict": verdict if isinstance(verdict, str) else "",
-        "comparisons": [c for c in summary.get("comparisons") or [] if isinstance(c, dict)],
-        "beside": _beside_input(summary),
+        "headline": headline(comparisons, beside),
+        "choices": [choice for choice in choices if choice],
+        "comparisons": comparisons,
+        "beside": beside,
         "verdicts": summary.get("verdicts") or {},
         "missing": [m for m in summary.get("missing") or [] if isinstance(m, dict)],
         "figures": figures,
@@ -446,6 +469,7 @@ def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
         "notes": reader.notes,
         "number": number,
         "labels": ARM_LABELS,
+        "headline_metrics": HEADLINE,
     }
 
 

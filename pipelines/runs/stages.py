@@ -17,20 +17,23 @@ from typing import Any
 
 from components.corpora import CorpusSpec, SplitSpec
 from components.images import read_png_text
-from components.recipes import Recipe, as_dict
+from components.places import find_model_folder
+from components.recipes import Gate, Recipe, RecipeError, as_dict
 from components.secrets import public
 from components.systems import parent_stage
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import Pool
 from pipelines.curation.curate import curate, load_spec
 from pipelines.curation.sources import DEFAULT_HELD_OUT_FRACTION, for_folder, identities
+from pipelines.evaluation.choice import VERDICT, choose_model
 from pipelines.evaluation.evaluate import check_metrics, evaluate
 from pipelines.evaluation.heldout import prepare_heldout
 from pipelines.restoration.batch import RestoreJob, restore_folder
 from pipelines.restoration.models import open_model, option_check, recipe_defaults, request_options
-from pipelines.runs.identity import train_identity
+from pipelines.runs.identity import model_digest, train_identity
 from pipelines.runs.one_training import train_inputs, train_one
 from pipelines.runs.verb import (
+    ChooseSettings,
     CurateSettings,
     EvaluateSettings,
     RestoreSettings,
@@ -62,6 +65,25 @@ def check_restore(settings: RestoreSettings, recipe: Recipe | None, parent_recip
     system = parent_recipes[-1].system if parent_recipes else ""
     defaults = recipe_defaults(system, as_dict(parent_recipes[-1])) if parent_recipes else {}
     request_options(settings.options, option_check(system, defaults))
+
+
+def gate_of(settings: ChooseSettings) -> Gate:
+    """The gate of a choice."""
+    return Gate(
+        psnr_db=settings.psnr_db, perceptual=settings.perceptual, metric=settings.metric, pictures=settings.pictures
+    )
+
+
+def check_choose(settings: ChooseSettings, recipe: Recipe | None, parent_recipes: Sequence[Recipe]) -> None:
+    """Check a choice's model, degradation and metric."""
+    check_degradation(settings.preset, settings.preset_options)
+    try:
+        gate_of(settings)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+    check_metrics((settings.metric,))
+    if find_model_folder(settings.model) is None:
+        raise UsageError(f"model={settings.model}: there is no such model folder or shipped model.")
 
 
 def check_evaluate(settings: EvaluateSettings, recipe: Recipe | None, parent_recipes: Sequence[Recipe]) -> None:
@@ -186,6 +208,25 @@ def run_restore(context: StageContext) -> dict[str, Any]:
     }
 
 
+def run_choose(context: StageContext) -> dict[str, Any]:
+    """Hand on the trained model, or the standard one if that is better."""
+    settings = context.settings
+    with context.console.bar(context.name) as progress:
+        choice = choose_model(
+            context.find("model"),
+            settings.model,
+            context.find("index.json").parent,
+            context.stage_dir,
+            gate_of(settings),
+            preset=settings.preset,
+            preset_options=settings.preset_options,
+            short_side=settings.short_side,
+            progress=progress,
+        )
+    files = sorted(path.relative_to(context.stage_dir).as_posix() for path in choice.model.rglob("*") if path.is_file())
+    return {"chosen": choice.chosen, "verdict": choice.sentence, "outputs": [VERDICT, *files]}
+
+
 def run_evaluate(context: StageContext) -> dict[str, Any]:
     """Score restored pictures, their inputs and a classical baseline against the originals."""
     restored, settings = context.find("restored").parent, context.settings
@@ -232,6 +273,12 @@ VERBS: Mapping[str, Verb] = {
         settings=TrainSettings,
         identity=lambda settings, recipe, images: train_identity(recipe),
         check=check_train,
+    ),
+    "choose": Verb(
+        run=run_choose,
+        settings=ChooseSettings,
+        identity=lambda settings, recipe, images: {"model": model_digest(settings.model)},
+        check=check_choose,
     ),
     "restore": Verb(run=run_restore, settings=RestoreSettings, version=3, check=check_restore),
     "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False, check=check_evaluate),

@@ -114,6 +114,26 @@ class RestoreSettings:
 
 
 @dataclass(kw_only=True)
+class ChooseSettings:
+    """Hand on the trained model, unless it is worse than another on held-out pictures.
+
+    Attributes:
+        model: that other model: a folder or a name.
+        preset, preset_options, short_side: of the degraded pictures, see RestoreSettings.
+        psnr_db, perceptual, metric, pictures: losses that are allowed, see components.recipes.Gate.
+    """
+
+    model: str = "nano"
+    preset: str = "realesrgan"
+    preset_options: dict[str, Any] = field(default_factory=dict)
+    short_side: int = 256
+    psnr_db: float = 0.0
+    perceptual: float = 0.0
+    metric: str = "st_lpips"
+    pictures: int = 24
+
+
+@dataclass(kw_only=True)
 class EvaluateSettings:
     """metrics: pyiqa names; an empty list takes the metrics that need no download."""
 

@@ -62,9 +62,9 @@ class Packed:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Digest of everything in a recipe that a packed state must agree with."""
-    document = [recipe_documents(recipe)[1], recipe_version(recipe)]
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    """Digest of what a packed state must agree with in a recipe: everything but the weights at the start."""
+    fields = {name: value for name, value in recipe_documents(recipe)[1].items() if name != "warm_start"}
+    return hashlib.sha256(json.dumps([fields, recipe_version(recipe)], sort_keys=True).encode()).hexdigest()
 
 
 def read_packed(model: str | Path) -> Packed:

@@ -26,7 +26,7 @@ _BUILT_IN: Mapping[str, Any] = {
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": _BUILT_IN,
-    "paper": {**_BUILT_IN, "steps": 30, "cfg_scale": 7.0, "start": "noise", "adaptive": "paper"},
+    "paper": {**_BUILT_IN, "steps": 30, "cfg_scale": 7.0, "start": "noise", "adaptive": "paper", "color": "none"},
     "released": {
         **_BUILT_IN,
         "steps": 30,
@@ -35,13 +35,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "view": "crop",
         "encoding": "sample",
         "resize": "released",
+        "color": "none",
     },
     "creative": {**_BUILT_IN, "aggregator_stop": 0.7},
 }
 """Options of each preset. Explicit options override the preset, and the preset overrides a recipe's defaults.
 
-paper: section 4.1 and Alg. 1. released: command line of the official code at commit 183ccf5. creative: section 4.4,
-where the Aggregator stops at 0.7, the middle of the 0.6 to 0.8 that the authors advise; it needs a prompt.
+paper: section 4.1 and Alg. 1. released: command line of the official code at commit 183ccf5. Neither transfers colours
+(the code has a transfer and never calls it). creative: section 4.4, where the Aggregator stops at 0.7, the middle of
+the 0.6 to 0.8 that the authors advise; it needs a prompt.
 """
 
 
@@ -221,7 +223,7 @@ class Options:
     aggregator_stop: float = 1.0
     aggregator_scale: float = 1.0
     guidance_rescale: float = 0.0
-    color: Literal["none", "adain", "wavelet"] = "none"
+    color: Literal["none", "adain", "wavelet"] = "wavelet"
     view: Literal["whole", "crop", "pad", "crops"] = "whole"
     encoding: Literal["mode", "sample"] = "mode"
     resize: Literal["native", "released"] = "native"

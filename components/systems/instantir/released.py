@@ -29,9 +29,10 @@ FILE_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """File names to search a folder for: the published ones, those of the training scripts and of peft, and variants."""
 
-RELEASE_DEFAULTS: Mapping[str, Any] = {"view": "crop", "resize": "released"}
-"""Options of imported weights without a recipe of their own: the view and the working size of the official command line
-(instantir.md section 5). The weights were trained on DINOv2's centre crop."""
+RELEASE_DEFAULTS: Mapping[str, Any] = {"view": "crop", "resize": "released", "color": "none"}
+"""Options of imported weights without a recipe of their own: the view, the working size and the colours of the official
+command line (instantir.md section 5; its colour transfer is never called: deviation 14). The weights were trained on
+DINOv2's centre crop."""
 
 SIDECAR = "restoray.json"
 """File next to exported weights, with facts that they do not hold (attention heads, alpha, licence, prior)."""

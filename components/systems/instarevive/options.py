@@ -69,8 +69,8 @@ class Options:
         preset: "default", or "released", which sets others, see PRESETS.
         text: the prompt: "given" for the request's own, "photo" or "face" for a fixed one of the release.
         coarse: use the model's coarse restorer before the generator, if it has one.
-        color: colour transfer from the generator's input, see components.color. None by default: some models must
-            change colours (low light, cartoons).
+        color: colour transfer from the generator's input, see components.color. The recipes of tasks that change
+            colours (low light, cartoons, night, inpainting) turn it off.
         window: weights of the generator's overlapping tiles: "gaussian", with evenly spread tiles, or "equal", with
             tiles from the top left and the last ones flush with the border (released).
         tiles: "auto": a picture larger than a tile goes through the generator in tiles; "never": always as a whole.
@@ -89,7 +89,7 @@ class Options:
     preset: Literal["default", "released"] = "default"
     text: Literal["given", "photo", "face"] = "given"
     coarse: bool = True
-    color: Literal["none", "adain", "wavelet"] = "none"
+    color: Literal["none", "adain", "wavelet"] = "wavelet"
     window: Literal["gaussian", "equal"] = "gaussian"
     tiles: Literal["auto", "never"] = "auto"
     tile_px: int = 0

@@ -19,7 +19,7 @@ LICENCE = "MIT (code of EternalEvan/InstaRevive) on CreativeML OpenRAIL++-M (wei
 RELEASED = {"generator": "InstaRevive_v1.ckpt", "align": "InstaRevive_v1_align.ckpt"}
 """File by part. The second is ours: the released generator takes no noise and has no aligning convolution."""
 
-RELEASE_DEFAULTS: Mapping[str, Any] = {"text": "photo", "min_side_px": 512}
+RELEASE_DEFAULTS: Mapping[str, Any] = {"text": "photo", "min_side_px": 512, "color": "none"}
 """Options of imported weights without a recipe of their own: the prompt and the smallest side of the official command
 line (reference, section 4)."""
 

@@ -69,7 +69,7 @@ def test_a_student_like_its_teacher_passes(tiny: Any, inputs: TrainInputs, tmp_p
     assert result.passed and document["passed"] and len(result.pictures) == 6
     assert [one.metric for one in result.judgements] == ["psnr", "gmsd"]
     psnr = result.judgements[0]
-    assert psnr.loss == pytest.approx(psnr.teacher - psnr.student, abs=1e-6) and psnr.loss <= psnr.allowed == 0.5
+    assert psnr.loss == pytest.approx(psnr.reference - psnr.candidate, abs=1e-6) and psnr.loss <= psnr.allowed == 0.5
     assert psnr.low is not None and psnr.high is not None and psnr.low <= psnr.loss <= psnr.high
 
 
@@ -99,7 +99,7 @@ def test_each_metric_has_its_own_margin(tmp_path: Path) -> None:
     write(tmp_path, {"teacher": 4, "student": 5})
     psnr, ssim = compare(tmp_path, Gate(psnr_db=1.0, metric="ssim")).judgements
     assert psnr.loss == pytest.approx(20 * np.log10(5 / 4), abs=1e-3) and not psnr.passed  # 1.94 dB, in every picture
-    assert ssim.passed and ssim.allowed == pytest.approx(0.02 * ssim.teacher)  # a shift leaves the structure
+    assert ssim.passed and ssim.allowed == pytest.approx(0.02 * ssim.reference)  # a shift leaves the structure
     assert compare(tmp_path, Gate(psnr_db=2.0, metric="ssim")).passed
     # GMSD of the teacher is almost 0, so the relative margin is too; GMSD sees the rounding of a shift
     assert not compare(tmp_path, Gate(psnr_db=2.0, metric="gmsd")).passed

@@ -1,7 +1,7 @@
 """Regular patterns that a network draws: peaks of the spectrum at the frequencies of its grids.
 
-A network that works on a grid of 4, 8 or 16 px can draw lines or dots of that period, too faint for PSNR and plain to the
-eye. Pictures have no reason to have more power at these frequencies than beside them.
+A network that works on a grid of 4, 8 or 16 px can draw lines or dots of that period, too faint for PSNR and plain to
+the eye. Pictures have no reason to have more power at these frequencies than beside them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from components.types import Image
 PERIODS = (4, 8, 16)
 """Grids of a UNetRes, in px: its pixel unshuffle and its two smaller levels."""
 NEAR, FAR = 2, 6
-"""A peak is compared with the power at a distance of NEAR + 1 to FAR bins on the same line or column of the spectrum."""
+"""A peak is compared with the power that is NEAR + 1 to FAR bins away on its line and column of the spectrum."""
 
 
 def grid_peak(images: Sequence[Image], side: int = 256, periods: Sequence[int] = PERIODS) -> float:

@@ -65,7 +65,7 @@ class Layout:
         photometric: what the samples mean, a key of KINDS.
         bits: of a sample, 1 to 16.
         samples: of a pixel, with the extra ones.
-        extra: kinds of the extra samples, as in the tag ExtraSamples.
+        extra: kinds of the extra samples, as in the tag ExtraSamples; 0 for those that it does not name.
         planar: whether each sample has its own plane.
         compression: as in the tag.
         pages: 1, or 2 for several.
@@ -111,6 +111,8 @@ class Layout:
         depths = (1, 2, 4, 8, 16) if wide else (1, 2, 4, 8)
         if self.planar or self.photometric in (CIELAB, ICCLAB) or self.bits not in depths:
             return False
+        if len(_sequence(self.tags.get(EXTRA, ()))) != len(self.extra) and (self.photometric, self.samples) != (RGB, 4):
+            return False  # Pillow takes extra samples only with the tag
         fill = _number(self.tags, FILL_ORDER, 1)
         prefix = b"II" if self.order == "<" else b"MM"
         key = (prefix, self.photometric, (1,), fill, (self.bits,) * self.samples, self.extra)
@@ -170,6 +172,8 @@ def read_layout(data: bytes) -> Layout:
         raise SampleError("corrupt", f"the TIFF's palette has not {1 << bits} colours")
     if layout.photometric == YCBCR and bits != 8:
         raise _unsupported(layout.name)
+    if compression in JPEG_CODECS and bits != 8:  # Pillow gives the 12 bits of a JPEG as the low ones of 16
+        raise _unsupported(f"{layout.name} as JPEG")
     return layout
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,56 @@ def test_every_kind_decodes_as_its_eight_bit_twin(layout: dict[str, Any], order:
         check("CIELAB", expected, LAB * [full, wide, wide], 8, bits, most=4)
         check("ICCLAB", expected, (LAB + np.array([0, 128, 128])) * wide, 9, bits, most=4)
     assert wrong == []
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("order", "<>")
+def test_extra_samples_need_no_tag(bits: int, order: str) -> None:
+    """Many writers leave ExtraSamples out; such samples mean nothing, apart from the fourth of RGB."""
+    scale, more = (257 if bits == 16 else 1), np.dstack([GRAY, ALPHA])
+    cmyk = np.dstack([255 - COLORS, 0 * GRAY])
+    weight = ALPHA[..., None] / 255
+    for samples, kind, expected in (
+        (np.dstack([GRAY, ALPHA]), 1, gray(GRAY)),
+        (np.dstack([255 - GRAY, ALPHA]), 0, gray(GRAY)),
+        (np.dstack([COLORS, more]), 2, COLORS),
+        (np.dstack([COLORS, more, GRAY]), 2, COLORS),
+        (np.dstack([cmyk, ALPHA]), 5, COLORS),
+        (np.dstack([COLORS, ALPHA]), 2, COLORS * weight + 255 * (1 - weight)),
+    ):
+        assert np.abs(decode(tiff(samples * scale, kind, bits, order=order)) - expected).max() <= 1
+    partly = tiff(np.dstack([COLORS, more, GRAY]) * scale, 2, bits, order=order, extra=[0])
+    assert np.array_equal(decode(partly), COLORS)
+
+
+def jpeg_of_12_bits(levels: np.ndarray) -> bytes:
+    """A JPEG (ITU T.81) of flat blocks with these levels, 0 .. 4095: one DC coefficient each, all codes of 5 bits."""
+    height, width = levels.shape
+    bits, before = "", 0
+    for level in levels.ravel().tolist():
+        change, before = level - 2048 - before, level - 2048
+        size = abs(change).bit_length()
+        bits += f"{size:05b}" + (f"{change if change > 0 else change + 2**size - 1:0{size}b}" if size else "") + "0"
+    bits += "1" * (-len(bits) % 8)
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    frame = struct.pack(">2sHBHHB3B", b"\xff\xc1", 11, 12, 8 * height, 8 * width, 1, 1, 0x11, 0)
+    codes = struct.pack(">2sH", b"\xff\xc4", 19 + 16) + bytes([0, 0, 0, 0, 0, 16, *[0] * 11, *range(16)])
+    ends = struct.pack(">2sH", b"\xff\xc4", 19 + 1) + bytes([0x10, 1, *[0] * 15, 0])
+    tables = b"\xff\xdb\0\x43\0" + bytes([8] * 64)
+    return b"\xff\xd8" + tables + frame + codes + ends + b"\xff\xda\0\x08\1\1\0\0\x3f\0" + scan + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_jpeg_of_12_bits_in_a_tiff_is_refused_by_name(kind: int) -> None:
+    """Pillow decodes its levels, 0 .. 4095, as dark ones of 16 bits."""
+    levels = np.arange(12).reshape(3, 4) * 300 + 200
+    jpeg = jpeg_of_12_bits(levels)
+    entries = [(256, 32), (257, 24), (258, 12), (259, 7), (262, kind), (273, 8), (277, 1), (278, 24), (279, len(jpeg))]
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    data = struct.pack("<2sHI", b"II", 42, 8 + len(jpeg)) + jpeg + struct.pack("<H", len(entries)) + rows + bytes(4)
+    with pytest.raises(SampleError, match=r"12-bit gray.* as JPEG") as error:
+        decode(data)
+    assert error.value.code == "unsupported_mode"
 
 
 @pytest.mark.parametrize("codec", [NONE, LZW])

@@ -2,7 +2,8 @@
 
 A file declares its colour space in one of these places; where several apply, the first decides:
 
-    PNG     cICP, iCCP, sRGB, gAMA with cHRM, eXIf (PNG specification, third edition, 4.3)
+    PNG     cICP, iCCP, sRGB, gAMA with cHRM, eXIf (PNG specification, third edition, 4.3); a text chunk with a profile
+            goes before sRGB
     AVIF    an embedded profile, the nclx colour information of the primary item, EXIF
     TIFF    an embedded profile, TransferFunction with WhitePoint and PrimaryChromaticities, EXIF
     BMP     the header's colour space (versions 4 and 5)
@@ -58,12 +59,15 @@ CICP_OTHERS = {9: "logarithmic", 10: "logarithmic", 16: "PQ", 17: "SMPTE ST 428-
 PRIMARIES_TOLERANCE = 0.003  # ours: rounding of a chromaticity in a file
 GAMMA_TOLERANCE = 0.05  # as libpng's PNG_GAMMA_THRESHOLD: gamma 2.2 to within 5 % is taken for sRGB's curve
 SRGB_TOLERANCE = 8  # ours: levels that a profile named sRGB may differ from sRGB
+MAX_ICC_TAGS = 100  # as lcms reads
 D50 = np.array([0.9642, 1.0, 0.8249])  # ICC.1:2022, 7.2.16
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])  # ICC.1, annex E
+CURVE_LEVELS = 4096  # ours: of a transfer function; lcms refuses tables above 65,530 levels, and 16 bits have 65,536
 EXIF_IFD, INTEROP_IFD = 0x8769, 0xA005
 EXIF_WHITE, EXIF_PRIMARIES, EXIF_SPACE, EXIF_GAMMA, INTEROP_INDEX = 0x013E, 0x013F, 0xA001, 0xA500, 1
 TIFF_TRANSFER, ICC_TAG = 301, 34675
 SRGB_SPACE, ADOBE_SPACE, WIDE_GAMUT_SPACE = 1, 2, 0xFFFD  # values of EXIF_SPACE; 2 and 0xFFFD are of cameras' makers
+RAW_PROFILES = ("Raw profile type icc", "Raw profile type icm")
 BMP_LINKED, BMP_EMBEDDED, BMP_CALIBRATED = b"KNIL", b"DEBM", bytes(4)  # letters of a little-endian number
 
 
@@ -85,6 +89,8 @@ def declared_profile(picture: Pillow.Image, kind: str, data: bytes) -> bytes | N
             return _cicp_profile(cicp[0], cicp[1], full_range=cicp[3] != 0)
         if embedded:
             return bytes(embedded)
+        if (raw := _raw_profile(picture.info)) is not None:
+            return raw
         if b"sRGB" in chunks:
             return None
         if b"gAMA" in chunks or b"cHRM" in chunks:
@@ -156,7 +162,13 @@ def to_srgb(picture: Pillow.Image, profile: bytes) -> Pillow.Image | None:
 
     Returns:
         A picture of mode RGB; of mode L for a picture of mode L with a profile for RGB.
+
+    Raises:
+        SampleError: unsupported_color: the profile is of an HDR transfer function.
     """
+    transfer = _icc_transfer(profile)
+    if transfer in CICP_OTHERS:  # the curves in such a profile are made for screens with its brightness
+        raise _unsupported(f"a profile of transfer function {transfer} ({CICP_OTHERS[transfer]})")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
@@ -173,6 +185,15 @@ def to_srgb(picture: Pillow.Image, profile: bytes) -> Pillow.Image | None:
         return _converted(picture, source)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
+
+
+def _icc_transfer(profile: bytes) -> int:
+    """The transfer function of ITU-T H.273 in a profile's tag "cicp" (ICC.1:2022, 9.2.17); 2 (unspecified) for none."""
+    for at in range(132, 132 + 12 * min(int.from_bytes(profile[128:132], "big"), MAX_ICC_TAGS), 12):
+        if profile[at : at + 4] == b"cicp":
+            body = profile[int.from_bytes(profile[at + 4 : at + 8], "big") :][:12]
+            return body[9] if len(body) == 12 else 2
+    return 2
 
 
 def _is_gray(picture: Pillow.Image) -> bool:
@@ -305,6 +326,20 @@ def _png_chunks(data: bytes) -> dict[bytes, bytes]:
     return chunks
 
 
+def _raw_profile(texts: Mapping[Any, Any]) -> bytes | None:
+    """The ICC profile in a PNG's text chunk, as ImageMagick and GraphicsMagick write it: name, length, hex digits."""
+    for name in RAW_PROFILES:
+        _, _, rest = str(texts.get(name, "")).strip().partition("\n")
+        length, _, digits = rest.strip().partition("\n")
+        try:
+            profile = bytes.fromhex(digits)
+        except ValueError:
+            continue
+        if length.strip().isdecimal() and len(profile) == int(length) > 0:
+            return profile
+    return None
+
+
 def _gama_profile(gama: bytes, chrm: bytes) -> bytes | None:
     """Return the profile of a PNG's gAMA (the exponent from light to stored values) and cHRM, each times 100,000."""
     exponent = int.from_bytes(gama, "big") / 100_000 if len(gama) == 4 else 0.0
@@ -328,11 +363,14 @@ def tiff_profile(tags: Mapping[int, Any], data: bytes) -> bytes | None:
         return embedded
     table, white, primaries = (tags.get(name, ()) for name in (TIFF_TRANSFER, EXIF_WHITE, EXIF_PRIMARIES))
     curve: float | tuple[int, ...] = 0.0
-    if isinstance(table, tuple) and len(table) >= 256:  # one table for all channels, or one for each
+    if isinstance(table, tuple) and len(table) >= 4:  # one table for all channels, or one for each
         channels = 3 if len(table) % 3 == 0 else 1
         curve = tuple(int(value) for value in table[: len(table) // channels])
         if any(table[at : at + len(curve)] != curve for at in range(0, len(table), len(curve))):
             raise _unsupported("a transfer function for each channel")
+        if len(curve) > CURVE_LEVELS:
+            places = np.linspace(0, len(curve) - 1, CURVE_LEVELS).round().astype(int)
+            curve = tuple(curve[place] for place in places.tolist())
     elif not _is_numbers(primaries, 6):
         exif = Pillow.Exif()
         try:

@@ -111,6 +111,23 @@ def tiff_with_exif(space: int, kind: int = 2) -> bytes:
     return tiff(samples, 2, bits, planar=planar, tags={0x8769: [size]}) + entry
 
 
+def text_profile(name: str, profile: bytes) -> tuple[bytes, bytes]:
+    """A profile as ImageMagick writes it into a compressed text chunk."""
+    rows = "".join(f"{profile[at : at + 36].hex()}\n" for at in range(0, len(profile), 36))
+    text = f"\n{name}\n{len(profile):8}\n{rows}".encode()
+    return b"zTXt", f"Raw profile type {name}\0\0".encode() + zlib.compress(text)
+
+
+def profile_with_transfer(transfer: int) -> bytes:
+    """A profile with the tag "cicp" (ICC.1:2022, 9.2.17), which takes the place of the copyright."""
+    profile = color_spaces.matrix_profile(color_spaces.CICP_PRIMARIES[9], 2.4)
+    at = profile.index(b"cprt")
+    start = int.from_bytes(profile[at + 4 : at + 8], "big")
+    body = b"cicp\0\0\0\0" + bytes([9, transfer, 0, 1])
+    profile = profile[:start] + body + profile[start + 12 :]
+    return profile[:at] + b"cicp" + struct.pack(">II", start, 12) + profile[at + 12 :]
+
+
 P3_LINEAR = (DISPLAY_P3, 1.0)
 CONVERTED = {
     "JPEG EXIF ColorSpace 2": (lambda: file("JPEG", exif=exif(2)), ADOBE, 563 / 256),
@@ -152,6 +169,23 @@ CONVERTED = {
         SRGB,
         1.8,
     ),
+    "TIFF transfer function of 16 bits": (
+        lambda: tiff(
+            PIXELS.astype(int) * 257, 2, 16, tags={301: [round((n / 65535) ** 1.8 * 65535) for n in range(65536)]}
+        ),
+        SRGB,
+        1.8,
+    ),
+    "PNG with a profile as text": (
+        lambda: png(text_profile("icc", color_spaces.matrix_profile(color_spaces.ADOBE_RGB, 2.2)), (b"sRGB", b"\0")),
+        ADOBE,
+        2.2,
+    ),
+    "PNG with an old profile as text": (
+        lambda: png(text_profile("icm", color_spaces.matrix_profile(color_spaces.SRGB, 1.0))),
+        SRGB,
+        1,
+    ),
     "a profile of linear values named sRGB": (
         lambda: png(
             icc_profile=color_spaces.matrix_profile(color_spaces.SRGB, 1.0).replace(
@@ -180,6 +214,9 @@ SAME = {
     "PNG sRGB over gAMA": lambda: png((b"sRGB", b"\0"), gama(1)),
     "PNG cICP of sRGB over gAMA": lambda: png((b"cICP", bytes([1, 13, 0, 1])), gama(1)),
     "PNG cICP unspecified": lambda: png((b"cICP", bytes([2, 2, 0, 1]))),
+    "PNG broken profiles as text": lambda: png(
+        (b"tEXt", b"Raw profile type icc\0\nicc\n       9\n00ff\n"), (b"tEXt", b"Raw profile type icm\0no digits")
+    ),
     "PNG broken gAMA and cHRM": lambda: png(gama(0), (b"cHRM", bytes(32))),
     "PNG EXIF sRGB": lambda: png(exif=exif(1, "R98")),
     "PNG EXIF uncalibrated": lambda: png(exif=exif(65535)),
@@ -208,6 +245,9 @@ def test_srgb_in_every_spelling_stays(name: str) -> None:
         (lambda: png((b"cICP", bytes([9, 16, 0, 1]))), "PQ"),
         (lambda: png((b"cICP", bytes([1, 13, 0, 0]))), "narrow range"),
         (lambda: bmp(b"KNIL"), "linked profile"),
+        (lambda: file("PNG", icc_profile=profile_with_transfer(16)), "a profile of transfer function 16 .PQ"),
+        (lambda: file("JPEG", icc_profile=profile_with_transfer(18)), "a profile of transfer function 18 .HLG"),
+        (lambda: tiff(PIXELS.astype(int) * 257, 2, 16, planar=2, tags={34675: profile_with_transfer(16)}), "PQ"),
         (lambda: file("JPEG", exif=exif(0xFFFD)), "Wide Gamut"),
     ],
 )
@@ -215,6 +255,11 @@ def test_other_spaces_are_refused_by_name(data: Any, words: str) -> None:
     with pytest.raises(SampleError, match=words) as error:
         decode(data(), key="hdr")
     assert (error.value.code, error.value.key) == ("unsupported_color", "hdr")
+
+
+def test_a_profile_with_another_transfer_function_in_its_tag_is_used() -> None:
+    data = file("PNG", icc_profile=profile_with_transfer(1))
+    assert np.abs(decode(data) - expected(PIXELS, BT2020, 2.4)).max() <= 2
 
 
 def test_gray_values_take_the_curve_of_a_profile_for_colours_and_stay_gray() -> None:

@@ -39,6 +39,7 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]*[0-9]")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _SEPARATORS = re.compile(r"[.\[\]]+")
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
+_STORAGE = re.compile(r"(?:^|[.\[\]])storage(?:[.\[\]]|$)")  # the options of a store may be secrets
 _LIST_PLACE = re.compile(r"[.\[]\d+(?:[.\]]|$)")
 
 
@@ -50,7 +51,7 @@ def split_pair(override: str) -> tuple[str, str]:
     """Return (key, value as typed) of a key=value text. Raises OverrideError for a text without a key or "="."""
     key, equals, text = override.partition("=")
     if not equals or not key or not all(_parts(key)):
-        raise OverrideError(f'"{override:.200}" is not key=value.')
+        raise OverrideError(f'"{_without_value(override):.200}" is not key=value.')
     return key, text
 
 
@@ -326,4 +327,11 @@ class _Untyped:
 
 
 def _no_yaml(key: str, text: str) -> OverrideError:
-    return OverrideError(f"{key} cannot be read as YAML: {text!r:.200}. Quote its texts, as in [\"a #1\", 'b: c'].")
+    typed = "" if _STORAGE.search(key) else f": {text!r:.200}"
+    return OverrideError(f"{key} cannot be read as YAML{typed}. Quote its texts, as in [\"a #1\", 'b: c'].")
+
+
+def _without_value(override: str) -> str:
+    """A text for a message: of an option of a store only its name, since its value may be a secret."""
+    name = re.match(r"[\w.\[\]-]*", override)
+    return f"{name[0]}..." if name is not None and _STORAGE.search(name[0]) else override

@@ -7,8 +7,12 @@ know better.
 
 from __future__ import annotations
 
+import json
+import os
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
+from html import escape
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -50,18 +54,34 @@ PLAIN_NAMES = frozenset(
 """Options whose texts may be written, if they hold no password and no signature."""
 
 _SECRET_NAME = re.compile(
-    r"key|secret|token|passw|pwd|passphrase|credential|auth|sas|signature$|sig$|cookie|header|connection|conn_str|cert"
-    r"|private|user|login|session|bearer|identity",
+    r"key|secret|token|passw|pwd|passphrase|passcode|credential|auth|sas|signature$|sig$|cookie|header|connection"
+    r"|conn_str|cert|private|user|login|session|bearer|identity|ticket|otp$|(?:^|_)pin$",
     re.IGNORECASE,
 )
-_PASSWORD = re.compile(r"(?<!github)://[^/?#\s@]*:[^/?#\s]*@")  # "github://owner:repository@branch" holds none
-_USER = re.compile(r"(?i)(?<![a-z])((?:https?|s3)://)[^/?#\s@]+@")  # a token alone is often typed as the user
-_SIGNATURE = re.compile(
-    r"(?i)((?:^|[?&;#])(?:sig|signature|x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|token|access_token|api_?key|key|se|skoid|"
-    r"password|passwd|pass|pwd|secret|client_secret|sharedaccesssignature|accountkey|access_?key|credential|auth|"
-    r"authorization|(?:refresh|id|session|security|auth|sas)_?token|jwt|hmac|hdne[at]|policy|key-pair-id|"
-    r"googleaccessid|session|sas)=)[^&;\s]*"
+_PASSWORD = re.compile(
+    r"(?<!github)://(?:[^/?#\s@]*:[^/?#\s]*@"  # "github://owner:repository@branch" holds none
+    r"|(?!\[)[^/?#\s@:]*:(?!\d{1,5}(?:[/?#]|$))[^\s@]*@)"  # "/", "?" or "#" as typed; "host:9000/a@b" has a port
+    r"|(?<=github)://[^/?#\s@]*@(?=[^/?#\s@]*:[^/?#\s@]*@)"
 )
+_USER = re.compile(  # a token alone is often typed as the user
+    r"(?i)(?<![a-z])((?:https?|s3[an]?|gc?s|r2|b2|oss|cosn?|minio|webdavs?|davs?)://)[^/?#\s@]+@"
+)
+_SIGNATURE = re.compile(
+    r"(?i)((?:^|[?&;#])(?:sig|x-amz-[\w-]+|x-goog-[\w-]+|se|skoid|pass|passwd|pwd|auth|authorization|session|sas|sid|hmac|"
+    r"hdn\w*|policy|key-pair-id|googleaccessid|sharedaccesssignature|"
+    r"[\w.\[-]*(?:token|secret|signature|password|passphrase|passcode|credentials?|key|key-?id|auth|jwt|cookie|bearer|"
+    r"session_?id|sessid)[\]_]*)=)[^&;\s]*"
+)
+_HEADER = re.compile(
+    r"(?i)(\b(?:proxy-)?authorization\b[\"']?\s*[:=]\s*[\"']?(?:(?:basic|bearer|digest|token)\s+)?)[^\s\"',;}]+"
+)
+_CREDENTIAL = re.compile(r"(?i)(\b(?:basic|bearer)\s+)(?=[\w+/.~-]*[\d=])[\w+/=.~-]{8,}")
+_VARIABLE = re.compile(
+    r"(?i)token|secret|passw|pwd$|passphrase|credential|(?:api|access|account|private|storage)_?key|sas$|connection_string"
+)
+MIN_VARIABLE_CHARS = 8
+"""Shorter values of environment variables are not searched in messages."""
+
 MIN_CHARS = 3
 """Shorter secrets are not searched in messages: they are part of many words."""
 
@@ -78,7 +98,12 @@ def holds_secret(text: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """An address, or a text with addresses, without user names, passwords and signatures."""
-    return _SIGNATURE.sub(lambda match: f"{match[1]}...", _USER.sub(r"\1...@", _PASSWORD.sub("://...@", text)))
+    return _SIGNATURE.sub(lambda match: f"{match[1]}...", without_user(text))
+
+
+def without_user(text: str) -> str:
+    """An address, or a text with addresses, without user names and passwords before the host."""
+    return _USER.sub(r"\1...@", _PASSWORD.sub("://...@", text))
 
 
 def redacted(storage: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,11 +127,28 @@ def hidden_names(storage: Mapping[str, Any]) -> list[str]:
 
 
 def scrubbed(text: str, storage: Mapping[str, Any]) -> str:
-    """A message without the secrets of a store's options, and without those of addresses in it."""
-    for value in sorted(set(_secrets(storage)), key=len, reverse=True):
-        for form in {value, quote(value), quote(value, safe=""), quote_plus(value), repr(value)[1:-1]}:
+    """A message without the secrets of a store's options and of the environment, of addresses and headers in it."""
+    for value in sorted({*_secrets(storage), *_variables()}, key=len, reverse=True):
+        for form in sorted(_forms(value), key=len, reverse=True):
             text = text.replace(form, "...")
-    return without_secrets(text)
+    return without_secrets(_CREDENTIAL.sub(r"\1...", _HEADER.sub(r"\1...", text)))
+
+
+def _forms(value: str) -> set[str]:
+    """How a text may appear in a message: as it is, in an address, as a literal, in JSON, XML or a header."""
+    data = value.encode(errors="surrogatepass")
+    addresses = {quote(data), quote(data, safe=""), quote_plus(data)}
+    literals = {repr(value)[1:-1], ascii(value)[1:-1], repr(data)[2:-1]}
+    documents = {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+    documents |= {escape(value), escape(value, quote=False)}
+    return {value, *addresses, *literals, *documents, b64encode(data).decode()}
+
+
+def _variables() -> Iterator[str]:
+    """Secrets in environment variables, which stores use without options. A path to a file is none."""
+    for name, value in os.environ.items():
+        if _VARIABLE.search(name) and len(value) >= MIN_VARIABLE_CHARS and not os.path.exists(value):
+            yield value
 
 
 def _redacted(name: str, value: Any, inside: bool) -> Any:
@@ -117,7 +159,8 @@ def _redacted(name: str, value: Any, inside: bool) -> Any:
         return [_redacted(name, entry, secret) for entry in value]
     if value is None or (not secret and isinstance(value, bool | int | float)):
         return value
-    is_plain = not secret and name in PLAIN_NAMES and "@" not in str(value) and not holds_secret(str(value))
+    has_secret = any(sign in str(value) for sign in "@?") or holds_secret(str(value))  # an endpoint has no query
+    is_plain = not secret and name in PLAIN_NAMES and not has_secret
     return value if is_plain else HIDDEN
 
 

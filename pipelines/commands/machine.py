@@ -31,6 +31,7 @@ from components.places import (
     stored_models,
     weights_folder,
 )
+from components.secrets import without_secrets
 from components.systems import SYSTEMS
 from pipelines.core.home import home
 
@@ -274,7 +275,7 @@ def check_mlflow(target: Path) -> list[Finding]:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri and not uri.startswith("sqlite:"):
         advice = "Runs write their own sqlite store; unset the variable unless you want that server."
-        return [warn("mlflow store", f"MLFLOW_TRACKING_URI={uri.split('@')[-1]}", advice)]
+        return [warn("mlflow store", f"MLFLOW_TRACKING_URI={without_secrets(uri)}", advice)]
     stores = sorted(target.glob("runs/*/mlflow.db")) + sorted(target.glob("mlflow.db"))
     return [judge_store(store) for store in stores] or [ok("mlflow store", "none yet; a run makes its own")]
 

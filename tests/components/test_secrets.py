@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
+from html import escape
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import pytest
 
 from components.corpora import CorpusSpec, SourceSpec, shown_spec
-from components.secrets import hidden_names, holds_secret, public, redacted, scrubbed, usable, without_secrets
+from components.secrets import HIDDEN, hidden_names, holds_secret, public, redacted, scrubbed, usable, without_secrets
 
 SECRET = "S3cr3t/+=: &x"
 
@@ -88,6 +92,35 @@ def test_addresses_with_secrets() -> None:
         "https://h/x?hdnea=SECRET",
         "https://h/x?auth=SECRET",
         "https://h/x#access_token=SECRET",
+        "https://h/x?api-key=SECRET",
+        "https://h/x?x-api-key=SECRET",
+        "https://h/x?oauth_token=SECRET",
+        "https://h/x?private_token=SECRET",
+        "https://h/x?tempauth=SECRET",
+        "https://h/x?authkey=SECRET",
+        "https://h/x?resourcekey=SECRET",
+        "https://h/x?q-ak=1&q-signature=SECRET",
+        "https://h/x?hdnts=exp=1~hmac=SECRET",
+        "https://h/x?__token__=exp=1~hmac=SECRET",
+        "https://h/x?auth[token]=SECRET",
+        "https://h/x?AccessKeyId=SECRET",
+        "https://h/x?secretAccessKey=SECRET",
+        "https://h/x?passcode=SECRET",
+        "https://h/x;jsessionid=SECRET",
+        "https://h/x?PHPSESSID=SECRET",
+        "https://u:a/SECRET@h/x",
+        "https://u:a?SECRET@h/x",
+        "https://u:a#SECRET@h/x",
+        "s3a://SECRET@b/x",
+        "r2://SECRET@b/x",
+        "gs://SECRET@b/x",
+        "oss://id:SECRET@b/x",
+        "sftp://me:SECRET@h/x",
+        "smb://domain;me:SECRET@h/x",
+        "simplecache::s3://key:SECRET@b/x",
+        "webdav://SECRET@h/public.php",
+        "github://SECRET@owner:repository@main/x",
+        "github://me:SECRET@owner:repository@main/x",
     ],
 )
 def test_more_places_of_secrets_in_addresses(address: str) -> None:
@@ -96,5 +129,53 @@ def test_more_places_of_secrets_in_addresses(address: str) -> None:
 
 
 def test_addresses_that_look_like_secrets_stay() -> None:
-    for address in ("sftp://me@host/x", "https://h/@user/x?author=me&passage=2", "hf://datasets/a/b@main/x"):
+    for address in (
+        "sftp://me@host/x",
+        "https://h/@user/x?author=me&passage=2&tokenizer=x&keyword=y&assignment=z",
+        "hf://datasets/a/b@main/x",
+        "hf://gpt2@main/x",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "http://127.0.0.1:9000/a/b@2x.png",
+        "http://[::1]:9000/a@2x.png",
+        "github://owner:repository@main/x",
+    ):
         assert without_secrets(address) == address
+
+
+def test_an_endpoint_with_a_query_is_not_shown() -> None:
+    assert SECRET not in json.dumps(redacted({"endpoint_url": f"https://h/?code={SECRET}", "pin": 4711, "ticket": 12}))
+    assert redacted({"pin": 4711, "ticket": 12}) == {"pin": HIDDEN, "ticket": HIDDEN}
+
+
+@pytest.mark.parametrize("secret", ['a"b\\c&<1>', "päß wörd", "line\nbreak", "it's me"])
+def test_a_secret_is_found_in_every_form_of_a_message(secret: str) -> None:
+    data = secret.encode()
+    forms = (secret, json.dumps(secret), ascii(secret), repr(data), escape(secret), quote(secret), quote_plus(secret))
+    for form in (*forms, escape(secret, quote=False), b64encode(data).decode(), json.dumps(secret, ensure_ascii=False)):
+        shown = scrubbed(f"it says {form} here", {"password": secret})
+        core = form.strip("b\"'")
+        assert core not in shown and shown.startswith("it says ") and shown.endswith(" here")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "headers={'Authorization': 'Basic bWU6U0VDUkVU'}",
+        'headers={"Proxy-Authorization": "Bearer SECRET"}',
+        "authorization=SECRET",
+        "Illegal header value b'Bearer SECRET123'",
+    ],
+)
+def test_headers_in_messages_lack_their_values(message: str) -> None:
+    shown = scrubbed(f"cannot connect: {message}, again", {})
+    assert "SECRET" not in shown and "U0VDUkVU" not in shown and shown.endswith("again")
+    for plain in ("basic authentication is off", "the bearer of bad news", "Authorization failed for x"):
+        assert scrubbed(plain, {}) == plain
+
+
+def test_secrets_of_the_environment_are_not_in_messages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    monkeypatch.setenv("SOME_TOKEN", "short")
+    message = f"refused: {quote(SECRET, safe='')} with {tmp_path}, in short"
+    assert scrubbed(message, {}) == f"refused: ... with {tmp_path}, in short"

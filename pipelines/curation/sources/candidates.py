@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from components.corpora import FILE_SIZE_OPTION, CorpusSpec, SourceSpec
 from components.images import encode_png
+from components.secrets import without_user
 from components.synthetic import dead_leaves
 from components.text_files import decode_text
 from components.types import SampleError
@@ -285,7 +286,7 @@ def _of_addresses(
                 candidate = Candidate(
                     id=_short(row["url"]),
                     key=row["key"],
-                    source=row["url"],
+                    source=without_user(row["url"]),
                     licence=row.get("licence") or source.licence,
                     credit=source.credit,
                     caption=row.get("texts") or tidy_caption(row.get("caption", "")),

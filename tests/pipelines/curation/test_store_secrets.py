@@ -10,13 +10,14 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from components.corpora import CorpusSpec, SourceSpec
 from components.images import encode_png
 from components.synthetic import dead_leaves
 from pipelines.commands.main import build_app
 from pipelines.core.errors import Failure, RestorayError, UsageError
 from pipelines.corpus.catalogue import describe, load_spec
 from pipelines.curation.curate import curate, saved_spec
-from pipelines.curation.sources import stores
+from pipelines.curation.sources import candidates, list_parts, stores
 from pipelines.runs.stages import curate_identity
 from pipelines.runs.verb import CurateSettings
 
@@ -129,3 +130,22 @@ def test_an_address_with_a_secret_is_refused_without_repeating_it(address: str) 
     with pytest.raises(UsageError, match="holds a password or a signature") as caught:
         stores.open_store(address, {})
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"sources.0.storage=[{SECRET}", f"sources.0.storage={{a: {SECRET}", f"sources.0.storage.secret: {SECRET}"],
+)
+def test_a_mistyped_option_is_named_without_its_value(corpus_spec: Path, override: str) -> None:
+    with pytest.raises(UsageError, match=r"sources\.0\.storage") as caught:
+        load_spec(corpus_spec, [override])
+    assert SECRET not in str(caught.value)
+
+
+def test_an_address_with_a_password_is_quarantined_without_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"https://me:{SECRET}@example.org/a.jpg\n")
+    spec = CorpusSpec(name="t", sources=[SourceSpec(kind="urls", path=str(tmp_path / "a.txt"))])
+    (part,) = list_parts(spec, tmp_path / "out").parts
+    (row,) = candidates(part, spec, tmp_path / "out", lambda _: False)
+    assert row.problem is not None and row.problem.code == "bad_url"
+    assert row.source == "https://...@example.org/a.jpg" and SECRET not in str(row.problem)

@@ -33,6 +33,9 @@ JUDGED_CHARACTERS = 4096  # ours: the beginning of a text decides
 CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x19\x1b-\x1f]")
 """Bytes that 8-bit text does not have. UTF-16 has them: in ASCII characters, and as the low bytes of others."""
 
+SHIFTS = re.compile(rb"\x1b(?:\$[@AB]|\$\([A-Z]|\([BIJ])")
+"""Escape sequences of ISO 2022, as in Japanese mail: the bytes after them look like ASCII and are not."""
+
 TAGS = range(0xE0020, 0xE0080)  # they spell the region of a flag
 
 LETTER = r"[^\W\d_]"
@@ -64,6 +67,8 @@ def decode_text(data: bytes, is_whole: bool = True) -> str:
             if text is None:
                 raise SampleError("not_text", f"it has the mark of {encoding} and is not valid {encoding}")
             return text
+    if SHIFTS.search(data):
+        raise SampleError("not_text", "it is text of ISO 2022: save it as UTF-8")
     text = _decode(data, "utf-8", is_whole)
     has_controls = CONTROLS.search(data) is not None
     if text is not None and not has_controls:

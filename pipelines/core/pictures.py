@@ -36,8 +36,14 @@ PICTURE_SUFFIXES = frozenset(
 )
 """Of two files with one stem, one with such a suffix keeps the short key: a.jpg is not renamed by a.nef or a.mov."""
 
-SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "zbthumbnail.info", "pspbrwse.jbf")
-SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found")
+SYSTEM_FILES = (
+    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "thumbscache.db", "desktop.ini", "picasa.ini", "icon\r"),
+    *("zbthumbnail.info", "pspbrwse.jbf", "albumartsmall.jpg"),
+)
+SYSTEM_FOLDERS = (
+    *("__macosx", "network trash folder", "temporary items", "@eadir", "@recycle", "#recycle", "#snapshot"),
+    *("$recycle.bin", "recycler", "recycled", "lost+found"),
+)
 SYSTEM_HIDDEN = (".ds_store", ".apdisk", ".trashes", ".fseventsd", ".spotlight-v100", "system volume information")
 SYSTEM_NAMES = frozenset((*SYSTEM_FILES, *SYSTEM_FOLDERS, *SYSTEM_HIDDEN))
 """Names, in lower case, of what operating systems, disk stations and picture browsers put beside pictures."""
@@ -66,7 +72,8 @@ OWN_FILES = frozenset({SHEET, "records.jsonl", "quarantine.jsonl"})
 
 def is_system_name(name: str) -> bool:
     """Whether a file or a folder of this name is hidden, or is no user's: Thumbs.db, "._a.jpg", "__MACOSX"."""
-    return name.startswith((".", "~$")) or name.lower() in SYSTEM_NAMES or name.lower().endswith(SYSTEM_STREAMS)
+    name = name.lower()
+    return name.startswith((".", "~$", "albumart_{")) or name in SYSTEM_NAMES or name.endswith(SYSTEM_STREAMS)
 
 
 def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], int]:

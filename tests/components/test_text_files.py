@@ -62,6 +62,8 @@ def test_cp1252_is_decoded(text: str) -> None:
         ("kırmızı araba", "cp1254"),
         ("œuvre", "iso8859_15"),
         ("5€", "iso8859_15"),
+        ("猫がマットの上に座る", "iso2022_jp"),
+        ("고양이가 매트 위에", "iso2022_kr"),
     ],
 )
 def test_other_encodings_are_refused_and_not_read_as_cp1252(text: str, encoding: str) -> None:

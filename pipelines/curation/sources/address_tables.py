@@ -22,7 +22,7 @@ from pipelines.core.pictures import is_system_name
 from pipelines.core.tables import json_lines, separator_of
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
-from pipelines.curation.sources.texts import caption_of, check_text_columns, key_of, plain
+from pipelines.curation.sources.texts import caption_of, check_text_columns, key_of, listed_texts, plain
 
 MARKERS = frozenset({"_SUCCESS", "_metadata", "_common_metadata"})  # files that Spark puts beside its tables
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".txt")
@@ -81,7 +81,7 @@ def _address_line(url: str, row: Mapping[str, Any], source: SourceSpec) -> dict[
             line["key"] = key_of(key, _column(source.key_column))
         if source.caption_column:
             text = _decoded(row.get(source.caption_column), source.caption_column)
-            if isinstance(text, str):
+            if isinstance(text, str) and listed_texts(text) is None:
                 line["caption"] = text
             else:
                 line["texts"] = caption_of(text, _column(source.caption_column))

@@ -22,7 +22,7 @@ from pipelines.core.home import package_folder
 from pipelines.core.pictures import SIDECARS, is_output, is_own_sheet, is_system_name
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
-from pipelines.curation.sources.tables import FolderTables, Note
+from pipelines.curation.sources.tables import FolderTables, Note, UnreadTexts
 from pipelines.curation.sources.tars import printable_name
 from pipelines.curation.sources.texts import CAPTION_SUFFIXES
 
@@ -199,14 +199,21 @@ def _folder(folder: Path, source: SourceSpec, out: Path | None, skipped: Skipped
                 yield Entry(key=shards.safe_key(place), source=f"{source.kind}:{place}", refused=refused)
         tables.enter(Path(parent), files)
         captions = _caption_files(files)
+        used: set[str] = set()
+        sidecars: list[Path] = []
         for name in sorted(files):
             path = Path(parent) / name
             if is_system_name(name) or path.suffix.lower() in SIDECARS or is_own_sheet(path):
                 skipped.count += 1
+                sidecars += [] if is_system_name(name) else [path]
                 continue
             entry = _file_entry(path, path.relative_to(folder).as_posix(), source, tables.note_of(path))
             text_file = next((captions[form] for form in _caption_stems(name) if form in captions), "")
+            used.add(text_file)
             yield _with_caption(entry, path.with_name(text_file)) if text_file else entry
+        for path in sidecars:
+            if path.name not in used:
+                tables.leave(path)
     skipped.sentences += tables.close()
     for error in unreadable:
         place = printable_name(Path(error.filename).relative_to(folder).as_posix()) if error.filename else ""
@@ -255,13 +262,16 @@ def _with_caption(entry: Entry, text_file: Path) -> Entry:
 
 
 def _stored(source: SourceSpec, skipped: SkippedFiles) -> Iterator[Entry]:
-    """Candidates below an address of a store, or those that match a pattern."""
+    """Candidates below an address of a store, or those that match a pattern. Texts of a store are not read."""
+    unread = UnreadTexts()
     for path, relative, size, version in stores.list_files(source.path, source.storage):
         name = relative.rpartition("/")[2]
         is_system = any(map(is_system_name, relative.split("/")))
         suffix = "." + name.rpartition(".")[2].lower() if "." in name else ""
         if is_system or suffix in SIDECARS:
             skipped.count += 1
+            if not is_system:
+                unread.add(relative)
             continue
         entry = Entry(
             key=shards.safe_key(relative[: len(relative) - len(suffix)] if _is_picture(suffix[1:]) else relative),
@@ -276,6 +286,7 @@ def _stored(source: SourceSpec, skipped: SkippedFiles) -> Iterator[Entry]:
             refused = ("not_image", f"the suffix {suffix} is not of a picture format that we read")
             entry = replace(entry, refused=refused)
         yield entry
+    skipped.sentences += unread.sentences()
 
 
 def _file_entry(path: Path, relative: str, source: SourceSpec, note: Note) -> Entry:

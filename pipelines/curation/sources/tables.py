@@ -35,6 +35,11 @@ CREDITS = "CREDITS.csv"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Names of metadata tables; the first one in a folder wins."""
 
+TABLES = frozenset(name.lower() for name in (CREDITS, *METADATA))
+TEXT_SUFFIXES = frozenset({".caption", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt"})
+TEXTS_FOR_PEOPLE = ("readme", "licen", "copying", "notice", "changelog", "citation")
+"""How names of files begin that nobody expects to be read."""
+
 FILE_NAME = "file_name"
 MAX_NAMES = 5  # pictures that a sentence lists
 
@@ -59,6 +64,27 @@ class _Table:
     used: set[str] = field(default_factory=set)
 
 
+class UnreadTexts:
+    """Texts and tables in a source that no picture uses, so that a sentence can name them."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+        self.count = 0
+
+    def add(self, name: str) -> None:
+        """Note a file, by its name relative to the source, if it is a text or a table."""
+        last = name.rpartition("/")[2].lower()
+        if os.path.splitext(last)[1] not in TEXT_SUFFIXES or last.startswith(TEXTS_FOR_PEOPLE):
+            return
+        self.count += 1
+        if len(self.first) < MAX_NAMES:
+            self.first.append(name)
+
+    def sentences(self) -> list[str]:
+        """One sentence; [] if there is no such file."""
+        return [f"Texts that were not read: {_some(self.first, self.count)}."] if self.first else []
+
+
 class FolderTables:
     """The tables of a directory tree, opened while it is walked from the top.
 
@@ -73,6 +99,12 @@ class FolderTables:
         self.sentences: list[str] = []
         self.without_credit: list[str] = []
         self.credits: _Table | None = None
+        self.unread = UnreadTexts()
+
+    def leave(self, path: Path) -> None:
+        """Note a file that is neither a picture nor the caption of one."""
+        if path.name.lower() not in TABLES:  # of these, another sentence says whether they were read
+            self.unread.add(path.relative_to(self.root).as_posix())
 
     def enter(self, folder: Path, files: list[str]) -> None:
         """Open the metadata of a folder and forget that of folders that the walk has left.
@@ -125,14 +157,14 @@ class FolderTables:
         )
 
     def close(self) -> list[str]:
-        """Sentences on rows without a picture and on pictures without a row, at the end of the walk."""
+        """Sentences on rows without a picture, pictures without a row and texts of no picture, after the walk."""
         while self.metadata:
             self._close(self.metadata.pop())
         if self.credits is not None:
             self._close(self.credits)
             if self.without_credit:
                 self.sentences.append(f"{CREDITS} has no row for {_some(self.without_credit)}.")
-        return self.sentences
+        return [*self.sentences, *self.unread.sentences()]
 
     def _close(self, table: _Table) -> None:
         unused = [name for name in table.notes if name not in table.used]
@@ -158,9 +190,11 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", os.path.normpath(name.strip().replace("\\", "/")))
 
 
-def _some(names: list[str]) -> str:
+def _some(names: list[str], count: int = 0) -> str:
+    """The first names, and how many more there are; `count` if it is more than `names` has."""
     shown = ", ".join(printable_name(name) for name in sorted(names)[:MAX_NAMES])
-    return f"{shown} and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else shown
+    more = max(count, len(names)) - MAX_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def read_credits(path: Path) -> dict[str, Note]:
@@ -202,7 +236,9 @@ def read_metadata(path: Path, source: SourceSpec) -> dict[str, Note] | None:
         note = _metadata_note(row, source, f"{path.name}, line {line}")
         for name in names:
             files = row[name] if isinstance(row[name], list) else [row[name]]
-            for file in filter(None, files):
+            for file in files:
+                if file is None or file == "":
+                    continue
                 if not isinstance(file, str):
                     raise UsageError(f'{path}, line {line}: "{name}" must be text, got {file!r:.80}.')
                 _add(notes, file, note, f"{path}, line {line}")

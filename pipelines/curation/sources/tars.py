@@ -262,7 +262,9 @@ def _is_system_member(name: str) -> bool:
     Other hidden members are samples like any other.
     """
     parts = name.split("/")
-    return parts[-1].startswith("._") or not SYSTEM_NAMES.isdisjoint(part.lower() for part in parts)
+    return parts[-1].lower().startswith(("._", "albumart_{")) or not SYSTEM_NAMES.isdisjoint(
+        part.lower() for part in parts
+    )
 
 
 def _is_unsafe(name: str, header: tarfile.TarInfo) -> bool:

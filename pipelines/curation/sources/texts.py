@@ -6,9 +6,12 @@ A picture may have several texts, as a list or an array in a column. Its caption
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +36,10 @@ STRUCT_FIELDS = ("raw", *CAPTION_FIELDS, "value")
 
 CAPTION_SUFFIXES = ("txt", "caption")
 """Suffixes of caption files, of any case; the first one wins."""
+
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_NUMPY_LIST = re.compile(rf"\[\s*(?:{_QUOTED.pattern})(?:\s+(?:{_QUOTED.pattern}))+\s*\]")
+"""Several texts in quotes with blanks between them."""
 
 
 def tidy_caption(text: str) -> str:
@@ -78,6 +85,8 @@ def read_caption_file(path: str) -> tuple[str, str]:
 def caption_of(value: Any, where: str) -> str:
     """The caption in a value of a table or a document: a text, a number, a struct with a text, or a list of these.
 
+    A text may spell a list too, as tables in CSV do.
+
     Args:
         value: Python or numpy value; None, NaN and an empty list give "".
         where: name of its column or field, for errors.
@@ -111,6 +120,23 @@ def first_caption(document: Mapping[str, Any], names: Sequence[str], label: str)
     return ""
 
 
+def listed_texts(text: str) -> list[str] | None:
+    """The texts of a list that a table holds as text, as JSON, Python or numpy spell it; None for another text."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")) or len(text) > MAX_CAPTION_BYTES:
+        return None
+    if _NUMPY_LIST.fullmatch(text):  # Python would join texts without commas
+        text = f"[{', '.join(_QUOTED.findall(text))}]"
+    for read in (json.loads, ast.literal_eval):
+        try:
+            values = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(values, list) and all(value is None or isinstance(value, str) for value in values):
+            return [value for value in values if value]
+    return None
+
+
 def _texts(value: Any, where: str, is_inner: bool = False) -> list[str]:
     if isinstance(value, Mapping):
         name = next((name for name in STRUCT_FIELDS if _is_filled(value.get(name))), None)
@@ -130,7 +156,9 @@ def _texts(value: Any, where: str, is_inner: bool = False) -> list[str]:
         return []
     if is_inner and not isinstance(value, str | bytes):
         raise SampleError("bad_caption", f"{where} is a list of numbers, and not of texts")
-    return split_texts(plain(value, where))
+    text = plain(value, where)
+    listed = None if is_inner else listed_texts(text)
+    return split_texts(text) if listed is None else listed
 
 
 def _is_filled(value: Any) -> bool:

@@ -189,6 +189,50 @@ def test_values_of_numpy_and_of_python() -> None:
             key_of(value, "x")
 
 
+LISTS_AS_TEXT = {
+    '["a red fox", "a fox in snow"]': ["a red fox", "a fox in snow"],
+    "['it\\'s one', \"two, or three\"]": ["it's one", "two, or three"],
+    "['a' 'b\\'s \"x\"']": ["a", 'b\'s "x"'],
+    "['a cat'\n \"a cat's tail\"]": ["a cat", "a cat's tail"],
+    "[]": [],
+    "[null]": [],
+    '["", "x", null]': ["x"],
+    "[sic] a cat [left]": ["[sic] a cat [left]"],
+    '["x", 1]': ['["x", 1]'],
+    "[1, 2]": ["[1, 2]"],
+    "[" * 5000 + "]" * 5000: ["[" * 5000 + "]" * 5000],
+    "__import__('os')": ["__import__('os')"],
+}
+
+
+def test_a_list_that_a_table_holds_as_text_is_a_list(tmp_path: Path) -> None:
+    """CSV has no lists, so tools write them as JSON, or as Python and numpy print them."""
+    texts, expected = list(LISTS_AS_TEXT), list(LISTS_AS_TEXT.values())
+    items = read(parquet(tmp_path / "parquet", text=texts), kind="parquet", caption_column="text")
+    assert list(captions(items).values()) == expected
+    rows = [{"file_name": f"{n:02d}.png", "text": text} for n, text in enumerate(texts)]
+    files: dict[str, str | bytes] = {row["file_name"]: b"x" for row in rows}
+    folder = write(tmp_path / "folder", {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    assert list(captions(read(folder)).values()) == expected
+    members = {
+        f"{n:02d}{end}": data
+        for n, row in enumerate(rows)
+        for end, data in ((".jpg", b"x"), (".json", json.dumps(row)))
+    }
+    (tmp_path / "tars").mkdir()
+    tar(tmp_path / "tars" / "a.tar", members)
+    assert list(captions(read(tmp_path / "tars", kind="tar")).values()) == expected
+    addresses = [{"url": f"https://example.org/{n}.jpg", "text": text} for n, text in enumerate(texts)]
+    write(tmp_path / "urls", {"a.jsonl": "".join(json.dumps(row) + "\n" for row in addresses)})
+    spec = CorpusSpec(name="t", sources=[SourceSpec(kind="urls", path=str(tmp_path / "urls"), caption_column="text")])
+    (part,) = list_parts(spec, tmp_path / "out").parts
+    rows_of_urls = candidates(part, spec, tmp_path / "out", lambda _: True)
+    assert [split_texts(row.caption) for row in rows_of_urls] == expected
+    inner = pa.array([["['a']", "b"]])
+    items = read(parquet(tmp_path / "lists", text=inner), kind="parquet", caption_column="text")
+    assert list(captions(items).values()) == [["['a']", "b"]]
+
+
 def test_lists_and_zero_keys_in_tables_of_addresses(tmp_path: Path) -> None:
     rows = [{"url": f"https://example.org/{n}.jpg", "id": n, "text": text} for n, text in enumerate(LISTS)]
     rows.append({"url": "https://example.org/9.jpg", "id": None, "text": ["z"]})
@@ -335,10 +379,33 @@ def test_a_changed_caption_in_metadata_changes_its_part_only(tmp_path: Path) -> 
     assert (before.caption, after.caption) == ("one", "two")
 
 
+def test_a_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", {"0.png": b"x", "metadata.jsonl": '{"file_name": 0, "text": "a"}'})
+    with pytest.raises(UsageError, match='line 1: "file_name" must be text, got 0'):
+        read(folder)
+
+
+@pytest.mark.parametrize("path", ["in", "file://in"])
+def test_texts_that_belong_to_no_picture_are_named(tmp_path: Path, path: str) -> None:
+    files = ["captions/a.txt", "b.json", "captions.csv", "meta.jsonl", "a.tsv", "z.txt", "README.txt", "LICENSE.txt"]
+    others = ["notes.md", ".hidden.txt", "a.xmp"]
+    folder = write(tmp_path / "in", dict.fromkeys(["a.png", "sub/a.png", *files, *others], b"x"))
+    write(tmp_path / "in", {"sub/a.txt": "read", "metadata.csv": "file_name,text\na.png,read\n"})
+    spec = CorpusSpec(name="t", sources=[SourceSpec(kind="folder", path=path.replace("in", str(folder)))])
+    (sentence,) = list_parts(spec, tmp_path / "out").sentences
+    if path == "in":
+        assert sentence == "Texts that were not read: a.tsv, b.json, captions.csv, meta.jsonl, z.txt and 1 more."
+    else:  # captions of a store are not read
+        assert (
+            sentence == "Texts that were not read: a.tsv, b.json, captions.csv, captions/a.txt, meta.jsonl and 3 more."
+        )
+
+
 # --- files of systems and tools ---------------------------------------------------------------------------------------
 
 SYSTEM = (
     "Thumbs.db", "thumbs.DB", "desktop.ini", "Desktop.ini", ".DS_Store", "._a.png", "__MACOSX/._a.png",
+    "RECYCLER/d.png", "Network Trash Folder/e.png", "AlbumArtSmall.jpg", "AlbumArt_{5F2C}_Large.jpg", "ThumbsCache.db",
     "__MACOSX/b.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/c.png", "Icon\r", "sub/ehthumbs.db",
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import resource
 import tracemalloc
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from components.images import encode_png
+from pipelines.core.errors import Failure
 from pipelines.corpus.columns import caption_engine, line_places
 from pipelines.corpus.columns.computing import compute_column
 from pipelines.corpus.columns.line_places import LinePlaces
@@ -23,7 +25,7 @@ from pipelines.corpus.columns.reading import open_column
 from pipelines.corpus.columns.spec import ColumnJob, ColumnSpec, ShardTask
 from pipelines.corpus.columns.workers import OpenShard, open_shard
 from pipelines.corpus.recent import LEAST_OPEN, MOST_OPEN, Recent, open_limit
-from pipelines.corpus.shards import ShardFile, ShardList, write_corpus
+from pipelines.corpus.shards import Corpus, ShardFile, ShardList, write_corpus
 from pipelines.stream import rows
 from pipelines.stream.config import StreamConfig
 
@@ -67,6 +69,26 @@ def test_the_index_of_many_small_shards_is_compact_and_unchanged() -> None:
     assert list(pickle.loads(pickle.dumps(compact)))[5] == shards[5] and len(ShardList([])) == 0
     with pytest.raises(IndexError):
         compact[len(shards)]
+
+
+def test_the_files_of_a_column_are_compact_in_every_process(tmp_path: Path) -> None:
+    count = 20_000
+    corpus = Corpus(tmp_path, "digest", {})
+    rows = [{"name": f"train-{n:05d}.arrow", "bytes": 1, "sha256": sha(n).hex(), "samples": 1} for n in range(count)]
+    document = {"format": 1, "kind": "text", "corpus": "digest", "producer": {}, "shape": [], "dtype": ""}
+    (tmp_path / "columns" / "texts").mkdir(parents=True)
+    path = tmp_path / "columns" / "texts" / "column.json"
+    path.write_text(json.dumps({**document, "splits": {"train": rows}}))
+    del rows
+    tracemalloc.start()
+    column = open_column(corpus, "texts")
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 50 * count
+    with pytest.raises(Failure, match=r"train-19999\.arrow cannot be read"):
+        column.value("train", count - 1)
+    again = pickle.loads(pickle.dumps(column))
+    assert again == column and list(again.starts["train"]) == list(range(count + 1))
 
 
 def test_a_window_of_shards_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

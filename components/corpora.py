@@ -375,8 +375,14 @@ def shown_spec(spec: CorpusSpec) -> dict[str, Any]:
     document = asdict(spec)
     for source in document["sources"]:
         source["storage"] = redacted(source["storage"])
-        source["path"] = without_secrets(source["path"]) if "://" in source["path"] else source["path"]
+        source["path"] = _shown_path(source["path"])
+    for pair in document["pairs"]:
+        pair |= {side: _shown_path(pair[side]) for side in ("hq", "lq")}
     return document
+
+
+def _shown_path(path: str) -> str:
+    return without_secrets(path) if "://" in path else path
 
 
 def load_corpus_spec(path: Path, overrides: Sequence[str] = ()) -> CorpusSpec:

@@ -60,7 +60,7 @@ _SECRET_NAME = re.compile(
 )
 _PASSWORD = re.compile(
     r"(?<!github)://(?:[^/?#\s@]*:[^/?#\s]*@"  # "github://owner:repository@branch" holds none
-    r"|(?!\[)[^/?#\s@:]*:(?!\d{1,5}(?:[/?#]|$))[^\s@]*@)"  # "/", "?" or "#" as typed; "host:9000/a@b" has a port
+    r"|(?!\[)[^/?#\s@:]*:(?!\d{1,5}(?:[/?#]|$))[^\s@]{0,200}@)"  # "/", "?" or "#" as typed; "host:9000/a@b" has a port
     r"|(?<=github)://[^/?#\s@]*@(?=[^/?#\s@]*:[^/?#\s@]*@)"
 )
 _USER = re.compile(  # a token alone is often typed as the user

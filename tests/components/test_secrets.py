@@ -11,7 +11,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from components.corpora import CorpusSpec, SourceSpec, shown_spec
+from components.corpora import CorpusSpec, PairSpec, SourceSpec, shown_spec
 from components.secrets import HIDDEN, hidden_names, holds_secret, public, redacted, scrubbed, usable, without_secrets
 
 SECRET = "S3cr3t/+=: &x"
@@ -140,6 +140,13 @@ def test_addresses_that_look_like_secrets_stay() -> None:
         "github://owner:repository@main/x",
     ):
         assert without_secrets(address) == address
+
+
+def test_paths_of_sources_and_pairs_are_shown_without_secrets() -> None:
+    path = "s3://KEY:SECRET@bucket/x"
+    spec = CorpusSpec(name="a", sources=[SourceSpec(path=path)], pairs=[PairSpec(hq=path, lq=path), PairSpec(lq="a#b")])
+    assert "SECRET" not in json.dumps(shown_spec(spec)) and spec.pairs[0].hq == path
+    assert shown_spec(spec)["pairs"][1]["lq"] == "a#b"
 
 
 def test_an_endpoint_with_a_query_is_not_shown() -> None:

@@ -37,9 +37,10 @@ STRUCT_FIELDS = ("raw", *CAPTION_FIELDS, "value")
 CAPTION_SUFFIXES = ("txt", "caption")
 """Suffixes of caption files, of any case; the first one wins."""
 
-_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
-_NUMPY_LIST = re.compile(rf"\[\s*(?:{_QUOTED.pattern})(?:\s+(?:{_QUOTED.pattern}))+\s*\]")
-"""Several texts in quotes with blanks between them."""
+_ITEM = r"(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|None)"
+_ITEMS = re.compile(_ITEM, re.DOTALL)
+_PYTHON_LIST = re.compile(rf"\[\s*+(?:{_ITEM}(?:(?:\s*+,\s*+|\s++){_ITEM})*+(?:\s*+,)?+\s*+)?\]", re.DOTALL)
+"""Texts in quotes, with commas as in Python or only blanks between them as in numpy."""
 
 
 def tidy_caption(text: str) -> str:
@@ -125,16 +126,18 @@ def listed_texts(text: str) -> list[str] | None:
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")) or len(text) > MAX_CAPTION_BYTES:
         return None
-    if _NUMPY_LIST.fullmatch(text):  # Python would join texts without commas
-        text = f"[{', '.join(_QUOTED.findall(text))}]"
-    for read in (json.loads, ast.literal_eval):
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        if not _PYTHON_LIST.fullmatch(text):
+            return None
         try:
-            values = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(values, list) and all(value is None or isinstance(value, str) for value in values):
-            return [value for value in values if value]
-    return None
+            values = [ast.literal_eval(item) for item in _ITEMS.findall(text)]
+        except (ValueError, SyntaxError):  # a wrong escape
+            return None
+    if not isinstance(values, list) or not all(value is None or isinstance(value, str) for value in values):
+        return None
+    return [value for value in values if value]
 
 
 def _texts(value: Any, where: str, is_inner: bool = False) -> list[str]:

@@ -9,9 +9,11 @@ decimal: "010" is ten, and "1:30" is none, although YAML 1.1 reads 8 and 90.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import sys
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -36,6 +38,7 @@ private use in their place, which `with_bytes` turns back."""
 _PRIVATE = {private: code for code, private in NOT_TEXT.items()}
 _PRIVATE_LETTER = re.compile(f"[{chr(min(_PRIVATE))}-{chr(max(_PRIVATE))}]")
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]*[0-9]")
+_WORD = re.compile(r"[-+.~\w]+")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _SEPARATORS = re.compile(r"[.\[\]]+")
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
@@ -102,6 +105,11 @@ def read_options(overrides: Iterable[str], texts: Iterable[str] = ()) -> dict[st
     return document
 
 
+def read_word(text: str) -> Any:
+    """Return the value of one word as the command line reads it: a number, true or false, None, or the text itself."""
+    return _number_or_text("value", text)
+
+
 def apply_overrides(schema: type[Any], document: Any, overrides: Sequence[str]) -> DictConfig:
     """Merge a dataclass' defaults, a document and key=value texts.
 
@@ -112,7 +120,8 @@ def apply_overrides(schema: type[Any], document: Any, overrides: Sequence[str]) 
 
     Raises:
         OverrideError: a text is not key=value, its value is no YAML where the field is not a text, or it or the
-            document has a list where a mapping or one value belongs, or the reverse.
+            document has a list where a mapping or one value belongs, or the reverse, or a number that is NaN or too
+            large.
         OmegaConfBaseException: a key is unknown, or a value has a wrong type.
     """
     nested: dict[str, Any] = {}
@@ -130,12 +139,25 @@ def apply_overrides(schema: type[Any], document: Any, overrides: Sequence[str]) 
         _check_number(merged, key)
         OmegaConf.update(merged, key, value)
     assert isinstance(merged, DictConfig)
+    for place in _places_of_nan(OmegaConf.to_container(merged)):
+        raise OverrideError(f"{place} must be a number, got nan.")
     return merged
+
+
+def _places_of_nan(value: Any, place: str = "") -> Iterator[str]:
+    """The keys of all NaN inside a document. Each comparison with NaN is false, so it would pass other checks."""
+    if isinstance(value, float) and math.isnan(value):
+        yield place
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, entry in entries:
+        yield from _places_of_nan(entry, f"{place}.{name}" if place else str(name))
 
 
 def _merge(defaults: Any, *documents: Any) -> Any:
     try:
         return OmegaConf.merge(defaults, *documents)
+    except OverflowError as error:  # an integer of over 308 digits in a field of floats
+        raise OverrideError("it has a number that is too large.") from error
     except TypeError as error:  # it does not say where
         wrong = "has a list where names and values belong, or the reverse."
         for document in map(OmegaConf.create, documents):
@@ -270,6 +292,8 @@ def _node(key: str, text: str) -> yaml.Node:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise _no_yaml(key, text) from error
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise _no_yaml(key, text)  # a few aliases of aliases stand for millions of values
     return node or yaml.ScalarNode("tag:yaml.org,2002:null", "")
 
 
@@ -279,7 +303,7 @@ def _is_text(kind: Any) -> bool:
 
 def _text_value(key: str, text: str, optional: bool) -> Any:
     if text == MARKS_MISSING:
-        raise OverrideError(f'{key} cannot be "{MARKS_MISSING}", which marks a missing value.')
+        raise _marks_missing(key)
     return None if optional and text == "null" else literal(text)
 
 
@@ -289,12 +313,18 @@ def _plain_value(key: str, text: str) -> Any:
     if is_nested:
         safe = _without_bytes(text)
         return with_bytes(_node_value(_Untyped, key, ["any"], _node(key, safe), safe))
+    return _number_or_text(key, text)
+
+
+def _number_or_text(key: str, text: str) -> Any:
+    """Return the number, truth value or None that one word stands for, else the text."""
+    if not _WORD.fullmatch(text.strip()):
+        return text
     try:
-        value = _yaml_value(key, text) if text else ""
+        value = _yaml_value(key, text)
     except OverrideError:
         return text
-    is_number = isinstance(value, int | float) or value is None
-    return value if is_number and not re.search(r"[#:\s]", text.strip()) else text  # "1:30" is a number in YAML 1.1
+    return value if isinstance(value, int | float) or value is None else text
 
 
 def _yaml_value(key: str, text: str) -> Any:
@@ -305,9 +335,14 @@ def _yaml_value(key: str, text: str) -> Any:
     if _SEXAGESIMAL.fullmatch(word):
         return word
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise _no_yaml(key, text) from error
+    if value == MARKS_MISSING:
+        raise _marks_missing(key)
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise OverrideError(f"{key} is too large: {text:.80}...")
+    return value
 
 
 def _without_bytes(value: Any) -> Any:
@@ -324,6 +359,10 @@ class _Untyped:
     """A schema with one field without a type."""
 
     any: Any = None
+
+
+def _marks_missing(key: str) -> OverrideError:
+    return OverrideError(f'{key} cannot be "{MARKS_MISSING}", which marks a missing value.')
 
 
 def _no_yaml(key: str, text: str) -> OverrideError:

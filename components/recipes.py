@@ -43,8 +43,10 @@ class Optimizer:
     max_bad_steps: int = 10  # the run ends after this many steps in a row without a finite gradient
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip_norm <= 0 or self.max_bad_steps < 1:
-            raise RecipeError("optimizer.lr and optimizer.clip_norm must be positive, max_bad_steps at least 1")
+        if not 0 < self.lr < math.inf or self.clip_norm <= 0 or self.max_bad_steps < 1:
+            raise RecipeError(
+                "optimizer.lr and optimizer.clip_norm must be positive, lr finite, max_bad_steps at least 1"
+            )
         if len(self.betas) != 2:
             raise RecipeError(f"optimizer.betas needs two numbers, got {self.betas}")
 
@@ -231,8 +233,8 @@ class Recipe:
                 f"batch_size {self.batch_size} is not a multiple of accumulation x workers "
                 f"({self.accumulation} x {self.placement.workers})"
             )
-        if min(self.sources.values(), default=0.0) < 0:
-            raise RecipeError(f"sources needs weights of at least 0, got {self.sources}")
+        if not all(0 <= weight < math.inf for weight in self.sources.values()):
+            raise RecipeError(f"sources needs finite weights of at least 0, got {self.sources}")
         self.sources = {k: weight for k, weight in (self.sources or CORPUS).items() if weight}
         if not self.sources:
             raise RecipeError("sources needs at least one weight above 0")

@@ -35,6 +35,7 @@ from starlette.requests import ClientDisconnect
 from components.images import Limits, limits_for_any_shape, probe
 from components.naming import did_you_mean, is_text, printable
 from components.options import TEXTS, OptionCheck, UnknownOption
+from components.overrides import read_word
 from components.restoring import (
     CHOICES,
     MAX_PROMPT_CHARS,
@@ -322,18 +323,17 @@ def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: O
     """
     values: dict[str, Any] = {}
     for name, text in parameters.items():
-        try:
-            values[name] = PARAMETERS[name](text) if name in PARAMETERS else _number_or_text(text)
-        except ValueError:
+        values[name] = text if PARAMETERS.get(name) is str else read_word(text)
+        if PARAMETERS.get(name) in (int, float) and isinstance(values[name], str):
             kind = "a number" if name == "scale" else "a whole number"
-            raise Refusal(422, "bad_parameter", f"{name} must be {kind}, got {text[:40]!r}") from None
+            raise Refusal(422, "bad_parameter", f"{name} must be {kind}, got {text[:40]!r}")
     key = values.pop("key", "picture")
     key = picture_key(key)  # as a batch job makes it, with its folders
     seed = values.pop("seed", None)
     if seed is None:
         seed = picture_seed(0, key)
-    if not 0 <= seed <= MAX_SEED:
-        raise Refusal(422, "bad_parameter", f"seed must be from 0 to {MAX_SEED}, got {seed}")
+    if isinstance(seed, bool | float) or not 0 <= seed <= MAX_SEED:
+        raise Refusal(422, "bad_parameter", f"seed must be a whole number from 0 to {MAX_SEED}, got {seed}")
     try:
         return key, seed, parse_ask(values, check, limits.max_output_pixels)
     except UnknownOption as error:
@@ -341,16 +341,6 @@ def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: O
         raise Refusal(422, "unknown_parameter", f"unknown parameter {error.name!r}. {suggestion}") from error
     except ValueError as error:
         raise Refusal(422, "bad_parameter", str(error)) from error
-
-
-def _number_or_text(text: str) -> int | float | str:
-    """Parse an option's value as on the command line: int, else float, else text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def check_picture(data: bytes, ask: Ask | None, limits: ServeLimits) -> None:

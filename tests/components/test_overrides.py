@@ -60,6 +60,13 @@ TEXTS = [
 ]
 
 
+ALIASES = (
+    "[&a [0, 0, 0, 0]"
+    + "".join(f", &{new} [*{old}, *{old}, *{old}]" for old, new in zip("ab", "bc", strict=True))
+    + "]"
+)
+
+
 @dataclass
 class Inner:
     text: str = ""
@@ -186,6 +193,13 @@ def test_names_that_are_not_utf8_pass_through_yaml(tmp_path: Path) -> None:
         ("numbers=[1", "numbers cannot be read as YAML: '\\[1'"),
         ("names=[a #1]", "names cannot be read as YAML"),
         ("text=???", "marks a missing value"),
+        ("count=???", "count cannot be .* marks a missing value"),
+        ("numbers=[1, '???']", "numbers cannot be .* marks a missing value"),
+        ("count=" + "9" * 400, "count is too large"),
+        ("bound=-" + "9" * 400, "bound is too large"),
+        ("bound=.nan", "bound must be a number, got nan"),
+        ("numbers=[1, NaN]", "numbers.1 must be a number, got nan"),
+        (f"numbers={ALIASES}", "numbers cannot be read as YAML"),
     ],
 )
 def test_a_wrong_form_is_named(override: str, message: str) -> None:
@@ -193,6 +207,22 @@ def test_a_wrong_form_is_named(override: str, message: str) -> None:
         read(override)
     if not override.startswith("text"):
         with pytest.raises(RecipeError, match=r"swinir-nano\.yaml"):
+            load_recipe("swinir-nano", [override])
+
+
+def test_aliases_have_no_meaning_in_options() -> None:
+    text = "- &a [x]\n- *a"
+    assert read_options([f"view={text}", "mode=!!null x"]) == {"view": text, "mode": "!!null x"}
+    with pytest.raises(OverrideError, match="view cannot be read as YAML"):
+        read_options([f"view={ALIASES}"])
+
+
+def test_a_document_holds_no_nan_and_no_endless_number(tmp_path: Path) -> None:
+    for document, message in (({"inner": {"number": float("nan")}}, "inner.number"), ({"bound": 10**400}, "too large")):
+        with pytest.raises(OverrideError, match=message):
+            apply_overrides(Schema, document, [])
+    for override in ("optimizer.lr=inf", "sources.corpus=.inf"):
+        with pytest.raises(RecipeError, match="finite"):
             load_recipe("swinir-nano", [override])
 
 

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 finished with quarantined rows, 4 qualit
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import signal
@@ -18,6 +19,7 @@ import typer
 from components.naming import printable
 from pipelines.commands import analyze, corpora, doctor, measuring, restoration, runs, training, weights
 from pipelines.commands.support import Command
+from pipelines.core import ray_watch
 from pipelines.core.environment import quiet_environment
 from pipelines.core.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, RestorayError
 from pipelines.core.ray_output import open_standard_streams, separate_stderr
@@ -92,6 +94,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, interrupt)
     as_json = "--json" in sys.argv
+    ray_watch.end_with(functools.partial(report_error, code=EXIT_FAILURE, as_json=as_json))
     try:
         code = int(build_app()(standalone_mode=False) or EXIT_OK)
         message = (
@@ -121,6 +124,7 @@ def report_error(message: str, code: int, as_json: bool) -> None:
     """Print one sentence on standard error; with --json also a document on standard output."""
     if as_json:
         sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
+        sys.stdout.flush()
     sys.stderr.write(f"restoray: {message}\n")
 
 

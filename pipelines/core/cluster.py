@@ -22,6 +22,7 @@ from pipelines.core.environment import quiet_environment
 from pipelines.core.errors import Failure, RestorayError, RetryLater, UsageError
 from pipelines.core.home import data_folder
 from pipelines.core.ray_output import keep_logs, ray_output_in
+from pipelines.core.ray_watch import RayWatch
 
 START_ATTEMPTS = 3
 
@@ -91,7 +92,8 @@ def local_ray(num_cpus: int | None = None, object_store_mib: int | None = None) 
                 if in_main_thread and sigterm_handler is not None:
                     signal.signal(signal.SIGTERM, sigterm_handler)  # Ray installs its own handler, which exits with 15
                 quiet_data()
-                yield
+                with RayWatch(folder):
+                    yield
             finally:
                 ray.shutdown()
     except Exception as error:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.core import ray_watch
 from pipelines.core.cluster import load_local, local_ray, logical_cpus, remove_ray_folders, require_cpus
 from pipelines.core.errors import UsageError
 from pipelines.core.ray_output import DRIVER_LOG, KEPT_BYTES, keep_logs
+from pipelines.core.ray_watch import RayWatch
 
 PROGRAM = """
 import json, os, pickle, signal, sys
@@ -123,6 +125,59 @@ def test_the_logs_of_a_failed_run_are_kept_and_rays_lines_stay_out_of_the_termin
     assert process.stdout.strip() == str([f"Ray's logs: {logs}"])
     assert (logs / DRIVER_LOG).read_text() == "a line of C++\n"
     assert "a line of a worker" in "".join(path.read_text() for path in logs.glob("worker-*.out"))
+
+
+DEATH = """
+import os, sys, time
+from pipelines.core import ray_output, ray_watch
+from pipelines.core.cluster import local_ray
+from pipelines.core.errors import Failure
+
+ray_output.separate_stderr()
+ray_watch.end_with(lambda message: print(message, flush=True))
+with local_ray(num_cpus=1, object_store_mib=80):
+    watched = ray_watch.ray_processes()
+    print(*watched, flush=True)
+    watched["raylet"].kill()
+    if sys.argv[1] == "waits":
+        time.sleep(60)
+    watched["raylet"].wait()
+    raise Failure("a worker could not be reached")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("driver", ["waits", "fails"])
+def test_the_death_of_ray_ends_a_command_with_one_sentence(driver: str, repository: Path, tmp_path: Path) -> None:
+    """Ray itself would end the process from C++ after 10 s, without a word."""
+    process = subprocess.run(
+        [sys.executable, "-c", DEATH, driver],
+        cwd=repository,
+        env={**os.environ, "RESTORAY_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (1, "")
+    (logs,) = (tmp_path / "logs").iterdir()
+    sentence = "Ray's process raylet ended, perhaps for lack of memory; the same command continues."
+    assert process.stdout.splitlines() == ["raylet gcs_server", sentence, f"Ray's logs: {logs}"]
+    assert (logs / "raylet.out").is_file()
+
+
+def test_without_a_command_the_death_of_ray_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_watch, "_reports", [])
+    monkeypatch.setattr(ray_watch, "POLL_S", 0.01)
+    monkeypatch.setattr(ray_watch, "GRACE_S", 0.01)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    monkeypatch.setattr(ray_watch, "ray_processes", lambda: {"gcs_server": dead})
+    with RayWatch(tmp_path) as watch:
+        watch.thread.join(20)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == ["Ray's process gcs_server ended"]
 
 
 def test_logs_of_two_attempts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

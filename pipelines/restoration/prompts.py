@@ -108,21 +108,24 @@ def _error(path: Path, number: int, reason: str) -> UsageError:
 def _keys_by_name(sources: Mapping[str, Path], src: Path) -> dict[str, set[str]]:
     """Keys of the pictures by each name that a file may use: key, path below `src`, file name; earlier kinds win.
 
+    A path without its suffix comes last; it differs from the key where a name holds joiners, "x:y" or a rival's stem.
     Names that are no text stand escaped. A name in NFC form stands for all its forms, and "sub__b" for the key "sub/b",
     as earlier versions wrote it, unless a picture has just that name.
     """
-    exact: list[dict[str, set[str]]] = [{}, {}, {}]
+    exact: list[dict[str, set[str]]] = [{}, {}, {}, {}]
     for key, path in sources.items():
-        exact[0].setdefault(printable(path.name), set()).add(key)
+        below = path.relative_to(src.absolute()) if src.is_dir() else Path(path.name)
+        exact[0].setdefault(printable(below.with_suffix("").as_posix()), set()).add(key)
+        exact[1].setdefault(printable(path.name), set()).add(key)
         if src.is_dir():
-            exact[1][printable(path.relative_to(src.absolute()).as_posix())] = {key}
-        exact[2][key] = {key}
+            exact[2][printable(below.as_posix())] = {key}
+        exact[3][key] = {key}
     names: dict[str, set[str]] = {}
     for kind in exact:
         for name, keys in kind.items():
             for other in {unicodedata.normalize("NFC", name), name.replace("/", "__")} - {name}:
                 names.setdefault(other, set()).update(keys)
-    return names | exact[0] | exact[1] | exact[2]
+    return names | exact[0] | exact[1] | exact[2] | exact[3]
 
 
 def _posix_name(name: str) -> str:

@@ -180,6 +180,37 @@ def test_the_error_of_a_wrong_line_has_its_number(
         read(tmp_path / name, text, pictures)
 
 
+@pytest.mark.parametrize(
+    ("files", "name", "text"),
+    [
+        (
+            ["\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645.png"],
+            0,
+            "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        ),
+        (["\u200eabc.png"], 0, "\u200eabc"),  # a mark of the writing direction
+        (["sub/x:y.png", "sub/x_y.png"], 0, "sub/x:y"),
+        (["Photo.png", "photo.png"], 1, "photo"),
+    ],
+)
+def test_a_name_without_its_suffix_names_a_picture_of_another_key(
+    files: list[str], name: int, text: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(encode_png(dead_leaves(16, 0, 0)))
+    sources, _ = list_pictures(folder)
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text(json.dumps({"key": text, "prompt": "a cat"}))
+    (key,) = read_prompts(lines, sources, folder)
+    assert sources[key] == folder / files[name] and key != text
+    if len(files) > 1:
+        (folder / files[name]).with_suffix(".jpg").write_bytes(encode_png(dead_leaves(16, 0, 0)))
+        with pytest.raises(UsageError, match="may be any of"):
+            read_prompts(lines, list_pictures(folder)[0], folder)
+
+
 def test_a_file_name_of_several_pictures_is_refused(pictures: Path, tmp_path: Path) -> None:
     (pictures / "more").mkdir()
     (pictures / "more" / "d.png").write_bytes(encode_png(dead_leaves(40, 1, 7)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 
 COMPILE_MODES = ("off", "autoencoder", "blocks", "whole")
 """Which networks of a restorer torch.compile compiles, from none to all."""
+
+MAX_LIMIT = 1e9
+"""Largest value of --max-megapixels and --max-megabytes; ours, far above any picture."""
 
 Device = Annotated[str, typer.Option(help="Device of the networks: cpu, or cuda for a GPU.")]
 
@@ -71,8 +73,8 @@ def picture_limits(max_megapixels: float, max_megabytes: float | None) -> Limits
     from components.images import limits_for_any_shape
 
     for name, value in (("--max-megapixels", max_megapixels), ("--max-megabytes", max_megabytes)):
-        if value is not None and not math.isfinite(value):
-            raise UsageError(f"{name} must be a number, got {value}.")
+        if value is not None and not value <= MAX_LIMIT:  # also refuses NaN
+            raise UsageError(f"{name} must be a number up to {MAX_LIMIT:g}, got {value:g}.")
     max_bytes = None if max_megabytes is None else max(1, round(max_megabytes * 1e6))
     return limits_for_any_shape(max(1, round(max_megapixels * 1e6)), max_bytes)
 

@@ -66,7 +66,7 @@ def test_a_larger_picture_is_refused_with_the_option_s_name(
     assert missing["key"] == "usual" and words in missing["reason"]
 
 
-@pytest.mark.parametrize("option", ["--max-megapixels=inf", "--max-megabytes=inf"])
+@pytest.mark.parametrize("option", ["--max-megapixels=inf", "--max-megabytes=inf", "--max-megapixels=1e308"])
 def test_a_limit_that_is_no_number_is_refused(pictures: Path, tmp_path: Path, option: str) -> None:
     result = CliRunner().invoke(build_app(), ["degrade", str(pictures), str(tmp_path / "out"), option])
     assert isinstance(result.exception, UsageError) and "must be a number" in str(result.exception)

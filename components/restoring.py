@@ -409,6 +409,8 @@ def _restore(
         return {}
     try:
         answers = restorer.restore(list(requests.values()), cancelled=cancelled)
+        if len(answers) != len(requests):  # zip's ValueError would blame the request
+            raise RuntimeError(f"the restorer gave {len(answers)} answers to {len(requests)} requests")
         for request, answer in zip(requests.values(), answers, strict=True):
             _check_answer(request, answer)
         return dict(zip(requests, answers, strict=True))

@@ -285,3 +285,18 @@ def test_the_png_level_is_an_option_that_leaves_the_digest() -> None:
     assert len(files[0]) > len(files[9])
     with pytest.raises(ValueError, match="png_level must be a whole number from 0 to 9, got 12"):
         parse_ask({"png_level": 12})
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_wrong_number_of_answers_is_the_restorers_fault(count: int) -> None:
+    """ "refused" would blame the request, and the service would answer 422 and keep its process."""
+
+    class Miscounting(Enlarger):
+        def restore(self, requests: Sequence[Request], *rest: Any, **named: Any) -> list[Restored]:
+            answers = super().restore(requests, *rest, **named)
+            return (answers * 3)[: count if len(requests) == 2 else 2 * count]
+
+    pictures = [Picture(key=key, data=encode(photo()), seed=5) for key in ("a", "b")]
+    errors = restore_batch(Miscounting(), IDENTITY, pictures, Ask())
+    assert [error.code for error in errors if isinstance(error, SampleError)] == ["failed", "failed"]
+    assert all(isinstance(error, SampleError) and "answers to 1 requests" in error.detail for error in errors)

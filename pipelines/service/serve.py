@@ -368,12 +368,16 @@ def start_proxy(options: HTTPOptions, timeout_s: float) -> None:
 
 
 def _free_port(host: str, port: int) -> int:
-    """`port` if no process listens there; a free port for 0."""
+    """`port` if no process listens there; a free port for 0. Raises UsageError for a wrong host or a port in use."""
+    if not host.strip():  # sockets take it for every address
+        raise UsageError("the host to listen on is empty: 127.0.0.1 is this machine, 0.0.0.0 is every address.")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # As servers do: a port in TIME_WAIT may be used again, a live one may not (Serve's own sockets share ports).
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+        except (socket.gaierror, UnicodeError) as error:
+            raise UsageError(f"{host} is no address to listen on ({error}); choose another --host") from error
         except OSError as error:
             raise UsageError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
         return int(probe.getsockname()[1])

@@ -13,9 +13,10 @@ from helper_modules import load_helper
 from components.images import encode_png
 from components.restoring import Ask, Identity, Result, parse_ask
 from components.synthetic import dead_leaves
+from pipelines.core.errors import UsageError
 from pipelines.service import client
 from pipelines.service.front import ServeLimits
-from pipelines.service.serve import MAX_ERRORS, Outcome, RestorerReplica, url_of
+from pipelines.service.serve import MAX_ERRORS, Outcome, RestorerReplica, _free_port, url_of
 
 tiny = load_helper("pipelines/_tiny.py")
 PICTURE = encode_png(dead_leaves(64, 7, 0))
@@ -110,6 +111,14 @@ def test_an_encoder_without_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch)
 )
 def test_an_ipv6_address_stands_in_brackets(host: str, url: str) -> None:
     assert url_of(host, 80) == url
+
+
+@pytest.mark.parametrize(
+    ("host", "words"), [("", "is empty"), (" ", "is empty"), ("no.such.invalid", "another --host")]
+)
+def test_a_wrong_host_is_refused_and_an_empty_one_is_not_every_address(host: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        _free_port(host, 0)
 
 
 @pytest.mark.parametrize("level", [1, 6])

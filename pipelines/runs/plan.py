@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from components.naming import printable
 from components.overrides import literal
+from components.recipes import Recipe
 from pipelines.core.errors import UsageError, first_line, unknown
 from pipelines.core.home import shipped_files
 from pipelines.runs.identity import stage_digest
@@ -84,14 +85,20 @@ def load_plan(
     head = resolve_settings(PlanDocument, {k: v for k, v in document.items() if k != "stages"}, own, path.name)
 
     stages_by_name: dict[str, PlannedStage] = {}
+    model_recipes: dict[str, Recipe] = {}  # of the model that a stage trains or hands on
     for stage in stages:
         for need in stage["needs"]:
             if need not in stages_by_name:
                 raise unknown(f"earlier stage in the needs of {stage['name']}", str(need), stages_by_name)
         inputs = {need: stages_by_name[need].digest for need in stage["needs"]}
         resolved = resolve_stage(stage, by_stage[stage["name"]], head.workers, inputs, images, verbs)
-        parent_recipes = [recipe for need in stage["needs"] if (recipe := stages_by_name[need].recipe) is not None]
-        verbs[stage["verb"]].check(resolved.settings, resolved.recipe, parent_recipes)
+        parent_recipes = [model_recipes[need] for need in stage["needs"] if need in model_recipes]
+        verb = verbs[stage["verb"]]
+        verb.check(resolved.settings, resolved.recipe, parent_recipes)
+        if resolved.recipe is not None:
+            model_recipes[stage["name"]] = resolved.recipe
+        elif verb.hands_on and parent_recipes:
+            model_recipes[stage["name"]] = parent_recipes[-1]
         stages_by_name[stage["name"]] = resolved
     origin = {"file": "" if str(name) in shipped_files("plans") else str(path.absolute()), "overrides": list(overrides)}
     return Plan(

@@ -348,8 +348,9 @@ def model_card(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> dict[str,
         if shipped.is_file():
             card = json.loads(shipped.read_text(encoding="utf-8"))
     ceiling = card.get("metrics") or {}
-    if not prior and model["info"].get("system") == "prior":  # the run trained a prior: its metrics are the ceiling
-        ceiling = model["info"].get("metrics") or {}
+    own = model["info"].get("metrics") or {}
+    if not prior and "autoencoder" in own:  # the run trained a prior, whose own metrics are the ceiling
+        ceiling = own
     flat = {key: value for key, value in flat_numbers(ceiling).items() if "/start" not in key}
     reconstruction_numbers = {
         k: v for k, v in flat.items() if re.search(r"psnr|_db\b|reconstruction", k, re.IGNORECASE)

@@ -17,11 +17,11 @@ from typing import Any
 
 from components.corpora import CorpusSpec, SplitSpec
 from components.images import read_png_text
-from components.places import find_model_folder
+from components.places import find_model_folder, shipped_models
 from components.recipes import Gate, Recipe, RecipeError, as_dict
 from components.secrets import public
 from components.systems import parent_stage
-from pipelines.core.errors import Failure, UsageError
+from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.pool import Pool
 from pipelines.curation.curate import curate, load_spec
 from pipelines.curation.sources import DEFAULT_HELD_OUT_FRACTION, for_folder, identities
@@ -83,7 +83,7 @@ def check_choose(settings: ChooseSettings, recipe: Recipe | None, parent_recipes
         raise UsageError(str(error)) from error
     check_metrics((settings.metric,))
     if find_model_folder(settings.model) is None:
-        raise UsageError(f"model={settings.model}: there is no such model folder or shipped model.")
+        raise unknown("model", settings.model, shipped_models())
 
 
 def check_evaluate(settings: EvaluateSettings, recipe: Recipe | None, parent_recipes: Sequence[Recipe]) -> None:
@@ -277,6 +277,7 @@ VERBS: Mapping[str, Verb] = {
     "choose": Verb(
         run=run_choose,
         settings=ChooseSettings,
+        hands_on=True,
         identity=lambda settings, recipe, images: {"model": model_digest(settings.model)},
         check=check_choose,
     ),

@@ -156,6 +156,7 @@ class Verb:
         settings: dataclass of the keys that a stage may have besides name, verb and needs.
         version: raised by hand when equal settings give another result; part of the digest.
         uses_ray: whether Ray must run before the stage starts.
+        hands_on: whether the stage's folder has the model of a stage that it needs, or another in its place.
         identity: (settings, recipe, images) -> what else determines the result, e.g. the source pictures; small plain
             data.
         check: (settings, own recipe or None, recipes of the needed stages) -> None; raises UsageError for a name, a
@@ -167,5 +168,6 @@ class Verb:
     settings: type
     version: int = 1
     uses_ray: bool = True
+    hands_on: bool = False
     identity: Callable[[Any, Any, Path | None], Mapping[str, Any]] = lambda settings, recipe, images: {}
     check: Callable[[Any, Any, Sequence[Any]], None] = lambda settings, recipe, parent_recipes: None

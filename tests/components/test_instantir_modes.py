@@ -251,6 +251,7 @@ def test_presets_set_options_and_explicit_ones_override_them() -> None:
     released = parse_options({"preset": "released"}, nano)
     assert (released.sampler, released.steps, released.view, released.encoding) == ("ddpm", 30, "crop", "sample")
     assert released.loop.released_rules and not nano.loop.released_rules
+    assert (nano.color, released.color) == ("wavelet", "none")
     preset_and_options = parse_options({"preset": "released", "steps": 4, "sampler": "ddim"}, nano)
     assert (preset_and_options.sampler, preset_and_options.steps, preset_and_options.cfg_scale) == ("ddim", 4, 7.0)
     paper = parse_options({"preset": "paper"}, nano)

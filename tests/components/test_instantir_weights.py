@@ -504,7 +504,7 @@ def test_the_import_ignores_the_sidecar_of_another_models_export(model_folder: P
     report = import_weights(find_files(tmp_path / "out"), tmp_path / "back")
     assert "describes another adapter.pt" in report.notes[0]
     info = load_model(tmp_path / "back").info
-    release = {"restore_options": {"view": "crop", "resize": "released"}}
+    release = {"restore_options": {"view": "crop", "resize": "released", "color": "none"}}
     assert (info["name"], info["licence"], info["recipe"]) == ("back", "unstated", release)
     assert info["config"]["perceptor_scale"] == 0.5
 

@@ -423,7 +423,7 @@ def test_large_pictures_go_through_all_networks_in_tiles(monkeypatch: pytest.Mon
         call = getattr(backbone.autoencoder, name)
         monkeypatch.setattr(backbone.autoencoder, name, lambda x, call=call: sides.add(max(x.shape[-2:])) or call(x))
     monkeypatch.setattr("components.systems.instarevive.restorer.COARSE_TILE_PX", 128)
-    tiled = restore(InstaReviveRestorer(generator, backbone, coarse), image, tile_px=128)
+    tiled = restore(InstaReviveRestorer(generator, backbone, coarse), image, tile_px=128, color="none")
     assert np.abs(tiled.astype(int) - whole).max() <= 1
     assert sides and 608 not in sides and 152 not in sides
 

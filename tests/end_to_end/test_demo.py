@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.timeout(1800)  # seven stages, each with processes of its own; the machine may be busy
+pytestmark = pytest.mark.timeout(1800)  # eight stages, each with processes of its own; the machine may be busy
 
-STAGES = ("corpus", "dcp", "previewer", "aggregator", "restored", "scores", "service")
+STAGES = ("corpus", "dcp", "previewer", "tuned", "chosen", "restored", "scores", "service")
 TINY_TRAINING = (
     "resolution=32",
     "short_side=48",
@@ -25,10 +25,11 @@ TINY_TRAINING = (
     "checkpoint_every=1",
     "evaluate_every=3",
     "heldout_triples=4",
-    "steps_at_restore=2",
 )
 TINY = [
-    *(f"{stage}.{change}" for stage in ("dcp", "previewer", "aggregator") for change in TINY_TRAINING),
+    *(f"{stage}.{change}" for stage in ("dcp", "previewer", "tuned") for change in TINY_TRAINING),
+    "chosen.short_side=64",
+    "chosen.pictures=6",
     "restored.short_side=64",
     "restored.limit=3",
     "scores.metrics=[psnr,ssim]",
@@ -48,6 +49,11 @@ def demo(out: Path, *more: str, timeout_s: float = 1500) -> subprocess.Completed
 def stage_folder(out: Path, name: str) -> Path:
     (folder,) = out.glob(f"{name}-????????")
     return folder
+
+
+def model_name(out: Path) -> str:
+    """The name of the chosen model, under which it is registered."""
+    return str(json.loads((stage_folder(out, "chosen") / "model" / "model.json").read_text())["name"])
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +77,10 @@ def test_every_stage_has_its_results(run: Path) -> None:
     from components.models import load_model
 
     text = read_png_text(restored[0].read_bytes())
-    assert text["recipe"] == "instantir-aggregator-nano" and text["seed"].isdigit()
-    assert text["model_digest"] == load_model(stage_folder(run, "aggregator") / "model").digest
+    choice = json.loads((stage_folder(run, "chosen") / "choice.json").read_text())
+    assert choice["chosen"] in ("standard", "trained") and choice["sentence"]
+    expected = load_model("nano" if choice["chosen"] == "standard" else stage_folder(run, "tuned") / "model")
+    assert text["model_digest"] == expected.digest and text["seed"].isdigit()
     summary = json.loads((stage_folder(run, "scores") / "summary.json").read_text())
     assert summary["verdict"]
     page = (run / "report.html").read_text()
@@ -106,7 +114,7 @@ def test_mlflow_has_a_parent_with_a_child_for_each_stage_and_the_model(run: Path
     assert len(parents) == 1 and set(STAGES) <= set(children)
     assert {r[1] for r in runs} == {"FINISHED"}
     assert "loss" in children["dcp"][3]
-    folder = resolve("models:/instantir-aggregator-nano@latest", run)
+    folder = resolve(f"models:/{model_name(run)}@latest", run)
     assert (folder / "model.json").is_file()
 
 
@@ -154,7 +162,7 @@ def test_a_run_killed_in_any_stage_resumes(stage: str, run: Path, tmp_path: Path
     result = demo(out)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stderr.count("done before, skipped") >= STAGES.index(stage)
-    assert (resolve("models:/instantir-aggregator-nano@latest", out) / "model.json").is_file()
+    assert (resolve(f"models:/{model_name(out)}@latest", out) / "model.json").is_file()
     first, second = ((stage_folder(o, "restored") / "restored") for o in (run, out))
     assert {p.name: p.read_bytes() for p in first.glob("*.png")} == {
         p.name: p.read_bytes() for p in second.glob("*.png")
@@ -170,7 +178,7 @@ def test_two_workers_see_the_samples_of_one_worker(run: Path, tmp_path: Path) ->
 
     process = demo(tmp_path / "run", "workers=2")
     assert process.returncode == 0, process.stderr[-3000:]
-    for name, trainable in (("dcp", "perceptor"), ("previewer", "previewer"), ("aggregator", "aggregator")):
+    for name, trainable in (("dcp", "perceptor"), ("previewer", "previewer")):
         folders = [stage_folder(out, name) for out in (run, tmp_path / "run")]
         one, two = (read_order(folder) for folder in folders)
         assert one == two and len(one) == 12
@@ -180,12 +188,14 @@ def test_two_workers_see_the_samples_of_one_worker(run: Path, tmp_path: Path) ->
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_every_training_stage_of_the_demo_as_shipped_learns(tmp_path: Path) -> None:
+def test_every_training_stage_of_instantir_nano_learns(tmp_path: Path) -> None:
     """The loss on 64 fixed held-out triples must fall by at least a tenth."""
     from pipelines.core.metrics import heldout_losses
 
     out = tmp_path / "run"
-    process = subprocess.run(restoray("demo", "--out", str(out)), capture_output=True, text=True, timeout=3500)
+    process = subprocess.run(
+        restoray("run", "instantir-nano", "--out", str(out)), capture_output=True, text=True, timeout=3500
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     for name, trainable in (("dcp", "perceptor"), ("previewer", "previewer"), ("aggregator", "aggregator")):
         losses = heldout_losses(stage_folder(out, name) / "metrics.jsonl")[trainable]

@@ -29,8 +29,9 @@ from components.systems.instantir.references import REFERENCE_NOISE
 from components.tensors import tensor_to_images
 from components.types import OnStep
 
-UNSUPPORTED_DEFAULTS = {"resize": "native", "min_side_px": 0, "tile_px": 0, "color": "none"}
-"""Defaults of the restorer's options; a recorded run supports no other values of these."""
+UNSUPPORTED_DEFAULTS = {"resize": "native", "min_side_px": 0, "tile_px": 0}
+"""Defaults of the restorer's options; a recorded run supports no other values of these. It ends with the last
+latents, before the colour transfer."""
 
 TOKEN_VIEWS = ("pooled", "whole", "class", "perceptor")
 """Ways to turn a picture's tokens into one vector: "pooled" is the mean of the patch tokens, "whole" concatenates all

@@ -23,6 +23,7 @@ _BUILT_IN: Mapping[str, Any] = {
     "view": "whole",
     "encoding": "mode",
     "resize": "native",
+    "color": "wavelet",
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": _BUILT_IN,

@@ -105,7 +105,7 @@ def test_typos_get_a_suggestion_and_exit_2(repository: Path, tmp_path: Path, arg
 def test_dry_run_prints_the_plan_and_writes_nothing(repository: Path, tmp_path: Path) -> None:
     process = restoray(repository, tmp_path, "run", "demo", "dcp.steps=17", "--dry-run")
     assert process.returncode == 0, process.stderr
-    for name in ("corpus", "dcp", "previewer", "aggregator", "restored", "scores", "service"):
+    for name in ("corpus", "dcp", "previewer", "tuned", "chosen", "restored", "scores", "service"):
         assert f"{name}-" in process.stdout
     assert "steps: 17" in process.stdout
     assert list(tmp_path.iterdir()) == []

@@ -70,8 +70,12 @@ def jobs_of(model: str | Path) -> Callable[..., Any]:
 def test_an_imported_instantir_takes_the_releases_view_and_size(tiny: Path, tmp_path: Path) -> None:
     files = published("instantir", tiny, tmp_path / "files")
     report = import_weights("instantir", [files], prior="nano", sizes=TINY)
-    assert "restores with resize=released view=crop" in "\n".join(import_lines(report))
-    assert report.defaults == open_model("instantir").identity.defaults == {"view": "crop", "resize": "released"}
+    assert "restores with color=none resize=released view=crop" in "\n".join(import_lines(report))
+    assert (
+        report.defaults
+        == open_model("instantir").identity.defaults
+        == {"view": "crop", "resize": "released", "color": "none"}
+    )
     job_of = jobs_of("instantir")
     job = job_of()
     assert (job.options.view, job.unpadded.shape) == ("crop", (640, 1024, 3))  # to 768 x 1152, to 1024, down to 64s
@@ -105,8 +109,9 @@ def test_an_imported_instarevive_takes_the_releases_prompt_and_side(tmp_path: Pa
 
     files = published("instarevive", one_step_model(tmp_path / "own"), tmp_path / "files")
     report = import_weights("instarevive", [files], sizes={"family": "nano"})
-    assert report.defaults == open_model("instarevive").identity.defaults == {"text": "photo", "min_side_px": 512}
-    assert "restores with min_side_px=512 text=photo" in "\n".join(import_lines(report))
+    expected = {"text": "photo", "min_side_px": 512, "color": "none"}
+    assert report.defaults == open_model("instarevive").identity.defaults == expected
+    assert "restores with color=none min_side_px=512 text=photo" in "\n".join(import_lines(report))
     job_of = jobs_of("instarevive")
     job = job_of()
     assert (_prompt(job), job.inside) == (FIXED_PROMPTS["photo"], (512, 768))
@@ -132,7 +137,7 @@ def test_an_import_of_before_is_named_and_made_again(tmp_path: Path) -> None:
     import_weights("instarevive", [files], sizes={"family": "nano"})
     place = tmp_path / "home" / "weights" / "instarevive" / "model.json"
     (finding,) = [one for one in machine.check_weights() if one.check == "instarevive"]
-    assert finding.status == "ok" and "restores with min_side_px=512 text=photo" in finding.seen
+    assert finding.status == "ok" and "restores with color=none min_side_px=512 text=photo" in finding.seen
     info = json.loads(place.read_text())
     place.write_text(json.dumps({**info, "recipe": {}}))
     (finding,) = [one for one in machine.check_weights() if one.check == "instarevive"]

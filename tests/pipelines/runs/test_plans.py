@@ -331,7 +331,8 @@ def test_an_unknown_plan_gets_a_suggestion() -> None:
         ("dcp.degradation.options.sharpn=true", "sharpen"),
         ("restored.preset=realesrgan-nanoo", "realesrgan-nano"),
         ("restored.preset_options.sharpn=true", "sharpen"),
-        ("restored.options.stps=3", "steps"),
+        ("restored.options.strenth=0.5", "strength"),
+        ("chosen.model=nanoo", "nano"),
         pytest.param("scores.metrics=[psnrr]", "psnr", marks=pytest.mark.slow),  # imports pyiqa
     ],
 )
@@ -342,9 +343,9 @@ def test_wrong_names_inside_settings_fail_when_the_plan_is_loaded(override: str,
 
 def test_options_that_contradict_the_model_fail_when_the_plan_is_loaded() -> None:
     overrides = ["restored.options.preset=paper"]
-    load_plan("demo", overrides)
+    load_plan("instantir-nano", overrides)
     with pytest.raises(UsageError, match=r"reference must be one of preview.*got lq"):
-        load_plan("demo", [*overrides, "aggregator.reference=lq"])
+        load_plan("instantir-nano", [*overrides, "aggregator.reference=lq"])
 
 
 def test_a_hub_id_needs_no_folder() -> None:
@@ -390,14 +391,14 @@ def test_shipped_plans_resolve(name: str) -> None:
     assert len({stage.folder for stage in plan.stages}) == len(plan.stages)
 
 
-def test_instantir_nano_is_the_demo_with_averaged_weights_more_steps_and_no_service() -> None:
+def test_the_demo_takes_the_first_steps_of_instantir_nano_and_restores_with_another_model() -> None:
     demo, plan = ({s.name: s for s in load_plan(n).stages} for n in ("demo", "instantir-nano"))
-    assert set(demo) - set(plan) == {"service"} and list(plan) == [name for name in demo if name != "service"]
-    for stage in ("dcp", "previewer", "aggregator"):
-        assert plan[stage].recipe.ema_decay > 0 and plan[stage].recipe.steps > demo[stage].recipe.steps
-        differences = {k for k in demo[stage].resolved if plan[stage].resolved[k] != demo[stage].resolved[k]}
-        assert differences == {"ema_decay", "steps"}
-    assert plan["restored"].settings == demo["restored"].settings
+    for stage in ("dcp", "previewer"):
+        assert plan[stage].recipe.ema_decay > 0 and plan[stage].recipe.steps > 9 * demo[stage].recipe.steps
+        assert plan[stage].recipe.degradation == demo[stage].recipe.degradation
+    assert demo["tuned"].recipe.warm_start == demo["chosen"].settings.model == "nano"
+    assert demo["tuned"].recipe.placement.workers == 2
+    assert demo["restored"].needs == ("corpus", "chosen") and plan["restored"].needs == ("corpus", "aggregator")
 
 
 def test_user_pictures_give_another_corpus(tmp_path: Path) -> None:

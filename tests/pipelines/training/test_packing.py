@@ -40,6 +40,7 @@ SMALL = [
     "ema_decay=0.5",
     "precision=fp32",
     "placement.threads=1",
+    "placement.workers=1",
 ]
 
 

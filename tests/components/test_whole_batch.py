@@ -241,6 +241,21 @@ def test_no_graph_waits_for_the_other_micro_batches(monkeypatch: pytest.MonkeyPa
     assert modes == [True]  # a batch alone is measured in its own pass
 
 
+def test_each_micro_batch_is_measured_with_its_own_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective: Any = one_step()
+    calls: list[Any] = []
+    generate = objective.generator.forward
+    monkeypatch.setattr(objective.generator, "forward", lambda *inputs: calls.append(inputs) or generate(*inputs))
+    batches = [(b, Noise(0, b.positions)) for b in (pictures(0, 2), pictures(2, 2))]
+    for phases in objective.step_phases(batches):
+        next(phases)
+    measured, trained = calls[:2], calls[2:]
+    assert len(trained) == 2 and not torch.equal(measured[0][0], measured[1][0])
+    for (lq, conditions, *_), (own_lq, own_conditions, *_) in zip(measured, trained, strict=True):
+        assert torch.equal(lq, own_lq) and conditions is own_conditions
+    assert measured[0][1] is not measured[1][1]
+
+
 def test_gradients_are_averaged_over_workers_with_missing_ones_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [[torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3)] for _ in range(2)]
     one, other = tiny.tensor(2, 3, name="one"), tiny.tensor(2, 3, name="other")

@@ -68,7 +68,7 @@ def test_few_pictures_choose_the_standard_model(tiny: Any, tmp_path: Path) -> No
 def test_a_choice_of_wrong_settings_is_refused_before_anything_runs(tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     for setting, word in (
-        ("model: nanoo", "Did you mean \"nano\""),
+        ("model: nanoo", 'Did you mean "nano"'),
         ("preset: realesrgn", "Did you mean"),
         ("metric: st_lpip", "Did you mean"),
         ("pictures: 2", "pictures"),

@@ -4,6 +4,7 @@
     pyramid   mean absolute difference of the bands of a Laplacian pyramid (Bojanowski et al. 2018, Eq. 3), summed
     l2        mean square of latents, InstaRevive Eq. 4
     charbonnier  sqrt(difference^2 + eps^2) (Charbonnier et al. 1994), for coarse restorers
+    features  distance of features of any network, for example of the score that the project trains itself
     log_mse   logarithm of each picture's mean square error: all pictures count alike in decibels
 
 All are per sample and do not grow with the size of the picture.
@@ -12,7 +13,7 @@ All are per sample and do not grow with the size of the picture.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -108,6 +109,26 @@ def log_mse_distance(prediction: Tensor, target: Tensor, eps: float = 1e-5) -> T
     return (latent_distance(prediction, target) + eps).log()
 
 
+def feature_distance(prediction: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """Distance of a network's features of two pictures, as LPIPS has it without its weights: float32 [B].
+
+    At every place the channels become a vector of length 1. The squared difference of the vectors is averaged over
+    places and summed over levels.
+
+    Args:
+        prediction, target: features [B, C, h, w] of each level.
+    """
+    total = torch.zeros(len(prediction[0]), device=prediction[0].device)
+    for mine, goal in zip(prediction, target, strict=True):
+        difference = _unit_vectors(mine.float()) - _unit_vectors(goal.float())
+        total = total + difference.square().sum(dim=1).flatten(1).mean(dim=1)
+    return total
+
+
+def _unit_vectors(features: Tensor) -> Tensor:
+    return features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+
+
 class VggLpips(nn.Module):
     """LPIPS on VGG-16 (version 0.1). Frozen: gradients reach the pictures only.
 
@@ -129,8 +150,7 @@ class VggLpips(nn.Module):
             total = prediction.new_zeros(len(prediction), dtype=torch.float32)
             both = self._tap_features(torch.cat([prediction.float(), target.float()]))
             for tap, features in both:
-                unit = features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
-                mine, goal = unit.chunk(2)
+                mine, goal = _unit_vectors(features).chunk(2)
                 total = total + self.get_submodule(f"lin{tap}")((mine - goal).square()).mean(dim=(1, 2, 3))
             return total
 

@@ -158,7 +158,7 @@ class ScoreDistillation(Objective):
         if settings.regression == "none":
             control = replace(control, alpha=torch.zeros_like(control.alpha))
         else:
-            regression, metrics = self._regression(latents, target, batch)
+            regression, metrics = self._regression(latents, target, batch, noise)
         value = regression
         if settings.score:
             matching = self._score_loss(latents, self._score_conditions(batch, conditions), control.t_max, noise)
@@ -249,7 +249,9 @@ class ScoreDistillation(Objective):
         """Clean latents [B, C, h, w] with gradients; `lq` as in Inputs."""
         raise AssertionError("each system has its own")
 
-    def _regression(self, latents: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _regression(
+        self, latents: Tensor, target: Tensor, batch: Batch, noise: Noise
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """L_reg per sample [B], and its terms by name, "loss_regression" among them."""
         raise AssertionError("each system has its own")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from components.images import decode, encode_png
 from components.models import ModelCard, ModelError, load_model, save_model
-from components.objectives.regression import charbonnier_distance, log_mse_distance
+from components.objectives.regression import charbonnier_distance, feature_distance, log_mse_distance
 from components.randomness import Noise, generator
 from components.recipes import RecipeError
 from components.restoring import Identity, Picture, parse_ask, restore_batch
@@ -152,6 +152,20 @@ def test_log_mse_by_hand() -> None:
     ]
     assert log_mse_distance(x, y, 0.01).tolist() == pytest.approx(expected, rel=1e-5)
     assert log_mse_distance(x.bfloat16(), y.bfloat16()).dtype == torch.float32
+
+
+def test_the_distance_of_features_by_hand() -> None:
+    x, y = [rows("a", 2, 3), rows("b", 2, 2)], [rows("c", 2, 3), rows("d", 2, 2)]
+    expected = [0.0, 0.0]
+    for mine, goal in zip(x, y, strict=True):
+        side = mine.shape[-1]
+        for sample in range(2):
+            for row in range(side):
+                for column in range(side):
+                    a, b = mine[sample, :, row, column], goal[sample, :, row, column]
+                    expected[sample] += float(((a / a.norm() - b / b.norm()) ** 2).sum()) / side**2
+    assert feature_distance(x, y).tolist() == pytest.approx(expected, rel=1e-5)
+    assert feature_distance([2 * a for a in x], x).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "eps"), [("charbonnier", 0.02), ("log_mse", 0.003)])

@@ -34,8 +34,8 @@ from components.systems.unetres.objective import (
     measure,
     regression_objective,
 )
-from components.systems.unetres.recipe import UNetResRecipe
-from components.systems.unetres.score import SCHEDULE, DenoiserObjective, score_of
+from components.systems.unetres.recipe import Features, UNetResRecipe
+from components.systems.unetres.score import SCHEDULE, DenoiserObjective, NoScore, score_of
 from components.training import build_optimizers, train_step
 from components.types import Objective, Request
 
@@ -222,9 +222,56 @@ def test_a_generator_without_scores_learns_by_regression_alone(tmp_path: Path) -
     assert name == "generator" and float(loss.value.detach()) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_the_distance_of_features_by_hand() -> None:
+    """Both pictures get the same noise; the real score's features become unit vectors, whose squares are summed."""
+    real, fake = (score_of(network(name, level=True)) for name in ("real", "fake"))
+    real.requires_grad_(False)
+    plain = DetailObjective(network("g", pictures=2), network("r"), real, fake, settings())
+    own = DetailObjective(
+        network("g", pictures=2), network("r"), real, fake, settings(), Features(weight=0.5, t_low=100, t_high=300)
+    )
+    data = basic.batch(3)
+    losses = [next(objective.phases(data, Noise(4, data.positions)))[1] for objective in (plain, own)]
+    noise, schedule = Noise(4, data.positions), plain.schedule
+    t, eps = noise.integers("feature_timestep", 100, 301), noise.normal("feature_noise", (3, 16, 16))
+    share = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    with torch.no_grad():
+        x = plain.generator(plain.regression(data.lq), data.lq)
+        levels = []
+        for images in (x, data.hq):
+            noisy = share.sqrt() * images + (1 - share).sqrt() * eps
+            log = schedule.sigma(t).log()
+            level = 2 * (log - schedule.sigmas[0].log()) / (schedule.sigmas[-1] / schedule.sigmas[0]).log() - 1
+            levels.append(real.network.features(noisy, level=level))
+        expected = sum(
+            ((a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)) ** 2).sum(1).mean()
+            for a, b in zip(*levels, strict=True)
+        )
+    difference = float((losses[1].value - losses[0].value).detach())
+    assert difference == pytest.approx(0.3 * 0.5 * float(expected), rel=1e-3)  # 0.3: alpha
+    assert float(losses[1].metrics["loss_features"]) == pytest.approx(0.5 * float(expected), rel=1e-4)
+    losses[1].value.backward()
+    assert all(p.grad is not None for p in own.generator.parameters())
+    with pytest.raises(ValueError, match="needs the score's network"):
+        DetailObjective(network("g", pictures=2), network("r"), NoScore(), None, settings(score=False), own.features)
+
+
+def test_features_are_what_the_levels_compute_on_the_way_down() -> None:
+    unetres, images, level = network("d", level=True), basic.rows("x", 2), torch.tensor([0.1, -0.4])
+    seen: dict[str, Tensor] = {}
+    for name, module in (("fine", unetres.down[0]), ("bottom", unetres.bottom)):
+        module.register_forward_hook(lambda _m, _i, result, name=name: seen.update({name: result}))
+    features = unetres.features(images, level=level)
+    assert torch.equal(features[0], seen["fine"]) and torch.equal(features[-1], seen["bottom"])
+    assert len(features) == len(basic.TINY["widths"])
+
+
 @pytest.mark.parametrize(
     ("stage", "override", "word"),
     [
+        ("generator", "features.weigth=1", "Did you mean: 'weight'"),
+        ("generator", "features.t_high=1000", "t_high <= 999"),
+        ("denoiser", "features.weight=1", "features is for stage generator, not denoiser"),
         ("regression", "distillation.weight=2", "distillation is for stage generator, not regression"),
         ("generator", "charbonnier_eps=0.1", "charbonnier_eps is for stage regression, not generator"),
         ("generator", "distillation.cfg_scale=3", "no texts"),

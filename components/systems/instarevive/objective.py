@@ -180,7 +180,9 @@ class InstaReviveObjective(ScoreDistillation):
             return self.autoencoder.encode(batch.lq)
         return self.autoencoder.encode(self.coarse((batch.lq + 1) / 2) * 2 - 1)
 
-    def _regression(self, latents: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _regression(
+        self, latents: Tensor, target: Tensor, batch: Batch, noise: Noise
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """L_reg per sample [B], and its terms by name."""
         settings, terms = self.settings, {}
         if settings.regression != "l2":

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from components.objectives.distillation import Distillation
-from components.objectives.regression import latent_distance, pyramid_distance
+from components.objectives.regression import feature_distance, latent_distance, pyramid_distance
 from components.objectives.score_distillation import Inputs, ScoreDistillation, ScoreNetwork
 from components.randomness import Noise
 from components.systems.unetres.build import GENERATOR, REGRESSION, parameters_of
 from components.systems.unetres.network import UNetRes
+from components.systems.unetres.recipe import Features
 from components.systems.unetres.score import PictureScore
 from components.types import Batch
 
@@ -24,6 +25,7 @@ class DetailObjective(ScoreDistillation):
     Args:
         generator: takes the regression's result, which it changes, and LQ.
         regression: frozen.
+        features: see UNetResRecipe.
         real, fake, settings: see ScoreDistillation; of the settings, those about texts and autoencoders have no effect.
     """
 
@@ -34,8 +36,12 @@ class DetailObjective(ScoreDistillation):
         real: ScoreNetwork,
         fake: PictureScore | None,
         settings: Distillation | None = None,
+        features: Features | None = None,
     ) -> None:
         super().__init__(generator.train(), real, fake, settings)
+        self.features = features or Features()
+        if self.features.weight and not isinstance(real, PictureScore):
+            raise ValueError("a distance of features needs the score's network")
         self.regression = regression.eval().requires_grad_(False)
         self.config: Mapping[str, Any] = {
             REGRESSION: regression.config.to_dict(),
@@ -53,12 +59,26 @@ class DetailObjective(ScoreDistillation):
     def _generate(self, batch: Batch, conditions: Any, noise: Noise, lq: Tensor) -> Tensor:
         return self.generator(lq, batch.lq)  # type: ignore[no-any-return]
 
-    def _regression(self, latents: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The pyramid, mean squares, or both; see Distillation.regression."""
+    def _regression(
+        self, latents: Tensor, target: Tensor, batch: Batch, noise: Noise
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The pyramid, mean squares, or both (see Distillation.regression), and the distance of features."""
         settings, terms = self.settings, dict[str, Tensor]()
         if settings.regression != "l2":
             terms["loss_perceptual"] = settings.perceptual_weight * pyramid_distance(latents, target)
         if settings.regression != "perceptual":
             terms["loss_l2"] = settings.l2_weight * latent_distance(latents, target)
+        if self.features.weight:
+            terms["loss_features"] = self.features.weight * self._feature_distance(latents, target, noise)
         total = torch.stack(list(terms.values())).sum(dim=0)
         return total, {"loss_regression": total, **(terms if len(terms) > 1 else {})}
+
+    def _feature_distance(self, latents: Tensor, target: Tensor, noise: Noise) -> Tensor:
+        """Distance of the real score's features of both pictures with the same noise, which hides what is finer."""
+        assert isinstance(self.real, PictureScore), "the constructor has checked it"
+        t = noise.integers("feature_timestep", self.features.t_low, self.features.t_high + 1)
+        eps = noise.normal("feature_noise", tuple(latents.shape[1:])).to(latents)
+        mine = self.real.features(self.schedule.add_noise(latents, eps, t), t)
+        with torch.no_grad():
+            goal = self.real.features(self.schedule.add_noise(target, eps, t), t)
+        return feature_distance(mine, goal)

@@ -73,6 +73,19 @@ class UNetRes(nn.Module):
         Raises:
             ValueError: other sides, another number of pictures, or a level where none belongs.
         """
+        first = self._grid(images, *others, level=level)
+        x, skips = self._down(first)
+        for grid in reversed(range(len(skips))):
+            x = self.up[grid](self.enlarge[grid](x) + skips[grid])
+        return F.pixel_shuffle(self.tail(x + first), self.config.factor)
+
+    def features(self, images: Tensor, *others: Tensor, level: Tensor | None = None) -> list[Tensor]:
+        """What each level has computed on the way down, [B, C, h, w], the finest first; arguments as in `change`."""
+        bottom, skips = self._down(self._grid(images, *others, level=level))
+        return [*skips, bottom]
+
+    def _grid(self, images: Tensor, *others: Tensor, level: Tensor | None) -> Tensor:
+        """The inputs on the first level's grid, after the first convolution."""
         multiple = self.config.multiple_px
         if images.shape[-1] % multiple or images.shape[-2] % multiple:
             raise ValueError(f"sides must be multiples of {multiple}, got {tuple(images.shape[-2:])}")
@@ -83,16 +96,17 @@ class UNetRes(nn.Module):
         x = F.pixel_unshuffle(torch.cat([images, *others], dim=1), self.config.factor)
         if level is not None:
             x = torch.cat([x, level.to(x).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[-2:])], dim=1)
-        x = self.head(x.contiguous(memory_format=torch.channels_last))  # half the time of the default order on a CPU
-        first, skips = x, []
+        # half the time of the default order on a CPU
+        return self.head(x.contiguous(memory_format=torch.channels_last))  # type: ignore[no-any-return]
+
+    def _down(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The lowest level's result and those of the levels above, the finest first."""
+        skips = []
         for blocks, shrink in zip(self.down, self.shrink, strict=True):
             x = blocks(x)
             skips.append(x)
             x = shrink(x)
-        x = self.bottom(x)
-        for grid in reversed(range(len(skips))):
-            x = self.up[grid](self.enlarge[grid](x) + skips[grid])
-        return F.pixel_shuffle(self.tail(x + first), self.config.factor)
+        return self.bottom(x), skips
 
 
 def _blocks(width: int, count: int) -> nn.Sequential:

@@ -133,7 +133,7 @@ def generator_objective(
     if recipe.distillation.score:
         real = score_of(network_of(start, DENOISER).to(device).requires_grad_(False))
         fake = score_of(network_of(start, DENOISER).to(device)).train()
-    return DetailObjective(generator, regression, real, fake, recipe.distillation)
+    return DetailObjective(generator, regression, real, fake, recipe.distillation, recipe.features)
 
 
 UNetResObjective = RegressionObjective | DenoiserObjective | DetailObjective

@@ -21,8 +21,28 @@ STAGES = (
         keys=("loss", "charbonnier_eps", "log_mse_eps"),
     ),
     Stage(name="denoiser", version=1, follows="regression"),
-    Stage(name="generator", version=1, follows="denoiser", continues=("generator",), keys=("distillation",)),
+    Stage(name="generator", version=1, follows="denoiser", continues=("generator",), keys=("distillation", "features")),
 )
+
+
+@dataclass(kw_only=True)
+class Features:
+    """A distance of the real score's features, part of the generator's regression; ours, after Lin and Yang 2023.
+
+    It asks for detail as a perceptual loss does, with a network that the project trains on its own pictures.
+
+    Attributes:
+        weight: 0 leaves it out.
+        t_low, t_high: range of the time steps whose noise both pictures get, both included.
+    """
+
+    weight: float = 0.0
+    t_low: int = 0
+    t_high: int = 400
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or not 0 <= self.t_low <= self.t_high <= 999:
+            raise RecipeError(f"features need weight >= 0 and 0 <= t_low <= t_high <= 999: {self}")
 
 
 def picture_distillation() -> Distillation:
@@ -44,6 +64,7 @@ class UNetResRecipe(Recipe):
         charbonnier_eps: where that loss turns from square to absolute, in units of a picture in [0, 1].
         log_mse_eps: a mean square error of a picture in [0, 1] below which it hardly counts (1e-5 is 50 dB).
         distillation: of the generator; see Distillation.
+        features: of the generator; see Features.
         warm_start: a model folder with start weights; its sizes replace `size`.
         restore_options: default options of the trained model's restorer, see options.Options.
     """
@@ -53,6 +74,7 @@ class UNetResRecipe(Recipe):
     charbonnier_eps: float = 1e-3
     log_mse_eps: float = 1e-5
     distillation: Distillation = field(default_factory=picture_distillation)
+    features: Features = field(default_factory=Features)
     warm_start: str = ""
     restore_options: dict[str, Any] = field(default_factory=dict)
 
@@ -78,4 +100,6 @@ class UNetResRecipe(Recipe):
                 check(getattr(self, name))
             except ValueError as error:
                 raise RecipeError(f"{name}: {error}") from error
+        if self.features.weight and not distillation.score:
+            raise RecipeError("features are those of the real score: leave distillation.score on")
         check_stage_keys(self, STAGES)

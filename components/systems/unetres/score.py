@@ -41,10 +41,16 @@ class PictureScore(nn.Module):
 
     def predict_eps(self, latents: Tensor, timesteps: Tensor, conditions: Any = None) -> Tensor:
         """See ScoreNetwork. The network gets the logarithm of noise over signal, scaled to -1..1."""
+        return self.network.change(latents, level=self._level(timesteps)).to(latents.dtype)
+
+    def _level(self, timesteps: Tensor) -> Tensor:
         sigma = self.schedule.sigma(timesteps)
         low, high = self.schedule.sigmas[0].log(), self.schedule.sigmas[-1].log()
-        level = 2 * (sigma.log() - low) / (high - low) - 1
-        return self.network.change(latents, level=level).to(latents.dtype)
+        return 2 * (sigma.log() - low) / (high - low) - 1
+
+    def features(self, latents: Tensor, timesteps: Tensor) -> list[Tensor]:
+        """What the network computes on its way down, see UNetRes.features; arguments as in predict_eps."""
+        return self.network.features(latents, level=self._level(timesteps))
 
 
 class NoScore:

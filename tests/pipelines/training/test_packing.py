@@ -25,6 +25,7 @@ from pipelines.curation.curate import curate
 from pipelines.runs.plan import load_plan
 from pipelines.training.inputs import TrainInputs
 from pipelines.training.packing import STATE, pack_stage, packed_start, picture_list, read_packed, recipe_digest
+from pipelines.training.recipes import recipe_documents
 from pipelines.training.train import train
 
 SMALL = [
@@ -134,6 +135,13 @@ def test_a_training_goes_on_from_a_packed_state_and_ends(inputs: TrainInputs, pa
 def test_the_next_leg_goes_on_from_the_checkpoint(inputs: TrainInputs, leg: Path) -> None:
     train(recipe(), inputs, leg, minutes=60)
     assert sorted(read_metrics(leg / "metrics.jsonl")["loss"]) == list(range(1, 13)) and (leg / "model").is_dir()
+
+
+def test_settings_of_other_stages_are_not_part_of_the_digest() -> None:
+    """A new setting of the generator must not start the regression of a run again."""
+    everything, own = recipe_documents(recipe())
+    assert {"distillation", "features"} <= set(everything) and not {"distillation", "features"} & set(own)
+    assert set(everything) - set(own) == {"distillation", "features", "placement"} and own["loss"] == "log_mse"
 
 
 def test_the_state_of_another_recipe_is_not_used(packed: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_help_lists_exactly_the_commands_and_loads_nothing_heavy(repository: Pat
 
 
 def test_dry_run_imports_nothing_slow(repository: Path, tmp_path: Path) -> None:
-    words = ["demo", "restored.options.steps=3", "scores.metrics=[psnr]", "--dry-run", "--json"]
+    words = ["demo", "restored.options.strength=0.5", "scores.metrics=[psnr]", "--dry-run", "--json"]
     code = (
         f"import sys, pipelines.commands.main as cli; cli.build_app()({words}, standalone_mode=False)\n"
         "print([m for m in ('torch', 'ray', 'mlflow', 'pyiqa') if m in sys.modules])"

@@ -14,6 +14,7 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from components.images import decode, read_png_text
@@ -185,7 +186,9 @@ def _beside_input(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {n: {a: means[a][n]["mean"] for a in arms} for n in names if all(n in means.get(a, {}) for a in arms)}
 
 
-def headline(comparisons: Sequence[Mapping[str, Any]], beside: Collection[str]) -> str:
+def headline(
+    comparisons: Sequence[Mapping[str, Any]], beside: Collection[str], units: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """One sentence about restored against input: pictures that got better in the main scores, and what got worse.
 
     It is empty without comparisons with the input. Scores that compare with the input (`beside`) do not count.
@@ -194,7 +197,11 @@ def headline(comparisons: Sequence[Mapping[str, Any]], beside: Collection[str]) 
     shown = [c for name in HEADLINE for c in counted if c.get("metric") == name] or counted[:1]
     if not shown:
         return ""
-    parts = [f"{c['wins']} of {c['pictures']} in {c['metric']} (mean {c['mean_difference']:+.3g})" for c in shown]
+    parts = [
+        f"{c['wins']} of {c['pictures']} in {c['metric']} "
+        f"(mean {' '.join(filter(None, (format(c['mean_difference'], '+.3g'), units.get(c['metric'], ''))))})"
+        for c in shown
+    ]
     losses = [str(c["metric"]) for c in counted if c.get("outcome") == "loses"]
     worse = f"; on average it is worse in {', '.join(losses)}" if losses else ""
     few = " These are too few pictures to say more." if any(c.get("outcome") == "too few" for c in shown) else ""
@@ -442,6 +449,7 @@ def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
     table = score_table(rows, summary)
     comparisons = [c for c in summary.get("comparisons") or [] if isinstance(c, dict)]
     beside = _beside_input(summary)
+    units = {name: str(info.get("unit") or "") for name, info in (summary.get("metrics") or {}).items()}
     choices = [str(s["results"].get("verdict") or "") for s in stages if s["verb"] == "choose"]
     return {
         "title": str(plan.get("title") or plan.get("plan") or run_dir.name),
@@ -449,7 +457,7 @@ def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
         "stages": stages,
         "unfinished": [s["name"] for s in stages if s["state"] not in ("finished", "done before")],
         "verdict": verdict if isinstance(verdict, str) else "",
-        "headline": headline(comparisons, beside),
+        "headline": headline(comparisons, beside, units),
         "choices": [choice for choice in choices if choice],
         "comparisons": comparisons,
         "beside": beside,
@@ -459,7 +467,7 @@ def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
         "pictures": pictures,
         "table": table,
         "directions": {column["name"]: column["direction"] for column in table["columns"]},
-        "units": {name: info.get("unit") or "" for name, info in (summary.get("metrics") or {}).items()},
+        "units": units,
         "training": training(reader, stages, size),
         "corpora": corpus(reader, stages),
         "quarantine": quarantine(reader, stages),

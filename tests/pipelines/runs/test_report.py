@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from pipelines.pages.charts import curve_chart, loss_pairs, nice_ticks, smooth
 from pipelines.runs.engine import write_plan_json
 from pipelines.runs.plan import load_plan
 from pipelines.runs.records import PlanResult
-from pipelines.runs.report import write_report
+from pipelines.runs.report import headline, write_report
 
 NASTY = '<script>alert("x")</script>'
 
@@ -363,3 +364,31 @@ def test_the_report_of_an_evaluation_without_originals(run_dir):
     assert "piqe" in page.text and "psnr better" not in page.text
     assert "ground truth" not in page.text.split("Before and after")[1].split("Scores")[0]
     assert page.open == []
+
+
+def test_the_first_sentence_counts_pictures_and_names_what_got_worse():
+    def one(metric: str, opponent: str, wins: int, mean: float, outcome: str) -> dict[str, Any]:
+        return {
+            "metric": metric,
+            "opponent": opponent,
+            "wins": wins,
+            "pictures": 12,
+            "mean_difference": mean,
+            "outcome": outcome,
+        }
+
+    comparisons = [
+        one("psnr", "lq", 11, 0.52, "beats"),
+        one("psnr", "bicubic_median", 2, -1.0, "loses"),
+        one("gmsd", "lq", 3, 0.01, "loses"),
+        one("st_lpips", "lq", 10, -0.1, "even"),
+        one("consistency", "lq", 0, -5.0, "loses"),
+    ]
+    sentence = headline(comparisons, {"consistency"}, {"psnr": "dB"})
+    assert sentence == (
+        "The restored picture is better than its input on 11 of 12 in psnr (mean +0.52 dB), 10 of 12 in st_lpips "
+        "(mean -0.1); on average it is worse in gmsd."
+    )
+    assert headline([], set()) == ""
+    few = [one("piqe", "lq", 1, 2.0, "too few")]
+    assert headline(few, set()).endswith("1 of 12 in piqe (mean +2). These are too few pictures to say more.")

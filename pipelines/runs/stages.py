@@ -168,9 +168,12 @@ def run_train(context: StageContext) -> dict[str, Any]:
         if losses:
             start, end = losses[min(losses)], losses[max(losses)]
             heldout[name] = {"start": start, "end": end, "change": end / start - 1 if start else 0.0}
-    files = [path for path in result.model.rglob("*") if path.is_file()]
-    outputs = sorted(path.relative_to(context.stage_dir).as_posix() for path in files)
-    return {"heldout_loss": heldout, "outputs": [*outputs, "metrics.jsonl"]}
+    return {"heldout_loss": heldout, "outputs": [*files_below(result.model, context.stage_dir), "metrics.jsonl"]}
+
+
+def files_below(folder: Path, base: Path) -> list[str]:
+    """Paths of all files in a folder, relative to `base`, sorted."""
+    return sorted(path.relative_to(base).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def run_restore(context: StageContext) -> dict[str, Any]:
@@ -223,8 +226,8 @@ def run_choose(context: StageContext) -> dict[str, Any]:
             short_side=settings.short_side,
             progress=progress,
         )
-    files = sorted(path.relative_to(context.stage_dir).as_posix() for path in choice.model.rglob("*") if path.is_file())
-    return {"chosen": choice.chosen, "verdict": choice.sentence, "outputs": [VERDICT, *files]}
+    outputs = [VERDICT, *files_below(choice.model, context.stage_dir)]
+    return {"chosen": choice.chosen, "verdict": choice.sentence, "outputs": outputs}
 
 
 def run_evaluate(context: StageContext) -> dict[str, Any]:

@@ -107,12 +107,10 @@ os.write(2, b"after Ray\\n")
 """
 
 
-@pytest.mark.slow
-def test_the_logs_of_a_failed_run_are_kept_and_rays_lines_stay_out_of_the_terminal(
-    repository: Path, tmp_path: Path
-) -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", FAILURE, b"caf\xe9"],  # Ray cannot encode such an argument
+def run_code(code: str, argument: str | bytes, repository: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code with one argument in a process of its own, with RESTORAY_HOME at tmp_path."""
+    return subprocess.run(
+        [sys.executable, "-c", code, argument],
         cwd=repository,
         env={**os.environ, "RESTORAY_HOME": str(tmp_path)},
         capture_output=True,
@@ -120,6 +118,13 @@ def test_the_logs_of_a_failed_run_are_kept_and_rays_lines_stay_out_of_the_termin
         timeout=280,
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_the_logs_of_a_failed_run_are_kept_and_rays_lines_stay_out_of_the_terminal(
+    repository: Path, tmp_path: Path
+) -> None:
+    process = run_code(FAILURE, b"caf\xe9", repository, tmp_path)  # Ray cannot encode such an argument
     assert process.stderr.splitlines() == ["a line of ours", "after Ray"]
     (logs,) = (tmp_path / "logs").iterdir()
     assert process.stdout.strip() == str([f"Ray's logs: {logs}"])
@@ -150,15 +155,7 @@ with local_ray(num_cpus=1, object_store_mib=80):
 @pytest.mark.parametrize("driver", ["waits", "fails"])
 def test_the_death_of_ray_ends_a_command_with_one_sentence(driver: str, repository: Path, tmp_path: Path) -> None:
     """Ray itself would end the process from C++ after 10 s, without a word."""
-    process = subprocess.run(
-        [sys.executable, "-c", DEATH, driver],
-        cwd=repository,
-        env={**os.environ, "RESTORAY_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    process = run_code(DEATH, driver, repository, tmp_path)
     assert (process.returncode, process.stderr) == (1, "")
     (logs,) = (tmp_path / "logs").iterdir()
     sentence = "Ray's process raylet ended, perhaps for lack of memory; the same command continues."

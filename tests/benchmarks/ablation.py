@@ -53,8 +53,18 @@ def picture(path: Path, short_side: int) -> Any:
     return resize_short_side(decode(path.read_bytes(), key=path.stem), short_side)
 
 
-def row(seed: int, position: int, size: int) -> dict[str, Any]:
-    """The training row at a position: half photographs, half dead leaves, as in instantir-dcp-nano."""
+def row(
+    seed: int,
+    position: int,
+    size: int,
+    preset: str = PRESET,
+    leaves: float = 0.5,
+    pictures: Sequence[Path] | None = None,
+) -> dict[str, Any]:
+    """The training row at a position: photographs and, with a share of `leaves`, dead leaves, degraded by a preset.
+
+    The defaults are instantir-dcp-nano's and the training pictures of `split`.
+    """
     from components.captions.tags import describe
     from components.degradations import build_degradation
     from components.images import to_float, to_uint8
@@ -62,15 +72,15 @@ def row(seed: int, position: int, size: int) -> dict[str, Any]:
     from components.synthetic import dead_leaves
 
     draw = generator(seed, position, "row")
-    if draw.random() < 0.5:
+    if draw.random() < leaves:
         hq = dead_leaves(size, seed, position)
     else:
-        paths = split()[0]
+        paths = split()[0] if pictures is None else pictures
         whole = picture(paths[int(draw.integers(0, len(paths)))], 2 * size)
         top, left = (int(draw.integers(0, side - size + 1)) for side in whole.shape[:2])
         hq = np.ascontiguousarray(whole[top : top + size, left : left + size])
         hq = np.ascontiguousarray(hq[:, ::-1]) if draw.random() < 0.5 else hq
-    degradation = build_degradation(PRESET)
+    degradation = build_degradation(preset)
     plan = degradation.draw(seed, str(position), position)
     return {
         "key": str(position),
@@ -109,6 +119,12 @@ def score(
     }
 
 
+def scores_of_inputs(size: int, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Scores of the held-out inputs themselves."""
+    heldout = pairs(size)
+    return score([lq for _, _, lq in heldout], heldout, metrics)
+
+
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +145,7 @@ def run(
     settings: argparse.Namespace,
     metrics: Sequence[str],
     run_arm: Callable[[str, int, Path, argparse.Namespace], dict[str, Any]],
+    lq_scores: Callable[[argparse.Namespace], dict[str, dict[str, float]]] | None = None,
 ) -> None:
     """Run all arms of all seeds that have no line yet, and score the inputs themselves as arm "lq".
 
@@ -136,6 +153,7 @@ def run(
         settings: those of `arguments` and of `run_arm`.
         metrics: names of `components.evaluation`.
         run_arm: (arm, seed, work folder, settings) -> the arm's line.
+        lq_scores: settings -> scores of the inputs by picture; those of `pairs` by default.
     """
     import torch
 
@@ -146,8 +164,8 @@ def run(
         if other:
             raise SystemExit(f"{settings.out} holds {line['arm']} with {other}: choose another --out")
     if not any(line["arm"] == "lq" for line in results(settings.out)):
-        heldout = pairs(settings.size)
-        append(settings.out, {"arm": "lq", "seed": 0, "scores": score([lq for _, _, lq in heldout], heldout, metrics)})
+        scores = (lq_scores or (lambda settings: scores_of_inputs(settings.size, metrics)))(settings)
+        append(settings.out, {"arm": "lq", "seed": 0, "scores": scores})
     for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         for arm in settings.arms:
             if not any((line["arm"], line["seed"]) == (arm, seed) for line in results(settings.out)):

@@ -30,6 +30,7 @@ import cv2
 import numpy as np
 import torch
 import yaml
+from patterns import highest_peak, log_power
 from realesrgan_peer import RealESRGANPeer
 
 from components.degradations import build_degradation
@@ -119,14 +120,35 @@ def median_arm(image: Image) -> Image:
     return np.asarray(cv2.medianBlur(np.ascontiguousarray(image), 3), dtype=np.uint8)
 
 
+class Spectra:
+    """Sums of the results' power spectra by (side, degradation, arm), for patterns that are in no picture."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[int, str, str], tuple[Any, int]] = {}
+
+    def add(self, side: int, row: str, arm: str, image: Image) -> None:
+        total, count = self._sums.get((side, row, arm), (0.0, 0))
+        self._sums[side, row, arm] = total + log_power(image, side), count + 1
+
+    def table(self) -> list[str]:
+        """Lines of a Markdown table: the highest peak at a frequency of a grid, see patterns.grid_peak."""
+        arms = list(dict.fromkeys(arm for _, _, arm in self._sums))
+        lines = ["| grid peak, nats: side | row | " + " | ".join(arms) + " |", "|---" * (len(arms) + 2) + "|"]
+        for side, row in dict.fromkeys((side, row) for side, row, _ in self._sums):
+            sums = (self._sums[side, row, arm] for arm in arms)
+            lines.append(f"| {side} | {row} | " + " | ".join(f"{highest_peak(s / n):.2f}" for s, n in sums) + " |")
+        return lines
+
+
 def measure(
-    case: Case, side: int, arms: Mapping[str, Callable[[Image], Image]], metrics: Metrics
+    case: Case, side: int, arms: Mapping[str, Callable[[Image], Image]], metrics: Metrics, spectra: Spectra
 ) -> Iterator[dict[str, Any]]:
     """One row of numbers for each arm."""
     for name, arm in arms.items():
         start = time.process_time()
         image = arm(case.lq)
         seconds = time.process_time() - start
+        spectra.add(side, case.row, name, image)
         scores = metrics.score(image, case.hq, case.key, Origin(lq=case.lq, plan=case.plan))
         yield {
             "side": side,
@@ -190,16 +212,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.realesrgan:
         arms["realesrgan-x4plus"] = RealESRGANPeer(options.realesrgan).restore
     paths = test_pictures(options.images, options.half)[: options.pictures or None]
-    metrics, rows = Metrics(METRICS), []
+    metrics, spectra, rows = Metrics(METRICS), Spectra(), []
     stream = options.out.open("w", encoding="utf-8") if options.out else None
     for side in options.sizes:
         for case in cases(paths, side, options.rows):
-            for row in measure(case, side, arms, metrics):
+            for row in measure(case, side, arms, metrics, spectra):
                 rows.append(row)
                 if stream:
                     stream.write(json.dumps(row) + "\n")
             print(f"{side} {case.key} {case.row}", file=sys.stderr)
-    print("\n".join(table(rows)))
+    print("\n".join([*table(rows), "", *spectra.table()]))
 
 
 if __name__ == "__main__":

@@ -28,18 +28,23 @@ def grid_peak(images: Sequence[Image], side: int = 256, periods: Sequence[int] =
         side: of the square in the middle that counts, a multiple of every period.
         periods: of the grids, px.
     """
-    spectra = np.mean([_log_power(image, side) for image in images], axis=0)
-    best = -np.inf
+    return highest_peak(np.mean([log_power(image, side) for image in images], axis=0), periods)
+
+
+def highest_peak(spectrum: np.ndarray, periods: Sequence[int] = PERIODS) -> float:
+    """grid_peak of a mean of log_power."""
+    side, best = len(spectrum), -np.inf
     for period in periods:
         step = side // period
         for row in range(0, side, step):
             for column in range(0, side // 2 + 1, step):
                 if row or column:
-                    best = max(best, _above_neighbours(spectra, row, column))
+                    best = max(best, _above_neighbours(spectrum, row, column))
     return float(best)
 
 
-def _log_power(image: Image, side: int) -> np.ndarray:
+def log_power(image: Image, side: int = 256) -> np.ndarray:
+    """Logarithm of the power spectrum of the luma in the middle of a picture, [side, side]."""
     height, width = image.shape[:2]
     top, left = (height - side) // 2, (width - side) // 2
     luma = image[top : top + side, left : left + side].astype(np.float64)

@@ -115,6 +115,18 @@ def test_every_row_is_measured_and_flat_pictures_stand_apart(
     table = capsys.readouterr().out.splitlines()
     assert any(line.startswith("| 96 | x4 (flat) | lq | 1 |") for line in table)
     assert any(line.startswith("| 96 | x4 | realesrgan-x4plus | 2 |") for line in table)
+    assert len([line for line in table if line.startswith("| 96 | x8 |") and line.count("|") == 8]) == 1  # its peaks
+
+
+def test_a_faint_grid_shows_in_the_peaks() -> None:
+    spectra, grid = peers.Spectra(), np.zeros((96, 96, 3))
+    grid[::4] = 3
+    for number in range(6):
+        image = dead_leaves(96, 1, number)
+        spectra.add(96, "x4", "plain", image)
+        spectra.add(96, "x4", "grid", np.clip(image + grid, 0, 255).astype(np.uint8))
+    plain, lines = (float(value) for value in spectra.table()[-1].split("|")[3:5])
+    assert plain < 2 < lines
 
 
 def test_the_table_has_gains_over_the_input_by_hand() -> None:

@@ -201,6 +201,29 @@ def test_the_stages_follow_each_other(tmp_path: Path) -> None:
     assert np.array_equal(pixels[0.0], alone) and not np.array_equal(pixels[1.0], alone)
     inside = (pixels[1.0] > 0) & (pixels[1.0] < 255) & (pixels[0.0] > 0) & (pixels[0.0] < 255)  # clipped ones bend
     assert np.abs(pixels[0.5] - (pixels[0.0] + pixels[1.0]) / 2)[inside].max() <= 1.01
+    again = regression_objective(recipe("regression", f"warm_start={model.path}"), {})
+    tuned = folder(tmp_path, "t", again, recipe("regression"))
+    assert torch.equal(tuned.part(GENERATOR)["tail.weight"], third.generator.tail.weight)  # fine-tuning keeps it
+    assert again.trainables == {REGRESSION: again.network}
+    assert build_restorer(tuned.path).restore([Request(key="a", image=image)])[0].image.tolist() == pixels[1.0].tolist()
+
+
+def test_a_new_generator_has_the_regressions_features_and_changes_nothing(tmp_path: Path) -> None:
+    regression = network("r")
+    start = folder(tmp_path, "r", RegressionObjective(regression), recipe("regression"))
+    options = ("distillation.score=false",)
+    images = basic.batch(2).lq
+    fresh = generator_objective(recipe("generator", "generator_start=new", *options), {"regression": start}).generator
+    copied = generator_objective(recipe("generator", *options), {"regression": start}).generator
+    other = torch.randn_like(images)
+    features = regression.features(images)
+    for mine, goal in zip(copied.features(other, images), features, strict=True):  # whatever the first picture is
+        assert torch.equal(mine, goal)
+    assert not torch.equal(fresh.features(other, images)[0], features[0])
+    for each in (fresh, copied):
+        assert not each.change(other, images).any()
+    with pytest.raises(ModelError, match="equal sizes"):
+        generator_objective(recipe("generator", "size.widths=[8, 16]", *options), {"regression": start})
 
 
 def test_a_stage_without_its_model_is_told() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.models import ModelError
 from components.objectives.distillation import Distillation
 from components.objectives.regression import feature_distance, latent_distance, pyramid_distance
 from components.objectives.score_distillation import Inputs, ScoreDistillation, ScoreNetwork
@@ -82,3 +83,25 @@ class DetailObjective(ScoreDistillation):
         with torch.no_grad():
             goal = self.real.features(self.schedule.add_noise(target, eps, t), t)
         return feature_distance(mine, goal)
+
+
+@torch.no_grad()
+def start_from_regression(generator: UNetRes, regression: UNetRes) -> None:
+    """Give a new generator the regression's weights: it computes the regression's features of LQ and changes nothing.
+
+    Its last layer is zero and its first one ignores the regression's result, so both can be learned at once.
+
+    Raises:
+        ModelError: the networks have different sizes.
+    """
+    if generator.config != regression.config:
+        raise ModelError(
+            f"generator_start=regression needs equal sizes, but the generator has {generator.config} and the "
+            f"regression {regression.config}: name generator_start=new"
+        )
+    own = regression.state_dict()
+    channels = regression.head.weight.shape[1]
+    head = torch.zeros_like(generator.head.weight)
+    head[:, channels:] = own["head.weight"]
+    tail = {name: torch.zeros_like(own[name]) for name in own if name.startswith("tail.")}
+    generator.load_state_dict({**own, **tail, "head.weight": head})

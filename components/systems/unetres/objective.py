@@ -15,7 +15,7 @@ from components.objectives.score_distillation import ScoreNetwork
 from components.randomness import Noise
 from components.systems.unetres.build import DENOISER, GENERATOR, INPUTS, REGRESSION, network_of, parameters_of
 from components.systems.unetres.config import config_from
-from components.systems.unetres.detail import DetailObjective
+from components.systems.unetres.detail import DetailObjective, start_from_regression
 from components.systems.unetres.network import UNetRes, build_unetres
 from components.systems.unetres.recipe import UNetResRecipe
 from components.systems.unetres.score import DenoiserObjective, NoScore, score_of
@@ -32,17 +32,27 @@ class RegressionObjective(Objective):
     Args:
         network: all of its parameters train.
         distance: (restored, HQ), both [B, 3, H, W] in [0, 1], the first a little outside -> [B].
+        generator: of the model that the stage goes on from, part of the model folder, unchanged.
     """
 
-    def __init__(self, network: UNetRes, distance: Callable[[Tensor, Tensor], Tensor] = charbonnier_distance) -> None:
+    def __init__(
+        self,
+        network: UNetRes,
+        distance: Callable[[Tensor, Tensor], Tensor] = charbonnier_distance,
+        generator: UNetRes | None = None,
+    ) -> None:
         self.network, self.distance = network.train().requires_grad_(True), distance
+        self.generator = generator
         self.trainables: Mapping[str, nn.Module] = {REGRESSION: network}
-        self.config: Mapping[str, Any] = {REGRESSION: network.config.to_dict()}
+        self.config: Mapping[str, Any] = {name: each.config.to_dict() for name, each in self._networks().items()}
         self.progress: MutableMapping[str, float] = {}
 
+    def _networks(self) -> dict[str, UNetRes]:
+        return {REGRESSION: self.network} | ({} if self.generator is None else {GENERATOR: self.generator})
+
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """The network's parameters."""
-        return {REGRESSION: parameters_of(self.network)}
+        """The regression's parameters, and those of a generator that came with it."""
+        return {name: parameters_of(network) for name, network in self._networks().items()}
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase, without noise. Metrics, means over pictures: loss, psnr and psnr_lq (dB, up to MOST_DB)."""
@@ -88,7 +98,7 @@ def regression_objective(
     examples: Callable[[], Tensor] | None = None,
     device: str = "cpu",
 ) -> RegressionObjective:
-    """The objective of stage regression.
+    """The objective of stage regression. A generator of the start stays in the model, so it restores as before.
 
     Args:
         recipe: resolved recipe.
@@ -99,8 +109,11 @@ def regression_objective(
     Raises:
         ModelError: parent or warm start is no usable model.
     """
-    network = _network(recipe, _start(recipe, parents), REGRESSION)
-    return RegressionObjective(network.to(device), distance_of(recipe))
+    start = _start(recipe, parents)
+    network, generator = _network(recipe, start, REGRESSION), None
+    if start is not None and GENERATOR in start.info["parts"]:
+        generator = network_of(start, GENERATOR).to(device)
+    return RegressionObjective(network.to(device), distance_of(recipe), generator)
 
 
 def denoiser_objective(
@@ -127,7 +140,9 @@ def generator_objective(
     start = _start(recipe, parents)
     if start is None:
         raise ModelError(f"{recipe.name}: stage generator needs a regression and a denoiser: name their model")
-    regression, generator = (network.to(device) for network in (network_of(start), _network(recipe, start, GENERATOR)))
+    regression, generator = network_of(start).to(device), _network(recipe, start, GENERATOR).to(device)
+    if recipe.generator_start == "regression" and GENERATOR not in start.info["parts"]:
+        start_from_regression(generator, regression)
     real: ScoreNetwork = NoScore()
     fake = None
     if recipe.distillation.score:

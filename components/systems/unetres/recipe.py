@@ -12,6 +12,7 @@ from components.systems.unetres.config import config_from
 from components.systems.unetres.options import check_options
 
 RegressionLoss = Literal["charbonnier", "log_mse"]
+GeneratorStart = Literal["regression", "new"]
 
 STAGES = (
     Stage(
@@ -21,7 +22,13 @@ STAGES = (
         keys=("loss", "charbonnier_eps", "log_mse_eps"),
     ),
     Stage(name="denoiser", version=1, follows="regression"),
-    Stage(name="generator", version=1, follows="denoiser", continues=("generator",), keys=("distillation", "features")),
+    Stage(
+        name="generator",
+        version=1,
+        follows="denoiser",
+        continues=("generator",),
+        keys=("distillation", "features", "generator_start"),
+    ),
 )
 
 
@@ -65,6 +72,8 @@ class UNetResRecipe(Recipe):
         log_mse_eps: a mean square error of a picture in [0, 1] below which it hardly counts (1e-5 is 50 dB).
         distillation: of the generator; see Distillation.
         features: of the generator; see Features.
+        generator_start: "regression" gives a new generator the weights of the regression, except for its last layer,
+            which is zero; "new" gives it random ones.
         warm_start: a model folder with start weights; its sizes replace `size`.
         restore_options: default options of the trained model's restorer, see options.Options.
     """
@@ -75,6 +84,7 @@ class UNetResRecipe(Recipe):
     log_mse_eps: float = 1e-5
     distillation: Distillation = field(default_factory=picture_distillation)
     features: Features = field(default_factory=Features)
+    generator_start: GeneratorStart = "regression"
     warm_start: str = ""
     restore_options: dict[str, Any] = field(default_factory=dict)
 
@@ -85,8 +95,9 @@ class UNetResRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in get_args(RegressionLoss):
-            raise RecipeError(f"loss must be one of {', '.join(get_args(RegressionLoss))}, got {self.loss!r}")
+        for name, values in (("loss", get_args(RegressionLoss)), ("generator_start", get_args(GeneratorStart))):
+            if getattr(self, name) not in values:
+                raise RecipeError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         for name in ("charbonnier_eps", "log_mse_eps"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"{name} must be positive, got {getattr(self, name)}")

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from components import cuda_graphs
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
+from components.priors.unet_walk import check_walkable, transformers_of
 from components.randomness import Noise, generator
 from components.samplers.ddim import sample_ddim
 from components.samplers.schedules import Schedule
@@ -26,7 +27,6 @@ from components.systems.instantir.objectives import AggregatorObjective
 from components.systems.instantir.options import LoopSettings, Options, check_options
 from components.systems.instantir.previewer import lora_layers
 from components.systems.instantir.restorer import InstantIRRestorer
-from components.systems.instantir.walk import check_walkable, transformers_of
 from components.types import Batch, Request
 
 UNET = {

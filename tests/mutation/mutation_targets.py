@@ -17,6 +17,7 @@ AREAS: dict[str, tuple[str, ...]] = {
         "components/samplers/*.py",
         "components/systems/*/denoiser.py",
         "components/systems/*/walk.py",
+        "components/priors/unet_walk.py",
     ),
     "train step": ("components/training*.py",),
     "degradation": ("components/degradations/**/*.py",),
@@ -45,6 +46,10 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     "components/degradations/simple.py": (
         "tests/components/test_degradations.py",
         "tests/components/test_degradation_operations.py",
+    ),
+    "components/priors/unet_walk.py": (
+        "tests/components/test_fast_instantir.py",
+        "tests/components/test_instantir_modes.py",
     ),
     "components/systems/instantir/walk.py": (
         "tests/components/test_instantir.py",

@@ -33,22 +33,14 @@ from components.cuda_graphs import Function, GraphedFunction, can_record
 from components.objectives.consistency import consistency_output
 from components.options import check_choices, settings_by_name
 from components.priors.autoencoder import scale_latents, unscale_latents
+from components.priors.block_calls import autocast_is_on, compile_by_kind, recompute
 from components.priors.sdxl import Prior
+from components.priors.unet_walk import Context, Inputs, check_walkable, resnets_of, split_heads, transformers_of
 from components.systems.instantir.aggregator import Residuals
-from components.systems.instantir.block_calls import autocast_is_on, compile_by_kind, recompute
 from components.systems.instantir.network import Conditions, InstantIR
-from components.systems.instantir.perceptor import layer_norm, split_heads
+from components.systems.instantir.perceptor import layer_norm
 from components.systems.instantir.previewer import each_previewer_delta, lora_layers, previewer_enabled
-from components.systems.instantir.walk import (
-    Blocks,
-    Context,
-    Inputs,
-    check_walkable,
-    resnets_of,
-    transformers_of,
-    walk_aggregator,
-    walk_unet,
-)
+from components.systems.instantir.walk import AggregatorBlocks, walk_aggregator, walk_unet_with_residuals
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 """Attributes of a module that copy.copy would share with the copy."""
@@ -108,8 +100,8 @@ class Walkable:
         network: the module, an argument of `walk`.
         project: the embedding after SiLU [B, E] -> its shift for each resnet, then the modulation of keys and of values
             [B, 2 W] for each cross-attention.
-        fused: see walk.Inputs.
-        walk: walk_unet or walk_aggregator, plain or compiled.
+        fused: see unet_walk.Inputs.
+        walk: walk_unet_with_residuals or walk_aggregator, plain or compiled.
         inside: context manager for the calls (LoRA on).
     """
 
@@ -153,9 +145,9 @@ class FastInstantIR:
                 if module is not None:
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compiler = self._compiler()
-        blocks = (
-            Blocks().wrap_all(lambda f: compile_by_kind(f, compiler)) if self.speed.compile == "blocks" else Blocks()
-        )
+        blocks = AggregatorBlocks()
+        if self.speed.compile == "blocks":
+            blocks = blocks.wrap_all(lambda f: compile_by_kind(f, compiler))
         if self.speed.checkpoint:
             blocks = blocks.wrap_all(recompute)
 
@@ -165,7 +157,7 @@ class FastInstantIR:
 
             return compiler(walk_with_blocks) if self.speed.compile == "whole" else walk_with_blocks
 
-        self._walk_unet, self._walk_aggregator = walk(walk_unet), walk(walk_aggregator)
+        self._walk_unet, self._walk_aggregator = walk(walk_unet_with_residuals), walk(walk_aggregator)
         self.base = self._walkable(bare_unet(network.unet), self._walk_unet)
         self.merged = network.has_previewer and self._merges(device)
         self.previewer = self._previewer() if network.has_previewer else None
@@ -239,7 +231,7 @@ class FastInstantIR:
         if self.merged:
             return self._walkable(merged_unet(unet, self.channels_last), self._walk_unet, replace=True)
         # with LoRA wrappers: neither fused nor compiled, since the wrappers choose their computation in Python
-        return Walkable(unet, *_call_each_layer(unet), walk_unet, lambda: previewer_enabled(unet))
+        return Walkable(unet, *_call_each_layer(unet), walk_unet_with_residuals, lambda: previewer_enabled(unet))
 
     def _walkable(self, network: Any, walk: Callable[..., Any], replace: bool = False) -> Walkable:
         is_frozen = not any(parameter.requires_grad for parameter in network.parameters())

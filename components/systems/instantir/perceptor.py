@@ -22,6 +22,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from components.models import key_faults
+from components.priors.unet_walk import split_heads
 from components.randomness import seeded_init
 
 
@@ -344,11 +345,6 @@ def resampler_config(perceptor: Perceptor) -> dict[str, int]:
 def layer_norm(x: Tensor) -> Tensor:
     """AdaLayerNorm's normalisation over the last dimension, before the modulation."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, L, heads d] -> [B, heads, L, d]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,125 +1,16 @@
-"""The forward passes of UNet and aggregator, written out over diffusers' own modules.
-
-diffusers' forward computes values that are constant in a run (text keys, picture keys, embeddings) in each call, and
-passes tensors between blocks in keyword dictionaries. Here all values that do not depend on the latents are arguments,
-so that the caller can cache them (fast.py), and each block is a function of tensors that compiles separately. Results
-equal diffusers' up to rounding; the golden tests check both.
-
-Shapes: B batch, L tokens of the latents, S tokens of the context, C channels, E embedding width.
-"""
+"""InstantIR's part of the walks (unet_walk.py): the aggregator's own, and its residuals in the UNet's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor, nn
+from torch import Tensor
 
+from components.priors.unet_walk import Blocks, Inputs, Joins, walk_down, walk_middle, walk_unet
 from components.systems.instantir.aggregator import Residuals
-from components.systems.instantir.perceptor import split_heads
-
-
-class Context(NamedTuple):
-    """The keys and values of a cross-attention.
-
-    Attributes:
-        text_key, text_value: keys and values of the text, split into heads [B, heads, S, d].
-        key, value: keys and values of the picture [B, Q, W], normalised but not modulated.
-        key_modulation, value_modulation: modulation of `key` and `value` at this time step [B, 2 W]: shift, then scale.
-    """
-
-    text_key: Tensor
-    text_value: Tensor
-    key: Tensor
-    value: Tensor
-    key_modulation: Tensor
-    value_modulation: Tensor
-
-
-class Inputs(NamedTuple):
-    """The inputs of a network's blocks besides latents, in the order of the walk.
-
-    Attributes:
-        shifts: the embedding's shift for each resnet [B, C].
-        contexts: the context for each transformer block; None without cross-attention.
-        fused: for each transformer block the fused query, key and value weights of its self-attention [3 C, C]; None
-            for three separate products.
-    """
-
-    shifts: Sequence[Tensor]
-    contexts: Sequence[Context | None]
-    fused: Sequence[Tensor | None]
-
-
-def resnet_block(
-    block: Any, x: Tensor, shift: Tensor, skip: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """One ResnetBlock2D after its time projection: x [B, C, h, w], shift [B, C'] -> [B, C', h, w].
-
-    On the expansion path, `skip` (plus `residual`, if any) is concatenated to x.
-    """
-    if skip is not None:
-        x = torch.cat([x, skip if residual is None else skip + residual], dim=1)
-    hidden = block.conv1(F.silu(block.norm1(x))) + shift[:, :, None, None]
-    hidden = block.conv2(F.silu(block.norm2(hidden)))
-    return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x))
-
-
-def transformer_block(block: Any, x: Tensor, context: Context | None, fused: Tensor | None) -> Tensor:
-    """One BasicTransformerBlock with the perceptor in its cross-attention: [B, L, C] -> the same shape."""
-    attention, x_norm = block.attn1, block.norm1(x)
-    if fused is None:
-        query, key, value = attention.to_q(x_norm), attention.to_k(x_norm), attention.to_v(x_norm)
-    else:
-        query, key, value = F.linear(x_norm, fused).chunk(3, dim=-1)
-    heads = attention.heads
-    output = F.scaled_dot_product_attention(
-        split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
-    )
-    x = x + attention.to_out[0](output.transpose(1, 2).flatten(2))
-    if context is not None:
-        attention = block.attn2
-        query = split_heads(attention.to_q(block.norm2(x)), attention.heads)
-        output = F.scaled_dot_product_attention(query, context.text_key, context.text_value)
-        scale = attention.processor.scale
-        if scale != 0:
-            key = modulate(context.key, context.key_modulation, attention.heads)
-            value = modulate(context.value, context.value_modulation, attention.heads)
-            output = output + scale * F.scaled_dot_product_attention(query, key, value)
-        x = x + attention.to_out[0](output.transpose(1, 2).flatten(2))
-    hidden, gate = block.ff.net[0].proj(block.norm3(x)).chunk(2, dim=-1)
-    return x + block.ff.net[2](hidden * F.gelu(gate))
-
-
-def modulate(x: Tensor, modulation: Tensor, heads: int) -> Tensor:
-    """AdaLayerNorm after its normalisation: x [B, Q, W], modulation [B, 2 W] -> [B, heads, Q, d]."""
-    shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
-    return split_heads(x * (1 + scale) + shift, heads)
-
-
-def enter_block(model: Any, x: Tensor) -> Tensor:
-    """The start of a Transformer2DModel: [B, C, h, w] -> tokens [B, h w, C]."""
-    hidden = model.norm(x)
-    if not model.use_linear_projection:
-        hidden = model.proj_in(hidden)
-    hidden = hidden.flatten(2).transpose(1, 2)
-    return model.proj_in(hidden) if model.use_linear_projection else hidden
-
-
-def leave_block(model: Any, hidden: Tensor, x: Tensor) -> Tensor:
-    """The end of a Transformer2DModel with input x: tokens [B, h w, C] and x [B, C, h, w] -> x's shape."""
-    if model.use_linear_projection:
-        hidden = model.proj_out(hidden)
-    hidden = hidden.transpose(1, 2).unflatten(2, x.shape[-2:])
-    if not model.use_linear_projection:
-        hidden = model.proj_out(hidden)
-    return x + hidden
 
 
 def join_block(join: Any, lq: Tensor, preview: Tensor) -> Tensor:
@@ -128,52 +19,43 @@ def join_block(join: Any, lq: Tensor, preview: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The block functions of the walks, plain or compiled."""
+class AggregatorBlocks(Blocks):
+    """The block functions of both walks, plain or compiled."""
 
-    resnet: Callable[..., Tensor] = resnet_block
-    enter: Callable[[Any, Tensor], Tensor] = enter_block
-    transformer: Callable[[Any, Tensor, Context | None, Tensor | None], Tensor] = transformer_block
-    leave: Callable[[Any, Tensor, Tensor], Tensor] = leave_block
     join: Callable[[Any, Tensor, Tensor], Tensor] = join_block
 
-    def wrap_all(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Blocks:
-        """All block functions, each wrapped by `wrap` (a compiler)."""
-        return replace(self, **{f.name: wrap(getattr(self, f.name)) for f in fields(self)})
+
+class AddResiduals(Joins):
+    """Adds the aggregator's residuals to the skip connections and to the middle block."""
+
+    def __init__(self, residuals: Residuals) -> None:
+        self._middle, self._skips = residuals.mid, list(residuals.down)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x + self._middle
+
+    def resnet(self, blocks: Blocks, resnet: Any, x: Tensor, shift: Tensor, skip: Tensor) -> Tensor:
+        return blocks.resnet(resnet, x, shift, skip, self._skips.pop())
 
 
-def walk_unet(
+def walk_unet_with_residuals(
     unet: Any, latents: Tensor, inputs: Inputs, residuals: Residuals | None = None, blocks: Blocks | None = None
 ) -> Tensor:
-    """VP latents [B, C, h, w] -> predicted noise, the same shape.
+    """See walk_unet; residuals of the skips and of the middle block, or None.
 
-    Args:
-        unet: SDXL-shaped UNet with a perceptor.
-        latents: latents with any sides; upsampling takes the skip's size, so odd sides work.
-        inputs: inputs in the order of resnets_of and transformers_of.
-        residuals: residuals of the skips and of the middle block.
-        blocks: compiled block functions, or None for the plain ones.
+    Raises:
+        ValueError: another number of residuals than of skips.
     """
-    blocks, shifts, rest = blocks or Blocks(), iter(inputs.shifts), zip(inputs.contexts, inputs.fused, strict=True)
-    x, skips = _walk_down(unet, unet.conv_in(latents), shifts, rest, blocks)
-    x = _walk_mid(unet.mid_block, x, shifts, rest, blocks)
-    skip_residuals: list[Tensor | None] = [None] * len(skips)
-    if residuals is not None:
-        if len(residuals.down) != len(skips):
-            raise ValueError(f"{len(residuals.down)} residuals for {len(skips)} skips")
-        skip_residuals, x = list(residuals.down), x + residuals.mid
-    for block in unet.up_blocks:
-        attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
-        for resnet, attention in zip(block.resnets, attentions, strict=True):
-            x = blocks.resnet(resnet, x, next(shifts), skips.pop(), skip_residuals.pop())
-            x = _spatial(attention, x, rest, blocks)
-        if block.upsamplers is not None:
-            x = block.upsamplers[0].conv(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
-    return unet.conv_out(F.silu(unet.conv_norm_out(x)))
+    if residuals is None:
+        return walk_unet(unet, latents, inputs, blocks=blocks)
+    skips = 1 + sum(len(block.resnets) + (block.downsamplers is not None) for block in unet.down_blocks)
+    if len(residuals.down) != skips:
+        raise ValueError(f"{len(residuals.down)} residuals for {skips} skips")
+    return walk_unet(unet, latents, inputs, AddResiduals(residuals), blocks)
 
 
 def walk_aggregator(
-    aggregator: Any, lq: Tensor, preview: Tensor, inputs: Inputs, blocks: Blocks | None = None
+    aggregator: Any, lq: Tensor, preview: Tensor, inputs: Inputs, blocks: AggregatorBlocks | None = None
 ) -> Residuals:
     """Residuals from LQ latents and a preview [B, C, h, w], concatenated along the height as released.
 
@@ -181,82 +63,13 @@ def walk_aggregator(
         ValueError: the shapes differ, or a side is not divisible by 2 ** (levels - 1).
     """
     aggregator.check_pair(lq, preview, -2)
-    blocks, shifts, rest = blocks or Blocks(), iter(inputs.shifts), zip(inputs.contexts, inputs.fused, strict=True)
+    blocks = blocks or AggregatorBlocks()
+    shifts, rest = iter(inputs.shifts), zip(inputs.contexts, inputs.fused, strict=True)
     x = torch.cat([aggregator.conv_in(lq), aggregator.ref_conv_in(preview)], dim=-2)
-    x, features = _walk_down(aggregator, x, shifts, rest, blocks)
-    x = _walk_mid(aggregator.mid_block, x, shifts, rest, blocks)
+    x, features = walk_down(aggregator, x, shifts, rest, blocks)
+    x = walk_middle(aggregator.mid_block, x, shifts, rest, blocks)
     joins, residuals = [*aggregator.controlnet_down_blocks, aggregator.controlnet_mid_block], []
     for join, feature in zip(joins, [*features, x], strict=True):
         half = feature.shape[-2] // 2
         residuals.append(blocks.join(join, feature[..., :half, :], feature[..., -half:, :]))
     return Residuals(tuple(residuals[:-1]), residuals[-1])
-
-
-def resnets_of(network: Any) -> list[ResnetBlock2D]:
-    """The resnets of a UNet or aggregator in the order of the walk: down, middle, up."""
-    return [module for module in _modules(network) if isinstance(module, ResnetBlock2D)]
-
-
-def transformers_of(network: Any) -> list[BasicTransformerBlock]:
-    """The transformer blocks of a UNet or aggregator in the order of the walk: down, middle, up."""
-    return [module for module in _modules(network) if isinstance(module, BasicTransformerBlock)]
-
-
-def check_walkable(network: nn.Module) -> None:
-    """Raises ValueError that names the first block that differs from SDXL's: the walk would compute it wrongly."""
-    for name, module in network.named_modules():
-        wrong = ""
-        if isinstance(module, ResnetBlock2D):
-            plain = module.time_embedding_norm == "default" and not module.skip_time_act
-            if not plain or module.upsample is not None or module.downsample is not None:
-                wrong = "a resnet with another use of the embedding, or that resamples"
-            elif module.output_scale_factor != 1 or module.dropout.p:
-                wrong = "a resnet with an output scale or dropout"
-        elif isinstance(module, BasicTransformerBlock):
-            if module.norm_type != "layer_norm" or module.only_cross_attention or module.pos_embed is not None:
-                wrong = "a transformer block with another normalisation or position embedding"
-            elif not isinstance(module.ff.net[0], GEGLU) or len(module.ff.net) != 3:
-                wrong = "another feed-forward than GEGLU"
-        if wrong:
-            raise ValueError(f"{name}: {wrong}; only SDXL-shaped networks work here")
-
-
-def _walk_down(
-    network: Any, x: Tensor, shifts: Iterator[Tensor], rest: Iterator[Any], blocks: Blocks
-) -> tuple[Tensor, list[Tensor]]:
-    """The compression path of a UNet or aggregator after its input convolution: (output, all skips)."""
-    skips = [x]
-    for block in network.down_blocks:
-        attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
-        for resnet, attention in zip(block.resnets, attentions, strict=True):
-            x = _spatial(attention, blocks.resnet(resnet, x, next(shifts)), rest, blocks)
-            skips.append(x)
-        if block.downsamplers is not None:
-            x = block.downsamplers[0](x)
-            skips.append(x)
-    return x, skips
-
-
-def _walk_mid(mid: Any, x: Tensor, shifts: Iterator[Tensor], rest: Iterator[Any], blocks: Blocks) -> Tensor:
-    x = blocks.resnet(mid.resnets[0], x, next(shifts))
-    for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
-        x = blocks.resnet(resnet, _spatial(attention, x, rest, blocks), next(shifts))
-    return x
-
-
-def _spatial(model: Any, x: Tensor, rest: Iterator[Any], blocks: Blocks) -> Tensor:
-    """One Transformer2DModel: [B, C, h, w] -> the same shape. For None it returns x."""
-    if model is None:
-        return x
-    hidden = blocks.enter(model, x)
-    for block in model.transformer_blocks:
-        context, fused = next(rest)
-        hidden = blocks.transformer(block, hidden, context, fused)
-    return blocks.leave(model, hidden, x)
-
-
-def _modules(network: Any) -> Iterator[nn.Module]:
-    """Modules in the order of the walk. In a block, resnets keep their order, and so do transformers."""
-    for part in (network.down_blocks, network.mid_block, getattr(network, "up_blocks", None)):
-        if part is not None:
-            yield from part.modules()

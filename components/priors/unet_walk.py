@@ -180,6 +180,25 @@ def walk_unet(
     return unet.conv_out(F.silu(unet.conv_norm_out(x)))  # type: ignore[no-any-return]
 
 
+def text_inputs(network: Any, embedding: Tensor, text: Tensor) -> Inputs:
+    """The inputs of all blocks of a UNet or of a copy, without caches.
+
+    Args:
+        embedding: the whole embedding [B, E], before the activation.
+        text: token embeddings [B, S, D].
+    """
+    activated, contexts = F.silu(embedding), list[Context | None]()
+    for block in transformers_of(network):
+        attention: Any = block.attn2
+        if attention is None:
+            contexts.append(None)
+        else:
+            heads = attention.heads
+            contexts.append(Context(split_heads(attention.to_k(text), heads), split_heads(attention.to_v(text), heads)))
+    shifts = [resnet.time_emb_proj(activated) for resnet in resnets_of(network)]  # type: ignore[misc]
+    return Inputs(shifts, contexts, [None] * len(contexts))
+
+
 def resnets_of(network: Any) -> list[ResnetBlock2D]:
     """The resnets of a UNet or of a copy in the order of the walk: down, middle, up."""
     return [module for module in _modules(network) if isinstance(module, ResnetBlock2D)]

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from components.types import Box, Cancellation, Cancelled, Denoiser
+from components.types import Box, Cancellation, Cancelled
 
 VARIANCE = 0.01
 """Variance of the weights in squares of the tile's side, from SUPIR. A tile's edge has 4e-6 of the largest weight."""
@@ -26,7 +26,7 @@ class Tileable(Protocol):
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor: ...
 
-    def tile(self, box: Box) -> Denoiser: ...
+    def tile(self, box: Box) -> Callable[..., Tensor]: ...
 
 
 def tile_boxes(height: int, width: int, tile: tuple[int, int], overlap: float = 0.25, multiple: int = 1) -> list[Box]:
@@ -71,6 +71,29 @@ def gaussian_weights(height: int, width: int, variance: float = VARIANCE) -> Ten
     return sides[0][:, None] * sides[1][None]
 
 
+def released_weights(height: int, width: int, variance: float = VARIANCE) -> Tensor:
+    """SUPIR's weights as released: densities of a normal distribution whose rows are centred at h / 2."""
+    sides = []
+    for side, centre in ((height, height / 2), (width, (width - 1) / 2)):
+        place = (torch.arange(side, dtype=torch.float64) - centre) / side
+        sides.append(torch.exp(-place.square() / (2 * variance)) / (2 * torch.pi * variance) ** 0.5)
+    return sides[0][:, None] * sides[1][None]
+
+
+def strided_boxes(height: int, width: int, tile: int, stride: int) -> list[Box]:
+    """Square boxes at every multiple of the stride, the last one moved back to the border, as SUPIR's release cuts.
+
+    Raises:
+        ValueError: a side is shorter than a tile.
+    """
+    if min(height, width) < tile or not 1 <= stride <= tile:
+        raise ValueError(f"tiles of {tile} with stride {stride} do not fit {height} x {width}")
+    rows, columns = (
+        [min(i * stride, side - tile) for i in range(-(-(side - tile) // stride) + 1)] for side in (height, width)
+    )
+    return [(top, left, tile, tile) for top in rows for left in columns]
+
+
 def equal_weights(height: int, width: int) -> Tensor:
     """Ones, float64 [height, width]: a plain mean where tiles overlap, as in InstaRevive's released tools."""
     return torch.ones(height, width, dtype=torch.float64)
@@ -83,7 +106,7 @@ def tiled(
     boxes: Sequence[Box],
     cancelled: Cancelled | None = None,
     weigh: Callable[[int, int], Tensor] = gaussian_weights,
-) -> Denoiser:
+) -> Callable[..., Tensor]:
     """A denoiser over [B, C, height, width] that calls the tiles of `denoise` one after the other.
 
     Memory grows with the latents and with the state of each tile, not with a network's activations. For a single box
@@ -115,12 +138,12 @@ def tiled(
     # divide in float64: a float32 quotient of two weights of 1e-11 is inexact
     shares = [(weights / _part(total, box)).to(torch.float32) for box in boxes]
 
-    def run(latents: Tensor, sigma: Tensor) -> Tensor:
+    def run(latents: Tensor, sigma: Tensor, *rest: Tensor) -> Tensor:
         blended = torch.zeros_like(latents)
         for box, part, share in zip(boxes, parts, shares, strict=True):
             if cancelled is not None and cancelled():
                 raise Cancellation("cancelled between two tiles")
-            _part(blended, box).add_(part(_part(latents, box).contiguous(), sigma) * share.to(latents))
+            _part(blended, box).add_(part(_part(latents, box).contiguous(), sigma, *rest) * share.to(latents))
         return blended
 
     return run

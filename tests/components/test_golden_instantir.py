@@ -30,6 +30,7 @@ from components.objectives.consistency import (
     ddim_step,
     pseudo_huber,
 )
+from components.priors.parameters import copy_strictly
 from components.priors.sdxl import Prior
 from components.priors.sdxl_config import ImageView
 from components.samplers.ddim import sample_ddim, sample_ddpm
@@ -39,13 +40,7 @@ from components.systems.instantir.aggregator import Aggregator, Residuals, load_
 from components.systems.instantir.denoiser import InstantIRDenoiser, LoopSettings
 from components.systems.instantir.fast import FastInstantIR, Speed
 from components.systems.instantir.network import Conditions, InstantIR, LoopNetworks, predict_noise, unet_embedding
-from components.systems.instantir.perceptor import (
-    PerceptorAttnProcessor,
-    Resampler,
-    ResamplerConfig,
-    copy_strictly,
-    cross_attentions,
-)
+from components.systems.instantir.perceptor import PerceptorAttnProcessor, Resampler, ResamplerConfig, cross_attentions
 from components.systems.instantir.preprocess import ResizeRule, released_sizes, resize, view_pixels
 from components.systems.instantir.previewer import (
     previewer_deltas,

@@ -14,12 +14,9 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from components.priors.encoder_copy import NO_ADAPTER, embed_step, skip_widths, unet_skeleton
+from components.priors.parameters import base_parameters, base_state, copy_strictly
 from components.randomness import seeded_init
-from components.systems.instantir.perceptor import (
-    base_parameters,
-    base_state,
-    copy_strictly,
-)
 
 SFT_WIDTH = 128  # the released model's, at every level (instantir.md section 4)
 
@@ -67,12 +64,8 @@ class Aggregator(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        # the Aggregator has no perceptor, and a new UNet would refuse the perceptor's config entry
-        bare = {**config, "encoder_hid_dim_type": None, "encoder_hid_dim": None}
-        with torch.device("meta"):
-            # only half of the UNet is used, so the other half must not take memory
-            skeleton = UNet2DConditionModel.from_config(bare)  # type: ignore[arg-type]
-        self.config = bare
+        skeleton = unet_skeleton(config)
+        self.config = {**config, **NO_ADAPTER}
         self.conv_in = skeleton.conv_in
         with torch.device("meta"):
             conv = self.conv_in
@@ -84,7 +77,7 @@ class Aggregator(nn.Module):
             if hasattr(module, "attn2"):
                 module.attn2, module.norm2 = None, None  # type: ignore[assignment]
         self.to(dtype).to_empty(device=device)  # the cast happens on meta, so the weights are never in memory twice
-        widths = _skip_widths(self)
+        widths = skip_widths(self)
         self.controlnet_down_blocks = nn.ModuleList(_join(width) for width in widths)
         self.controlnet_mid_block = _join(widths[-1])
 
@@ -146,10 +139,8 @@ class Aggregator(nn.Module):
         return Residuals(down, _apply_join(self.controlnet_mid_block, sample, cat_dim)).scale_by(conditioning_scale)
 
     def embedding(self, timesteps: Tensor, text_embeds: Tensor, time_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """The whole embedding [B, E] from timesteps [B], pooled text [B, P] and size ids [B, 6]."""
-        sizes = self.add_time_proj(time_ids.flatten()).view(len(text_embeds), -1)
-        extra = torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1).to(dtype)
-        return self.time_embedding(self.time_proj(timesteps).to(dtype)) + self.add_embedding(extra)
+        """See embed_step."""
+        return embed_step(self, timesteps, text_embeds, time_ids, dtype)
 
     def check_pair(self, lq: Tensor, preview: Tensor, cat_dim: int) -> None:
         """Raises ValueError where LQ latents and preview cannot be concatenated; see forward."""
@@ -186,13 +177,3 @@ def _apply_join(join: Any, feature: Tensor, cat_dim: int) -> Tensor:
     lq = feature.narrow(cat_dim, 0, half)
     preview = feature.narrow(cat_dim, feature.shape[cat_dim] - half, half)
     return zero(transform(preview, lq))
-
-
-def _skip_widths(aggregator: Aggregator) -> list[int]:
-    """Channels of each skip feature: the input convolution's, then each block's layers and downsampler."""
-    widths = [aggregator.conv_in.out_channels]
-    for block in aggregator.down_blocks:
-        widths += [resnet.out_channels for resnet in block.resnets]  # type: ignore[union-attr, misc]
-        if block.downsamplers is not None:
-            widths.append(widths[-1])
-    return widths

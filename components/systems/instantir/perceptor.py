@@ -21,7 +21,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from components.models import key_faults
+from components.priors.parameters import base_parameters, base_state, copy_strictly
 from components.priors.unet_walk import split_heads
 from components.randomness import seeded_init
 
@@ -299,42 +299,6 @@ def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
                     attentions[str(number)] = module
                 number += 1
     return attentions
-
-
-def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their names without peft's wrappers; LoRA weights are left out."""
-    return {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in module.named_parameters()
-        if ".lora_" not in name
-    }
-
-
-def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """base_parameters, detached; the tensors share the parameters' memory."""
-    return {name: parameter.detach() for name, parameter in base_parameters(module).items()}
-
-
-@torch.no_grad()
-def copy_strictly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Copy tensors by name; copies nothing unless every tensor fits.
-
-    Raises:
-        ValueError: lists every missing and unexpected key and every wrong shape.
-    """
-    keys_by_fault = {
-        "missing": [name for name in parameters if name not in state],
-        "unexpected": [name for name in state if name not in parameters],
-        "of the wrong shape": [
-            f"{name} has shape {tuple(state[name].shape)} instead of {tuple(parameter.shape)}"
-            for name, parameter in parameters.items()
-            if name in state and state[name].shape != parameter.shape
-        ],
-    }
-    if faults := key_faults(keys_by_fault):
-        raise ValueError(f"the {what}'s weights do not fit: {faults}")
-    for name, parameter in parameters.items():
-        parameter.copy_(state[name])
 
 
 def resampler_config(perceptor: Perceptor) -> dict[str, int]:

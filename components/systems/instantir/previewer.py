@@ -20,8 +20,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from components.priors.parameters import copy_strictly
 from components.randomness import seeded_init
-from components.systems.instantir.perceptor import copy_strictly
 
 ADAPTER = "previewer"
 TARGETS = (

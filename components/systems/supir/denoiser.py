@@ -1,0 +1,90 @@
+"""SUPIR's networks as a denoiser of the EDM samplers: snapped levels, guidance and control scales by level.
+
+    x = z / sqrt(1 + q^2),  D = z - q eps(x, t)        with q the nearest level of the schedule's table, t its time step
+
+The first rows of a guided call are the negative ones, as released. Guidance and control scales are linear in a level:
+guidance in the level that the latents have, the control scale in the schedule's level before churn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from components.samplers.edm import between, nearest_index
+from components.samplers.guidance import guide
+from components.systems.supir.network import Conditions
+from components.types import Box
+
+PredictEps = Callable[[Tensor, Tensor, Tensor, Conditions, float | Tensor], Tensor]
+"""(VP latents, time steps, LQ latents, conditions, control scale) -> noise; see Supir.predict_eps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """A number linear in a level.
+
+    Attributes:
+        start: at sigma_max.
+        end: at 0.
+    """
+
+    start: float
+    end: float
+
+    def at(self, level: Tensor, sigma_max: float) -> float | Tensor:
+        """The number at levels; a constant stays a plain number."""
+        return self.end if self.start == self.end else between(level, sigma_max, self.start, self.end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupirDenoiser:
+    """See the module's docstring; a LevelDenoiser that can be cut into tiles.
+
+    Attributes:
+        predict: the networks.
+        table: levels of the schedule by time step, float32 [T], rising; see edm.level_table.
+        lq: scaled latents of the LQ pictures [B, C, h, w].
+        positive: conditions of B rows.
+        negative: of B rows; None for no guidance.
+        cfg_scale, control_scale: by level.
+        sigma_max: the level where a ramp starts.
+    """
+
+    predict: PredictEps
+    table: Tensor
+    lq: Tensor
+    positive: Conditions
+    negative: Conditions | None
+    cfg_scale: Ramp
+    control_scale: Ramp
+    sigma_max: float
+
+    def __call__(self, latents: Tensor, sigma: Tensor, level: Tensor) -> Tensor:
+        """Clean latents; see LevelDenoiser."""
+        table = self.table.to(latents.device)
+        timesteps = nearest_index(table, sigma)
+        snapped = table[timesteps].to(latents.dtype).view(-1, 1, 1, 1)
+        scaled = latents / (1 + snapped.square()).sqrt()
+        control = self.control_scale.at(level, self.sigma_max)
+        if self.negative is None:
+            return latents - snapped * self.predict(scaled, timesteps, self.lq, self.positive, control)
+        both = self.predict(
+            torch.cat([scaled, scaled]),
+            torch.cat([timesteps, timesteps]),
+            torch.cat([self.lq, self.lq]),
+            self.negative.concat(self.positive),
+            control,
+        )
+        negative, positive = (latents - snapped * eps for eps in both.chunk(2))
+        scale = self.cfg_scale.at(sigma, self.sigma_max)
+        return guide(negative, positive, scale.view(-1, 1, 1, 1) if isinstance(scale, Tensor) else scale)
+
+    def tile(self, box: Box, positive: Conditions | None = None) -> SupirDenoiser:
+        """The denoiser of a part of the latents, with a text of its own if given."""
+        top, left, height, width = box
+        part = self.lq[..., top : top + height, left : left + width].contiguous()
+        return replace(self, lq=part, positive=positive or self.positive)

@@ -32,7 +32,7 @@ def typed_options(options: Mapping[str, Any], types: Mapping[str, Any]) -> dict[
 
     Args:
         options: values by name.
-        types: types by name; int, float, bool (the texts true and false too), or a Literal of texts.
+        types: types by name; int, float, bool (the texts true and false too), str, or a Literal of texts.
 
     Raises:
         UnknownOption: a name has no type.
@@ -104,6 +104,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(flag, bool):
             raise ValueError(f"option {name} must be true or false, got {value!r:.80}")
         return flag
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"option {name} must be text, got {value!r:.80}")
+        return value
     choices = get_args(kind)
     if value not in choices:
         raise ValueError(f"option {name} must be one of {', '.join(choices)}, got {value!r:.80}")

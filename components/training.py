@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -314,3 +314,15 @@ def restore_state(
         for key, value in state["ema"].items():
             ema.shadow[key].copy_(value)
     return int(state["step"])
+
+
+@contextlib.contextmanager
+def preserve_requires_grad(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore requires_grad of the modules' parameters afterwards, since a restorer freezes its network."""
+    parameters = [p for module in modules for p in module.parameters()]
+    flags = [p.requires_grad for p in parameters]
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from components.models import Model, ModelError, load_model, load_strictly
+from components.models import Model, ModelError, load_model, load_strictly, resolve_model
 from components.places import SHIPPED_PRIORS
 from components.priors.files import Precision, check_prior_folder, first_line
 from components.priors.hub import load_sdxl
@@ -36,6 +37,45 @@ def load_prior(
         return load_diffusers_prior(str(name), image_encoder, precision, str(error)).to(device).freeze()
     check_prior_folder(model)
     return prior_from_model(model).in_precision(precision).to(device).freeze()
+
+
+def open_recorded_prior(
+    name: str,
+    record: Mapping[str, str] | None,
+    device: str,
+    precision: Precision = "fp32",
+    image_encoder: str = DINOV2,
+) -> Prior:
+    """Open the prior that a model or recipe names, and check it against the digest that the model records.
+
+    Args:
+        name: name, folder or hub id of the prior, as load_prior takes it.
+        record: the entry "prior" of model.json: id, digest ("" if the prior is not a Restoray model), image_encoder.
+            None if there is no model yet.
+        device: device of the networks.
+        precision: precision of the weights.
+        image_encoder: of a diffusers prior whose record names none; "" for none.
+
+    Raises:
+        ModelError: there is no such prior, or its digest is not the recorded one.
+    """
+    digest = (record or {}).get("digest", "")
+    encoder = (record or {}).get("image_encoder") or image_encoder
+    try:
+        # A prior with a digest is a local model folder, so the hub is not asked.
+        prior = load_prior(resolve_model(name, prior=True) if digest else name, device, encoder, precision)
+    except ModelError as error:
+        if not digest:
+            raise
+        raise ModelError(
+            f"the model was trained on prior {name!r} with digest {digest[:12]}: bring it back to that path ({error})"
+        ) from error
+    if digest and prior.digest and digest != prior.digest:
+        raise ModelError(
+            f"prior {name!r} has digest {prior.digest[:12]}, but the model was trained on {digest[:12]}: "
+            "bring that prior back, or train the model again"
+        )
+    return prior
 
 
 def prior_from_model(model: Model) -> Prior:

@@ -147,6 +147,36 @@ class Prior:
                 pooled = output.text_embeds
         return torch.cat(hidden, dim=-1), pooled
 
+    def prompt_chunks(self, prompt: str) -> int:
+        """Pieces of the text encoders' length that hold a whole prompt, at least 1; see embed_long_prompts."""
+        lengths = []
+        for tokenizer in self.tokenizers:
+            room = tokenizer.model_max_length - 2  # a start and an end token stand around each piece
+            lengths.append(-(-len(_token_ids(tokenizer, prompt)) // room))
+        return max(1, *lengths)
+
+    def embed_long_prompts(self, prompts: Sequence[str], chunks: int) -> tuple[Tensor, Tensor]:
+        """Prompts of any length -> (token embeddings [B, chunks L, D], pooled [B, P] of the first piece).
+
+        A prompt is cut into pieces of the text encoders' length, which are encoded one by one and joined; empty pieces
+        follow a short one. With one chunk this is embed_prompts, which cuts a longer prompt off.
+
+        Args:
+            chunks: see prompt_chunks; prompts of one call to the UNet need the same number.
+        """
+        if chunks == 1:
+            return self.embed_prompts(prompts)
+        hidden: list[Tensor] = []
+        pooled = torch.empty(0)
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            rows = [row for prompt in prompts for row in _pieces(tokenizer, prompt, chunks)]
+            output = encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
+            states = output.hidden_states[-2]
+            hidden.append(states.unflatten(0, (len(prompts), chunks)).flatten(1, 2))
+            if hasattr(output, "text_embeds"):
+                pooled = output.text_embeds[::chunks]
+        return torch.cat(hidden, dim=-1), pooled
+
     def view_images(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> normalised pixel values [B, 3, crop, crop] for the image encoder."""
         crop = self.view.crop_px
@@ -177,3 +207,18 @@ class Prior:
     def time_ids(self, sizes: Tensor) -> Tensor:
         """Size ids int64 [B, 6] (original h, w, crop top, left, target h, w) for the UNet, float [B, 6]."""
         return sizes.to(self.device, torch.float32)
+
+
+def _token_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """All tokens of a prompt, without start and end."""
+    return list(tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+
+def _pieces(tokenizer: Any, prompt: str, chunks: int) -> list[list[int]]:
+    """A prompt's tokens in rows of the model's length: start, up to length - 2 tokens, end, padding."""
+    length, ids = tokenizer.model_max_length, _token_ids(tokenizer, prompt)
+    room, rows = length - 2, []
+    for number in range(chunks):
+        row = [tokenizer.bos_token_id, *ids[number * room : (number + 1) * room], tokenizer.eos_token_id]
+        rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+    return rows

@@ -24,7 +24,8 @@ VARIANCE = 0.01
 class Tileable(Protocol):
     """A denoiser that can be cut: `tile` returns a denoiser with only its part of the spatial conditions."""
 
-    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor: ...
+    @property
+    def __call__(self) -> Callable[..., Tensor]: ...
 
     def tile(self, box: Box) -> Callable[..., Tensor]: ...
 

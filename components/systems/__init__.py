@@ -10,6 +10,7 @@ from components.recipes import Recipe
 from components.systems.instantir.system import INSTANTIR
 from components.systems.instarevive.system import INSTAREVIVE
 from components.systems.prior.system import PRIOR
+from components.systems.supir.system import SUPIR
 from components.systems.swinir.system import SWINIR
 from components.systems.system import System
 from components.systems.unetres.system import UNETRES
@@ -19,6 +20,7 @@ SYSTEMS: dict[str, System] = {
     "prior": PRIOR,
     "instantir": INSTANTIR,
     "instarevive": INSTAREVIVE,
+    "supir": SUPIR,
     "swinir": SWINIR,
     "unetres": UNETRES,
 }

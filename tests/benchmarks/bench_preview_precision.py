@@ -171,10 +171,11 @@ def _batch(count: int, side: int, device: str) -> Batch:
 def open_network(model_path: Path, device: str) -> InstantIR:
     """The network of a Previewer's or an InstantIR's model folder."""
     from components.models import load_model
-    from components.systems.instantir.build import network_of, open_prior
+    from components.priors.opening import open_recorded_prior
+    from components.systems.instantir.build import network_of
 
     model = load_model(model_path)
-    prior = open_prior(str(model.info["prior"]["id"]), model.info["prior"], device)
+    prior = open_recorded_prior(str(model.info["prior"]["id"]), model.info["prior"], device)
     return network_of(model, prior).freeze().to(device)
 
 

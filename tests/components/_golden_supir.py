@@ -70,6 +70,13 @@ class Golden:
             assert difference <= limit, f"{where}: {float(difference):.3g} apart, at most {float(limit):.3g}"
         self.compared.add(f"output/{name}")
 
+    def check_levels(self, name: str, image: Any) -> None:
+        """An 8-bit picture, at most one level away."""
+        expected = self.tensors[f"output/{name}"]
+        assert image.shape == tuple(expected.shape), f"{name}: shape {image.shape}"
+        assert (torch.from_numpy(image).int() - expected.int()).abs().max() <= 1, name
+        self.compared.add(f"output/{name}")
+
     def missing(self) -> set[str]:
         return {name for name in self.tensors if name.startswith("output/")} - self.compared
 

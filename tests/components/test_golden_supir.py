@@ -42,8 +42,17 @@ from components.systems.supir.connectors import ConnectorJoins, ZeroConv, ZeroCr
 from components.systems.supir.control import ControlEncoder, walk_control
 from components.systems.supir.denoiser import Ramp, SupirDenoiser
 from components.systems.supir.network import Conditions, Supir, control_features, predict_eps
+from components.systems.supir.preprocess import (
+    fixed_sizes,
+    page_fix,
+    page_resize,
+    released_sizes,
+    resize,
+    resize_result,
+    to_tensor,
+)
 
-LATER: set[str] = {"prepost", "tile_vae", "state_dict_keys"}
+LATER: set[str] = {"tile_vae", "state_dict_keys"}
 """Modules of the next steps; any other unknown module fails."""
 WEIGHTS_ONLY = {"unet_output_blocks", "unet_connectors"}
 """Files with weights of supir_unet."""
@@ -253,6 +262,25 @@ def check_pipeline(golden: Golden) -> None:
         golden.check(f"final.{name}", steps[-1])
 
 
+def check_prepost(golden: Golden) -> None:
+    image = golden.input("image").numpy()
+    for name, size in golden.config["returned_h0_w0"].items():
+        if name.startswith("fix"):
+            work, result = fixed_sizes(image.shape[:2], int(name.removeprefix("fix")))
+        else:
+            factor = int(name[2]) if name.startswith("up") else 1
+            least = int(name.rpartition("min")[2])
+            work, result = released_sizes((image.shape[0] * factor, image.shape[1] * factor), least)
+        assert list(result) == size
+        golden.check(f"pil2tensor.{name}", to_tensor(resize(image, work)))
+        golden.check_levels(f"tensor2pil.{name}", resize_result(golden.tensors[f"output/pil2tensor.{name}"], result))
+    for name in [n.removeprefix("output/") for n in golden.tensors if n.startswith("output/upscale_image.")]:
+        factor, unit, least = (int(part.lstrip("xunitm")) for part in name.removeprefix("upscale_image.").split("_"))
+        golden.check_levels(name, page_resize(image, factor, least, unit))
+    for name in [n.removeprefix("output/") for n in golden.tensors if n.startswith("output/fix_resize.")]:
+        golden.check_levels(name, page_fix(image, int(name.rpartition(".")[2])))
+
+
 CHECKS: Mapping[str, Callable[[Golden], None]] = {
     "connectors": check_connectors,
     "blocks": check_blocks,
@@ -269,6 +297,7 @@ CHECKS: Mapping[str, Callable[[Golden], None]] = {
     "colorfix": check_colorfix,
     "conditioner": check_conditioner,
     "pipeline": check_pipeline,
+    "prepost": check_prepost,
 }
 
 

@@ -510,13 +510,14 @@ def test_the_import_ignores_the_sidecar_of_another_models_export(model_folder: P
 
 
 def test_half_precision_gives_nearly_the_same_results_in_float32(model_folder: Path) -> None:
-    from components.systems.instantir.build import network_of, open_prior
+    from components.priors.opening import open_recorded_prior
+    from components.systems.instantir.build import network_of
     from components.systems.instantir.network import Conditions
 
     model = load_model(model_folder)
     answers = {}
     for precision in ("fp32", "bf16"):
-        prior = open_prior("nano", model.info["prior"], "cpu", precision)  # type: ignore[arg-type]
+        prior = open_recorded_prior("nano", model.info["prior"], "cpu", precision)  # type: ignore[arg-type]
         network = network_of(model, prior)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         assert {p.dtype for p in network.unet.parameters()} == {dtype}  # also LoRA and perceptor

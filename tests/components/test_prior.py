@@ -13,9 +13,8 @@ import torch
 from components.models import ModelError, load_model, resolve_model
 from components.places import SHIPPED_PRIORS
 from components.priors.autoencoder import SpaceToDepthAutoencoder
-from components.priors.opening import load_prior
+from components.priors.opening import load_prior, open_recorded_prior
 from components.priors.sdxl_config import ImageView
-from components.systems.instantir.build import open_prior
 
 
 def test_principal_components_reconstruct_pictures_in_their_span() -> None:
@@ -87,10 +86,10 @@ def test_a_models_record_finds_its_prior_in_a_folder(tmp_path: Path) -> None:
     prior = load_prior(folder)
     record = {"id": prior.name, "digest": prior.digest}
     assert load_prior("nano").name == "nano" and prior.name == str(folder.resolve())
-    assert open_prior(record["id"], record, "cpu").digest == prior.digest
+    assert open_recorded_prior(record["id"], record, "cpu").digest == prior.digest
     folder.rename(tmp_path / "moved")
     with pytest.raises(ModelError, match=r"was trained on prior .*mine.* bring it back"):
-        open_prior(record["id"], record, "cpu")
+        open_recorded_prior(record["id"], record, "cpu")
 
 
 def test_a_config_that_builds_no_prior_is_refused_with_its_folder(tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from components.models import Model, ModelError, resolve_model
+from components.models import Model, ModelError
 from components.priors.files import Precision
-from components.priors.opening import load_prior
+from components.priors.opening import open_recorded_prior
 from components.priors.sdxl import Prior
-from components.priors.sdxl_config import DINOV2
 from components.randomness import seeded_init
 from components.systems.instantir.checkpointing import checkpoint_gradients
 from components.systems.instantir.fast import Speed
@@ -26,43 +25,6 @@ from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.recipe import STAGES, WEIGHTING, InstantIRRecipe
 from components.systems.instantir.restorer import InstantIRRestorer
 from components.systems.system import stage_of
-
-
-def open_prior(
-    recipe_prior: str, record: Mapping[str, str] | None, device: str, precision: Precision = "fp32"
-) -> Prior:
-    """Open the prior that a model or recipe names, and check it against the digest that the model records.
-
-    Args:
-        recipe_prior: name, folder or hub id of the prior, as load_prior takes it.
-        record: the entry "prior" of model.json: id, digest ("" if the prior is not a Restoray model), image_encoder.
-            None if there is no model yet.
-        device: device of the networks.
-        precision: precision of the weights.
-
-    Raises:
-        ModelError: there is no such prior, or its digest is not the recorded one.
-    """
-    digest = (record or {}).get("digest", "")
-    encoder = (record or {}).get("image_encoder") or DINOV2
-    try:
-        # A prior with a digest is a local model folder, so the hub is not asked.
-        prior = load_prior(
-            resolve_model(recipe_prior, prior=True) if digest else recipe_prior, device, encoder, precision
-        )
-    except ModelError as error:
-        if not digest:
-            raise
-        raise ModelError(
-            f"the model was trained on prior {recipe_prior!r} with digest {digest[:12]}: "
-            f"bring it back to that path ({error})"
-        ) from error
-    if digest and prior.digest and digest != prior.digest:
-        raise ModelError(
-            f"prior {recipe_prior!r} has digest {prior.digest[:12]}, but the model was trained on {digest[:12]}: "
-            "bring that prior back, or train the model again"
-        )
-    return prior
 
 
 def perceptor_objective(
@@ -148,7 +110,7 @@ class _StageNetworks:
 def _stage_networks(recipe: InstantIRRecipe, parents: Mapping[str, Model], device: str) -> _StageNetworks:
     """Build the networks of a stage from the recipe, its prior and the parent model (the first of `parents`)."""
     parent = next(iter(parents.values()), None)
-    prior = open_prior(recipe.prior, parent.info["prior"] if parent else None, device)
+    prior = open_recorded_prior(recipe.prior, parent.info["prior"] if parent else None, device)
     resampler = {
         "dim": recipe.resampler_dim,
         "depth": recipe.resampler_depth,
@@ -268,7 +230,7 @@ def build_restorer(
         raise ModelError(f"{model.path}: restoring needs {' and '.join(missing)} too, which the model does not have")
     speed_settings = Speed.of(speed or {})
     # All parts are built on the CPU in the given precision, and then move to the device together.
-    prior = open_prior(str(model.info["prior"]["id"]), model.info["prior"], "cpu", precision)
+    prior = open_recorded_prior(str(model.info["prior"]["id"]), model.info["prior"], "cpu", precision)
     network = network_of(model, prior)
     network.to(device)
     return InstantIRRestorer(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.randomness import Noise
 from components.recipes import as_dict
@@ -21,6 +20,7 @@ from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instantir.restorer import InstantIRRestorer
 from components.tensors import images_to_tensor, tensor_to_images
+from components.training import preserve_requires_grad
 from components.types import Request
 
 
@@ -69,15 +69,3 @@ def _generate(network: InstantIR, noise: Tensor, conditions: Conditions, recipe:
     sigmas = sampling.sigmas(schedule, sampling.timesteps(schedule, recipe.steps_at_restore)).to(noise.device)
     latents = sample_ddim(denoise, Schedule.exploding(noise, sigmas[0].expand(len(noise))), sigmas)
     return Schedule.preserving(latents, sigmas[-1].expand(len(noise)))
-
-
-@contextlib.contextmanager
-def preserve_requires_grad(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore requires_grad of the modules' parameters afterwards, since a restorer freezes its network."""
-    parameters = [p for module in modules for p in module.parameters()]
-    flags = [p.requires_grad for p in parameters]
-    try:
-        yield
-    finally:
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(flag)

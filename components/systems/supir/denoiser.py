@@ -8,8 +8,8 @@ guidance in the level that the latents have, the control scale in the schedule's
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class SupirDenoiser:
         negative: of B rows; None for no guidance.
         cfg_scale, control_scale: by level.
         sigma_max: the level where a ramp starts.
+        tiles: positive conditions of their own for parts of the latents, by box.
     """
 
     predict: PredictEps
@@ -62,6 +63,7 @@ class SupirDenoiser:
     cfg_scale: Ramp
     control_scale: Ramp
     sigma_max: float
+    tiles: Mapping[Box, Conditions] = field(default_factory=dict)
 
     def __call__(self, latents: Tensor, sigma: Tensor, level: Tensor) -> Tensor:
         """Clean latents; see LevelDenoiser."""
@@ -83,8 +85,8 @@ class SupirDenoiser:
         scale = self.cfg_scale.at(sigma, self.sigma_max)
         return guide(negative, positive, scale.view(-1, 1, 1, 1) if isinstance(scale, Tensor) else scale)
 
-    def tile(self, box: Box, positive: Conditions | None = None) -> SupirDenoiser:
-        """The denoiser of a part of the latents, with a text of its own if given."""
+    def tile(self, box: Box) -> SupirDenoiser:
+        """The denoiser of a part of the latents."""
         top, left, height, width = box
         part = self.lq[..., top : top + height, left : left + width].contiguous()
-        return replace(self, lq=part, positive=positive or self.positive)
+        return replace(self, lq=part, positive=self.tiles.get(box, self.positive), tiles={})

@@ -17,7 +17,7 @@ from components.priors.encoder_copy import embed_step
 from components.priors.parameters import copy_strictly
 from components.priors.robust_encoder import RobustEncoder
 from components.priors.sdxl import Prior
-from components.priors.unet_walk import text_inputs, walk_unet
+from components.priors.unet_walk import Blocks, text_inputs, walk_unet
 from components.randomness import seeded_init
 from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.connectors import ConnectorJoins, Scale, build_connectors, places_of
@@ -85,10 +85,14 @@ class Supir:
         prior: SDXL-shaped.
         encoder: the robust encoder of the prior's autoencoder.
         adaptor: of the prior's UNet; None before its stage.
+
+    Attributes:
+        blocks: block functions of both walks, plain, compiled or recomputing.
     """
 
     def __init__(self, prior: Prior, encoder: RobustEncoder, adaptor: Adaptor | None) -> None:
         self.prior, self.encoder, self.adaptor = prior, encoder, adaptor
+        self.blocks = Blocks()
         self.freeze()
 
     @property
@@ -163,19 +167,24 @@ class Supir:
         """
         if self.adaptor is None:
             raise ValueError("the network has no adaptor")
-        features = control_features(self.adaptor, latents, timesteps, lq, conditions)
-        return predict_eps(self.prior.unet, self.adaptor, latents, timesteps, features, conditions, scale)
+        features = control_features(self.adaptor, latents, timesteps, lq, conditions, self.blocks)
+        return predict_eps(self.prior.unet, self.adaptor, latents, timesteps, features, conditions, scale, self.blocks)
 
 
 def control_features(
-    adaptor: Adaptor, latents: Tensor, timesteps: Tensor, lq: Tensor, conditions: Conditions
+    adaptor: Adaptor,
+    latents: Tensor,
+    timesteps: Tensor,
+    lq: Tensor,
+    conditions: Conditions,
+    blocks: Blocks | None = None,
 ) -> list[Tensor]:
     """The control encoder's features in its dtype; arguments as in Supir.predict_eps."""
     control = adaptor.control
     dtype = control.hint_conv.weight.dtype
     own = conditions.to(dtype)
     embedding = control.embedding(timesteps.expand(len(latents)), own.pooled, own.time_ids, dtype)
-    return walk_control(control, lq.to(dtype), latents.to(dtype), text_inputs(control, embedding, own.text))
+    return walk_control(control, lq.to(dtype), latents.to(dtype), text_inputs(control, embedding, own.text), blocks)
 
 
 def predict_eps(
@@ -186,10 +195,11 @@ def predict_eps(
     features: list[Tensor],
     conditions: Conditions,
     scale: Scale,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """The UNet's predicted noise with control features, in the latents' dtype; see Supir.predict_eps."""
     dtype = next(unet.parameters()).dtype
     own = conditions.to(dtype)
     embedding = embed_step(unet, timesteps.expand(len(latents)), own.pooled, own.time_ids, dtype)
     joins = ConnectorJoins(adaptor.connectors, adaptor.places, features, scale)
-    return walk_unet(unet, latents.to(dtype), text_inputs(unet, embedding, own.text), joins).to(latents.dtype)
+    return walk_unet(unet, latents.to(dtype), text_inputs(unet, embedding, own.text), joins, blocks).to(latents.dtype)

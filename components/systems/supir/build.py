@@ -1,0 +1,158 @@
+"""Builders of SUPIR: the objective of a training stage from a recipe, a restorer from a model folder, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.models import Model, ModelError
+from components.objectives.robust_encoding import RobustEncoderObjective, measure_encoder
+from components.priors.block_calls import recompute
+from components.priors.files import Precision
+from components.priors.opening import open_recorded_prior
+from components.priors.robust_encoder import RobustEncoder, first_restoration
+from components.priors.sdxl import Prior
+from components.recipes import as_dict
+from components.systems.supir.config import adaptor_config
+from components.systems.supir.network import ADAPTOR, ENCODER, Adaptor, Supir
+from components.systems.supir.objectives import AdaptorObjective
+from components.systems.supir.options import restore_defaults
+from components.systems.supir.recipe import SupirRecipe
+from components.systems.supir.restorer import SupirRestorer
+from components.tensors import images_to_tensor, tensor_to_images
+from components.training import preserve_requires_grad
+from components.types import Batch, Request
+
+SupirObjective = RobustEncoderObjective | AdaptorObjective
+
+
+def encoder_objective(
+    recipe: SupirRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> RobustEncoderObjective:
+    """The objective of stage encoder.
+
+    Args:
+        recipe: resolved recipe.
+        parents: empty, or one model whose encoder continues training; its adaptor is passed on.
+        examples: unused; builders of other systems take example pictures.
+        device: device of the networks.
+
+    Raises:
+        ModelError: the prior cannot be opened, or the parent does not fit it.
+    """
+    parent, prior = _parent_and_prior(recipe, parents, device)
+    if parent is None:
+        encoder, config, others = RobustEncoder(prior.autoencoder), {ADAPTOR: None}, dict[str, Any]()
+    else:
+        encoder = network_of(parent, prior, parts=(ENCODER,)).encoder
+        config = dict(parent.info["config"])
+        others = {name: parent.part(name) for name in parent.info["parts"] if name != ENCODER}
+    return RobustEncoderObjective(encoder.to(device), recipe.anchor, recipe.keep, others, config, prior)
+
+
+def adaptor_objective(
+    recipe: SupirRecipe,
+    parents: Mapping[str, Model],
+    examples: Callable[[], Tensor] | None = None,
+    device: str = "cpu",
+) -> AdaptorObjective:
+    """The objective of stage adaptor, on the model of stage encoder or a whole one; see encoder_objective.
+
+    Raises:
+        ModelError: there is no parent, or its adaptor has other sizes than the recipe's.
+    """
+    parent, prior = _parent_and_prior(recipe, parents, device, recipe.frozen_precision)
+    if parent is None:
+        raise ModelError("stage adaptor needs the model folder of stage encoder")
+    network, config = network_of(parent, prior), adaptor_config(recipe.adaptor)
+    if network.adaptor is None:
+        network.adaptor = Adaptor(prior.unet, config, recipe.seed).float()
+    elif recipe.adaptor and network.adaptor.config != config:
+        raise ModelError(
+            f"{parent.path}: its adaptor has {network.adaptor.config.to_dict()}, not {config.to_dict()}: leave the "
+            "recipe's adaptor out"
+        )
+    if recipe.gradient_checkpointing:
+        network.blocks = network.blocks.wrap_all(recompute)
+    network.to(device)
+    return AdaptorObjective(
+        network,
+        text_dropout=recipe.text_dropout,
+        max_clean_weight=recipe.max_clean_weight,
+        noise_offset=recipe.noise_offset,
+        timestep_importance=recipe.timestep_importance,
+    )
+
+
+def _parent_and_prior(
+    recipe: SupirRecipe, parents: Mapping[str, Model], device: str, precision: Precision = "fp32"
+) -> tuple[Model | None, Prior]:
+    parent = next(iter(parents.values()), None)
+    record = parent.info["prior"] if parent is not None else None
+    return parent, open_recorded_prior(recipe.prior, record, device, precision, image_encoder="")
+
+
+def network_of(model: Model, prior: Prior, parts: Sequence[str] = (ENCODER, ADAPTOR)) -> Supir:
+    """The networks of a model folder, or only some of its parts.
+
+    Raises:
+        ModelError: the weights do not fit the prior.
+    """
+    config = dict(model.info["config"])
+    if ADAPTOR not in parts:
+        config[ADAPTOR] = None
+    names = [name for name in model.info["parts"] if name in parts]
+    try:
+        return Supir.from_parts(prior, config, {name: model.part(name) for name in names})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{model.path}: {error}") from error
+
+
+def build_restorer(
+    model: Model, device: str = "cpu", batch_size: int = 1, precision: Precision = "fp32", **defaults: Any
+) -> SupirRestorer:
+    """The restorer of a model folder.
+
+    Args:
+        model: a folder with encoder and adaptor.
+        device: device of the networks.
+        batch_size: see SupirRestorer.
+        precision: precision of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
+        defaults: default options that replace those of the model's recipe.
+
+    Raises:
+        ModelError: a part is missing, or the prior cannot be opened.
+    """
+    missing = [part for part in (ENCODER, ADAPTOR) if part not in model.info["parts"]]
+    if missing:  # checked before gigabytes are loaded
+        raise ModelError(f"{model.path}: restoring needs {' and '.join(missing)} too, which the model does not have")
+    record = model.info["prior"]
+    # all parts are built on the CPU in the given precision, and then move to the device together
+    prior = open_recorded_prior(str(record["id"]), record, "cpu", precision, image_encoder="")
+    network = network_of(model, prior)
+    network.to(device)
+    return SupirRestorer(network, {**restore_defaults(model.info["recipe"] or {}), **defaults}, batch_size)
+
+
+def look(objective: SupirObjective, recipe: SupirRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
+    """Sample pictures during training: D(E_dr(lq)), or with an adaptor the whole restoration; LQ's shape and range."""
+    if isinstance(objective, RobustEncoderObjective):
+        return first_restoration(objective.encoder, lq)
+    with torch.no_grad(), preserve_requires_grad(objective.trainables.values()):
+        restorer = SupirRestorer(objective.network, restore_defaults(as_dict(recipe)))
+        requests = [
+            Request(key=f"sample {i}", image=image, seed=seed + i, prompt=prompt)
+            for i, (image, prompt) in enumerate(zip(tensor_to_images(lq), prompts, strict=True))
+        ]
+        return images_to_tensor([answer.image for answer in restorer.restore(requests)])
+
+
+def measure(objective: SupirObjective, heldout: Sequence[Batch]) -> dict[str, float]:
+    """Numbers for the model card: see measure_encoder; none for an adaptor."""
+    return measure_encoder(objective.encoder, heldout) if isinstance(objective, RobustEncoderObjective) else {}

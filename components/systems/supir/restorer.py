@@ -1,0 +1,295 @@
+"""The restorer of a trained SUPIR model, for batch jobs, the service and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.color import transfer_colors
+from components.images import pad_to_multiple, working_size
+from components.priors.robust_encoder import RobustLatents
+from components.priors.tiling import TILE, decode_images, encode_images
+from components.randomness import generator
+from components.samplers.edm import (
+    Churn,
+    LevelDenoiser,
+    Pull,
+    edm_sigmas,
+    karras_sigmas,
+    level_table,
+    sample_dpmpp_2m,
+    sample_edm,
+    sample_euler_ancestral,
+    substep_sigmas,
+)
+from components.samplers.tiles import gaussian_weights, released_weights, strided_boxes, tile_boxes, tiled
+from components.systems.supir.denoiser import Ramp, SupirDenoiser
+from components.systems.supir.network import Conditions, Supir
+from components.systems.supir.options import Options, parse_options
+from components.systems.supir.preprocess import page_resize, released_sizes, resize, resize_result, to_tensor
+from components.systems.supir.texts import negative_text, positive_text, tile_captions
+from components.types import Box, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
+
+RELEASED_SIZE = 1024
+"""Side in the official size ids, whatever the picture's."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A prepared request.
+
+    Attributes:
+        index: position among the requests.
+        padded: `unpadded`, padded to sides that are multiples of prior.multiple_px.
+        unpadded: the input, resized to the size at which the networks run.
+        size: (height, width) of the result.
+        texts: the positive prompts, one for the whole picture or one for each tile, and the negative one.
+        chunks: pieces of the text encoders' length that the longest of them needs.
+    """
+
+    index: int
+    request: Request
+    options: Options
+    padded: Image
+    unpadded: Image
+    size: tuple[int, int]
+    texts: tuple[str, ...]
+    chunks: int
+
+
+class SupirRestorer(Restorer):
+    """SUPIR's implementation of types.Restorer.
+
+    Args:
+        network: prior, robust encoder and adaptor; their weights must not change while this object is in use.
+        defaults: default options from a recipe; they replace the built-in ones.
+        batch_size: largest number of pictures in a batch; they have one size and equal options. With 1, a picture's
+            bytes do not depend on the other requests. Above 1, convolutions and matrix products may round differently,
+            by about 1e-6 before rounding to 8 bit; noise never depends on the company.
+
+    Raises:
+        ValueError: there is no adaptor, or a default is unknown or outside its range.
+    """
+
+    def __init__(self, network: Supir, defaults: Mapping[str, Any] | None = None, batch_size: int = 1) -> None:
+        if network.adaptor is None:
+            raise ValueError("restoring needs a network with an adaptor")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.network, self.batch_size = network.freeze(), batch_size
+        self.defaults = parse_options(defaults or {}, Options())
+        self.table = level_table(network.prior.schedule)
+        self._robust = RobustLatents(network.encoder)
+
+    def restore(
+        self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
+    ) -> list[Restored]:
+        """Restore pictures; the results are in request order.
+
+        Args:
+            requests: pictures of any sizes and aspect ratios. `size` is the size of the result. The input is resized
+                before the networks run, see Options.resize. A picture larger than a tile is restored in tiles, so
+                memory is bounded, apart from the latents and the 8-bit pictures.
+            on_step: called after each sampler step; steps are counted over all batches of this call.
+            cancelled: called before each step and each tile.
+
+        Raises:
+            SampleError: a picture is not uint8 RGB ("bad_image"), a size is below 1 ("bad_size"), or it has another
+                number of tiles than of tile_prompts ("bad_tiles").
+            ValueError: options are unknown or wrong. The message suggests the nearest option and names no request,
+                since all requests with these options fail with it.
+            Cancellation: `cancelled()` returned True.
+        """
+        batches = list(self._batches([self._prepare(i, r) for i, r in enumerate(requests)]))
+        total, offset = sum(batch[0].options.steps for batch in batches), 0
+        restored: dict[int, Restored] = {}
+
+        def report(event: StepEvent) -> None:
+            if on_step is not None:
+                on_step(replace(event, step=offset + event.step, of=total))
+
+        for batch in batches:
+            for job, image in zip(batch, self._run(batch, report, cancelled), strict=True):
+                restored[job.index] = Restored(key=job.request.key, image=image, info=_info(job))
+            offset += batch[0].options.steps
+        return [restored[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def preview(self, request: Request) -> Image:
+        """The first restoration D(E_dr(lq)), uint8 at the networks' size: what a captioner should see (Fig. 18)."""
+        job = self._prepare(0, request)
+        height, width = job.unpadded.shape[:2]
+        (first,) = decode_images(self._robust, encode_images(self._robust, [job.padded]), keys=[request.key])
+        return np.ascontiguousarray(first[:height, :width])
+
+    def _prepare(self, index: int, request: Request) -> _Job:
+        image = request.image
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+            raise SampleError("bad_image", f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}", request.key)
+        options = parse_options(request.options, self.defaults)
+        height, width = request.size or image.shape[:2]
+        if height < 1 or width < 1:
+            raise SampleError("bad_size", f"size must be positive, got {height} x {width}", request.key)
+        if options.resize == "released":
+            unpadded = resize(image, released_sizes((height, width))[0])
+        elif options.resize == "page":
+            unpadded = page_resize(image, height / image.shape[0])
+        else:
+            unpadded = resize(image, working_size((height, width), options.min_side_px))
+        padded = pad_to_multiple(unpadded, self.network.prior.multiple_px)
+        captions = [request.prompt]
+        if parts := tile_captions(options.tile_prompts):
+            rows, columns = (side // self.network.prior.factor for side in padded.shape[:2])
+            boxes = self._boxes(rows, columns, options)
+            if len(parts) != len(boxes):
+                detail = f"{len(parts)} tile_prompts for a picture of {len(boxes)} tiles"
+                raise SampleError("bad_tiles", detail, request.key)
+            captions = parts
+        texts = [positive_text(caption, options.positive_words, options.joined_words) for caption in captions]
+        texts.append(negative_text(request.negative_prompt, options.negative_words))
+        chunks = max(self.network.prior.prompt_chunks(text) for text in texts)
+        return _Job(index, request, options, padded, unpadded, (height, width), tuple(texts), chunks)
+
+    def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+        """Group jobs of one working size, equal options and equally long texts, in order of first appearance."""
+        groups: dict[Any, list[_Job]] = {}
+        for job in jobs:
+            groups.setdefault((job.unpadded.shape, job.options, job.chunks), []).append(job)
+        for group in groups.values():
+            for first in range(0, len(group), self.batch_size):
+                yield group[first : first + self.batch_size]
+
+    @torch.inference_mode()
+    def _run(self, batch: Sequence[_Job], on_step: OnStep, cancelled: Cancelled | None) -> list[Image]:
+        """The restored pictures of one batch, at their result sizes."""
+        prior, options, keys = self.network.prior, batch[0].options, [job.request.key for job in batch]
+        shape = (prior.latent_channels, *(side // prior.factor for side in batch[0].padded.shape[:2]))
+        lq = encode_images(self._robust, [job.padded for job in batch])
+        target, firsts = lq, list[Image]()
+        if (options.tau and options.algorithm == "released") or (
+            options.color != "none" and options.color_from == "first"
+        ):
+            firsts = decode_images(self._robust, lq, keys=keys)
+        if options.tau and options.algorithm == "released":
+            noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
+            target = encode_images(prior, firsts, noise=noise)
+        clean = self._sample(batch, lq, target, shape, on_step, cancelled)
+        del lq, target
+        pictures = decode_images(prior, clean, keys=keys)
+        return [
+            _finish(job, picture, firsts[i] if firsts else None)
+            for i, (job, picture) in enumerate(zip(batch, pictures, strict=True))
+        ]
+
+    def _sample(
+        self,
+        batch: Sequence[_Job],
+        lq: Tensor,
+        target: Tensor,
+        shape: tuple[int, ...],
+        on_step: OnStep,
+        cancelled: Cancelled | None,
+    ) -> Tensor:
+        """Clean latents [B, C, h, w]."""
+        options, device = batch[0].options, self.network.prior.device
+        boxes = self._boxes(shape[1], shape[2], options)
+        denoise = self._denoiser(batch, lq, boxes, cancelled)
+        table = self.table.to(device)
+        sigma_max = table[-1]
+        noise = self._noise(batch, "start", shape)
+        step_noise: Callable[[int], Tensor] = lambda step: self._noise(batch, f"step {step}", shape)  # noqa: E731
+        if options.algorithm == "paper":
+            latents = noise * sigma_max
+        else:
+            latents = noise * (1 + sigma_max.square()).sqrt()
+        if options.sampler == "substep":
+            sigmas = substep_sigmas(table, options.steps)
+            return sample_euler_ancestral(
+                denoise, latents, sigmas, step_noise, 1.0, options.noise_scale, on_step, cancelled
+            )
+        sigmas = edm_sigmas(table, options.steps)
+        if options.sampler == "dpmpp2m":
+            levels = karras_sigmas(options.steps, float(sigmas[-2]), float(sigma_max)).to(device)
+            return sample_dpmpp_2m(
+                denoise, latents, levels, step_noise, 1.0, options.noise_scale, on_step=on_step, cancelled=cancelled
+            )
+        pull = None
+        if options.tau:
+            pull = Pull(target=target, tau=options.tau, sigma_max=float(sigma_max))
+            if options.algorithm == "paper":
+                pull = replace(pull, low=-1.0)  # every step, the last one too
+        churn = Churn(amount=options.churn, noise_scale=options.noise_scale)
+        return sample_edm(denoise, latents, sigmas, step_noise, churn, pull, on_step, cancelled)
+
+    def _denoiser(
+        self, batch: Sequence[_Job], lq: Tensor, boxes: Sequence[Box], cancelled: Cancelled | None
+    ) -> LevelDenoiser:
+        """The networks as a denoiser over the whole latents, in tiles where they do not fit in one."""
+        options, prior = batch[0].options, self.network.prior
+        size = (RELEASED_SIZE, RELEASED_SIZE)
+        if options.sizes == "tile":
+            size = (boxes[0][2] * prior.factor, boxes[0][3] * prior.factor)
+        count = len(batch[0].texts) - 1
+        conditions = [self._conditions(batch, place, size) for place in range(count)]
+        negative = self._conditions(batch, -1, size) if options.guided else None
+        cfg, control = options.cfg_ends, options.control_ends
+        whole = SupirDenoiser(
+            predict=self.network.predict_eps,
+            table=self.table.to(prior.device),
+            lq=lq,
+            positive=conditions[0],
+            negative=negative,
+            cfg_scale=Ramp(start=cfg[0], end=cfg[1]),
+            control_scale=Ramp(start=control[0], end=control[1]),
+            sigma_max=float(self.table[-1]),
+            tiles=dict(zip(boxes, conditions, strict=True)) if count > 1 else {},
+        )
+        weigh = released_weights if options.tiles == "released" else gaussian_weights
+        return tiled(whole, lq.shape[-2], lq.shape[-1], boxes, cancelled, weigh)
+
+    def _conditions(self, batch: Sequence[_Job], place: int, size: tuple[int, int]) -> Conditions:
+        """Conditions of the texts at `place`, for the whole batch.
+
+        Args:
+            size: (height, width) in the size ids.
+        """
+        prior = self.network.prior
+        text, pooled = prior.embed_long_prompts([job.texts[place] for job in batch], batch[0].chunks)
+        sizes = torch.tensor([[*size, 0, 0, *size]]).expand(len(batch), -1)
+        return Conditions(text=text, pooled=pooled, time_ids=prior.time_ids(sizes))
+
+    def _boxes(self, height: int, width: int, options: Options) -> list[Box]:
+        """The tiles of a picture, in latent pixels; a picture that fits in one tile has one."""
+        prior = self.network.prior
+        multiple = prior.multiple_px // prior.factor
+        side = options.tile_px // prior.factor if options.tile_px else TILE
+        side = max(multiple, side // multiple * multiple)
+        if options.tiles == "released" and min(height, width) >= side:
+            return strided_boxes(height, width, side, max(1, side // 2))
+        return tile_boxes(height, width, (side, side), options.tile_overlap, multiple)
+
+    def _noise(self, batch: Sequence[_Job], name: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal noise of each request's seed, [B, *shape]."""
+        rows = [generator(job.request.seed, name).standard_normal(shape, dtype=np.float32) for job in batch]
+        return torch.from_numpy(np.stack(rows)).to(self.network.prior.device)
+
+
+def _finish(job: _Job, picture: Image, first: Image | None) -> Image:
+    """Remove the padding, transfer the colours and resize to the result's size."""
+    height, width = job.unpadded.shape[:2]
+    style = job.unpadded if first is None else np.ascontiguousarray(first[:height, :width])
+    picture = transfer_colors(np.ascontiguousarray(picture[:height, :width]), style, job.options.color)
+    if job.options.resize == "released":
+        return resize_result(to_tensor(picture), job.size)
+    return resize(picture, job.size)
+
+
+def _info(job: _Job) -> dict[str, str]:
+    """The system, the seed and all options, for the PNG's text chunks; restoring.png_text adds model and prompt."""
+    options = {name: str(value) for name, value in asdict(job.options).items()}
+    return {"system": "supir", "seed": str(job.request.seed), **options}

@@ -23,6 +23,7 @@ from components.priors.sdxl_config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SDXL,
+    SDXL_AUTOENCODER,
     SDXL_UNET,
     ImageView,
 )
@@ -39,6 +40,7 @@ _WEIGHTS = {
 
 _SDXL_FILES = tuple(f"{part}/config.json" for part in _WEIGHTS)
 _SDXL_SMALL = ("*/*.json", "*/*.txt")
+_UNET_CONFIG, _VAE_CONFIG = "unet/config.json", "vae/config.json"
 _VARIANTS = ("", "fp16")
 """Variants of weights: the plain set, or a second set in half precision."""
 
@@ -49,9 +51,11 @@ class PriorShape:
 
     Attributes:
         id, digest: identify the prior, see Prior.
-        image_encoder: name of the picture encoder for a diffusers prior; "" for our own priors.
+        image_encoder: name of the picture encoder for a diffusers prior; "" for our own priors, and for none.
         unet: arguments of UNet2DConditionModel.
-        image_token_dim: width of the picture encoder's tokens.
+        image_token_dim: width of the picture encoder's tokens; 0 without one.
+        autoencoder: arguments of AutoencoderKL, or of SpaceToDepthAutoencoder for our own priors; empty if a diffusers
+            folder does not hold them.
         note: message for users if the sizes do not come from files.
     """
 
@@ -60,6 +64,7 @@ class PriorShape:
     image_encoder: str
     unet: Mapping[str, Any]
     image_token_dim: int
+    autoencoder: Mapping[str, Any]
     note: str = ""
 
     def source(self) -> dict[str, str]:
@@ -71,6 +76,10 @@ class PriorShape:
 
 def prior_shape(name: str, image_encoder: str = DINOV2) -> PriorShape:
     """Sizes of a prior from its configuration files; those of SDXL and DINOv2-large need no files.
+
+    Args:
+        name: as in load_prior.
+        image_encoder: Dinov2 folder or hub id, used with a diffusers prior only; "" for none.
 
     Raises:
         ModelError: the prior is missing, or the model is not a prior.
@@ -89,20 +98,27 @@ def prior_shape(name: str, image_encoder: str = DINOV2) -> PriorShape:
             image_encoder="",
             unet=config["unet"],
             image_token_dim=int(config["image_encoder"]["hidden_size"]),
+            autoencoder=config["autoencoder"],
         )
     notes: list[str] = []
-    unet, prior_id = _read_config(name, "unet/config.json", {SDXL: SDXL_UNET}, notes)
-    dino, encoder_id = _read_config(image_encoder, "config.json", {DINOV2: {"hidden_size": DINOV2_TOKEN_DIM}}, notes)
+    published = {_UNET_CONFIG: SDXL_UNET, _VAE_CONFIG: SDXL_AUTOENCODER}
+    configs, prior_id = _read_configs(name, (_UNET_CONFIG, _VAE_CONFIG), {SDXL: published}, notes)
+    unet, encoder_id = configs[_UNET_CONFIG], ""
+    dino: Mapping[str, Any] = {"hidden_size": 0}
+    if image_encoder:
+        encoder_sizes = {DINOV2: {"config.json": {"hidden_size": DINOV2_TOKEN_DIM}}}
+        encoder_configs, encoder_id = _read_configs(image_encoder, ("config.json",), encoder_sizes, notes)
+        dino = encoder_configs["config.json"]
     if "cross_attention_dim" not in unet or "hidden_size" not in dino:
-        raise ModelError(
-            f"{name} with {image_encoder}: not a UNet of diffusers, or not a picture encoder of transformers"
-        )
+        both = f"{name} with {image_encoder}" if image_encoder else name
+        raise ModelError(f"{both}: not a UNet of diffusers, or not a picture encoder of transformers")
     return PriorShape(
         id=prior_id,
         digest="",
         image_encoder=encoder_id,
         unet=unet,
         image_token_dim=int(dino["hidden_size"]),
+        autoencoder=configs.get(_VAE_CONFIG, {}),
         note="; ".join(notes),
     )
 
@@ -323,18 +339,24 @@ def _check_sdxl(folder: Path, networks: Mapping[str, Any]) -> None:
         raise ModelError(f"{folder}: not of SDXL's shape: {'; '.join(faults)}")
 
 
-def _read_config(
-    name: str, file: str, published: Mapping[str, Mapping[str, Any]], notes: list[str]
-) -> tuple[Mapping[str, Any], str]:
-    """A configuration from a folder or the hub's cache, otherwise from `published`; and the name that identifies it."""
-    try:
-        folder, model_id = find_folder(name, (file,), (file,), {})
-        return read_json(folder / file), model_id
-    except ModelError:
-        if name not in published:
-            raise
-        notes.append(f"{name} is not on this machine: its published sizes are used")
-        return published[name], name
+def _read_configs(
+    name: str, files: Sequence[str], published: Mapping[str, Mapping[str, Mapping[str, Any]]], notes: list[str]
+) -> tuple[dict[str, Mapping[str, Any]], str]:
+    """Configurations by file from a folder or the hub, and the name that identifies it; otherwise from `published`.
+
+    A folder with the first file alone will do: the others are then left out.
+    """
+    for required in dict.fromkeys((tuple(files), tuple(files[:1]))):
+        try:
+            folder, model_id = find_folder(name, required, required, {})
+        except ModelError as error:
+            reason = error
+            continue
+        return {file: read_json(folder / file) for file in required}, model_id
+    if name not in published:
+        raise reason
+    notes.append(f"{name} is not on this machine: its published sizes are used")
+    return dict(published[name]), name
 
 
 def _lacking(folder: Path, required: Sequence[str], weights: Mapping[str, str]) -> list[str]:

@@ -28,6 +28,19 @@ SDXL_UNET: Mapping[str, Any] = {
 }
 """SDXL base's UNet (arXiv 2307.01952, table 1), in UNet2DConditionModel's arguments: 2,567,463,684 parameters."""
 
+SDXL_AUTOENCODER: Mapping[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.13025,
+}
+"""SDXL base's autoencoder, in AutoencoderKL's arguments: 83,653,863 parameters (supir.md, section 1.1)."""
+
 LICENCES: Mapping[str, str] = {
     SDXL: "CreativeML OpenRAIL++-M",
     DINOV2: "apache-2.0",

@@ -6,7 +6,7 @@ sides. Tables are built from a network's configuration, so that small networks o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -122,6 +122,11 @@ def translate_key(key: str, table: Mapping[str, str]) -> str | None:
         if module in table:
             return ".".join([table[module], *parts[cut:]])
     return None
+
+
+def checkpoint_shape(key: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """A tensor's shape in a checkpoint from its key there and its shape in diffusers; see autoencoder_table."""
+    return (*shape, 1, 1) if ".attn_1." in f".{key}" and len(shape) == 2 else tuple(shape)
 
 
 def fit_shapes(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

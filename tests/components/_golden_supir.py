@@ -18,10 +18,13 @@ from components.priors.parameters import copy_strictly
 from components.priors.robust_encoder import RobustEncoder
 from components.priors.sdxl_keys import (
     autoencoder_table,
+    checkpoint_shape,
     encoder_table,
     fit_shapes,
+    inverse,
     part_of,
     translate,
+    translate_key,
     unet_table,
 )
 from components.systems.supir.config import AdaptorConfig
@@ -44,7 +47,9 @@ class Golden:
     @classmethod
     def open(cls, folder: Path, module: str) -> Golden:
         path = folder / f"supir_{module}.json"
-        return cls(folder, json.loads(path.read_text(encoding="utf-8")), load_file(path.with_suffix(".safetensors")))
+        tensors = path.with_suffix(".safetensors")  # lists of keys have none
+        description = json.loads(path.read_text(encoding="utf-8"))
+        return cls(folder, description, load_file(tensors) if tensors.is_file() else {})
 
     def input(self, name: str) -> Tensor:
         return self.tensors[f"input/{name}"]
@@ -110,6 +115,16 @@ def unet_of(config: Mapping[str, Any]) -> UNet2DConditionModel:
         addition_time_embed_dim=pooled // 6,
         projection_class_embeddings_input_dim=config["adm_in_channels"],
     )
+
+
+def checkpoint_layout(module: nn.Module, table: Mapping[str, str], prefix: str) -> dict[str, list[int]]:
+    """The shapes of a module's parameters under the names of Stability's checkpoints."""
+    layout = {}
+    for name, value in module.named_parameters():
+        key = translate_key(name, inverse(table))
+        assert key is not None, name
+        layout[prefix + key] = list(checkpoint_shape(key, value.shape))
+    return layout
 
 
 def loaded_unet(folder: Path) -> UNet2DConditionModel:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -20,14 +21,17 @@ from helper_modules import load_helper
 from torch import Tensor, nn
 
 from components.color import adain, wavelet, wavelet_blur, wavelet_split
-from components.priors.encoder_copy import embed_step
+from components.priors.encoder_copy import embed_step, unet_skeleton
 from components.priors.parameters import copy_strictly
 from components.priors.robust_encoder import encode_restoration, first_restoration
 from components.priors.sdxl import Prior
+from components.priors.sdxl_config import SDXL, SDXL_AUTOENCODER, SDXL_UNET
 from components.priors.sdxl_keys import (
     KL_ATTENTION,
     KL_RESNET,
     RESNET,
+    autoencoder_table,
+    unet_table,
 )
 from components.priors.unet_walk import Joins, text_inputs, walk_unet
 from components.samplers.edm import (
@@ -51,8 +55,9 @@ from components.systems.supir.preprocess import (
     resize_result,
     to_tensor,
 )
+from components.systems.supir.weights import expected_layout
 
-LATER: set[str] = {"tile_vae", "state_dict_keys"}
+LATER: set[str] = {"tile_vae"}
 """Modules of the next steps; any other unknown module fails."""
 WEIGHTS_ONLY = {"unet_output_blocks", "unet_connectors"}
 """Files with weights of supir_unet."""
@@ -281,6 +286,20 @@ def check_prepost(golden: Golden) -> None:
         golden.check_levels(name, page_fix(image, int(name.rpartition(".")[2])))
 
 
+def check_state_dict_keys(golden: Golden) -> None:
+    """Names and shapes of SDXL's and SUPIR's checkpoints, one to one."""
+    unet = unet_skeleton(SDXL_UNET)
+    layout = files.checkpoint_layout(unet, unet_table(dict(unet.config)), "model.diffusion_model.")
+    assert layout == golden.description["sdxl_unet_keys"]
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL.from_config(dict(SDXL_AUTOENCODER))
+    layout = files.checkpoint_layout(autoencoder, autoencoder_table(dict(autoencoder.config)), "first_stage_model.")
+    assert layout == golden.description["vae_keys"]
+    assert sum(value.numel() for value in autoencoder.parameters()) == 83_653_863
+    (released,) = expected_layout(SDXL).values()
+    assert {key: list(shape) for key, shape in released.items()} == golden.description["supir_keys"]
+
+
 CHECKS: Mapping[str, Callable[[Golden], None]] = {
     "connectors": check_connectors,
     "blocks": check_blocks,
@@ -298,6 +317,7 @@ CHECKS: Mapping[str, Callable[[Golden], None]] = {
     "conditioner": check_conditioner,
     "pipeline": check_pipeline,
     "prepost": check_prepost,
+    "state_dict_keys": check_state_dict_keys,
 }
 
 

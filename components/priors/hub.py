@@ -344,7 +344,7 @@ def _read_configs(
 ) -> tuple[dict[str, Mapping[str, Any]], str]:
     """Configurations by file from a folder or the hub, and the name that identifies it; otherwise from `published`.
 
-    A folder with the first file alone will do: the others are then left out.
+    A folder with the first file alone will do: the others are then those of `published`, or left out.
     """
     for required in dict.fromkeys((tuple(files), tuple(files[:1]))):
         try:
@@ -352,7 +352,7 @@ def _read_configs(
         except ModelError as error:
             reason = error
             continue
-        return {file: read_json(folder / file) for file in required}, model_id
+        return {**published.get(name, {}), **{file: read_json(folder / file) for file in required}}, model_id
     if name not in published:
         raise reason
     notes.append(f"{name} is not on this machine: its published sizes are used")

@@ -352,13 +352,17 @@ def test_the_published_layout_has_the_sizes_of_the_reference() -> None:
     assert count(CONTROL, transformer_depth=[1, 1, 5])[1] == 702_031_040
 
 
-def test_a_prior_without_its_autoencoder_is_refused(tmp_path: Path) -> None:
-    prior = save_prior(tmp_path, vae=None)
+def test_a_prior_without_its_autoencoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path))
+    prior = save_prior(tmp_path / "prior", vae=None)
     assert prior_shape(prior, "").autoencoder == {} and prior_shape(prior, "").image_encoder == ""
     with pytest.raises(ModelError, match=r"no vae/config.json"):
         expected_layout(prior)
     shape = prior_shape(SDXL, "")
     assert shape.autoencoder == SDXL_AUTOENCODER and "dinov2" not in shape.note
+    save_prior(tmp_path / "weights" / SDXL, vae=None)  # only the UNet of SDXL is on this machine
+    shape = prior_shape(SDXL, "")
+    assert shape.unet == UNET and shape.autoencoder == SDXL_AUTOENCODER and not shape.note
     assert prior_shape("nano").autoencoder["factor"] == 4
 
 
@@ -379,9 +383,9 @@ def test_an_export_needs_an_adaptor_and_its_own_sizes(prior: str, tmp_path: Path
         export_weights(wrong.path, tmp_path / "out")
     with pytest.raises(ModelError, match="holds a unetres model"):
         export_weights("nano", tmp_path / "out")
-    for arguments in ({"spelling": "peft"}, {"form": "ckpt"}):
+    for spelling, form in (("peft", "pt"), ("released", "ckpt")):
         with pytest.raises(ValueError, match="spelling must be"):
-            export_weights(model.path, tmp_path / "out", **arguments)
+            export_weights(model.path, tmp_path / "out", spelling=spelling, form=form)
 
 
 def test_wrong_arguments_are_refused(prior: str, tmp_path: Path) -> None:

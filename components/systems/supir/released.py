@@ -11,7 +11,7 @@ from components.systems.supir.config import Connector, adaptor_config
 from components.systems.weights_io import find_released
 
 PUBLISHED = "SUPIR-v0Q.ckpt (strong degradations) or SUPIR-v0F.ckpt (light ones), as Fanghua-Yu/SUPIR links them"
-LICENCE = "SUPIR Software Licence (non-commercial; weights and architecture claimed by SupPixel Labs)"
+LICENCE = "SUPIR Software Licence (non-commercial; weights and architecture claimed by SupPixel)"
 PERMITTED_USE = "non-commercial only, as the licence says; commercial use needs a written agreement with SupPixel"
 """What the authors' licence claims (supir.md, section 0; docs/licences.md). It is reported, not judged."""
 
@@ -29,6 +29,15 @@ FILE_NAMES = tuple(
 )
 """File names to look for in a folder: the released ones, and those of the copies in half precision."""
 
+RELEASE_DEFAULTS: Mapping[str, Any] = {
+    "resize": "released",
+    "sizes": "released",
+    "encoding": "sample",
+    "joined_words": False,
+}
+"""Options of imported weights without a recipe of their own: the built-in ones are the official command line's, and
+these are its sizes and texts. Its tiles are not among them: their weights are half a row off."""
+
 SIDECAR = "restoray.json"
 """Written next to an exported file: recipe, prior, licence and origin."""
 
@@ -41,6 +50,7 @@ OF_THE_PRIOR = (
     "model.diffusion_model.",
     *(f"first_stage_model.{part}." for part in ("encoder", "decoder", "quant_conv", "post_quant_conv")),
     "conditioner.",
+    "denoiser.",
 )
 """Beginnings of SDXL's own keys, which a file may hold too; CONNECTORS are none of them."""
 

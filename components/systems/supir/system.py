@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from components.systems.supir.options import check_options, restore_defaults
 from components.systems.supir.recipe import STAGES, SupirRecipe
+from components.systems.supir.released import PUBLISHED, RELEASE_DEFAULTS, RELEASED, check_sizes, find_files
 from components.systems.system import Networks, System
+from components.systems.weights_io import WeightsCode, WeightsIO
 
 
 def networks() -> Networks:
@@ -19,10 +21,25 @@ def networks() -> Networks:
     )
 
 
+def weights_code() -> WeightsCode:
+    """Import and export of released weights; the call imports torch."""
+    from components.systems.supir.weights import expected_layout, export_weights, import_weights
+
+    return WeightsCode(import_weights=import_weights, export_weights=export_weights, layout=expected_layout)
+
+
 SUPIR = System(
     recipe=SupirRecipe,
     stages=STAGES,
     networks=networks,
     check_options=check_options,
     restore_defaults=restore_defaults,
+    weights=WeightsIO(
+        published=PUBLISHED,
+        files=RELEASED,
+        defaults=RELEASE_DEFAULTS,
+        check_sizes=check_sizes,
+        find=find_files,
+        code=weights_code,
+    ),
 )

@@ -41,6 +41,7 @@ from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.connectors import places_of
 from components.systems.supir.network import ADAPTOR, Adaptor
 from components.systems.supir.network import ENCODER as ROBUST
+from components.systems.supir.options import restore_defaults
 from components.systems.supir.released import (
     CONNECTORS,
     CONTROL,
@@ -50,6 +51,7 @@ from components.systems.supir.released import (
     OF_THE_PRIOR,
     PERMITTED_USE,
     PUBLISHED_PARAMETERS,
+    RELEASE_DEFAULTS,
     RELEASED,
     SIDECAR,
     check_sizes,
@@ -71,7 +73,12 @@ SHORTENED = {
 }
 """Keys of a file that lacks the robust encoder lose their common beginning (see components.state_dicts)."""
 
-PRIOR_NOUNS = {"model": "of the UNet", "first_stage_model": "of the autoencoder", "conditioner": "of the texts"}
+PRIOR_NOUNS = {
+    "model": "of the UNet",
+    "first_stage_model": "of the autoencoder",
+    "conditioner": "of the texts",
+    "denoiser": "of the schedule",
+}
 """For the note on a prior's own tensors in a file, by the first part of their keys."""
 
 Shape = tuple[int, ...]
@@ -165,7 +172,7 @@ def import_weights(
     card = ModelCard(
         name=name or sidecar.get("name") or (out.name if out else "supir"),
         system="supir",
-        recipe=sidecar.get("recipe") or {},
+        recipe=sidecar.get("recipe") or {"restore_options": dict(RELEASE_DEFAULTS)},
         prior=expected.shape.source(),
         config={ADAPTOR: expected.config.to_dict()},
         parents={path.name: f"sha256:{sha256}"},
@@ -182,7 +189,7 @@ def import_weights(
         config=card.config,
         licence=card.licence,
         permitted_use=card.permitted_use,
-        defaults=dict(card.recipe.get("restore_options") or {}),
+        defaults=restore_defaults(card.recipe),
         notes=tuple(notes),
     )
     if out is not None and proceed(result):

@@ -34,11 +34,7 @@ def encode_pixels(autoencoder: nn.Module, images: Tensor, noise: Tensor | None =
     with torch.autocast(images.device.type, enabled=False):
         pixels = images.to(next(autoencoder.parameters()).dtype)
         distribution = autoencoder.encode(pixels).latent_dist  # type: ignore[operator]
-        if noise is None:
-            latents = distribution.mode()
-        else:
-            latents = distribution.mean + distribution.std * noise.to(distribution.mean)
-    return scale_latents(autoencoder, latents.to(images.dtype))
+    return draw_latents(autoencoder, distribution, noise, images.dtype)
 
 
 def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
@@ -49,6 +45,14 @@ def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
         unscaled = unscale_latents(autoencoder, latents)
         images = autoencoder.decode(unscaled.to(next(autoencoder.parameters()).dtype)).sample  # type: ignore[operator]
     return images.to(latents.dtype)  # type: ignore[no-any-return]
+
+
+def draw_latents(autoencoder: nn.Module, distribution: Any, noise: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scaled latents [B, C, h, w] of a DiagonalGaussianDistribution: a sample with `noise`, the mode without."""
+    latents: Tensor = distribution.mode()
+    if noise is not None:
+        latents = distribution.mean + distribution.std * noise.to(latents)
+    return scale_latents(autoencoder, latents.to(dtype))
 
 
 def scale_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ picture.
 
     SpaceToDepthAutoencoder   a tile's halo is as wide as the convolutions reach: equal to the whole up to rounding
     AutoencoderKL             its group norms and its middle attention depend on the whole picture, so tiles are not
-                              exact: they overlap by twice the halo and are cross-faded
+                              exact: they overlap by twice the halo and are cross-faded. layer_tiles.py is exact, but
+                              keeps the activations of a whole layer
 """
 
 from __future__ import annotations

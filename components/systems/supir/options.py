@@ -29,6 +29,7 @@ _RELEASED_FORM: Mapping[str, Any] = {
     "min_side_px": 0,
     "sizes": "released",
     "joined_words": False,
+    "autoencoder_tiles": "released",
     "tiles": "released",
     "color_from": "first",
 }
@@ -128,6 +129,8 @@ class Options:
         tile_px: pictures with a longer side are restored in tiles of this side; 0 takes 128 latents (1024 px at SDXL's
             factor of 8).
         tile_overlap: smallest share of a tile that neighbours share.
+        autoencoder_tiles: of a picture larger than 128 latents: "exact" equals the whole, but stores the activations of
+            a layer; "faded" has bounded memory; "auto" is exact up to 2048 x 2048 px; "released" is the official way.
         tiles: "even" (our places and weights), or "released": half a tile apart, with weights half a row off.
 
     Raises:
@@ -157,6 +160,7 @@ class Options:
     sizes: Literal["tile", "released"] = "tile"
     tile_px: int = 0
     tile_overlap: float = 0.25
+    autoencoder_tiles: Literal["auto", "exact", "faded", "released"] = "auto"
     tiles: Literal["even", "released"] = "even"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from components.color import transfer_colors
 from components.images import pad_to_multiple, working_size
 from components.priors.robust_encoder import RobustLatents
-from components.priors.tiling import TILE, decode_images, encode_images
+from components.priors.tiling import TILE
 from components.randomness import generator
 from components.samplers.edm import (
     Churn,
@@ -31,6 +31,7 @@ from components.samplers.tiles import gaussian_weights, released_weights, stride
 from components.systems.supir.denoiser import Ramp, SupirDenoiser
 from components.systems.supir.network import Conditions, Supir
 from components.systems.supir.options import Options, parse_options
+from components.systems.supir.pictures import Pictures
 from components.systems.supir.preprocess import page_resize, released_sizes, resize, resize_result, to_tensor
 from components.systems.supir.texts import negative_text, positive_text, tile_captions
 from components.types import Box, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
@@ -124,7 +125,8 @@ class SupirRestorer(Restorer):
         """The first restoration D(E_dr(lq)), uint8 at the networks' size: what a captioner should see (Fig. 18)."""
         job = self._prepare(0, request)
         height, width = job.unpadded.shape[:2]
-        (first,) = decode_images(self._robust, encode_images(self._robust, [job.padded]), keys=[request.key])
+        coder = self._pictures(job.options, None)
+        (first,) = coder.decode(coder.lq_latents([job.padded]), [request.key])
         return np.ascontiguousarray(first[:height, :width])
 
     def _prepare(self, index: int, request: Request) -> _Job:
@@ -169,22 +171,28 @@ class SupirRestorer(Restorer):
         """The restored pictures of one batch, at their result sizes."""
         prior, options, keys = self.network.prior, batch[0].options, [job.request.key for job in batch]
         shape = (prior.latent_channels, *(side // prior.factor for side in batch[0].padded.shape[:2]))
-        lq = encode_images(self._robust, [job.padded for job in batch])
+        coder = self._pictures(options, cancelled)
+        lq = coder.lq_latents([job.padded for job in batch])
         target, firsts = lq, list[Image]()
         if (options.tau and options.algorithm == "released") or (
             options.color != "none" and options.color_from == "first"
         ):
-            firsts = decode_images(self._robust, lq, keys=keys)
+            firsts = coder.decode(lq, keys)
         if options.tau and options.algorithm == "released":
             noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
-            target = encode_images(prior, firsts, noise=noise)
+            target = coder.latents(firsts, noise)
         clean = self._sample(batch, lq, target, shape, on_step, cancelled)
         del lq, target
-        pictures = decode_images(prior, clean, keys=keys)
+        pictures = coder.decode(clean, keys)
         return [
             _finish(job, picture, firsts[i] if firsts else None)
             for i, (job, picture) in enumerate(zip(batch, pictures, strict=True))
         ]
+
+    def _pictures(self, options: Options, cancelled: Cancelled | None) -> Pictures:
+        return Pictures(
+            prior=self.network.prior, robust=self._robust, tiles=options.autoencoder_tiles, cancelled=cancelled
+        )
 
     def _sample(
         self,

@@ -1,0 +1,84 @@
+"""Pictures to latents and back at any size, with the robust encoder, the original one and the decoder.
+
+A picture of one tile runs whole. A larger one runs in tiles: an AutoencoderKL layer by layer, equal to the whole (or as
+released), while its stored activations fit (see layer_tiles.py), and else in cross-faded tiles of bounded memory
+(tiling.py). The small autoencoder's tiles are always exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+
+from components.priors.layer_tiles import LayerTiles, decode_latents_tiled, encode_pixels_tiled
+from components.priors.robust_encoder import RobustLatents
+from components.priors.sdxl import Prior
+from components.priors.tiling import TILE, decode_images, encode_images
+from components.tensors import images_to_tensor, tensor_to_images
+from components.types import Cancelled, Image
+
+Tiles = Literal["auto", "exact", "released", "faded"]
+
+EXACT_PX = 2048 * 2048
+"""Largest picture that "auto" decodes exactly: SDXL's decoder then stores 6.4 GB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Encoders and decoder of one run.
+
+    Attributes:
+        prior: with its autoencoder.
+        robust: the robust encoder, with the same decoder.
+        tiles: how a large picture is cut, see the module's docstring; "auto" chooses exact or faded by its size.
+        cancelled: called before each tile of each layer.
+    """
+
+    prior: Prior
+    robust: RobustLatents
+    tiles: Tiles = "auto"
+    cancelled: Cancelled | None = None
+
+    def lq_latents(self, images: Sequence[Image]) -> Tensor:
+        """Scaled latents of LQ pictures of one size, uint8 [H, W, 3], by the robust encoder: [B, C, h, w]."""
+        layers = self._layers(images[0].shape[0], images[0].shape[1])
+        if layers is None:
+            return encode_images(self.robust, images)
+        pixels, encoder = images_to_tensor(images), self.robust.encoder
+        latents = encode_pixels_tiled(
+            encoder.autoencoder, pixels, layers, encoder=encoder.encoder, cancelled=self.cancelled
+        )
+        return latents.to(self.prior.device)
+
+    def latents(self, images: Sequence[Image], noise: Tensor | None = None) -> Tensor:
+        """Scaled latents of pictures by the original encoder; with `noise` a sample of its distribution."""
+        layers = self._layers(images[0].shape[0], images[0].shape[1])
+        if layers is None:
+            return encode_images(self.prior, images, noise=noise)
+        pixels = images_to_tensor(images)
+        own = None if noise is None else noise.to(pixels.device)
+        latents = encode_pixels_tiled(self.prior.autoencoder, pixels, layers, own, cancelled=self.cancelled)
+        return latents.to(self.prior.device)
+
+    def decode(self, latents: Tensor, keys: Sequence[str]) -> list[Image]:
+        """Scaled latents [B, C, h, w] -> pictures uint8 [H, W, 3]; SampleError "not_finite", see tensors."""
+        layers = self._layers(*(side * self.prior.factor for side in latents.shape[-2:]))
+        if layers is None:
+            return decode_images(self.prior, latents, keys=keys)
+        images = decode_latents_tiled(self.prior.autoencoder, latents, layers, self.cancelled)
+        return tensor_to_images(images, keys)
+
+    def _layers(self, height: int, width: int) -> LayerTiles | None:
+        """How to run layer by layer; None to run whole or in cross-faded tiles."""
+        small = max(height, width) <= TILE * self.prior.factor
+        if small or self.tiles == "faded" or not isinstance(self.prior.autoencoder, AutoencoderKL):
+            return None
+        if self.tiles == "auto" and height * width > EXACT_PX:
+            return None
+        return LayerTiles(
+            how="released" if self.tiles == "released" else "exact", offload=self.prior.device.type != "cpu"
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.options import OptionCheck
 from components.types import Restorer
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import THREADS, set_threads
@@ -69,11 +70,19 @@ class StudyModel:
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModel(StudyModel):
-    """A model of any system: its restorer, and the typed options of each request."""
+    """A model of any system.
+
+    Attributes:
+        system: its name.
+        restorer: the loaded model.
+        options: the typed options of each request.
+        check: checks and types options, see components.options.OptionCheck.
+    """
 
     system: str
     restorer: Restorer
     options: Mapping[str, Any]
+    check: OptionCheck
 
 
 def checked_options(model: OpenedModel, job: StudyJob) -> Mapping[str, Any]:
@@ -108,4 +117,5 @@ def open_whole(job: StudyJob) -> WholeModel:
         system=identity.system,
         restorer=restorer,
         options=options,
+        check=model.check,
     )

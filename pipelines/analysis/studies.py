@@ -11,6 +11,7 @@ from typing import Any
 
 from components.images import Limits
 from pipelines.analysis import levels as lv
+from pipelines.analysis.arms import analyze_arms
 from pipelines.analysis.instantir.studies import INSTANTIR_STUDIES
 from pipelines.analysis.model import StudyJob, open_whole
 from pipelines.analysis.seeds import analyze_seeds
@@ -18,7 +19,11 @@ from pipelines.analysis.study import Study, StudyResult, list_study_pictures
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import UsageError, unknown
 
-STUDIES: Mapping[str, Study] = {**INSTANTIR_STUDIES, "seeds": Study(open=open_whole, run=analyze_seeds)}
+STUDIES: Mapping[str, Study] = {
+    **INSTANTIR_STUDIES,
+    "seeds": Study(open=open_whole, run=analyze_seeds),
+    "arms": Study(open=open_whole, run=analyze_arms),
+}
 
 
 def analyze(study: str, job: StudyJob, progress: Progress = no_progress, **settings: Any) -> StudyResult:
@@ -27,7 +32,7 @@ def analyze(study: str, job: StudyJob, progress: Progress = no_progress, **setti
     Args:
         study: a name in STUDIES.
         job: the model, the pictures and where the results go.
-        settings: the study's own settings: mixed, faults, stop, seeds.
+        settings: the study's own settings: mixed, faults, stop, seeds, arms, metrics.
 
     Raises:
         UsageError: the study, an option or a preset is unknown, there are no pictures, the model's system does not fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from pipelines.commands.support import Command, Device, complete_preset, parse_options, plain
 from pipelines.core.console import Console
 from pipelines.core.devices import check_device
-from pipelines.core.errors import EXIT_QUARANTINED
+from pipelines.core.errors import EXIT_QUARANTINED, UsageError
 
 if TYPE_CHECKING:
     from pipelines.analysis.model import StudyJob
@@ -57,6 +58,29 @@ def run_study(study: str, job: StudyJob, as_json: bool, **settings: Any) -> None
     with console.bar(study) as progress:
         result = analyze(study, job, progress=progress, **settings)
     end_study(result, console)
+
+
+def parse_arms(vary: list[str], arms: list[str]) -> dict[str, dict[str, Any]]:
+    """Arms by name from a command line; UsageError for one without a name or given twice."""
+    entries: dict[str, dict[str, Any]] = {}
+
+    def put(name: str, options: dict[str, Any]) -> None:
+        if name in entries:
+            raise UsageError(f"arm {name!r} is given twice")
+        entries[name] = options
+
+    for text in vary:
+        key, equals, values = text.partition("=")
+        if not equals or not key.strip() or not values.strip(", "):
+            raise UsageError(f"--vary needs KEY=V1,V2,..., got {text!r}")
+        for value in values.split(","):
+            put(f"{key.strip()}={value.strip()}", parse_options([f"{key.strip()}={value.strip()}"]))
+    for text in arms:
+        name, colon, options = text.partition(":")
+        if not colon or not name.strip():
+            raise UsageError(f"--arm needs 'NAME: KEY=VALUE KEY=VALUE', got {text!r}")
+        put(name.strip(), parse_options(shlex.split(options)))
+    return entries
 
 
 def end_study(result: StudyResult, console: Console) -> None:
@@ -174,6 +198,34 @@ def seeds(
     """How far results of several seeds lie apart, and whether each agrees with the input (InstaRevive's A.6)."""
     job = study_job(model, images, out, overrides, limit=limit, side_px=side, seed=seed, device=device)
     run_study("seeds", job, as_json, mixed=mixed, seeds=seeds)
+
+
+@app.command(cls=Command)
+def arms(
+    model: Annotated[str, typer.Option("--model", "-m", help="A model folder of any system or models:/name@alias.")],
+    images: Images,
+    out: Out,
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V1,V2,...", help="An arm for each value of an option.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME: KEY=VALUE...", help="An arm of several options, prompt and negative_prompt too."),
+    ] = None,
+    limit: Limit = 0,
+    side: Side = 256,
+    seed: Seed = 0,
+    mixed: Mixed = "realesrgan",
+    metrics: Annotated[str, typer.Option(help="More metrics, comma-separated; they may need weights.")] = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """The same pictures with several sets of options, scored side by side (SUPIR's figure 8a and table 2b)."""
+    entries = parse_arms(vary or [], arm or [])
+    job = study_job(model, images, out, overrides, limit=limit, side_px=side, seed=seed, device=device)
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    run_study("arms", job, as_json, mixed=mixed, arms=entries, metrics=names)
 
 
 @app.command(cls=Command)

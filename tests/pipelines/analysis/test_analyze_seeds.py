@@ -50,7 +50,7 @@ class Noisy(Restorer):
 
 def subject(images: Path, out: Path, restorer: Noisy) -> WholeModel:
     job = StudyJob(model="noisy", images=images, out=out, side_px=SIDE)
-    return WholeModel(job=job, name="noisy", digest="0" * 64, system="none", restorer=restorer, options={})
+    return WholeModel(job=job, name="noisy", digest="0" * 64, system="none", restorer=restorer, options={}, check=dict)
 
 
 @pytest.fixture

@@ -1,0 +1,259 @@
+"""`restoray analyze arms`: the same pictures restored with several sets of options, scored side by side.
+
+The study works for models of any system. It answers what an option is worth (SUPIR's Fig. 8a varies its tau, Table 2b
+its texts): every picture is degraded once, restored by every arm with the same noise, and scored against the original,
+the input and nothing. Differences are paired by picture, with 95 % intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from components.degradations import build_degradation
+from components.evaluation.statistics import Band, mean_band
+from components.images import to_float, to_uint8
+from components.options import TEXTS
+from components.restoring import check_text, picture_seed
+from components.types import Image, Request, SampleError
+from pipelines.analysis.bands import band_document, band_line, band_text, stack_bands
+from pipelines.analysis.model import WholeModel
+from pipelines.analysis.page import Page, Section
+from pipelines.analysis.strips import sheet_keys, strip_files, strip_name, strip_sheet, tile
+from pipelines.analysis.study import (
+    Measurements,
+    StudyResult,
+    column,
+    finish,
+    list_study_pictures,
+    measure_pictures,
+    pictures_fact,
+    study_folder,
+    write_csv,
+)
+from pipelines.core.console import Progress, no_progress
+from pipelines.core.errors import UsageError
+from pipelines.pages.figures import Panel, draw
+
+NAME = "arms"
+METRICS = ("psnr", "ssim", "st_lpips", "consistency", "piqe", "niqe_restoray")
+"""Fidelity, agreement with the input, and two scores without a target."""
+WITHOUT_WEIGHTS = ("lpips", "clipiqa", "musiq", "maniqa")
+"""Scores of SUPIR's tables. Their weights do not ship, so the table says "unavailable" unless they are asked for."""
+INPUT = "input"
+"""The row of the input itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One set of options, with the texts among them."""
+
+    name: str
+    options: Mapping[str, Any]
+    prompt: str = ""
+    negative_prompt: str = ""
+
+    def document(self) -> dict[str, Any]:
+        """For study.json."""
+        return {"options": dict(self.options), "prompt": self.prompt, "negative_prompt": self.negative_prompt}
+
+
+def read_arms(model: WholeModel, arms: Mapping[str, Mapping[str, Any]]) -> list[Arm]:
+    """Arms by name, with typed options.
+
+    Args:
+        arms: options by arm; `prompt` and `negative_prompt` are texts, all others the model's own options, on top of
+            the job's.
+
+    Raises:
+        UsageError: no arm, an arm named as the input's row, or an option that the model does not take.
+    """
+    if not arms:
+        raise UsageError("name at least one arm: --vary KEY=V1,V2 or --arm 'NAME: KEY=VALUE KEY=VALUE'")
+    result = []
+    for name, values in arms.items():
+        if name == INPUT:
+            raise UsageError(f"an arm cannot be called {INPUT!r}: that is the row of the input itself")
+        try:
+            texts = {key: check_text(key, values[key]) for key in TEXTS if key in values}
+            options = model.check({**model.options, **{k: v for k, v in values.items() if k not in TEXTS}})
+        except ValueError as error:
+            raise UsageError(f"arm {name!r}: {error}") from error
+        result.append(Arm(name=name, options=options, **texts))
+    return result
+
+
+def analyze_arms(
+    model: WholeModel,
+    arms: Mapping[str, Mapping[str, Any]],
+    mixed: str = "realesrgan",
+    metrics: Sequence[str] = (),
+    progress: Progress = no_progress,
+) -> StudyResult:
+    """Run the study; an interrupted run continues at the next picture.
+
+    Args:
+        arms: see read_arms; the first one is what the others are compared with.
+        mixed: preset of the degradation.
+        metrics: more metrics, by name; they may need weights.
+
+    Raises:
+        UsageError: there are no pictures, an arm, an option, a metric or the preset is wrong, or the folder holds
+            another study.
+        Failure: no picture could be measured, or the output folder cannot be written.
+    """
+    from components.evaluation.metrics import MetricError, Metrics, Origin  # imports torch
+
+    job, entries = model.job, read_arms(model, arms)
+    try:
+        degradation = build_degradation(mixed)
+        names = tuple(dict.fromkeys([*METRICS, *metrics]))
+        scorer = Metrics(names)
+    except (ValueError, MetricError) as error:
+        raise UsageError(str(error)) from error
+    pictures = list_study_pictures(job.images, job.out, job.limit)
+    settings = {
+        **model.settings(model.options),
+        "arms": {arm.name: arm.document() for arm in entries},
+        "degradation": mixed,
+        "metrics": list(names),
+    }
+    keys_on_sheet = sheet_keys(list(pictures.by_key))
+
+    def measure(key: str, picture: Image) -> dict[str, Any]:
+        plan = degradation.draw(job.seed, key, 0)
+        lq = to_uint8(degradation.apply(to_float(picture), plan))
+        results = {INPUT: lq} | {arm.name: _restore(model, arm, key, lq) for arm in entries}
+        origin = Origin(lq=lq, plan=plan)
+        scores: dict[str, dict[str, float | None]] = {}
+        for name, image in results.items():
+            values = scorer.measure(image, picture, key, origin).values
+            scores[name] = {metric: _rounded(values.get(metric)) for metric in names}
+        strip = [[tile(each) for each in (picture, *results.values())]] if key in keys_on_sheet else []
+        return {"arms": scores, "files": strip_files(key, strip)}
+
+    strips = {key: strip_name(key) for key in keys_on_sheet}
+    with study_folder(job.out, NAME, settings):
+        measurements = measure_pictures(pictures, job.out, settings, job.side_px, measure, progress, strips)
+        return _report(model, measurements, [arm.name for arm in entries], names, mixed)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")
+
+
+def _restore(model: WholeModel, arm: Arm, key: str, lq: Image) -> Image:
+    """One picture by one arm; its noise depends on the study's seed and the key alone."""
+    request = Request(
+        key=key,
+        image=lq,
+        seed=picture_seed(model.job.seed, key),
+        options=arm.options,
+        prompt=arm.prompt,
+        negative_prompt=arm.negative_prompt,
+    )
+    try:
+        return model.restorer.restore([request])[0].image
+    except SampleError as error:
+        raise SampleError(error.code, f"arm {arm.name}: {error.detail}", key) from error
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    model: WholeModel, measurements: Measurements, arms: Sequence[str], metrics: Sequence[str], mixed: str
+) -> StudyResult:
+    job, rows, lines = model.job, measurements.rows, [INPUT, *arms]
+    values = {name: {metric: column(rows, "arms", name, metric) for metric in metrics} for name in lines}
+    bands = {name: {metric: mean_band(by[metric]) for metric in metrics} for name, by in values.items()}
+    first = arms[0]
+    differences = {
+        name: {metric: mean_band(by[metric] - values[first][metric]) for metric in metrics}
+        for name, by in values.items()
+        if name != first
+    }
+    write_csv(
+        job.out / "values.csv",
+        ["key", "arm", *metrics],
+        [(row["key"], name, *(row["arms"][name][metric] for metric in metrics)) for row in rows for name in lines],
+    )
+    missing = [name for name in WITHOUT_WEIGHTS if name not in metrics]
+    sections = [
+        Section(
+            title="Scores of the arms",
+            words=f"Means over pictures with 95 % bands; after the semicolon the paired difference to {first}. PSNR, "
+            "SSIM and consistency (the result, degraded again by the same plan, against the input) are better if "
+            "higher, the others if lower. Handing the input back has the best consistency.",
+            findings=_sentences(differences, first, arms),
+            figure=("arms.png", draw(_panels(bands, arms, metrics))),
+            head=["Arm", *metrics, *missing],
+            rows=[
+                [
+                    name,
+                    *(_cell(bands, differences, name, metric) for metric in metrics),
+                    *["unavailable"] * len(missing),
+                ]
+                for name in lines
+            ],
+        )
+    ]
+    sheet = strip_sheet(job.out, rows, {row["key"]: [row["key"][:60]] for row in rows})
+    if sheet is not None:
+        words = f"Left to right: the original, {', '.join(lines)}."
+        sections.append(Section(title="Results", words=words, sheet=("arms.jpg", sheet)))
+    page = Page(
+        title="What options change",
+        subtitle="restoray analyze arms: the same pictures with several sets of options",
+        facts=[
+            pictures_fact(measurements, job.side_px),
+            ("Model", model.title(model.system)),
+            ("Degradation", mixed),
+            ("Seed", str(job.seed)),
+        ],
+        sections=sections,
+        quarantine=measurements.quarantine,
+    )
+    summary = {
+        "arms": {name: {m: band_document(bands[name][m]) for m in metrics} for name in lines},
+        "differences": {name: {m: band_document(by[m]) for m in metrics} for name, by in differences.items()},
+        "compared_with": first,
+        "unavailable": missing,
+    }
+    return finish(job.out, measurements, page, summary)
+
+
+def _cell(
+    bands: Mapping[str, Mapping[str, Band]], differences: Mapping[str, Mapping[str, Band]], name: str, metric: str
+) -> str:
+    text = band_text(bands[name][metric], sign=False)
+    return f"{text}; {band_text(differences[name][metric])}" if name in differences else text
+
+
+def _panels(bands: Mapping[str, Mapping[str, Band]], arms: Sequence[str], metrics: Sequence[str]) -> list[Panel]:
+    """A plot of each metric over the arms, with the input as a dashed line."""
+    return [
+        Panel(
+            title=metric,
+            x_label="arm",
+            y_label=metric,
+            x=np.arange(len(arms), dtype=float),
+            ticks=list(arms),
+            lines=[band_line("results", stack_bands([bands[arm][metric] for arm in arms]))],
+            reference=(float(bands[INPUT][metric].mean), INPUT),
+        )
+        for metric in metrics
+    ]
+
+
+def _sentences(differences: Mapping[str, Mapping[str, Band]], first: str, arms: Sequence[str]) -> list[str]:
+    """What each arm changes in fidelity and in the learned score."""
+    return [
+        f"{arm} against {first}: PSNR {band_text(differences[arm]['psnr'])} dB, ST-LPIPS "
+        f"{band_text(differences[arm]['st_lpips'])}, consistency {band_text(differences[arm]['consistency'])} dB."
+        for arm in arms
+        if arm != first
+    ]

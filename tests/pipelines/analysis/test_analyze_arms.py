@@ -1,0 +1,125 @@
+"""`restoray analyze arms`: several sets of options on the same pictures; closed forms on a restorer of arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from components.degradations import build_degradation
+from components.evaluation.statistics import psnr
+from components.images import encode_png, to_float, to_uint8
+from components.options import typed_options
+from components.synthetic import dead_leaves
+from components.types import Cancelled, OnStep, Request, Restored, Restorer
+from pipelines.analysis.arms import INPUT, METRICS, WITHOUT_WEIGHTS, analyze_arms
+from pipelines.analysis.model import StudyJob, WholeModel
+from pipelines.commands.analyze import app, parse_arms
+from pipelines.core.errors import UsageError
+from pipelines.core.rows import read_lines
+
+SIDE = 96
+
+
+class Lift(Restorer):
+    """Adds `lift` levels to the input, and one more with a prompt."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def restore(
+        self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
+    ) -> list[Restored]:
+        self.requests += requests
+        return [Restored(key=request.key, image=self._one(request)) for request in requests]
+
+    def _one(self, request: Request) -> np.ndarray:
+        lift = request.options.get("lift", 0) + bool(request.prompt)
+        return np.clip(request.image.astype(int) + lift, 0, 255).astype(np.uint8)
+
+
+def check(options: Mapping[str, Any]) -> dict[str, Any]:
+    return typed_options(options, {"lift": int})
+
+
+def subject(tmp_path: Path, out: str = "out") -> tuple[WholeModel, Lift]:
+    images = tmp_path / "in"
+    if not images.is_dir():
+        images.mkdir()
+        for number in range(6):
+            (images / f"p{number}.png").write_bytes(encode_png(dead_leaves(SIDE, 3, number)))
+    restorer = Lift()
+    job = StudyJob(model="lift", images=images, out=tmp_path / out, side_px=SIDE)
+    model = WholeModel(job=job, name="lift", digest="0" * 64, system="none", restorer=restorer, options={}, check=check)
+    return model, restorer
+
+
+ARMS: dict[str, dict[str, Any]] = {"plain": {}, "lift 8": {"lift": 8}, "text": {"prompt": "a dog", "lift": 3}}
+
+
+def test_arms_are_paired_and_compared_with_the_first(tmp_path: Path) -> None:
+    model, restorer = subject(tmp_path)
+    result = analyze_arms(model, ARMS, mixed="x4")
+    assert (result.measured, result.quarantined) == (6, 0)
+    rows = read_lines(model.job.out / "values.jsonl")
+    assert all(set(row["arms"]) == {INPUT, *ARMS} for row in rows)
+    degradation = build_degradation("x4")
+    picture = dead_leaves(SIDE, 3, 0)
+    lq = to_uint8(degradation.apply(to_float(picture), degradation.draw(0, "p0", 0)))
+    lifted = np.clip(lq.astype(int) + 4, 0, 255).astype(np.uint8)
+    (row,) = [row for row in rows if row["key"] == "p0"]
+    assert row["arms"]["text"]["psnr"] == pytest.approx(psnr(lifted, picture), abs=1e-3)  # three levels and the prompt
+    assert row["arms"][INPUT] == row["arms"]["plain"]
+    summary = json.loads((model.job.out / "summary.json").read_text())
+    assert summary["compared_with"] == "plain" and set(summary["arms"]["plain"]) == set(METRICS)
+    gaps = [row["arms"]["lift 8"]["psnr"] - row["arms"]["plain"]["psnr"] for row in rows]
+    band = summary["differences"]["lift 8"]["psnr"]
+    assert band["mean"] == pytest.approx(np.mean(gaps), abs=1e-6) and band["high"] < 0
+    assert summary["unavailable"] == list(WITHOUT_WEIGHTS)
+    seeds = {request.key: {r.seed for r in restorer.requests if r.key == request.key} for request in restorer.requests}
+    assert all(len(each) == 1 for each in seeds.values()) and len({min(s) for s in seeds.values()}) == 6
+    text = result.report.read_text()
+    assert "unavailable" in text and "lift 8 against plain" in text
+    assert (model.job.out / "arms.png").is_file() and (model.job.out / "arms.jpg").is_file()
+    again, calls = subject(tmp_path)
+    assert analyze_arms(again, ARMS, mixed="x4").kept == 6 and not calls.requests
+
+
+def test_wrong_arms_are_told(tmp_path: Path) -> None:
+    model, _ = subject(tmp_path)
+    for arms, word in (
+        ({}, "at least one arm"),
+        ({INPUT: {}}, "cannot be called"),
+        ({"a": {"lif": 1}}, "arm 'a': unknown option"),
+        ({"a": {"prompt": 3}}, "prompt must be text"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            analyze_arms(model, arms)
+    with pytest.raises(UsageError, match="x8"):
+        analyze_arms(model, ARMS, mixed="x5")
+
+
+def test_arms_from_a_command_line() -> None:
+    arms = parse_arms(["tau=0, 4", "steps=2"], ["both: prompt='a dog' tau=1"])
+    assert arms == {
+        "tau=0": {"tau": 0},
+        "tau=4": {"tau": 4},
+        "steps=2": {"steps": 2},
+        "both": {"prompt": "a dog", "tau": 1},
+    }
+    for vary, arm, word in ((["tau"], [], "KEY=V1"), ([], ["tau=1"], "NAME: KEY"), (["a=1,1"], [], "given twice")):
+        with pytest.raises(UsageError, match=word):
+            parse_arms(vary, arm)
+
+
+def test_the_command_runs_on_the_shipped_model(tmp_path: Path) -> None:
+    model, _ = subject(tmp_path)
+    arguments = ["arms", "--model", "nano", "--images", str(model.job.images), "--out", str(tmp_path / "o")]
+    answer = CliRunner().invoke(app, [*arguments, "--vary", "tile_px=64,96", "--side", "96", "--limit", "1", "--json"])
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.output)["measured"] == 1

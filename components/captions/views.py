@@ -52,6 +52,15 @@ class InputView(View):
         return _require(lq, "lq")
 
 
+class PreviewView(View):
+    """The restorer's preliminary result; there is none outside a restoration."""
+
+    needs_lq = True
+
+    def __call__(self, hq: Image | None, lq: Image | None, preview: Image | None) -> Image:
+        return _require(preview, "preliminary")
+
+
 VIEWS: Mapping[str, View] = {"hq": TargetView(), "lq": InputView()}
 """Views without a model."""
 

@@ -1,6 +1,6 @@
 """The training of a degradation-robust encoder E_dr for a frozen autoencoder (E, D); see priors/robust_encoder.py.
 
-SUPIR prints (Eq. 1, Yu et al. 2024):
+SUPIR prints (section 3.1, Yu et al. 2024):
 
     L = | D(E_dr(lq)) - D(E_dr(hq)) |^2
 
@@ -66,7 +66,6 @@ class RobustEncoderObjective(Objective):
     Args:
         encoder: all of its parameters train.
         anchor, keep: see robust_loss.
-        others: parts and configuration of a model folder that this stage passes on unchanged, by part.
         config: architecture for model.json.
         prior: the prior whose autoencoder it is.
 
@@ -79,7 +78,6 @@ class RobustEncoderObjective(Objective):
         encoder: RobustEncoder,
         anchor: Anchor = "reconstruction",
         keep: float = 1.0,
-        others: Mapping[str, Mapping[str, Tensor]] | None = None,
         config: Mapping[str, Any] | None = None,
         prior: Any = None,
     ) -> None:
@@ -89,7 +87,7 @@ class RobustEncoderObjective(Objective):
             raise ValueError(f"keep must be at least 0, and 0 with anchor printed; got {keep}")
         encoder.autoencoder.eval().requires_grad_(False)
         self.encoder, self.anchor, self.keep = encoder.train().requires_grad_(True), anchor, keep
-        self._prior, self._others = prior, dict(others or {})
+        self._prior = prior
         self.trainables: Mapping[str, nn.Module] = {"encoder": encoder}
         self.config: Mapping[str, Any] = dict(config or {})
         self.progress: MutableMapping[str, float] = {}
@@ -100,9 +98,8 @@ class RobustEncoderObjective(Objective):
         return self._prior
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """The encoder, and the parts that are passed on."""
-        own = {name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
-        return {"encoder": own, **{name: dict(part) for name, part in self._others.items()}}
+        """The encoder."""
+        return {"encoder": {name: parameter.detach() for name, parameter in self.encoder.named_parameters()}}
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase, without noise. Metrics, means: loss, its terms, and psnr of the first restoration to HQ, dB."""

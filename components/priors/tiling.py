@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.tensors import images_to_tensor, tensor_to_images
-from components.types import Image
+from components.types import Cancellation, Cancelled, Image
 
 TILE = 128
 """Side of a tile in latent pixels without its halo, ours; a smaller picture is one tile. SDXL: 1024 px."""
@@ -59,16 +59,24 @@ def halo_of(prior: LatentPrior, part: str) -> int:
     return 2 * FADE
 
 
-def encode_images(prior: LatentPrior, images: Sequence[Image], tile: int = TILE, noise: Tensor | None = None) -> Tensor:
+def encode_images(
+    prior: LatentPrior,
+    images: Sequence[Image],
+    tile: int = TILE,
+    noise: Tensor | None = None,
+    cancelled: Cancelled | None = None,
+) -> Tensor:
     """Pictures of one size, uint8 [H, W, 3] -> scaled latents [B, C, H/factor, W/factor].
 
     Args:
         tile: side of a tile in latent pixels.
         noise: standard normal noise of the result's shape, for a sample of the distribution; None takes the mode. An
             autoencoder without a distribution ignores it.
+        cancelled: called before each tile.
 
     Raises:
         ValueError: a side is not a multiple of the prior's factor.
+        Cancellation: `cancelled()` returned true.
     """
     factor = prior.factor
     height, width = images[0].shape[:2]
@@ -76,6 +84,7 @@ def encode_images(prior: LatentPrior, images: Sequence[Image], tile: int = TILE,
         raise ValueError(f"sides must be multiples of {factor}, got {height} x {width}")
 
     def encode(top: int, bottom: int, left: int, right: int) -> Tensor:
+        _check(cancelled)
         rows, columns = slice(top * factor, bottom * factor), slice(left * factor, right * factor)
         pixels = images_to_tensor([image[rows, columns] for image in images]).to(prior.device)
         return prior.encode(pixels, None if noise is None else noise[..., top:bottom, left:right])
@@ -92,7 +101,13 @@ def encode_images(prior: LatentPrior, images: Sequence[Image], tile: int = TILE,
     return result
 
 
-def decode_images(prior: LatentPrior, latents: Tensor, tile: int = TILE, keys: Sequence[str] = ()) -> list[Image]:
+def decode_images(
+    prior: LatentPrior,
+    latents: Tensor,
+    tile: int = TILE,
+    keys: Sequence[str] = (),
+    cancelled: Cancelled | None = None,
+) -> list[Image]:
     """Scaled latents [B, C, h, w] -> pictures uint8 [h factor, w factor, 3], clipped.
 
     Args:
@@ -107,6 +122,7 @@ def decode_images(prior: LatentPrior, latents: Tensor, tile: int = TILE, keys: S
         return tensor_to_images(prior.decode(latents), keys)
 
     def decode_part(top: int, bottom: int, left: int, right: int) -> Tensor:
+        _check(cancelled)
         return prior.decode(latents[..., top:bottom, left:right])
 
     return paint(len(latents), size, tile, halo_of(prior, "decoder"), _fade(prior), prior.factor, decode_part, keys)
@@ -158,6 +174,11 @@ def _settle(pictures: np.ndarray, strip: np.ndarray, top: int, keys: Sequence[st
     for index, (picture, rows) in enumerate(zip(pictures, strip, strict=True)):
         tensor = torch.from_numpy(rows).permute(2, 0, 1)[None]
         picture[top : top + len(rows)] = tensor_to_images(tensor, keys[index : index + 1])[0]
+
+
+def _check(cancelled: Cancelled | None) -> None:
+    if cancelled is not None and cancelled():
+        raise Cancellation("cancelled between two tiles")
 
 
 def _fade(prior: LatentPrior) -> int:

@@ -3,11 +3,11 @@
     Karras et al. 2022, Algorithm 2, without its second-order correction; SUPIR's Algorithm 1 (Yu et al. 2024) adds the
     pull of each clean estimate towards the latents of a first restoration, strong at high noise and weak at low noise:
 
-        D' = D - (D - target) (sigma / sigma_max) ** tau                                                  (SUPIR, Eq. 5)
+        D' = D - (D - target) (sigma / sigma_max) ** tau                             (SUPIR, Algorithm 1, lines 5 and 7)
 
-The released sampler differs from the printed one, and is the default here (supir.md, sections 4.2 and 7): the weight
-uses the noise level before churn, the step to a level at or below 0.05 has no pull, and a network of discrete time
-steps sees the nearest level of its table, while the Euler step keeps the exact one.
+with sigma the level before churn. The released sampler differs from the printed one, and is the default here (supir.md,
+sections 4.2 and 7): the step to a level at or below 0.05 has no pull, and a network of discrete time steps sees the
+nearest level of its table, while the Euler step keeps the exact one.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from helper_modules import load_helper
 from torch import Tensor
 
+from components.captions.views import find_view
 from components.models import ModelCard, ModelError, save_model
 from components.objectives.robust_encoding import RobustEncoderObjective, measure_encoder, robust_loss
 from components.priors.nano import build_prior, build_tokenizer_json
@@ -18,13 +20,15 @@ from components.priors.sdxl import Prior
 from components.randomness import Noise, generator
 from components.recipes import RecipeError
 from components.samplers.edm import between, edm_sigmas, nearest_index
+from components.systems import SYSTEMS
 from components.systems.recipes import load_recipe
-from components.systems.supir.build import network_of
+from components.systems.supir.build import adaptor_objective, encoder_objective, look, network_of
 from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.connectors import ZeroConv, ZeroCrossAttn, ZeroSFT
 from components.systems.supir.network import ADAPTOR, ENCODER, Adaptor, Conditions, Supir
 from components.systems.supir.objectives import AdaptorObjective
 from components.systems.supir.options import PRESETS, Options, check_options, parse_options
+from components.systems.supir.released import RELEASE_DEFAULTS
 from components.systems.supir.restorer import SupirRestorer
 from components.systems.supir.texts import NEGATIVE, POSITIVE, positive_text, tile_captions
 from components.types import Batch, Cancellation, Request, SampleError, StepEvent
@@ -239,6 +243,52 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(plain, recomputed)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_frozen_prior_in_half_precision_trains_an_adaptor_in_full_precision(precision: str, tmp_path: Path) -> None:
+    """Without autocast, as held-out losses and samples are computed; continuing keeps the weights' bits."""
+    recipe = load_recipe("supir-adaptor-nano", [f"frozen_precision={precision}", "restore_options.steps=1"])
+    encoder = encoder_objective(load_recipe("supir-encoder-nano"), {})  # type: ignore[arg-type]
+    card = ModelCard(name="e", system="supir", config=encoder.config, prior=encoder.prior.source)
+    start = save_model(tmp_path / "e", card, encoder.parts())
+    objective = adaptor_objective(recipe, {"encoder": start})  # type: ignore[arg-type]
+    assert objective.network.dtype != torch.float32
+    assert {p.dtype for p in objective.trainables[ADAPTOR].parameters()} == {torch.float32}
+    own = dict(objective.network.adaptor.control.named_parameters())["conv_in.weight"]  # type: ignore[union-attr]
+    unet = dict(make_nano().unet.named_parameters())["conv_in.weight"]
+    assert torch.equal(own, unet)  # not rounded on the way
+    if precision == "bf16":  # the CPU has no fp16 convolutions worth waiting for
+        batch = make_batch(1, 32)
+        ((_, loss),) = objective.phases(batch, Noise(0, batch.positions))
+        loss.value.backward()
+        assert torch.isfinite(loss.value)
+        images = look(objective, recipe, batch.lq, batch.prompts, 0)  # type: ignore[arg-type]
+        assert images.shape == batch.lq.shape
+    card = ModelCard(name="a", system="supir", config=objective.config, prior=objective.prior.source)
+    for parameter in objective.trainables[ADAPTOR].parameters():
+        parameter.data.add_(1e-5)
+    trained = save_model(tmp_path / "a", card, objective.parts())
+    again = adaptor_objective(recipe, {"adaptor": trained})  # type: ignore[arg-type]
+    for mine, theirs in zip(
+        again.trainables[ADAPTOR].parameters(), objective.trainables[ADAPTOR].parameters(), strict=True
+    ):
+        assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
+    with pytest.raises(ModelError, match="leave the recipe's adaptor out"):
+        adaptor_objective(
+            load_recipe("supir-adaptor-nano", ["adaptor.cross_attention=false"]),
+            {"adaptor": trained},  # type: ignore[arg-type]
+        )
+    wrong = load_recipe("supir-adaptor-nano", ["adaptor.transformer_depth=[1, 1]"])
+    with pytest.raises(ModelError, match="needs 3 numbers"):
+        adaptor_objective(wrong, {"encoder": start})  # type: ignore[arg-type]
+    assert set(encoder_objective(load_recipe("supir-encoder-nano"), {"adaptor": trained}).parts()) == {ENCODER}  # type: ignore[arg-type]
+
+
+def make_nano() -> Prior:
+    from components.priors.opening import load_prior
+
+    return load_prior("nano")
+
+
 # -------------------------------------------------------------------------------------------------------------- texts
 
 
@@ -280,6 +330,9 @@ def test_pictures_of_any_size_are_restored_alike_in_any_company() -> None:
     events: list[StepEvent] = []
     answers = SupirRestorer(network, batch_size=3).restore(requests, on_step=events.append)
     assert [answer.key for answer in answers] == ["a", "b", "c"]
+    again = SupirRestorer(network).restore(requests)
+    for alone, request in zip(again, requests, strict=True):  # in batches of one, the same bytes
+        assert np.array_equal(alone.image, SupirRestorer(network).restore([request])[0].image)
     assert [answer.image.shape for answer in answers] == [(18, 30, 3), (16, 16, 3), (18, 30, 3)]
     assert [(e.step, e.of) for e in events] == [(n, 6) for n in range(1, 7)]
     assert answers[0].info["system"] == "supir" and answers[1].info["tau"] == "4.0"
@@ -325,6 +378,39 @@ def test_one_step_without_guidance_by_hand() -> None:
     assert np.abs(levels - paper).max() <= 1
 
 
+def test_two_guided_steps_by_hand() -> None:
+    """Both ramps, the pull to the latents of the first restoration, and the Euler step."""
+    network, image, sigma_max = make_network(), picture(16, 24), 14.614641
+    options = {**QUICK, "cfg_scale": 2.0, "cfg_start": 1.5, "control_scale": 0.9, "control_start": 0.4}
+    options |= {"churn": 0.0, "tau": 1.5, "color": "none"}
+    restorer = SupirRestorer(network)
+    table, prior = restorer.table, network.prior
+    sigmas = edm_sigmas(table, 2)
+    with torch.no_grad():
+        lq = network.encoder(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1)
+        target = prior.encode(prior.decode(lq))
+        z = torch.from_numpy(generator(4, "start").standard_normal((4, 4, 6), dtype=np.float32))[None]
+        z = z * (1 + sigmas[0] ** 2).sqrt()
+        ids = torch.tensor([[16.0, 24, 0, 0, 16, 24]])
+        for step in range(2):
+            sigma, t = sigmas[step], nearest_index(table, sigmas[step][None])
+            share = float(sigma) / sigma_max
+            clean = []
+            for prompt in ("dog", "red"):  # the negative first
+                text, pooled = prior.embed_prompts([prompt])
+                conditions = Conditions(text=text, pooled=pooled, time_ids=ids)
+                x = z / (1 + sigma**2).sqrt()
+                clean.append(z - sigma * network.predict_eps(x, t, lq, conditions, 0.9 + (0.4 - 0.9) * share))
+            d = clean[0] + (2.0 + (1.5 - 2.0) * share) * (clean[1] - clean[0])
+            if step == 0:
+                d = d - (d - target) * share**1.5
+            z = z + (z - d) / sigma * (sigmas[step + 1] - sigma)
+        expected = prior.decode(z)
+    request = Request(key="k", image=image, seed=4, prompt="red", negative_prompt="dog", options=options)
+    levels = ((expected[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert np.abs(levels - restorer.restore([request])[0].image).max() <= 1
+
+
 def test_guidance_and_texts_reach_the_result() -> None:
     network = make_network()
     restorer, image = SupirRestorer(network), picture(16, 16)
@@ -344,8 +430,21 @@ def test_guidance_and_texts_reach_the_result() -> None:
     assert np.array_equal(run(control_scale=1.0, control_start=1.0), plain)
     for sampler in ("dpmpp2m", "substep"):
         assert run(sampler=sampler).shape == image.shape
-    assert run(tiles="released", tile_px=64, resize="released").shape == image.shape
-    assert run(resize="page", preset="fidelity", steps=1).shape == image.shape
+    assert not np.array_equal(run(churn=0.0), plain) and not np.array_equal(run(sizes="released"), plain)
+    pulled = run(tau=0.5, color="none")
+    assert not np.array_equal(run(tau=0.5, color="none", encoding="sample"), run(color="none"))
+    assert np.abs(pulled.astype(int) - run(color="none")).max() > 1
+    for how in ({"tau": 0.5}, {}):  # the first restoration is there in both cases, but only one takes its colours
+        assert not np.array_equal(run(color_from="lq", **how), run(**how))
+    assert run(min_side_px=24).shape == image.shape
+
+
+@pytest.mark.full
+def test_the_released_forms_restore_at_their_sizes() -> None:
+    restorer, image = SupirRestorer(make_network()), picture(16, 20)
+    for options in ({"preset": "released"}, {"preset": "fidelity", "resize": "page"}, {"preset": "lightning"}):
+        answer = restorer.restore([Request(key="k", image=image, seed=1, options={**options, **QUICK})])[0].image
+        assert answer.shape == image.shape
 
 
 def test_tiles_with_captions_of_their_own() -> None:
@@ -367,6 +466,7 @@ def test_tiles_with_captions_of_their_own() -> None:
 def test_the_first_restoration_is_what_a_captioner_sees() -> None:
     network, image = make_network(), picture(18, 30)
     first = SupirRestorer(network).preview(Request(key="k", image=image))
+    assert find_view("coarse", SYSTEMS["supir"].views)(hq=None, lq=image, preview=first) is first
     assert first is not None and first.shape == image.shape
     with torch.no_grad():
         padded = np.pad(
@@ -398,8 +498,9 @@ def test_bad_pictures_name_themselves() -> None:
 
 def test_presets_are_options() -> None:
     for name in PRESETS:
-        options = parse_options({"preset": name}, Options())
-        assert options.preset == name
+        for defaults in (Options(), parse_options(RELEASE_DEFAULTS, Options())):
+            assert parse_options({"preset": name}, defaults).preset == name
+    assert parse_options({"preset": "paper"}, parse_options(RELEASE_DEFAULTS, Options())).resize == "native"
     assert parse_options({"preset": "paper"}, Options()).tau == 4
     assert parse_options({"preset": "paper", "tau": 6}, Options()).tau == 6
     assert parse_options({"preset": "advice-5"}, Options()).cfg_ends == (2.0, 5.0)
@@ -431,8 +532,12 @@ def test_recipes_have_the_papers_numbers() -> None:
     recipe = load_recipe("supir-adaptor")
     assert (recipe.batch_size, recipe.resolution, recipe.optimizer.lr, recipe.placement.workers) == (256, 512, 1e-5, 64)
     assert recipe.mixture == "supir"
-    for name in ("supir-encoder", "supir-adaptor-node", "supir-encoder-nano", "supir-adaptor-nano"):
-        assert load_recipe(name).system == "supir"
+    for name in ("supir-encoder", "supir-adaptor", "supir-adaptor-node"):
+        recipe = load_recipe(name)
+        assert (recipe.system, recipe.resolution, recipe.short_side, recipe.optimizer.lr) == ("supir", 512, 1024, 1e-5)
+        assert recipe.degradation.preset == "supir"
+    for name in ("supir-encoder-nano", "supir-adaptor-nano"):
+        assert load_recipe(name).prior == "nano"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from components.priors.opening import open_recorded_prior
 from components.priors.robust_encoder import RobustEncoder, first_restoration
 from components.priors.sdxl import Prior
 from components.recipes import as_dict
-from components.systems.supir.config import adaptor_config
+from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.network import ADAPTOR, ENCODER, Adaptor, Supir
 from components.systems.supir.objectives import AdaptorObjective
 from components.systems.supir.options import restore_defaults
@@ -39,7 +40,8 @@ def encoder_objective(
 
     Args:
         recipe: resolved recipe.
-        parents: empty, or one model whose encoder continues training; its adaptor is passed on.
+        parents: empty, or one model whose encoder continues training. Its adaptor is dropped: it fits only the encoder
+            that it was trained with.
         examples: unused; builders of other systems take example pictures.
         device: device of the networks.
 
@@ -47,13 +49,10 @@ def encoder_objective(
         ModelError: the prior cannot be opened, or the parent does not fit it.
     """
     parent, prior = _parent_and_prior(recipe, parents, device)
-    if parent is None:
-        encoder, config, others = RobustEncoder(prior.autoencoder), {ADAPTOR: None}, dict[str, Any]()
-    else:
+    encoder = RobustEncoder(prior.autoencoder)
+    if parent is not None:
         encoder = network_of(parent, prior, parts=(ENCODER,)).encoder
-        config = dict(parent.info["config"])
-        others = {name: parent.part(name) for name in parent.info["parts"] if name != ENCODER}
-    return RobustEncoderObjective(encoder.to(device), recipe.anchor, recipe.keep, others, config, prior)
+    return RobustEncoderObjective(encoder.to(device), recipe.anchor, recipe.keep, {ADAPTOR: None}, prior)
 
 
 def adaptor_objective(
@@ -67,17 +66,21 @@ def adaptor_objective(
     Raises:
         ModelError: there is no parent, or its adaptor has other sizes than the recipe's.
     """
-    parent, prior = _parent_and_prior(recipe, parents, device, recipe.frozen_precision)
+    parent, prior = _parent_and_prior(recipe, parents, device)
     if parent is None:
         raise ModelError("stage adaptor needs the model folder of stage encoder")
     network, config = network_of(parent, prior), adaptor_config(recipe.adaptor)
     if network.adaptor is None:
-        network.adaptor = Adaptor(prior.unet, config, recipe.seed).float()
-    elif recipe.adaptor and network.adaptor.config != config:
+        try:
+            network.adaptor = Adaptor(prior.unet, config, recipe.seed)
+        except ValueError as error:
+            raise ModelError(f"prior {prior.name!r} takes no such adaptor: {error}") from error
+    elif recipe.adaptor and not _same(network.adaptor.config, config, prior):
         raise ModelError(
             f"{parent.path}: its adaptor has {network.adaptor.config.to_dict()}, not {config.to_dict()}: leave the "
             "recipe's adaptor out"
         )
+    prior.in_precision(recipe.frozen_precision)  # after the copies, which train in fp32
     if recipe.gradient_checkpointing:
         network.blocks = network.blocks.wrap_all(recompute)
     network.to(device)
@@ -90,12 +93,17 @@ def adaptor_objective(
     )
 
 
-def _parent_and_prior(
-    recipe: SupirRecipe, parents: Mapping[str, Model], device: str, precision: Precision = "fp32"
-) -> tuple[Model | None, Prior]:
+def _parent_and_prior(recipe: SupirRecipe, parents: Mapping[str, Model], device: str) -> tuple[Model | None, Prior]:
     parent = next(iter(parents.values()), None)
     record = parent.info["prior"] if parent is not None else None
-    return parent, open_recorded_prior(recipe.prior, record, device, precision, image_encoder="")
+    return parent, open_recorded_prior(recipe.prior, record, device, image_encoder="")
+
+
+def _same(one: AdaptorConfig, other: AdaptorConfig, prior: Prior) -> bool:
+    """Whether two adaptors have the same sizes; no depths are the prior's own."""
+    depths = tuple(prior.unet.config["transformer_layers_per_block"])
+    one, other = (replace(each, transformer_depth=each.transformer_depth or depths) for each in (one, other))
+    return one == other
 
 
 def network_of(model: Model, prior: Prior, parts: Sequence[str] = (ENCODER, ADAPTOR)) -> Supir:

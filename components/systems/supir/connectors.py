@@ -7,6 +7,7 @@ active at the start: only a control scale of 0 leaves the prior's own function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,7 +78,7 @@ class Attention(nn.Module):
 
     def __init__(self, query: int, context: int) -> None:
         super().__init__()
-        self.heads = max(1, query // HEAD_DIM)
+        self.heads = math.gcd(query, max(1, query // HEAD_DIM))  # a width that is no multiple has wider heads
         self.to_q = nn.Linear(query, query, bias=False)
         self.to_k, self.to_v = (nn.Linear(context, query, bias=False) for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(query, query))
@@ -155,7 +156,7 @@ def build_connectors(unet: Any, config: AdaptorConfig) -> nn.ModuleList:
 
 
 class ConnectorJoins(Joins):
-    """The connectors in a walk of the UNet.
+    """The connectors in a walk of the UNet. They compute in the control features' dtype, which may not be the UNet's.
 
     Args:
         connectors: see build_connectors.
@@ -180,17 +181,18 @@ class ConnectorJoins(Joins):
 
     def middle(self, x: Tensor) -> Tensor:
         connector, control = next(self._next)
-        return connector(control, x, None, self._scale)  # type: ignore[no-any-return]
+        return connector(control, x.to(control.dtype), None, self._scale).to(x.dtype)  # type: ignore[no-any-return]
 
     def resnet(self, blocks: Blocks, resnet: Any, x: Tensor, shift: Tensor, skip: Tensor) -> Tensor:
         connector, control = next(self._next)
-        return blocks.resnet(resnet, connector(control, skip, x, self._scale), shift)
+        joined = connector(control, skip.to(control.dtype), x.to(control.dtype), self._scale)
+        return blocks.resnet(resnet, joined.to(x.dtype), shift)
 
     def enlarge(self, x: Tensor) -> Tensor:
         if not self._cross:
             return x
         connector, control = next(self._next)
-        return connector(control, x, self._scale)  # type: ignore[no-any-return]
+        return connector(control, x.to(control.dtype), self._scale).to(x.dtype)  # type: ignore[no-any-return]
 
 
 def _join(decoder: Tensor | None, skip: Tensor) -> Tensor:

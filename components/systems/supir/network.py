@@ -17,7 +17,7 @@ from components.priors.encoder_copy import embed_step
 from components.priors.parameters import copy_strictly
 from components.priors.robust_encoder import RobustEncoder
 from components.priors.sdxl import Prior
-from components.priors.unet_walk import Blocks, text_inputs, walk_unet
+from components.priors.unet_walk import Blocks, check_walkable, text_inputs, walk_unet
 from components.randomness import seeded_init
 from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.connectors import ConnectorJoins, Scale, build_connectors, places_of
@@ -86,6 +86,9 @@ class Supir:
         encoder: the robust encoder of the prior's autoencoder.
         adaptor: of the prior's UNet; None before its stage.
 
+    Raises:
+        ValueError: the UNet's blocks differ from SDXL's.
+
     Attributes:
         blocks: block functions of both walks, plain, compiled or recomputing.
     """
@@ -93,6 +96,7 @@ class Supir:
     def __init__(self, prior: Prior, encoder: RobustEncoder, adaptor: Adaptor | None) -> None:
         self.prior, self.encoder, self.adaptor = prior, encoder, adaptor
         self.blocks = Blocks()
+        check_walkable(prior.unet)
         self.freeze()
 
     @property

@@ -29,6 +29,7 @@ _RELEASED_FORM: Mapping[str, Any] = {
     "min_side_px": 0,
     "sizes": "released",
     "joined_words": False,
+    "long_texts": "cut",
     "autoencoder_tiles": "released",
     "tiles": "released",
     "color_from": "first",
@@ -73,7 +74,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "noise_scale": 1.0,
         "positive_words": "paper",
         "negative_words": "paper",
+        "resize": "native",
         "min_side_px": 1024,
+        "sizes": "tile",
+        "joined_words": True,
+        "long_texts": "cut",
         "color": "none",
     },
     "released": {**_TEST, **_RELEASED_FORM},
@@ -87,11 +92,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """Options of each preset. Explicit options override the preset, and the preset overrides a recipe's defaults.
 
-paper: section 4.1, Algorithm 1 and appendix A.2; it states no churn. Its formula of guidance adds l times the
-difference to the positive prediction, so the code's scale is l + 1; the authors' own configuration of the paper's test
-has 7.5 in the code's form, which stands here. released: test.py. quality and fidelity: the two settings of the official
-demo page. lightning: the configuration for an accelerated SDXL. advice-N: the four settings that a maintainer names for
-cfg_scale N (issue 150).
+paper: section 4.1, Algorithm 1 and appendix A.2, without the crop to 1024 px; it states no churn. Its formula of
+guidance adds l times the difference to the positive prediction, so the code's scale is l + 1; the authors' own
+configuration of the paper's test has 7.5 in the code's form, which stands here. released: test.py. quality and
+fidelity: the two settings of the official demo page. lightning: the configuration for an accelerated SDXL. advice-N:
+the four settings that a maintainer names for cfg_scale N (issue 150).
 """
 
 
@@ -104,7 +109,7 @@ class Options:
         sampler: "edm" (Algorithm 1), "dpmpp2m" (for an accelerated prior; it ignores tau and churn, as released) or
             "substep" (for a prior distilled to at most four steps; it ignores them too).
         steps: sampler steps.
-        cfg_scale: scale of guidance at noise level 0; 1 or less at both ends switches guidance off.
+        cfg_scale: scale of guidance at noise level 0; 1 at both ends switches guidance off, at half the cost.
         cfg_start: at the highest level, linear in between; -1 for cfg_scale.
         tau: exponent of restoration guidance (tau_r); smaller pulls longer towards the first restoration, 0 is off.
             The paper has 4; the official code has it off, since its lower guidance needs none.
@@ -118,12 +123,15 @@ class Options:
         positive_words, negative_words: fixed texts of quality, see texts.py; a request's own negative_prompt replaces
             the latter.
         joined_words: whether a comma stands between caption and words; the official code has none.
+        long_texts: "pieces" encodes a text of any length piece by piece; "cut" ends it at the text encoders' length, as
+            released and as in training.
         tile_prompts: captions of the tiles in reading order, with | between them; "" gives each the whole caption.
         encoding: latents of the first restoration for tau: the "mode", or a seeded "sample" as released.
         color: colour transfer, see components.color.
         color_from: "first" (the first restoration, as released) or "lq".
         resize: "native" restores at the result's size. "released" enlarges a shorter short side to 1024 px, rounds
-            sides to multiples of 64 and resizes the result as the official command line does; "page" as the demo page.
+            sides to multiples of 64 and resizes the result as the official command line does; "page" works at
+            the demo page's size.
         min_side_px: with "native": a shorter short side is enlarged to this for the networks; 0 for no limit.
         sizes: size ids: those of a "tile", or "released": 1024 x 1024 always.
         tile_px: pictures with a longer side are restored in tiles of this side; 0 takes 128 latents (1024 px at SDXL's
@@ -151,6 +159,7 @@ class Options:
     positive_words: Words = "released"
     negative_words: Words = "released"
     joined_words: bool = True
+    long_texts: Literal["pieces", "cut"] = "pieces"
     tile_prompts: str = ""
     encoding: Literal["mode", "sample"] = "mode"
     color: Literal["none", "adain", "wavelet"] = "wavelet"

@@ -24,7 +24,15 @@ from components.types import Cancelled, Image
 Tiles = Literal["auto", "exact", "released", "faded"]
 
 EXACT_PX = 2048 * 2048
-"""Largest picture that "auto" decodes exactly: SDXL's decoder then stores 6.4 GB in float32."""
+"""Most pixels of a batch that "auto" decodes exactly: SDXL's decoder then stores 6.4 GB in float32."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Decoded pictures: uint8 [H, W, 3] each, and the decoder's own floats [B, 3, H, W] if they exist as a whole."""
+
+    images: list[Image]
+    floats: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,39 +53,46 @@ class Pictures:
 
     def lq_latents(self, images: Sequence[Image]) -> Tensor:
         """Scaled latents of LQ pictures of one size, uint8 [H, W, 3], by the robust encoder: [B, C, h, w]."""
-        layers = self._layers(images[0].shape[0], images[0].shape[1])
+        layers = self._layers(len(images), *images[0].shape[:2])
         if layers is None:
-            return encode_images(self.robust, images)
+            return encode_images(self.robust, images, cancelled=self.cancelled)
         pixels, encoder = images_to_tensor(images), self.robust.encoder
         latents = encode_pixels_tiled(
             encoder.autoencoder, pixels, layers, encoder=encoder.encoder, cancelled=self.cancelled
         )
         return latents.to(self.prior.device)
 
-    def latents(self, images: Sequence[Image], noise: Tensor | None = None) -> Tensor:
-        """Scaled latents of pictures by the original encoder; with `noise` a sample of its distribution."""
-        layers = self._layers(images[0].shape[0], images[0].shape[1])
+    def latents(self, pictures: Decoded, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents of decoded pictures by the original encoder; with `noise` a sample of its distribution."""
+        images, pixels = pictures.images, pictures.floats
+        layers = self._layers(len(images), *images[0].shape[:2])
         if layers is None:
-            return encode_images(self.prior, images, noise=noise)
-        pixels = images_to_tensor(images)
+            if pixels is not None:
+                return self.prior.encode(pixels, noise)
+            return encode_images(self.prior, images, noise=noise, cancelled=self.cancelled)
+        assert pixels is not None, "what runs layer by layer exists as a whole"
         own = None if noise is None else noise.to(pixels.device)
         latents = encode_pixels_tiled(self.prior.autoencoder, pixels, layers, own, cancelled=self.cancelled)
         return latents.to(self.prior.device)
 
-    def decode(self, latents: Tensor, keys: Sequence[str]) -> list[Image]:
-        """Scaled latents [B, C, h, w] -> pictures uint8 [H, W, 3]; SampleError "not_finite", see tensors."""
-        layers = self._layers(*(side * self.prior.factor for side in latents.shape[-2:]))
-        if layers is None:
-            return decode_images(self.prior, latents, keys=keys)
-        images = decode_latents_tiled(self.prior.autoencoder, latents, layers, self.cancelled)
-        return tensor_to_images(images, keys)
+    def decode(self, latents: Tensor, keys: Sequence[str]) -> Decoded:
+        """Pictures of scaled latents [B, C, h, w]; SampleError "not_finite", see tensors.check_pictures."""
+        height, width = (side * self.prior.factor for side in latents.shape[-2:])
+        layers = self._layers(len(latents), height, width)
+        if layers is not None:
+            floats = decode_latents_tiled(self.prior.autoencoder, latents, layers, self.cancelled)
+        elif max(height, width) <= TILE * self.prior.factor:
+            floats = self.prior.decode(latents)
+        else:
+            return Decoded(decode_images(self.prior, latents, keys=keys, cancelled=self.cancelled))
+        return Decoded(tensor_to_images(floats, keys), floats)
 
-    def _layers(self, height: int, width: int) -> LayerTiles | None:
+    def _layers(self, count: int, height: int, width: int) -> LayerTiles | None:
         """How to run layer by layer; None to run whole or in cross-faded tiles."""
         small = max(height, width) <= TILE * self.prior.factor
         if small or self.tiles == "faded" or not isinstance(self.prior.autoencoder, AutoencoderKL):
             return None
-        if self.tiles == "auto" and height * width > EXACT_PX:
+        if self.tiles == "auto" and count * height * width > EXACT_PX:
             return None
         return LayerTiles(
             how="released" if self.tiles == "released" else "exact", offload=self.prior.device.type != "cpu"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image as Pillow
 from torch import Tensor
 
+from components.images import MAX_STRETCH
 from components.types import Image
 
 MIN_SIDE, MULTIPLE, PAGE_MULTIPLE = 1024, 64, 32
@@ -28,7 +29,7 @@ def released_sizes(
         size: (height, width) of the input times its factor, rounded.
     """
     height, width = size
-    factor = max(1.0, min_side / min(height, width))
+    factor = _enlargement(size, min_side)
     work = tuple(max(multiple, round(side * factor / multiple) * multiple) for side in (height, width))
     return (work[0], work[1]), (height, width)
 
@@ -48,7 +49,7 @@ def page_resize(image: Image, factor: float, min_side: int = MIN_SIDE, multiple:
         factor: of the result's sides to the input's.
     """
     size = (image.shape[0] * factor, image.shape[1] * factor)
-    larger = max(1.0, min_side / min(size))
+    larger = _enlargement(size, min_side)
     height, width = (max(multiple, round(side * larger / multiple) * multiple) for side in size)
     how = cv2.INTER_LANCZOS4 if factor > 1 else cv2.INTER_AREA
     return np.asarray(cv2.resize(image, (width, height), interpolation=how), dtype=np.uint8)
@@ -59,6 +60,11 @@ def page_fix(image: Image, side: int) -> Image:
     (height, width), _ = fixed_sizes((image.shape[0], image.shape[1]), side)
     how = cv2.INTER_LANCZOS4 if side > min(image.shape[:2]) else cv2.INTER_AREA
     return np.asarray(cv2.resize(image, (width, height), interpolation=how), dtype=np.uint8)
+
+
+def _enlargement(size: tuple[float, float], min_side: int) -> float:
+    """The factor to a short side of `min_side`; in a strip the long side limits it, as in images.working_size."""
+    return max(1.0, min(min_side / min(size), MAX_STRETCH * min_side / max(size)))
 
 
 def resize_result(image: Tensor, size: tuple[int, int]) -> Image:

@@ -40,7 +40,7 @@ class SupirRecipe(Recipe):
     """SUPIR's two stages: the degradation-robust encoder, and the adaptor of the frozen prior.
 
     Attributes:
-        anchor: encoder: the target of its loss, see objectives/robust_encoding.py; "printed" is the paper's Eq. 1.
+        anchor: encoder: the target of its loss, see objectives/robust_encoding.py; "printed" is the paper's.
         keep: encoder: weight of keeping good pictures; 0 with anchor printed.
         adaptor: adaptor: sizes, see config.AdaptorConfig, e.g. `adaptor.transformer_depth`.
         text_dropout: adaptor: probability of an empty prompt.

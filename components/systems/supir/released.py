@@ -34,6 +34,7 @@ RELEASE_DEFAULTS: Mapping[str, Any] = {
     "sizes": "released",
     "encoding": "sample",
     "joined_words": False,
+    "long_texts": "cut",
 }
 """Options of imported weights without a recipe of their own: the built-in ones are the official command line's, and
 these are its sizes and texts. Its tiles are not among them: their weights are half a row off."""

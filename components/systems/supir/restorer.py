@@ -71,7 +71,7 @@ class SupirRestorer(Restorer):
         defaults: default options from a recipe; they replace the built-in ones.
         batch_size: largest number of pictures in a batch; they have one size and equal options. With 1, a picture's
             bytes do not depend on the other requests. Above 1, convolutions and matrix products may round differently,
-            by about 1e-6 before rounding to 8 bit; noise never depends on the company.
+            in fp32 by about 1e-6 before rounding to 8 bit; noise never depends on the company.
 
     Raises:
         ValueError: there is no adaptor, or a default is unknown or outside its range.
@@ -97,7 +97,7 @@ class SupirRestorer(Restorer):
                 before the networks run, see Options.resize. A picture larger than a tile is restored in tiles, so
                 memory is bounded, apart from the latents and the 8-bit pictures.
             on_step: called after each sampler step; steps are counted over all batches of this call.
-            cancelled: called before each step and each tile.
+            cancelled: called before each step, and before each tile of the networks and of the autoencoder.
 
         Raises:
             SampleError: a picture is not uint8 RGB ("bad_image"), a size is below 1 ("bad_size"), or it has another
@@ -126,7 +126,7 @@ class SupirRestorer(Restorer):
         job = self._prepare(0, request)
         height, width = job.unpadded.shape[:2]
         coder = self._pictures(job.options, None)
-        (first,) = coder.decode(coder.lq_latents([job.padded]), [request.key])
+        (first,) = coder.decode(coder.lq_latents([job.padded]), [request.key]).images
         return np.ascontiguousarray(first[:height, :width])
 
     def _prepare(self, index: int, request: Request) -> _Job:
@@ -154,7 +154,9 @@ class SupirRestorer(Restorer):
             captions = parts
         texts = [positive_text(caption, options.positive_words, options.joined_words) for caption in captions]
         texts.append(negative_text(request.negative_prompt, options.negative_words))
-        chunks = max(self.network.prior.prompt_chunks(text) for text in texts)
+        chunks = 1
+        if options.long_texts == "pieces":
+            chunks = max(self.network.prior.prompt_chunks(text) for text in texts)
         return _Job(index, request, options, padded, unpadded, (height, width), tuple(texts), chunks)
 
     def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
@@ -173,21 +175,21 @@ class SupirRestorer(Restorer):
         shape = (prior.latent_channels, *(side // prior.factor for side in batch[0].padded.shape[:2]))
         coder = self._pictures(options, cancelled)
         lq = coder.lq_latents([job.padded for job in batch])
-        target, firsts = lq, list[Image]()
-        if (options.tau and options.algorithm == "released") or (
-            options.color != "none" and options.color_from == "first"
-        ):
+        target, styles = lq, [job.padded for job in batch]
+        pulled = options.tau > 0 and options.algorithm == "released"
+        colored = options.color != "none" and options.color_from == "first"
+        if pulled or colored:
             firsts = coder.decode(lq, keys)
-        if options.tau and options.algorithm == "released":
-            noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
-            target = coder.latents(firsts, noise)
+            if colored:
+                styles = firsts.images
+            if pulled:
+                noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
+                target = coder.latents(firsts, noise)
+            del firsts
         clean = self._sample(batch, lq, target, shape, on_step, cancelled)
         del lq, target
-        pictures = coder.decode(clean, keys)
-        return [
-            _finish(job, picture, firsts[i] if firsts else None)
-            for i, (job, picture) in enumerate(zip(batch, pictures, strict=True))
-        ]
+        pictures = coder.decode(clean, keys).images
+        return [_finish(*each) for each in zip(batch, pictures, styles, strict=True)]
 
     def _pictures(self, options: Options, cancelled: Cancelled | None) -> Pictures:
         return Pictures(
@@ -287,11 +289,11 @@ class SupirRestorer(Restorer):
         return torch.from_numpy(np.stack(rows)).to(self.network.prior.device)
 
 
-def _finish(job: _Job, picture: Image, first: Image | None) -> Image:
-    """Remove the padding, transfer the colours and resize to the result's size."""
+def _finish(job: _Job, picture: Image, style: Image) -> Image:
+    """Remove the padding, transfer the colours of `style` and resize to the result's size."""
     height, width = job.unpadded.shape[:2]
-    style = job.unpadded if first is None else np.ascontiguousarray(first[:height, :width])
-    picture = transfer_colors(np.ascontiguousarray(picture[:height, :width]), style, job.options.color)
+    picture, style = (np.ascontiguousarray(each[:height, :width]) for each in (picture, style))
+    picture = transfer_colors(picture, style, job.options.color)
     if job.options.resize == "released":
         return resize_result(to_tensor(picture), job.size)
     return resize(picture, job.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from components.captions.views import PreviewView
 from components.systems.supir.options import check_options, restore_defaults
 from components.systems.supir.recipe import STAGES, SupirRecipe
 from components.systems.supir.released import PUBLISHED, RELEASE_DEFAULTS, RELEASED, check_sizes, find_files
@@ -34,6 +35,7 @@ SUPIR = System(
     networks=networks,
     check_options=check_options,
     restore_defaults=restore_defaults,
+    views={"coarse": PreviewView()},
     weights=WeightsIO(
         published=PUBLISHED,
         files=RELEASED,

@@ -7,6 +7,7 @@ replace it. A check must compare every output tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from components.color import adain, wavelet, wavelet_blur, wavelet_split
 from components.priors.encoder_copy import embed_step, unet_skeleton
+from components.priors.fast_unet import Speed
 from components.priors.layer_tiles import LayerTiles, run_decoder, run_encoder
 from components.priors.parameters import copy_strictly
 from components.priors.robust_encoder import encode_restoration, first_restoration
@@ -47,6 +49,7 @@ from components.samplers.schedules import Schedule
 from components.systems.supir.connectors import ConnectorJoins, ZeroConv, ZeroCrossAttn, ZeroSFT, places_of
 from components.systems.supir.control import ControlEncoder, walk_control
 from components.systems.supir.denoiser import Ramp, SupirDenoiser
+from components.systems.supir.fast import FastSupir
 from components.systems.supir.network import Conditions, Supir, control_features, predict_eps
 from components.systems.supir.preprocess import (
     fixed_sizes,
@@ -247,8 +250,12 @@ def check_pipeline(golden: Golden) -> None:
             predict=predict,
             table=table,
             lq=golden.input("control"),
-            positive=Conditions(text=golden.input("crossattn"), pooled=golden.input("vector"), time_ids=nothing),
-            negative=Conditions(text=golden.input("crossattn_uc"), pooled=golden.input("vector_uc"), time_ids=nothing),
+            conditions=Conditions(
+                text=torch.cat([golden.input("crossattn_uc"), golden.input("crossattn")]),
+                pooled=torch.cat([golden.input("vector_uc"), golden.input("vector")]),
+                time_ids=nothing.expand(2, -1),
+            ),
+            guided=True,
             cfg_scale=Ramp(start=guider["scale"], end=guider["scale_min"]),
             control_scale=Ramp(start=first, end=scale),
             sigma_max=SIGMA_MAX,
@@ -391,3 +398,15 @@ def test_the_bundle_computes_what_its_parts_do(golden_dir: Path) -> None:
     again = Supir.from_parts(prior, network.config(), network.parts())
     with torch.no_grad():
         assert torch.equal(again.predict_eps(latents, timesteps, latents * 0.5, conditions, 0.9), whole)
+    with torch.no_grad():
+        for speed in (Speed(), Speed(join=False), Speed(channels_last="on")):
+            run = FastSupir(network, speed).run()
+            for scale in (0.9, torch.tensor(0.9)):
+                for _ in range(2):  # the second call takes its keys from the cache
+                    fast = run.predict_eps(latents, timesteps, latents * 0.5, conditions, scale)
+                    torch.testing.assert_close(fast, whole, rtol=1e-4, atol=2e-5)
+            other = replace(conditions, text=conditions.text * 0.5)
+            mine = run.predict_eps(latents, timesteps, latents * 0.5, other, 0.9)
+            torch.testing.assert_close(
+                mine, network.predict_eps(latents, timesteps, latents * 0.5, other, 0.9), rtol=1e-4, atol=2e-5
+            )

@@ -13,29 +13,36 @@ The bundle's modules do not change, apart from the convolutions' memory layout w
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from components.cuda_graphs import Function, GraphedFunction, can_record
 from components.objectives.consistency import consistency_output
-from components.options import check_choices, settings_by_name
-from components.priors.autoencoder import scale_latents, unscale_latents
-from components.priors.block_calls import autocast_is_on, compile_by_kind, recompute
+from components.priors import fast_unet
+from components.priors.fast_unet import (
+    ConditionCache,
+    FastAutoencoder,
+    GraphCalls,
+    Walkable,
+    call_each_layer,
+    conditions_embedding,
+    derive,
+    resnet_projections,
+    text_keys,
+    time_embedding,
+)
 from components.priors.sdxl import Prior
-from components.priors.unet_walk import Context, Inputs, check_walkable, resnets_of, split_heads, transformers_of
+from components.priors.unet_walk import Context, Inputs, check_walkable, transformers_of
 from components.systems.instantir.aggregator import Residuals
 from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.perceptor import layer_norm
@@ -45,79 +52,25 @@ from components.systems.instantir.walk import AggregatorBlocks, walk_aggregator,
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 """Attributes of a module that copy.copy would share with the copy."""
 
-MAX_CONDITIONS = 8
-"""Most conditions that a run caches values for; the least recently used is dropped. A step uses at most three."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Settings of the fast path. All settings give the same results up to rounding.
+class Speed(fast_unet.Speed):
+    """Settings of the fast path, see fast_unet.Speed.
 
     Attributes:
         merge_previewer: "on" holds a second copy of the layers that the LoRA changes, with the LoRA merged in; "off"
             switches the LoRA on and off in one UNet; "auto" merges if the copy takes at most half of the device's free
-            memory (a quarter of the machine's on a CPU). Below float32 a merged weight is rounded once.
-        join: fuse the self-attentions' query, key and value weights, and all projections of the embedding, into single
-            matrices (a copy of 1.5 GB at SDXL size in bf16; the merged UNet needs no copy).
-        compile: what torch.compile compiles. "autoencoder": only the autoencoder (seconds); "blocks": also each kind of
-            block of the networks (a minute or two at SDXL size); "whole": also each network as one (minutes); "off".
-        compile_mode: torch.compile's mode, for example "max-autotune-no-cudagraphs"; "" for the default.
-        channels_last: memory layout of the convolutions; "auto" is on for all devices but the CPU.
-        checkpoint: for training: store only the blocks' inputs for the backward pass and compute the rest again; not
-            with compile "whole".
-        graphs: capture each network's call as a CUDA graph, so that Python launches one graph instead of thousands of
-            kernels. It takes the memory of one call for each latent size. "auto": on a GPU, with compile "blocks" or
-            "whole".
+            memory (a quarter of the machine's on a CPU). Below float32 a merged weight is rounded once. The merged UNet
+            needs no copy for `join`.
 
     Raises:
         ValueError: a value is outside its set.
     """
 
     merge_previewer: Literal["auto", "on", "off"] = "auto"
-    join: bool = True
-    compile: Literal["off", "autoencoder", "blocks", "whole"] = "off"
-    compile_mode: str = ""
-    channels_last: Literal["auto", "on", "off"] = "auto"
-    checkpoint: bool = False
-    graphs: Literal["auto", "on", "off"] = "auto"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        if self.checkpoint and self.compile == "whole":
-            raise ValueError("checkpoint does not go with compile whole")
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Speed:
-        """A Speed from settings by name. Raises ValueError for an unknown name; it suggests the nearest one."""
-        return settings_by_name(cls, settings, "speed setting")
 
 
-@dataclass(frozen=True)
-class Walkable:
-    """A UNet or aggregator with the values that are derived from its weights.
-
-    Attributes:
-        network: the module, an argument of `walk`.
-        project: the embedding after SiLU [B, E] -> its shift for each resnet, then the modulation of keys and of values
-            [B, 2 W] for each cross-attention.
-        fused: see unet_walk.Inputs.
-        walk: walk_unet_with_residuals or walk_aggregator, plain or compiled.
-        inside: context manager for the calls (LoRA on).
-    """
-
-    network: Any
-    project: Callable[[Tensor], Sequence[Tensor]]
-    fused: Sequence[Tensor | None]
-    walk: Callable[..., Any]
-    inside: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.network.conv_in.weight.dtype
-        return dtype
-
-
-class FastInstantIR:
+class FastInstantIR(FastAutoencoder):
     """The fast path of one bundle (see the module's docstring).
 
     Args:
@@ -134,92 +87,29 @@ class FastInstantIR:
 
     def __init__(self, network: InstantIR, speed: Speed | None = None) -> None:
         self.network, self.speed = network, speed or Speed()
+        super().__init__(network.prior, self.speed)
         check_walkable(network.unet)
         self._lora_names = tuple(lora_layers(network.unet)) if network.has_previewer else ()
         device = network.prior.device
-        self.channels_last = self.speed.channels_last == "on" or (
-            self.speed.channels_last == "auto" and device.type != "cpu"
-        )
+        self.channels_last = self.speed.uses_channels_last(device)
         if self.channels_last:
             for module in (network.unet, network.aggregator, network.prior.autoencoder):
                 if module is not None:
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        compiler = self._compiler()
-        blocks = AggregatorBlocks()
-        if self.speed.compile == "blocks":
-            blocks = blocks.wrap_all(lambda f: compile_by_kind(f, compiler))
-        if self.speed.checkpoint:
-            blocks = blocks.wrap_all(recompute)
-
-        def walk(function: Callable[..., Any]) -> Callable[..., Any]:
-            def walk_with_blocks(*arguments: Any, **options: Any) -> Any:
-                return function(*arguments, **options, blocks=blocks)
-
-            return compiler(walk_with_blocks) if self.speed.compile == "whole" else walk_with_blocks
-
-        self._walk_unet, self._walk_aggregator = walk(walk_unet_with_residuals), walk(walk_aggregator)
-        self.base = self._walkable(bare_unet(network.unet), self._walk_unet)
+        blocks = self.speed.blocks(AggregatorBlocks())
+        self._walk_unet = self.speed.walk(walk_unet_with_residuals, blocks)
+        self._walk_aggregator = self.speed.walk(walk_aggregator, blocks)
+        self.base = self._derive(bare_unet(network.unet), self._walk_unet)
         self.merged = network.has_previewer and self._merges(device)
         self.previewer = self._previewer() if network.has_previewer else None
         self.aggregator = None
         if network.aggregator is not None:
-            self.aggregator = self._walkable(network.aggregator, self._walk_aggregator)
-        # diffusers' own forward, where a graph break costs little
-        self._decode = self._compiler(fullgraph=False)(_decode)
-        self._encode = self._compiler(fullgraph=False)(_encode)
-        self.graphs = self.speed.graphs == "on" or (
-            self.speed.graphs == "auto" and self.speed.compile in ("blocks", "whole")
-        )
-        self._graph_functions: dict[str, GraphedFunction] = {}
-
-    @property
-    def autoencoder(self) -> nn.Module:
-        """The prior's autoencoder. With the next three properties this class is a tiling.LatentPrior."""
-        return self.network.prior.autoencoder
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.prior.device
-
-    @property
-    def factor(self) -> int:
-        return self.network.prior.factor
-
-    @property
-    def latent_channels(self) -> int:
-        return self.network.prior.latent_channels
+            self.aggregator = self._derive(network.aggregator, self._walk_aggregator)
+        self.graphs = GraphCalls(device, self.speed.uses_graphs)
 
     def run(self) -> FastRun:
         """A new object for one run, with empty caches."""
         return FastRun(self)
-
-    def call(self, name: str, function: Function, changing: Sequence[Tensor], constant: Sequence[Tensor]) -> Any:
-        """The results of one network's call, by a CUDA graph if `graphs` is on and a capture is possible."""
-        if not (self.graphs and can_record(self.network.prior.device)):
-            return function(changing, constant)
-        if name not in self._graph_functions:
-            self._graph_functions[name] = GraphedFunction(function)
-        return self._graph_functions[name](changing, constant, self.network.time_modulation)
-
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Prior.encode, compiled if `compile` is on."""
-        prior = self.network.prior
-        if noise is not None or not self._compiles(prior.autoencoder):
-            return prior.encode(images, noise)
-        with torch.autocast(images.device.type, enabled=False):
-            return scale_latents(prior.autoencoder, self._encode(prior.autoencoder, images))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Prior.decode, compiled if `compile` is on."""
-        prior = self.network.prior
-        if not self._compiles(prior.autoencoder):
-            return prior.decode(latents)
-        with torch.autocast(latents.device.type, enabled=False):
-            return self._decode(prior.autoencoder, unscale_latents(prior.autoencoder, latents))
-
-    def _compiles(self, autoencoder: nn.Module) -> bool:
-        """Whether an autoencoder is compiled; one with its own tiling is not."""
-        return self.speed.compile != "off" and isinstance(autoencoder, AutoencoderKL) and not autoencoder.use_tiling
 
     def _merges(self, device: torch.device) -> bool:
         if self.speed.merge_previewer != "auto":
@@ -229,27 +119,17 @@ class FastInstantIR:
     def _previewer(self) -> Walkable:
         unet = self.network.unet
         if self.merged:
-            return self._walkable(merged_unet(unet, self.channels_last), self._walk_unet, replace=True)
+            return self._derive(merged_unet(unet, self.channels_last), self._walk_unet, replace=True)
         # with LoRA wrappers: neither fused nor compiled, since the wrappers choose their computation in Python
-        return Walkable(unet, *_call_each_layer(unet), walk_unet_with_residuals, lambda: previewer_enabled(unet))
+        parts = call_each_layer(unet, _projections(unet))
+        return Walkable(unet, *parts, walk_unet_with_residuals, lambda: previewer_enabled(unet))
 
-    def _walkable(self, network: Any, walk: Callable[..., Any], replace: bool = False) -> Walkable:
-        is_frozen = not any(parameter.requires_grad for parameter in network.parameters())
-        return Walkable(
-            network,
-            *(_fuse_layers(network, replace) if self.speed.join and is_frozen else _call_each_layer(network)),
-            walk,
-        )
+    def _derive(self, network: Any, walk: Any, replace: bool = False) -> Walkable:
+        return derive(network, walk, self.speed.join, _projections(network), replace)
 
     def lora_covers(self, parts: tuple[str, ...]) -> bool:
         """Whether the LoRA changes a layer whose name contains one of `parts`."""
         return any(part in f".{name}." for name in self._lora_names for part in parts)
-
-    def _compiler(self, fullgraph: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        if self.speed.compile == "off":
-            return lambda function: function
-        settings: dict[str, Any] = {"fullgraph": fullgraph, "dynamic": False, "mode": self.speed.compile_mode or None}
-        return lambda function: torch.compile(function, **settings)
 
 
 class FastRun:
@@ -262,7 +142,7 @@ class FastRun:
 
     def __init__(self, fast: FastInstantIR) -> None:
         self.fast, self.network = fast, fast.network
-        self._caches: OrderedDict[int, _Cache] = OrderedDict()
+        self._caches = ConditionCache()
         self._last: tuple[Tensor, Conditions, Tensor] | None = None
 
     @property
@@ -292,12 +172,12 @@ class FastRun:
         walkable = self.fast.aggregator
         if walkable is None:
             raise ValueError("the network has no aggregator")
-        constant_part = self._cache(conditions).once(
-            "aggregator embedding", lambda: _conditions_embedding(walkable, conditions)
+        constant_part = self._caches.of(conditions).once(
+            "aggregator embedding", lambda: conditions_embedding(walkable, conditions)
         )
-        embedding = F.silu(_time_embedding(walkable, timesteps.expand(len(lq))) + constant_part)
+        embedding = F.silu(time_embedding(walkable, timesteps.expand(len(lq))) + constant_part)
         changing = (embedding, self._layout(lq, walkable), self._layout(preview, walkable))
-        *down, mid = self.fast.call("aggregator", partial(_aggregate, walkable), changing, ())
+        *down, mid = self._call("aggregator", partial(_aggregate, walkable), changing, ())
         return Residuals(tuple(down), mid)
 
     def _predict(
@@ -308,17 +188,22 @@ class FastRun:
         conditions: Conditions,
         residuals: Residuals | None,
     ) -> Tensor:
-        with walkable.inside(), _own_precision(walkable):
+        with walkable.inside(), walkable.own_precision():
             embedding = F.silu(self._embedding(walkable, timesteps, conditions))
             changing = [embedding, self._layout(latents, walkable)]
             if residuals is not None:
                 residuals = residuals.to(walkable.dtype)
                 changing += [*residuals.down, residuals.mid]
             name = "previewer" if walkable is self.fast.previewer else "base"
-            constant = self._cache(conditions).once(f"constants {name}", lambda: self._constants(walkable, conditions))
+            cache = self._caches.of(conditions)
+            constant = cache.once(f"constants {name}", lambda: self._constants(walkable, conditions))
             function = partial(_predict, walkable, self.network)
-            (eps,) = self.fast.call(name, function, changing, constant)
+            (eps,) = self._call(name, function, changing, constant)
         return eps.to(latents.dtype)  # type: ignore[no-any-return]
+
+    def _call(self, name: str, function: Any, changing: Sequence[Tensor], constant: Sequence[Tensor]) -> Any:
+        """The results of one network's call, by a CUDA graph where that is possible."""
+        return self.fast.graphs(name, function, changing, constant, self.network.time_modulation)
 
     def _constants(self, walkable: Walkable, conditions: Conditions) -> list[Tensor]:
         """The first four tensors of Context for each cross-attention, in one list."""
@@ -335,10 +220,10 @@ class FastRun:
         source, name = self._source(walkable, "embedding", (".time_embedding.", ".add_embedding."))
         if self._last is not None and name == "" and self._last[0] is timesteps and self._last[1] is conditions:
             return self._last[2]
-        constant_part = self._cache(conditions).once(
-            f"embedding {name}", lambda: _conditions_embedding(source, conditions)
+        constant_part = self._caches.of(conditions).once(
+            f"embedding {name}", lambda: conditions_embedding(source, conditions)
         )
-        embedding = _time_embedding(source, timesteps.expand(len(constant_part))) + constant_part
+        embedding = time_embedding(source, timesteps.expand(len(constant_part))) + constant_part
         if name == "":
             self._last = (timesteps, conditions, embedding)
         return embedding
@@ -346,40 +231,18 @@ class FastRun:
     def _texts(self, walkable: Walkable, conditions: Conditions) -> list[tuple[Tensor, Tensor]]:
         """The text's keys and values of each cross-attention; both UNets share them unless the LoRA changes them."""
         source, name = self._source(walkable, "text", (".attn2.to_k.", ".attn2.to_v."))
-        return self._cache(conditions).once(f"text {name}", lambda: _text_keys(source, conditions))
+        return self._caches.of(conditions).once(f"text {name}", lambda: text_keys(source, conditions))
 
     def _pictures(self, walkable: Walkable, conditions: Conditions) -> list[tuple[Tensor, Tensor]]:
         """The picture's normalised keys and values of each cross-attention, before modulation."""
         name = "previewer" if walkable is self.fast.previewer else ""
-        return self._cache(conditions).once(f"picture {name}", lambda: _picture_keys(walkable, conditions))
+        return self._caches.of(conditions).once(f"picture {name}", lambda: _picture_keys(walkable, conditions))
 
     def _source(self, walkable: Walkable, what: str, parts: tuple[str, ...]) -> tuple[Walkable, str]:
         """(network to compute with, name in the cache): the base network unless the LoRA changes one of `parts`."""
         if walkable is self.fast.previewer and self.fast.lora_covers(parts):
             return walkable, "previewer"
         return self.fast.base, ""
-
-    def _cache(self, conditions: Conditions) -> _Cache:
-        cache = self._caches.get(id(conditions))
-        if cache is None:
-            cache = self._caches[id(conditions)] = _Cache(conditions)
-            if len(self._caches) > MAX_CONDITIONS:
-                self._caches.popitem(last=False)
-        self._caches.move_to_end(id(conditions))
-        return cache
-
-
-@dataclass
-class _Cache:
-    """Values computed from one Conditions object; it holds the object, so that its id is not reused."""
-
-    conditions: Conditions
-    values: dict[Hashable, Any] = field(default_factory=dict)
-
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        if name not in self.values:
-            self.values[name] = make()
-        return self.values[name]
 
 
 def bare_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -434,73 +297,14 @@ def memory_to_spare(device: torch.device) -> int:
         return 0
 
 
-def _projections(network: Any) -> list[nn.Linear]:
+def _projections(network: Any) -> list[Any]:
     """Layers with the embedding as input: one of each resnet, then two modulations of each cross-attention."""
-    layers: list[Any] = [resnet.time_emb_proj for resnet in resnets_of(network)]
+    layers = resnet_projections(network)
     for block in transformers_of(network):
         if block.attn2 is not None:
             processor: Any = block.attn2.processor
             layers += [processor.ln_k_ip.linear, processor.ln_v_ip.linear]
     return layers
-
-
-def _call_each_layer(network: Any) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor | None]]:
-    """(project, fused) of a Walkable that calls each layer, so that weights may change and the LoRA works."""
-    layers = _projections(network)
-    return lambda embedding: [layer(embedding) for layer in layers], [None] * len(transformers_of(network))
-
-
-@torch.no_grad()
-def _fuse_layers(network: Any, replace: bool) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor | None]]:
-    """(project, fused) of a Walkable with one product for all projections, and one for query, key and value.
-
-    With `replace`, the network's layers become views of the fused matrices, which then take no extra memory.
-    """
-    layers = _projections(network)
-    weight, bias = _concat_weights(layers, replace), torch.cat([layer.bias.detach() for layer in layers])
-    sizes = [layer.out_features for layer in layers]
-    fused: list[Tensor | None] = []
-    for block in transformers_of(network):
-        three: list[Any] = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
-        fused.append(_concat_weights(three, replace) if all(layer.bias is None for layer in three) else None)
-    return lambda embedding: F.linear(embedding, weight, bias).split(sizes, dim=-1), fused
-
-
-def _concat_weights(layers: Sequence[nn.Linear], replace: bool) -> Tensor:
-    """The layers' weights, concatenated [sum of outputs, inputs]; with `replace` the layers become views of it."""
-    matrix = torch.cat([layer.weight.detach() for layer in layers])
-    if replace:
-        for layer, part in zip(layers, matrix.split([layer.out_features for layer in layers]), strict=True):
-            layer.weight = nn.Parameter(part, requires_grad=False)
-    return matrix
-
-
-def _own_precision(walkable: Walkable) -> contextlib.AbstractContextManager[Any]:
-    """Autocast is off for networks below float32: it would only cast their norms to float32 and back."""
-    device = walkable.network.conv_in.weight.device.type
-    below = walkable.dtype != torch.float32 and autocast_is_on(device)
-    return torch.autocast(device, enabled=False) if below else contextlib.nullcontext()
-
-
-def _decode(autoencoder: Any, latents: Tensor) -> Tensor:
-    """AutoencoderKL's decoding of unscaled latents, in their dtype, without tiling, slicing and its output class."""
-    dtype, latents = latents.dtype, latents.to(autoencoder.dtype)
-    if autoencoder.post_quant_conv is not None:
-        latents = autoencoder.post_quant_conv(latents)
-    images: Tensor = autoencoder.decoder(latents)
-    return images.to(dtype)
-
-
-def _encode(autoencoder: Any, images: Tensor) -> Tensor:
-    """The mode of AutoencoderKL's posterior, unscaled, without tiling, slicing and its output class.
-
-    In the pictures' dtype.
-    """
-    moments = autoencoder.encoder(images.to(autoencoder.dtype))
-    if autoencoder.quant_conv is not None:
-        moments = autoencoder.quant_conv(moments)
-    mode: Tensor = moments.chunk(2, dim=1)[0].to(images.dtype)
-    return mode
 
 
 def _predict(
@@ -526,33 +330,6 @@ def _aggregate(walkable: Walkable, changing: Sequence[Tensor], constant: Sequenc
     inputs = Inputs(list(walkable.project(embedding)), [None] * len(walkable.fused), walkable.fused)
     residuals = walkable.walk(walkable.network, lq, preview, inputs)
     return [*residuals.down, residuals.mid]
-
-
-def _time_embedding(walkable: Walkable, timesteps: Tensor) -> Tensor:
-    """The embedding's time term [B, E] for timesteps [B]."""
-    network = walkable.network
-    embedding: Tensor = network.time_embedding(network.time_proj(timesteps).to(walkable.dtype))
-    return embedding
-
-
-def _conditions_embedding(walkable: Walkable, conditions: Conditions) -> Tensor:
-    """The embedding's term of pooled text and sizes [B, E]."""
-    network = walkable.network
-    sizes = network.add_time_proj(conditions.time_ids.flatten()).view(len(conditions.pooled), -1)
-    embedding: Tensor = network.add_embedding(
-        torch.cat([conditions.pooled, sizes.to(conditions.pooled.dtype)], dim=-1).to(walkable.dtype)
-    )
-    return embedding
-
-
-def _text_keys(walkable: Walkable, conditions: Conditions) -> list[tuple[Tensor, Tensor]]:
-    """The text's keys and values [B, heads, S, d] of each cross-attention."""
-    text, keys = conditions.text.to(walkable.dtype), []
-    for block in transformers_of(walkable.network):
-        attention: Any = block.attn2
-        heads = attention.heads
-        keys.append((split_heads(attention.to_k(text), heads), split_heads(attention.to_v(text), heads)))
-    return keys
 
 
 def _picture_keys(walkable: Walkable, conditions: Conditions) -> list[tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from components.models import Model, ModelError
 from components.objectives.robust_encoding import RobustEncoderObjective, measure_encoder
 from components.priors.block_calls import recompute
+from components.priors.fast_unet import Speed
 from components.priors.files import Precision
 from components.priors.opening import open_recorded_prior
 from components.priors.robust_encoder import RobustEncoder, first_restoration
@@ -123,7 +124,12 @@ def network_of(model: Model, prior: Prior, parts: Sequence[str] = (ENCODER, ADAP
 
 
 def build_restorer(
-    model: Model, device: str = "cpu", batch_size: int = 1, precision: Precision = "fp32", **defaults: Any
+    model: Model,
+    device: str = "cpu",
+    batch_size: int = 1,
+    precision: Precision = "fp32",
+    speed: Mapping[str, Any] | None = None,
+    **defaults: Any,
 ) -> SupirRestorer:
     """The restorer of a model folder.
 
@@ -132,11 +138,14 @@ def build_restorer(
         device: device of the networks.
         batch_size: see SupirRestorer.
         precision: precision of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
+        speed: settings of fast_unet.Speed by name.
         defaults: default options that replace those of the model's recipe.
 
     Raises:
         ModelError: a part is missing, or the prior cannot be opened.
+        ValueError: `speed` has an unknown name or a wrong value.
     """
+    settings = Speed.of(speed or {})
     missing = [part for part in (ENCODER, ADAPTOR) if part not in model.info["parts"]]
     if missing:  # checked before gigabytes are loaded
         raise ModelError(f"{model.path}: restoring needs {' and '.join(missing)} too, which the model does not have")
@@ -145,7 +154,7 @@ def build_restorer(
     prior = open_recorded_prior(str(record["id"]), record, "cpu", precision, image_encoder="")
     network = network_of(model, prior)
     network.to(device)
-    return SupirRestorer(network, {**restore_defaults(model.info["recipe"] or {}), **defaults}, batch_size)
+    return SupirRestorer(network, {**restore_defaults(model.info["recipe"] or {}), **defaults}, batch_size, settings)
 
 
 def look(objective: SupirObjective, recipe: SupirRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
@@ -153,7 +162,9 @@ def look(objective: SupirObjective, recipe: SupirRecipe, lq: Tensor, prompts: Se
     if isinstance(objective, RobustEncoderObjective):
         return first_restoration(objective.encoder, lq)
     with torch.no_grad(), preserve_requires_grad(objective.trainables.values()):
-        restorer = SupirRestorer(objective.network, restore_defaults(as_dict(recipe)))
+        # these weights still train: nothing is derived from them, and their memory layout does not change
+        plain = Speed(join=False, channels_last="off")
+        restorer = SupirRestorer(objective.network, restore_defaults(as_dict(recipe)), speed=plain)
         requests = [
             Request(key=f"sample {i}", image=image, seed=seed + i, prompt=prompt)
             for i, (image, prompt) in enumerate(zip(tensor_to_images(lq), prompts, strict=True))

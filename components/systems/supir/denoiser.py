@@ -48,18 +48,19 @@ class SupirDenoiser:
         predict: the networks.
         table: levels of the schedule by time step, float32 [T], rising; see edm.level_table.
         lq: scaled latents of the LQ pictures [B, C, h, w].
-        positive: conditions of B rows.
-        negative: of B rows; None for no guidance.
+        conditions: of B rows, or with guidance of 2 B rows, the negative ones first; the same object in all steps and
+            tiles, so that a fast path computes its keys once.
+        guided: whether there are negative rows.
         cfg_scale, control_scale: by level.
         sigma_max: the level where a ramp starts.
-        tiles: positive conditions of their own for parts of the latents, by box.
+        tiles: conditions of their own for parts of the latents, by box.
     """
 
     predict: PredictEps
     table: Tensor
     lq: Tensor
-    positive: Conditions
-    negative: Conditions | None
+    conditions: Conditions
+    guided: bool
     cfg_scale: Ramp
     control_scale: Ramp
     sigma_max: float
@@ -72,13 +73,13 @@ class SupirDenoiser:
         snapped = table[timesteps].to(latents.dtype).view(-1, 1, 1, 1)
         scaled = latents / (1 + snapped.square()).sqrt()
         control = self.control_scale.at(level, self.sigma_max)
-        if self.negative is None:
-            return latents - snapped * self.predict(scaled, timesteps, self.lq, self.positive, control)
+        if not self.guided:
+            return latents - snapped * self.predict(scaled, timesteps, self.lq, self.conditions, control)
         both = self.predict(
             torch.cat([scaled, scaled]),
             torch.cat([timesteps, timesteps]),
             torch.cat([self.lq, self.lq]),
-            self.negative.concat(self.positive),
+            self.conditions,
             control,
         )
         negative, positive = (latents - snapped * eps for eps in both.chunk(2))
@@ -89,4 +90,4 @@ class SupirDenoiser:
         """The denoiser of a part of the latents."""
         top, left, height, width = box
         part = self.lq[..., top : top + height, left : left + width].contiguous()
-        return replace(self, lq=part, positive=self.tiles.get(box, self.positive), tiles={})
+        return replace(self, lq=part, conditions=self.tiles.get(box, self.conditions), tiles={})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from components.color import transfer_colors
 from components.images import pad_to_multiple, working_size
+from components.priors.fast_unet import Speed
 from components.priors.robust_encoder import RobustLatents
 from components.priors.tiling import TILE
 from components.randomness import generator
@@ -29,6 +30,7 @@ from components.samplers.edm import (
 )
 from components.samplers.tiles import gaussian_weights, released_weights, strided_boxes, tile_boxes, tiled
 from components.systems.supir.denoiser import Ramp, SupirDenoiser
+from components.systems.supir.fast import FastSupir
 from components.systems.supir.network import Conditions, Supir
 from components.systems.supir.options import Options, parse_options
 from components.systems.supir.pictures import Pictures
@@ -72,18 +74,26 @@ class SupirRestorer(Restorer):
         batch_size: largest number of pictures in a batch; they have one size and equal options. With 1, a picture's
             bytes do not depend on the other requests. Above 1, convolutions and matrix products may round differently,
             in fp32 by about 1e-6 before rounding to 8 bit; noise never depends on the company.
+        speed: settings of the fast path, see fast_unet.Speed.
 
     Raises:
         ValueError: there is no adaptor, or a default is unknown or outside its range.
     """
 
-    def __init__(self, network: Supir, defaults: Mapping[str, Any] | None = None, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        network: Supir,
+        defaults: Mapping[str, Any] | None = None,
+        batch_size: int = 1,
+        speed: Speed | None = None,
+    ) -> None:
         if network.adaptor is None:
             raise ValueError("restoring needs a network with an adaptor")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.network, self.batch_size = network.freeze(), batch_size
         self.defaults = parse_options(defaults or {}, Options())
+        self.fast = FastSupir(self.network, speed)
         self.table = level_table(network.prior.schedule)
         self._robust = RobustLatents(network.encoder)
 
@@ -246,14 +256,16 @@ class SupirRestorer(Restorer):
             size = (boxes[0][2] * prior.factor, boxes[0][3] * prior.factor)
         count = len(batch[0].texts) - 1
         conditions = [self._conditions(batch, place, size) for place in range(count)]
-        negative = self._conditions(batch, -1, size) if options.guided else None
+        if options.guided:
+            negative = self._conditions(batch, -1, size)
+            conditions = [negative.concat(positive) for positive in conditions]
         cfg, control = options.cfg_ends, options.control_ends
         whole = SupirDenoiser(
-            predict=self.network.predict_eps,
+            predict=self.fast.run().predict_eps,
             table=self.table.to(prior.device),
             lq=lq,
-            positive=conditions[0],
-            negative=negative,
+            conditions=conditions[0],
+            guided=options.guided,
             cfg_scale=Ramp(start=cfg[0], end=cfg[1]),
             control_scale=Ramp(start=control[0], end=control[1]),
             sigma_max=float(self.table[-1]),

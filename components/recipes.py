@@ -158,6 +158,8 @@ class Recipe:
     buckets: list[list[int]] = field(default_factory=list)  # [height, width] instead of squares; one per global batch
     crop: Literal["random", "center"] = "random"
     flip: bool = False  # mirror each crop with probability 1/2
+    turn: bool = False  # turn each crop by a random multiple of 90 degrees (180, where it is no square)
+    relight: float = 0.0  # random gamma up to e to this power either way, and a quarter of the power for each colour
     window_samples: int = 65_536  # samples shuffled together; the order of shards is shuffled too
     mixture: str = ""  # a name in pipelines/mixtures or a path; its sources and captioners replace the recipe's
     sources: dict[str, float] = field(default_factory=dict)  # input name (or dead_leaves): weight; 0 excludes it
@@ -233,6 +235,8 @@ class Recipe:
                 f"batch_size {self.batch_size} is not a multiple of accumulation x workers "
                 f"({self.accumulation} x {self.placement.workers})"
             )
+        if not 0 <= self.relight <= 1:
+            raise RecipeError(f"relight must be between 0 and 1, got {self.relight}")
         if not all(0 <= weight < math.inf for weight in self.sources.values()):
             raise RecipeError(f"sources needs finite weights of at least 0, got {self.sources}")
         self.sources = {k: weight for k, weight in (self.sources or CORPUS).items() if weight}

@@ -31,6 +31,8 @@ class StreamConfig:
         batch_size: of the global batch; only buckets need it.
         crop: position of the crop in the resized picture: "random" or "center".
         flip: mirror half of the rows.
+        turn: turn rows by a random multiple of 90 degrees; of 180, where they are no squares.
+        relight: largest logarithm of a random gamma; each colour also gets a gain of up to a quarter of it.
         degradation: preset of components.degradations; "": lq equals hq.
         degradation_options: changes to the preset.
         degrade_on: "stream" (in the data workers) or "device" (in collate, by the batched back end).
@@ -59,6 +61,8 @@ class StreamConfig:
     batch_size: int = 0
     crop: str = "random"
     flip: bool = True
+    turn: bool = False
+    relight: float = 0.0
     degradation: str = ""
     degradation_options: Mapping[str, Any] = field(default_factory=dict)
     degrade_on: str = "stream"

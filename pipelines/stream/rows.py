@@ -149,7 +149,7 @@ def heldout_rows(config: StreamConfig, count: int) -> list[Row]:
         n = len(splits["held_out"]) if "held_out" in splits else 0
         if n:
             only_source = {"sources": ((source, 1.0),), "captioner": captioner, "captioners": ()}
-            heldout = replace(config, split="held_out", flip=False, **only_source)  # type: ignore[arg-type]
+            heldout = replace(config, split="held_out", flip=False, turn=False, relight=0.0, **only_source)  # type: ignore[arg-type]
             rows = [
                 _first_usable(heldout, p, source, ((p + k) % n for k in range(min(n, ATTEMPTS)))) for p in range(count)
             ]
@@ -408,7 +408,7 @@ def _short_side_px(config: StreamConfig, original: tuple[int, int], position: in
 
 
 def _crop(config: StreamConfig, position: int, picture: Image) -> tuple[tuple[int, int], Image]:
-    """Return (top, left) and the random or central crop of the row's size, which may be mirrored."""
+    """Return (top, left) and the random or central crop of the row's size, mirrored, turned and relit as configured."""
     height, width = size_at(config, position)
     if config.crop == "center":
         top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
@@ -419,7 +419,21 @@ def _crop(config: StreamConfig, position: int, picture: Image) -> tuple[tuple[in
     part = picture[top : top + height, left : left + width]
     if config.flip and generator(config.seed, position, "flip").random() < 0.5:
         part = cv2.flip(part, 1)
+    if config.turn:
+        quarters = int(generator(config.seed, position, "turn").integers(0, 4))
+        part = np.rot90(part, quarters if height == width else 2 * (quarters % 2))
+    if config.relight:
+        part = _relight(part, config, position)
     return (top, left), part
+
+
+def _relight(part: Image, config: StreamConfig, position: int) -> Image:
+    """A crop in another light: level -> gain level ** gamma in [0, 1], one gamma for all colours, a gain for each."""
+    rng = generator(config.seed, position, "relight")
+    gamma = np.exp(config.relight * rng.uniform(-1, 1))
+    gains = np.exp(config.relight / 4 * rng.uniform(-1, 1, size=3))
+    levels = np.clip(gains * (np.arange(256) / 255)[:, None] ** gamma, 0, 1)
+    return np.asarray(cv2.LUT(np.ascontiguousarray(part), np.rint(255 * levels).astype(np.uint8)[None]), dtype=np.uint8)
 
 
 def _paired_input(config: StreamConfig, position: int, source: str, sample: int, key: str, hq: Image) -> Image:

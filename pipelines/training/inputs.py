@@ -127,6 +127,8 @@ def stream_config(recipe: Recipe, inputs: TrainInputs, captioning: Captioning | 
         window_samples=recipe.window_samples,
         crop=recipe.crop,
         flip=recipe.flip,
+        turn=recipe.turn,
+        relight=recipe.relight,
         captioner=recipe.captioner,
         captioners=tuple(recipe.captioners.get(name, recipe.captioner) for name in recipe.sources),
         captioning=captioning,

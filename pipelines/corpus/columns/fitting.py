@@ -31,8 +31,8 @@ def check_precomputed(producer: Mapping[str, Any], stream: Any, model_digest: st
     Args:
         producer: producer of a column of `precompute`.
         stream: settings of the stream: a dataclass (stream.config.StreamConfig) or a mapping with the same names.
-            This function reads sources, resolution, short_side, scale, buckets, flip, crop ("random" by default),
-            degradation, degradation_options and captioner.
+            This function reads sources, resolution, short_side, scale, buckets, flip, turn, relight, crop ("random" by
+            default), degradation, degradation_options and captioner.
         model_digest: digest of the prior in training; "" skips this check.
 
     Raises:
@@ -70,6 +70,10 @@ def _latent_reasons(producer: Mapping[str, Any], settings: Mapping[str, Any]) ->
         reasons.append("buckets cut other shapes")
     if settings.get("flip", True):
         reasons.append("flip mirrors half of the rows")
+    if settings.get("turn"):
+        reasons.append("turn rotates rows")
+    if settings.get("relight"):
+        reasons.append("relight changes their light")
     if settings.get("crop", "random") != "center":
         reasons.append("rows are cropped at random and they hold the middle square")
     preset = settings.get("degradation", "")

@@ -18,6 +18,7 @@ from PIL import Image as Pillow
 
 from components.degradations import build_degradation
 from components.images import to_float, to_uint8
+from components.randomness import generator
 from pipelines.core.errors import Failure, UsageError
 from pipelines.corpus.shards import write_corpus
 from pipelines.stream import feed
@@ -146,6 +147,39 @@ def test_without_degradation_and_caption(config: StreamConfig) -> None:
     row = load_row(dataclasses.replace(config, degradation=""), 0)
     assert np.array_equal(row["hq"], row["lq"])
     assert (row["plan"], row["prompt"]) == ("{}", "")
+
+
+def test_turns_are_all_there_and_half_turns_alone_where_a_row_is_no_square(config: StreamConfig) -> None:
+    plain = dataclasses.replace(config, flip=False)
+    turned, sizes = dataclasses.replace(plain, turn=True), {(16, 24)}
+    counts = [0] * 4
+    for position in range(40):
+        upright, row = load_row(plain, position)["hq"], load_row(turned, position)["hq"]
+        matches = [quarters for quarters in range(4) if np.array_equal(np.rot90(upright, quarters), row)]
+        counts[matches[0]] += 1
+    assert min(counts) >= 3
+    oblong = dataclasses.replace(plain, buckets=tuple(sizes), batch_size=1, degradation="")
+    for position in range(12):
+        upright = load_row(oblong, position)["hq"]
+        row = load_row(dataclasses.replace(oblong, turn=True), position)["hq"]
+        assert any(np.array_equal(np.rot90(upright, quarters), row) for quarters in (0, 2))
+
+
+def test_relight_is_one_gamma_and_a_gain_for_each_colour(config: StreamConfig) -> None:
+    plain = dataclasses.replace(config, flip=False, degradation="")
+    lit, ratios = dataclasses.replace(plain, relight=0.4), []
+    for position in range(20):
+        before, after = (load_row(each, position)["hq"].astype(float) / 255 for each in (plain, lit))
+        middle = (before > 0.3) & (before < 0.7) & (after > 0.02) & (after < 0.98)
+        exponents = np.log(after[middle]) / np.log(before[middle])
+        ratios.append(float(np.median(exponents)))
+    assert max(ratios) > 1.1 and min(ratios) < 0.9 and max(ratios) < 2.2 and min(ratios) > 0.4
+    rng = generator(config.seed, 3, "relight")
+    gamma, gains = np.exp(0.4 * rng.uniform(-1, 1)), np.exp(0.1 * rng.uniform(-1, 1, size=3))
+    before = load_row(plain, 3)["hq"].astype(float) / 255
+    expected = np.rint(255 * np.clip(gains * before**gamma, 0, 1))
+    assert np.array_equal(load_row(lit, 3)["hq"], expected)
+    assert np.array_equal(load_row(lit, 3)["hq"], load_row(lit, 3)["lq"])  # without a degradation
 
 
 def test_tags_describe_the_crop(config: StreamConfig) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from components.degradations import build_degradation
+from components.evaluation.metrics import MetricError, Metrics, Origin
 from components.evaluation.statistics import Band, mean_band
 from components.images import to_float, to_uint8
 from components.options import TEXTS
@@ -105,8 +106,6 @@ def analyze_arms(
             another study.
         Failure: no picture could be measured, or the output folder cannot be written.
     """
-    from components.evaluation.metrics import MetricError, Metrics, Origin  # imports torch
-
     job, entries = model.job, read_arms(model, arms)
     try:
         degradation = build_degradation(mixed)

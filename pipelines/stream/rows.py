@@ -430,10 +430,9 @@ def _crop(config: StreamConfig, position: int, picture: Image) -> tuple[tuple[in
 def _relight(part: Image, config: StreamConfig, position: int) -> Image:
     """A crop in another light: level -> gain level ** gamma in [0, 1], one gamma for all colours, a gain for each."""
     rng = generator(config.seed, position, "relight")
-    gamma = np.exp(config.relight * rng.uniform(-1, 1))
-    gains = np.exp(config.relight / 4 * rng.uniform(-1, 1, size=3))
-    levels = np.clip(gains * (np.arange(256) / 255)[:, None] ** gamma, 0, 1)
-    return np.asarray(cv2.LUT(np.ascontiguousarray(part), np.rint(255 * levels).astype(np.uint8)[None]), dtype=np.uint8)
+    gamma, gains = np.exp(config.relight * rng.uniform(-1, 1)), np.exp(config.relight / 4 * rng.uniform(-1, 1, size=3))
+    levels = np.rint(255 * np.clip(gains * (np.arange(256) / 255)[:, None] ** gamma, 0, 1)).astype(np.uint8)
+    return np.asarray(cv2.LUT(np.ascontiguousarray(part), levels[None]), dtype=np.uint8)
 
 
 def _paired_input(config: StreamConfig, position: int, source: str, sample: int, key: str, hq: Image) -> Image:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components import cuda_graphs
+from components.priors import fast_unet as fast_module
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
 from components.priors.unet_walk import check_walkable, transformers_of
 from components.randomness import Noise, generator
 from components.samplers.ddim import sample_ddim
 from components.samplers.schedules import Schedule
-from components.systems.instantir import fast as fast_module
 from components.systems.instantir.denoiser import InstantIRDenoiser
 from components.systems.instantir.fast import FastInstantIR, Speed, merged_bytes
 from components.systems.instantir.network import Conditions, InstantIR, LoopNetworks
@@ -201,7 +201,7 @@ def test_only_layers_with_the_lora_are_copied(network: InstantIR) -> None:
 def test_merging_depends_on_free_memory(
     network: InstantIR, monkeypatch: pytest.MonkeyPatch, spare: int, merged: bool
 ) -> None:
-    monkeypatch.setattr(fast_module, "memory_to_spare", lambda device: spare)
+    monkeypatch.setattr("components.systems.instantir.fast.memory_to_spare", lambda device: spare)
     assert FastInstantIR(network).merged is merged
     assert FastInstantIR(network, Speed(merge_previewer="on")).merged
     assert not FastInstantIR(network, Speed(merge_previewer="off")).merged

@@ -1,7 +1,8 @@
-"""The environment of Ray: settings that it reads at its import, and its use. Imports nothing: commands start fast."""
+"""The environment of Ray: settings that it reads at its import, and its use. Light imports: commands start fast."""
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import sys
@@ -9,6 +10,8 @@ import sys
 
 def quiet_environment() -> None:
     """Set Ray's environment variables, for this process and its workers. Ray reads them at import."""
+    # a library of diffusers asks for a kernel that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
     # A proxy of Ray Serve has 5 s to start by default. On a busy machine its imports take longer.

@@ -140,7 +140,7 @@ class Prior:
                 truncation=True,
                 max_length=tokenizer.model_max_length,
                 return_tensors="pt",
-            ).input_ids.to(self.device)
+            ).input_ids.to(_device_of(encoder))
             output = encoder(ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
             if hasattr(output, "text_embeds"):
@@ -170,7 +170,7 @@ class Prior:
         pooled = torch.empty(0)
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             rows = [row for prompt in prompts for row in _pieces(tokenizer, prompt, chunks)]
-            output = encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
+            output = encoder(torch.tensor(rows, device=_device_of(encoder)), output_hidden_states=True)
             states = output.hidden_states[-2]
             hidden.append(states.unflatten(0, (len(prompts), chunks)).flatten(1, 2))
             if hasattr(output, "text_embeds"):
@@ -207,6 +207,11 @@ class Prior:
     def time_ids(self, sizes: Tensor) -> Tensor:
         """Size ids int64 [B, 6] (original h, w, crop top, left, target h, w) for the UNet, float [B, 6]."""
         return sizes.to(self.device, torch.float32)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a network's weights are: parts of a prior may wait on the CPU."""
+    return next(module.parameters()).device
 
 
 def _token_ids(tokenizer: Any, prompt: str) -> list[int]:

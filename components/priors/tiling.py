@@ -78,7 +78,8 @@ def encode_images(
         ValueError: a side is not a multiple of the prior's factor.
         Cancellation: `cancelled()` returned true.
     """
-    factor = prior.factor
+    # the autoencoder's own device: the rest of a prior may wait elsewhere
+    factor, device = prior.factor, next(prior.autoencoder.parameters()).device
     height, width = images[0].shape[:2]
     if height % factor or width % factor:
         raise ValueError(f"sides must be multiples of {factor}, got {height} x {width}")
@@ -86,13 +87,13 @@ def encode_images(
     def encode(top: int, bottom: int, left: int, right: int) -> Tensor:
         _check(cancelled)
         rows, columns = slice(top * factor, bottom * factor), slice(left * factor, right * factor)
-        pixels = images_to_tensor([image[rows, columns] for image in images]).to(prior.device)
+        pixels = images_to_tensor([image[rows, columns] for image in images]).to(device)
         return prior.encode(pixels, None if noise is None else noise[..., top:bottom, left:right])
 
     size = (height // factor, width // factor)
     if max(size) <= tile:
         return encode(0, size[0], 0, size[1])
-    result = torch.zeros(len(images), prior.latent_channels, *size, device=prior.device)
+    result = torch.zeros(len(images), prior.latent_channels, *size, device=device)
 
     def add_tile(top: int, left: int, value: Tensor) -> None:
         result[..., top : top + value.shape[-2], left : left + value.shape[-1]].add_(value)

@@ -11,6 +11,7 @@ import typer
 from pipelines.commands.support import (
     Compile,
     Device,
+    Offload,
     Precision,
     build_options,
     caption_spec,
@@ -61,6 +62,7 @@ def restore(
     device: Device = "cpu",
     precision: Precision = "fp32",
     compile_mode: Compile = "off",
+    offload: Offload = False,
     as_json: Json = False,
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
@@ -74,7 +76,7 @@ def restore(
 
     console = Console(silent=as_json)
     check_device(device)
-    options, build = parse_options(overrides or []), build_options(device, precision, compile_mode)
+    options, build = parse_options(overrides or []), build_options(device, precision, compile_mode, offload)
     sources, _ = list_pictures(source, out)
     if captioner is None and caption_view != AUTO:
         raise UsageError("--caption-view needs --captioner.")
@@ -111,6 +113,7 @@ def serve(
     device: Device = "cpu",
     precision: Precision = "fp32",
     compile_mode: Compile = "off",
+    offload: Offload = False,
 ) -> None:
     """Serve a model over HTTP: POST /v1/restore and GET /health."""
     from pipelines.core.cluster import local_ray
@@ -120,7 +123,7 @@ def serve(
     from pipelines.service.serve import serve as serve_model
 
     check_device(device)
-    build = build_options(device, precision, compile_mode)
+    build = build_options(device, precision, compile_mode, offload)
     limits, defaults = picture_limits(max_megapixels, max_megabytes), ServeLimits()
     usual = max_megabytes is None and limits.max_pixels <= defaults.max_input_pixels
     serve_limits = ServeLimits(

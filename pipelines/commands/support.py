@@ -40,6 +40,11 @@ Compile = Annotated[
     ),
 ]
 
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="For small GPUs: networks are there in turns, where the model's system can do it."),
+]
+
 
 class Command(TyperCommand):
     """A command that answers a mistyped option with the nearest option's name."""
@@ -153,7 +158,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         raise UsageError(str(error)) from error
 
 
-def build_options(device: str, precision: str, compile_mode: str = "off") -> dict[str, Any]:
+def build_options(device: str, precision: str, compile_mode: str = "off", offload: bool = False) -> dict[str, Any]:
     """The options with which a restorer is built. Defaults are left out, so that records of earlier jobs still match.
 
     Raises:
@@ -168,7 +173,8 @@ def build_options(device: str, precision: str, compile_mode: str = "off") -> dic
         if name not in choices:
             raise unknown(kind, name, choices)
     options: dict[str, Any] = {"device": device, "precision": precision, "speed": {"compile": compile_mode}}
-    defaults = {"device": "cpu", "precision": "fp32", "speed": {"compile": "off"}}
+    options["offload"] = offload
+    defaults = {"device": "cpu", "precision": "fp32", "speed": {"compile": "off"}, "offload": False}
     return {k: v for k, v in options.items() if v != defaults[k]}
 
 

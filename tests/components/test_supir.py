@@ -14,11 +14,13 @@ from torch import Tensor
 from components.captions.views import find_view
 from components.models import ModelCard, ModelError, save_model
 from components.objectives.robust_encoding import RobustEncoderObjective, measure_encoder, robust_loss
+from components.priors.fast_unet import Speed
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.priors.robust_encoder import RobustEncoder, RobustLatents
 from components.priors.sdxl import Prior
 from components.randomness import Noise, generator
 from components.recipes import RecipeError
+from components.residence import Residence
 from components.samplers.edm import between, edm_sigmas, nearest_index
 from components.systems import SYSTEMS
 from components.systems.recipes import load_recipe
@@ -476,6 +478,26 @@ def test_the_first_restoration_is_what_a_captioner_sees() -> None:
         expected = network.prior.decode(network.encoder(pixels))
     levels = ((expected[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()[:18, :30]
     assert np.abs(levels - first).max() <= 1
+
+
+def test_networks_in_turns_give_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every phase has its networks on the device, which here is the CPU under another name."""
+    request = Request(key="k", image=picture(16, 16), seed=1, prompt="red", options={**QUICK, "tau": 2.0})
+    plain = SupirRestorer(make_network(), speed=Speed(join=False)).restore([request])[0].image
+    phases: list[str] = []
+    inner = Residence.phase
+
+    def phase(self: Residence, name: str) -> Any:
+        phases.append(name)
+        return inner(self, name)
+
+    monkeypatch.setattr(Residence, "phase", phase)
+    network = make_network()
+    turns = SupirRestorer(network, speed=Speed(join=False, graphs="off"), device="cpu", offload=True)
+    assert np.array_equal(turns.restore([request])[0].image, plain)
+    assert phases == ["pictures", "texts", "steps", "pictures"]
+    with pytest.raises(ValueError, match="join=false"):
+        SupirRestorer(network, offload=True)
 
 
 def test_a_cancelled_restoration_ends() -> None:

@@ -129,6 +129,7 @@ def build_restorer(
     batch_size: int = 1,
     precision: Precision = "fp32",
     speed: Mapping[str, Any] | None = None,
+    offload: bool = False,
     **defaults: Any,
 ) -> SupirRestorer:
     """The restorer of a model folder.
@@ -139,13 +140,14 @@ def build_restorer(
         batch_size: see SupirRestorer.
         precision: precision of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
         speed: settings of fast_unet.Speed by name.
+        offload: the networks are on the device in turns, see SupirRestorer.
         defaults: default options that replace those of the model's recipe.
 
     Raises:
         ModelError: a part is missing, or the prior cannot be opened.
         ValueError: `speed` has an unknown name or a wrong value.
     """
-    settings = Speed.of(speed or {})
+    settings = Speed.of({**({"join": False, "graphs": "off"} if offload else {}), **(speed or {})})
     missing = [part for part in (ENCODER, ADAPTOR) if part not in model.info["parts"]]
     if missing:  # checked before gigabytes are loaded
         raise ModelError(f"{model.path}: restoring needs {' and '.join(missing)} too, which the model does not have")
@@ -153,8 +155,10 @@ def build_restorer(
     # all parts are built on the CPU in the given precision, and then move to the device together
     prior = open_recorded_prior(str(record["id"]), record, "cpu", precision, image_encoder="")
     network = network_of(model, prior)
-    network.to(device)
-    return SupirRestorer(network, {**restore_defaults(model.info["recipe"] or {}), **defaults}, batch_size, settings)
+    if not offload:
+        network.to(device)
+    options = {**restore_defaults(model.info["recipe"] or {}), **defaults}
+    return SupirRestorer(network, options, batch_size, settings, device, offload)
 
 
 def look(objective: SupirObjective, recipe: SupirRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:

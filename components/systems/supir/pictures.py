@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
@@ -60,7 +61,7 @@ class Pictures:
         latents = encode_pixels_tiled(
             encoder.autoencoder, pixels, layers, encoder=encoder.encoder, cancelled=self.cancelled
         )
-        return latents.to(self.prior.device)
+        return latents
 
     def latents(self, pictures: Decoded, noise: Tensor | None = None) -> Tensor:
         """Scaled latents of decoded pictures by the original encoder; with `noise` a sample of its distribution."""
@@ -68,12 +69,13 @@ class Pictures:
         layers = self._layers(len(images), *images[0].shape[:2])
         if layers is None:
             if pixels is not None:
-                return self.prior.encode(pixels, noise)
-            return encode_images(self.prior, images, noise=noise, cancelled=self.cancelled)
+                return self.prior.encode(pixels, None if noise is None else noise.to(pixels.device))
+            own = None if noise is None else noise.to(self._device)
+            return encode_images(self.prior, images, noise=own, cancelled=self.cancelled)
         assert pixels is not None, "what runs layer by layer exists as a whole"
         own = None if noise is None else noise.to(pixels.device)
         latents = encode_pixels_tiled(self.prior.autoencoder, pixels, layers, own, cancelled=self.cancelled)
-        return latents.to(self.prior.device)
+        return latents
 
     def decode(self, latents: Tensor, keys: Sequence[str]) -> Decoded:
         """Pictures of scaled latents [B, C, h, w]; SampleError "not_finite", see tensors.check_pictures."""
@@ -82,10 +84,15 @@ class Pictures:
         if layers is not None:
             floats = decode_latents_tiled(self.prior.autoencoder, latents, layers, self.cancelled)
         elif max(height, width) <= TILE * self.prior.factor:
-            floats = self.prior.decode(latents)
+            floats = self.prior.decode(latents.to(self._device))
         else:
-            return Decoded(decode_images(self.prior, latents, keys=keys, cancelled=self.cancelled))
+            return Decoded(decode_images(self.prior, latents.to(self._device), keys=keys, cancelled=self.cancelled))
         return Decoded(tensor_to_images(floats, keys), floats)
+
+    @property
+    def _device(self) -> torch.device:
+        """The autoencoder's: the rest of the prior may wait elsewhere."""
+        return next(self.prior.autoencoder.parameters()).device
 
     def _layers(self, count: int, height: int, width: int) -> LayerTiles | None:
         """How to run layer by layer; None to run whole or in cross-faded tiles."""
@@ -94,6 +101,4 @@ class Pictures:
             return None
         if self.tiles == "auto" and count * height * width > EXACT_PX:
             return None
-        return LayerTiles(
-            how="released" if self.tiles == "released" else "exact", offload=self.prior.device.type != "cpu"
-        )
+        return LayerTiles(how="released" if self.tiles == "released" else "exact", offload=self._device.type != "cpu")

@@ -16,6 +16,7 @@ from components.priors.fast_unet import Speed
 from components.priors.robust_encoder import RobustLatents
 from components.priors.tiling import TILE
 from components.randomness import generator
+from components.residence import Residence
 from components.samplers.edm import (
     Churn,
     LevelDenoiser,
@@ -75,6 +76,9 @@ class SupirRestorer(Restorer):
             bytes do not depend on the other requests. Above 1, convolutions and matrix products may round differently,
             in fp32 by about 1e-6 before rounding to 8 bit; noise never depends on the company.
         speed: settings of the fast path, see fast_unet.Speed.
+        device: where the phases of a restoration compute; None for the networks' own.
+        offload: keep the autoencoders, the text encoders, and UNet with adaptor on the device in turns: the others wait
+            on the CPU. Not with weights that `speed` fuses.
 
     Raises:
         ValueError: there is no adaptor, or a default is unknown or outside its range.
@@ -86,6 +90,8 @@ class SupirRestorer(Restorer):
         defaults: Mapping[str, Any] | None = None,
         batch_size: int = 1,
         speed: Speed | None = None,
+        device: str | torch.device | None = None,
+        offload: bool = False,
     ) -> None:
         if network.adaptor is None:
             raise ValueError("restoring needs a network with an adaptor")
@@ -93,7 +99,17 @@ class SupirRestorer(Restorer):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.network, self.batch_size = network.freeze(), batch_size
         self.defaults = parse_options(defaults or {}, Options())
+        prior, speed = network.prior, speed or Speed()
+        if offload and (speed.join or speed.uses_graphs):
+            raise ValueError("offload moves weights: give join=false and graphs=off with it")
+        self.device = prior.device if device is None else torch.device(device)
         self.fast = FastSupir(self.network, speed)
+        groups = {
+            "pictures": (prior.autoencoder, network.encoder),
+            "texts": tuple(prior.text_encoders),
+            "steps": (prior.unet, network.adaptor),
+        }
+        self.residence = Residence(self.device, groups, offload)
         self.table = level_table(network.prior.schedule)
         self._robust = RobustLatents(network.encoder)
 
@@ -136,7 +152,8 @@ class SupirRestorer(Restorer):
         job = self._prepare(0, request)
         height, width = job.unpadded.shape[:2]
         coder = self._pictures(job.options, None)
-        (first,) = coder.decode(coder.lq_latents([job.padded]), [request.key]).images
+        with self.residence.phase("pictures"):
+            (first,) = coder.decode(coder.lq_latents([job.padded]), [request.key]).images
         return np.ascontiguousarray(first[:height, :width])
 
     def _prepare(self, index: int, request: Request) -> _Job:
@@ -184,21 +201,29 @@ class SupirRestorer(Restorer):
         prior, options, keys = self.network.prior, batch[0].options, [job.request.key for job in batch]
         shape = (prior.latent_channels, *(side // prior.factor for side in batch[0].padded.shape[:2]))
         coder = self._pictures(options, cancelled)
-        lq = coder.lq_latents([job.padded for job in batch])
-        target, styles = lq, [job.padded for job in batch]
-        pulled = options.tau > 0 and options.algorithm == "released"
-        colored = options.color != "none" and options.color_from == "first"
-        if pulled or colored:
-            firsts = coder.decode(lq, keys)
-            if colored:
-                styles = firsts.images
-            if pulled:
-                noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
-                target = coder.latents(firsts, noise)
-            del firsts
-        clean = self._sample(batch, lq, target, shape, on_step, cancelled)
-        del lq, target
-        pictures = coder.decode(clean, keys).images
+        target, styles = None, [job.padded for job in batch]
+        with self.residence.phase("pictures"):
+            lq = coder.lq_latents([job.padded for job in batch])
+            pulled = options.tau > 0 and options.algorithm == "released"
+            colored = options.color != "none" and options.color_from == "first"
+            if pulled or colored:
+                firsts = coder.decode(lq, keys)
+                if colored:
+                    styles = firsts.images
+                if pulled:
+                    noise = self._noise(batch, "encode", shape) if options.encoding == "sample" else None
+                    target = coder.latents(firsts, noise).to(self.device)
+                del firsts
+        lq = lq.to(self.device)
+        boxes = self._boxes(shape[1], shape[2], options)
+        with self.residence.phase("texts"):
+            conditions = self._all_conditions(batch, boxes)
+        with self.residence.phase("steps"):
+            denoise = self._denoiser(batch, lq, conditions, boxes, cancelled)
+            clean = self._sample(batch, denoise, lq if target is None else target, shape, on_step, cancelled)
+        del lq, target, denoise
+        with self.residence.phase("pictures"):
+            pictures = coder.decode(clean, keys).images
         return [_finish(*each) for each in zip(batch, pictures, styles, strict=True)]
 
     def _pictures(self, options: Options, cancelled: Cancelled | None) -> Pictures:
@@ -209,16 +234,14 @@ class SupirRestorer(Restorer):
     def _sample(
         self,
         batch: Sequence[_Job],
-        lq: Tensor,
+        denoise: LevelDenoiser,
         target: Tensor,
         shape: tuple[int, ...],
         on_step: OnStep,
         cancelled: Cancelled | None,
     ) -> Tensor:
-        """Clean latents [B, C, h, w]."""
-        options, device = batch[0].options, self.network.prior.device
-        boxes = self._boxes(shape[1], shape[2], options)
-        denoise = self._denoiser(batch, lq, boxes, cancelled)
+        """Clean latents [B, C, h, w]; `target` of the restoration guidance has their shape."""
+        options, device = batch[0].options, self.device
         table = self.table.to(device)
         sigma_max = table[-1]
         noise = self._noise(batch, "start", shape)
@@ -246,30 +269,39 @@ class SupirRestorer(Restorer):
         churn = Churn(amount=options.churn, noise_scale=options.noise_scale)
         return sample_edm(denoise, latents, sigmas, step_noise, churn, pull, on_step, cancelled)
 
-    def _denoiser(
-        self, batch: Sequence[_Job], lq: Tensor, boxes: Sequence[Box], cancelled: Cancelled | None
-    ) -> LevelDenoiser:
-        """The networks as a denoiser over the whole latents, in tiles where they do not fit in one."""
+    def _all_conditions(self, batch: Sequence[_Job], boxes: Sequence[Box]) -> list[Conditions]:
+        """Conditions of the whole picture, or of each tile; with guidance the negative rows come first."""
         options, prior = batch[0].options, self.network.prior
         size = (RELEASED_SIZE, RELEASED_SIZE)
         if options.sizes == "tile":
             size = (boxes[0][2] * prior.factor, boxes[0][3] * prior.factor)
-        count = len(batch[0].texts) - 1
-        conditions = [self._conditions(batch, place, size) for place in range(count)]
+        conditions = [self._conditions(batch, place, size) for place in range(len(batch[0].texts) - 1)]
         if options.guided:
             negative = self._conditions(batch, -1, size)
             conditions = [negative.concat(positive) for positive in conditions]
+        return conditions
+
+    def _denoiser(
+        self,
+        batch: Sequence[_Job],
+        lq: Tensor,
+        conditions: Sequence[Conditions],
+        boxes: Sequence[Box],
+        cancelled: Cancelled | None,
+    ) -> LevelDenoiser:
+        """The networks as a denoiser over the whole latents, in tiles where they do not fit in one."""
+        options = batch[0].options
         cfg, control = options.cfg_ends, options.control_ends
         whole = SupirDenoiser(
             predict=self.fast.run().predict_eps,
-            table=self.table.to(prior.device),
+            table=self.table.to(self.device),
             lq=lq,
             conditions=conditions[0],
             guided=options.guided,
             cfg_scale=Ramp(start=cfg[0], end=cfg[1]),
             control_scale=Ramp(start=control[0], end=control[1]),
             sigma_max=float(self.table[-1]),
-            tiles=dict(zip(boxes, conditions, strict=True)) if count > 1 else {},
+            tiles=dict(zip(boxes, conditions, strict=True)) if len(conditions) > 1 else {},
         )
         weigh = released_weights if options.tiles == "released" else gaussian_weights
         return tiled(whole, lq.shape[-2], lq.shape[-1], boxes, cancelled, weigh)
@@ -283,7 +315,11 @@ class SupirRestorer(Restorer):
         prior = self.network.prior
         text, pooled = prior.embed_long_prompts([job.texts[place] for job in batch], batch[0].chunks)
         sizes = torch.tensor([[*size, 0, 0, *size]]).expand(len(batch), -1)
-        return Conditions(text=text, pooled=pooled, time_ids=prior.time_ids(sizes))
+        return Conditions(
+            text=text.to(self.device),
+            pooled=pooled.to(self.device),
+            time_ids=sizes.to(self.device, torch.float32),
+        )
 
     def _boxes(self, height: int, width: int, options: Options) -> list[Box]:
         """The tiles of a picture, in latent pixels; a picture that fits in one tile has one."""
@@ -298,7 +334,7 @@ class SupirRestorer(Restorer):
     def _noise(self, batch: Sequence[_Job], name: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise of each request's seed, [B, *shape]."""
         rows = [generator(job.request.seed, name).standard_normal(shape, dtype=np.float32) for job in batch]
-        return torch.from_numpy(np.stack(rows)).to(self.network.prior.device)
+        return torch.from_numpy(np.stack(rows)).to(self.device)
 
 
 def _finish(job: _Job, picture: Image, style: Image) -> Image:

@@ -186,6 +186,7 @@ def test_an_unknown_name_raises_with_the_closest_name() -> None:
     with pytest.raises(UsageError, match='Did you mean "blocks"'):
         build_options("cpu", "fp32", "block")
     assert build_options("cpu", "fp32", "blocks") == {"speed": {"compile": "blocks"}}
+    assert build_options("cuda", "fp32", offload=True) == {"device": "cuda", "offload": True}
     assert build_options("cpu", "fp32") == {} and build_options("cuda", "bf16") == {
         "device": "cuda",
         "precision": "bf16",

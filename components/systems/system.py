@@ -56,6 +56,8 @@ class Networks:
         measure: (objective, held-out batches) -> numbers for the model card; None if there are none.
         encoded_with: (recipe, parent folders by stage) -> name of the prior that must have encoded the columns.
         build_restorer: (model folder, keyword options) -> restorer; None if the system restores nothing by itself.
+        plan_memory: (model folder, (height, width), restorer options, precision, offload) -> peak_memory.MemoryPlan;
+            None if the system cannot tell.
     """
 
     objectives: Mapping[str, Callable[..., Objective]] = field(default_factory=dict)
@@ -63,6 +65,7 @@ class Networks:
     measure: Callable[..., dict[str, float]] | None = None
     encoded_with: Callable[[Any, Mapping[str, Path]], str] = lambda recipe, parents: str(recipe.prior)
     build_restorer: Callable[..., Restorer] | None = None
+    plan_memory: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,14 @@ from components.systems.weights_io import WeightsCode, WeightsIO
 def networks() -> Networks:
     """The system's networks; the call imports torch."""
     from components.systems.supir.build import adaptor_objective, build_restorer, encoder_objective, look, measure
+    from components.systems.supir.memory import plan_memory
 
     return Networks(
         objectives={"encoder": encoder_objective, "adaptor": adaptor_objective},
         look=look,
         measure=measure,
         build_restorer=build_restorer,
+        plan_memory=plan_memory,
     )
 
 

@@ -53,8 +53,7 @@ class MemoryPlan:
         """The largest number of bytes at once."""
         if self.in_turns:
             return max(phase.weights + phase.peak for phase in self.phases)
-        weights = {phase.name.partition(":")[0]: phase.weights for phase in self.phases}
-        return sum(weights.values()) + max(phase.peak for phase in self.phases)
+        return sum(phase.weights for phase in self.phases) + max(phase.peak for phase in self.phases)
 
 
 class _Live(TorchDispatchMode):

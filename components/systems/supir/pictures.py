@@ -15,9 +15,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
+from components.priors.fast_unet import FastAutoencoder
 from components.priors.layer_tiles import LayerTiles, decode_latents_tiled, encode_pixels_tiled
 from components.priors.robust_encoder import RobustLatents
-from components.priors.sdxl import Prior
 from components.priors.tiling import TILE, decode_images, encode_images
 from components.tensors import images_to_tensor, tensor_to_images
 from components.types import Cancelled, Image
@@ -41,13 +41,13 @@ class Pictures:
     """Encoders and decoder of one run.
 
     Attributes:
-        prior: with its autoencoder.
+        prior: the prior's autoencoder, compiled if the settings of the fast path say so.
         robust: the robust encoder, with the same decoder.
         tiles: how a large picture is cut, see the module's docstring; "auto" chooses exact or faded by its size.
         cancelled: called before each tile of each layer.
     """
 
-    prior: Prior
+    prior: FastAutoencoder
     robust: RobustLatents
     tiles: Tiles = "auto"
     cancelled: Cancelled | None = None

@@ -227,9 +227,7 @@ class SupirRestorer(Restorer):
         return [_finish(*each) for each in zip(batch, pictures, styles, strict=True)]
 
     def _pictures(self, options: Options, cancelled: Cancelled | None) -> Pictures:
-        return Pictures(
-            prior=self.network.prior, robust=self._robust, tiles=options.autoencoder_tiles, cancelled=cancelled
-        )
+        return Pictures(prior=self.fast, robust=self._robust, tiles=options.autoencoder_tiles, cancelled=cancelled)
 
     def _sample(
         self,

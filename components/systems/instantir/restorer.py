@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from components.batches import restore_batches
 from components.color import transfer_colors
 from components.images import pad_to_multiple, working_size
 from components.priors.tiling import TILE, decode_images, encode_images
@@ -24,7 +25,7 @@ from components.systems.instantir.network import Conditions, InstantIR
 from components.systems.instantir.options import Options, parse_options
 from components.systems.instantir.preprocess import released_sizes, resize, view_pixels
 from components.systems.instantir.references import REFERENCE_NOISE
-from components.types import Box, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
+from components.types import Box, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError
 
 
 @dataclass(frozen=True)
@@ -98,18 +99,7 @@ class InstantIRRestorer(Restorer):
             Cancellation: `cancelled()` returned True.
         """
         batches = list(self._batches([self._prepare(i, r) for i, r in enumerate(requests)]))
-        total, offset = sum(batch[0].options.steps for batch in batches), 0
-        restored: dict[int, Restored] = {}
-
-        def report(event: StepEvent) -> None:
-            if on_step is not None:
-                on_step(replace(event, step=offset + event.step, of=total))
-
-        for batch in batches:
-            for job, image in zip(batch, self._run(batch, report, cancelled), strict=True):
-                restored[job.index] = Restored(key=job.request.key, image=image, info=_info(job))
-            offset += batch[0].options.steps
-        return [restored[i] for i in range(len(requests))]
+        return restore_batches(batches, self._run, _info, on_step, cancelled)
 
     def _prepare(self, index: int, request: Request) -> _Job:
         image = request.image

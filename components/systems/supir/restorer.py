@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components.batches import restore_batches
 from components.color import transfer_colors
 from components.images import pad_to_multiple, working_size
 from components.priors.fast_unet import Speed
@@ -37,7 +38,7 @@ from components.systems.supir.options import Options, parse_options
 from components.systems.supir.pictures import Pictures
 from components.systems.supir.preprocess import page_resize, released_sizes, resize, resize_result, to_tensor
 from components.systems.supir.texts import negative_text, positive_text, tile_captions
-from components.types import Box, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError, StepEvent
+from components.types import Box, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError
 
 RELEASED_SIZE = 1024
 """Side in the official size ids, whatever the picture's."""
@@ -133,18 +134,7 @@ class SupirRestorer(Restorer):
             Cancellation: `cancelled()` returned True.
         """
         batches = list(self._batches([self._prepare(i, r) for i, r in enumerate(requests)]))
-        total, offset = sum(batch[0].options.steps for batch in batches), 0
-        restored: dict[int, Restored] = {}
-
-        def report(event: StepEvent) -> None:
-            if on_step is not None:
-                on_step(replace(event, step=offset + event.step, of=total))
-
-        for batch in batches:
-            for job, image in zip(batch, self._run(batch, report, cancelled), strict=True):
-                restored[job.index] = Restored(key=job.request.key, image=image, info=_info(job))
-            offset += batch[0].options.steps
-        return [restored[i] for i in range(len(requests))]
+        return restore_batches(batches, self._run, _info, on_step, cancelled)
 
     @torch.inference_mode()
     def preview(self, request: Request) -> Image:

@@ -29,6 +29,10 @@ class RecipeError(ValueError):
     """A recipe, or a name in it, is wrong; the message names it and suggests the right one."""
 
 
+ADDED_LATER = {"added_later": True}
+"""Metadata of a setting that runs and models of earlier versions do not have; identity() leaves its default out."""
+
+
 @dataclass(kw_only=True)
 class Optimizer:
     """AdamW and its learning rate schedule."""
@@ -158,8 +162,9 @@ class Recipe:
     buckets: list[list[int]] = field(default_factory=list)  # [height, width] instead of squares; one per global batch
     crop: Literal["random", "center"] = "random"
     flip: bool = False  # mirror each crop with probability 1/2
-    turn: bool = False  # turn each crop by a random multiple of 90 degrees (180, where it is no square)
-    relight: float = 0.0  # random gamma up to e to this power either way, and a quarter of the power for each colour
+    turn: bool = field(default=False, metadata=ADDED_LATER)  # by a random multiple of 90 degrees (180 if no square)
+    # Random gamma up to e to this power either way, and a quarter of the power for each colour.
+    relight: float = field(default=0.0, metadata=ADDED_LATER)
     window_samples: int = 65_536  # samples shuffled together; the order of shards is shuffled too
     mixture: str = ""  # a name in pipelines/mixtures or a path; its sources and captioners replace the recipe's
     sources: dict[str, float] = field(default_factory=dict)  # input name (or dead_leaves): weight; 0 excludes it
@@ -296,5 +301,11 @@ def as_dict(recipe: Any) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe) -> Mapping[str, Any]:
-    """Return the resolved recipe without placement, which may differ between machines."""
-    return {k: v for k, v in as_dict(recipe).items() if k != "placement"}
+    """Return what determines a stage's result: the resolved recipe without placement, which may differ between machines.
+
+    A setting that a later version added is left out at its default (ADDED_LATER), so runs and models of the versions
+    before keep their digests.
+    """
+    default = {item.name: item.default for item in dataclasses.fields(recipe) if item.metadata.get("added_later")}
+    document = as_dict(recipe)
+    return {k: v for k, v in document.items() if k != "placement" and not (k in default and v == default[k])}

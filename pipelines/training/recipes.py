@@ -35,15 +35,8 @@ def load_checked_recipe(name: str, overrides: Sequence[str]) -> Recipe:
 
 
 def recipe_documents(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a recipe as plain data twice: complete, and for the digest.
-
-    The second is without placement and without settings of other stages, which have no effect here (check_stage_keys
-    refuses them): a new setting of one stage does not start the other stages of a run again.
-    """
-    system = SYSTEMS[recipe.system]
-    own = set(system.stage(recipe.stage).keys)
-    others = {key for stage in system.stages for key in stage.keys} - own
-    return dict(as_dict(recipe)), {key: value for key, value in identity(recipe).items() if key not in others}
+    """Return a recipe as plain data twice: complete, and for the digest."""
+    return dict(as_dict(recipe)), dict(identity(recipe))
 
 
 def recipe_version(recipe: Recipe) -> int:

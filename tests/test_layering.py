@@ -48,7 +48,7 @@ MAY: dict[str, set[str]] = {
     "service": {"core", "pages", "restoration"},
     "analysis": {"core", "pages", "restoration"},
     "training": {"core", "corpus", "stream"},
-    "runs": {"core", "pages", "corpus", "curation", "evaluation", "restoration", "service", "training"},
+    "runs": {"core", "pages", "corpus", "analysis", "curation", "evaluation", "restoration", "service", "training"},
     "commands": {
         "core",
         "corpus",

@@ -1,18 +1,23 @@
-"""`restoray analyze arms`: the same pictures restored with several sets of options, scored side by side.
+"""`restoray analyze arms`: the same pictures restored with several sets of options or models, scored side by side.
 
-The study works for models of any system. It answers what an option is worth (SUPIR's Fig. 8a varies its tau, Table 2b
-its texts): every picture is degraded once, restored by every arm with the same noise, and scored against the original,
-the input and nothing. Differences are paired by picture, with 95 % intervals.
+The study works for models of any system. It answers what an option or a training is worth (SUPIR's Fig. 8a varies its
+tau, Table 2c its connectors): every picture is degraded once, restored by every arm with the same noise, and scored
+against the original, the input and nothing. Differences are paired by picture, with 95 % intervals.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from components.captions.identity import CaptionerError
+from components.captions.presets import TAGS, build_captioner
+from components.captions.text import fill_frame, tidy
 from components.degradations import build_degradation
 from components.evaluation.metrics import MetricError, Metrics, Origin
 from components.evaluation.statistics import Band, mean_band
@@ -21,22 +26,25 @@ from components.options import TEXTS
 from components.restoring import check_text, picture_seed
 from components.types import Image, Request, SampleError
 from pipelines.analysis.bands import band_document, band_line, band_text, stack_bands
-from pipelines.analysis.model import WholeModel
+from pipelines.analysis.model import WholeModel, open_whole
 from pipelines.analysis.page import Page, Section
 from pipelines.analysis.strips import sheet_keys, strip_files, strip_name, strip_sheet, tile
 from pipelines.analysis.study import (
     Measurements,
+    Pictures,
     StudyResult,
     column,
     finish,
     list_study_pictures,
     measure_pictures,
+    middle_square,
     pictures_fact,
     study_folder,
     write_csv,
 )
 from pipelines.core.console import Progress, no_progress
-from pipelines.core.errors import UsageError
+from pipelines.core.errors import UsageError, unknown
+from pipelines.core.pictures import read_picture
 from pipelines.pages.figures import Panel, draw
 
 NAME = "arms"
@@ -46,45 +54,96 @@ WITHOUT_WEIGHTS = ("lpips", "clipiqa", "musiq", "maniqa")
 """Scores of SUPIR's tables. Their weights do not ship, so the table says "unavailable" unless they are asked for."""
 INPUT = "input"
 """The row of the input itself."""
+MODEL, CAPTION = "model", "caption"
+CAPTIONS = ("", "own", "other")
+OWN_KEYS = (*TEXTS, MODEL, CAPTION)
+"""Keys of an arm that are no options of its model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One set of options, with the texts among them."""
+    """One set of options, with its model and texts.
+
+    Attributes:
+        model: that restores.
+        options: typed options of the model.
+        prompt, negative_prompt: the same for all pictures.
+        caption: "own" takes the caption of the original for the prompt, "other" that of the next original.
+    """
 
     name: str
+    model: WholeModel
     options: Mapping[str, Any]
     prompt: str = ""
     negative_prompt: str = ""
+    caption: str = ""
 
     def document(self) -> dict[str, Any]:
         """For study.json."""
-        return {"options": dict(self.options), "prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        texts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        more = {"caption": self.caption} if self.caption else {}
+        return {"model": self.model.digest, "options": dict(self.options), **texts, **more}
 
 
 def read_arms(model: WholeModel, arms: Mapping[str, Mapping[str, Any]]) -> list[Arm]:
     """Arms by name, with typed options.
 
     Args:
-        arms: options by arm; `prompt` and `negative_prompt` are texts, all others the model's own options, on top of
-            the job's.
+        arms: options by arm; `model` (a folder or a name) replaces the study's, `caption` is own or other, `prompt` and
+            `negative_prompt` are texts, all others the model's own options, on top of the job's.
 
     Raises:
         UsageError: no arm, an arm named as the input's row, or an option that the model does not take.
     """
     if not arms:
         raise UsageError("name at least one arm: --vary KEY=V1,V2 or --arm 'NAME: KEY=VALUE KEY=VALUE'")
-    result = []
+    result, models = [], dict[str, WholeModel]()
     for name, values in arms.items():
         if name == INPUT:
             raise UsageError(f"an arm cannot be called {INPUT!r}: that is the row of the input itself")
+        other, caption = str(values.get(MODEL, "")), str(values.get(CAPTION, ""))
+        if caption not in CAPTIONS:
+            raise UsageError(f"arm {name!r}: {unknown('caption', caption, CAPTIONS)}")
+        if caption and values.get("prompt"):
+            raise UsageError(f"arm {name!r} has a prompt and takes captions: leave one out")
+        if other and other not in models:
+            models[other] = open_whole(dataclasses.replace(model.job, model=other))
+        own = models[other] if other else model
         try:
             texts = {key: check_text(key, values[key]) for key in TEXTS if key in values}
-            options = model.check({**model.options, **{k: v for k, v in values.items() if k not in TEXTS}})
+            options = own.check({**own.options, **{k: v for k, v in values.items() if k not in OWN_KEYS}})
         except ValueError as error:
             raise UsageError(f"arm {name!r}: {error}") from error
-        result.append(Arm(name=name, options=options, **texts))
+        result.append(Arm(name=name, model=own, options=options, caption=caption, **texts))
     return result
+
+
+def write_captions(pictures: Pictures, side_px: int, captioner: str, device: str) -> dict[str, str]:
+    """Captions of the originals by key; pictures that cannot be read have none.
+
+    Raises:
+        UsageError: there is no such captioner.
+    """
+    try:
+        writer = build_captioner(captioner, max_tokens=0, device=device)
+    except CaptionerError as error:
+        raise UsageError(str(error)) from error
+    captions = {}
+    for key, path in pictures.by_key.items():
+        with contextlib.suppress(SampleError):  # the study itself quarantines it
+            captions[key] = tidy(writer.caption([middle_square(read_picture(path, key), key, side_px)])[0])
+    return captions
+
+
+def prompts_of(arms: Sequence[Arm], captions: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Prompts by arm and key."""
+    keys = list(captions)
+    after = dict(zip(keys, [*keys[1:], *keys[:1]], strict=True))
+    prompts: dict[str, dict[str, str]] = {}
+    for arm in arms:
+        texts = {key: captions[key if arm.caption == "own" else after[key]] for key in keys} if arm.caption else {}
+        prompts[arm.name] = {key: fill_frame(arm.model.frame, text) if text else "" for key, text in texts.items()}
+    return prompts
 
 
 def analyze_arms(
@@ -92,6 +151,8 @@ def analyze_arms(
     arms: Mapping[str, Mapping[str, Any]],
     mixed: str = "realesrgan",
     metrics: Sequence[str] = (),
+    captioner: str = TAGS,
+    paper: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress = no_progress,
 ) -> StudyResult:
     """Run the study; an interrupted run continues at the next picture.
@@ -100,13 +161,17 @@ def analyze_arms(
         arms: see read_arms; the first one is what the others are compared with.
         mixed: preset of the degradation.
         metrics: more metrics, by name; they may need weights.
+        captioner: writes the captions of arms with `caption`.
+        paper: numbers of a paper by arm and column, to print beside ours.
 
     Raises:
         UsageError: there are no pictures, an arm, an option, a metric or the preset is wrong, or the folder holds
             another study.
         Failure: no picture could be measured, or the output folder cannot be written.
     """
-    job, entries = model.job, read_arms(model, arms)
+    job, entries, printed = model.job, read_arms(model, arms), paper or {}
+    if strange := [name for name in printed if name not in (*arms, INPUT)]:
+        raise unknown("arm of the paper's numbers", strange[0], [INPUT, *arms])
     try:
         degradation = build_degradation(mixed)
         names = tuple(dict.fromkeys([*METRICS, *metrics]))
@@ -114,18 +179,25 @@ def analyze_arms(
     except (ValueError, MetricError) as error:
         raise UsageError(str(error)) from error
     pictures = list_study_pictures(job.images, job.out, job.limit)
+    captions = dict[str, str]()
+    if any(arm.caption for arm in entries):
+        captions = write_captions(pictures, job.side_px, captioner, job.device)
+    prompts = prompts_of(entries, captions)
     settings = {
         **model.settings(model.options),
         "arms": {arm.name: arm.document() for arm in entries},
         "degradation": mixed,
         "metrics": list(names),
+        **({"captions": captions} if captions else {}),
     }
     keys_on_sheet = sheet_keys(list(pictures.by_key))
 
     def measure(key: str, picture: Image) -> dict[str, Any]:
         plan = degradation.draw(job.seed, key, 0)
         lq = to_uint8(degradation.apply(to_float(picture), plan))
-        results = {INPUT: lq} | {arm.name: _restore(model, arm, key, lq) for arm in entries}
+        results = {INPUT: lq} | {
+            arm.name: _restore(arm, key, lq, prompts[arm.name].get(key, arm.prompt)) for arm in entries
+        }
         origin = Origin(lq=lq, plan=plan)
         scores: dict[str, dict[str, float | None]] = {}
         for name, image in results.items():
@@ -137,25 +209,25 @@ def analyze_arms(
     strips = {key: strip_name(key) for key in keys_on_sheet}
     with study_folder(job.out, NAME, settings):
         measurements = measure_pictures(pictures, job.out, settings, job.side_px, measure, progress, strips)
-        return _report(model, measurements, [arm.name for arm in entries], names, mixed)
+        return _report(model, measurements, [arm.name for arm in entries], names, mixed, printed)
 
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")
 
 
-def _restore(model: WholeModel, arm: Arm, key: str, lq: Image) -> Image:
+def _restore(arm: Arm, key: str, lq: Image, prompt: str) -> Image:
     """One picture by one arm; its noise depends on the study's seed and the key alone."""
     request = Request(
         key=key,
         image=lq,
-        seed=picture_seed(model.job.seed, key),
+        seed=picture_seed(arm.model.job.seed, key),
         options=arm.options,
-        prompt=arm.prompt,
+        prompt=prompt,
         negative_prompt=arm.negative_prompt,
     )
     try:
-        return model.restorer.restore([request])[0].image
+        return arm.model.restorer.restore([request])[0].image
     except SampleError as error:
         raise SampleError(error.code, f"arm {arm.name}: {error.detail}", key) from error
 
@@ -164,7 +236,12 @@ def _restore(model: WholeModel, arm: Arm, key: str, lq: Image) -> Image:
 
 
 def _report(
-    model: WholeModel, measurements: Measurements, arms: Sequence[str], metrics: Sequence[str], mixed: str
+    model: WholeModel,
+    measurements: Measurements,
+    arms: Sequence[str],
+    metrics: Sequence[str],
+    mixed: str,
+    paper: Mapping[str, Mapping[str, Any]],
 ) -> StudyResult:
     job, rows, lines = model.job, measurements.rows, [INPUT, *arms]
     values = {name: {metric: column(rows, "arms", name, metric) for metric in metrics} for name in lines}
@@ -181,23 +258,28 @@ def _report(
         [(row["key"], name, *(row["arms"][name][metric] for metric in metrics)) for row in rows for name in lines],
     )
     missing = [name for name in WITHOUT_WEIGHTS if name not in metrics]
+    columns = list(dict.fromkeys(name for by in paper.values() for name in by))
+    head = ["Arm", *metrics, *missing, *(f"paper: {name}" for name in columns)]
+    table = [
+        [
+            name,
+            *(_cell(bands, differences, name, metric) for metric in metrics),
+            *["unavailable"] * len(missing),
+            *(str(paper.get(name, {}).get(each, "")) for each in columns),
+        ]
+        for name in lines
+    ]
     sections = [
         Section(
             title="Scores of the arms",
             words=f"Means over pictures with 95 % bands; after the semicolon the paired difference to {first}. PSNR, "
             "SSIM and consistency (the result, degraded again by the same plan, against the input) are better if "
-            "higher, the others if lower. Handing the input back has the best consistency.",
+            "higher, the others if lower. Handing the input back has the best consistency."
+            + (" The paper's numbers are of its own networks, sizes and pictures." if columns else ""),
             findings=_sentences(differences, first, arms),
             figure=("arms.png", draw(_panels(bands, arms, metrics))),
-            head=["Arm", *metrics, *missing],
-            rows=[
-                [
-                    name,
-                    *(_cell(bands, differences, name, metric) for metric in metrics),
-                    *["unavailable"] * len(missing),
-                ]
-                for name in lines
-            ],
+            head=head,
+            rows=table,
         )
     ]
     sheet = strip_sheet(job.out, rows, {row["key"]: [row["key"][:60]] for row in rows})
@@ -221,6 +303,8 @@ def _report(
         "differences": {name: {m: band_document(by[m]) for m in metrics} for name, by in differences.items()},
         "compared_with": first,
         "unavailable": missing,
+        "table": {"head": head, "rows": table},
+        **({"paper": {name: dict(by) for name, by in paper.items()}} if paper else {}),
     }
     return finish(job.out, measurements, page, summary)
 

@@ -77,12 +77,14 @@ class WholeModel(StudyModel):
         restorer: the loaded model.
         options: the typed options of each request.
         check: checks and types options, see components.options.OptionCheck.
+        frame: text around a caption, see components.restoring.Identity.
     """
 
     system: str
     restorer: Restorer
     options: Mapping[str, Any]
     check: OptionCheck
+    frame: str = ""
 
 
 def checked_options(model: OpenedModel, job: StudyJob) -> Mapping[str, Any]:
@@ -118,4 +120,5 @@ def open_whole(job: StudyJob) -> WholeModel:
         restorer=restorer,
         options=options,
         check=model.check,
+        frame=identity.frame,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.commands.support import Command, Device, complete_preset, parse_options, plain
+from pipelines.commands.support import Command, Device, complete_captioner, complete_preset, parse_options, plain
 from pipelines.core.console import Console
 from pipelines.core.devices import check_device
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
@@ -211,21 +211,27 @@ def arms(
     ] = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME: KEY=VALUE...", help="An arm of several options, prompt and negative_prompt too."),
+        typer.Option(
+            metavar="NAME: KEY=VALUE...",
+            help="An arm of several options; also model, prompt, negative_prompt, and caption=own or other.",
+        ),
     ] = None,
     limit: Limit = 0,
     side: Side = 256,
     seed: Seed = 0,
     mixed: Mixed = "realesrgan",
     metrics: Annotated[str, typer.Option(help="More metrics, comma-separated; they may need weights.")] = "",
+    captioner: Annotated[
+        str, typer.Option(autocompletion=complete_captioner, help="Captioner for arms with caption=own or other.")
+    ] = "tags",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """The same pictures with several sets of options, scored side by side (SUPIR's figure 8a and table 2b)."""
+    """The same pictures with several sets of options or models, scored side by side (SUPIR's figure 8a, table 2c)."""
     entries = parse_arms(vary or [], arm or [])
     job = study_job(model, images, out, overrides, limit=limit, side_px=side, seed=seed, device=device)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    run_study("arms", job, as_json, mixed=mixed, arms=entries, metrics=names)
+    run_study("arms", job, as_json, mixed=mixed, arms=entries, metrics=names, captioner=captioner)
 
 
 @app.command(cls=Command)

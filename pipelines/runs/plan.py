@@ -92,13 +92,13 @@ def load_plan(
                 raise unknown(f"earlier stage in the needs of {stage['name']}", str(need), stages_by_name)
         inputs = {need: stages_by_name[need].digest for need in stage["needs"]}
         resolved = resolve_stage(stage, by_stage[stage["name"]], head.workers, inputs, images, verbs)
-        parent_recipes = [model_recipes[need] for need in stage["needs"] if need in model_recipes]
+        parent_recipes = {need: model_recipes[need] for need in stage["needs"] if need in model_recipes}
         verb = verbs[stage["verb"]]
         verb.check(resolved.settings, resolved.recipe, parent_recipes)
         if resolved.recipe is not None:
             model_recipes[stage["name"]] = resolved.recipe
         elif verb.hands_on and parent_recipes:
-            model_recipes[stage["name"]] = parent_recipes[-1]
+            model_recipes[stage["name"]] = list(parent_recipes.values())[-1]
         stages_by_name[stage["name"]] = resolved
     origin = {"file": "" if str(name) in shipped_files("plans") else str(path.absolute()), "overrides": list(overrides)}
     return Plan(

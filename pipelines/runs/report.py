@@ -299,6 +299,27 @@ def corpus(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> list[dict[str
     return corpora
 
 
+def studies(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Table, plot and findings of every study, with the place of its own page."""
+    entries = []
+    for stage in stages:
+        folder = stage["folder"] / "study"
+        table = reader.json(folder / "summary.json").get("table")
+        if not isinstance(table, dict):
+            continue
+        plot = reader.picture(folder / "arms.png") if (folder / "arms.png").is_file() else None
+        entries.append(
+            {
+                "name": stage["name"],
+                "head": table.get("head") or [],
+                "rows": table.get("rows") or [],
+                "uri": data_uri(plot, 90) if plot is not None else "",
+                "page": reader.name(folder / "report.html"),
+            }
+        )
+    return entries
+
+
 def sample_places(folder: Path, keys: Collection[str]) -> dict[str, tuple[Path, int, int]]:
     """(shard, offset, size) of samples by key; empty if the folder is not a readable corpus."""
     places: dict[str, tuple[Path, int, int]] = {}
@@ -468,6 +489,7 @@ def collect(run_dir: Path, size: tuple[int, int]) -> dict[str, Any]:
         "table": table,
         "directions": {column["name"]: column["direction"] for column in table["columns"]},
         "units": units,
+        "studies": studies(reader, stages),
         "training": training(reader, stages, size),
         "corpora": corpus(reader, stages),
         "quarantine": quarantine(reader, stages),

@@ -11,16 +11,20 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.corpora import CorpusSpec, SplitSpec
+from components.corpora import CorpusSpec, SourceSpec, SplitSpec
 from components.images import read_png_text
+from components.options import OptionCheck
 from components.places import find_model_folder, shipped_models
 from components.recipes import Gate, Recipe, RecipeError, as_dict
 from components.secrets import public
 from components.systems import parent_stage
+from pipelines.analysis.arms import INPUT, MODEL, OWN_KEYS
+from pipelines.analysis.model import StudyJob
+from pipelines.analysis.studies import analyze
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.pool import Pool
 from pipelines.curation.curate import curate, load_spec
@@ -39,6 +43,7 @@ from pipelines.runs.verb import (
     RestoreSettings,
     ServeCheckSettings,
     StageContext,
+    StudySettings,
     TrainSettings,
     Verb,
 )
@@ -47,24 +52,47 @@ from pipelines.training.packing import packed_start
 from pipelines.training.recipes import check_degradation
 
 
-def check_train(settings: TrainSettings, recipe: Recipe, parent_recipes: Sequence[Recipe]) -> None:
+def check_train(settings: TrainSettings, recipe: Recipe, parent_recipes: Mapping[str, Recipe]) -> None:
     """Check that a train stage needs the stage whose model it starts from."""
     parent = parent_stage(recipe)
-    if parent and not any((other.system, other.stage) == (recipe.system, parent) for other in parent_recipes):
+    if parent and not any((other.system, other.stage) == (recipe.system, parent) for other in parent_recipes.values()):
         raise UsageError(
             f"{recipe.name} starts from the model of {recipe.system} stage {parent}, "
             "and none of the stages that it needs trains that model."
         )
 
 
-def check_restore(settings: RestoreSettings, recipe: Recipe | None, parent_recipes: Sequence[Recipe]) -> None:
+def check_restore(settings: RestoreSettings, recipe: Recipe | None, parent_recipes: Mapping[str, Recipe]) -> None:
     """Check a restore stage's degradation, and its options against the system of its model."""
     check_degradation(settings.preset, settings.preset_options)
     if settings.pairs and settings.preset != "none":
         raise UsageError(f"pairs={settings.pairs}: the inputs of pairs are not degraded again; set preset=none.")
-    system = parent_recipes[-1].system if parent_recipes else ""
-    defaults = recipe_defaults(system, as_dict(parent_recipes[-1])) if parent_recipes else {}
-    request_options(settings.options, option_check(system, defaults))
+    request_options(settings.options, check_of(parent_recipes))
+
+
+def check_of(parent_recipes: Mapping[str, Recipe], stage: str = "") -> OptionCheck:
+    """The check of options for the model of a needed stage, or of the last one."""
+    recipe = parent_recipes.get(stage or next(iter([*parent_recipes][::-1]), ""))
+    return option_check(recipe.system, recipe_defaults(recipe.system, as_dict(recipe))) if recipe else dict
+
+
+def check_study(settings: StudySettings, recipe: Recipe | None, parent_recipes: Mapping[str, Recipe]) -> None:
+    """Check a study's degradation and captioner, and the options and the model of every arm."""
+    check_degradation(settings.preset, {})
+    if not settings.arms:
+        raise UsageError("a study needs at least one arm")
+    for name, values in settings.arms.items():
+        stage = str(values.get(MODEL, ""))
+        if stage and stage not in parent_recipes:
+            raise unknown(f"stage with a model for arm {name!r} among the needs", stage, parent_recipes)
+        own = {key: value for key, value in values.items() if key not in OWN_KEYS}
+        try:
+            request_options({**settings.options, **own}, check_of(parent_recipes, stage))
+        except UsageError as error:
+            raise UsageError(f"arm {name!r}: {error}") from error
+    if strange := [name for name in settings.paper if name not in (*settings.arms, INPUT)]:
+        raise unknown("arm of the paper's numbers", strange[0], [INPUT, *settings.arms])
+    check_evaluate(settings, recipe, parent_recipes)
 
 
 def gate_of(settings: ChooseSettings) -> Gate:
@@ -74,7 +102,7 @@ def gate_of(settings: ChooseSettings) -> Gate:
     )
 
 
-def check_choose(settings: ChooseSettings, recipe: Recipe | None, parent_recipes: Sequence[Recipe]) -> None:
+def check_choose(settings: ChooseSettings, recipe: Recipe | None, parent_recipes: Mapping[str, Recipe]) -> None:
     """Check a choice's model, degradation and metric."""
     check_degradation(settings.preset, settings.preset_options)
     try:
@@ -86,7 +114,9 @@ def check_choose(settings: ChooseSettings, recipe: Recipe | None, parent_recipes
         raise unknown("model", settings.model, shipped_models())
 
 
-def check_evaluate(settings: EvaluateSettings, recipe: Recipe | None, parent_recipes: Sequence[Recipe]) -> None:
+def check_evaluate(
+    settings: EvaluateSettings | StudySettings, recipe: Recipe | None, parent_recipes: Mapping[str, Recipe]
+) -> None:
     """Check an evaluate stage's metrics. A name outside the usual set imports pyiqa."""
     if settings.metrics:
         check_metrics(settings.metrics)
@@ -95,10 +125,11 @@ def check_evaluate(settings: EvaluateSettings, recipe: Recipe | None, parent_rec
 def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
     """The resolved spec and a digest of all candidate pictures: other pictures make another stage."""
     spec = spec_of(settings)
-    if images is not None:
+    if images is not None and not any(_takes_a_stages_corpus(source) for source in spec.sources):
         spec = for_folder(spec, images)
-    pictures = hashlib.sha256()
-    for identity in identities(spec):
+    pictures, made_here = hashlib.sha256(), [source for source in spec.sources if _takes_a_stages_corpus(source)]
+    others = dataclasses.replace(spec, sources=[source for source in spec.sources if source not in made_here])
+    for identity in identities(others) if others.sources else ():  # the digest of a stage has its needs' digests
         pictures.update(json.dumps(identity).encode())
     document = dataclasses.asdict(spec)
     for source in document["sources"]:
@@ -118,7 +149,7 @@ def spec_of(settings: CurateSettings) -> CorpusSpec:
     Raises:
         UsageError: `pictures` is set, and no folder source lacks a path.
     """
-    spec = load_spec(settings.spec)
+    spec = load_spec(settings.spec, settings.overrides)
     nameless = [n for n, source in enumerate(spec.sources) if source.kind == "folder" and not source.path]
     if settings.pictures:
         if not nameless:
@@ -133,10 +164,19 @@ def spec_of(settings: CurateSettings) -> CorpusSpec:
     return dataclasses.replace(spec, sources=others, split=SplitSpec(held_out_fraction=DEFAULT_HELD_OUT_FRACTION))
 
 
+def _takes_a_stages_corpus(source: SourceSpec) -> bool:
+    return source.kind == "negatives" and not source.path
+
+
 def run_curate(context: StageContext) -> dict[str, Any]:
     """Curate photographs into shards."""
+    spec, images = spec_of(context.settings), context.images
+    if any(_takes_a_stages_corpus(source) for source in spec.sources):
+        corpus, images = str(context.find("index.json").parent), None
+        sources = [dataclasses.replace(s, path=corpus) if _takes_a_stages_corpus(s) else s for s in spec.sources]
+        spec = dataclasses.replace(spec, sources=sources)
     with context.console.bar(context.name) as progress:
-        result = curate(spec_of(context.settings), context.stage_dir, progress=progress, images=context.images)
+        result = curate(spec, context.stage_dir, progress=progress, images=images)
     return {
         "accepted": result.accepted,
         "quarantined": result.rejected,
@@ -248,6 +288,43 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     }
 
 
+def run_study(context: StageContext) -> dict[str, Any]:
+    """Study the models of the needed stages on the held-out pictures; see StudySettings."""
+    settings, folder = context.settings, context.stage_dir
+    prepared = prepare_heldout(
+        context.find("index.json").parent, folder / "pictures", preset="none", short_side=settings.side_px
+    )
+    arms = {
+        name: {**values, MODEL: str(context.inputs[str(values[MODEL])] / "model")} if values.get(MODEL) else values
+        for name, values in settings.arms.items()
+    }
+    job = StudyJob(
+        model=context.find("model"),
+        images=prepared.hq,
+        out=folder / "study",
+        options=settings.options,
+        limit=settings.limit,
+        side_px=settings.side_px,
+        seed=settings.seed,
+    )
+    with context.console.bar(context.name) as progress:
+        result = analyze(
+            "arms",
+            job,
+            progress=progress,
+            mixed=settings.preset,
+            arms=arms,
+            metrics=settings.metrics,
+            captioner=settings.captioner,
+            paper=settings.paper,
+        )
+    return {
+        "quarantined": prepared.quarantined + result.quarantined,
+        "verdict": " ".join(result.seen),
+        "outputs": files_below(result.folder, folder),
+    }
+
+
 def run_serve_check(context: StageContext) -> dict[str, Any]:
     """Restore one picture through the service; its bytes must equal the batch result's."""
     from pipelines.service.serve import start
@@ -286,5 +363,6 @@ VERBS: Mapping[str, Verb] = {
     ),
     "restore": Verb(run=run_restore, settings=RestoreSettings, version=3, check=check_restore),
     "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False, check=check_evaluate),
+    "study": Verb(run=run_study, settings=StudySettings, uses_ray=False, check=check_study),
     "serve-check": Verb(run=run_serve_check, settings=ServeCheckSettings),
 }

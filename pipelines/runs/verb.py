@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +69,12 @@ class CurateSettings:
     Attributes:
         spec: a corpus spec's name in datasets/ or a path.
         pictures: path of the spec's folder source that has none.
+        overrides: key=value pairs that change the spec. A source of negatives without a path takes the corpus of a
+            needed stage.
     """
 
     spec: str = "demo"
+    overrides: list[str] = field(default_factory=list, metadata=NO_IDENTITY)  # the digest has the resolved spec
     pictures: str = field(default="", metadata=NO_IDENTITY)  # the digest has the pictures themselves
 
 
@@ -141,6 +144,32 @@ class EvaluateSettings:
 
 
 @dataclass(kw_only=True)
+class StudySettings:
+    """Restore held-out pictures with several sets of options or models (study `arms`, see docs/insight.md).
+
+    Attributes:
+        arms: options by arm; `model` names a needed stage, see pipelines.analysis.arms.
+        paper: numbers of a paper by arm and column, printed beside ours.
+        preset: of the degradation.
+        options: of the restorer, for all arms.
+        metrics: more metrics; they may need weights.
+        captioner: writes the captions of arms with `caption`.
+        seed, limit: as in RestoreSettings.
+        side_px: each picture's middle square is resized to this side.
+    """
+
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    paper: dict[str, dict[str, Any]] = field(default_factory=dict)
+    preset: str = "realesrgan-nano"
+    options: dict[str, Any] = field(default_factory=dict, metadata=PROMPTS)
+    metrics: list[str] = field(default_factory=list)
+    captioner: str = "tags"
+    seed: int = 0
+    limit: int = 0
+    side_px: int = 256
+
+
+@dataclass(kw_only=True)
 class ServeCheckSettings:
     """timeout_s: limit for loading the model and for the answer to one picture."""
 
@@ -159,9 +188,9 @@ class Verb:
         hands_on: whether the stage's folder has the model of a stage that it needs, or another in its place.
         identity: (settings, recipe, images) -> what else determines the result, e.g. the source pictures; small plain
             data.
-        check: (settings, own recipe or None, recipes of the needed stages) -> None; raises UsageError for a name, a
-            value or a missing need that only the verb can check. It runs when a plan is loaded, so it must not import
-            torch or ray.
+        check: (settings, own recipe or None, recipes of the needed stages' models by stage, in the order of the needs)
+            -> None; raises UsageError for a name, a value or a missing need that only the verb can check. It runs when
+            a plan is loaded, so it must not import torch or ray.
     """
 
     run: Callable[[StageContext], Mapping[str, Any]]
@@ -170,4 +199,4 @@ class Verb:
     uses_ray: bool = True
     hands_on: bool = False
     identity: Callable[[Any, Any, Path | None], Mapping[str, Any]] = lambda settings, recipe, images: {}
-    check: Callable[[Any, Any, Sequence[Any]], None] = lambda settings, recipe, parent_recipes: None
+    check: Callable[[Any, Any, Mapping[str, Any]], None] = lambda settings, recipe, parent_recipes: None

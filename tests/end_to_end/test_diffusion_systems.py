@@ -1,4 +1,4 @@
-"""Every diffusion system through the same verbs: batch job, evaluation, service, and one-step distillation with its gate.
+"""Every diffusion system through the same verbs: batch job, evaluation, service, one-step distillation with its gate.
 
 The models are untrained, with random numbers in their zero weights, on the shipped nano prior. Nothing here depends on
 the system but the function that makes its model.
@@ -122,7 +122,9 @@ def test_batch_job_scores_and_service_agree(model: Model, pictures: Path, tmp_pa
 @pytest.mark.slow
 def test_it_teaches_a_student_of_one_step(model: Model, tmp_path: Path) -> None:
     """The student is built on its teacher's prior, and the gate compares both."""
-    samples = [(f"p{n}", "png", encode_png(dead_leaves(72, 11, n)), {}) for n in range(10)]
+    samples: list[tuple[str, str, bytes, dict[str, Any]]] = [
+        (f"p{n}", "png", encode_png(dead_leaves(72, 11, n)), {}) for n in range(10)
+    ]
     write_corpus(tmp_path / "corpus", "leaves", {"train": samples[:4], "held_out": samples[4:]})
     small = ["resolution=32", "short_side=48", "gate.psnr_db=50", "gate.perceptual=100", "gate.pictures=6"]
     recipe: Any = load_recipe("distil-onestep-nano", [f"teacher={model.path}", *small])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from components.images import encode_png, to_float, to_uint8
 from components.options import typed_options
 from components.synthetic import dead_leaves
 from components.types import Cancelled, OnStep, Request, Restored, Restorer
+from pipelines.analysis import arms as arms_module
 from pipelines.analysis.arms import INPUT, METRICS, WITHOUT_WEIGHTS, analyze_arms
 from pipelines.analysis.model import StudyJob, WholeModel
 from pipelines.commands.analyze import app, parse_arms
@@ -102,6 +104,45 @@ def test_wrong_arms_are_told(tmp_path: Path) -> None:
             analyze_arms(model, arms)
     with pytest.raises(UsageError, match="x8"):
         analyze_arms(model, ARMS, mixed="x5")
+
+
+def test_an_arm_may_have_another_model_and_a_caption_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`caption` takes the original's caption in the model's frame, or that of the next picture."""
+    model, restorer = subject(tmp_path)
+    other, second = subject(tmp_path)
+    other = replace(other, frame="photo of {caption}", digest="1" * 64)
+    monkeypatch.setattr(arms_module, "open_whole", lambda job: {"second": other}[job.model])
+
+    class Writer:
+        def caption(self, images: Sequence[np.ndarray]) -> list[str]:
+            return [f"mean {image.mean():.3f}" for image in images]
+
+    monkeypatch.setattr(arms_module, "build_captioner", lambda *_, **__: Writer())
+    arms = {"plain": {}, "own": {"caption": "own"}, "other": {"model": "second", "caption": "other", "lift": 2}}
+    paper = {"own": {"psnr": 20.66}, "input": {"psnr": 19.5}}
+    result = analyze_arms(model, arms, mixed="x4", paper=paper)
+    captions = [f"mean {dead_leaves(SIDE, 3, number).mean():.3f}" for number in range(6)]
+    by_key = {request.key: request.prompt for request in restorer.requests if request.prompt}
+    assert by_key == {f"p{n}": captions[n] for n in range(6)}
+    assert {r.key: r.prompt for r in second.requests} == {
+        f"p{n}": f"photo of {captions[(n + 1) % 6]}" for n in range(6)
+    }
+    assert len(restorer.requests) == 12 and all(r.options == {"lift": 2} for r in second.requests)
+    summary = json.loads((model.job.out / "summary.json").read_text())
+    assert summary["paper"] == paper and "paper: psnr" in result.report.read_text()
+    settings = json.loads((model.job.out / "study.json").read_text())["settings"]
+    assert settings["arms"]["other"]["model"] == "1" * 64 and settings["captions"]["p0"] == captions[0]
+
+    for wrong, word in (
+        ({"a": {"caption": "mine"}}, "caption 'mine'|unknown caption"),
+        ({"a": {"caption": "own", "prompt": "x"}}, "leave one out"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            analyze_arms(model, wrong)
+    with pytest.raises(UsageError, match="paper's numbers"):
+        analyze_arms(model, {"plain": {}}, paper={"plane": {"psnr": 1.0}})
 
 
 def test_arms_from_a_command_line() -> None:

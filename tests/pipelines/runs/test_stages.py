@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 
 from components.corpora import SourceSpec
 from components.images import encode_png
+from components.places import find_model_folder
 from components.restoring import Ask
 from components.synthetic import dead_leaves
 from components.systems.recipes import load_recipe
 from pipelines.core.console import Console
 from pipelines.core.errors import RetryLater, Unfinished, UsageError
 from pipelines.core.metrics import Tail, read_metrics
+from pipelines.corpus.shards import write_corpus
 from pipelines.curation.curate import load_spec
 from pipelines.curation.sources import iter_entries
 from pipelines.curation.sources.files import SkippedFiles
@@ -24,8 +27,8 @@ from pipelines.runs import stages
 from pipelines.runs.identity import train_identity
 from pipelines.runs.one_training import train_folder
 from pipelines.runs.plan import load_plan
-from pipelines.runs.stages import check_restore, corpus_files, run_restore, spec_of
-from pipelines.runs.verb import CurateSettings, RestoreSettings, StageContext, TrainSettings
+from pipelines.runs.stages import check_restore, corpus_files, run_restore, run_study, spec_of
+from pipelines.runs.verb import CurateSettings, RestoreSettings, StageContext, StudySettings, TrainSettings
 from pipelines.training.inputs import TrainInputs, check_inputs
 from pipelines.training.recipes import check_recipe
 from pipelines.training.stage_files import METRICS, ORDER, Log, Sample, log_order, read_order
@@ -305,3 +308,98 @@ def test_a_papers_recipe_does_not_train_without_its_lpips(monkeypatch: pytest.Mo
         check_inputs(load_recipe("instarevive-bfr", [f"distillation.lpips={place}"]), inputs)
     (tmp_path / "home" / "weights" / "lpips-vgg").mkdir(parents=True)
     check_inputs(load_recipe("instarevive-bfr"), inputs)
+
+
+def study_plan(path: Path, **changes: Any) -> Path:
+    """A plan whose study compares two adaptors."""
+    study = {
+        "name": "connectors",
+        "verb": "study",
+        "arms": {"a": {"model": "adaptor", "tau": 2}, "b": {"model": "zero-conv"}},
+        "needs": ["corpus", "adaptor", "zero-conv"],
+        **changes,
+    }
+    train = {"verb": "train", "recipe": "supir-adaptor-nano", "needs": ["corpus", "encoder"]}
+    stages_ = [
+        {"name": "corpus", "verb": "curate", "spec": "demo"},
+        {"name": "encoder", "verb": "train", "recipe": "supir-encoder-nano", "needs": ["corpus"]},
+        {"name": "adaptor", **train},
+        {"name": "zero-conv", **train, "overrides": ["adaptor.connector=zero_conv"]},
+        study,
+    ]
+    path.write_text(json.dumps({"stages": stages_}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {}}, "at least one arm"),
+        ({"arms": {"a": {"model": "adapter"}}}, r"arm 'a'.*(?i:did you mean) \"?adaptor"),
+        ({"arms": {"a": {"tua": 1}}}, r"arm 'a'.*tua.*tau"),
+        ({"options": {"tua": 1}}, r"tua.*tau"),
+        ({"preset": "x5"}, "x5"),
+        ({"paper": {"c": {"psnr": 1.0}}}, 'numbers "c"'),
+    ],
+)
+def test_a_wrong_study_is_refused_when_its_plan_is_loaded(changes: Any, words: str, tmp_path: Path) -> None:
+    assert load_plan(study_plan(tmp_path / "plan.yaml")).stages[-1].settings.arms["a"]["tau"] == 2
+    with pytest.raises(UsageError, match=words):
+        load_plan(study_plan(tmp_path / "plan.yaml", **changes))
+
+
+def test_a_study_stage_compares_models_on_the_held_out_pictures(tmp_path: Path) -> None:
+    """Two copies of the shipped model, one of them with other options."""
+    samples: list[Any] = [(f"p{n}", "png", encode_png(dead_leaves(96, 3, n)), {}) for n in range(3)]
+    write_corpus(tmp_path / "corpus", "leaves", {"train": samples[:1], "held_out": samples[1:]})
+    for name in ("first", "second"):
+        shutil.copytree(find_model_folder("nano"), tmp_path / name / "model")  # type: ignore[arg-type]
+    context = StageContext(
+        plan="p",
+        name="s",
+        verb="study",
+        digest="0",
+        run_dir=tmp_path,
+        stage_dir=tmp_path / "stage",
+        inputs={name: tmp_path / name for name in ("corpus", "first", "second")},
+        settings=StudySettings(arms={"one": {"model": "first"}, "two": {"strength": 0.5}}, side_px=64, preset="x4"),
+        console=Console(silent=True),
+    )
+    results = run_study(context)
+    assert results["quarantined"] == 0 and "two against one" in results["verdict"]
+    assert {"study/report.html", "study/summary.json", "study/arms.png"} <= set(results["outputs"])
+    summary = json.loads((tmp_path / "stage" / "study" / "summary.json").read_text())
+    assert summary["pictures"] == 2 and set(summary["arms"]) == {"input", "one", "two"}
+
+
+def test_negatives_without_a_path_are_made_of_a_needed_corpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    def curate(spec: Any, out: Path, **options: Any) -> Any:
+        calls.append((spec, options["images"]))
+        (out / "index.json").write_text(json.dumps({"splits": {}}))
+        return SimpleNamespace(accepted=1, rejected=0, digest="d")
+
+    monkeypatch.setattr(stages, "curate", curate)
+    settings = CurateSettings(spec="supir-negatives", overrides=["sources.0.path=", "sources.0.negatives.prior=nano"])
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "corpus" / "index.json").write_text("{}")
+    context = StageContext(
+        plan="p",
+        name="negatives",
+        verb="curate",
+        digest="0",
+        run_dir=tmp_path,
+        stage_dir=tmp_path / "stage",
+        inputs={"corpus": tmp_path / "corpus"},
+        settings=settings,
+        images=tmp_path / "mine",
+        console=Console(silent=True),
+    )
+    stages.run_curate(context)
+    ((spec, images),) = calls
+    assert images is None, "the user's pictures replace the corpus's sources, not the negatives"
+    assert spec.sources[0].path == str(tmp_path / "corpus") and spec.sources[0].negatives.prior == "nano"
+    mine = stages.curate_identity(settings, None, tmp_path)
+    assert mine == stages.curate_identity(settings, None, None) and mine["spec"]["sources"][0]["kind"] == "negatives"

@@ -5,6 +5,7 @@ A recipe is resolved once, on the driver. A wrong key, type or name raises an er
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -301,11 +302,20 @@ def as_dict(recipe: Any) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe) -> Mapping[str, Any]:
-    """Return what determines a stage's result: the resolved recipe without placement, which may differ between machines.
+    """Return what determines a stage's result: the resolved recipe without placement, which may differ by machine.
 
     A setting that a later version added is left out at its default (ADDED_LATER), so runs and models of the versions
     before keep their digests.
     """
-    default = {item.name: item.default for item in dataclasses.fields(recipe) if item.metadata.get("added_later")}
-    document = as_dict(recipe)
-    return {k: v for k, v in document.items() if k != "placement" and not (k in default and v == default[k])}
+    return {name: value for name, value in _without_defaults(recipe).items() if name != "placement"}
+
+
+def _without_defaults(settings: Any) -> dict[str, Any]:
+    """A dataclass as plain data without later settings that have their defaults, at any depth of dataclasses."""
+    document = {}
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if not (item.metadata.get("added_later") and value == item.default):
+            is_nested = dataclasses.is_dataclass(value)
+            document[item.name] = _without_defaults(value) if is_nested else copy.deepcopy(value)
+    return document

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from components.recipes import RecipeError
+from components.recipes import ADDED_LATER, RecipeError
 
 
 @dataclass(kw_only=True)
@@ -27,6 +27,9 @@ class Distillation:
         t_low, t_high: alpha goes from 0 to 1 as T_max goes from t_low to t_high; t_high 0: T_max of the first step.
         fixed_alpha: weight of the regression without dynamic control.
         weight: lambda, of the score matching.
+        matching_distance: the score matching of a sample counts by d^2 / (d^2 + this^2), d the rms distance
+            of its result from its target; 0 counts all samples alike. Ours: a sample that the regression restores well
+            has nothing left to draw.
         cfg_scale: guidance of the real score; 1 for none.
         text_dropout: probability of an empty prompt, which guidance and restoration without a prompt need.
         regression: "perceptual" (LPIPS if `lpips` names weights, else the pyramid), "l2" of latents, "both", or "none"
@@ -55,6 +58,7 @@ class Distillation:
     t_high: float = 1000.0
     fixed_alpha: float = 0.5
     weight: float = 1.0
+    matching_distance: float = field(default=0.0, metadata=ADDED_LATER)
     cfg_scale: float = 3.0
     text_dropout: float = 0.1
     regression: Literal["perceptual", "l2", "both", "none"] = "perceptual"
@@ -72,6 +76,7 @@ class Distillation:
         for name, value, low, high in (
             ("kappa", self.kappa, 0, None),
             ("weight", self.weight, 0, None),
+            ("matching_distance", self.matching_distance, 0, None),
             ("cfg_scale", self.cfg_scale, 0, None),
             ("perceptual_weight", self.perceptual_weight, 0, None),
             ("l2_weight", self.l2_weight, 0, None),
@@ -97,6 +102,8 @@ class Distillation:
                 raise RecipeError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.t_high and self.t_low >= self.t_high:
             raise RecipeError(f"t_low must be below t_high, got {self.t_low} and {self.t_high}")
+        if self.matching_distance and self.regression == "none":
+            raise RecipeError("matching_distance needs targets that match: leave it out with regression none")
         if not self.score and ((not self.dynamic and self.fixed_alpha == 0) or self.regression == "none"):
             raise RecipeError(
                 "score=false with fixed_alpha 0 or without regression leaves no loss: turn one of them on"

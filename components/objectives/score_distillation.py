@@ -27,6 +27,7 @@ from components.objectives.score_matching import (
     NoiseMap,
     draw_timesteps,
     largest_timesteps,
+    matching_share,
     regression_share,
     score_gap,
     score_matching_loss,
@@ -162,6 +163,8 @@ class ScoreDistillation(Objective):
         value = regression
         if settings.score:
             matching = self._score_loss(latents, self._score_conditions(batch, conditions), control.t_max, noise)
+            if settings.matching_distance:
+                matching = matching * matching_share(squared_distances(latents, target), settings.matching_distance)
             value = control.alpha * regression + (1 - control.alpha) * settings.weight * matching
             metrics["loss_dsm"] = matching
         values = {"t_max": control.t_max.float(), "alpha": control.alpha, "distance": control.distance, **metrics}

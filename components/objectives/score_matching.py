@@ -103,6 +103,16 @@ def squared_distances(prediction: Tensor, target: Tensor, reduction: Reduction =
     return squares.mean(dim=1) if reduction == "mean" else squares.sum(dim=1)
 
 
+def matching_share(squares: Tensor, distance: float) -> Tensor:
+    """How much the score matching of each sample counts, in [0, 1): d^2 / (d^2 + distance^2), of its shape.
+
+    Args:
+        squares: d^2, mean squared distances of the results from their targets.
+        distance: where the share is a half; above 0.
+    """
+    return squares / (squares + distance**2)
+
+
 def noise_levels(schedule: NoiseMap) -> Tensor:
     """The share of noise at each time step, at unit total variance: float64 [T], rising.
 

@@ -15,7 +15,16 @@ from components.recipes import RecipeError
     [
         *(
             ({name: -0.1}, f"^{name} must be at least 0, got -0.1")
-            for name in ("kappa", "weight", "cfg_scale", "perceptual_weight", "l2_weight", "t_low", "t_high")
+            for name in (
+                "kappa",
+                "weight",
+                "cfg_scale",
+                "perceptual_weight",
+                "l2_weight",
+                "t_low",
+                "t_high",
+                "matching_distance",
+            )
         ),
         *(({name: 0}, f"^{name} must be at least 1, got 0") for name in ("t_floor", "lora_rank", "fake_steps")),
         *(
@@ -28,6 +37,7 @@ from components.recipes import RecipeError
         ({"fake": "all"}, "^fake must be one of full, lora"),
         ({"fake_range": "all"}, "^fake_range must be one of full, same"),
         ({"regression": "none", "score": False}, "leaves no loss"),
+        ({"regression": "none", "matching_distance": 0.1}, "targets that match"),
         ({"t_low": 300.0, "t_high": 200.0}, "t_low"),
         ({"score": False, "dynamic": False, "fixed_alpha": 0.0}, "leaves no loss"),
     ],

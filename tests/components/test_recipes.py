@@ -187,6 +187,16 @@ def test_placement_is_not_part_of_the_identity() -> None:
     )
 
 
+def test_a_later_setting_is_part_of_the_identity_only_where_it_is_used() -> None:
+    """So runs and models of the versions before it keep their digests, also for settings inside of settings."""
+    plain = identity(load_recipe("unetres-generator", ["turn=false", "relight=0", "distillation.matching_distance=0"]))
+    assert not {"turn", "relight"} & set(plain) and "matching_distance" not in plain["distillation"]
+    assert "flip" in plain and "weight" in plain["distillation"]
+    changes = ["turn=true", "relight=0.3", "distillation.matching_distance=0.1"]
+    changed = identity(load_recipe("unetres-generator", changes))
+    assert (changed["turn"], changed["relight"], changed["distillation"]["matching_distance"]) == (True, 0.3, 0.1)
+
+
 # --- mixtures ---------------------------------------------------------------------------------------------------------
 
 

@@ -102,9 +102,13 @@ def detail(**values: Any) -> DetailObjective:
     return DetailObjective(network("g", pictures=2), network("r"), real, fake, settings(**values))
 
 
-def test_the_generators_loss_and_gradient_by_hand() -> None:
-    """alpha pyramid(x, hq) + (1 - alpha) lambda |x - stopped(x - weight coeff)|^2 with x = g(f(lq), lq)."""
-    objective, data = detail(weight=0.7), basic.batch(3)
+@pytest.mark.parametrize("distance", [0.0, 0.4])
+def test_the_generators_loss_and_gradient_by_hand(distance: float) -> None:
+    """alpha pyramid(x, hq) + (1 - alpha) lambda c |x - stopped(x - weight coeff)|^2 with x = g(f(lq), lq).
+
+    c is d^2 / (d^2 + distance^2) with the squared distance d^2 of each result from its target, and has no gradient.
+    """
+    objective, data = detail(weight=0.7, matching_distance=distance), basic.batch(3)
     phases = objective.phases(data, Noise(4, data.positions))
     name, loss = next(phases)
     loss.value.backward()
@@ -123,7 +127,10 @@ def test_the_generators_loss_and_gradient_by_hand() -> None:
         clean = (noisy - (1 - share).sqrt() * real) / share.sqrt()
         weight = 1 / ((x - clean).abs().mean((1, 2, 3), keepdim=True) + WEIGHT_EPS)
         target = x - weight * ((1 - share) / share).sqrt() * (real - fake)
-    expected = 0.3 * pyramid_distance(x, data.hq) + 0.7 * 0.7 * (x - target).square().mean((1, 2, 3))
+        squares = (x - data.hq).square().mean((1, 2, 3))
+        counts = squares / (squares + distance**2)
+    assert bool((counts < 0.9).all()) == bool(distance) and len(counts.unique()) == (3 if distance else 1)
+    expected = 0.3 * pyramid_distance(x, data.hq) + 0.7 * 0.7 * counts * (x - target).square().mean((1, 2, 3))
     expected.mean().backward()
     assert name == "generator"
     assert float(loss.value.detach()) == pytest.approx(float(expected.mean().detach()), rel=1e-5)

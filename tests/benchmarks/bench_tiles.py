@@ -9,7 +9,7 @@ therefore scores the grid too. `seam_of_the_whole` is the score of the picture w
 `seam_in_step` compares with lines at a distance of the networks' total downsampling factor, which are on the grid too;
 `in_step_of_the_whole` is the same without tiles.
 
-Without --model: untrained parts of InstantIR on the nano prior, with the shapes and costs of a trained model.
+Without --model: an untrained model of --system on the nano prior, with the shapes and costs of a trained one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import math
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,34 +27,20 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
+from untrained import SYSTEMS, save_untrained
 
 from components.images import decode, encode_png
-from components.priors.opening import load_prior
-from components.randomness import generator
 from components.samplers.tiles import tile_boxes
 from components.systems import build_restorer
-from components.systems.instantir.network import InstantIR
-from components.systems.instantir.restorer import InstantIRRestorer
 from components.types import Image, Request, StepEvent
 
-RESAMPLER = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 16}  # instantir-dcp-nano's
 
-
-def nano_restorer(model: Path | None) -> InstantIRRestorer:
-    """A trained model's restorer, or the nano prior's with untrained parts and a non-zero Aggregator."""
+def open_restorer(model: Path | None, system: str, steps: int) -> Any:
+    """A trained model's restorer, or that of an untrained model of a system on the nano prior."""
     if model is not None:
-        restorer = build_restorer(model)
-        assert isinstance(restorer, InstantIRRestorer)
-        return restorer
-    network = InstantIR(load_prior("nano"), RESAMPLER, {"rank": 16, "alpha": 16.0}, aggregator=True)
-    assert network.aggregator is not None
-    with torch.no_grad():
-        for name, parameter in network.aggregator.named_parameters():
-            if not bool(parameter.any()):  # the joins start at zero, which would hide the effect of tiles
-                values = generator(5, name).standard_normal(tuple(parameter.shape), dtype=np.float32)
-                parameter.copy_(0.02 * torch.from_numpy(values))
-    return InstantIRRestorer(network, {"steps": 4, "cfg_scale": 1.0})
+        return build_restorer(model)
+    with tempfile.TemporaryDirectory() as folder:
+        return build_restorer(save_untrained(system, Path(folder) / "model", steps).path)
 
 
 def seam_score(picture: Image, borders: tuple[list[int], list[int]], width: int = 2) -> float:
@@ -120,6 +107,7 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["seams", "whole", "memory"])
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--system", choices=SYSTEMS, default="instantir")
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--look", type=Path)
     parser.add_argument("--side", type=int, default=1024)
@@ -127,7 +115,7 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
     parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--steps", type=int, default=4)
     settings = parser.parse_args(arguments)
-    restorer = nano_restorer(settings.model)
+    restorer = open_restorer(settings.model, settings.system, settings.steps)
     options = {"steps": settings.steps, "tile_px": settings.tile, "tile_overlap": settings.overlap}
     multiple = restorer.network.prior.multiple_px
     if settings.what == "memory":
@@ -143,7 +131,13 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
         restorer.restore([Request(key="large", image=image, options=options)], print_step)
         seconds = time.perf_counter() - start
         peak = peak_mib() - before
-        row = {"what": "memory", "side": settings.side, "steps": settings.steps, "tile": settings.tile}
+        row = {
+            "what": "memory",
+            "system": settings.system,
+            "side": settings.side,
+            "steps": settings.steps,
+            "tile": settings.tile,
+        }
         yield {**row, "peak_above_weights_mib": round(peak), "seconds": round(seconds)}
         return
     for name, image in pictures_of(settings.pictures, settings.side).items():

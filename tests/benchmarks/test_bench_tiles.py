@@ -12,6 +12,7 @@ from pathlib import Path
 import bench_tiles as bench
 import numpy as np
 import pytest
+from untrained import SYSTEMS
 
 BENCH = Path(__file__).with_name("bench_tiles.py")
 
@@ -34,8 +35,11 @@ def test_the_score_is_above_one_at_a_seam_only() -> None:
 @pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_ramp_sky_and_texture_have_no_visible_seam(images_dir: Path) -> None:
-    rows = list(bench.main(["seams", "--pictures", str(images_dir), "--side", "768", "--tile", "384"]))
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_ramp_sky_and_texture_have_no_visible_seam(system: str, images_dir: Path) -> None:
+    rows = list(
+        bench.main(["seams", "--system", system, "--pictures", str(images_dir), "--side", "768", "--tile", "384"])
+    )
     assert [row["picture"] for row in rows] == ["ramp", "sky", "texture"]
     for row in rows:
         assert row["seam"] <= 1.02 * max(1.0, row["seam_of_the_whole"]), row
@@ -45,9 +49,10 @@ def test_ramp_sky_and_texture_have_no_visible_seam(images_dir: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.timeout(7200)
-def test_memory_is_bounded_by_the_latents_not_by_the_picture() -> None:
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_memory_is_bounded_by_the_latents_not_by_the_picture(system: str) -> None:
     """In its own process, since the peak is that of a process; 4096 px here, 8192 in the benchmark."""
-    command = [sys.executable, str(BENCH), "memory", "--side", "4096", "--steps", "2"]
+    command = [sys.executable, str(BENCH), "memory", "--system", system, "--side", "4096", "--steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCH.parents[2])}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     row = json.loads(process.stdout.splitlines()[-1])

@@ -1,25 +1,20 @@
 """Every diffusion system through the same verbs: batch job, evaluation, service, one-step distillation with its gate.
 
-The models are untrained, with random numbers in their zero weights, on the shipped nano prior. Nothing here depends on
-the system but the function that makes its model.
+The models are untrained, see benchmarks/untrained.py. Nothing here depends on the system.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
+from helper_modules import load_helper
 
 from components.images import encode_png, read_png_text
 from components.models import Model, ModelCard, load_model, save_model
-from components.priors.opening import load_prior
-from components.randomness import generator
 from components.recipes import as_dict
 from components.synthetic import dead_leaves
 from components.systems import SYSTEMS
@@ -34,53 +29,12 @@ from pipelines.restoration.models import open_model
 from pipelines.service.client import check_service
 from pipelines.service.serve import start
 
-Parts = Mapping[str, Mapping[str, Tensor]]
+untrained = load_helper("benchmarks/untrained.py")
 
 
-def filled(parts: Parts) -> dict[str, dict[str, Tensor]]:
-    """Copies of all parts; tensors of zeros get random numbers, so that nothing trained is without effect."""
-    copies = {part: {name: value.clone() for name, value in tensors.items()} for part, tensors in parts.items()}
-    for part, tensors in copies.items():
-        for name, value in tensors.items():
-            if value.is_floating_point() and not bool(value.any()):
-                noise = generator(5, part, name).standard_normal(tuple(value.shape), dtype=np.float32)
-                tensors[name] = 0.02 * torch.from_numpy(noise)
-    return copies
-
-
-def save(system: str, parts: Parts, config: Mapping[str, Any], digest: str, path: Path) -> Model:
-    recipe = {"name": "tiny", "restore_options": {"steps": 2}, "steps_at_restore": 2, "cfg_scale": 2.0}
-    card = ModelCard(
-        name="tiny", system=system, recipe=recipe, prior={"id": "nano", "digest": digest}, config=dict(config)
-    )
-    return save_model(path, card, filled(parts))
-
-
-def make_instantir(path: Path) -> Model:
-    from components.systems.instantir.network import InstantIR
-
-    prior = load_prior("nano")
-    resampler = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 4, "ff_mult": 2}
-    network = InstantIR(prior, resampler, {"rank": 2, "alpha": 1}, aggregator=True)
-    return save("instantir", network.parts(), network.config(), prior.digest, path)
-
-
-def make_supir(path: Path) -> Model:
-    from components.priors.robust_encoder import RobustEncoder
-    from components.systems.supir.config import AdaptorConfig
-    from components.systems.supir.network import Adaptor, Supir
-
-    prior = load_prior("nano")
-    network = Supir(prior, RobustEncoder(prior.autoencoder), Adaptor(prior.unet, AdaptorConfig()))
-    return save("supir", network.parts(), network.config(), prior.digest, path)
-
-
-MAKERS: Mapping[str, Callable[[Path], Model]] = {"instantir": make_instantir, "supir": make_supir}
-
-
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=untrained.SYSTEMS)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
-    return MAKERS[request.param](tmp_path / "model")
+    return untrained.save_untrained(request.param, tmp_path / "model", steps=2)  # type: ignore[no-any-return]
 
 
 @pytest.fixture

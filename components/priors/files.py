@@ -11,9 +11,15 @@ import torch
 
 from components.models import Model, ModelError
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
+"""The dtype that networks compute in. With fp8 their weights are stored in 8 bits, see components.weight_storage."""
 
 
 def check_prior_folder(model: Model) -> None:

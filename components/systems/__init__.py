@@ -35,7 +35,7 @@ def build_restorer(model: str | Path, **options: Any) -> Restorer:
     """The restorer of a trained model folder or shipped model.
 
     Raises:
-        ModelError: no usable model, an unknown system, or a system that does not restore.
+        ModelError: no usable model, an unknown system, or a system that does not restore, or not in this precision.
     """
     from components.models import ModelError, load_model  # imports torch
 
@@ -43,7 +43,13 @@ def build_restorer(model: str | Path, **options: Any) -> Restorer:
     system = SYSTEMS.get(folder.info["system"])
     if system is None:
         raise ModelError(f"{folder.path}: unknown system. {did_you_mean(str(folder.info['system']), SYSTEMS)}")
-    build = system.networks().build_restorer
+    networks = system.networks()
+    build, precision = networks.build_restorer, str(options.get("precision", "fp32"))
     if build is None:
         raise ModelError(f"{folder.path}: a {folder.info['system']!r} model does not restore pictures by itself")
+    if precision not in networks.precisions:
+        raise ModelError(
+            f"{folder.path}: a {folder.info['system']!r} model does not run in {precision}, but in "
+            f"{', '.join(networks.precisions)}"
+        )
     return build(folder, **options)

@@ -58,6 +58,7 @@ class Networks:
         build_restorer: (model folder, keyword options) -> restorer; None if the system restores nothing by itself.
         plan_memory: (model folder, (height, width), restorer options, precision, offload) -> peak_memory.MemoryPlan;
             None if the system cannot tell.
+        precisions: what build_restorer takes for `precision`.
     """
 
     objectives: Mapping[str, Callable[..., Objective]] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Networks:
     encoded_with: Callable[[Any, Mapping[str, Path]], str] = lambda recipe, parents: str(recipe.prior)
     build_restorer: Callable[..., Restorer] | None = None
     plan_memory: Callable[..., Any] | None = None
+    precisions: Sequence[str] = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ MAX_LIMIT = 1e9
 
 Device = Annotated[str, typer.Option(help="Device of the networks: cpu, or cuda for a GPU.")]
 
-Precision = Annotated[str, typer.Option(help="Precision of the weights: fp32, bf16 or fp16.")]
+Precision = Annotated[str, typer.Option(help="Precision of the weights: fp32, bf16, fp16; fp8 for some systems.")]
 
 Compile = Annotated[
     str,
@@ -164,7 +164,7 @@ def build_options(device: str, precision: str, compile_mode: str = "off", offloa
     Raises:
         UsageError: the device, precision or compile mode does not exist.
     """
-    devices, precisions = ("cpu", "cuda"), ("fp32", "bf16", "fp16")
+    devices, precisions = ("cpu", "cuda"), ("fp32", "bf16", "fp16", "fp8")
     for kind, name, choices in (
         ("device", device, devices),
         ("precision", precision, precisions),

@@ -22,7 +22,7 @@ from components.randomness import Noise, generator
 from components.recipes import RecipeError
 from components.residence import Residence
 from components.samplers.edm import between, edm_sigmas, nearest_index
-from components.systems import SYSTEMS
+from components.systems import SYSTEMS, build_restorer
 from components.systems.recipes import load_recipe
 from components.systems.supir.build import adaptor_objective, encoder_objective, look, network_of
 from components.systems.supir.config import AdaptorConfig, adaptor_config
@@ -75,6 +75,24 @@ def make_batch(size: int = 3, side: int = 16, **more: Any) -> Batch:
         sizes=torch.tensor([[side, side, 0, 0, side, side]] * size),
         **more,
     )
+
+
+def test_weights_in_8_bits_restore_nearly_as_bf16_does(tmp_path: Path) -> None:
+    """On the nano prior, whose weights are large enough. Other systems refuse fp8."""
+    untrained = load_helper("benchmarks/untrained.py")
+    model = untrained.save_untrained("supir", tmp_path / "supir", steps=2)
+    request = Request(key="p", image=picture(64, 64), seed=1)
+    images = {}
+    for precision in ("bf16", "fp8"):
+        restorer = build_restorer(model.path, precision=precision)
+        dtypes = {p.dtype for p in restorer.network.prior.unet.parameters()}  # type: ignore[attr-defined]
+        assert (torch.float8_e4m3fn in dtypes) == (precision == "fp8")
+        images[precision] = restorer.restore([request])[0].image.astype(float)
+    difference = np.abs(images["fp8"] - images["bf16"])
+    assert 0 < difference.mean() < 4
+    other = untrained.save_untrained("instantir", tmp_path / "instantir")
+    with pytest.raises(ModelError, match="does not run in fp8, but in fp32, bf16, fp16"):
+        build_restorer(other.path, precision="fp8")
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder

@@ -27,6 +27,7 @@ from components.systems.supir.restorer import SupirRestorer
 from components.tensors import images_to_tensor, tensor_to_images
 from components.training import preserve_requires_grad
 from components.types import Batch, Request
+from components.weight_storage import store_in_8_bits
 
 SupirObjective = RobustEncoderObjective | AdaptorObjective
 
@@ -139,6 +140,7 @@ def build_restorer(
         device: device of the networks.
         batch_size: see SupirRestorer.
         precision: precision of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
+            "fp8" stores the weights of UNet, adaptor and text encoders in 8 bits and computes in bf16.
         speed: settings of fast_unet.Speed by name.
         offload: the networks are on the device in turns, see SupirRestorer.
         defaults: default options that replace those of the model's recipe.
@@ -147,7 +149,8 @@ def build_restorer(
         ModelError: a part is missing, or the prior cannot be opened.
         ValueError: `speed` has an unknown name or a wrong value.
     """
-    settings = Speed.of({**({"join": False, "graphs": "off"} if offload else {}), **(speed or {})})
+    plain = {"join": False} if offload or precision == "fp8" else {}  # joined weights are wide copies
+    settings = Speed.of({**plain, **({"graphs": "off"} if offload else {}), **(speed or {})})
     missing = [part for part in (ENCODER, ADAPTOR) if part not in model.info["parts"]]
     if missing:  # checked before gigabytes are loaded
         raise ModelError(f"{model.path}: restoring needs {' and '.join(missing)} too, which the model does not have")
@@ -155,6 +158,9 @@ def build_restorer(
     # all parts are built on the CPU in the given precision, and then move to the device together
     prior = open_recorded_prior(str(record["id"]), record, "cpu", precision, image_encoder="")
     network = network_of(model, prior)
+    if precision == "fp8":
+        assert network.adaptor is not None, "checked above"
+        store_in_8_bits([prior.unet, *prior.text_encoders, network.adaptor])
     if not offload:
         network.to(device)
     options = {**restore_defaults(model.info["recipe"] or {}), **defaults}

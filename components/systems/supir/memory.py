@@ -22,6 +22,7 @@ from components.systems.supir.config import adaptor_config
 from components.systems.supir.network import ADAPTOR, Adaptor, Conditions, control_features, predict_eps
 from components.systems.supir.options import Options, parse_options, restore_defaults
 from components.systems.supir.pictures import EXACT_PX
+from components.weight_storage import store_in_8_bits
 
 SDXL_TEXT_PARAMETERS = 817_720_320
 """Of SDXL's two text encoders: CLIP-L's text model (123 million) and OpenCLIP bigG's (695 million)."""
@@ -62,9 +63,11 @@ def _plan(model: Model, size: tuple[int, int], options: Options, precision: Prec
         adaptor = Adaptor(unet, adaptor_config(model.info["config"][ADAPTOR] or {}))
         for module in (unet, adaptor):
             nn.Module.to(module, dtype=DTYPES[precision])
+        if precision == "fp8":
+            store_in_8_bits([unet, adaptor])
         steps = peak_bytes(lambda: _step(unet, adaptor, _tile(size, options, autoencoder), options))
         pictures = peak_bytes(lambda: _pictures(autoencoder, _whole(size, options, autoencoder)))
-    element = torch.empty(0, dtype=DTYPES[precision]).element_size()
+    element = 1 if precision == "fp8" else torch.empty(0, dtype=DTYPES[precision]).element_size()
     texts = SDXL_TEXT_PARAMETERS * element if isinstance(autoencoder, AutoencoderKL) else 0
     phases = (
         Phase(name="pictures", weights=parameter_bytes(autoencoder, encoder), peak=pictures),

@@ -21,6 +21,7 @@ def networks() -> Networks:
         measure=measure,
         build_restorer=build_restorer,
         plan_memory=plan_memory,
+        precisions=("fp32", "bf16", "fp16", "fp8"),
     )
 
 

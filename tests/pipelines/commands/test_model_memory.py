@@ -26,7 +26,8 @@ def test_the_doctor_names_the_first_switch_that_fits(tmp_path: Path) -> None:
     assert statuses(40.0) == ["ok"]
     assert statuses(16.0) == ["warn", "ok"]
     assert statuses(9.0) == ["warn", "warn", "ok"]
-    assert statuses(2.0) == ["warn"] * 4 + ["fail"]
+    assert statuses(2.0) == ["warn"] * 5 + ["fail"]
+    assert "--precision fp8 --offload:" in examine_model(str(model.path), "1024x1024", 6.0)[-1].seen
     assert "--precision bf16:" in examine_model(str(model.path), "1024x1024", 16.0)[-1].seen
     assert read_size("640x480") == (480, 640)
     for size in ("640", "0x5", "axb"):

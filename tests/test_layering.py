@@ -79,7 +79,7 @@ MAY_NAME: dict[str, set[str]] = {
     # model.json of a prior has the system "prior"
     "components/priors/files.py": {"model.info['system'] != 'prior'"},
     # the dictionary of studies
-    "pipelines/analysis/studies.py": {"instantir"},
+    "pipelines/analysis/studies.py": {"instantir", "supir"},
 }
 """Systems that a shared file may name, each with a reason. Keep this list short."""
 
@@ -458,7 +458,7 @@ def test_no_shared_file_names_a_system(repository: Path) -> None:
         place = name.split(".")
         if place[:2] == ["components", "systems"] and len(place) > 3:
             continue
-        if place[:3] == ["pipelines", "analysis", "instantir"]:
+        if place[:2] == ["pipelines", "analysis"] and place[2:3] in (["instantir"], ["supir"]):
             continue
         for word in system_words(path):
             if word not in MAY_NAME.get(str(path.relative_to(repository)), ()):

@@ -303,7 +303,8 @@ def _report(
         "differences": {name: {m: band_document(by[m]) for m in metrics} for name, by in differences.items()},
         "compared_with": first,
         "unavailable": missing,
-        "table": {"head": head, "rows": table},
+        "table": {"head": head, "rows": table, "words": sections[0].words},
+        "picture": "arms.png",
         **({"paper": {name: dict(by) for name, by in paper.items()}} if paper else {}),
     }
     return finish(job.out, measurements, page, summary)

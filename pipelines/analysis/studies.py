@@ -16,14 +16,19 @@ from pipelines.analysis.instantir.studies import INSTANTIR_STUDIES
 from pipelines.analysis.model import StudyJob, open_whole
 from pipelines.analysis.seeds import analyze_seeds
 from pipelines.analysis.study import Study, StudyResult, list_study_pictures
+from pipelines.analysis.supir.studies import SUPIR_STUDIES
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import UsageError, unknown
 
 STUDIES: Mapping[str, Study] = {
     **INSTANTIR_STUDIES,
+    **SUPIR_STUDIES,
     "seeds": Study(open=open_whole, run=analyze_seeds),
     "arms": Study(open=open_whole, run=analyze_arms),
 }
+
+ARM_STUDIES = ("arms", *SUPIR_STUDIES)
+"""Studies that compare arms, so that a plan's stage can run them on the models of other stages."""
 
 
 def analyze(study: str, job: StudyJob, progress: Progress = no_progress, **settings: Any) -> StudyResult:
@@ -32,7 +37,7 @@ def analyze(study: str, job: StudyJob, progress: Progress = no_progress, **setti
     Args:
         study: a name in STUDIES.
         job: the model, the pictures and where the results go.
-        settings: the study's own settings: mixed, faults, stop, seeds, arms, metrics.
+        settings: the study's own settings: mixed, faults, stop, seeds, arms, metrics, captioner, paper.
 
     Raises:
         UsageError: the study, an option or a preset is unknown, there are no pictures, the model's system does not fit

@@ -235,6 +235,27 @@ def arms(
 
 
 @app.command(cls=Command)
+def encoder(
+    model: Annotated[
+        list[str], typer.Option("--model", "-m", help="A SUPIR model's folder; several for several seeds.")
+    ],
+    images: Images,
+    out: Out,
+    limit: Limit = 0,
+    side: Side = 256,
+    seed: Seed = 0,
+    mixed: Mixed = "realesrgan",
+    captioner: Annotated[str, typer.Option(autocompletion=complete_captioner, help="Captioner of LQ and HQ.")] = "tags",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """What the robust encoder is worth by degradation, in PSNR and captions (SUPIR's figures 14 and 18)."""
+    job = study_job(model[0], images, out, None, limit=limit, side_px=side, seed=seed, device=device)
+    models = {name: {"model": name} for name in model}
+    run_study("encoder", job, as_json, mixed=mixed, arms=models, captioner=captioner)
+
+
+@app.command(cls=Command)
 def accuracy(
     images: Annotated[Path, typer.Option("--images", help="Pictures with a folder for each class, as in ImageNet.")],
     out: Out,

@@ -300,20 +300,23 @@ def corpus(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> list[dict[str
 
 
 def studies(reader: Reader, stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Table, plot and findings of every study, with the place of its own page."""
+    """Table and picture of every study, with the place of its own page."""
     entries = []
     for stage in stages:
         folder = stage["folder"] / "study"
-        table = reader.json(folder / "summary.json").get("table")
+        summary = reader.json(folder / "summary.json")
+        table = summary.get("table")
         if not isinstance(table, dict):
             continue
-        plot = reader.picture(folder / "arms.png") if (folder / "arms.png").is_file() else None
+        path = folder / Path(str(summary.get("picture") or "none")).name
+        picture = reader.picture(path) if path.is_file() and reader.inside(path) else None
         entries.append(
             {
                 "name": stage["name"],
+                "words": str(table.get("words") or ""),
                 "head": table.get("head") or [],
                 "rows": table.get("rows") or [],
-                "uri": data_uri(plot, 90) if plot is not None else "",
+                "uri": data_uri(picture, 90) if picture is not None else "",
                 "page": reader.name(folder / "report.html"),
             }
         )

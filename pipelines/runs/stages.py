@@ -24,7 +24,7 @@ from components.secrets import public
 from components.systems import parent_stage
 from pipelines.analysis.arms import INPUT, MODEL, OWN_KEYS
 from pipelines.analysis.model import StudyJob
-from pipelines.analysis.studies import analyze
+from pipelines.analysis.studies import ARM_STUDIES, analyze
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.pool import Pool
 from pipelines.curation.curate import curate, load_spec
@@ -79,12 +79,16 @@ def check_of(parent_recipes: Mapping[str, Recipe], stage: str = "") -> OptionChe
 def check_study(settings: StudySettings, recipe: Recipe | None, parent_recipes: Mapping[str, Recipe]) -> None:
     """Check a study's degradation and captioner, and the options and the model of every arm."""
     check_degradation(settings.preset, {})
+    if settings.study not in ARM_STUDIES:
+        raise unknown("study with arms", settings.study, ARM_STUDIES)
     if not settings.arms:
         raise UsageError("a study needs at least one arm")
     for name, values in settings.arms.items():
         stage = str(values.get(MODEL, ""))
         if stage and stage not in parent_recipes:
             raise unknown(f"stage with a model for arm {name!r} among the needs", stage, parent_recipes)
+        if settings.study != "arms" and set(values) != {MODEL}:
+            raise UsageError(f"arm {name!r}: study {settings.study} compares models alone: give its model")
         own = {key: value for key, value in values.items() if key not in OWN_KEYS}
         try:
             request_options({**settings.options, **own}, check_of(parent_recipes, stage))
@@ -307,17 +311,10 @@ def run_study(context: StageContext) -> dict[str, Any]:
         side_px=settings.side_px,
         seed=settings.seed,
     )
+    more = {"metrics": settings.metrics, "paper": settings.paper} if settings.study == "arms" else {}
+    given: dict[str, Any] = {"mixed": settings.preset, "arms": arms, "captioner": settings.captioner, **more}
     with context.console.bar(context.name) as progress:
-        result = analyze(
-            "arms",
-            job,
-            progress=progress,
-            mixed=settings.preset,
-            arms=arms,
-            metrics=settings.metrics,
-            captioner=settings.captioner,
-            paper=settings.paper,
-        )
+        result = analyze(settings.study, job, progress=progress, **given)
     return {
         "quarantined": prepared.quarantined + result.quarantined,
         "verdict": " ".join(result.seen),

@@ -145,11 +145,12 @@ class EvaluateSettings:
 
 @dataclass(kw_only=True)
 class StudySettings:
-    """Restore held-out pictures with several sets of options or models (study `arms`, see docs/insight.md).
+    """Study the models of needed stages on held-out pictures, see docs/insight.md.
 
     Attributes:
+        study: "arms" compares sets of options and models by their results; others are of one system.
         arms: options by arm; `model` names a needed stage, see pipelines.analysis.arms.
-        paper: numbers of a paper by arm and column, printed beside ours.
+        paper: numbers of a paper by arm and column, printed beside ours; of study arms.
         preset: of the degradation.
         options: of the restorer, for all arms.
         metrics: more metrics; they may need weights.
@@ -158,6 +159,7 @@ class StudySettings:
         side_px: each picture's middle square is resized to this side.
     """
 
+    study: str = "arms"
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     paper: dict[str, dict[str, Any]] = field(default_factory=dict)
     preset: str = "realesrgan-nano"

@@ -339,6 +339,8 @@ def study_plan(path: Path, **changes: Any) -> Path:
         ({"arms": {"a": {"tua": 1}}}, r"arm 'a'.*tua.*tau"),
         ({"options": {"tua": 1}}, r"tua.*tau"),
         ({"preset": "x5"}, "x5"),
+        ({"study": "encodr"}, "encoder"),
+        ({"study": "encoder"}, "arm 'a'.*models alone"),
         ({"paper": {"c": {"psnr": 1.0}}}, 'numbers "c"'),
     ],
 )

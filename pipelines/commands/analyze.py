@@ -237,7 +237,8 @@ def arms(
 @app.command(cls=Command)
 def encoder(
     model: Annotated[
-        list[str], typer.Option("--model", "-m", help="A SUPIR model's folder; several for several seeds.")
+        list[str],
+        typer.Option("--model", "-m", help="A folder of a model with a robust encoder; several for several seeds."),
     ],
     images: Images,
     out: Out,

@@ -23,6 +23,7 @@ def pack_run(
     licence: str = "unstated",
     permitted_use: str = "unstated",
     state_of: str = "",
+    eight_bit: int = 0,
 ) -> Packed:
     """Pack the newest checkpoint of a run's stage, with the list of its pictures.
 
@@ -33,6 +34,7 @@ def pack_run(
         card: a text for files/CARD.md.
         credits_file: a CSV with the columns file, licence and credit, for pictures whose source has none.
         licence, permitted_use: of the weights.
+        eight_bit: number of the largest matrices that are stored in 8 bits.
         state_of: name of an earlier stage whose state is packed instead; "" for the stage's own.
 
     Raises:
@@ -66,7 +68,7 @@ def pack_run(
     if card is not None:
         files["CARD.md"] = card.read_text(encoding="utf-8")
     own, kept = stage_of(name), stage_of(state_of) if state_of else None
-    return pack_stage(own.recipe, own.inputs, own.folder, out, files, licence, permitted_use, kept)
+    return pack_stage(own.recipe, own.inputs, own.folder, out, files, licence, permitted_use, kept, eight_bit)
 
 
 def _credits(path: Path) -> Mapping[str, tuple[str, str]]:

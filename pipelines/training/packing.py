@@ -185,6 +185,7 @@ def pack_stage(
     licence: str = "unstated",
     permitted_use: str = "unstated",
     state_of: Trained | None = None,
+    eight_bit: int = 0,
 ) -> Packed:
     """Write a model folder in half precision with the averaged weights of a stage's newest checkpoint, and its state.
 
@@ -193,6 +194,7 @@ def pack_stage(
         inputs: model folders by the stage that trained them.
         stage: the stage's folder.
         state_of: an earlier stage, whose state is packed instead; its weights are those in the model.
+        eight_bit: number of the largest matrices that are stored in 8 bits.
         out: the model folder; replaced.
         files: further text files of the folder by name.
         licence, permitted_use: of the weights.
@@ -202,6 +204,7 @@ def pack_stage(
     """
     from components.models import ModelCard, load_model, save_model  # imports torch
     from components.packed_states import pack_state, write_state
+    from components.weight_storage import pack_8_bits
 
     own = Trained(recipe=recipe, inputs=inputs, folder=stage)
     state, objective = _averaged(own)
@@ -217,7 +220,7 @@ def pack_stage(
         permitted_use=permitted_use,
         metrics={"step": state["step"], "steps": recipe.steps},
     )
-    model = save_model(out, card_fields, parts, {**objective.files, **files}, half=True)
+    model = save_model(out, card_fields, pack_8_bits(parts, eight_bit), {**objective.files, **files}, half=True)
     (out / STATE).mkdir()
     if state_of is not None:
         state, objective = _averaged(state_of)

@@ -22,7 +22,7 @@ class Options:
         tile_overlap: least overlap of neighbours, as a share of a tile.
     """
 
-    strength: float = 0.4
+    strength: float = 0.5
     tile_px: int = 768
     tile_overlap: float = 0.125
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.options import UnknownOption, typed_options
-from components.systems.instarevive.settings import Family
 from components.systems.weights_io import find_released
 from components.types import Prediction
 
@@ -32,7 +31,7 @@ SIDECAR = "restoray.json"
 """Written next to exported files: what they do not hold (family, heads, time step, prior, licence)."""
 
 _KINDS: Mapping[str, Any] = {
-    "family": Family,
+    "family": str,
     "prediction": Prediction,
     "mask_as_bias": bool,
     "timestep": int,

@@ -184,7 +184,7 @@ def test_a_prediction_of_another_kind_of_prior_is_refused_before_anything_is_rea
         ({"network": {"num_layers": 0}}, "positive whole number"),
         ({"network": {"block_out_channels": [8, "x"]}}, "list of positive whole numbers"),
         ({"network": {"up_block_types": "x"}}, "list of block names"),
-        ({"family": "dit"}, "pixart, sd, sdxl, nano"),
+        ({"family": "dit"}, "nano, pixart, sd, sd3, sdxl"),
         ({"coarse": 3}, "must name a model folder"),
         ({"network": 3}, "unknown option"),
     ],

@@ -46,6 +46,7 @@ from components.priors.sd3_keys import (
     text_to_transformers,
     transformer_sizes,
     transformer_to_diffusers,
+    whole_names,
 )
 from components.priors.sd3_nano import build_sd3_prior
 from components.priors.sdxl_keys import autoencoder_table, fit_shapes, translate
@@ -240,6 +241,7 @@ def _load_file(
 ) -> SD3Prior:
     try:
         tensors, _ = read_weights(path)
+        tensors = whole_names(tensors)
     except WeightsFileError as error:
         raise ModelError(str(error)) from error
     state = below(tensors, TRANSFORMER)
@@ -248,22 +250,22 @@ def _load_file(
     if stray := [key for key in tensors if not key.startswith((TRANSFORMER, AUTOENCODER, *TEXTS.values()))]:
         check_fit({}, {key: tensors[key] for key in stray}, str(path))
     folder = _base_folder(base, path)
-    network = _file_network(path, state, folder, precision, with_network)
-    encoders: list[nn.Module | None] = []
-    for part in TEXT_PARTS:
-        used = with_text and (with_t5 or part != "text_encoder_3")
-        own = below(tensors, TEXTS[part]) if used else {}
-        if own:
-            encoders.append(_file_text(path, part, own, folder, precision))
-        elif used and folder is not None and (folder / part).is_dir():
-            encoders.append(_text_encoder(folder, part, precision, "whole"))
-        else:
-            encoders.append(None)
-    if any(encoder is not None for encoder in encoders) and folder is None:
+    texts = [part for part in TEXT_PARTS if with_text and (with_t5 or part != "text_encoder_3")]
+    if folder is None and any(below(tensors, TEXTS[part]) for part in texts):
         raise ModelError(
             f"{path}: a single file holds no tokenizers: name a diffusers folder or hub id with them as base "
             f"({SD3_MEDIUM} is not on this machine)"
         )
+    network = _file_network(path, state, folder, precision, with_network)
+    encoders: list[nn.Module | None] = []
+    for part in TEXT_PARTS:
+        own = below(tensors, TEXTS[part]) if part in texts else {}
+        if own:
+            encoders.append(_file_text(path, part, own, folder, precision))
+        elif part in texts and folder is not None and (folder / part).is_dir():
+            encoders.append(_text_encoder(folder, part, precision, "whole"))
+        else:
+            encoders.append(None)
     prior = SD3Prior(
         name=str(path),
         digest="",

@@ -58,6 +58,14 @@ JOINED: Mapping[str, tuple[str, str, str]] = {
 }
 
 
+def whole_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors with the MM-DiT below TRANSFORMER, also if the file holds it alone, under shorter names."""
+    for prefix in ("diffusion_model.", ""):
+        if f"{prefix}x_embedder.proj.weight" in tensors:
+            return {f"{TRANSFORMER}{key.removeprefix(prefix)}": value for key, value in tensors.items()}
+    return dict(tensors)
+
+
 def transformer_sizes(state: Mapping[str, Tensor], head: int = 64) -> dict[str, Any]:
     """The arguments of SD3Transformer2DModel that follow from a file's MM-DiT, keys without TRANSFORMER.
 
@@ -67,11 +75,14 @@ def transformer_sizes(state: Mapping[str, Tensor], head: int = 64) -> dict[str, 
 
     Raises:
         KeyError: a tensor that has the sizes is missing.
+        ValueError: the heads do not fill the width.
     """
     patch, linear = state["x_embedder.proj.weight"], state["final_layer.linear.weight"]
     width, in_channels, side = (int(n) for n in patch.shape[:3])
     norm = state.get("joint_blocks.0.x_block.attn.ln_q.weight")
     head = head if norm is None else int(norm.shape[0])
+    if width % head:
+        raise ValueError(f"the width {width} is no multiple of {head}, the width of a head")
     return {
         "patch_size": side,
         "in_channels": in_channels,

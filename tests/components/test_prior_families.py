@@ -1,4 +1,4 @@
-"""The families of priors: records, a one-step training in SD3's shape, and a fourth family that this file alone adds."""
+"""The families of priors: records, a one-step training in SD3's shape, and a fourth family of this file alone."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -293,6 +294,21 @@ def test_t5_in_8_bit_needs_its_package(folder: Path, monkeypatch: pytest.MonkeyP
         load_sd3_prior(str(folder), t5="8bit")
     with pytest.raises(ModelError, match="8 bit from a diffusers folder only"):
         load_sd3_prior("some.safetensors", t5="8bit")
+
+
+def test_t5_in_8_bit_is_near_the_whole_one(folder: Path, prior: SD3Prior) -> None:
+    """Requires bitsandbytes, which the lock has for all systems but macOS; there the refusal is tested."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ModelError, match="needs the package bitsandbytes"):
+            load_sd3_prior(str(folder), t5="8bit")
+        return
+    small = load_sd3_prior(str(folder), t5="8bit", t5_tokens=T5_LENGTH)
+    encoder = small.text_encoders[2]
+    assert encoder is not None and torch.int8 in {p.dtype for p in encoder.parameters()}
+    own, whole = small.embed_prompts(PROMPTS)[0][:, 7:], prior.embed_prompts(PROMPTS)[0][:, 7:]
+    assert 0 < float((own - whole).abs().max()) < 0.05 * float(whole.abs().max())
+    small.in_precision("bf16").halve_text_encoder()
+    assert torch.int8 in {p.dtype for p in encoder.parameters()}, "casts leave the 8 bits alone"
 
 
 @pytest.mark.parametrize("tokens", [0, 513])

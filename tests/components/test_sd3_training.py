@@ -1,4 +1,4 @@
-"""Stage flow: the loss by hand; the recipe of the nano prior of SD3's shape trains, and its folder opens and samples."""
+"""Stage flow: the loss by hand; the recipe of the nano prior of SD3's shape trains; its folder opens and samples."""
 
 from __future__ import annotations
 

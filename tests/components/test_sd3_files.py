@@ -6,17 +6,20 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from helper_modules import load_helper
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from components.models import ModelError
 from components.priors.sd3 import SD3Prior, generate_latents
-from components.priors.sd3_config import SD3_TRANSFORMER, T5_XXL
+from components.priors.sd3_config import CLIP_G, CLIP_L, SD3_AUTOENCODER, SD3_TRANSFORMER, T5_XXL
 from components.priors.sd3_files import load_sd3_prior
 from components.priors.sd3_keys import AUTOENCODER, TEXTS, TRANSFORMER, transformer_sizes, transformer_to_diffusers
 from components.priors.sdxl_keys import autoencoder_table, checkpoint_shape, inverse, translate
@@ -218,6 +221,25 @@ def test_wrong_keys_of_other_parts_are_named(pipe: Any, folder: Path, tmp_path: 
             load_sd3_prior(str(file), base=str(folder))
 
 
+def test_a_file_of_the_hub_has_the_repositorys_name(
+    pipe: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, calls = write(tmp_path, transformer_part(), "safetensors"), []
+
+    def download(repository: str, name: str) -> str:
+        calls.append((repository, name))
+        if name != "deep/sd3.safetensors":
+            raise OSError("no entry\nmore")
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    prior = load_sd3_prior("owner/repository/deep/sd3.safetensors", base=str(folder), with_text=False)
+    assert prior.source["id"] == "owner/repository/deep/sd3.safetensors"
+    with pytest.raises(ModelError, match=r"the download from the hub failed \(no entry\)$"):
+        load_sd3_prior("owner/repository/other.safetensors")
+    assert calls == [("owner/repository", "deep/sd3.safetensors"), ("owner/repository", "other.safetensors")]
+
+
 def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file, and not owner/name/file of the hub"):
         load_sd3_prior(str(tmp_path / "none.safetensors"))
@@ -227,9 +249,14 @@ def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
         load_sd3_prior(str(broken))
 
 
-def test_the_published_t5_is_the_xxl_one() -> None:
-    from transformers import T5Config, T5EncoderModel
-
+def test_the_published_parts_have_their_numbers_of_parameters() -> None:
+    """CLIPs: those of SDXL, and CLIP-L's projection; the autoencoder: SDXL's with 16 channels, without its 1 x 1 ends."""
+    extra = 24 * (512 * 9 + 1) + 12 * 512 * 9  # the encoder makes 32 channels instead of 8, the decoder takes 16
     with torch.device("meta"):
-        encoder = T5EncoderModel(T5Config(**T5_XXL))
-    assert sum(p.numel() for p in encoder.parameters()) == 4_762_310_656
+        parts = {
+            123_060_480 + 768 * 768: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_L)),
+            694_659_840: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G)),
+            4_762_310_656: T5EncoderModel(T5Config(**T5_XXL)),
+            83_653_863 - (8 * 8 + 8 + 4 * 4 + 4) + extra: AutoencoderKL(**SD3_AUTOENCODER),
+        }
+    assert [sum(p.numel() for p in part.parameters()) for part in parts.values()] == list(parts)

@@ -77,15 +77,13 @@ class FamilyPrior(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TextLayout:
-    """The text that a family's network takes.
+    """What recipes must know of the text that a family's network takes; the text itself is FamilyPrior.conditions.
 
     Attributes:
-        encoders: parts of a diffusers folder that hold its text encoders, in the order of their embeddings.
         columns: precomputed columns of embeddings ("text" and "pooled" of SDXL's shape) fit.
         halved: a text encoder is so large that a training in bf16 casts it to bfloat16.
     """
 
-    encoders: Sequence[str]
     columns: bool = False
     halved: bool = False
 
@@ -100,8 +98,8 @@ class PriorFamily:
         kind: of the denoiser: "unet", or "dit" for transformers.
         part: the denoiser's subfolder in a diffusers folder, and its part and config key in our model folders.
         networks: published sizes of denoisers by hub id, in the arguments of diffusers' class.
-        latents: the latent format: the published autoencoder in AutoencoderKL's arguments (channels, scaling_factor,
-            shift_factor and the blocks, which give the factor). Empty if every prior of the family brings its own.
+        latents: the latent format of the published priors: their autoencoder in AutoencoderKL's arguments (channels,
+            scaling_factor, shift_factor, and the blocks, which give the factor). Empty if there are none.
         schedule: the published noise schedule, see schedules.schedule_from.
         prediction: output of the published denoisers.
         text: the text layout.

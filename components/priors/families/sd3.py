@@ -53,7 +53,7 @@ SD3_FAMILY = PriorFamily(
     latents=SD3_AUTOENCODER,
     schedule=SD3_SCHEDULE,
     prediction="flow_prediction",
-    text=TextLayout(encoders=("text_encoder", "text_encoder_2", "text_encoder_3"), halved=True),
+    text=TextLayout(halved=True),
     licences=LICENCES,
     build=_build,
     inputs=_inputs,

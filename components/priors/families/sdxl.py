@@ -27,7 +27,7 @@ SDXL_FAMILY = PriorFamily(
     part="unet",
     networks={SDXL: SDXL_UNET},
     latents=SDXL_AUTOENCODER,
-    text=TextLayout(encoders=("text_encoder", "text_encoder_2"), columns=True),
+    text=TextLayout(columns=True),
     licences=LICENCES,
     build=unet_builder("sdxl", "text_time"),
     inputs=attention_inputs,

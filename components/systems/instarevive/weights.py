@@ -306,6 +306,11 @@ def _expect(sidecar: Mapping[str, Any], prior: str, sizes: Mapping[str, Any]) ->
         "one_step": asdict(one_step),
         "coarse": coarse,
     }
+    channels, latents = merged_config["network"].get("in_channels"), FAMILIES[family].latents
+    if name in FAMILIES[family].networks and channels != latents["latent_channels"]:
+        raise ValueError(
+            f"latents of {name} have {latents['latent_channels']} channels, and the network takes {channels}"
+        )
     check_prediction(merged_config["prediction"], schedule_from(merged_config["schedule"]))
     if note:
         note += "; install it before restoring"

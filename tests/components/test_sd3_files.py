@@ -250,7 +250,7 @@ def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_published_parts_have_their_numbers_of_parameters() -> None:
-    """CLIPs: those of SDXL, and CLIP-L's projection; the autoencoder: SDXL's with 16 channels, without its 1 x 1 ends."""
+    """CLIPs: SDXL's, and CLIP-L's projection. Autoencoder: SDXL's with 16 channels, without its 1 x 1 ends."""
     extra = 24 * (512 * 9 + 1) + 12 * 512 * 9  # the encoder makes 32 channels instead of 8, the decoder takes 16
     with torch.device("meta"):
         parts = {

@@ -92,6 +92,8 @@ def prior_shape(name: str, image_encoder: str = DINOV2) -> PriorShape:
     else:
         check_prior_folder(model)
         config = model.info["config"]
+        if "unet" not in config:
+            raise ModelError(f"{model.path}: a prior of SDXL's shape is needed here, and this one has no UNet")
         return PriorShape(
             id=model.path.name if model.path.parent == SHIPPED_PRIORS else str(model.path.resolve()),
             digest=model.digest,
@@ -246,8 +248,12 @@ def variant_of(folder: Path, stem: str, precision: Precision) -> str:
     raise ModelError(f"{folder}: no weights, looked for {', '.join(names)}{hint}")
 
 
-def load_part(cls: Any, folder: Path, stem: str, precision: Precision) -> nn.Module:
+def load_part(cls: Any, folder: Path, stem: str, precision: Precision, **options: Any) -> nn.Module:
     """Loads one network of diffusers or transformers from its folder.
+
+    Args:
+        cls, folder, stem, precision: class, folder, stem of the weights' file, and dtype.
+        options: further arguments of the library's from_pretrained.
 
     Raises:
         ModelError: no weights, or weights that do not fit the configuration (the message names every key).
@@ -260,8 +266,9 @@ def load_part(cls: Any, folder: Path, stem: str, precision: Precision) -> nn.Mod
             use_safetensors=True,
             output_loading_info=True,
             dtype=DTYPES[precision],
+            **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder}: cannot be loaded ({first_line(error)})") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     # older files of text encoders hold position ids, which are not weights

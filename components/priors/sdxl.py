@@ -16,9 +16,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from components.priors.autoencoder import autoencoder_factor, decode_latents, encode_pixels
+from components.priors.conditions import Conditions
 from components.priors.files import DTYPES, Precision
+from components.priors.parameters import device_of
 from components.priors.sdxl_config import IMAGENET_MEAN, IMAGENET_STD, ImageView
 from components.samplers.schedules import Sampling, Schedule
+from components.types import Prediction
 
 
 @dataclass(kw_only=True)
@@ -65,6 +68,20 @@ class Prior:
             "text_encoder_2": self.text_encoders[1],
             "image_encoder": self.image_encoder,
         }
+
+    @property
+    def network(self) -> UNet2DConditionModel:
+        """The denoiser: the UNet."""
+        return self.unet
+
+    @network.setter
+    def network(self, network: UNet2DConditionModel) -> None:
+        self.unet = network
+
+    @property
+    def prediction(self) -> Prediction:
+        """The denoiser predicts noise."""
+        return "epsilon"
 
     @property
     def device(self) -> torch.device:
@@ -140,12 +157,23 @@ class Prior:
                 truncation=True,
                 max_length=tokenizer.model_max_length,
                 return_tensors="pt",
-            ).input_ids.to(_device_of(encoder))
+            ).input_ids.to(device_of(encoder))
             output = encoder(ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
             if hasattr(output, "text_embeds"):
                 pooled = output.text_embeds
         return torch.cat(hidden, dim=-1), pooled
+
+    def conditions(self, prompts: Sequence[str]) -> Conditions:
+        """Prompts -> conditions of a denoiser without size ids, see embed_prompts."""
+        text, pooled = self.embed_prompts(prompts)
+        return Conditions(text=text, pooled=pooled)
+
+    def halve_text_encoder(self) -> Prior:
+        """Casts the text encoders to bfloat16, for training."""
+        for encoder in self.text_encoders:
+            nn.Module.to(encoder, dtype=torch.bfloat16)  # transformers' `to` warns here
+        return self
 
     def prompt_chunks(self, prompt: str) -> int:
         """Pieces of the text encoders' length that hold a whole prompt, at least 1; see embed_long_prompts."""
@@ -170,7 +198,7 @@ class Prior:
         pooled = torch.empty(0)
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             rows = [row for prompt in prompts for row in _pieces(tokenizer, prompt, chunks)]
-            output = encoder(torch.tensor(rows, device=_device_of(encoder)), output_hidden_states=True)
+            output = encoder(torch.tensor(rows, device=device_of(encoder)), output_hidden_states=True)
             states = output.hidden_states[-2]
             hidden.append(states.unflatten(0, (len(prompts), chunks)).flatten(1, 2))
             if hasattr(output, "text_embeds"):
@@ -207,11 +235,6 @@ class Prior:
     def time_ids(self, sizes: Tensor) -> Tensor:
         """Size ids int64 [B, 6] (original h, w, crop top, left, target h, w) for the UNet, float [B, 6]."""
         return sizes.to(self.device, torch.float32)
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where a network's weights are: parts of a prior may wait on the CPU."""
-    return next(module.parameters()).device
 
 
 def _token_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -46,6 +46,8 @@ consistency = in_file("components/objectives/consistency.py", BY_HAND)
 precomputed = in_file("components/objectives/precomputed.py", BY_HAND)
 guidance = in_file("components/samplers/guidance.py", BY_HAND)
 prior = in_file("components/systems/prior/training.py", "test_prior_objectives_by_hand.py")
+flow = in_file("components/samplers/flow.py", "test_flow.py")
+matching = in_file("components/objectives/flow_matching.py", "test_flow.py")
 workers = in_file("components/training.py", "test_training_workers.py")
 
 TARGET = """        conditions = textless
@@ -405,7 +407,7 @@ PRIOR = (
     prior("prior: colours of LQ", "F.interpolate(batch.hq, (side", "F.interpolate(batch.lq, (side"),
     prior("prior: colours of the next patch", "self.readout(lq[:, 1:])", "self.readout(lq[:, 1:].roll(1, 1))"),
     prior("prior: class token counts as a patch", "self.readout(lq[:, 1:])", "self.readout(lq[:, :-1])"),
-    prior("prior: denoiser never drops the text", '"text_dropout") < self.text_dropout', '"text_dropout") < 0.0'),
+    prior("prior: denoiser never drops the text", '"text_dropout") < text_dropout', '"text_dropout") < 0.0'),
     prior(
         "prior: pooled vector dropped with the text's draw",
         'noise.uniform("pooled_dropout") <',
@@ -419,6 +421,23 @@ PRIOR = (
     prior(
         "prior: denoiser learns the clean latents", "self.loss(prediction, eps, t)", "self.loss(prediction, latents, t)"
     ),
+)
+
+FLOW = (
+    flow("flow: shares swapped", "(1 - share) * clean + share * noise", "share * clean + (1 - share) * noise"),
+    flow("flow: velocity towards the clean latents", "    return noise - clean\n", "    return clean - noise\n"),
+    flow(
+        "flow: noise estimate with the share of noise", "latents + (1 - _as_rows(sigma", "latents + (0 + _as_rows(sigma"
+    ),
+    flow("flow: clean estimate from the wrong side", "latents - _as_rows(sigma", "latents + _as_rows(sigma"),
+    flow(
+        "flow: steps away from the clean latents", "(following - sigma) * direction", "(sigma - following) * direction"
+    ),
+    flow("flow: halves of guidance swapped", "negative, positive = predict", "positive, negative = predict"),
+    flow("flow: shift towards the clean latents", "shift * times / (1 + (shift - 1)", "times / (1 + (shift - 1)"),
+    flow("flow: last time without its shift", "shift_times(torch.tensor(1 / ", "(lambda t, s: t)(torch.tensor(1 / "),
+    matching("flow: times of a normal distribution", "torch.sigmoid(mean + deviation", "(mean + deviation"),
+    matching("flow: noise as the target", "path_velocity(clean.float(), noise.float())", "noise.float()"),
 )
 
 WORKERS = (
@@ -443,5 +462,5 @@ WORKERS = (
     workers("workers: metrics in each worker's own order", "names = sorted(metrics)", "names = list(metrics)"),
 )
 
-NAMED: tuple[Named, ...] = (*PREVIEWER, *CONDITIONS, *DIFFUSION_LOSS, *AGGREGATOR, *PRIOR, *WORKERS)
+NAMED: tuple[Named, ...] = (*PREVIEWER, *CONDITIONS, *DIFFUSION_LOSS, *AGGREGATOR, *PRIOR, *FLOW, *WORKERS)
 """Every wrong version; make mutate applies each to a copy of the repository and runs its tests."""

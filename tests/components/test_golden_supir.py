@@ -22,6 +22,7 @@ from helper_modules import load_helper
 from torch import Tensor, nn
 
 from components.color import adain, wavelet, wavelet_blur, wavelet_split
+from components.priors.conditions import Conditions
 from components.priors.encoder_copy import embed_step, unet_skeleton
 from components.priors.fast_unet import Speed
 from components.priors.layer_tiles import LayerTiles, run_decoder, run_encoder
@@ -50,7 +51,7 @@ from components.systems.supir.connectors import ConnectorJoins, ZeroConv, ZeroCr
 from components.systems.supir.control import ControlEncoder, walk_control
 from components.systems.supir.denoiser import Ramp, SupirDenoiser
 from components.systems.supir.fast import FastSupir
-from components.systems.supir.network import Conditions, Supir, control_features, predict_eps
+from components.systems.supir.network import Supir, control_features, predict_eps
 from components.systems.supir.preprocess import (
     fixed_sizes,
     page_fix,

@@ -14,6 +14,7 @@ from torch import Tensor
 from components.captions.views import find_view
 from components.models import ModelCard, ModelError, save_model
 from components.objectives.robust_encoding import RobustEncoderObjective, measure_encoder, robust_loss
+from components.priors.conditions import Conditions
 from components.priors.fast_unet import Speed
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.priors.robust_encoder import RobustEncoder, RobustLatents
@@ -27,7 +28,7 @@ from components.systems.recipes import load_recipe
 from components.systems.supir.build import adaptor_objective, encoder_objective, look, network_of
 from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.connectors import ZeroConv, ZeroCrossAttn, ZeroSFT
-from components.systems.supir.network import ADAPTOR, ENCODER, Adaptor, Conditions, Supir
+from components.systems.supir.network import ADAPTOR, ENCODER, Adaptor, Supir
 from components.systems.supir.objectives import AdaptorObjective
 from components.systems.supir.options import PRESETS, Options, check_options, parse_options
 from components.systems.supir.released import RELEASE_DEFAULTS

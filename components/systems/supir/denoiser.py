@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from components.priors.conditions import Conditions
 from components.samplers.edm import between, nearest_index
 from components.samplers.guidance import guide
-from components.systems.supir.network import Conditions
 from components.types import Box
 
 PredictEps = Callable[[Tensor, Tensor, Tensor, Conditions, float | Tensor], Tensor]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from components.priors.conditions import Conditions
 from components.priors.fast_unet import (
     ConditionCache,
     FastAutoencoder,
@@ -29,7 +30,7 @@ from components.priors.fast_unet import (
 from components.priors.unet_walk import Blocks, Context, Inputs, walk_unet
 from components.systems.supir.connectors import ConnectorJoins, Scale
 from components.systems.supir.control import walk_control
-from components.systems.supir.network import Adaptor, Conditions, Supir
+from components.systems.supir.network import Adaptor, Supir
 
 
 class FastSupir(FastAutoencoder):

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from components.models import Model
 from components.peak_memory import MemoryPlan, Phase, parameter_bytes, peak_bytes
 from components.priors.autoencoder import SpaceToDepthAutoencoder, autoencoder_factor
+from components.priors.conditions import Conditions
 from components.priors.encoder_copy import unet_skeleton
 from components.priors.files import DTYPES, Precision
 from components.priors.hub import prior_shape
 from components.priors.layer_tiles import LayerTiles
+from components.priors.pictures import EXACT_PX
 from components.priors.robust_encoder import RobustEncoder
 from components.priors.tiling import FADE, TILE
 from components.systems.supir.config import adaptor_config
-from components.systems.supir.network import ADAPTOR, Adaptor, Conditions, control_features, predict_eps
+from components.systems.supir.network import ADAPTOR, Adaptor, control_features, predict_eps
 from components.systems.supir.options import Options, parse_options, restore_defaults
-from components.systems.supir.pictures import EXACT_PX
 
 SDXL_TEXT_PARAMETERS = 817_720_320
 """Of SDXL's two text encoders: CLIP-L's text model (123 million) and OpenCLIP bigG's (695 million)."""

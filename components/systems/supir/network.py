@@ -7,12 +7,12 @@ latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from components.priors.conditions import Conditions
 from components.priors.encoder_copy import embed_step
 from components.priors.parameters import copy_strictly
 from components.priors.robust_encoder import RobustEncoder
@@ -25,33 +25,6 @@ from components.systems.supir.control import ControlEncoder, walk_control
 
 ENCODER, ADAPTOR = "encoder", "adaptor"
 """Parts of a model folder: the robust encoder, and the control encoder with its connectors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """The inputs of a call besides latents and time; B rows each.
-
-    Attributes:
-        text: token embeddings [B, L, D].
-        pooled: pooled text [B, P].
-        time_ids: size ids, float [B, 6].
-    """
-
-    text: Tensor
-    pooled: Tensor
-    time_ids: Tensor
-
-    def concat(self, other: Conditions) -> Conditions:
-        """These rows, then the rows of `other`."""
-        return Conditions(
-            text=torch.cat([self.text, other.text]),
-            pooled=torch.cat([self.pooled, other.pooled]),
-            time_ids=torch.cat([self.time_ids, other.time_ids]),
-        )
-
-    def to(self, dtype: torch.dtype) -> Conditions:
-        """Embeddings in another dtype; the size ids stay in float32, since half precision rounds 1023."""
-        return Conditions(text=self.text.to(dtype), pooled=self.pooled.to(dtype), time_ids=self.time_ids)
 
 
 class Adaptor(nn.Module):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from components.objectives.diffusion import WeightedEpsilon
 from components.objectives.precomputed import clean_latents, embed_batch_prompts, embed_empty_prompt
+from components.priors.conditions import Conditions
 from components.priors.sdxl import Prior
 from components.randomness import Noise
-from components.systems.supir.network import ADAPTOR, Conditions, Supir
+from components.systems.supir.network import ADAPTOR, Supir
 from components.types import Batch, Loss, Objective
 
 

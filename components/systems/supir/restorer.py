@@ -13,7 +13,9 @@ from torch import Tensor
 from components.batches import restore_batches
 from components.color import transfer_colors
 from components.images import pad_to_multiple, working_size
+from components.priors.conditions import Conditions
 from components.priors.fast_unet import Speed
+from components.priors.pictures import Pictures
 from components.priors.robust_encoder import RobustLatents
 from components.priors.tiling import TILE
 from components.randomness import generator
@@ -33,9 +35,8 @@ from components.samplers.edm import (
 from components.samplers.tiles import gaussian_weights, released_weights, strided_boxes, tile_boxes, tiled
 from components.systems.supir.denoiser import Ramp, SupirDenoiser
 from components.systems.supir.fast import FastSupir
-from components.systems.supir.network import Conditions, Supir
+from components.systems.supir.network import Supir
 from components.systems.supir.options import Options, parse_options
-from components.systems.supir.pictures import Pictures
 from components.systems.supir.preprocess import page_resize, released_sizes, resize, resize_result, to_tensor
 from components.systems.supir.texts import negative_text, positive_text, tile_captions
 from components.types import Box, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError

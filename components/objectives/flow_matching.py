@@ -1,7 +1,7 @@
 """Conditional flow matching of a rectified flow (Esser et al. 2024, the training of Stable Diffusion 3).
 
-    z_t = (1 - t) x0 + t eps,   target velocity eps - x0         (Eq. 13; Lipman et al. 2023)
-    t = sigmoid(mean + std n),  n standard normal                (Eq. 19, logit-normal times)
+z_t = (1 - t) x0 + t eps,   target velocity eps - x0         (Eq. 13; Lipman et al. 2023)
+t = sigmoid(mean + std n),  n standard normal                (Eq. 19, logit-normal times)
 """
 
 from __future__ import annotations

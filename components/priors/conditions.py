@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from components.priors.sdxl import Prior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +36,18 @@ class Conditions:
     def to(self, dtype: torch.dtype) -> Conditions:
         """Embeddings in another dtype; the size ids stay in float32, since half precision rounds 1023."""
         return Conditions(text=self.text.to(dtype), pooled=self.pooled.to(dtype), time_ids=self.time_ids)
+
+
+def prompt_conditions(
+    prior: Prior, prompts: Sequence[str], size: tuple[int, int], device: torch.device, chunks: int = 1
+) -> Conditions:
+    """Conditions of prompts for whole pictures (or tiles) of one size.
+
+    Args:
+        size: (height, width) in pixels: original and target size of the size ids, with the crop at (0, 0).
+        device: of the results.
+        chunks: pieces of the text encoders' length in which all prompts are encoded, see Prior.embed_long_prompts.
+    """
+    text, pooled = prior.embed_long_prompts(prompts, chunks)
+    sizes = torch.tensor([[*size, 0, 0, *size]]).expand(len(prompts), -1)
+    return Conditions(text=text.to(device), pooled=pooled.to(device), time_ids=sizes.to(device, torch.float32))

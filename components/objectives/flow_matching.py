@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 VelocityPredictor = Callable[[Tensor, Tensor], Tensor]
-"""(noisy latents [B, ...], times [B] in (0, 1)) -> velocity, the latents' shape. Prompts and conditions are closed over."""
+"""(noisy latents [B, ...], times [B] in (0, 1)) -> velocity of the latents' shape; a closure over all conditions."""
 
 
 def logit_normal_times(normal: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -89,12 +89,11 @@ def open_encoder(name: str, prior: Prior) -> RobustEncoder:
 
 def _check_same(recipe: DraRecipe, network: Dra, parent: Model) -> None:
     """Raises ModelError if the recipe names other sizes than the parent's, or another encoder."""
-    own, config = network.config(), (adapter_config(recipe.adapters), lora_config(recipe.lora))
-    for name, values, asked in zip((ADAPTERS, LORA), (recipe.adapters, recipe.lora), config, strict=True):
-        if values and own[name] != asked.to_dict():
-            raise ModelError(
-                f"{parent.path}: its {name} have {own[name]}, not {asked.to_dict()}: leave the recipe's {name} out"
-            )
+    asked = {ADAPTERS: adapter_config(recipe.adapters).to_dict(), LORA: lora_config(recipe.lora).to_dict()}
+    for name, values in ((ADAPTERS, recipe.adapters), (LORA, recipe.lora)):
+        own = network.config()[name]
+        if values and own != asked[name]:
+            raise ModelError(f"{parent.path}: its {name} have {own}, not {asked[name]}: leave the recipe's {name} out")
     if recipe.encoder:
         raise ModelError(f"{parent.path}: adapters fit only the encoder that they were trained with: leave encoder out")
 

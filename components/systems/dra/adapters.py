@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,7 +138,8 @@ class UnetAdapters(nn.Module):
         embedding = int(unet.time_embedding.linear_2.out_features)
         before = (int(unet.config["in_channels"]), *self.widths[:-1])
         self.adapters = nn.ModuleList(
-            _map_adapter(self.config, *widths, embedding) for widths in zip(before, self.widths, strict=True)
+            _map_adapter(self.config, *widths, embedding, first=number == 0)
+            for number, widths in enumerate(zip(before, self.widths, strict=True))
         )
 
     @property
@@ -320,9 +321,11 @@ def _block_widths(unet: Any) -> list[int]:
     return [int(block.resnets[-1].out_channels) for block in blocks]
 
 
-def _map_adapter(config: AdapterConfig, before: int, width: int, embedding: int) -> Adapter:
+def _map_adapter(config: AdapterConfig, before: int, width: int, embedding: int, first: bool) -> Adapter:
+    # a norm of the LQ latents themselves would take their mean colour away
+    lq = _lq_block(replace(config, norm="none") if first else config, before, width)
     blocks = (_map_block(config, width), _map_block(config, width))
-    return Adapter(_lq_block(config, before, width), blocks, nn.Conv2d(width, width, 1), width, embedding, config.silu)
+    return Adapter(lq, blocks, nn.Conv2d(width, width, 1), width, embedding, config.silu)
 
 
 def _map_block(config: AdapterConfig, width: int) -> nn.Module:

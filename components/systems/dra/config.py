@@ -52,7 +52,8 @@ class AdapterConfig:
             for the LQ feature; 134.7 million parameters in SDXL, with the LoRA 156.0 million (paper: 157). "conv3":
             single 3x3 convolutions, the twin of the MM-DiT's form; 164.0 million. "naf": NAF blocks (Chen et al. 2022),
             whose channel attention depends on the size of a tile; 134.5 million. An MM-DiT has linear layers.
-        norm: "group" puts a group norm in front of each block of a UNet's adapters. An MM-DiT's have a layer norm.
+        norm: "group" puts a group norm in front of each block of a UNet's adapters but the one of the LQ latents. An
+            MM-DiT's have a layer norm.
         chain: what the next adapter gets. "lq": the LQ feature, which depends on neither time nor noise: it is computed
             once for a picture. "fused": the adapter's whole hidden feature, computed again in every step.
         silu: place of the time embedding's SiLU, "before" or "after" its linear layer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from helper_modules import load_helper
 from torch import Tensor, nn
 
 from components.degradations import build_degradation
-from components.models import Model, ModelCard, ModelError, load_model, save_model
+from components.models import Model, ModelCard, ModelError, save_model
 from components.priors.block_calls import recompute
 from components.priors.conditions import Conditions
 from components.priors.encoder_copy import embed_step, unet_skeleton
@@ -29,9 +28,8 @@ from components.priors.sdxl import Prior
 from components.priors.sdxl_config import SDXL_UNET
 from components.priors.unet_walk import text_inputs, walk_unet
 from components.randomness import Noise, generator
-from components.recipes import RecipeError
 from components.systems.dra.adapters import Adapter, NafBlock, TokenAdapters, UnetAdapters, run_adapter, token_positions
-from components.systems.dra.build import adapters_objective, build_restorer, look, network_of, open_encoder
+from components.systems.dra.build import adapters_objective, look, network_of, open_encoder
 from components.systems.dra.config import TOKEN_TARGETS, AdapterConfig, LoraConfig
 from components.systems.dra.fast import FastDra
 from components.systems.dra.network import ADAPTERS, ENCODER, LORA, Dra
@@ -481,29 +479,6 @@ def test_the_lora_by_hand_merged_and_switched() -> None:
             torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_peft_reads_the_exported_lora(tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    from components.systems.dra.weights import export_weights
-
-    network = make_network()
-    model = save(network, tmp_path / "m")
-    for form in ("safetensors", "pt"):
-        folder = tmp_path / form
-        report = export_weights(model.path, folder, form=form)
-        assert report.parameters == sum(v.numel() for tensors in network.parts().values() for v in tensors.values())
-        assert all((folder / name).is_file() and digest for name, digest in report.files.items())
-        fresh = make_prior().unet
-        peft: Any = PeftModel.from_pretrained(copy.deepcopy(fresh), folder)
-        z, t, conditions = tensor("z", 2, 4, 8, 8), torch.tensor([300, 20]), make_conditions(network.prior)
-        arguments: Any = (z, t, conditions.text)
-        added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
-        ours = network.prior.unet(*arguments, added_cond_kwargs=added).sample
-        assert torch.equal(peft(*arguments, added_cond_kwargs=added).sample, ours)
-        assert not torch.equal(fresh(*arguments, added_cond_kwargs=added).sample, ours)
-
-
 def save(network: Dra, path: Path, prior: dict[str, str] | None = None) -> Model:
     card = ModelCard(
         name="tiny", system="dra", config=network.config(), prior=prior or {"id": "untrained", "digest": ""}
@@ -583,55 +558,3 @@ def test_a_frozen_prior_in_half_precision_trains_adapters_in_full_precision() ->
     images = look(objective, recipe, batch.lq, batch.prompts, 0)
     assert images.shape == batch.lq.shape
     assert all(p.requires_grad for p in trained.values())
-
-
-def test_a_folder_restores_on_the_shipped_prior(tmp_path: Path) -> None:
-    prior = load_prior("nano")
-    network = train_a_little(Dra(prior, None, LoraConfig(rank=2)))
-    model = save(network, tmp_path / "m", dict(prior.source))
-    from components.systems.dra.restorer import DraRestorer
-    from components.types import Request
-
-    image = generator(9, "p").integers(0, 256, (40, 52, 3)).astype(np.uint8)
-    request = Request(key="k", image=image, seed=3, prompt="red", options={"steps": 2, "cfg_scale": 2.0})
-    merged = build_restorer(load_model(model.path)).restore([request])[0]
-    live = DraRestorer(network).restore([request])[0]
-    assert merged.image.shape == image.shape and merged.info["rss_weight"] == "0.05"
-    assert np.abs(merged.image.astype(int) - live.image).max() <= 1
-
-
-# -------------------------------------------------------------------------------------------------------------- recipes
-
-
-def test_recipes_have_the_papers_numbers() -> None:
-    recipe: Any = load_recipe("dra-sdxl")
-    assert (recipe.resolution, recipe.optimizer.lr, recipe.sources) == (512, 1e-5, {"dra-300k": 1.0})  # section 4.1
-    assert recipe.restore_options == {
-        "sampler": "edm",
-        "steps": 100,
-        "cfg_scale": 7.5,
-        "rss_weight": 0.05,
-        "rss_threshold": 0.8,
-    }
-    assert recipe.lora == {"rank": 32} and recipe.degradation.preset == "dra"
-    assert load_recipe("dra-sdxl-nano").prior == "nano"
-
-
-@pytest.mark.parametrize(
-    ("override", "word"),
-    [
-        ("adapters.blocks=conv3", 'Did you mean "block"'),
-        ("adapters.block=conv5", "one of conv31, conv3, naf"),
-        ("lora.ranks=3", 'Did you mean "rank"'),
-        ("lora.rank=-1", "whole number from 0"),
-        ("lora.alpha=-1", "alpha must be"),
-        ("null_share=0.95", "sum to at most 1"),
-        ("max_clean_weight=0.5", "at least 1"),
-        ("timestep_importance=1", "timestep_importance"),
-        ("restore_options.rss_wait=0.1", 'Did you mean "rss_weight"'),
-        ("restore_options.rss_threshold=1", "rss_threshold must be"),
-    ],
-)
-def test_wrong_recipes_die_at_once(override: str, word: str) -> None:
-    with pytest.raises(RecipeError, match=word):
-        load_recipe("dra-sdxl-nano", [override])

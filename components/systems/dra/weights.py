@@ -24,7 +24,7 @@ from components.naming import did_you_mean
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.encoder_copy import unet_skeleton
 from components.priors.hub import PriorShape, prior_shape
-from components.priors.lora import add_lora, peft_config, peft_state
+from components.priors.lora import PEFT_PREFIX, add_lora, peft_config, peft_state
 from components.priors.robust_encoder import RobustEncoder
 from components.systems.dra.adapters import UnetAdapters
 from components.systems.dra.config import UNET_TARGETS, adapter_config, lora_config
@@ -144,6 +144,8 @@ def import_weights(
             raise WeightsFileError(f"{path}: not a file of an export. {did_you_mean(path.stem, _STEMS)}")
         part = _STEMS[path.stem]
         parts[part], more = read_weights(path)
+        if part == LORA:  # the reader takes the names of wrappers off, and peft's files have one
+            parts[part] = {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value for key, value in parts[part].items()}
         notes += more
         _check(path, parts[part], expected.get(part, {}))
         count = sum(tensor.numel() for tensor in parts[part].values())

@@ -75,7 +75,16 @@ def make_supir(path: Path) -> Model:
     return save("supir", network.parts(), network.config(), prior.digest, path)
 
 
-MAKERS: Mapping[str, Callable[[Path], Model]] = {"instantir": make_instantir, "supir": make_supir}
+def make_dra(path: Path) -> Model:
+    from components.systems.dra.config import LoraConfig
+    from components.systems.dra.network import Dra
+
+    prior = load_prior("nano")
+    network = Dra(prior, None, LoraConfig(rank=2))
+    return save("dra", network.parts(), network.config(), prior.digest, path)
+
+
+MAKERS: Mapping[str, Callable[[Path], Model]] = {"instantir": make_instantir, "supir": make_supir, "dra": make_dra}
 
 
 @pytest.fixture(params=MAKERS)

@@ -121,10 +121,6 @@ class DraRestorer(Restorer):
         batches = list(group_jobs(jobs, lambda job: (job.unpadded.shape, job.options, job.chunks), self.batch_size))
         return restore_batches(batches, self._run, _info, on_step, cancelled)
 
-    def check_prompts_used(self, options: Mapping[str, object]) -> None:
-        """Raises ValueError for wrong options; a prompt always has an effect."""
-        replace_options(options, self.defaults)
-
     def _prepare(self, index: int, request: Request) -> _Job:
         size = check_request(request)
         options = replace_options(request.options, self.defaults)

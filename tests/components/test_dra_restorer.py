@@ -19,6 +19,7 @@ from components.priors.conditions import Conditions
 from components.priors.fast_unet import Speed
 from components.priors.opening import load_prior
 from components.priors.robust_encoder import RobustEncoder
+from components.priors.sdxl_config import SDXL
 from components.randomness import generator
 from components.recipes import RecipeError
 from components.residence import Residence
@@ -26,6 +27,7 @@ from components.samplers.edm import edm_sigmas, level_table, nearest_index
 from components.systems import SYSTEMS
 from components.systems.dra.build import build_restorer
 from components.systems.dra.config import AdapterConfig, LoraConfig
+from components.systems.dra.memory import plan_memory
 from components.systems.dra.network import ADAPTERS, ENCODER, LORA, Dra
 from components.systems.dra.options import Options, check_options
 from components.systems.dra.released import check_sizes, find_files
@@ -356,6 +358,27 @@ def test_wrong_sizes_of_files_are_refused() -> None:
         check_sizes({"encoder": 1})
     weights = SYSTEMS["dra"].weights
     assert weights is not None and weights.check_sizes({"adapters": {"block": "conv3"}})
+
+
+def test_the_plan_of_memory_at_real_size(tmp_path: Path) -> None:
+    """From the configurations alone: UNet and adapters by parameters; the LoRA is merged."""
+    config = {ADAPTERS: AdapterConfig().to_dict(), LORA: LoraConfig().to_dict(), ENCODER: False}
+    plain, robust = (
+        save_model(
+            tmp_path / name,
+            tiny.ModelCard(name="m", system="dra", config={**config, ENCODER: flag}, prior={"id": SDXL, "digest": ""}),
+            {ADAPTERS: {"x": torch.zeros(1)}},
+        )
+        for name, flag in (("plain", False), ("robust", True))
+    )
+    plan = {phase.name: phase for phase in plan_memory(plain, (1024, 1024), {}, "bf16").phases}
+    assert plan["steps"].weights == 2 * (2_567_463_684 + 134_695_360)
+    assert plan["pictures"].weights == 4 * 83_653_863
+    other = {phase.name: phase for phase in plan_memory(robust, (1024, 1024), {"cfg_scale": 1.0}, "bf16").phases}
+    assert other["pictures"].weights == 4 * (83_653_863 + 34_163_592)
+    assert 0.4 * plan["steps"].peak < other["steps"].peak < 0.8 * plan["steps"].peak  # one half instead of two
+    with pytest.raises(ValueError, match='Did you mean "tile_px"'):
+        plan_memory(plain, (1024, 1024), {"tile_pix": 512})
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes

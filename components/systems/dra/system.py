@@ -12,8 +12,14 @@ from components.systems.weights_io import WeightsCode, WeightsIO
 def networks() -> Networks:
     """The system's networks; the call imports torch."""
     from components.systems.dra.build import adapters_objective, build_restorer, look
+    from components.systems.dra.memory import plan_memory
 
-    return Networks(objectives={"adapters": adapters_objective}, look=look, build_restorer=build_restorer)
+    return Networks(
+        objectives={"adapters": adapters_objective},
+        look=look,
+        build_restorer=build_restorer,
+        plan_memory=plan_memory,
+    )
 
 
 def weights_code() -> WeightsCode:

@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import did_you_mean
-from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.encoder_copy import unet_skeleton
 from components.priors.hub import PriorShape, prior_shape
 from components.priors.lora import PEFT_PREFIX, add_lora, peft_config, peft_state
 from components.priors.robust_encoder import RobustEncoder
+from components.priors.step_memory import meta_autoencoder
 from components.systems.dra.adapters import UnetAdapters
 from components.systems.dra.config import UNET_TARGETS, adapter_config, lora_config
 from components.systems.dra.network import ADAPTERS, ENCODER, LORA
@@ -219,12 +218,7 @@ def _shapes(shape: PriorShape, config: Mapping[str, Any]) -> Shapes:
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {ADAPTERS: UnetAdapters(unet, adapter_config(config.get(ADAPTERS) or {}))}
         if config.get(ENCODER):
-            own = "factor" in shape.autoencoder
-            modules[ENCODER] = RobustEncoder(
-                SpaceToDepthAutoencoder(**shape.autoencoder)
-                if own
-                else AutoencoderKL.from_config(dict(shape.autoencoder))  # type: ignore[arg-type]
-            )
+            modules[ENCODER] = RobustEncoder(meta_autoencoder(shape.autoencoder))
     shapes = {
         part: {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
         for part, module in modules.items()

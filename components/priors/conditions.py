@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,34 +37,53 @@ class Conditions:
         tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in tensors.items() if value is not None}
 
-    def to(self, device: torch.device | str) -> Conditions:
-        return Conditions(**{name: value.to(device) for name, value in self.tensors().items()})
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
 
-    def expand(self, batch: int) -> Conditions:
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Embeddings in another dtype; mask and size ids keep theirs, since half precision rounds 1023."""
+        kept = ("mask", "time_ids")
+        return replace(self, **{name: v.to(dtype) for name, v in self.tensors().items() if name not in kept})
+
+    def expand(self, batch: int) -> Self:
         """Conditions of one sample for `batch` samples, without a copy."""
-        return Conditions(**{n: v.expand(batch, *v.shape[1:]) for n, v in self.tensors().items()})
+        return replace(self, **{n: v.expand(batch, *v.shape[1:]) for n, v in self.tensors().items()})
 
-    def row(self, index: int) -> Conditions:
+    def row(self, index: int) -> Self:
         """Conditions of one sample, each tensor with one row."""
-        return Conditions(**{n: v[index : index + 1] for n, v in self.tensors().items()})
+        return replace(self, **{n: v[index : index + 1] for n, v in self.tensors().items()})
 
-    def with_sizes(self, time_ids: Tensor) -> Conditions:
+    def with_sizes(self, time_ids: Tensor) -> Self:
         """The same text with other size ids [B, 6]."""
         return replace(self, time_ids=time_ids)
 
-    def replace_rows(self, other: Conditions, rows: Tensor) -> Conditions:
+    def replace_rows(self, other: Conditions, rows: Tensor) -> Self:
         """Rows of `other` (B samples or one) where bool [B] `rows` is true, else of this: prompt dropout."""
-        return Conditions(
+        return replace(
+            self,
             **{
                 name: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), other.tensors()[name], value)
                 for name, value in self.tensors().items()
-            }
+            },
         )
 
 
-def join(parts: Sequence[Conditions]) -> Conditions:
+@dataclass(frozen=True, kw_only=True)
+class SizedConditions(Conditions):
+    """Conditions of an SDXL-shaped UNet: pooled text and size ids are always there."""
+
+    pooled: Tensor
+    time_ids: Tensor
+
+
+AnyConditions = TypeVar("AnyConditions", bound=Conditions)
+
+
+def join(parts: Sequence[AnyConditions]) -> AnyConditions:
     """Concatenate along the batch: guidance calls the network once for both halves."""
-    return Conditions(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
+    return replace(
+        parts[0], **{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
+    )
 
 
 class NetworkInputs(Protocol):

@@ -19,7 +19,7 @@ from components.priors.conditions import Conditions, join
 from components.priors.files import DTYPES, Precision
 from components.priors.parameters import device_of
 from components.priors.sd3_config import CLIP_TOKENS, T5_TOKENS
-from components.samplers.flow import AfterStep, Velocity, flow_sigmas, guided_velocity, sample_flow
+from components.samplers.flow import Velocity, flow_sigmas, guided_velocity, sample_flow
 from components.samplers.schedules import FlowSchedule
 from components.types import Cancelled, OnStep, Prediction
 
@@ -209,7 +209,6 @@ def generate_latents(
     *,
     steps: int = 28,
     cfg_scale: float = 7.0,
-    after_step: AfterStep | None = None,
     on_step: OnStep | None = None,
     cancelled: Cancelled | None = None,
 ) -> Tensor:
@@ -219,7 +218,7 @@ def generate_latents(
         prompts: one for each row.
         negative_prompts: one for each row; None for empty ones. Unused with cfg_scale 1.
         steps, cfg_scale: defaults of diffusers' StableDiffusion3Pipeline.
-        after_step, on_step, cancelled: see sample_flow.
+        on_step, cancelled: see sample_flow.
     """
     positive = prior.conditions(prompts)
     if cfg_scale == 1:
@@ -227,7 +226,7 @@ def generate_latents(
     else:
         negative = prior.conditions(negative_prompts or [""] * len(prompts))
         velocity = guided_velocity(prior.velocity(join([negative, positive])), cfg_scale)
-    return sample_flow(velocity, noise, flow_sigmas(prior.schedule, steps), after_step, on_step, cancelled)
+    return sample_flow(velocity, noise, flow_sigmas(prior.schedule, steps), on_step, cancelled)
 
 
 def check_sd3_shape(network: Mapping[str, Any], latent_channels: int, projections: Sequence[int], t5_width: int) -> str:

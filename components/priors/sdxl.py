@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from components.priors.autoencoder import autoencoder_factor, decode_latents, encode_pixels
-from components.priors.conditions import Conditions
+from components.priors.conditions import Conditions, SizedConditions
 from components.priors.files import DTYPES, Precision
 from components.priors.parameters import device_of
 from components.priors.sdxl_config import IMAGENET_MEAN, IMAGENET_STD, ImageView
@@ -235,6 +235,21 @@ class Prior:
     def time_ids(self, sizes: Tensor) -> Tensor:
         """Size ids int64 [B, 6] (original h, w, crop top, left, target h, w) for the UNet, float [B, 6]."""
         return sizes.to(self.device, torch.float32)
+
+    def sized_conditions(
+        self, prompts: Sequence[str], size: tuple[int, int], device: torch.device, chunks: int = 1
+    ) -> SizedConditions:
+        """Conditions of prompts for whole pictures (or tiles) of one size, on a device.
+
+        Args:
+            prompts: one for each picture.
+            size: (height, width) in pixels: original and target size of the size ids, with the crop at (0, 0).
+            device: of the results.
+            chunks: see embed_long_prompts.
+        """
+        text, pooled = self.embed_long_prompts(prompts, chunks)
+        sizes = torch.tensor([[*size, 0, 0, *size]]).expand(len(prompts), -1)
+        return SizedConditions(text=text.to(device), pooled=pooled.to(device), time_ids=sizes.to(device, torch.float32))
 
 
 def _token_ids(tokenizer: Any, prompt: str) -> list[int]:

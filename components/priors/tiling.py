@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from components.priors.autoencoder import SpaceToDepthAutoencoder
+from components.priors.sdxl import Prior
+from components.samplers.tiles import tile_boxes
 from components.tensors import images_to_tensor, tensor_to_images
-from components.types import Cancellation, Cancelled, Image
+from components.types import Box, Cancellation, Cancelled, Image
 
 TILE = 128
 """Side of a tile in latent pixels without its halo, ours; a smaller picture is one tile. SDXL: 1024 px."""
@@ -237,3 +239,21 @@ def _ramp(first: int, last: int, start: int, end: int, length: int, fade: int, s
     if end < length:
         share = share * (((end + fade) - place) / (2 * fade)).clamp(0, 1)
     return share
+
+
+def step_tile_side(prior: Prior, tile_px: int) -> int:
+    """Side of a sampler's tile in latent pixels, such that the network halves evenly; 0 takes TILE."""
+    multiple = prior.multiple_px // prior.factor
+    side = tile_px // prior.factor if tile_px else TILE
+    return max(multiple, side // multiple * multiple)
+
+
+def step_boxes(prior: Prior, height: int, width: int, tile_px: int, overlap: float) -> list[Box]:
+    """The tiles of a sampler's latents [.., height, width]; latents that fit in one tile have one.
+
+    Args:
+        tile_px: side of a tile in pixels, see step_tile_side.
+        overlap: smallest share of a tile that neighbours share.
+    """
+    side = step_tile_side(prior, tile_px)
+    return tile_boxes(height, width, (side, side), overlap, prior.multiple_px // prior.factor)

@@ -3,7 +3,7 @@
 diffusers' forward computes values that are constant in a run (text keys, picture keys, embeddings) in each call, and
 passes tensors between blocks in keyword dictionaries. Here all values that do not depend on the latents are arguments,
 so that the caller can cache them, and each block is a function of tensors that compiles separately. What a system adds
-to the UNet's expansion path is a Joins. Results equal diffusers' up to rounding; the golden tests check both.
+to the UNet between its layers or blocks is a Joins. Results equal diffusers' up to rounding, as the golden tests check.
 
 Shapes: B batch, L tokens of the latents, S tokens of the context, C channels, E embedding width.
 """
@@ -138,7 +138,21 @@ class Blocks:
 
 
 class Joins:
-    """What a system does on the UNet's expansion path; this one does nothing. Levels count from the bottom."""
+    """What a system does between the UNet's layers and blocks; this one does nothing.
+
+    Attributes:
+        changes_skip: whether the output of `after_down` also replaces the block's last skip feature.
+    """
+
+    changes_skip: bool = False
+
+    def after_down(self, number: int, x: Tensor) -> Tensor:
+        """After block `number` of the compression path with its downsampler: [B, C, h, w] -> the same shape."""
+        return x
+
+    def after_up(self, number: int, x: Tensor) -> Tensor:
+        """After block `number` of the expansion path with its upsampler: [B, C, h, w] -> the same shape."""
+        return x
 
     def middle(self, x: Tensor) -> Tensor:
         """After the middle block: [B, C, h, w] -> the same shape."""
@@ -167,9 +181,9 @@ def walk_unet(
     """
     blocks, joins = blocks or Blocks(), joins or Joins()
     shifts, rest = iter(inputs.shifts), zip(inputs.contexts, inputs.fused, strict=True)
-    x, skips = walk_down(unet, unet.conv_in(latents), shifts, rest, blocks)
+    x, skips = walk_down(unet, unet.conv_in(latents), shifts, rest, blocks, joins)
     x = joins.middle(walk_middle(unet.mid_block, x, shifts, rest, blocks))
-    for block in unet.up_blocks:
+    for number, block in enumerate(unet.up_blocks):
         attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
         for resnet, attention in zip(block.resnets, attentions, strict=True):
             x = joins.resnet(blocks, resnet, x, next(shifts), skips.pop())
@@ -177,6 +191,7 @@ def walk_unet(
         if block.upsamplers is not None:
             x = joins.enlarge(x)
             x = block.upsamplers[0].conv(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+        x = joins.after_up(number, x)
     return unet.conv_out(F.silu(unet.conv_norm_out(x)))  # type: ignore[no-any-return]
 
 
@@ -229,7 +244,12 @@ def check_walkable(network: nn.Module) -> None:
 
 
 def walk_down(
-    network: Any, x: Tensor, shifts: Iterator[Tensor], rest: Iterator[Any], blocks: Blocks
+    network: Any,
+    x: Tensor,
+    shifts: Iterator[Tensor],
+    rest: Iterator[Any],
+    blocks: Blocks,
+    joins: Joins | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The compression path of a UNet or of a copy after its input convolution: (output, all skips).
 
@@ -238,9 +258,10 @@ def walk_down(
         x: output of the input convolution [B, C, h, w].
         shifts: of the resnets, in order; `rest`: (context, fused) of each transformer block.
         blocks: block functions.
+        joins: see Joins.after_down; None for none.
     """
-    skips = [x]
-    for block in network.down_blocks:
+    skips, joins = [x], joins or Joins()
+    for number, block in enumerate(network.down_blocks):
         attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
         for resnet, attention in zip(block.resnets, attentions, strict=True):
             x = _spatial(attention, blocks.resnet(resnet, x, next(shifts)), rest, blocks)
@@ -248,6 +269,9 @@ def walk_down(
         if block.downsamplers is not None:
             x = block.downsamplers[0](x)
             skips.append(x)
+        x = joins.after_down(number, x)
+        if joins.changes_skip:
+            skips[-1] = x
     return x, skips
 
 

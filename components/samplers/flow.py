@@ -18,14 +18,12 @@ from torch import Tensor
 
 from components.samplers.edm import check_cancelled, check_falling
 from components.samplers.guidance import guide
+from components.samplers.restoration_pull import RestorationPull
 from components.samplers.schedules import FlowSchedule
 from components.types import Cancelled, OnStep, StepEvent
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(latents [B, C, h, w], sigma [B]) -> velocity [B, C, h, w]; a closure over prompts, guidance and control features."""
-
-AfterStep = Callable[[int, Tensor], Tensor]
-"""(step from 0, latents after the step [B, C, h, w]) -> the latents to go on with."""
 
 
 def shift_times(times: Tensor, shift: float) -> Tensor:
@@ -98,9 +96,9 @@ def sample_flow(
     velocity: Velocity,
     latents: Tensor,
     sigmas: Tensor,
-    after_step: AfterStep | None = None,
     on_step: OnStep | None = None,
     cancelled: Cancelled | None = None,
+    restoration: RestorationPull | None = None,
 ) -> Tensor:
     """Latents at sigmas[-1], by Euler steps.
 
@@ -108,9 +106,9 @@ def sample_flow(
         velocity: called once for each step with the latents and sigma [B].
         latents: [B, C, h, w] at the share of noise sigmas[0].
         sigmas: float [n + 1], strictly falling, to 0 or more, see flow_sigmas.
-        after_step: changes the latents after each step; None for no change.
-        on_step: called after each step; the preview is the clean estimate.
+        on_step: called after each step; the preview is the clean estimate, after the pull.
         cancelled: called before each step.
+        restoration: a pull towards LQ latents by the step's number; None for none.
 
     Raises:
         Cancellation: `cancelled()` returned true.
@@ -123,10 +121,14 @@ def sample_flow(
         sigma, following = (sigmas[i].to(latents.device) for i in (step, step + 1))
         rows = sigma.expand(len(latents))
         direction = velocity(latents, rows)
-        clean = clean_from_velocity(latents, direction, rows) if on_step is not None else None
+        clean = clean_from_velocity(latents, direction, rows)
         latents = latents + (following - sigma) * direction
-        if after_step is not None:
-            latents = after_step(step, latents)
+        if restoration is not None:
+            pulled = restoration.clean(step, steps, clean)
+            # the step's noise stays: only its share of the clean estimate moves
+            latents = latents + (1 - following) * (pulled - clean)
+            latents = restoration.after_step(step, steps, latents, following, signal_share=1 - following)
+            clean = pulled
         if on_step is not None:
             on_step(StepEvent(step=step + 1, of=steps, preview=clean))
     return latents

@@ -48,6 +48,12 @@ guidance = in_file("components/samplers/guidance.py", BY_HAND)
 prior = in_file("components/systems/prior/training.py", "test_prior_objectives_by_hand.py")
 flow = in_file("components/samplers/flow.py", "test_flow.py")
 matching = in_file("components/objectives/flow_matching.py", "test_flow.py")
+pull = in_file("components/samplers/restoration_pull.py", "test_restoration_pull.py")
+ddim = in_file("components/samplers/ddim.py", "test_restoration_pull.py")
+edm = in_file("components/samplers/edm.py", "test_restoration_pull.py")
+adapters = in_file("components/systems/dra/adapters.py", "test_dra.py")
+variants = in_file("components/systems/dra/objectives.py", "test_dra.py")
+denoiser = in_file("components/systems/dra/denoiser.py", "test_dra_restorer.py")
 workers = in_file("components/training.py", "test_training_workers.py")
 
 TARGET = """        conditions = textless
@@ -462,5 +468,72 @@ WORKERS = (
     workers("workers: metrics in each worker's own order", "names = sorted(metrics)", "names = list(metrics)"),
 )
 
-NAMED: tuple[Named, ...] = (*PREVIEWER, *CONDITIONS, *DIFFUSION_LOSS, *AGGREGATOR, *PRIOR, *FLOW, *WORKERS)
+RESTORATION_PULL = (
+    pull("pull: away from LQ", "weight * (target - latents)", "weight * (latents - target)"),
+    pull("pull: steps counted before the step", "return steps - 1 - step", "return steps - step"),
+    pull("pull: share not stretched to 1", "(share - threshold) / (1 - threshold)", "(share - threshold)"),
+    pull("pull: the threshold's other side", "if share > threshold else", "if share < threshold else"),
+    pull("pull: renoised without the noise", " + noise_share * self.noise, strength", ", strength"),
+    pull("pull: renoised to the whole LQ", "signal_share * self.target +", "self.target +"),
+    pull("pull: latents that keep their own scale", "scale * self.target", "self.target"),
+    ddim(
+        "pull: DDIM's latents at the level before",
+        "(1 + following.square()).sqrt()  #",
+        "(1 + sigma.square()).sqrt()  #",
+    ),
+    edm(
+        "pull: EDM's clean estimate moves after the step",
+        """            clean = restoration.clean(step, steps, clean)
+        latents = latents + (latents - clean) / sigma * (following - sigma)
+""",
+        """            pass
+        latents = latents + (latents - clean) / sigma * (following - sigma)
+""",
+    ),
+)
+
+ADAPTERS = (
+    adapters("adapters: the last layer is not zero", "nn.init.zeros_(parameter)", "pass"),
+    adapters(
+        "adapters: without the prior's own output", "return x + adapter.out(hidden)", "return adapter.out(hidden)"
+    ),
+    adapters("adapters: no residual sum", "hidden = hidden + adapter.r2(hidden)", "hidden = adapter.r2(hidden)"),
+    adapters("adapters: the time embedding is lost", ").flatten(0, 1) + spread", ").flatten(0, 1) + 0 * spread"),
+    adapters(
+        "adapters: always L to the next one",
+        "adapter.lq(resample(self._hidden,",
+        "adapter.lq(resample(self._features[-1],",
+    ),
+    adapters("adapters: both places of SiLU alike", 'if self.silu == "before" else', "if self.silu else"),
+    variants("variants: no null text", "null = uniform < null_share", "null = uniform < 0"),
+    variants("variants: the LQ variant overlaps the null one", "lq = ~null & (", "lq = ("),
+    variants(
+        "variants: HQ as the target of all", "self.prior.encode(batch.lq[rows])", "self.prior.encode(batch.hq[rows])"
+    ),
+    variants(
+        "variants: the robust encoder's target",
+        "self.prior.encode(batch.lq[rows])",
+        "self.network.encode_lq(batch.lq[rows])",
+    ),
+    variants("variants: HQ as the condition", "self.network.encode_lq(batch.lq)", "self.network.encode_lq(batch.hq)"),
+    variants(
+        "variants: learns the clean latents", "self.loss(eps, target, timesteps)", "self.loss(eps, clean, timesteps)"
+    ),
+    denoiser(
+        "denoiser: the halves change places", "negative, positive = both.chunk(2)", "positive, negative = both.chunk(2)"
+    ),
+    denoiser("denoiser: LQ features of each step", "    @cached_property\n", "    @property\n"),
+)
+
+NAMED: tuple[Named, ...] = (
+    *PREVIEWER,
+    *CONDITIONS,
+    *DIFFUSION_LOSS,
+    *AGGREGATOR,
+    *PRIOR,
+    *FLOW,
+    *WORKERS,
+    *RESTORATION_PULL,
+    *ADAPTERS,
+)
 """Every wrong version; make mutate applies each to a copy of the repository and runs its tests."""

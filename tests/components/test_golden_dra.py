@@ -26,6 +26,7 @@ from torch import nn
 from components.priors.encoder_copy import unet_skeleton
 from components.priors.lora import LoraWeights, add_lora
 from components.priors.one_text_config import PIXART_DIT, SD21_UNET, SD_VAE
+from components.priors.sd3_config import SD3_TRANSFORMER
 from components.priors.sdxl_config import SDXL_UNET
 from components.samplers.restoration_pull import RestorationPull, pull_share, steps_left
 from components.systems.dra.adapters import TokenAdapters, UnetAdapters
@@ -33,21 +34,6 @@ from components.systems.dra.config import TOKEN_TARGETS, UNET_TARGETS, AdapterCo
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import SwinIR
 from tests.conftest import golden_names
-
-SD3_MEDIUM: Mapping[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
-"""SD3 medium's transformer (arXiv 2403.03206) in SD3Transformer2DModel's arguments."""
 
 JOINT_LAYERS = 6
 """Layers of the MM-DiT's ControlNet twin."""
@@ -113,7 +99,7 @@ def sdxl() -> Any:
 
 @cache
 def sd3() -> Any:
-    return on_meta(lambda: SD3Transformer2DModel(**SD3_MEDIUM))
+    return on_meta(lambda: SD3Transformer2DModel(**SD3_TRANSFORMER))
 
 
 @cache
@@ -138,7 +124,7 @@ def lora(family: str) -> nn.Module:
     if family == "sdxl":
         network, targets = unet_skeleton(SDXL_UNET), UNET_TARGETS[size.targets]
     else:
-        network, targets = on_meta(lambda: SD3Transformer2DModel(**SD3_MEDIUM)), TOKEN_TARGETS[size.targets]
+        network, targets = on_meta(lambda: SD3Transformer2DModel(**SD3_TRANSFORMER)), TOKEN_TARGETS[size.targets]
     layers = add_lora(network, "lora", rank=size.rank, alpha=size.scale, targets=targets)
     return LoraWeights(layers, "lora")
 
@@ -164,7 +150,7 @@ COUNTS: Mapping[str, Callable[[], int | list[int]]] = {
     "sdxl_controlnet_full": lambda: count(controlnet()),
     "sdxl_controlnet_without_mid_block": lambda: count(controlnet()) - count(controlnet().mid_block),
     "sd3_controlnet_6_joint_layers": lambda: count(
-        on_meta(lambda: SD3ControlNetModel(**{**SD3_MEDIUM, "num_layers": JOINT_LAYERS}))
+        on_meta(lambda: SD3ControlNetModel(**{**SD3_TRANSFORMER, "num_layers": JOINT_LAYERS}))
     ),
     "pixart_xl2_512": lambda: count(on_meta(lambda: PixArtTransformer2DModel(**PIXART_DIT))),
     "sd21_unet": lambda: count(unet_skeleton(SD21_UNET)),

@@ -51,6 +51,7 @@ matching = in_file("components/objectives/flow_matching.py", "test_flow.py")
 pull = in_file("components/samplers/restoration_pull.py", "test_restoration_pull.py")
 ddim = in_file("components/samplers/ddim.py", "test_restoration_pull.py")
 edm = in_file("components/samplers/edm.py", "test_restoration_pull.py")
+pulled_flow = in_file("components/samplers/flow.py", "test_restoration_pull.py")
 adapters = in_file("components/systems/dra/adapters.py", "test_dra.py")
 variants = in_file("components/systems/dra/objectives.py", "test_dra.py")
 denoiser = in_file("components/systems/dra/denoiser.py", "test_dra_restorer.py")
@@ -476,6 +477,8 @@ RESTORATION_PULL = (
     pull("pull: renoised without the noise", " + noise_share * self.noise, strength", ", strength"),
     pull("pull: renoised to the whole LQ", "signal_share * self.target +", "self.target +"),
     pull("pull: latents that keep their own scale", "scale * self.target", "self.target"),
+    pulled_flow("pull: the flow's noise moves too", "(1 - following) * (pulled - clean)", "(pulled - clean)"),
+    pulled_flow("pull: the flow's whole LQ", "signal_share=1 - following)", "signal_share=1.0)"),
     ddim(
         "pull: DDIM's latents at the level before",
         "(1 + following.square()).sqrt()  #",

@@ -104,12 +104,12 @@ def prior_shape(name: str, image_encoder: str = DINOV2) -> PriorShape:
         )
     notes: list[str] = []
     published = {_UNET_CONFIG: SDXL_UNET, _VAE_CONFIG: SDXL_AUTOENCODER}
-    configs, prior_id = _read_configs(name, (_UNET_CONFIG, _VAE_CONFIG), {SDXL: published}, notes)
+    configs, prior_id = read_configs(name, (_UNET_CONFIG, _VAE_CONFIG), {SDXL: published}, notes)
     unet, encoder_id = configs[_UNET_CONFIG], ""
     dino: Mapping[str, Any] = {"hidden_size": 0}
     if image_encoder:
         encoder_sizes = {DINOV2: {"config.json": {"hidden_size": DINOV2_TOKEN_DIM}}}
-        encoder_configs, encoder_id = _read_configs(image_encoder, ("config.json",), encoder_sizes, notes)
+        encoder_configs, encoder_id = read_configs(image_encoder, ("config.json",), encoder_sizes, notes)
         dino = encoder_configs["config.json"]
     if "cross_attention_dim" not in unet or "hidden_size" not in dino:
         both = f"{name} with {image_encoder}" if image_encoder else name
@@ -346,7 +346,7 @@ def _check_sdxl(folder: Path, networks: Mapping[str, Any]) -> None:
         raise ModelError(f"{folder}: not of SDXL's shape: {'; '.join(faults)}")
 
 
-def _read_configs(
+def read_configs(
     name: str, files: Sequence[str], published: Mapping[str, Mapping[str, Mapping[str, Any]]], notes: list[str]
 ) -> tuple[dict[str, Mapping[str, Any]], str]:
     """Configurations by file from a folder or the hub, and the name that identifies it; otherwise from `published`.

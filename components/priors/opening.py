@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from components.models import Model, ModelError, load_model, resolve_model
 from components.priors.files import Precision, check_prior_folder, fill_prior, first_line
@@ -58,11 +59,25 @@ def open_recorded_prior(
     Raises:
         ModelError: there is no such prior, or its digest is not the recorded one.
     """
-    digest = (record or {}).get("digest", "")
     encoder = (record or {}).get("image_encoder") or image_encoder
+    return open_as_recorded(name, record, lambda place: load_prior(place, device, encoder, precision))
+
+
+class Named(Protocol):
+    """A prior with the digest of its model folder, or ""."""
+
+    digest: str
+
+
+SomePrior = TypeVar("SomePrior", bound=Named)
+
+
+def open_as_recorded(name: str, record: Mapping[str, str] | None, load: Callable[[str], SomePrior]) -> SomePrior:
+    """The prior that `load` opens by its place, checked against the digest of its record; see open_recorded_prior."""
+    digest = (record or {}).get("digest", "")
     try:
         # A prior with a digest is a local model folder, so the hub is not asked.
-        prior = load_prior(resolve_model(name, prior=True) if digest else name, device, encoder, precision)
+        prior = load(str(resolve_model(name, prior=True)) if digest else name)
     except ModelError as error:
         if not digest:
             raise

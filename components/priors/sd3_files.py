@@ -134,6 +134,15 @@ def load_sd3_prior(
     return prior.freeze()
 
 
+def text_parameters() -> int:
+    """Parameters of the three published text encoders."""
+    with torch.device("meta"):
+        encoders = [CLIPTextModelWithProjection(CLIPTextConfig(**sizes)) for sizes in (CLIP_L, CLIP_G)]
+        return sum(
+            p.numel() for encoder in (*encoders, T5EncoderModel(T5Config(**T5_XXL))) for p in encoder.parameters()
+        )
+
+
 # --- diffusers folders ------------------------------------------------------------------------------------------------
 
 

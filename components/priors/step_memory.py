@@ -1,6 +1,6 @@
-"""The memory of a restoration in steps by an SDXL-shaped UNet and modules of a system, on the meta device.
+"""The memory of a restoration in steps by a denoiser and modules of a system, on the meta device.
 
-Three phases: pictures (autoencoder), texts (text encoders) and steps (UNet and the system's modules).
+Three phases: pictures (autoencoder), texts (text encoders) and steps (denoiser and the system's modules).
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from components.peak_memory import MemoryPlan, Phase, parameter_bytes, peak_bytes
 from components.priors.autoencoder import SpaceToDepthAutoencoder, autoencoder_factor
 from components.priors.conditions import SizedConditions
-from components.priors.encoder_copy import unet_skeleton
 from components.priors.files import DTYPES, Precision
-from components.priors.hub import PriorShape
 from components.priors.layer_tiles import LayerTiles
 from components.priors.pictures import EXACT_PX
 from components.priors.tiling import FADE, TILE
@@ -48,19 +46,21 @@ class StepNetworks:
     """A system's own modules, on the meta device.
 
     Attributes:
-        steps: on the device in each step, beside the UNet.
+        steps: on the device in each step, the denoiser first.
         pictures: on the device with the autoencoder.
-        predict: (latents, timesteps, conditions) of one call, doubled by guidance -> anything.
+        call: ((height, width) of a tile in latent pixels, rows) -> anything, by one call; guidance doubles the rows.
+        text_parameters: of the text encoders beside an AutoencoderKL.
     """
 
     steps: tuple[nn.Module, ...]
     pictures: tuple[nn.Module, ...]
-    predict: Callable[[Tensor, Tensor, SizedConditions], Any]
+    call: Callable[[tuple[int, int], int], Any]
+    text_parameters: int = SDXL_TEXT_PARAMETERS
 
 
 def plan_steps(
-    shape: PriorShape,
-    build: Callable[[Any, nn.Module], StepNetworks],
+    autoencoder_config: Mapping[str, Any],
+    build: Callable[[nn.Module], StepNetworks],
     size: tuple[int, int],
     options: StepOptions,
     precision: Precision,
@@ -69,29 +69,28 @@ def plan_steps(
     """The memory that a picture takes on the device. What exact tiles store lies in the CPU's memory on a GPU.
 
     Args:
-        shape: configuration of the prior.
-        build: (UNet, autoencoder) on the meta device -> the system's modules.
+        autoencoder_config: of the prior, as in hub.PriorShape.
+        build: autoencoder on the meta device -> the networks.
         size: (height, width) at which the networks run, in pixels.
         options: of the restoration.
-        precision: of UNet, the system's modules of the steps, and text encoders; the autoencoder stays in fp32.
+        precision: of the modules of the steps and text encoders; the autoencoder stays in fp32.
         offload: the networks are on the device in turns.
     """
     with torch.device("meta"):
-        autoencoder = meta_autoencoder(shape.autoencoder)
-        unet = unet_skeleton(shape.unet)
-        own = build(unet, autoencoder)
-        for module in (unet, *own.steps):
+        autoencoder = meta_autoencoder(autoencoder_config)
+        own = build(autoencoder)
+        for module in own.steps:
             nn.Module.to(module, dtype=DTYPES[precision])
         if precision == "fp8":
-            store_in_8_bits([unet, *own.steps])
-        steps = peak_bytes(lambda: _step(unet, own, _tile(size, options, autoencoder), options))
+            store_in_8_bits(own.steps)
+        steps = peak_bytes(lambda: own.call(_tile(size, options, autoencoder), 2 if options.guided else 1))
         pictures = peak_bytes(lambda: _pictures(autoencoder, _whole(size, options, autoencoder)))
     element = 1 if precision == "fp8" else torch.empty(0, dtype=DTYPES[precision]).element_size()
-    texts = SDXL_TEXT_PARAMETERS * element if isinstance(autoencoder, AutoencoderKL) else 0
+    texts = own.text_parameters * element if isinstance(autoencoder, AutoencoderKL) else 0
     phases = (
         Phase(name="pictures", weights=parameter_bytes(autoencoder, *own.pictures), peak=pictures),
         Phase(name="texts", weights=texts, peak=0),
-        Phase(name="steps", weights=parameter_bytes(unet, *own.steps), peak=steps),
+        Phase(name="steps", weights=parameter_bytes(*own.steps), peak=steps),
     )
     settings: dict[str, Any] = {"precision": precision, "offload": offload, "tile_px": options.tile_px or "default"}
     settings["autoencoder_tiles"] = options.autoencoder_tiles
@@ -125,9 +124,9 @@ def _whole(size: tuple[int, int], options: StepOptions, autoencoder: nn.Module) 
     return (height, width)
 
 
-def _step(unet: Any, own: StepNetworks, tile: tuple[int, int], options: StepOptions) -> Any:
-    """One call of the networks, doubled by guidance."""
-    rows, dtype = 2 if options.guided else 1, next(unet.parameters()).dtype
+def unet_inputs(unet: Any, tile: tuple[int, int], rows: int) -> tuple[Tensor, Tensor, SizedConditions]:
+    """Latents, time steps and conditions of one call of an SDXL-shaped UNet."""
+    dtype = next(unet.parameters()).dtype
     latents = torch.empty(rows, unet.config["in_channels"], *tile, dtype=dtype)
     pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
     conditions = SizedConditions(
@@ -135,7 +134,7 @@ def _step(unet: Any, own: StepNetworks, tile: tuple[int, int], options: StepOpti
         pooled=torch.empty(rows, pooled, dtype=dtype),
         time_ids=torch.empty(rows, 6),
     )
-    return own.predict(latents, torch.zeros(rows, dtype=torch.int64), conditions)
+    return latents, torch.zeros(rows, dtype=torch.int64), conditions
 
 
 def _pictures(autoencoder: Any, size: tuple[int, int]) -> None:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from components.priors.autoencoder import SpaceToDepthAutoencoder
-from components.priors.sdxl import Prior
 from components.samplers.tiles import tile_boxes
 from components.tensors import images_to_tensor, tensor_to_images
 from components.types import Box, Cancellation, Cancelled, Image
@@ -50,6 +49,16 @@ class LatentPrior(Protocol):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class SteppedPrior(Protocol):
+    """The part of a prior that the tiles of its steps depend on."""
+
+    @property
+    def factor(self) -> int: ...
+
+    @property
+    def multiple_px(self) -> int: ...
 
 
 def halo_of(prior: LatentPrior, part: str) -> int:
@@ -241,14 +250,14 @@ def _ramp(first: int, last: int, start: int, end: int, length: int, fade: int, s
     return share
 
 
-def step_tile_side(prior: Prior, tile_px: int) -> int:
+def step_tile_side(prior: SteppedPrior, tile_px: int) -> int:
     """Side of a sampler's tile in latent pixels, such that the network halves evenly; 0 takes TILE."""
     multiple = prior.multiple_px // prior.factor
     side = tile_px // prior.factor if tile_px else TILE
     return max(multiple, side // multiple * multiple)
 
 
-def step_boxes(prior: Prior, height: int, width: int, tile_px: int, overlap: float) -> list[Box]:
+def step_boxes(prior: SteppedPrior, height: int, width: int, tile_px: int, overlap: float) -> list[Box]:
     """The tiles of a sampler's latents [.., height, width]; latents that fit in one tile have one.
 
     Args:

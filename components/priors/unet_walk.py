@@ -11,8 +11,8 @@ Shapes: B batch, L tokens of the latents, S tokens of the context, C channels, E
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+
+from components.priors.block_calls import BlockFunctions
 
 
 class Context(NamedTuple):
@@ -124,17 +126,13 @@ def leave_block(model: Any, hidden: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(BlockFunctions):
     """The block functions of the walks, plain or compiled."""
 
     resnet: Callable[..., Tensor] = resnet_block
     enter: Callable[[Any, Tensor], Tensor] = enter_block
     transformer: Callable[[Any, Tensor, Context | None, Tensor | None], Tensor] = transformer_block
     leave: Callable[[Any, Tensor, Tensor], Tensor] = leave_block
-
-    def wrap_all(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Self:
-        """All block functions, each wrapped by `wrap` (a compiler)."""
-        return replace(self, **{f.name: wrap(getattr(self, f.name)) for f in fields(self)})
 
 
 class Joins:

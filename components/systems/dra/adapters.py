@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
+from components.priors.mmdit_walk import TokenBlocks, TokenJoins
 from components.priors.unet_walk import Blocks, Joins
-from components.systems.dra.config import EVERY, PATCH, AdapterConfig
+from components.systems.dra.config import PATCH, AdapterConfig
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -224,26 +225,26 @@ def resample(feature: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class TokenAdapters(nn.Module):
-    """Adapters after every fourth block of an MM-DiT, on its stream of picture tokens (section 4.1).
+    """Adapters after every fourth block (or another) of an MM-DiT, on its stream of picture tokens (section 4.1).
 
     Args:
         blocks: transformer blocks of the prior.
         width: of its tokens, C.
         embedding: of its embedding of time and pooled text, E.
         latent_channels: of its autoencoder.
-        config: form of the adapters; `chain` and `silu` count here.
+        config: form of the adapters; `chain`, `silu` and `every` count here.
 
     Raises:
-        ValueError: fewer than four blocks.
+        ValueError: too few blocks for one adapter.
     """
 
     def __init__(
         self, blocks: int, width: int, embedding: int, latent_channels: int, config: AdapterConfig | None = None
     ) -> None:
         super().__init__()
-        if blocks < EVERY:
-            raise ValueError(f"adapters are after every {EVERY} blocks, and there are {blocks}")
         self.config, self.width = config or AdapterConfig(), width
+        if blocks < self.config.every:
+            raise ValueError(f"adapters are after every {self.config.every} blocks, and there are {blocks}")
         self.patch_embed = nn.Conv2d(latent_channels, width, PATCH, stride=PATCH)
         self.adapters = nn.ModuleList(
             Adapter(
@@ -254,7 +255,7 @@ class TokenAdapters(nn.Module):
                 embedding,
                 self.config.silu,
             )
-            for _ in range(blocks // EVERY)
+            for _ in range(blocks // self.config.every)
         )
 
     @property
@@ -265,7 +266,7 @@ class TokenAdapters(nn.Module):
     @property
     def places(self) -> list[int]:
         """Numbers (from 0) of the transformer blocks that an adapter follows."""
-        return [EVERY * (number + 1) - 1 for number in range(len(self.adapters))]
+        return [self.config.every * (number + 1) - 1 for number in range(len(self.adapters))]
 
     def features(self, lq: Tensor) -> list[Tensor]:
         """The token features L [B, L, C] that depend on the LQ latents [B, c, h, w] alone, as in UnetAdapters.
@@ -291,7 +292,13 @@ class TokenAdapters(nn.Module):
         return [adapter.shift(embedding) for adapter in self.adapters]  # type: ignore[operator]
 
     def apply_adapter(
-        self, number: int, x: Tensor, features: list[Tensor], shifts: Sequence[Tensor], hidden: Tensor | None = None
+        self,
+        number: int,
+        x: Tensor,
+        features: list[Tensor],
+        shifts: Sequence[Tensor],
+        hidden: Tensor | None = None,
+        run: RunAdapter = run_adapter,
     ) -> tuple[Tensor, Tensor]:
         """Adapter `number` on the picture tokens [H B, L, C] of its block: (X', h).
 
@@ -299,11 +306,42 @@ class TokenAdapters(nn.Module):
             features: see `features`; with chain "fused" the next one is computed from `hidden` and appended.
             shifts: see `shifts`.
             hidden: h of the adapter before; unused with chain "lq".
+            run: run_adapter, plain, compiled or recomputing.
         """
         adapter: Any = self.adapters[number]
         if number == len(features):
             features.append(adapter.lq(hidden))
-        return run_adapter(adapter, x, features[number], shifts[number])
+        return run(adapter, x, features[number], shifts[number])
+
+
+@dataclass(frozen=True)
+class TokenAdapterBlocks(TokenBlocks):
+    """The block functions of the MM-DiT's walk and of the adapters, plain, compiled or recomputing."""
+
+    adapter: RunAdapter = run_adapter
+
+
+class TokenAdapterJoins(TokenJoins):
+    """The adapters in a walk of the MM-DiT; arguments as in AdapterJoins."""
+
+    def __init__(
+        self,
+        adapters: TokenAdapters,
+        features: Sequence[Tensor],
+        shifts: Sequence[Tensor],
+        run: RunAdapter = run_adapter,
+    ) -> None:
+        self._adapters, self._features, self._shifts, self._run = adapters, list(features), shifts, run
+        self._places = {place: number for number, place in enumerate(adapters.places)}
+        self._hidden = torch.empty(0)
+
+    def after_block(self, number: int, tokens: Tensor) -> Tensor:
+        if number not in self._places:
+            return tokens
+        tokens, self._hidden = self._adapters.apply_adapter(
+            self._places[number], tokens, self._features, self._shifts, self._hidden, self._run
+        )
+        return tokens
 
 
 def token_positions(width: int, height: int, columns: int) -> Tensor:

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from components.models import Model, ModelError, load_model, load_strictly
 from components.priors.block_calls import recompute
+from components.priors.families.opening import open_family_prior
+from components.priors.families.record import FamilyPrior
 from components.priors.fast_unet import Speed
 from components.priors.files import Precision
-from components.priors.opening import open_recorded_prior
 from components.priors.robust_encoder import RobustEncoder
-from components.priors.sdxl import Prior
 from components.recipes import as_dict
-from components.systems.dra.config import adapter_config, lora_config
-from components.systems.dra.network import ADAPTERS, ENCODER, LORA, Dra
-from components.systems.dra.objectives import AdaptersObjective
+from components.systems.dra.bundle import ADAPTERS, ENCODER, LORA, Bundle
+from components.systems.dra.config import Shape, adapter_config, lora_config
+from components.systems.dra.objectives import AdaptersObjective, FlowAdaptersObjective, VariantsObjective
 from components.systems.dra.options import restore_defaults
 from components.systems.dra.recipe import DraRecipe
 from components.systems.dra.restorer import DraRestorer
+from components.systems.dra.shapes import bundle_of, family_name
 from components.tensors import images_to_tensor, tensor_to_images
 from components.training import preserve_requires_grad
 from components.types import Request
@@ -32,8 +33,8 @@ def adapters_objective(
     parents: Mapping[str, Model],
     examples: Callable[[], Tensor] | None = None,
     device: str = "cpu",
-) -> AdaptersObjective:
-    """The objective of stage adapters.
+) -> VariantsObjective[Any]:
+    """The objective of stage adapters, by the shape of the recipe's family.
 
     Args:
         recipe: resolved recipe.
@@ -47,19 +48,26 @@ def adapters_objective(
     """
     parent = next(iter(parents.values()), None)
     record = parent.info["prior"] if parent is not None else None
-    prior = open_recorded_prior(recipe.prior, record, device, image_encoder="").in_precision(recipe.frozen_precision)
+    prior: Any = open_family_prior(recipe.family, recipe.prior, record, recipe.frozen_precision)
     if parent is not None:
+        if (own := family_name(parent.info["config"])) != recipe.family:
+            raise ModelError(f"{parent.path}: its prior is of the family {own}, not {recipe.family}")
         network = network_of(parent, prior)
         _check_same(recipe, network, parent)
     else:
         encoder = open_encoder(recipe.encoder, prior) if recipe.encoder else None
         try:
-            network = Dra(prior, adapter_config(recipe.adapters), lora_config(recipe.lora), encoder, recipe.seed)
+            adapters, lora = adapter_config(recipe.adapters), lora_config(recipe.lora)
+            network = bundle_of(recipe.family)(prior, adapters, lora, encoder, recipe.seed, recipe.family)
         except ValueError as error:
             raise ModelError(f"prior {prior.name!r} takes no such adapters: {error}") from error
     if recipe.gradient_checkpointing:
         network.blocks = network.blocks.wrap_all(recompute)
     network.to(device)
+    return _OBJECTIVES[network.shape](network, recipe)
+
+
+def _on_maps(network: Any, recipe: DraRecipe) -> AdaptersObjective:
     return AdaptersObjective(
         network,
         null_share=recipe.null_share,
@@ -70,7 +78,24 @@ def adapters_objective(
     )
 
 
-def open_encoder(name: str, prior: Prior) -> RobustEncoder:
+def _on_tokens(network: Any, recipe: DraRecipe) -> FlowAdaptersObjective:
+    return FlowAdaptersObjective(
+        network,
+        null_share=recipe.null_share,
+        lq_share=recipe.lq_share,
+        time_mean=recipe.time_mean,
+        time_deviation=recipe.time_deviation,
+        time_shift=recipe.time_shift,
+    )
+
+
+_OBJECTIVES: Mapping[Shape, Callable[[Any, DraRecipe], VariantsObjective[Any]]] = {
+    "maps": _on_maps,
+    "tokens": _on_tokens,
+}
+
+
+def open_encoder(name: str, prior: FamilyPrior) -> RobustEncoder:
     """The robust encoder of a model folder that has one, of any system, for this prior.
 
     Raises:
@@ -87,7 +112,7 @@ def open_encoder(name: str, prior: Prior) -> RobustEncoder:
     return encoder
 
 
-def _check_same(recipe: DraRecipe, network: Dra, parent: Model) -> None:
+def _check_same(recipe: DraRecipe, network: Bundle[Any, Any], parent: Model) -> None:
     """Raises ModelError if the recipe names other sizes than the parent's, or another encoder."""
     asked = {ADAPTERS: adapter_config(recipe.adapters).to_dict(), LORA: lora_config(recipe.lora).to_dict()}
     for name, values in ((ADAPTERS, recipe.adapters), (LORA, recipe.lora)):
@@ -98,14 +123,15 @@ def _check_same(recipe: DraRecipe, network: Dra, parent: Model) -> None:
         raise ModelError(f"{parent.path}: adapters fit only the encoder that they were trained with: leave encoder out")
 
 
-def network_of(model: Model, prior: Prior) -> Dra:
+def network_of(model: Model, prior: FamilyPrior) -> Bundle[Any, Any]:
     """The networks of a model folder.
 
     Raises:
         ModelError: the weights do not fit the prior.
     """
     try:
-        return Dra.from_parts(prior, model.info["config"], model.parts())
+        config = model.info["config"]
+        return bundle_of(family_name(config)).from_parts(prior, config, model.parts())
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{model.path}: {error}") from error
 
@@ -137,7 +163,7 @@ def build_restorer(
     settings = Speed.of({**({"join": False, "graphs": "off"} if offload else {}), **(speed or {})})
     record = model.info["prior"]
     # all parts are built on the CPU in the given precision, and then move to the device together
-    prior = open_recorded_prior(str(record["id"]), record, "cpu", precision, image_encoder="")
+    prior = open_family_prior(family_name(model.info["config"]), str(record["id"]), record, precision)
     network = network_of(model, prior).merge_lora()
     network.adapters.to(network.dtype)
     if not offload:
@@ -146,7 +172,7 @@ def build_restorer(
     return DraRestorer(network, options, batch_size, settings, device, offload)
 
 
-def look(objective: AdaptersObjective, recipe: DraRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
+def look(objective: VariantsObjective[Any], recipe: DraRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
     """Sample pictures during training: the whole restoration; LQ's shape and range."""
     with torch.no_grad(), preserve_requires_grad(objective.trainables.values()):
         # these weights still train: nothing is derived from them, and their memory layout does not change

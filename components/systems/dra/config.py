@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from components.options import check_choices, settings_by_name
+from components.priors.families.record import PriorFamily
 
 Block = Literal["conv31", "conv3", "naf"]
 Targets = Literal["self", "qkv", "qv", "all"]
@@ -14,10 +15,8 @@ Targets = Literal["self", "qkv", "qv", "all"]
 PATCH = 2
 """Side in latent pixels of a token of an MM-DiT."""
 
-EVERY = 4
-"""An MM-DiT has an adapter after every fourth block (section 4.1)."""
-
-_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+Shape = Literal["maps", "tokens"]
+"""What the adapters of a family of priors act on: feature maps of an SDXL-shaped UNet, or an MM-DiT's tokens."""
 
 UNET_TARGETS: Mapping[str, tuple[str, ...]] = {
     "self": ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
@@ -58,6 +57,7 @@ class AdapterConfig:
             once for a picture. "fused": the adapter's whole hidden feature, computed again in every step.
         silu: place of the time embedding's SiLU, "before" or "after" its linear layer.
         adapt_skip: whether the skip feature of a compression block changes too; False leaves it as in the prior.
+        every: an MM-DiT has an adapter after every block with a number that this divides (from 1); 4 in section 4.1.
 
     Raises:
         ValueError: a value is outside its set.
@@ -68,9 +68,12 @@ class AdapterConfig:
     chain: Literal["lq", "fused"] = "lq"
     silu: Literal["before", "after"] = "before"
     adapt_skip: bool = False
+    every: int = 4
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ValueError(f"every must be a whole number from 1, got {self.every!r:.80}")
 
     def to_dict(self) -> dict[str, Any]:
         """For model.json."""
@@ -114,6 +117,23 @@ class LoraConfig:
 def adapter_config(values: Mapping[str, Any]) -> AdapterConfig:
     """The form by name. Raises ValueError for an unknown name, with the nearest one, or see AdapterConfig."""
     return settings_by_name(AdapterConfig, values, "adapter setting")
+
+
+def shape_of(family: PriorFamily) -> Shape:
+    """The shape of a family's adapters, by its record. Raises ValueError for a family that takes none."""
+    if family.prediction == "flow_prediction":
+        return "tokens"
+    if family.kind == "unet" and family.text.columns:
+        return "maps"
+    raise ValueError(f"no adapters for priors of the family {family.name}: it is neither SDXL's shape nor an MM-DiT's")
+
+
+def check_adapter_shape(config: AdapterConfig, shape: Shape) -> None:
+    """Raises ValueError for a setting of the other shape that is not at its default."""
+    foreign = {"maps": ("every",), "tokens": ("block", "norm", "adapt_skip")}[shape]
+    plain = AdapterConfig()
+    if changed := [name for name in foreign if getattr(config, name) != getattr(plain, name)]:
+        raise ValueError(f"{', '.join(changed)}: not a setting of adapters on {shape}")
 
 
 def lora_config(values: Mapping[str, Any]) -> LoraConfig:

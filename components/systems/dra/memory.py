@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from components.models import Model
 from components.options import replace_options
 from components.peak_memory import MemoryPlan
-from components.priors.conditions import SizedConditions
 from components.priors.encoder_copy import embed_step
+from components.priors.families import family_of
+from components.priors.families.shapes import NetworkShape, network_shape
 from components.priors.files import Precision
-from components.priors.hub import prior_shape
+from components.priors.mmdit_walk import walk_mmdit
 from components.priors.robust_encoder import RobustEncoder
-from components.priors.step_memory import StepNetworks, plan_steps
+from components.priors.sd3_config import CLIP_TOKENS, T5_TOKENS
+from components.priors.sd3_files import text_parameters
+from components.priors.step_memory import StepNetworks, plan_steps, unet_inputs
 from components.priors.unet_walk import text_inputs, walk_unet
-from components.systems.dra.adapters import AdapterJoins, UnetAdapters
-from components.systems.dra.config import adapter_config
-from components.systems.dra.network import ADAPTERS, ENCODER
-from components.systems.dra.options import Options, restore_defaults
+from components.systems.dra.adapters import AdapterJoins, TokenAdapterJoins
+from components.systems.dra.bundle import ADAPTERS, ENCODER
+from components.systems.dra.config import Shape, adapter_config, shape_of
+from components.systems.dra.options import SAMPLERS, Options, restore_defaults
+from components.systems.dra.shapes import BUNDLES, family_name
 
 
 def plan_memory(
@@ -36,27 +41,59 @@ def plan_memory(
         model: a model folder. The LoRA takes no memory: it is merged.
         size: (height, width) at which the networks run, in pixels.
         options: of the restoration, by name; the others are the model's defaults.
-        precision: of UNet, adapters and text encoders; the autoencoder stays in fp32.
+        precision: of denoiser, adapters and text encoders; the autoencoder stays in fp32.
         offload: the networks are on the device in turns.
 
     Raises:
         ModelError: the prior's configuration cannot be read.
         ValueError: an option is unknown or out of range.
     """
-    defaults = replace_options(restore_defaults(model.info.get("recipe") or {}), Options())
+    family = family_of(family_name(model.info["config"]))
+    shape, prior = shape_of(family), network_shape(str(model.info["prior"]["id"]), family)
+    own = {"sampler": SAMPLERS[shape][0], **restore_defaults(model.info.get("recipe") or {})}
     config, robust = adapter_config(model.info["config"][ADAPTERS]), bool(model.info["config"][ENCODER])
 
-    def build(unet: Any, autoencoder: nn.Module) -> StepNetworks:
-        adapters = UnetAdapters(unet, config)
-
-        def predict(latents: Tensor, timesteps: Tensor, conditions: SizedConditions) -> Tensor:
-            features = adapters.features(latents[:1])  # of one picture, for both halves of guidance
-            embedding = embed_step(unet, timesteps, conditions.pooled, conditions.time_ids, latents.dtype)
-            joins = AdapterJoins(adapters, features, adapters.shifts(embedding))
-            return walk_unet(unet, latents, text_inputs(unet, embedding, conditions.text), joins)
-
+    def build(autoencoder: nn.Module) -> StepNetworks:
+        network = prior.build()
+        adapters = BUNDLES[shape].adapters_of(network, config)
+        call, texts = _CALLS[shape](prior, network, adapters)
         pictures = (RobustEncoder(autoencoder),) if robust else ()
-        return StepNetworks(steps=(adapters,), pictures=pictures, predict=predict)
+        return StepNetworks(steps=(network, adapters), pictures=pictures, call=call, text_parameters=texts)
 
-    shape = prior_shape(str(model.info["prior"]["id"]), "")
-    return plan_steps(shape, build, size, replace_options(options, defaults), precision, offload)
+    chosen = replace_options(options, replace_options(own, Options()))
+    return plan_steps(prior.autoencoder, build, size, chosen, precision, offload)
+
+
+Call = Callable[[tuple[int, int], int], Tensor]
+
+
+def _on_maps(prior: NetworkShape, unet: Any, adapters: Any) -> tuple[Call, int]:
+    def call(tile: tuple[int, int], rows: int) -> Tensor:
+        latents, timesteps, conditions = unet_inputs(unet, tile, rows)
+        features = adapters.features(latents[:1])  # of one picture, for both halves of guidance
+        embedding = embed_step(unet, timesteps, conditions.pooled, conditions.time_ids, latents.dtype)
+        joins = AdapterJoins(adapters, features, adapters.shifts(embedding))
+        return walk_unet(unet, latents, text_inputs(unet, embedding, conditions.text), joins)
+
+    return call, StepNetworks.text_parameters
+
+
+def _on_tokens(prior: NetworkShape, network: Any, adapters: Any) -> tuple[Call, int]:
+    sizes = prior.network
+
+    def call(tile: tuple[int, int], rows: int) -> Tensor:
+        dtype = next(network.parameters()).dtype
+        latents = torch.empty(rows, sizes["in_channels"], *tile, dtype=dtype)
+        text = torch.empty(rows, CLIP_TOKENS + T5_TOKENS, sizes["joint_attention_dim"], dtype=dtype)
+        pooled = torch.empty(rows, sizes["pooled_projection_dim"], dtype=dtype)
+        embedding = network.time_text_embed(torch.zeros(rows), pooled)
+        joins = TokenAdapterJoins(adapters, adapters.features(latents[:1]), adapters.shifts(embedding))
+        return walk_mmdit(network, latents, embedding, text, joins)
+
+    return call, text_parameters()
+
+
+_CALLS: Mapping[Shape, Callable[[NetworkShape, Any, Any], tuple[Call, int]]] = {
+    "maps": _on_maps,
+    "tokens": _on_tokens,
+}

@@ -8,9 +8,15 @@ from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
 from components.options import check_choices, replace_options, typed_options
+from components.priors.families import family_of
+from components.systems.dra.config import Shape, shape_of
 
 STEPS = 100
 """T of section 4.1; rss_scaled keeps the total pull of a run of this many steps."""
+
+
+SAMPLERS: Mapping[Shape, tuple[str, ...]] = {"maps": ("edm", "ddim", "ddpm"), "tokens": ("flow",)}
+"""The samplers of a prior by the shape of its adapters; the first is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +24,8 @@ class Options:
     """Options of a restoration. The defaults of steps, cfg_scale and rss_* are the paper's (section 4.1).
 
     Attributes:
-        sampler: "edm" (Euler steps with added noise, the paper's reference 19), "ddim" or "ddpm".
+        sampler: of noise-predicting priors "edm" (Euler steps with added noise, the paper's reference 19), "ddim" or
+            "ddpm"; of priors trained by flow matching "flow" (Euler steps), their default.
         steps: T.
         cfg_scale: guidance; 1 for none.
         rss_mode: reading of the restoration sampling strategy, see samplers.restoration_pull: "latent" as printed, or
@@ -41,7 +48,7 @@ class Options:
         ValueError: a value is outside its range.
     """
 
-    sampler: Literal["edm", "ddim", "ddpm"] = "edm"
+    sampler: Literal["edm", "ddim", "ddpm", "flow"] = "edm"
     steps: int = STEPS
     cfg_scale: float = 7.5
     rss_mode: Literal["latent", "x0", "renoised"] = "latent"
@@ -87,8 +94,16 @@ class Options:
 
 
 def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Restorer options from a resolved recipe: its restore_options."""
-    return dict(recipe.get("restore_options") or {})
+    """Restorer options from a resolved recipe: its restore_options, and the default sampler of its prior's family."""
+    own = dict(recipe.get("restore_options") or {})
+    shape = shape_of(family_of(str(recipe.get("family") or "sdxl")))
+    return own if shape == "maps" else {"sampler": SAMPLERS[shape][0], **own}
+
+
+def check_sampler(sampler: str, shape: Shape) -> None:
+    """Raises ValueError for a sampler that does not fit the prior."""
+    if sampler not in SAMPLERS[shape]:
+        raise ValueError(f"sampler must be {' or '.join(SAMPLERS[shape])} for this model's prior, got {sampler}")
 
 
 def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
@@ -102,5 +117,7 @@ def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = Mapp
         ValueError: an unknown name (the error suggests the nearest one), a wrong type, or a value outside its range.
     """
     values = typed_options(options, get_type_hints(Options))
-    replace_options(values, replace_options(defaults, Options()))  # checks the ranges
+    own = replace_options(defaults, Options())
+    changed = replace_options(values, own)  # checks the ranges
+    check_sampler(changed.sampler, next(shape for shape, names in SAMPLERS.items() if own.sampler in names))
     return values

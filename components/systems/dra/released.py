@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.systems.dra.config import adapter_config, lora_config
+from components.priors.families import family_of
+from components.systems.dra.config import adapter_config, lora_config, shape_of
 from components.systems.weights_io import find_released
 
 PUBLISHED = "none: the authors published no weights; files are those that an export wrote"
@@ -32,12 +33,13 @@ SIDECAR = "restoray.json"
 
 
 def check_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes as a model's config: {"adapters": AdapterConfig's fields, "lora": LoraConfig's fields, "encoder": flag}.
+    """Sizes as a model's config: {"adapters": AdapterConfig's fields, "lora": LoraConfig's fields, "encoder": flag,
+    "family": of the prior}.
 
     Raises:
         ValueError: an unknown name, with the nearest one, a wrong type, or a value out of range.
     """
-    names = ("adapters", "lora", "encoder")
+    names = ("adapters", "lora", "encoder", "family")
     if unknown := [name for name in sizes if name not in names]:
         raise ValueError(f"unknown size {unknown[0]!r:.80}; choose from {', '.join(names)}")
     for name, check in (("adapters", adapter_config), ("lora", lora_config)):
@@ -45,6 +47,8 @@ def check_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(values, Mapping):
             raise ValueError(f"{name} must be a mapping of sizes, got {values!r:.80}")
         check(values)
+    if "family" in sizes:
+        shape_of(family_of(str(sizes["family"])))
     if not isinstance(sizes.get("encoder", False), bool):
         raise ValueError(f"encoder must be true or false, got {sizes['encoder']!r:.80}")
     return dict(sizes)

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from components.batches import group_jobs, request_noise, restore_batches
+from components.batches import group_jobs, restore_batches
 from components.color import transfer_colors
 from components.images import pad_to_multiple, working_size
 from components.options import option_texts, replace_options
 from components.picture_restorer import check_request, resize_bicubic
-from components.priors.conditions import SizedConditions, join
+from components.priors.conditions import Conditions, join
 from components.priors.fast_unet import Speed
 from components.priors.pictures import Pictures
 from components.priors.robust_encoder import RobustLatents
 from components.priors.tiling import step_boxes
 from components.residence import Residence
-from components.samplers.ddim import sample_ddim, sample_ddpm
-from components.samplers.edm import Churn, edm_sigmas, level_table, sample_edm
-from components.samplers.restoration_pull import RestorationPull
-from components.samplers.schedules import Schedule
-from components.samplers.tiles import tiled
-from components.systems.dra.denoiser import DraDenoiser
-from components.systems.dra.fast import FastDra
-from components.systems.dra.network import Dra
-from components.systems.dra.options import Options
+from components.systems.dra.bundle import Bundle
+from components.systems.dra.options import SAMPLERS, Options, check_sampler
+from components.systems.dra.steps import Run, steps_of, text_encoders_of
 from components.systems.dra.texts import negative_text
 from components.types import Cancelled, Image, OnStep, Request, Restored, Restorer
 
@@ -66,7 +60,7 @@ class DraRestorer(Restorer):
             bytes do not depend on the other requests.
         speed: settings of the fast path, see fast_unet.Speed.
         device: where the phases of a restoration compute; None for the networks' own.
-        offload: keep the autoencoders, the text encoders, and UNet with adapters on the device in turns: the others
+        offload: keep the autoencoders, the text encoders, and denoiser with adapters on the device in turns: the others
             wait on the CPU. Not with weights that `speed` fuses.
 
     Raises:
@@ -75,7 +69,7 @@ class DraRestorer(Restorer):
 
     def __init__(
         self,
-        network: Dra,
+        network: Bundle[Any, Any],
         defaults: Mapping[str, object] | None = None,
         batch_size: int = 1,
         speed: Speed | None = None,
@@ -85,16 +79,17 @@ class DraRestorer(Restorer):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.network, self.batch_size = network.freeze(), batch_size
-        self.defaults = replace_options(defaults or {}, Options())
+        self.defaults = replace_options({"sampler": SAMPLERS[network.shape][0], **(defaults or {})}, Options())
+        check_sampler(self.defaults.sampler, network.shape)
         prior, speed, encoder = network.prior, speed or Speed(), network.encoder
         if offload and (speed.join or speed.uses_graphs):
             raise ValueError("offload moves weights: give join=false and graphs=off with it")
         self.device = prior.device if device is None else torch.device(device)
-        self.fast = FastDra(self.network, speed)
+        self.steps = steps_of(self.network, speed)
         groups = {
             "pictures": (prior.autoencoder, *(() if encoder is None else (encoder,))),
-            "texts": tuple(prior.text_encoders),
-            "steps": (prior.unet, network.adapters),
+            "texts": text_encoders_of(network),
+            "steps": (prior.network, network.adapters),
         }
         self.residence = Residence(self.device, groups, offload)
         self._robust = None if encoder is None else RobustLatents(encoder)
@@ -124,88 +119,47 @@ class DraRestorer(Restorer):
     def _prepare(self, index: int, request: Request) -> _Job:
         size = check_request(request)
         options = replace_options(request.options, self.defaults)
+        check_sampler(options.sampler, self.network.shape)
         unpadded = resize_bicubic(request.image, working_size(size, options.min_side_px))
         padded = pad_to_multiple(unpadded, self.network.prior.multiple_px)
         texts = (request.prompt, negative_text(request.negative_prompt, options.negative_words))
-        chunks = max(self.network.prior.prompt_chunks(text) for text in texts)
-        return _Job(index, request, options, padded, unpadded, size, texts, chunks)
+        return _Job(index, request, options, padded, unpadded, size, texts, self.steps.chunks(texts))
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[_Job], on_step: OnStep, cancelled: Cancelled | None) -> list[Image]:
         """The restored pictures of one batch, at their result sizes."""
         prior, options = self.network.prior, batch[0].options
-        coder = Pictures(prior=self.fast, robust=self._robust, tiles=options.autoencoder_tiles, cancelled=cancelled)
+        tiles = options.autoencoder_tiles
+        coder = Pictures(prior=self.steps.autoencoder, robust=self._robust, tiles=tiles, cancelled=cancelled)
         with self.residence.phase("pictures"):
             lq = coder.lq_latents([job.padded for job in batch]).to(self.device)
         height, width = lq.shape[-2:]
         boxes = step_boxes(prior, height, width, options.tile_px, options.tile_overlap)
         with self.residence.phase("texts"):
             conditions = self._conditions(batch, (boxes[0][2] * prior.factor, boxes[0][3] * prior.factor))
-        table = level_table(prior.schedule) if options.sampler == "edm" else prior.schedule.sigmas
         with self.residence.phase("steps"):
-            run = self.fast.run()
-            denoiser = DraDenoiser(
-                predict=run.predict_eps,
-                features_of=run.features,
-                table=table.to(self.device),
+            run = Run(
+                options=options,
+                requests=[job.request for job in batch],
                 lq=lq,
                 conditions=conditions,
-                cfg_scale=options.cfg_scale if options.guided else None,
+                boxes=boxes,
+                on_step=on_step,
+                cancelled=cancelled,
             )
-            denoise = tiled(denoiser, height, width, boxes, cancelled)
-            clean = self._sample(batch, denoise, table, lq, on_step, cancelled)
-        del denoiser, denoise, lq
+            clean = self.steps.sample(run)
+        del run, lq
         with self.residence.phase("pictures"):
             pictures = coder.decode(clean, [job.request.key for job in batch]).images
         return [_finish(job, picture) for job, picture in zip(batch, pictures, strict=True)]
 
-    def _sample(
-        self,
-        batch: Sequence[_Job],
-        denoise: Callable[..., Tensor],
-        table: Tensor,
-        lq: Tensor,
-        on_step: OnStep,
-        cancelled: Cancelled | None,
-    ) -> Tensor:
-        """Clean latents [B, C, h, w]."""
-        options, prior, shape = batch[0].options, self.network.prior, tuple(lq.shape[1:])
-
-        def noise(name: str) -> Tensor:
-            return request_noise([job.request for job in batch], name, shape, self.device)
-
-        start, step_noise = noise("start"), lambda step: noise(f"step {step}")
-        pull = None
-        if options.pull_weight:
-            pull = RestorationPull(
-                target=lq,
-                weight=options.pull_weight,
-                threshold=options.rss_threshold,
-                mode=options.rss_mode,
-                noise=start,
-            )
-        if options.sampler == "edm":
-            sigmas = edm_sigmas(table, options.steps).to(self.device)
-        else:
-            timesteps = prior.sampling.timesteps(prior.schedule, options.steps)
-            sigmas = prior.sampling.sigmas(prior.schedule, timesteps, options.sampler == "ddpm").to(self.device)
-        latents = Schedule.exploding(start, sigmas[0].expand(len(batch)))
-        if options.sampler == "edm":
-            churn = Churn(amount=options.churn, noise_scale=options.noise_scale)
-            return sample_edm(denoise, latents, sigmas, step_noise, churn, None, on_step, cancelled, pull)
-        if options.sampler == "ddpm":
-            clean = sample_ddpm(denoise, latents, sigmas, step_noise, on_step, cancelled, pull)
-        else:
-            clean = sample_ddim(denoise, latents, sigmas, on_step, cancelled, pull)
-        return Schedule.preserving(clean, sigmas[-1].expand(len(batch)))
-
-    def _conditions(self, batch: Sequence[_Job], size: tuple[int, int]) -> SizedConditions:
+    def _conditions(self, batch: Sequence[_Job], size: tuple[int, int]) -> Conditions:
         """Conditions of the batch, for tiles of (height, width) `size`; with guidance the negative rows come first."""
-        prior, chunks = self.network.prior, batch[0].chunks
-        positive = prior.sized_conditions([job.texts[0] for job in batch], size, self.device, chunks)
+        chunks = batch[0].chunks
+        positive = self.steps.conditions([job.texts[0] for job in batch], size, self.device, chunks)
         if not batch[0].options.guided:
             return positive
-        negative = prior.sized_conditions([job.texts[1] for job in batch], size, self.device, chunks)
+        negative = self.steps.conditions([job.texts[1] for job in batch], size, self.device, chunks)
         return join([negative, positive])
 
 

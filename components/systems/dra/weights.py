@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import did_you_mean
-from components.priors.encoder_copy import unet_skeleton
-from components.priors.hub import PriorShape, prior_shape
+from components.priors.families import family_of
+from components.priors.families.shapes import NetworkShape, network_shape
 from components.priors.lora import PEFT_PREFIX, add_lora, peft_config, peft_state
 from components.priors.robust_encoder import RobustEncoder
 from components.priors.step_memory import meta_autoencoder
-from components.systems.dra.adapters import UnetAdapters
-from components.systems.dra.config import UNET_TARGETS, adapter_config, lora_config
-from components.systems.dra.network import ADAPTERS, ENCODER, LORA
+from components.systems.dra.bundle import ADAPTERS, ENCODER, FAMILY, LORA
+from components.systems.dra.config import adapter_config, lora_config
 from components.systems.dra.options import restore_defaults
 from components.systems.dra.released import (
     ADAPTER_FILE,
@@ -40,6 +39,7 @@ from components.systems.dra.released import (
     SUFFIXES,
     check_sizes,
 )
+from components.systems.dra.shapes import bundle_of, family_name
 from components.systems.weights_io import ExportReport, ImportReport, Shapes, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
@@ -84,7 +84,8 @@ def export_weights(
     if write:
         lora = lora_config(source.info["config"][LORA])
         if lora.rank:
-            targets, base = UNET_TARGETS[lora.targets], str(source.info["prior"]["id"])
+            bundle = bundle_of(family_name(source.info["config"]))
+            targets, base = bundle.targets[lora.targets], str(source.info["prior"]["id"])
             config = peft_config(rank=lora.rank, alpha=lora.scale, targets=targets, base=base)
             (folder / LORA_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         keys = ("name", "recipe", "prior", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
@@ -135,7 +136,7 @@ def import_weights(
     identity = prior or (sidecar.get("prior") or {}).get("id", "")
     if not identity:
         raise ValueError("no restoray.json names the prior of these weights: give --prior")
-    shape = prior_shape(identity, "")
+    shape = network_shape(identity, family_of(family_name(config)))
     expected, parts, sources, notes = _shapes(shape, config), dict[str, dict[str, Tensor]](), [], list[str]()
     for number, path in enumerate(files):
         progress(number, len(files), path.name)
@@ -194,7 +195,8 @@ def expected_layout(
     _check_image_encoder(image_encoder)
     if not prior:
         raise ValueError("the layout depends on the prior: give --prior")
-    shapes = _shapes(prior_shape(prior, ""), check_sizes(sizes or {}))
+    config = check_sizes(sizes or {})
+    shapes = _shapes(network_shape(prior, family_of(family_name(config))), config)
     return {RELEASED[part]: dict(tensors) for part, tensors in shapes.items()}
 
 
@@ -206,17 +208,20 @@ def _check_image_encoder(image_encoder: str) -> None:
 def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """A model's config with all sizes."""
     return {
+        FAMILY: family_name(config),
         ADAPTERS: adapter_config(config.get(ADAPTERS) or {}).to_dict(),
         LORA: lora_config(config.get(LORA) or {}).to_dict(),
         ENCODER: bool(config.get(ENCODER)),
     }
 
 
-def _shapes(shape: PriorShape, config: Mapping[str, Any]) -> Shapes:
+def _shapes(shape: NetworkShape, config: Mapping[str, Any]) -> Shapes:
     """Shapes of all tensors by key, by part, from networks on the meta device."""
-    unet, lora = unet_skeleton(shape.unet), lora_config(config.get(LORA) or {})
+    bundle, lora = bundle_of(family_name(config)), lora_config(config.get(LORA) or {})
     with torch.device("meta"):
-        modules: dict[str, nn.Module] = {ADAPTERS: UnetAdapters(unet, adapter_config(config.get(ADAPTERS) or {}))}
+        network = shape.build()
+        adapters = bundle.adapters_of(network, adapter_config(config.get(ADAPTERS) or {}))
+        modules: dict[str, nn.Module] = {ADAPTERS: adapters}
         if config.get(ENCODER):
             modules[ENCODER] = RobustEncoder(meta_autoencoder(shape.autoencoder))
     shapes = {
@@ -224,7 +229,7 @@ def _shapes(shape: PriorShape, config: Mapping[str, Any]) -> Shapes:
         for part, module in modules.items()
     }
     if lora.rank:
-        layers = add_lora(unet, LORA, rank=lora.rank, alpha=lora.scale, targets=UNET_TARGETS[lora.targets])
+        layers = add_lora(network, LORA, rank=lora.rank, alpha=lora.scale, targets=bundle.targets[lora.targets])
         shapes[LORA] = {key: tuple(tensor.shape) for key, tensor in peft_state(layers, LORA).items()}
     return shapes
 

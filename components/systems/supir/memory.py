@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from components.models import Model
 from components.peak_memory import MemoryPlan
-from components.priors.conditions import SizedConditions
+from components.priors.encoder_copy import unet_skeleton
 from components.priors.files import Precision
 from components.priors.hub import prior_shape
 from components.priors.robust_encoder import RobustEncoder
-from components.priors.step_memory import StepNetworks, plan_steps
+from components.priors.step_memory import StepNetworks, plan_steps, unet_inputs
 from components.systems.supir.config import adaptor_config
 from components.systems.supir.network import ADAPTOR, Adaptor, control_features, predict_eps
 from components.systems.supir.options import Options, parse_options, restore_defaults
@@ -42,14 +42,17 @@ def plan_memory(
     defaults = parse_options(restore_defaults(model.info.get("recipe") or {}), Options())
     config = adaptor_config(model.info["config"][ADAPTOR] or {})
 
-    def build(unet: Any, autoencoder: nn.Module) -> StepNetworks:
+    shape = prior_shape(str(model.info["prior"]["id"]), "")
+
+    def build(autoencoder: nn.Module) -> StepNetworks:
+        unet: Any = unet_skeleton(shape.unet)
         adaptor = Adaptor(unet, config)
 
-        def predict(latents: Tensor, timesteps: Tensor, conditions: SizedConditions) -> Tensor:
+        def call(tile: tuple[int, int], rows: int) -> Tensor:
+            latents, timesteps, conditions = unet_inputs(unet, tile, rows)
             features = control_features(adaptor, latents, timesteps, latents, conditions)
             return predict_eps(unet, adaptor, latents, timesteps, features, conditions, 1.0)
 
-        return StepNetworks(steps=(adaptor,), pictures=(RobustEncoder(autoencoder),), predict=predict)
+        return StepNetworks(steps=(unet, adaptor), pictures=(RobustEncoder(autoencoder),), call=call)
 
-    shape = prior_shape(str(model.info["prior"]["id"]), "")
-    return plan_steps(shape, build, size, parse_options(options, defaults), precision, offload)
+    return plan_steps(shape.autoencoder, build, size, parse_options(options, defaults), precision, offload)

@@ -55,6 +55,11 @@ pulled_flow = in_file("components/samplers/flow.py", "test_restoration_pull.py")
 adapters = in_file("components/systems/dra/adapters.py", "test_dra.py")
 variants = in_file("components/systems/dra/objectives.py", "test_dra.py")
 denoiser = in_file("components/systems/dra/denoiser.py", "test_dra_restorer.py")
+tokens = in_file("components/systems/dra/tokens.py", "test_dra_tokens.py")
+token_loss = in_file("components/systems/dra/objectives.py", "test_dra_tokens.py")
+token_adapters = in_file("components/systems/dra/adapters.py", "test_dra_tokens.py")
+mmdit = in_file("components/priors/mmdit_walk.py", "test_dra_tokens.py")
+flow_denoiser = in_file("components/systems/dra/denoiser.py", "test_dra_tokens.py")
 workers = in_file("components/training.py", "test_training_workers.py")
 
 TARGET = """        conditions = textless
@@ -528,6 +533,42 @@ ADAPTERS = (
     denoiser("denoiser: LQ features of each step", "    @cached_property\n", "    @property\n"),
 )
 
+TOKENS = (
+    mmdit("tokens: the text does not pass from block to block", "text if after is None else after", "text"),
+    mmdit(
+        "tokens: joins see the block before",
+        "joins.after_block(number, tokens)",
+        "joins.after_block(number - 1, tokens)",
+    ),
+    tokens("tokens: times in (0, 1] to the embedding", "times * self.prior.schedule.num_train_timesteps", "times"),
+    token_adapters(
+        "tokens: adapters before their block",
+        "return [self.config.every * (number + 1) - 1 for",
+        "return [self.config.every * number for",
+    ),
+    token_loss(
+        "tokens: noise at other times than the network's",
+        "noisy_latents(clean, eps, times), times,",
+        "noisy_latents(clean, eps, 1 - times), times,",
+    ),
+    token_loss(
+        "tokens: the prompts of the batch",
+        "self.prior.conditions(variants.prompts)",
+        "self.prior.conditions(batch.prompts)",
+    ),
+    token_loss(
+        "tokens: learns the clean latents",
+        "flow_matching_loss(velocity, clean, eps)",
+        "flow_matching_loss(velocity, eps, clean)",
+    ),
+    flow_denoiser(
+        "tokens: guidance is lost",
+        "if self.cfg_scale is None:\n            return self._raw",
+        "if True:\n            return self._raw",
+    ),
+    flow_denoiser("tokens: LQ features of each step", "    @cached_property\n", "    @property\n"),
+)
+
 NAMED: tuple[Named, ...] = (
     *PREVIEWER,
     *CONDITIONS,
@@ -538,5 +579,6 @@ NAMED: tuple[Named, ...] = (
     *WORKERS,
     *RESTORATION_PULL,
     *ADAPTERS,
+    *TOKENS,
 )
 """Every wrong version; make mutate applies each to a copy of the repository and runs its tests."""

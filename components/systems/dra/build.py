@@ -48,10 +48,10 @@ def adapters_objective(
     """
     parent = next(iter(parents.values()), None)
     record = parent.info["prior"] if parent is not None else None
+    if parent is not None and (own := family_name(parent.info["config"])) != recipe.family:
+        raise ModelError(f"{parent.path}: its prior is of the family {own}, not {recipe.family}")
     prior: Any = open_family_prior(recipe.family, recipe.prior, record, recipe.frozen_precision)
     if parent is not None:
-        if (own := family_name(parent.info["config"])) != recipe.family:
-            raise ModelError(f"{parent.path}: its prior is of the family {own}, not {recipe.family}")
         network = network_of(parent, prior)
         _check_same(recipe, network, parent)
     else:

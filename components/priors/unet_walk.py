@@ -294,6 +294,6 @@ def _spatial(model: Any, x: Tensor, rest: Iterator[Any], blocks: Blocks) -> Tens
 
 def _modules(network: Any) -> Iterator[nn.Module]:
     """Modules in the order of the walk. In a block, resnets keep their order, and so do transformers."""
-    for part in (network.down_blocks, network.mid_block, getattr(network, "up_blocks", None)):
+    for part in (network.down_blocks, getattr(network, "mid_block", None), getattr(network, "up_blocks", None)):
         if part is not None:
             yield from part.modules()

@@ -17,7 +17,6 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.controlnets.controlnet import ControlNetModel
-from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from safetensors.torch import load_file
@@ -31,12 +30,13 @@ from components.priors.sdxl_config import SDXL_UNET
 from components.samplers.restoration_pull import RestorationPull, pull_share, steps_left
 from components.systems.dra.adapters import TokenAdapters, UnetAdapters
 from components.systems.dra.config import TOKEN_TARGETS, UNET_TARGETS, AdapterConfig, LoraConfig
+from components.systems.dra.control import TokenControl, UnetControl
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import SwinIR
 from tests.conftest import golden_names
 
-JOINT_LAYERS = 6
-"""Layers of the MM-DiT's ControlNet twin."""
+CONTROL = AdapterConfig(form="controlnet")
+"""The ControlNet twins."""
 
 
 def read(name: str, folder: Path) -> dict[str, Any]:
@@ -149,9 +149,7 @@ COUNTS: Mapping[str, Callable[[], int | list[int]]] = {
     "sd3_total_default": lambda: count(token_adapters()) + count(lora("sd3")),
     "sdxl_controlnet_full": lambda: count(controlnet()),
     "sdxl_controlnet_without_mid_block": lambda: count(controlnet()) - count(controlnet().mid_block),
-    "sd3_controlnet_6_joint_layers": lambda: count(
-        on_meta(lambda: SD3ControlNetModel(**{**SD3_TRANSFORMER, "num_layers": JOINT_LAYERS}))
-    ),
+    "sd3_controlnet_6_joint_layers": lambda: count(on_meta(lambda: TokenControl(sd3(), CONTROL))),
     "pixart_xl2_512": lambda: count(on_meta(lambda: PixArtTransformer2DModel(**PIXART_DIT))),
     "sd21_unet": lambda: count(unet_skeleton(SD21_UNET)),
     "sd_vae": lambda: count(on_meta(lambda: AutoencoderKL(**SD_VAE))),
@@ -175,3 +173,11 @@ def test_golden(name: str, golden_dir: Path) -> None:
     document = read(name, golden_dir)
     check = check_sampling if "cases" in document else check_counts
     check(document, golden_dir / f"{name}.json")
+
+
+def test_the_unets_controlnet_twin_takes_latents() -> None:
+    """The golden one without its encoder of pictures and the middle's zero convolution, with one for latents."""
+    whole: Any = controlnet()
+    hint, middle = count(whole.controlnet_cond_embedding), count(whole.controlnet_mid_block)
+    own = count(on_meta(lambda: UnetControl(sdxl(), CONTROL)))
+    assert own == count(whole) - count(whole.mid_block) - hint - middle + (4 * 9 + 1) * 320 == 835_182_400

@@ -110,6 +110,27 @@ def run_adapter(adapter: Any, x: Tensor, feature: Tensor, shift: Tensor) -> tupl
 RunAdapter = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of the denoiser, for what acts on it.
+
+    Attributes:
+        latents: noisy latents [H B, C, h, w].
+        times: time steps as the denoiser takes them [H B].
+        embedding: its whole embedding [H B, E], before any activation.
+        text: token embeddings [H B, L, D].
+        pooled: pooled text [H B, P].
+        time_ids: size ids [H B, 6] of an SDXL-shaped UNet.
+    """
+
+    latents: Tensor
+    times: Tensor
+    embedding: Tensor
+    text: Tensor
+    pooled: Tensor
+    time_ids: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class AdapterBlocks(Blocks):
     """The block functions of the UNet's walk and of the adapters, plain, compiled or recomputing."""
@@ -171,6 +192,10 @@ class UnetAdapters(nn.Module):
     def shifts(self, embedding: Tensor) -> list[Tensor]:
         """Adapter.shift of each adapter, for the UNet's whole embedding [B, E] before the activation."""
         return [adapter.shift(embedding) for adapter in self.adapters]  # type: ignore[operator]
+
+    def joins(self, features: Sequence[Tensor], call: Call, blocks: AdapterBlocks) -> Joins:
+        """The adapters in one call of the UNet; `features` are those of the LQ latents."""
+        return AdapterJoins(self, features, self.shifts(call.embedding), blocks.adapter)
 
 
 class AdapterJoins(Joins):
@@ -290,6 +315,10 @@ class TokenAdapters(nn.Module):
     def shifts(self, embedding: Tensor) -> list[Tensor]:
         """Adapter.shift of each adapter, for the prior's embedding [B, E] before any activation."""
         return [adapter.shift(embedding) for adapter in self.adapters]  # type: ignore[operator]
+
+    def joins(self, features: Sequence[Tensor], call: Call, blocks: TokenAdapterBlocks) -> TokenJoins:
+        """The adapters in one call of the MM-DiT; `features` are those of the LQ latents."""
+        return TokenAdapterJoins(self, features, self.shifts(call.embedding), blocks.adapter)
 
     def apply_adapter(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from components.options import check_choices, settings_by_name
@@ -47,6 +47,8 @@ class AdapterConfig:
     The paper fixes the order of the parts and their number, not the blocks (its Fig. 3). The defaults give its counts.
 
     Attributes:
+        form: "adapters", or "controlnet" for the twin of the paper's Table 3, a trainable copy of the prior's first
+            blocks: 835 million parameters in SDXL (paper: 839), 539 in SD3 medium (504).
         block: form of a UNet's adapter blocks. "conv31": two residual blocks of a 3x3 and a 1x1 convolution, and a 1x1
             for the LQ feature; 134.7 million parameters in SDXL, with the LoRA 156.0 million (paper: 157). "conv3":
             single 3x3 convolutions, the twin of the MM-DiT's form; 164.0 million. "naf": NAF blocks (Chen et al. 2022),
@@ -58,22 +60,27 @@ class AdapterConfig:
         silu: place of the time embedding's SiLU, "before" or "after" its linear layer.
         adapt_skip: whether the skip feature of a compression block changes too; False leaves it as in the prior.
         every: an MM-DiT has an adapter after every block with a number that this divides (from 1); 4 in section 4.1.
+        layers: joint blocks of a ControlNet on an MM-DiT.
 
     Raises:
         ValueError: a value is outside its set.
     """
 
+    form: Literal["adapters", "controlnet"] = "adapters"
     block: Block = "conv31"
     norm: Literal["none", "group"] = "none"
     chain: Literal["lq", "fused"] = "lq"
     silu: Literal["before", "after"] = "before"
     adapt_skip: bool = False
     every: int = 4
+    layers: int = 6
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ValueError(f"every must be a whole number from 1, got {self.every!r:.80}")
+        for name in ("every", "layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, got {value!r:.80}")
 
     def to_dict(self) -> dict[str, Any]:
         """For model.json."""
@@ -129,11 +136,21 @@ def shape_of(family: PriorFamily) -> Shape:
 
 
 def check_adapter_shape(config: AdapterConfig, shape: Shape) -> None:
-    """Raises ValueError for a setting of the other shape that is not at its default."""
-    foreign = {"maps": ("every",), "tokens": ("block", "norm", "adapt_skip")}[shape]
+    """Raises ValueError for a setting of another shape or form that is not at its default."""
     plain = AdapterConfig()
-    if changed := [name for name in foreign if getattr(config, name) != getattr(plain, name)]:
-        raise ValueError(f"{', '.join(changed)}: not a setting of adapters on {shape}")
+    counts = _SETTINGS[config.form, shape]
+    changed = [field.name for field in fields(config) if getattr(config, field.name) != getattr(plain, field.name)]
+    if foreign := [name for name in changed if name not in ("form", *counts)]:
+        raise ValueError(f"{', '.join(foreign)}: not a setting of {config.form} on {shape}")
+
+
+_SETTINGS: Mapping[tuple[str, Shape], tuple[str, ...]] = {
+    ("adapters", "maps"): ("block", "norm", "chain", "silu", "adapt_skip"),
+    ("adapters", "tokens"): ("chain", "silu", "every"),
+    ("controlnet", "maps"): (),
+    ("controlnet", "tokens"): ("layers",),
+}
+"""The settings that count by form and shape."""
 
 
 def lora_config(values: Mapping[str, Any]) -> LoraConfig:

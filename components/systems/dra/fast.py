@@ -26,7 +26,7 @@ from components.priors.fast_unet import (
     time_embedding,
 )
 from components.priors.unet_walk import Context, Inputs, walk_unet
-from components.systems.dra.adapters import AdapterBlocks, AdapterJoins
+from components.systems.dra.adapters import AdapterBlocks, AdapterJoins, UnetAdapters
 from components.systems.dra.network import Dra
 
 
@@ -47,6 +47,8 @@ class FastDra(FastAutoencoder):
             for module in (network.prior.unet, network.adapters, network.prior.autoencoder, network.encoder):
                 if module is not None:
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        assert isinstance(network.adapters, UnetAdapters), "a ControlNet has no fast path"
+        self.adapters = network.adapters
         blocks = self.speed.blocks(AdapterBlocks())
         self.adapter_block = blocks.adapter
         self.unet = derive(network.prior.unet, self.speed.walk(walk_unet, blocks), self.speed.join and not network.lora)
@@ -67,7 +69,7 @@ class FastRun:
     def features(self, lq: Tensor) -> list[Tensor]:
         """See UnetAdapters.features."""
         with self.fast.unet.own_precision():
-            return self.fast.network.adapters.features(self._layout(lq.to(self.fast.network.adapters.dtype)))
+            return self.fast.adapters.features(self._layout(lq.to(self.fast.adapters.dtype)))
 
     def predict_eps(
         self, latents: Tensor, timesteps: Tensor, features: Sequence[Tensor], conditions: SizedConditions
@@ -92,7 +94,7 @@ class FastRun:
 def _step(fast: FastDra, changing: Sequence[Tensor], constant: Sequence[Tensor]) -> Sequence[Tensor]:
     """One call: the whole embedding before SiLU, noisy latents, LQ features; keys and values of the text."""
     embedding, latents, *features = changing
-    adapters = fast.network.adapters
+    adapters = fast.adapters
     joins = AdapterJoins(adapters, features, adapters.shifts(embedding), fast.adapter_block)
     contexts = [Context(*constant[2 * i : 2 * i + 2]) for i in range(len(fast.unet.fused))]
     inputs = Inputs(list(fast.unet.project(F.silu(embedding))), contexts, fast.unet.fused)

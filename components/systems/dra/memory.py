@@ -21,7 +21,7 @@ from components.priors.sd3_config import CLIP_TOKENS, T5_TOKENS
 from components.priors.sd3_files import text_parameters
 from components.priors.step_memory import StepNetworks, plan_steps, unet_inputs
 from components.priors.unet_walk import text_inputs, walk_unet
-from components.systems.dra.adapters import AdapterJoins, TokenAdapterJoins
+from components.systems.dra.adapters import AdapterBlocks, Call, TokenAdapterBlocks
 from components.systems.dra.bundle import ADAPTERS, ENCODER
 from components.systems.dra.config import Shape, adapter_config, shape_of
 from components.systems.dra.options import SAMPLERS, Options, restore_defaults
@@ -64,21 +64,22 @@ def plan_memory(
     return plan_steps(prior.autoencoder, build, size, chosen, precision, offload)
 
 
-Call = Callable[[tuple[int, int], int], Tensor]
+TileCall = Callable[[tuple[int, int], int], Tensor]
 
 
-def _on_maps(prior: NetworkShape, unet: Any, adapters: Any) -> tuple[Call, int]:
+def _on_maps(prior: NetworkShape, unet: Any, adapters: Any) -> tuple[TileCall, int]:
     def call(tile: tuple[int, int], rows: int) -> Tensor:
         latents, timesteps, conditions = unet_inputs(unet, tile, rows)
         features = adapters.features(latents[:1])  # of one picture, for both halves of guidance
         embedding = embed_step(unet, timesteps, conditions.pooled, conditions.time_ids, latents.dtype)
-        joins = AdapterJoins(adapters, features, adapters.shifts(embedding))
+        step = Call(latents=latents, times=timesteps, embedding=embedding, **conditions.tensors())
+        joins = adapters.joins(features, step, AdapterBlocks())
         return walk_unet(unet, latents, text_inputs(unet, embedding, conditions.text), joins)
 
     return call, StepNetworks.text_parameters
 
 
-def _on_tokens(prior: NetworkShape, network: Any, adapters: Any) -> tuple[Call, int]:
+def _on_tokens(prior: NetworkShape, network: Any, adapters: Any) -> tuple[TileCall, int]:
     sizes = prior.network
 
     def call(tile: tuple[int, int], rows: int) -> Tensor:
@@ -86,14 +87,16 @@ def _on_tokens(prior: NetworkShape, network: Any, adapters: Any) -> tuple[Call, 
         latents = torch.empty(rows, sizes["in_channels"], *tile, dtype=dtype)
         text = torch.empty(rows, CLIP_TOKENS + T5_TOKENS, sizes["joint_attention_dim"], dtype=dtype)
         pooled = torch.empty(rows, sizes["pooled_projection_dim"], dtype=dtype)
-        embedding = network.time_text_embed(torch.zeros(rows), pooled)
-        joins = TokenAdapterJoins(adapters, adapters.features(latents[:1]), adapters.shifts(embedding))
+        times = torch.zeros(rows)
+        embedding = network.time_text_embed(times, pooled)
+        step = Call(latents=latents, times=times, embedding=embedding, text=text, pooled=pooled)
+        joins = adapters.joins(adapters.features(latents[:1]), step, TokenAdapterBlocks())
         return walk_mmdit(network, latents, embedding, text, joins)
 
     return call, text_parameters()
 
 
-_CALLS: Mapping[Shape, Callable[[NetworkShape, Any, Any], tuple[Call, int]]] = {
+_CALLS: Mapping[Shape, Callable[[NetworkShape, Any, Any], tuple[TileCall, int]]] = {
     "maps": _on_maps,
     "tokens": _on_tokens,
 }

@@ -16,14 +16,15 @@ from components.priors.conditions import SizedConditions
 from components.priors.encoder_copy import embed_step
 from components.priors.sdxl import Prior
 from components.priors.unet_walk import check_walkable, text_inputs, walk_unet
-from components.systems.dra.adapters import AdapterBlocks, AdapterJoins, UnetAdapters
+from components.systems.dra.adapters import AdapterBlocks, Call, UnetAdapters
 from components.systems.dra.bundle import ADAPTERS, ENCODER, LORA, Bundle
 from components.systems.dra.config import UNET_TARGETS, AdapterConfig
+from components.systems.dra.control import UnetControl
 
 __all__ = ["ADAPTERS", "ENCODER", "LORA", "Dra"]
 
 
-class Dra(Bundle[Prior, UnetAdapters]):
+class Dra(Bundle[Prior, UnetAdapters | UnetControl]):
     """See Bundle. The adapters are after the UNet's blocks."""
 
     shape = "maps"
@@ -32,9 +33,9 @@ class Dra(Bundle[Prior, UnetAdapters]):
     blocks = AdapterBlocks()
 
     @classmethod
-    def adapters_of(cls, network: Any, config: AdapterConfig) -> UnetAdapters:
+    def adapters_of(cls, network: Any, config: AdapterConfig) -> UnetAdapters | UnetControl:
         check_walkable(network)
-        return UnetAdapters(network, config)
+        return UnetAdapters(network, config) if config.form == "adapters" else UnetControl(network, config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,12 +49,15 @@ class Dra(Bundle[Prior, UnetAdapters]):
         Args:
             latents: noisy latents [H B, C, h, w] in VP form, H halves of guidance.
             timesteps: int64 [H B] or [1].
-            features: of the LQ latents of B pictures, see UnetAdapters.features.
+            features: of the LQ latents of B pictures, see the adapters' `features`.
             conditions: H B rows.
         """
         unet: Any = self.prior.unet
         own = conditions.cast(self.dtype)
-        embedding = embed_step(unet, timesteps.expand(len(latents)), own.pooled, own.time_ids, self.dtype)
-        joins = AdapterJoins(self.adapters, features, self.adapters.shifts(embedding), self.blocks.adapter)
-        inputs = text_inputs(unet, embedding, own.text)
-        return walk_unet(unet, latents.to(self.dtype), inputs, joins, self.blocks).to(latents.dtype)
+        times, noisy = timesteps.expand(len(latents)), latents.to(self.dtype)
+        embedding = embed_step(unet, times, own.pooled, own.time_ids, self.dtype)
+        call = Call(
+            latents=noisy, times=times, embedding=embedding, text=own.text, pooled=own.pooled, time_ids=own.time_ids
+        )
+        joins = self.adapters.joins(features, call, self.blocks)
+        return walk_unet(unet, noisy, text_inputs(unet, embedding, own.text), joins, self.blocks).to(latents.dtype)

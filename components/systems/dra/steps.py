@@ -18,6 +18,7 @@ from components.samplers.flow import flow_sigmas, sample_flow
 from components.samplers.restoration_pull import RestorationPull
 from components.samplers.schedules import Schedule
 from components.samplers.tiles import tiled
+from components.systems.dra.adapters import UnetAdapters
 from components.systems.dra.bundle import Bundle
 from components.systems.dra.config import Shape
 from components.systems.dra.denoiser import DraDenoiser, FlowDenoiser
@@ -103,7 +104,8 @@ class MapSteps:
 
     def __init__(self, network: Dra, speed: Speed) -> None:
         self.network, self.prior = network, network.prior
-        self.autoencoder = self.fast = FastDra(network, speed)
+        self.fast = FastDra(network, speed) if isinstance(network.adapters, UnetAdapters) else None
+        self.autoencoder = self.fast or FastAutoencoder(network.prior, speed)
 
     def chunks(self, texts: Sequence[str]) -> int:
         return max(self.prior.prompt_chunks(text) for text in texts)
@@ -116,7 +118,7 @@ class MapSteps:
     def sample(self, run: Run) -> Tensor:
         options, prior, rows, device = run.options, self.prior, len(run.lq), run.lq.device
         table = level_table(prior.schedule) if options.sampler == "edm" else prior.schedule.sigmas
-        fast = self.fast.run()
+        fast: Any = self.fast.run() if self.fast is not None else self.network  # a ControlNet has no fast path
         denoiser = DraDenoiser(
             predict=fast.predict_eps,
             features_of=fast.features,

@@ -409,6 +409,7 @@ def test_training_continues_restores_and_travels(prior_folder: Model, tmp_path: 
     assert report.parameters == sum(v.numel() for tensors in network.parts().values() for v in tensors.values())
     back = import_weights(find_files(folder), tmp_path / "back")
     assert back.config == model.info["config"] and back.prior == prior_record
+    assert prior_record["id"] in load_model(tmp_path / "back").info["permitted_use"]
     for part in (ADAPTERS, LORA):
         one, other = model.part(part), load_model(tmp_path / "back").part(part)
         assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)

@@ -55,6 +55,7 @@ pulled_flow = in_file("components/samplers/flow.py", "test_restoration_pull.py")
 adapters = in_file("components/systems/dra/adapters.py", "test_dra.py")
 variants = in_file("components/systems/dra/objectives.py", "test_dra.py")
 denoiser = in_file("components/systems/dra/denoiser.py", "test_dra_restorer.py")
+control = in_file("components/systems/dra/control.py", "test_dra_control.py")
 tokens = in_file("components/systems/dra/tokens.py", "test_dra_tokens.py")
 token_loss = in_file("components/systems/dra/objectives.py", "test_dra_tokens.py")
 token_adapters = in_file("components/systems/dra/adapters.py", "test_dra_tokens.py")
@@ -566,6 +567,11 @@ TOKENS = (
         "if self.cfg_scale is None:\n            return self._raw",
         "if True:\n            return self._raw",
     ),
+    control("control: skips in the wrong order", "self._additions.pop()", "self._additions.pop(0)"),
+    control(
+        "control: an addition after the last block", "if number == self._blocks - 1:", "if number == self._blocks:"
+    ),
+    control("control: the first additions alone", "number * len(self._additions) // self._blocks", "0"),
     flow_denoiser("tokens: LQ features of each step", "    @cached_property\n", "    @property\n"),
 )
 

@@ -23,3 +23,8 @@ def family_of(name: str) -> PriorFamily:
 def licence_of(prior: str) -> str:
     """The published licence of a prior by its hub id; "see there" for any other."""
     return next((family.licences[prior] for family in FAMILIES.values() if prior in family.licences), "see there")
+
+
+def permitted_use_of(prior: str) -> str:
+    """The permitted use of weights that were trained on a prior, for model.json; by the prior's hub id."""
+    return f"as the licences allow; of the prior {prior}: {licence_of(prior)}"

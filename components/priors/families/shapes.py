@@ -65,8 +65,8 @@ def network_shape(name: str, family: PriorFamily) -> NetworkShape:
         return _shape(family, own, model.digest, config[family.part], config["autoencoder"])
     files = (f"{family.part}/config.json", "vae/config.json")
     published = {key: {files[0]: sizes, files[1]: family.latents} for key, sizes in family.networks.items()}
-    configs, found = read_configs(name, files, published, [])
-    return _shape(family, found, "", configs[files[0]], configs.get(files[1], {}))
+    configs, own = read_configs(name, files, published, [])
+    return _shape(family, own, "", configs[files[0]], configs.get(files[1], {}))
 
 
 def _shape(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import did_you_mean
-from components.priors.families import family_of
+from components.priors.families import family_of, permitted_use_of
 from components.priors.families.shapes import NetworkShape, network_shape
 from components.priors.lora import PEFT_PREFIX, add_lora, peft_config, peft_state
 from components.priors.robust_encoder import RobustEncoder
@@ -166,7 +166,7 @@ def import_weights(
         parents={source.file: f"sha256:{source.sha256}" for source in sources},
         data_manifest_digest=sidecar.get("data_manifest_digest") or "",
         licence=licence or sidecar.get("licence") or "unstated",
-        permitted_use=sidecar.get("permitted_use") or "unstated",
+        permitted_use=sidecar.get("permitted_use") or permitted_use_of(shape.id),
         metrics=sidecar.get("metrics") or {},
     )
     result = ImportReport(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from components.models import ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import MESSAGE_CHARS, did_you_mean, limited
 from components.places import SHIPPED_PRIORS
-from components.priors.families import FAMILIES, licence_of
+from components.priors.families import FAMILIES, permitted_use_of
 from components.priors.files import read_json
 from components.priors.hub import find_folder
 from components.priors.scheduler_config import read_schedule
@@ -140,7 +140,7 @@ def import_weights(
         parents={source.file: f"sha256:{source.sha256}" for source in sources},
         data_manifest_digest=sidecar.get("data_manifest_digest") or "",
         licence=licence or sidecar.get("licence") or (LICENCE if published else "unstated"),
-        permitted_use=sidecar.get("permitted_use") or _permitted_use(str(expected.prior["id"])),
+        permitted_use=sidecar.get("permitted_use") or permitted_use_of(str(expected.prior["id"])),
         metrics=sidecar.get("metrics") or {},
     )
     if expected.config["coarse"] is None:
@@ -359,10 +359,6 @@ def _read_prior(family: str, name: str) -> tuple[dict[str, Any], dict[str, str],
     network = {key: value for key, value in read_json(folder / file).items() if not key.startswith("_")}
     source_config = {"network": network, "schedule": asdict(schedule), "prediction": prediction}
     return source_config, {"id": prior_id, "digest": ""}, ""
-
-
-def _permitted_use(prior: str) -> str:
-    return f"as the licences allow; of the prior {prior}: {licence_of(prior)}"
 
 
 # -- comparison with the files -----------------------------------------------------------------------------------------

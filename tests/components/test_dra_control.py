@@ -188,7 +188,7 @@ def test_settings_recipes_and_files() -> None:
         assert recipe.lora == {"rank": 0} and recipe.adapters == {"form": "controlnet", **adapters}
         assert recipe.prior == load_recipe(f"dra-{name}-nano").prior
     for setting in ("adapters.block=naf", "adapters.layers=3"):
-        with pytest.raises(RecipeError, match="(block|layers): not a setting of controlnet on maps"):
+        with pytest.raises(RecipeError, match=r"(block|layers): not a setting of controlnet on maps"):
             load_recipe("dra-sdxl-controlnet-nano", [setting])
     with pytest.raises(RecipeError, match="every: not a setting of controlnet on tokens"):
         load_recipe("dra-sd3-controlnet-nano", ["adapters.every=2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from components.systems.dra.config import AdapterConfig, LoraConfig, shape_of
 from components.systems.dra.memory import plan_memory
 from components.systems.dra.objectives import FlowAdaptersObjective
 from components.systems.dra.options import check_options, restore_defaults
-from components.systems.dra.released import find_files
+from components.systems.dra.released import SIDECAR, find_files
 from components.systems.dra.restorer import DraRestorer
 from components.systems.dra.tokens import TokenDra
 from components.systems.dra.weights import expected_layout, export_weights, import_weights
@@ -409,7 +410,10 @@ def test_training_continues_restores_and_travels(prior_folder: Model, tmp_path: 
     assert report.parameters == sum(v.numel() for tensors in network.parts().values() for v in tensors.values())
     back = import_weights(find_files(folder), tmp_path / "back")
     assert back.config == model.info["config"] and back.prior == prior_record
-    assert prior_record["id"] in load_model(tmp_path / "back").info["permitted_use"]
+    assert back.permitted_use == "unstated"
+    sidecar = json.loads((folder / SIDECAR).read_text())
+    (folder / SIDECAR).write_text(json.dumps({**sidecar, "permitted_use": ""}))
+    assert f"of the prior {prior_record['id']}: see there" in import_weights(find_files(folder), None).permitted_use
     for part in (ADAPTERS, LORA):
         one, other = model.part(part), load_model(tmp_path / "back").part(part)
         assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)

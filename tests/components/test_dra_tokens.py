@@ -243,6 +243,21 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(plain, recomputed)
 
 
+def test_training_on_one_batch_lowers_its_loss() -> None:
+    """From new adapters, with the LoRA: the same pictures and noise again and again."""
+    network, batch = make_network(trained=False), make_batch()
+    objective = FlowAdaptersObjective(network)
+    optimizer = torch.optim.Adam(objective.trainables[ADAPTERS].parameters(), 1e-2)
+    losses = []
+    for _ in range(25):
+        ((_, loss),) = objective.phases(batch, Noise(3, batch.positions))
+        optimizer.zero_grad()
+        loss.value.backward()
+        optimizer.step()
+        losses.append(float(loss.value.detach()))
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
 # ---------------------------------------------------------------------------------------------------------- restorer
 
 

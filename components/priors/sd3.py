@@ -95,6 +95,11 @@ class SD3Prior:
         """Picture sides must be multiples of this, so that patches cover the latents."""
         return self.factor * int(self.network.config["patch_size"])
 
+    @property
+    def largest_side(self) -> int | None:
+        """The longest side of latents for which the MM-DiT has positions."""
+        return int(self.network.config["pos_embed_max_size"]) * int(self.network.config["patch_size"])
+
     def to(self, device: str | torch.device) -> SD3Prior:
         for module in self.modules.values():
             nn.Module.to(module, device=device)

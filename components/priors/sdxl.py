@@ -105,6 +105,11 @@ class Prior:
         """Picture sides must be multiples of this, so that the UNet halves evenly."""
         return self.factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
+    @property
+    def largest_side(self) -> int | None:
+        """The UNet takes latents of any side."""
+        return None
+
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Prior:
         """Moves the networks to a device and casts all but the autoencoder to `dtype`: SDXL's autoencoder needs
         float32."""

@@ -50,12 +50,14 @@ class StepNetworks:
         pictures: on the device with the autoencoder.
         call: ((height, width) of a tile in latent pixels, rows) -> anything, by one call; guidance doubles the rows.
         text_parameters: of the text encoders beside an AutoencoderKL.
+        largest_side: the longest side of latents that the denoiser takes; None for any.
     """
 
     steps: tuple[nn.Module, ...]
     pictures: tuple[nn.Module, ...]
     call: Callable[[tuple[int, int], int], Any]
     text_parameters: int = SDXL_TEXT_PARAMETERS
+    largest_side: int | None = None
 
 
 def plan_steps(
@@ -83,7 +85,9 @@ def plan_steps(
             nn.Module.to(module, dtype=DTYPES[precision])
         if precision == "fp8":
             store_in_8_bits(own.steps)
-        steps = peak_bytes(lambda: own.call(_tile(size, options, autoencoder), 2 if options.guided else 1))
+        steps = peak_bytes(
+            lambda: own.call(_tile(size, options, autoencoder, own.largest_side), 2 if options.guided else 1)
+        )
         pictures = peak_bytes(lambda: _pictures(autoencoder, _whole(size, options, autoencoder)))
     element = 1 if precision == "fp8" else torch.empty(0, dtype=DTYPES[precision]).element_size()
     texts = own.text_parameters * element if isinstance(autoencoder, AutoencoderKL) else 0
@@ -104,10 +108,11 @@ def meta_autoencoder(config: Mapping[str, Any]) -> nn.Module:
     return AutoencoderKL.from_config(dict(config))  # type: ignore[return-value]
 
 
-def _tile(size: tuple[int, int], options: StepOptions, autoencoder: nn.Module) -> tuple[int, int]:
+def _tile(size: tuple[int, int], options: StepOptions, autoencoder: nn.Module, largest: int | None) -> tuple[int, int]:
     """(height, width) of a tile of the steps, in latent pixels."""
     factor = autoencoder_factor(autoencoder)
     side = options.tile_px // factor if options.tile_px else TILE
+    side = min(side, largest or side)
     height, width = (min(side, -(-length // factor)) for length in size)
     return (max(8, height // 8 * 8), max(8, width // 8 * 8))
 

@@ -60,6 +60,10 @@ class SteppedPrior(Protocol):
     @property
     def multiple_px(self) -> int: ...
 
+    @property
+    def largest_side(self) -> int | None:
+        """The longest side of latents that the denoiser takes; None for any."""
+
 
 def halo_of(prior: LatentPrior, part: str) -> int:
     """Width in latent pixels of a tile's halo; `part` is "encoder" or "decoder"."""
@@ -251,9 +255,13 @@ def _ramp(first: int, last: int, start: int, end: int, length: int, fade: int, s
 
 
 def step_tile_side(prior: SteppedPrior, tile_px: int) -> int:
-    """Side of a sampler's tile in latent pixels, such that the network halves evenly; 0 takes TILE."""
+    """Side of a sampler's tile in latent pixels, such that the network halves evenly; 0 takes TILE.
+
+    It is at most the prior's largest_side.
+    """
     multiple = prior.multiple_px // prior.factor
     side = tile_px // prior.factor if tile_px else TILE
+    side = min(side, prior.largest_side or side)
     return max(multiple, side // multiple * multiple)
 
 

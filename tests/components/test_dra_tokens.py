@@ -314,11 +314,14 @@ def test_the_lq_path_is_computed_once_for_a_picture() -> None:
 
 
 def test_tiles_and_any_sizes() -> None:
-    """Positions reach 16 x 16 tokens here, so a tile of 64 px is the largest; a picture in tiles has its own size."""
+    """Positions reach 16 x 16 tokens here, so a tile of 64 px is the largest, whatever the options ask for."""
     network = make_network()
     calls, _ = hand.count_calls(network)
     answer = run(DraRestorer(network), picture(61, 150), steps=2, cfg_scale=1.0, tile_px=64, tile_overlap=0.25)
     assert answer.shape == (61, 150, 3) and calls["lq 0"] == 3
+    same = {"steps": 2, "cfg_scale": 1.0, "tile_overlap": 0.25}
+    assert np.array_equal(run(DraRestorer(network), picture(61, 150), **same), answer)
+    assert np.array_equal(run(DraRestorer(network), picture(61, 150), **same, tile_px=1024), answer)
     requests = [
         Request(key="a", image=picture(18, 30), seed=1, prompt="red", options=QUICK),
         Request(key="b", image=picture(18, 30, "q"), seed=3, prompt="blue", options=QUICK, size=(20, 28)),
@@ -489,6 +492,9 @@ def test_the_plan_of_memory_at_real_size(tmp_path: Path) -> None:
     assert 5.4e9 < plan["texts"].weights / 2 < 5.7e9  # CLIP-L, bigG and T5-XXL
     one = {phase.name: phase for phase in plan_memory(model, (1024, 1024), {"cfg_scale": 1.0}, "bf16").phases}
     assert 0.4 * plan["steps"].peak < one["steps"].peak < 0.8 * plan["steps"].peak
+    large = {phase.name: phase for phase in plan_memory(model, (8192, 8192), {"tile_px": 8192}, "bf16").phases}
+    largest = {phase.name: phase for phase in plan_memory(model, (3072, 3072), {"tile_px": 8192}, "bf16").phases}
+    assert large["steps"].peak == largest["steps"].peak  # 192 tokens a side
     with pytest.raises(ValueError, match='Did you mean "tile_px"'):
         plan_memory(model, (1024, 1024), {"tile_pix": 512})
 

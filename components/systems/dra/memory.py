@@ -56,18 +56,15 @@ def plan_memory(
     def build(autoencoder: nn.Module) -> StepNetworks:
         network = prior.build()
         adapters = BUNDLES[shape].adapters_of(network, config)
-        call, texts = _CALLS[shape](prior, network, adapters)
         pictures = (RobustEncoder(autoencoder),) if robust else ()
-        return StepNetworks(steps=(network, adapters), pictures=pictures, call=call, text_parameters=texts)
+        own = _CALLS[shape](prior, network, adapters)
+        return StepNetworks(steps=(network, adapters), pictures=pictures, **own)
 
     chosen = replace_options(options, replace_options(own, Options()))
     return plan_steps(prior.autoencoder, build, size, chosen, precision, offload)
 
 
-TileCall = Callable[[tuple[int, int], int], Tensor]
-
-
-def _on_maps(prior: NetworkShape, unet: Any, adapters: Any) -> tuple[TileCall, int]:
+def _on_maps(prior: NetworkShape, unet: Any, adapters: Any) -> dict[str, Any]:
     def call(tile: tuple[int, int], rows: int) -> Tensor:
         latents, timesteps, conditions = unet_inputs(unet, tile, rows)
         features = adapters.features(latents[:1])  # of one picture, for both halves of guidance
@@ -76,10 +73,10 @@ def _on_maps(prior: NetworkShape, unet: Any, adapters: Any) -> tuple[TileCall, i
         joins = adapters.joins(features, step, AdapterBlocks())
         return walk_unet(unet, latents, text_inputs(unet, embedding, conditions.text), joins)
 
-    return call, StepNetworks.text_parameters
+    return {"call": call}
 
 
-def _on_tokens(prior: NetworkShape, network: Any, adapters: Any) -> tuple[TileCall, int]:
+def _on_tokens(prior: NetworkShape, network: Any, adapters: Any) -> dict[str, Any]:
     sizes = prior.network
 
     def call(tile: tuple[int, int], rows: int) -> Tensor:
@@ -93,10 +90,11 @@ def _on_tokens(prior: NetworkShape, network: Any, adapters: Any) -> tuple[TileCa
         joins = adapters.joins(adapters.features(latents[:1]), step, TokenAdapterBlocks())
         return walk_mmdit(network, latents, embedding, text, joins)
 
-    return call, text_parameters()
+    largest = sizes["pos_embed_max_size"] * sizes["patch_size"]
+    return {"call": call, "text_parameters": text_parameters(), "largest_side": largest}
 
 
-_CALLS: Mapping[Shape, Callable[[NetworkShape, Any, Any], tuple[TileCall, int]]] = {
+_CALLS: Mapping[Shape, Callable[[NetworkShape, Any, Any], dict[str, Any]]] = {
     "maps": _on_maps,
     "tokens": _on_tokens,
 }

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from components.naming import did_you_mean, limited, list_some
 from components.places import find_model_folder, shipped_models, shipped_priors, stored_models, weights_folder
+from components.weight_storage import unpack_8_bits
 
 FORMAT = 1
 
@@ -58,7 +59,7 @@ class Model:
             raise ModelError(f"{self.path}: part {name!r} is missing ({parts[name]['file']})")
         if file_sha256(file) != parts[name]["sha256"]:
             raise ModelError(f"{self.path}: part {name!r} does not have the sha256 that model.json names")
-        return load_file(file)
+        return unpack_8_bits(load_file(file))
 
     def parts(self) -> Mapping[str, dict[str, Tensor]]:
         """All parts by name; each lookup checks and loads the part again, without a cache."""

@@ -30,6 +30,9 @@ class Distillation:
         matching_distance: the score matching of a sample counts by d^2 / (d^2 + this^2), d the rms distance
             of its result from its target; 0 counts all samples alike. Ours: a sample that the regression restores well
             has nothing left to draw.
+        window: side of the window of each sample that the scores see, at a random place, in latent pixels; 0 is the
+            whole. Ours: networks that work on a coarse grid have errors that repeat with it, and a generator that
+            always has the same place in the grid learns to draw them.
         cfg_scale: guidance of the real score; 1 for none.
         text_dropout: probability of an empty prompt, which guidance and restoration without a prompt need.
         regression: "perceptual" (LPIPS if `lpips` names weights, else the pyramid), "l2" of latents, "both", or "none"
@@ -59,6 +62,7 @@ class Distillation:
     fixed_alpha: float = 0.5
     weight: float = 1.0
     matching_distance: float = field(default=0.0, metadata=ADDED_LATER)
+    window: int = field(default=0, metadata=ADDED_LATER)
     cfg_scale: float = 3.0
     text_dropout: float = 0.1
     regression: Literal["perceptual", "l2", "both", "none"] = "perceptual"
@@ -77,6 +81,7 @@ class Distillation:
             ("kappa", self.kappa, 0, None),
             ("weight", self.weight, 0, None),
             ("matching_distance", self.matching_distance, 0, None),
+            ("window", self.window, 0, None),
             ("cfg_scale", self.cfg_scale, 0, None),
             ("perceptual_weight", self.perceptual_weight, 0, None),
             ("l2_weight", self.l2_weight, 0, None),

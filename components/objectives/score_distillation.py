@@ -6,8 +6,8 @@ Each step has two phases on the same generated latents, each with its own optimi
     fake_score   mean square error of the noise that it predicts on the generator's latents
 
 All randomness comes from the Noise argument of `phases`, by these names: "text_dropout", "generator" (if the generator
-takes noise), "score_timestep", "score_noise", "fake_timestep" and "fake_noise" (the last two with the suffix " 1" and
-so on in further steps of the fake score).
+takes noise), "score_timestep", "score_noise", "score_window", "fake_timestep", "fake_noise" and "fake_window" (the last
+three with the suffix " 1" and so on in further steps of the fake score).
 
 A system derives its objective from ScoreDistillation. Its conditions, latents and score networks may be of any kind.
 """
@@ -220,6 +220,7 @@ class ScoreDistillation(Objective):
     def _score_loss(self, latents: Tensor, conditions: Conditions, t_max: Tensor, noise: Noise) -> Tensor:
         """L_dsm per sample [B]: real and fake score on the same noisy latents (section 5.2)."""
         t = draw_timesteps(noise.uniform("score_timestep"), t_max, self.settings.t_share)
+        (latents,) = self.windows("score_window", noise, latents)
         with torch.no_grad():
             clean = latents.detach()
             noisy = self.schedule.add_noise(clean, noise.normal("score_noise", tuple(clean.shape[1:])).to(clean), t)
@@ -238,9 +239,32 @@ class ScoreDistillation(Objective):
             t = draw_timesteps(noise.uniform(f"fake_timestep{suffix}"), t_max, self.settings.t_share)
         else:  # a flow-matching prior has no noise at step 0
             t = noise.integers(f"fake_timestep{suffix}", 1, self.schedule.num_train_timesteps)
+        (latents,) = self.windows(f"fake_window{suffix}", noise, latents)
         eps = noise.normal(f"fake_noise{suffix}", tuple(latents.shape[1:])).to(latents)
         noisy = self.schedule.add_noise(latents, eps, t)
         return epsilon_loss(self.fake.predict_eps(noisy, t, conditions), eps).mean()
+
+    def windows(self, name: str, noise: Noise, *pictures: Tensor) -> tuple[Tensor, ...]:
+        """The same random window of each sample of all pictures [B, C, h, w], see Distillation.window.
+
+        Raises:
+            ValueError: the window is larger than the pictures.
+        """
+        side, (height, width) = self.settings.window, pictures[0].shape[-2:]
+        if not side:
+            return pictures
+        if side > min(height, width):
+            raise ValueError(f"distillation.window is {side}, larger than {height} x {width}")
+        tops, lefts = (
+            noise.integers(f"{name} {n}", 0, room + 1) for n, room in enumerate((height - side, width - side))
+        )
+        places = list(zip(tops.tolist(), lefts.tolist(), strict=True))
+        return tuple(
+            torch.stack(
+                [one[:, top : top + side, left : left + side] for one, (top, left) in zip(batch, places, strict=True)]
+            )
+            for batch in pictures
+        )
 
     # --- what a system says ---------------------------------------------------------------------------------------
 

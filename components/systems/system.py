@@ -34,6 +34,7 @@ class Stage:
         continues: stages whose models may replace the model of `follows`, or the recipe's warm start. A trained or
             published model is then trained further.
         keys: recipe keys that this stage reads and at least one other stage of the system ignores.
+        warm_starts_beside: whether a warm start may be given beside the model of `follows`.
         precomputed: columns that replace an encoder in its objective: "latents", "embeddings".
     """
 
@@ -42,6 +43,7 @@ class Stage:
     follows: str = ""
     continues: Sequence[str] = ()
     keys: Sequence[str] = ()
+    warm_starts_beside: bool = False
     precomputed: Sequence[str] = ()
 
 

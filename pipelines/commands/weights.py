@@ -119,11 +119,15 @@ def pack_command(
     ] = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "unstated",
     permitted_use: Annotated[str, typer.Option(help="What the weights may be used for.")] = "unstated",
+    state_of: Annotated[
+        str, typer.Option(help="An earlier stage whose state is packed, so that its training can go on.")
+    ] = "",
+    eight_bit: Annotated[int, typer.Option(min=0, help="Number of the largest matrices to store in 8 bits.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Write a stage's averaged weights in half precision, with a small state from which its training can go on."""
     from pipelines.runs.pack import pack_run
 
-    packed = pack_run(run, stage, to, card, credits_file, licence, permitted_use)
+    packed = pack_run(run, stage, to, card, credits_file, licence, permitted_use, state_of, eight_bit)
     document = {"model": str(packed.model.path), "digest": packed.model.digest, "step": packed.step}
     Console(silent=as_json).result(document, [f"step {packed.step}; {packed.model.path}"])

@@ -42,8 +42,10 @@ def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
             source has a held-out picture or enough of them for the gate, or the precomputed columns differ from the
             values that the stage computes.
     """
-    parent, stages = parent_stage(recipe), sorted(inputs.parents)
-    starts = SYSTEMS[recipe.system].stage(recipe.stage).continues
+    stage = SYSTEMS[recipe.system].stage(recipe.stage)
+    parent, stages, starts = parent_stage(recipe), sorted(inputs.parents), stage.continues
+    if stage.warm_starts_beside and stages == [stage.follows]:
+        parent = stage.follows
     if stages != ([parent] if parent else []) and stages not in [[start] for start in starts]:
         others = f" (or, to train its weights further, from a model of stage {' or '.join(starts)})" if starts else ""
         raise UsageError(

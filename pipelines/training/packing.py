@@ -62,8 +62,11 @@ class Packed:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Digest of what a packed state must agree with in a recipe: everything but the weights at the start."""
-    fields = {name: value for name, value in recipe_documents(recipe)[1].items() if name != "warm_start"}
+    """Digest of what a packed state must agree with in a recipe.
+
+    That is everything but the weights at the start, and the number of steps: more of them go on with the curve.
+    """
+    fields = {name: value for name, value in recipe_documents(recipe)[1].items() if name not in ("warm_start", "steps")}
     return hashlib.sha256(json.dumps([fields, recipe_version(recipe)], sort_keys=True).encode()).hexdigest()
 
 
@@ -92,7 +95,7 @@ def read_packed(model: str | Path) -> Packed:
 
 
 def packed_start(model: str, recipe: Recipe) -> Path | None:
-    """The folder of the model if its packed state is of this recipe; None without a name, or for another recipe.
+    """The folder of the model if its packed state is of this recipe, and not beyond its last step; else None.
 
     Raises:
         UsageError: see read_packed.
@@ -100,7 +103,8 @@ def packed_start(model: str, recipe: Recipe) -> Path | None:
     if not model:
         return None
     packed = read_packed(model)
-    return packed.model.path if packed.recipe == recipe_digest(recipe) else None
+    fits = packed.recipe == recipe_digest(recipe) and packed.step <= recipe.steps
+    return packed.model.path if fits else None
 
 
 def _without_places(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +143,39 @@ def picture_list(corpus: Path, credits_by_file: Mapping[str, tuple[str, str]] = 
     return "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A stage of a run: its recipe, the model folders that it started from by their stages, and its folder."""
+
+    recipe: Recipe
+    inputs: Mapping[str, Path]
+    folder: Path
+
+
+def _averaged(stage: Trained) -> tuple[dict[str, Any], Any]:
+    """The newest state of a stage, and its objective with the averaged weights.
+
+    Raises:
+        Failure: there is no checkpoint.
+    """
+    import torch
+
+    from components.models import load_model
+    from components.training import Ema, averaged_trainables, build_optimizers, restore_state
+
+    states = sorted((stage.folder / "ray" / "run").glob("checkpoint_*/state.pt"))
+    if not states:
+        raise Failure(f"{stage.folder} has no checkpoint.")
+    state: dict[str, Any] = torch.load(states[-1], weights_only=True, map_location="cpu")
+    recipe, parents = stage.recipe, {name: load_model(folder) for name, folder in stage.inputs.items()}
+    objective = SYSTEMS[recipe.system].build_objective(recipe, parents)
+    ema = Ema(averaged_trainables(objective), recipe.ema_decay) if recipe.ema_decay else None
+    restore_state(state, objective, build_optimizers(objective, recipe.optimizer), ema)
+    if ema is not None:
+        ema.swap_in().__enter__()  # the objective is thrown away
+    return state, objective
+
+
 def pack_stage(
     recipe: Recipe,
     inputs: Mapping[str, Path],
@@ -147,6 +184,8 @@ def pack_stage(
     files: Mapping[str, str] = MappingProxyType({}),
     licence: str = "unstated",
     permitted_use: str = "unstated",
+    state_of: Trained | None = None,
+    eight_bit: int = 0,
 ) -> Packed:
     """Write a model folder in half precision with the averaged weights of a stage's newest checkpoint, and its state.
 
@@ -154,6 +193,8 @@ def pack_stage(
         recipe: of the stage.
         inputs: model folders by the stage that trained them.
         stage: the stage's folder.
+        state_of: an earlier stage, whose state is packed instead; its weights are those in the model.
+        eight_bit: number of the largest matrices that are stored in 8 bits.
         out: the model folder; replaced.
         files: further text files of the folder by name.
         licence, permitted_use: of the weights.
@@ -161,28 +202,14 @@ def pack_stage(
     Raises:
         Failure: the stage has no checkpoint.
     """
-    import torch
-
-    from components.models import ModelCard, load_model, save_model
+    from components.models import ModelCard, load_model, save_model  # imports torch
     from components.packed_states import pack_state, write_state
-    from components.training import Ema, averaged_trainables, build_optimizers, restore_state
+    from components.weight_storage import pack_8_bits
 
-    states = sorted((stage / "ray" / "run").glob("checkpoint_*/state.pt"))
-    if not states:
-        raise Failure(f"{stage} has no checkpoint.")
-    state: dict[str, Any] = torch.load(states[-1], weights_only=True, map_location="cpu")
+    own = Trained(recipe=recipe, inputs=inputs, folder=stage)
+    state, objective = _averaged(own)
+    parts, kept = objective.parts(), state_of or own
     parents = {name: load_model(folder) for name, folder in inputs.items()}
-    objective = SYSTEMS[recipe.system].build_objective(recipe, parents)
-    ema = Ema(averaged_trainables(objective), recipe.ema_decay) if recipe.ema_decay else None
-    restore_state(state, objective, build_optimizers(objective, recipe.optimizer), ema)
-    if ema is not None:
-        ema.swap_in().__enter__()  # the objective is thrown away
-    parts = objective.parts()
-    curve = {
-        name: {str(step): value for step, value in values.items()}
-        for name, values in read_metrics(stage / METRICS).items()
-        if name.startswith("heldout/")
-    }
     card_fields = ModelCard(
         name=out.name,
         system=recipe.system,
@@ -193,12 +220,20 @@ def pack_stage(
         permitted_use=permitted_use,
         metrics={"step": state["step"], "steps": recipe.steps},
     )
-    model = save_model(out, card_fields, parts, {**objective.files, **files}, half=True)
+    model = save_model(out, card_fields, pack_8_bits(parts, eight_bit), {**objective.files, **files}, half=True)
     (out / STATE).mkdir()
+    if state_of is not None:
+        state, objective = _averaged(state_of)
+        parts = objective.parts()
     write_state(out / STATE / TENSORS, pack_state(state, parts))
+    curve = {
+        name: {str(step): value for step, value in values.items()}
+        for name, values in read_metrics(kept.folder / METRICS).items()
+        if name.startswith("heldout/")
+    }
     document = {
         "step": int(state["step"]),
-        "recipe": recipe_digest(recipe),
+        "recipe": recipe_digest(kept.recipe),
         "progress": dict(state["progress"]),
         "curve": curve,
     }

@@ -94,6 +94,8 @@ def recipe_of(arm: str, stage: str, seed: int, settings: argparse.Namespace) -> 
         f"steps={settings.steps}",
         f"optimizer.warmup_steps={max(1, settings.steps // 20)}",
         "placement.workers=1",
+        f"resolution={settings.size}",
+        *([f"distillation.window={settings.size * 7 // 8 // 16 * 16}"] if stage == "generator" else []),
         *(settings.set or ()),
     ]
     recipe = load_recipe(f"unetres-{stage}", [*changes, *(ARMS[arm] if stage == "generator" else ())])

@@ -24,6 +24,7 @@ from components.recipes import RecipeError
                 "t_low",
                 "t_high",
                 "matching_distance",
+                "window",
             )
         ),
         *(({name: 0}, f"^{name} must be at least 1, got 0") for name in ("t_floor", "lora_rank", "fake_steps")),

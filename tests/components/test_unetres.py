@@ -283,7 +283,7 @@ def test_the_restorer_answers_requests(model: Path) -> None:
     restorer = build_any(model, tile_px=64)
     a, b = restorer.restore(requests, on_step=lambda event: steps.append((event.step, event.of)))
     assert (a.key, a.image.shape, b.image.shape, steps) == ("a", (20, 31, 3), (40, 62, 3), [(1, 2), (2, 2)])
-    assert a.info == {"system": "unetres", "strength": "1.0", "tile_px": "64", "tile_overlap": "0.125"}
+    assert a.info == {"system": "unetres", "strength": "0.4", "tile_px": "64", "tile_overlap": "0.125"}
     for request, word in (
         (Request(key="d", image=picture(4, 4)[..., 0]), "bad_image"),
         (Request(key="e", image=picture(4, 4), size=(0, 3)), "bad_size"),

@@ -152,6 +152,56 @@ def test_the_fake_scores_loss_by_hand() -> None:
     assert float(losses["fake_score"].value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
+def window(noise: Noise, name: str, images: Tensor, side: int) -> Tensor:
+    """The window of each sample, by hand."""
+    tops, lefts = (noise.integers(f"{name} {axis}", 0, 16 - side + 1) for axis in (0, 1))
+    return torch.stack([images[n, :, tops[n] : tops[n] + side, lefts[n] : lefts[n] + side] for n in range(len(images))])
+
+
+def test_scores_and_features_see_a_window_and_the_regression_sees_all() -> None:
+    """Both scores and both pictures of the features have the same window; the pyramid has the whole picture."""
+    real, fake = (score_of(network(name, level=True)) for name in ("real", "fake"))
+    own = settings(window=8, weight=0.7)
+    objective = DetailObjective(network("g", pictures=2), network("r"), real, fake, own, Features(weight=0.5))
+    data = basic.batch(5)
+    losses = dict(objective.phases(data, Noise(4, data.positions)))
+    noise, schedule = Noise(4, data.positions), objective.schedule
+    with torch.no_grad():
+        x = objective.generator(objective.regression(data.lq), data.lq)
+        seen = window(noise, "score_window", x, 8)
+        assert len({tuple(value.flatten()[:4].tolist()) for value in seen}) == 5 and seen.shape == (5, 3, 8, 8)
+        t = 20 + (noise.uniform("score_timestep").double() * (999 - 20 + 1)).floor().long()
+        share = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noisy = share.sqrt() * seen + (1 - share).sqrt() * noise.normal("score_noise", (3, 8, 8))
+        eps_real, eps_fake = real.predict_eps(noisy, t), fake.predict_eps(noisy, t)
+        clean = (noisy - (1 - share).sqrt() * eps_real) / share.sqrt()
+        weight = 1 / ((seen - clean).abs().mean((1, 2, 3), keepdim=True) + WEIGHT_EPS)
+        matching = (weight * ((1 - share) / share).sqrt() * (eps_real - eps_fake)).square().mean((1, 2, 3))
+        t, eps = noise.integers("feature_timestep", 0, 401), noise.normal("feature_noise", (3, 8, 8))
+        share = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+        levels = [
+            real.features(share.sqrt() * window(noise, "feature_window", images, 8) + (1 - share).sqrt() * eps, t)
+            for images in (x, data.hq)
+        ]
+        distance = sum(
+            ((a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)) ** 2).sum(1).flatten(1).mean(1)
+            for a, b in zip(*levels, strict=True)
+        )
+        t, eps = noise.integers("fake_timestep", 1, 1000), noise.normal("fake_noise", (3, 8, 8))
+        share = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noisy = share.sqrt() * window(noise, "fake_window", x, 8) + (1 - share).sqrt() * eps
+        fake_loss = (fake.predict_eps(noisy, t) - eps).square().mean()
+    expected = 0.3 * (pyramid_distance(x, data.hq) + 0.5 * distance) + 0.7 * 0.7 * matching
+    assert float(losses["generator"].value.detach()) == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert float(losses["fake_score"].value.detach()) == pytest.approx(float(fake_loss), rel=1e-4)
+    assert torch.equal(objective.windows("w", noise, x)[0], window(noise, "w", x, 8))
+    with pytest.raises(ValueError, match="window is 8, larger than 4 x 16"):
+        objective.windows("w", noise, x[:, :, :4])
+    assert detail().windows("w", noise, x)[0] is x
+    with pytest.raises(RecipeError, match="window is 136, above resolution 128"):
+        load_recipe("unetres-generator", ["distillation.window=136"])
+
+
 def test_the_regression_may_be_squares_or_both() -> None:
     data = basic.batch(2)
     terms = {}
@@ -174,7 +224,9 @@ def folder(tmp_path: Path, name: str, objective: Objective, recipe: UNetResRecip
 
 
 def recipe(stage: str, *more: str) -> UNetResRecipe:
-    stage_recipe = load_recipe(f"unetres-{stage}", ["size={widths: [8, 12], blocks: [1, 1, 1], factor: 2}", *more])
+    window = ["distillation.window=0"] if stage == "generator" else []
+    small = "size={widths: [8, 12], blocks: [1, 1, 1], factor: 2}"
+    stage_recipe = load_recipe(f"unetres-{stage}", [small, *window, *more])
     assert isinstance(stage_recipe, UNetResRecipe)
     return stage_recipe
 
@@ -212,13 +264,19 @@ def test_the_stages_follow_each_other(tmp_path: Path) -> None:
     tuned = folder(tmp_path, "t", again, recipe("regression"))
     assert torch.equal(tuned.part(GENERATOR)["tail.weight"], third.generator.tail.weight)  # fine-tuning keeps it
     assert again.trainables == {REGRESSION: again.network}
-    assert build_restorer(tuned.path).restore([Request(key="a", image=image)])[0].image.tolist() == pixels[1.0].tolist()
+    assert (
+        build_restorer(tuned.path).restore([Request(key="a", image=image, options={"strength": 1.0})])[0].image.tolist()
+        == pixels[1.0].tolist()
+    )
 
 
 def test_a_new_generator_has_the_regressions_features_and_changes_nothing(tmp_path: Path) -> None:
     regression = network("r")
     start = folder(tmp_path, "r", RegressionObjective(regression), recipe("regression"))
-    options = ("distillation.score=false",)
+    options = (
+        "distillation.score=false",
+        "features.weight=0",
+    )
     images = basic.batch(2).lq
     fresh = generator_objective(recipe("generator", "generator_start=new", *options), {"regression": start}).generator
     copied = generator_objective(recipe("generator", *options), {"regression": start}).generator
@@ -233,6 +291,24 @@ def test_a_new_generator_has_the_regressions_features_and_changes_nothing(tmp_pa
         generator_objective(recipe("generator", "size.widths=[8, 16]", *options), {"regression": start})
 
 
+def test_a_generator_goes_on_beside_the_denoisers_model(tmp_path: Path) -> None:
+    """Its weights come from the warm start, regression and scores from the parent."""
+
+    def folder(name: str, *parts: str) -> Path:
+        own = {part: network(f"{name} {part}", 2 if part == GENERATOR else 1, part == DENOISER) for part in parts}
+        card = ModelCard(
+            name=name, system="unetres", config={part: each.config.to_dict() for part, each in own.items()}
+        )
+        weights = {part: {key: p.detach() for key, p in each.named_parameters()} for part, each in own.items()}
+        return save_model(tmp_path / name, card, weights).path
+
+    parent, earlier = folder("parent", REGRESSION, DENOISER), folder("earlier", REGRESSION, GENERATOR)
+    recipe: Any = load_recipe("unetres-generator", [f"warm_start={earlier}", "distillation.window=0"])
+    objective = generator_objective(recipe, {"denoiser": load_model(parent)})
+    assert torch.equal(objective.generator.head.weight, network(f"earlier {GENERATOR}", 2).head.weight)
+    assert torch.equal(objective.regression.head.weight, network(f"parent {REGRESSION}").head.weight)
+
+
 def test_a_stage_without_its_model_is_told() -> None:
     for stage, build in (("denoiser", denoiser_objective), ("generator", generator_objective)):
         with pytest.raises(ModelError, match=r"name (its|their) model"):
@@ -242,7 +318,8 @@ def test_a_stage_without_its_model_is_told() -> None:
 def test_a_generator_without_scores_learns_by_regression_alone(tmp_path: Path) -> None:
     regression = folder(tmp_path, "r", RegressionObjective(network("r")), recipe("regression"))
     objective = generator_objective(
-        recipe("generator", "distillation.score=false", "distillation.fixed_alpha=1"), {"regression": regression}
+        recipe("generator", "distillation.score=false", "features.weight=0", "distillation.fixed_alpha=1"),
+        {"regression": regression},
     )
     assert objective.fake is None and set(objective.trainables) == {"generator"}
     data = basic.batch(2)
@@ -306,7 +383,7 @@ def test_features_are_what_the_levels_compute_on_the_way_down() -> None:
         ("generator", "charbonnier_eps=0.1", "charbonnier_eps is for stage regression, not generator"),
         ("generator", "distillation.cfg_scale=3", "no texts"),
         ("generator", "distillation.fake=lora", "fake=full"),
-        ("generator", "distillation.regression=none", "a regression"),
+        ("generator", "distillation.regression=none", "targets that match"),
     ],
 )
 def test_settings_without_effect_are_refused(stage: str, override: str, word: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from components.weight_storage import SMALLEST, store_in_8_bits
+from components.models import ModelCard, save_model
+from components.weight_storage import SCALE, SMALLEST, pack_8_bits, store_in_8_bits, unpack_8_bits
 
 
 def test_weights_have_8_bits_and_a_scale_for_each_output() -> None:
@@ -42,3 +46,28 @@ def test_results_change_by_less_than_a_few_percent() -> None:
     store_in_8_bits([network])
     error = (network(x) - exact).norm() / exact.norm()
     assert 0.001 < float(error) < 0.05
+
+
+def test_the_largest_matrices_of_a_file_are_stored_in_8_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parts = {
+        "a": {"large": torch.randn(8, 4, 3, 3), "bias": torch.randn(1000)},
+        "b": {"larger": torch.randn(16, 64), "small": torch.randn(2, 2)},
+    }
+    parts["b"]["larger"][3] = 0
+    packed = pack_8_bits(parts, 3)
+    assert {key for tensors in packed.values() for key in tensors if key.endswith(SCALE)} == {
+        f"large{SCALE}",
+        f"larger{SCALE}",
+    }, "a vector is no matrix, although it is large"
+    model = save_model(tmp_path / "m", ModelCard(name="m", system="s"), packed, half=True)
+    for part, tensors in parts.items():
+        stored = model.part(part)
+        assert stored.keys() == tensors.keys() and {value.dtype for value in stored.values()} == {torch.float16}
+        for key, value in tensors.items():
+            bound = value.abs().flatten(1).amax(1) / 254 if value.ndim > 1 else value.abs()
+            error = (stored[key].float() - value).abs().reshape(len(value), -1).amax(1)
+            assert bool((error <= bound * 1.02 + value.abs().max() * 2**-11).all()), key
+    with safe_open(tmp_path / "m" / "parts" / "b.safetensors", "pt") as file:
+        assert file.get_tensor("larger").dtype == torch.int8 and file.get_tensor("small").dtype == torch.float16
+    assert pack_8_bits(parts, 0) == parts and unpack_8_bits(parts["a"]) == parts["a"]

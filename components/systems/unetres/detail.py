@@ -77,6 +77,7 @@ class DetailObjective(ScoreDistillation):
     def _feature_distance(self, latents: Tensor, target: Tensor, noise: Noise) -> Tensor:
         """Distance of the real score's features of both pictures with the same noise, which hides what is finer."""
         assert isinstance(self.real, PictureScore), "the constructor has checked it"
+        latents, target = self.windows("feature_window", noise, latents, target)
         t = noise.integers("feature_timestep", self.features.t_low, self.features.t_high + 1)
         eps = noise.normal("feature_noise", tuple(latents.shape[1:])).to(latents)
         mine = self.real.features(self.schedule.add_noise(latents, eps, t), t)

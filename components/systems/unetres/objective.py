@@ -136,12 +136,16 @@ def generator_objective(
     examples: Callable[[], Tensor] | None = None,
     device: str = "cpu",
 ) -> DetailObjective:
-    """The objective of stage generator, on the model of stage denoiser; arguments as in regression_objective."""
+    """The objective of stage generator, on the model of stage denoiser; arguments as in regression_objective.
+
+    With both a parent and recipe.warm_start the generator alone comes from the latter.
+    """
     start = _start(recipe, parents)
     if start is None:
         raise ModelError(f"{recipe.name}: stage generator needs a regression and a denoiser: name their model")
-    regression, generator = network_of(start).to(device), _network(recipe, start, GENERATOR).to(device)
-    if recipe.generator_start == "regression" and GENERATOR not in start.info["parts"]:
+    own = load_model(recipe.warm_start) if parents and recipe.warm_start else start  # a generator to go on with
+    regression, generator = network_of(start).to(device), _network(recipe, own, GENERATOR).to(device)
+    if recipe.generator_start == "regression" and GENERATOR not in own.info["parts"]:
         start_from_regression(generator, regression)
     real: ScoreNetwork = NoScore()
     fake = None

@@ -16,12 +16,13 @@ class Options:
 
     Attributes:
         strength: share of the generator's detail, from 0 (the regression alone) to 1; a model without a generator
-            ignores it.
+            ignores it. The default is the largest with which the shipped model loses no dB at any of the poor inputs
+            (docs/benchmarks.md).
         tile_px: side of a tile; larger pictures are restored in tiles. Rounded down to the network's multiple.
         tile_overlap: least overlap of neighbours, as a share of a tile.
     """
 
-    strength: float = 1.0
+    strength: float = 0.4
     tile_px: int = 768
     tile_overlap: float = 0.125
 

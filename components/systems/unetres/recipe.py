@@ -28,6 +28,7 @@ STAGES = (
         follows="denoiser",
         continues=("generator",),
         keys=("distillation", "features", "generator_start"),
+        warm_starts_beside=True,
     ),
 )
 
@@ -74,7 +75,8 @@ class UNetResRecipe(Recipe):
         features: of the generator; see Features.
         generator_start: "regression" gives a new generator the weights of the regression, except for its last layer,
             which is zero; "new" gives it random ones.
-        warm_start: a model folder with start weights; its sizes replace `size`.
+        warm_start: a model folder with start weights; its sizes replace `size`. A generator's may also be given beside
+            the denoiser's model.
         restore_options: default options of the trained model's restorer, see options.Options.
     """
 
@@ -111,6 +113,8 @@ class UNetResRecipe(Recipe):
                 check(getattr(self, name))
             except ValueError as error:
                 raise RecipeError(f"{name}: {error}") from error
+        if distillation.window > self.resolution:
+            raise RecipeError(f"distillation.window is {distillation.window}, above resolution {self.resolution}")
         if self.features.weight and not distillation.score:
             raise RecipeError("features are those of the real score: leave distillation.score on")
         check_stage_keys(self, STAGES)

@@ -24,8 +24,15 @@ from pipelines.core.metrics import last_step, read_metrics
 from pipelines.curation.curate import curate
 from pipelines.runs.plan import load_plan
 from pipelines.training.inputs import TrainInputs
-from pipelines.training.packing import STATE, pack_stage, packed_start, picture_list, read_packed, recipe_digest
-from pipelines.training.recipes import recipe_documents
+from pipelines.training.packing import (
+    STATE,
+    Trained,
+    pack_stage,
+    packed_start,
+    picture_list,
+    read_packed,
+    recipe_digest,
+)
 from pipelines.training.train import train
 
 SMALL = [
@@ -137,16 +144,30 @@ def test_the_next_leg_goes_on_from_the_checkpoint(inputs: TrainInputs, leg: Path
     assert sorted(read_metrics(leg / "metrics.jsonl")["loss"]) == list(range(1, 13)) and (leg / "model").is_dir()
 
 
-def test_settings_of_other_stages_are_not_part_of_the_digest() -> None:
-    """A new setting of the generator must not start the regression of a run again."""
-    everything, own = recipe_documents(recipe())
-    assert {"distillation", "features"} <= set(everything) and not {"distillation", "features"} & set(own)
-    assert set(everything) - set(own) == {"distillation", "features", "generator_start", "placement"}
-    assert own["loss"] == "log_mse"
+@pytest.mark.slow
+def test_a_model_may_have_the_state_of_an_earlier_stage(leg: Path, tmp_path: Path) -> None:
+    """The model is of step 8, the state of step 4."""
+    later = tmp_path / "later"
+    shutil.copytree(leg, later)
+    checkpoint = max((later / "ray" / "run").glob("checkpoint_*/state.pt"))
+    state = torch.load(checkpoint, weights_only=True)
+    first = next(iter(state["optimizers"]["regression"]["state"].values()))["exp_avg_sq"].clone()
+    for entry in state["optimizers"]["regression"]["state"].values():
+        entry["exp_avg_sq"] *= 3
+    torch.save({**state, "step": 8}, checkpoint)
+    earlier = Trained(recipe=recipe(), inputs={}, folder=leg)
+    packed = pack_stage(recipe(), {}, later, tmp_path / "out", state_of=earlier)
+    name, value = next(iter(state["trainables"]["regression"].items()))
+    assert name == "head.weight" and value.ndim == 4
+    assert packed.step == 4 and packed.model.info["metrics"]["step"] == 8
+    rows = packed.tensors()["rows/regression/head.weight"]
+    torch.testing.assert_close(rows, first.flatten(1).mean(dim=1))
 
 
 def test_the_state_of_another_recipe_is_not_used(packed: Path, tmp_path: Path) -> None:
-    assert packed_start(str(packed), recipe("steps=13")) is None
+    assert packed_start(str(packed), recipe("seed=1")) is None
+    assert packed_start(str(packed), recipe("steps=13")) == packed, "more steps go on with the curve"
+    assert packed_start(str(packed), recipe("steps=3")) is None
     assert packed_start(str(packed), recipe("placement.threads=2")) == packed
     assert packed_start("", recipe()) is None
     with pytest.raises(UsageError, match="has no packed state"):

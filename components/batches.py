@@ -1,15 +1,36 @@
-"""The loop over batches of a restorer whose pictures run in steps: progress over all batches, results in order."""
+"""The batches of a restorer whose pictures run in steps: grouped jobs, noise by seed, progress, results in order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from components.types import Cancelled, Image, OnStep, Restored, StepEvent
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.randomness import generator
+from components.types import Cancelled, Image, OnStep, Request, Restored, StepEvent
 
 Job = TypeVar("Job", bound=Any)
 """A prepared request: index among the requests, request, and options with steps."""
+
+
+def group_jobs(jobs: Sequence[Job], kind: Callable[[Job], Hashable], size: int) -> Iterator[list[Job]]:
+    """Batches of at most `size` jobs of one kind each, in order of first appearance."""
+    groups: dict[Hashable, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(kind(job), []).append(job)
+    for group in groups.values():
+        for first in range(0, len(group), size):
+            yield group[first : first + size]
+
+
+def request_noise(requests: Sequence[Request], name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal float32 [B, *shape]; a row depends only on its request's seed and `name`."""
+    rows = [generator(request.seed, name).standard_normal(shape, dtype=np.float32) for request in requests]
+    return torch.from_numpy(np.stack(rows) if len(rows) > 1 else rows[0][None]).to(device)
 
 
 def restore_batches(

@@ -230,6 +230,14 @@ def key_faults(keys_by_fault: Mapping[str, Sequence[str]]) -> str:
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Load a state dict in the module's dtype; a ModelError counts and names missing, unexpected and misshapen keys."""
     own = module.state_dict()
+    check_fit(own, tensors, what)
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(tensors[key])
+
+
+def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise a ModelError that counts and names missing, unexpected and misshapen keys; `own` is a module's state."""
     missing, surplus = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     misshapen = [
         f"{k}: {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}"
@@ -239,6 +247,3 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -
     if missing or surplus or misshapen:
         faults = {"missing": missing, "unexpected": surplus, "of the wrong shape": misshapen}
         raise ModelError(f"{what}: {key_faults(faults)}")
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(tensors[key])

@@ -55,7 +55,7 @@ class PictureRestorer(Restorer, Generic[Options]):
         restored = []
         for number, request in enumerate(requests, start=1):
             options = replace_options(request.options, self.defaults)
-            image = self.restore_image(request.image, _size(request), options, cancelled, request.key)
+            image = self.restore_image(request.image, check_request(request), options, cancelled, request.key)
             restored.append(
                 Restored(key=request.key, image=image, info={"system": self.system, **option_texts(options)})
             )
@@ -64,7 +64,7 @@ class PictureRestorer(Restorer, Generic[Options]):
         return restored
 
 
-def _size(request: Request) -> tuple[int, int]:
+def check_request(request: Request) -> tuple[int, int]:
     """(height, width) of the result; SampleError for a picture or a size that cannot be."""
     image = request.image
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:

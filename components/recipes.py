@@ -200,6 +200,11 @@ class Recipe:
         return ""
 
     @property
+    def encoder(self) -> str:
+        """Model folder or name of a frozen encoder of LQ; "" for none."""
+        return ""
+
+    @property
     def teacher(self) -> str:
         """Model folder or name of the model to distil; the gate compares the result with it."""
         return ""

@@ -70,7 +70,7 @@ SYSTEM_WORDS = r"(?i)instantir|instarevive|swinir|supir|(?<![a-z])dra(?![a-z])"
 
 MAY_NAME: dict[str, set[str]] = {
     # the dictionary of systems
-    "components/systems/__init__.py": {"instantir", "instarevive", "supir", "swinir"},
+    "components/systems/__init__.py": {"instantir", "instarevive", "supir", "swinir", "dra"},
     # degradations go by the names of the papers that define them
     "components/degradations/__init__.py": {"supir", "instantir", "instarevive", "dra"},
     # lists of negative prompts also go by the names of the papers

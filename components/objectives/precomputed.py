@@ -6,6 +6,7 @@ Precomputed values were rounded to float16 (relative error 2**-11).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +16,18 @@ from components.priors.sdxl import Prior
 from components.types import Batch
 
 
+class LatentEncoder(Protocol):
+    """A prior of any family."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
 @torch.no_grad()
-def clean_latents(prior: Prior, batch: Batch, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def clean_latents(prior: LatentEncoder, batch: Batch, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Scaled latents of the targets [B, C, h, w]; only rows without precomputed latents are encoded.
 
     Args:
-        encode: replaces Prior.encode, for example with a compiled version.
+        encode: replaces the prior's, for example with a compiled version.
     """
     encode = encode or prior.encode
     if batch.latents is None:

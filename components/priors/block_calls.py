@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, replace
 from types import FunctionType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class BlockFunctions:
+    """The base of a walk's block functions: a frozen dataclass whose fields are functions."""
+
+    def wrap_all(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Self:
+        """All block functions, each wrapped by `wrap` (a compiler)."""
+        return replace(self, **{f.name: wrap(getattr(self, f.name)) for f in fields(self)})
 
 
 def compile_by_kind(function: Callable[..., Tensor], compiler: Callable[..., Any]) -> Callable[..., Tensor]:

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from components.cuda_graphs import Function, GraphedFunction, can_record
 from components.options import check_choices, settings_by_name
 from components.priors.autoencoder import scale_latents, unscale_latents
-from components.priors.block_calls import autocast_is_on, compile_by_kind, recompute
-from components.priors.sdxl import Prior
+from components.priors.block_calls import BlockFunctions, autocast_is_on, compile_by_kind, recompute
+from components.priors.tiling import LatentPrior
 from components.priors.unet_walk import Blocks, resnets_of, split_heads, transformers_of
 
 MAX_CONDITIONS = 8
 """Most conditions that a run caches values for; the least recently used is dropped. A step uses at most three."""
 
-SomeBlocks = TypeVar("SomeBlocks", bound=Blocks)
+SomeBlocks = TypeVar("SomeBlocks", bound=BlockFunctions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,7 @@ class GraphCalls:
 class FastAutoencoder:
     """A prior's autoencoder, compiled if the settings say so; a tiling.LatentPrior."""
 
-    def __init__(self, prior: Prior, speed: Speed) -> None:
+    def __init__(self, prior: LatentPrior, speed: Speed) -> None:
         self.prior, self._speed = prior, speed
         # diffusers' own forward, where a graph break costs little
         self._decode = speed.compiler(fullgraph=False)(_decode)

@@ -92,6 +92,8 @@ def prior_shape(name: str, image_encoder: str = DINOV2) -> PriorShape:
     else:
         check_prior_folder(model)
         config = model.info["config"]
+        if "unet" not in config:
+            raise ModelError(f"{model.path}: a prior of SDXL's shape is needed here, and this one has no UNet")
         return PriorShape(
             id=model.path.name if model.path.parent == SHIPPED_PRIORS else str(model.path.resolve()),
             digest=model.digest,
@@ -102,12 +104,12 @@ def prior_shape(name: str, image_encoder: str = DINOV2) -> PriorShape:
         )
     notes: list[str] = []
     published = {_UNET_CONFIG: SDXL_UNET, _VAE_CONFIG: SDXL_AUTOENCODER}
-    configs, prior_id = _read_configs(name, (_UNET_CONFIG, _VAE_CONFIG), {SDXL: published}, notes)
+    configs, prior_id = read_configs(name, (_UNET_CONFIG, _VAE_CONFIG), {SDXL: published}, notes)
     unet, encoder_id = configs[_UNET_CONFIG], ""
     dino: Mapping[str, Any] = {"hidden_size": 0}
     if image_encoder:
         encoder_sizes = {DINOV2: {"config.json": {"hidden_size": DINOV2_TOKEN_DIM}}}
-        encoder_configs, encoder_id = _read_configs(image_encoder, ("config.json",), encoder_sizes, notes)
+        encoder_configs, encoder_id = read_configs(image_encoder, ("config.json",), encoder_sizes, notes)
         dino = encoder_configs["config.json"]
     if "cross_attention_dim" not in unet or "hidden_size" not in dino:
         both = f"{name} with {image_encoder}" if image_encoder else name
@@ -246,8 +248,12 @@ def variant_of(folder: Path, stem: str, precision: Precision) -> str:
     raise ModelError(f"{folder}: no weights, looked for {', '.join(names)}{hint}")
 
 
-def load_part(cls: Any, folder: Path, stem: str, precision: Precision) -> nn.Module:
+def load_part(cls: Any, folder: Path, stem: str, precision: Precision, **options: Any) -> nn.Module:
     """Loads one network of diffusers or transformers from its folder.
+
+    Args:
+        cls, folder, stem, precision: class, folder, stem of the weights' file, and dtype.
+        options: further arguments of the library's from_pretrained.
 
     Raises:
         ModelError: no weights, or weights that do not fit the configuration (the message names every key).
@@ -260,8 +266,9 @@ def load_part(cls: Any, folder: Path, stem: str, precision: Precision) -> nn.Mod
             use_safetensors=True,
             output_loading_info=True,
             dtype=DTYPES[precision],
+            **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder}: cannot be loaded ({first_line(error)})") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     # older files of text encoders hold position ids, which are not weights
@@ -339,7 +346,7 @@ def _check_sdxl(folder: Path, networks: Mapping[str, Any]) -> None:
         raise ModelError(f"{folder}: not of SDXL's shape: {'; '.join(faults)}")
 
 
-def _read_configs(
+def read_configs(
     name: str, files: Sequence[str], published: Mapping[str, Mapping[str, Mapping[str, Any]]], notes: list[str]
 ) -> tuple[dict[str, Mapping[str, Any]], str]:
     """Configurations by file from a folder or the hub, and the name that identifies it; otherwise from `published`.

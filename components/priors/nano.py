@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,15 +71,9 @@ def build_tokenizer_json(words: Sequence[str], length: int) -> str:
     return tokenizer.to_str()
 
 
-def build_prior(config: Mapping[str, Any], tokenizer_json: str) -> Prior:
-    """Builds an untrained prior.
-
-    Args:
-        config: sizes, as in NANO; "unet" holds the arguments of UNet2DConditionModel.
-        tokenizer_json: text of a tokenizer file; both text encoders use it.
-    """
-    length = int(config["text_length"])
-    tokenizer = PreTrainedTokenizerFast(
+def word_tokenizer(tokenizer_json: str, length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of build_tokenizer_json for prompts of `length` tokens."""
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer_json),
         pad_token=PAD,
         bos_token=BOS,
@@ -88,15 +81,30 @@ def build_prior(config: Mapping[str, Any], tokenizer_json: str) -> Prior:
         unk_token=UNKNOWN,
         model_max_length=length,
     )
-    text = CLIPTextConfig(
-        **config["text_encoder"],
-        vocab_size=len(json.loads(tokenizer_json)["model"]["vocab"]),
-        max_position_embeddings=length,
-        projection_dim=config["text_encoder"]["hidden_size"],
+
+
+def clip_config(sizes: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> CLIPTextConfig:
+    """A CLIP text encoder's configuration from its sizes and its tokenizer; the projection keeps the width."""
+    return CLIPTextConfig(
+        **sizes,
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=sizes["hidden_size"],
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def build_prior(config: Mapping[str, Any], tokenizer_json: str) -> Prior:
+    """Builds an untrained prior.
+
+    Args:
+        config: sizes, as in NANO; "unet" holds the arguments of UNet2DConditionModel.
+        tokenizer_json: text of a tokenizer file; both text encoders use it.
+    """
+    tokenizer = word_tokenizer(tokenizer_json, int(config["text_length"]))
+    text = clip_config(config["text_encoder"], tokenizer)
     unet = {k: tuple(v) if isinstance(v, list) else v for k, v in config["unet"].items()}
     return Prior(
         name="untrained",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from components.models import ModelError
 from components.priors.autoencoder import autoencoder_factor, decode_latents, encode_pixels
+from components.priors.conditions import Conditions
 from components.priors.files import Precision, first_line, read_json
 from components.priors.hub import find_folder, load_part
 from components.priors.one_text_config import PIXART_TOKENS
@@ -128,6 +129,11 @@ class OneTextPrior:
         ).to(self.device)
         mask = tokens.attention_mask if self.masked else None
         return self.text_encoder(tokens.input_ids, attention_mask=mask)[0], mask
+
+    def conditions(self, prompts: Sequence[str]) -> Conditions:
+        """Prompts -> conditions of a denoiser, see embed_prompts."""
+        text, mask = self.embed_prompts(prompts)
+        return Conditions(text=text, mask=mask)
 
 
 def load_one_text_prior(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from components.models import Model, ModelError, load_model, load_strictly, resolve_model
-from components.places import SHIPPED_PRIORS
-from components.priors.files import Precision, check_prior_folder, first_line
+from components.models import Model, ModelError, load_model, resolve_model
+from components.priors.files import Precision, check_prior_folder, fill_prior, first_line
 from components.priors.hub import load_sdxl
 from components.priors.nano import build_prior
 from components.priors.sdxl import Prior
@@ -59,11 +59,25 @@ def open_recorded_prior(
     Raises:
         ModelError: there is no such prior, or its digest is not the recorded one.
     """
-    digest = (record or {}).get("digest", "")
     encoder = (record or {}).get("image_encoder") or image_encoder
+    return open_as_recorded(name, record, lambda place: load_prior(place, device, encoder, precision))
+
+
+class Named(Protocol):
+    """A prior with the digest of its model folder, or ""."""
+
+    digest: str
+
+
+SomePrior = TypeVar("SomePrior", bound=Named)
+
+
+def open_as_recorded(name: str, record: Mapping[str, str] | None, load: Callable[[str], SomePrior]) -> SomePrior:
+    """The prior that `load` opens by its place, checked against the digest of its record; see open_recorded_prior."""
+    digest = (record or {}).get("digest", "")
     try:
         # A prior with a digest is a local model folder, so the hub is not asked.
-        prior = load_prior(resolve_model(name, prior=True) if digest else name, device, encoder, precision)
+        prior = load(str(resolve_model(name, prior=True)) if digest else name)
     except ModelError as error:
         if not digest:
             raise
@@ -85,15 +99,16 @@ def prior_from_model(model: Model) -> Prior:
         ModelError: its config builds no prior, or its weights do not fit.
     """
     tokenizer = model.file("tokenizer.json").read_text(encoding="utf-8")
+    family = model.info["config"].get("family", "sdxl")
+    if family != "sdxl":
+        raise ModelError(
+            f"{model.path}: a prior of SDXL's shape is needed here, and this one is of the family {family}"
+        )
     try:
         prior = build_prior(model.info["config"], tokenizer)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{model.path}: its config builds no prior ({first_line(error)})") from error
-    for part, module in prior.modules.items():
-        load_strictly(module, model.part(part), f"{model.path}: part {part}")
-    # the name that identifies it: a shipped name, or the path of the folder
-    prior.name = model.path.name if model.path.parent == SHIPPED_PRIORS else str(model.path.resolve())
-    prior.digest = model.digest
+    fill_prior(prior, model)
     return prior
 
 

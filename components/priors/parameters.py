@@ -1,4 +1,4 @@
-"""Parameters of a network by name: without peft's wrappers, and copied only if all of them fit."""
+"""Parameters of a network by name: without peft's wrappers, and copied only if all of them fit; and their device."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in module.named_parameters()
         if ".lora_" not in name
     }
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a network's weights are: parts of a prior may wait on the CPU."""
+    return next(module.parameters()).device
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:

@@ -16,9 +16,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from components.priors.autoencoder import autoencoder_factor, decode_latents, encode_pixels
+from components.priors.conditions import Conditions, SizedConditions
 from components.priors.files import DTYPES, Precision
+from components.priors.parameters import device_of
 from components.priors.sdxl_config import IMAGENET_MEAN, IMAGENET_STD, ImageView
 from components.samplers.schedules import Sampling, Schedule
+from components.types import Prediction
 
 
 @dataclass(kw_only=True)
@@ -67,6 +70,20 @@ class Prior:
         }
 
     @property
+    def network(self) -> UNet2DConditionModel:
+        """The denoiser: the UNet."""
+        return self.unet
+
+    @network.setter
+    def network(self, network: UNet2DConditionModel) -> None:
+        self.unet = network
+
+    @property
+    def prediction(self) -> Prediction:
+        """The denoiser predicts noise."""
+        return "epsilon"
+
+    @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 
@@ -87,6 +104,11 @@ class Prior:
     def multiple_px(self) -> int:
         """Picture sides must be multiples of this, so that the UNet halves evenly."""
         return self.factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+
+    @property
+    def largest_side(self) -> int | None:
+        """The UNet takes latents of any side."""
+        return None
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Prior:
         """Moves the networks to a device and casts all but the autoencoder to `dtype`: SDXL's autoencoder needs
@@ -140,12 +162,23 @@ class Prior:
                 truncation=True,
                 max_length=tokenizer.model_max_length,
                 return_tensors="pt",
-            ).input_ids.to(_device_of(encoder))
+            ).input_ids.to(device_of(encoder))
             output = encoder(ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
             if hasattr(output, "text_embeds"):
                 pooled = output.text_embeds
         return torch.cat(hidden, dim=-1), pooled
+
+    def conditions(self, prompts: Sequence[str]) -> Conditions:
+        """Prompts -> conditions of a denoiser without size ids, see embed_prompts."""
+        text, pooled = self.embed_prompts(prompts)
+        return Conditions(text=text, pooled=pooled)
+
+    def halve_text_encoder(self) -> Prior:
+        """Casts the text encoders to bfloat16, for training."""
+        for encoder in self.text_encoders:
+            nn.Module.to(encoder, dtype=torch.bfloat16)  # transformers' `to` warns here
+        return self
 
     def prompt_chunks(self, prompt: str) -> int:
         """Pieces of the text encoders' length that hold a whole prompt, at least 1; see embed_long_prompts."""
@@ -170,7 +203,7 @@ class Prior:
         pooled = torch.empty(0)
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             rows = [row for prompt in prompts for row in _pieces(tokenizer, prompt, chunks)]
-            output = encoder(torch.tensor(rows, device=_device_of(encoder)), output_hidden_states=True)
+            output = encoder(torch.tensor(rows, device=device_of(encoder)), output_hidden_states=True)
             states = output.hidden_states[-2]
             hidden.append(states.unflatten(0, (len(prompts), chunks)).flatten(1, 2))
             if hasattr(output, "text_embeds"):
@@ -208,10 +241,20 @@ class Prior:
         """Size ids int64 [B, 6] (original h, w, crop top, left, target h, w) for the UNet, float [B, 6]."""
         return sizes.to(self.device, torch.float32)
 
+    def sized_conditions(
+        self, prompts: Sequence[str], size: tuple[int, int], device: torch.device, chunks: int = 1
+    ) -> SizedConditions:
+        """Conditions of prompts for whole pictures (or tiles) of one size, on a device.
 
-def _device_of(module: nn.Module) -> torch.device:
-    """Where a network's weights are: parts of a prior may wait on the CPU."""
-    return next(module.parameters()).device
+        Args:
+            prompts: one for each picture.
+            size: (height, width) in pixels: original and target size of the size ids, with the crop at (0, 0).
+            device: of the results.
+            chunks: see embed_long_prompts.
+        """
+        text, pooled = self.embed_long_prompts(prompts, chunks)
+        sizes = torch.tensor([[*size, 0, 0, *size]]).expand(len(prompts), -1)
+        return SizedConditions(text=text.to(device), pooled=pooled.to(device), time_ids=sizes.to(device, torch.float32))
 
 
 def _token_ids(tokenizer: Any, prompt: str) -> list[int]:

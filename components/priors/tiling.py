@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from components.priors.autoencoder import SpaceToDepthAutoencoder
+from components.samplers.tiles import tile_boxes
 from components.tensors import images_to_tensor, tensor_to_images
-from components.types import Cancellation, Cancelled, Image
+from components.types import Box, Cancellation, Cancelled, Image
 
 TILE = 128
 """Side of a tile in latent pixels without its halo, ours; a smaller picture is one tile. SDXL: 1024 px."""
@@ -48,6 +49,20 @@ class LatentPrior(Protocol):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class SteppedPrior(Protocol):
+    """The part of a prior that the tiles of its steps depend on."""
+
+    @property
+    def factor(self) -> int: ...
+
+    @property
+    def multiple_px(self) -> int: ...
+
+    @property
+    def largest_side(self) -> int | None:
+        """The longest side of latents that the denoiser takes; None for any."""
 
 
 def halo_of(prior: LatentPrior, part: str) -> int:
@@ -237,3 +252,25 @@ def _ramp(first: int, last: int, start: int, end: int, length: int, fade: int, s
     if end < length:
         share = share * (((end + fade) - place) / (2 * fade)).clamp(0, 1)
     return share
+
+
+def step_tile_side(prior: SteppedPrior, tile_px: int) -> int:
+    """Side of a sampler's tile in latent pixels, such that the network halves evenly; 0 takes TILE.
+
+    It is at most the prior's largest_side.
+    """
+    multiple = prior.multiple_px // prior.factor
+    side = tile_px // prior.factor if tile_px else TILE
+    side = min(side, prior.largest_side or side)
+    return max(multiple, side // multiple * multiple)
+
+
+def step_boxes(prior: SteppedPrior, height: int, width: int, tile_px: int, overlap: float) -> list[Box]:
+    """The tiles of a sampler's latents [.., height, width]; latents that fit in one tile have one.
+
+    Args:
+        tile_px: side of a tile in pixels, see step_tile_side.
+        overlap: smallest share of a tile that neighbours share.
+    """
+    side = step_tile_side(prior, tile_px)
+    return tile_boxes(height, width, (side, side), overlap, prior.multiple_px // prior.factor)

@@ -3,7 +3,7 @@
 diffusers' forward computes values that are constant in a run (text keys, picture keys, embeddings) in each call, and
 passes tensors between blocks in keyword dictionaries. Here all values that do not depend on the latents are arguments,
 so that the caller can cache them, and each block is a function of tensors that compiles separately. What a system adds
-to the UNet's expansion path is a Joins. Results equal diffusers' up to rounding; the golden tests check both.
+to the UNet between its layers or blocks is a Joins. Results equal diffusers' up to rounding, as the golden tests check.
 
 Shapes: B batch, L tokens of the latents, S tokens of the context, C channels, E embedding width.
 """
@@ -11,8 +11,8 @@ Shapes: B batch, L tokens of the latents, S tokens of the context, C channels, E
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+
+from components.priors.block_calls import BlockFunctions
 
 
 class Context(NamedTuple):
@@ -124,7 +126,7 @@ def leave_block(model: Any, hidden: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(BlockFunctions):
     """The block functions of the walks, plain or compiled."""
 
     resnet: Callable[..., Tensor] = resnet_block
@@ -132,13 +134,23 @@ class Blocks:
     transformer: Callable[[Any, Tensor, Context | None, Tensor | None], Tensor] = transformer_block
     leave: Callable[[Any, Tensor, Tensor], Tensor] = leave_block
 
-    def wrap_all(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Self:
-        """All block functions, each wrapped by `wrap` (a compiler)."""
-        return replace(self, **{f.name: wrap(getattr(self, f.name)) for f in fields(self)})
-
 
 class Joins:
-    """What a system does on the UNet's expansion path; this one does nothing. Levels count from the bottom."""
+    """What a system does between the UNet's layers and blocks; this one does nothing.
+
+    Attributes:
+        changes_skip: whether the output of `after_down` also replaces the block's last skip feature.
+    """
+
+    changes_skip: bool = False
+
+    def after_down(self, number: int, x: Tensor) -> Tensor:
+        """After block `number` of the compression path with its downsampler: [B, C, h, w] -> the same shape."""
+        return x
+
+    def after_up(self, number: int, x: Tensor) -> Tensor:
+        """After block `number` of the expansion path with its upsampler: [B, C, h, w] -> the same shape."""
+        return x
 
     def middle(self, x: Tensor) -> Tensor:
         """After the middle block: [B, C, h, w] -> the same shape."""
@@ -167,9 +179,9 @@ def walk_unet(
     """
     blocks, joins = blocks or Blocks(), joins or Joins()
     shifts, rest = iter(inputs.shifts), zip(inputs.contexts, inputs.fused, strict=True)
-    x, skips = walk_down(unet, unet.conv_in(latents), shifts, rest, blocks)
+    x, skips = walk_down(unet, unet.conv_in(latents), shifts, rest, blocks, joins)
     x = joins.middle(walk_middle(unet.mid_block, x, shifts, rest, blocks))
-    for block in unet.up_blocks:
+    for number, block in enumerate(unet.up_blocks):
         attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
         for resnet, attention in zip(block.resnets, attentions, strict=True):
             x = joins.resnet(blocks, resnet, x, next(shifts), skips.pop())
@@ -177,6 +189,7 @@ def walk_unet(
         if block.upsamplers is not None:
             x = joins.enlarge(x)
             x = block.upsamplers[0].conv(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+        x = joins.after_up(number, x)
     return unet.conv_out(F.silu(unet.conv_norm_out(x)))  # type: ignore[no-any-return]
 
 
@@ -229,7 +242,12 @@ def check_walkable(network: nn.Module) -> None:
 
 
 def walk_down(
-    network: Any, x: Tensor, shifts: Iterator[Tensor], rest: Iterator[Any], blocks: Blocks
+    network: Any,
+    x: Tensor,
+    shifts: Iterator[Tensor],
+    rest: Iterator[Any],
+    blocks: Blocks,
+    joins: Joins | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The compression path of a UNet or of a copy after its input convolution: (output, all skips).
 
@@ -238,9 +256,10 @@ def walk_down(
         x: output of the input convolution [B, C, h, w].
         shifts: of the resnets, in order; `rest`: (context, fused) of each transformer block.
         blocks: block functions.
+        joins: see Joins.after_down; None for none.
     """
-    skips = [x]
-    for block in network.down_blocks:
+    skips, joins = [x], joins or Joins()
+    for number, block in enumerate(network.down_blocks):
         attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
         for resnet, attention in zip(block.resnets, attentions, strict=True):
             x = _spatial(attention, blocks.resnet(resnet, x, next(shifts)), rest, blocks)
@@ -248,6 +267,9 @@ def walk_down(
         if block.downsamplers is not None:
             x = block.downsamplers[0](x)
             skips.append(x)
+        x = joins.after_down(number, x)
+        if joins.changes_skip:
+            skips[-1] = x
     return x, skips
 
 
@@ -272,6 +294,6 @@ def _spatial(model: Any, x: Tensor, rest: Iterator[Any], blocks: Blocks) -> Tens
 
 def _modules(network: Any) -> Iterator[nn.Module]:
     """Modules in the order of the walk. In a block, resnets keep their order, and so do transformers."""
-    for part in (network.down_blocks, network.mid_block, getattr(network, "up_blocks", None)):
+    for part in (network.down_blocks, getattr(network, "mid_block", None), getattr(network, "up_blocks", None)):
         if part is not None:
             yield from part.modules()

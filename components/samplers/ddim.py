@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from components.samplers.restoration_pull import RestorationPull
 from components.types import Cancellation, Cancelled, Denoiser, OnStep, StepEvent
 
 
@@ -20,6 +21,7 @@ def sample_ddim(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     cancelled: Cancelled | None = None,
+    restoration: RestorationPull | None = None,
 ) -> Tensor:
     """Deterministic DDIM.
 
@@ -29,6 +31,7 @@ def sample_ddim(
         sigmas: float [n + 1], falling; the last may be 0, or equal the one before (a schedule's first level).
         on_step: called after each step; the preview is the clean estimate.
         cancelled: called before each step.
+        restoration: pull towards LQ latents. Its reading "latent" acts on variance-preserving latents, as printed.
 
     Returns:
         Latents at sigmas[-1].
@@ -37,7 +40,7 @@ def sample_ddim(
         Cancellation: `cancelled()` returned true.
         ValueError: there are fewer than two levels, or they do not fall strictly.
     """
-    return _sample(denoise, latents, sigmas, None, on_step, cancelled)
+    return _sample(denoise, latents, sigmas, None, on_step, cancelled, restoration)
 
 
 def sample_ddpm(
@@ -47,12 +50,13 @@ def sample_ddpm(
     step_noise: Callable[[int], Tensor],
     on_step: OnStep | None = None,
     cancelled: Cancelled | None = None,
+    restoration: RestorationPull | None = None,
 ) -> Tensor:
     """Ancestral sampling with the posterior's variance; `step_noise(i)` returns step i's standard normal [B, C, h, w].
 
     The other arguments are those of sample_ddim.
     """
-    return _sample(denoise, latents, sigmas, step_noise, on_step, cancelled)
+    return _sample(denoise, latents, sigmas, step_noise, on_step, cancelled, restoration)
 
 
 def _sample(
@@ -62,6 +66,7 @@ def _sample(
     step_noise: Callable[[int], Tensor] | None,
     on_step: OnStep | None,
     cancelled: Cancelled | None,
+    restoration: RestorationPull | None,
 ) -> Tensor:
     differences = sigmas.diff()
     falls = bool((differences[:-1] < 0).all()) and bool((differences[-1:] <= 0).all())
@@ -73,12 +78,17 @@ def _sample(
             raise Cancellation(f"cancelled before step {step + 1} of {steps}")
         sigma, following = sigmas[step].to(latents.device), sigmas[step + 1].to(latents.device)
         denoised = denoise(latents, sigma.expand(len(latents)))
+        if restoration is not None:
+            denoised = restoration.clean(step, steps, denoised)
         ratio = following / sigma
         if step_noise is None:
             latents = denoised + ratio * (latents - denoised)
         else:
             refill = following * (1 - ratio.square()).sqrt()
             latents = denoised + ratio.square() * (latents - denoised) + refill * step_noise(step).to(latents)
+        if restoration is not None:
+            scale = (1 + following.square()).sqrt()  # of these latents over variance-preserving ones
+            latents = restoration.after_step(step, steps, latents, following, scale=scale)
         if on_step is not None:
             on_step(StepEvent(step=step + 1, of=steps, preview=denoised))
     return latents

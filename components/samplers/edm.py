@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from components.samplers.restoration_pull import RestorationPull
 from components.samplers.schedules import Schedule
 from components.types import Cancellation, Cancelled, OnStep, StepEvent
 
@@ -92,6 +93,7 @@ def sample_edm(
     pull: Pull | None = None,
     on_step: OnStep | None = None,
     cancelled: Cancelled | None = None,
+    restoration: RestorationPull | None = None,
 ) -> Tensor:
     """Latents at sigmas[-1].
 
@@ -104,6 +106,7 @@ def sample_edm(
         pull: None for none.
         on_step: called after each step; the preview is the clean estimate, after the pull.
         cancelled: called before each step.
+        restoration: a pull towards LQ latents by the step's number, after `pull`; None for none.
 
     Raises:
         Cancellation: `cancelled()` returned true.
@@ -126,7 +129,11 @@ def sample_edm(
         clean = denoise(latents, sigma.expand(len(latents)), level)
         if pull is not None:
             clean = clean - (clean - pull.target) * pull.weight(level, following)
+        if restoration is not None:
+            clean = restoration.clean(step, steps, clean)
         latents = latents + (latents - clean) / sigma * (following - sigma)
+        if restoration is not None:
+            latents = restoration.after_step(step, steps, latents, following)
         if on_step is not None:
             on_step(StepEvent(step=step + 1, of=steps, preview=clean))
     return latents
@@ -210,6 +217,7 @@ def sample_dpmpp_2m(
     first_noise: bool = False,
     on_step: OnStep | None = None,
     cancelled: Cancelled | None = None,
+    restoration: RestorationPull | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M) with noise (Lu et al. 2022; the SDE form of k-diffusion), the midpoint rule.
 
@@ -238,6 +246,8 @@ def sample_dpmpp_2m(
         check_cancelled(cancelled, step, steps)
         level, following = (sigmas[i].to(latents.device) for i in (step, step + 1))
         clean = denoise(latents, level.expand(len(latents)), level)
+        if restoration is not None:
+            clean = restoration.clean(step, steps, clean)
         if float(sigmas[step + 1]) == 0:
             latents = clean
         else:
@@ -251,6 +261,8 @@ def sample_dpmpp_2m(
                 spread = following * (-torch.expm1(-2 * eta * h)).sqrt() * noise_scale
                 latents = latents + spread * step_noise(step).to(latents)
             before = (clean, h)
+        if restoration is not None:
+            latents = restoration.after_step(step, steps, latents, following)
         if on_step is not None:
             on_step(StepEvent(step=step + 1, of=steps, preview=clean))
     return latents
@@ -265,6 +277,7 @@ def sample_euler_ancestral(
     noise_scale: float = 1.0,
     on_step: OnStep | None = None,
     cancelled: Cancelled | None = None,
+    restoration: RestorationPull | None = None,
 ) -> Tensor:
     """Euler steps that go below the next level and add noise up to it (k-diffusion's ancestral sampler).
 
@@ -278,11 +291,15 @@ def sample_euler_ancestral(
         check_cancelled(cancelled, step, steps)
         level, following = (sigmas[i].to(latents.device) for i in (step, step + 1))
         clean = denoise(latents, level.expand(len(latents)), level)
+        if restoration is not None:
+            clean = restoration.clean(step, steps, clean)
         up = eta * following * (1 - (following / level).square()).clamp_min(0).sqrt()
         down = (following.square() - up.square()).clamp_min(0).sqrt()
         latents = latents + (latents - clean) / level * (down - level)
         if step_noise is not None and float(sigmas[step + 1]) > 0:
             latents = latents + noise_scale * up * step_noise(step).to(latents)
+        if restoration is not None:
+            latents = restoration.after_step(step, steps, latents, following)
         if on_step is not None:
             on_step(StepEvent(step=step + 1, of=steps, preview=clean))
     return latents

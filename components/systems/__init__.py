@@ -7,6 +7,7 @@ from typing import Any
 
 from components.naming import did_you_mean
 from components.recipes import Recipe
+from components.systems.dra.system import DRA
 from components.systems.instantir.system import INSTANTIR
 from components.systems.instarevive.system import INSTAREVIVE
 from components.systems.prior.system import PRIOR
@@ -21,6 +22,7 @@ SYSTEMS: dict[str, System] = {
     "instantir": INSTANTIR,
     "instarevive": INSTAREVIVE,
     "supir": SUPIR,
+    "dra": DRA,
     "swinir": SWINIR,
     "unetres": UNETRES,
 }

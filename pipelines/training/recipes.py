@@ -58,7 +58,7 @@ def check_recipe(recipe: Recipe) -> None:
         check_start("warm_start", recipe.warm_start, prior=recipe.trains_prior)
     if recipe.distil and not recipe.teacher:
         raise UsageError(f"{recipe.name} distils a teacher, and none is set. Name a trained model: teacher=MODEL.")
-    for key, name in (("coarse", recipe.coarse), ("teacher", recipe.teacher)):
+    for key, name in (("coarse", recipe.coarse), ("encoder", recipe.encoder), ("teacher", recipe.teacher)):
         if name:
             check_start(key, name, hub=False)
 

@@ -35,9 +35,9 @@ from timing import psnr, ratio, repeat, summary, synchronise
 if TYPE_CHECKING:
     import torch
 
+    from components.priors.conditions import Conditions
     from components.randomness import Noise
     from components.systems.instarevive.fast import FastOneStep, Speed
-    from components.systems.instarevive.network import Conditions
     from components.types import Batch
 
 
@@ -162,7 +162,7 @@ def make_inputs(case: Case, device: str, batch: int) -> tuple[Conditions, torch.
     """Random conditions and pictures [batch, 3, H, W] in [-1, 1]."""
     import torch
 
-    from components.systems.instarevive.network import Conditions
+    from components.priors.conditions import Conditions
 
     generator = None if device == "meta" else torch.Generator(device).manual_seed(1)
 

@@ -26,7 +26,8 @@ from timing import ratio, summary, take_turns
 if TYPE_CHECKING:
     import torch
 
-    from components.systems.supir.network import Conditions, Supir
+    from components.priors.conditions import SizedConditions
+    from components.systems.supir.network import Supir
 
 STEPS: Mapping[str, int] = {"nano": 6, "middle": 3, "sdxl": 50}
 """Sampler steps by size; 50 are the release's."""
@@ -69,11 +70,11 @@ def build_network(size: Size, device: str, dtype: torch.dtype) -> Supir:
 
 def make_inputs(
     network: Supir, size: Size, dtype: torch.dtype, latent_px: int = 0, batch: int = 1
-) -> tuple[Conditions, Conditions, torch.Tensor, torch.Tensor]:
+) -> tuple[SizedConditions, SizedConditions, torch.Tensor, torch.Tensor]:
     """(positive, negative, LQ latents, start noise) of random values."""
     import torch
 
-    from components.systems.supir.network import Conditions
+    from components.priors.conditions import SizedConditions
 
     unet, device, side = size.prior["unet"], network.prior.device, latent_px or size.latent_px
     pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
@@ -85,7 +86,7 @@ def make_inputs(
     px = float(side * network.prior.factor)
     ids = torch.tensor([[px, px, 0, 0, px, px]], device=device).expand(batch, -1)
     pair = [
-        Conditions(
+        SizedConditions(
             text=random(batch, size.prior["text_length"], unet["cross_attention_dim"]),
             pooled=random(batch, pooled),
             time_ids=ids,
@@ -100,7 +101,7 @@ def make_inputs(
 
 
 def plain_eps(
-    network: Supir, latents: torch.Tensor, times: torch.Tensor, lq: torch.Tensor, conditions: Conditions
+    network: Supir, latents: torch.Tensor, times: torch.Tensor, lq: torch.Tensor, conditions: SizedConditions
 ) -> torch.Tensor:
     """The networks' noise prediction with diffusers' own blocks, module by module."""
     import torch
@@ -140,15 +141,21 @@ def plain_eps(
 
 
 def straightforward_loop(
-    network: Supir, positive: Conditions, negative: Conditions, lq: torch.Tensor, noise: torch.Tensor, steps: int
+    network: Supir,
+    positive: SizedConditions,
+    negative: SizedConditions,
+    lq: torch.Tensor,
+    noise: torch.Tensor,
+    steps: int,
 ) -> torch.Tensor:
     """The official loop, plainly: doubled batch, snapped levels, linear guidance 1 to 4, Euler steps."""
     import torch
 
+    from components.priors.conditions import join
     from components.samplers.edm import edm_sigmas, level_table
 
     table = level_table(network.prior.schedule).to(lq.device)
-    sigmas, both, lq_twice = edm_sigmas(table, steps).to(lq.device), negative.concat(positive), torch.cat([lq, lq])
+    sigmas, both, lq_twice = edm_sigmas(table, steps).to(lq.device), join([negative, positive]), torch.cat([lq, lq])
     latents = noise * (1 + sigmas[0] ** 2).sqrt()
     for step in range(steps):
         sigma = sigmas[step]
@@ -164,9 +171,10 @@ def straightforward_loop(
 
 
 def our_loop(
-    fast: Any, positive: Conditions, negative: Conditions, lq: torch.Tensor, noise: torch.Tensor, steps: int
+    fast: Any, positive: SizedConditions, negative: SizedConditions, lq: torch.Tensor, noise: torch.Tensor, steps: int
 ) -> torch.Tensor:
     """The same loop with the product's parts; each call is a new run, as for a new picture."""
+    from components.priors.conditions import join
     from components.samplers.edm import edm_sigmas, level_table, sample_edm
     from components.systems.supir.denoiser import Ramp, SupirDenoiser
 
@@ -176,7 +184,7 @@ def our_loop(
         predict=fast.run().predict_eps,
         table=table,
         lq=lq,
-        conditions=negative.concat(positive),
+        conditions=join([negative, positive]),
         guided=True,
         cfg_scale=Ramp(start=1.0, end=4.0),
         control_scale=Ramp(start=1.0, end=1.0),
@@ -190,12 +198,14 @@ def count_step_tflop(size: Size) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from components.priors.conditions import join
+
     with torch.no_grad():
         network = build_network(size, "meta", torch.float32)
         positive, negative, lq, _ = make_inputs(network, size, torch.float32)
         times = torch.zeros(2, dtype=torch.int64, device="meta")
         with FlopCounterMode(display=False) as counter:
-            plain_eps(network, torch.cat([lq, lq]), times, torch.cat([lq, lq]), negative.concat(positive))
+            plain_eps(network, torch.cat([lq, lq]), times, torch.cat([lq, lq]), join([negative, positive]))
     return counter.get_total_flops() / 1e12
 
 

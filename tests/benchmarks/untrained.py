@@ -18,6 +18,8 @@ from components.priors.opening import load_prior
 from components.priors.robust_encoder import RobustEncoder
 from components.priors.sdxl import Prior
 from components.randomness import generator
+from components.systems.dra.config import LoraConfig
+from components.systems.dra.network import Dra
 from components.systems.instantir.network import InstantIR
 from components.systems.supir.config import AdaptorConfig
 from components.systems.supir.network import Adaptor, Supir
@@ -33,7 +35,11 @@ def supir(prior: Prior) -> Supir:
     return Supir(prior, RobustEncoder(prior.autoencoder), Adaptor(prior.unet, AdaptorConfig()))
 
 
-SYSTEMS: Mapping[str, Callable[[Prior], Any]] = {"instantir": instantir, "supir": supir}
+def dra(prior: Prior) -> Dra:
+    return Dra(prior, None, LoraConfig(rank=16))
+
+
+SYSTEMS: Mapping[str, Callable[[Prior], Any]] = {"instantir": instantir, "supir": supir, "dra": dra}
 
 
 def save_untrained(system: str, path: Path, steps: int = 4) -> Model:

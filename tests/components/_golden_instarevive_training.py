@@ -21,9 +21,10 @@ from components.objectives.score_matching import (
     smallest_timesteps,
     squared_distances,
 )
+from components.priors.conditions import Conditions
 from components.samplers.guidance import guide
 from components.samplers.schedules import Schedule
-from components.systems.instarevive.network import Conditions, EpsPredictor, build_network
+from components.systems.instarevive.network import EpsPredictor, build_network
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.weights import load_swinir
 

@@ -10,6 +10,7 @@ import torch
 from helper_modules import load_helper
 from torch import Tensor
 
+from components.priors.conditions import SizedConditions
 from components.samplers.edm import (
     Churn,
     LevelDenoiser,
@@ -28,7 +29,6 @@ from components.samplers.edm import (
 from components.samplers.schedules import Schedule
 from components.samplers.tiles import released_weights, strided_boxes, tiled
 from components.systems.supir.denoiser import Ramp, SupirDenoiser
-from components.systems.supir.network import Conditions
 from components.types import Box
 
 files = load_helper("components/_golden_supir.py")
@@ -54,7 +54,7 @@ def check_schedule(golden: Golden) -> None:
     golden.check("restore_weight_tau4.T50", pull.weight(sigmas[:-1], sigmas[1:]))
     calls: list[Tensor] = []
 
-    def network(x: Tensor, t: Tensor, lq: Tensor, conditions: Conditions, scale: float | Tensor) -> Tensor:
+    def network(x: Tensor, t: Tensor, lq: Tensor, conditions: SizedConditions, scale: float | Tensor) -> Tensor:
         calls.append(t)
         return 0.5 * x + 0.001 * t.view(-1, 1, 1, 1) * scale
 
@@ -63,7 +63,7 @@ def check_schedule(golden: Golden) -> None:
         predict=network,
         table=table,
         lq=x,
-        conditions=Conditions(text=nothing, pooled=nothing, time_ids=nothing),
+        conditions=SizedConditions(text=nothing, pooled=nothing, time_ids=nothing),
         guided=False,
         cfg_scale=Ramp(start=1, end=1),
         control_scale=Ramp(start=0.8, end=0.8),

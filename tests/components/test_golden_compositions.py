@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from components.objectives.distillation import Distillation
 from components.objectives.score_matching import smallest_timesteps
+from components.priors.conditions import Conditions
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.randomness import Noise
 from components.samplers.schedules import Schedule
 from components.systems.instantir.network import InstantIR
 from components.systems.instantir.objectives import PreviewerObjective
 from components.systems.instantir.previewer import lora_layers
-from components.systems.instarevive.network import Conditions, EpsPredictor, build_network
+from components.systems.instarevive.network import EpsPredictor, build_network
 from components.systems.instarevive.objective import InstaReviveObjective
 from components.types import Batch
 

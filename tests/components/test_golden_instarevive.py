@@ -23,10 +23,11 @@ from torch import Tensor
 
 from components.color import adain, wavelet
 from components.models import load_strictly
+from components.priors.conditions import Conditions
 from components.priors.one_text import OneTextPrior
 from components.samplers.schedules import Schedule
 from components.systems.instarevive.backbone import Backbone
-from components.systems.instarevive.network import Conditions, EpsPredictor, OneStep, OneStepGenerator, build_network
+from components.systems.instarevive.network import EpsPredictor, OneStep, OneStepGenerator, build_network
 from components.systems.instarevive.options import FIXED_PROMPTS
 from components.systems.instarevive.parity import to_levels
 from components.systems.instarevive.restorer import Coarse, InstaReviveRestorer

@@ -22,6 +22,7 @@ from helper_modules import load_helper
 from torch import Tensor, nn
 
 from components.color import adain, wavelet, wavelet_blur, wavelet_split
+from components.priors.conditions import SizedConditions
 from components.priors.encoder_copy import embed_step, unet_skeleton
 from components.priors.fast_unet import Speed
 from components.priors.layer_tiles import LayerTiles, run_decoder, run_encoder
@@ -50,7 +51,7 @@ from components.systems.supir.connectors import ConnectorJoins, ZeroConv, ZeroCr
 from components.systems.supir.control import ControlEncoder, walk_control
 from components.systems.supir.denoiser import Ramp, SupirDenoiser
 from components.systems.supir.fast import FastSupir
-from components.systems.supir.network import Conditions, Supir, control_features, predict_eps
+from components.systems.supir.network import Supir, control_features, predict_eps
 from components.systems.supir.preprocess import (
     fixed_sizes,
     page_fix,
@@ -232,7 +233,7 @@ def check_pipeline(golden: Golden) -> None:
     adaptor = files.loaded_adaptor(golden.folder, unet)
     table = level_table(Schedule())
 
-    def predict(x: Tensor, t: Tensor, lq: Tensor, conditions: Conditions, scale: float | Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor, lq: Tensor, conditions: SizedConditions, scale: float | Tensor) -> Tensor:
         control = adaptor.control
         inputs = text_inputs(control, files.vector_embedding(control, t, conditions.pooled), conditions.text)
         features = walk_control(control, lq, x, inputs)
@@ -250,7 +251,7 @@ def check_pipeline(golden: Golden) -> None:
             predict=predict,
             table=table,
             lq=golden.input("control"),
-            conditions=Conditions(
+            conditions=SizedConditions(
                 text=torch.cat([golden.input("crossattn_uc"), golden.input("crossattn")]),
                 pooled=torch.cat([golden.input("vector_uc"), golden.input("vector")]),
                 time_ids=nothing.expand(2, -1),
@@ -384,7 +385,7 @@ def test_the_bundle_computes_what_its_parts_do(golden_dir: Path) -> None:
         schedule=Schedule(),
     )
     network = Supir(prior, encoder, adaptor)
-    conditions = Conditions(
+    conditions = SizedConditions(
         text=golden.input("context"), pooled=golden.input("text_embeds"), time_ids=golden.input("time_ids")
     )
     latents, timesteps = golden.input("x"), golden.input("timesteps")

@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from components.models import ModelCard, ModelError, load_model, save_model
+from components.priors.conditions import Conditions, join
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.one_text import OneTextPrior
 from components.priors.one_text_config import PIXART_DIT, SD21_UNET, SD_VAE
@@ -23,13 +24,11 @@ from components.systems.instarevive.backbone import Backbone, open_backbone
 from components.systems.instarevive.build import build_restorer, generator_config, generator_parts, load_generator
 from components.systems.instarevive.fast import FastOneStep, Speed
 from components.systems.instarevive.network import (
-    Conditions,
     EpsPredictor,
     OneStep,
     OneStepGenerator,
     aligning_conv,
     build_network,
-    join,
     nearest_timestep,
 )
 from components.systems.instarevive.options import FIXED_PROMPTS, check_options

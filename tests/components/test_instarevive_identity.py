@@ -139,5 +139,5 @@ def test_adapters_that_do_not_fit_are_refused(encoder: Path, tmp_path: Path) -> 
         load_picture_embedder(str(tmp_path / "empty"))
     with pytest.raises(RecipeError, match="go together"):
         trainings.recipe(ip_adapter=str(adapter))
-    with pytest.raises(RecipeError, match="family sdxl, sd or nano"):
+    with pytest.raises(RecipeError, match="family sd, sdxl or nano"):
         trainings.recipe(ip_adapter=str(adapter), picture_encoder=str(encoder), family="pixart")

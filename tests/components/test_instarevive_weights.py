@@ -176,6 +176,13 @@ def test_a_prediction_of_another_kind_of_prior_is_refused_before_anything_is_rea
         expected_layout(sizes={"prediction": "flow_prediction"})
 
 
+def test_a_published_priors_latents_have_a_fixed_number_of_channels() -> None:
+    for family, channels in (("pixart", 4), ("sdxl", 4), ("sd3", 16)):
+        assert expected_layout(sizes={"family": family, "network": {"in_channels": channels}})
+        with pytest.raises(ValueError, match=f"have {channels} channels, and the network takes 12"):
+            expected_layout(sizes={"family": family, "network": {"in_channels": 12}})
+
+
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
@@ -184,7 +191,7 @@ def test_a_prediction_of_another_kind_of_prior_is_refused_before_anything_is_rea
         ({"network": {"num_layers": 0}}, "positive whole number"),
         ({"network": {"block_out_channels": [8, "x"]}}, "list of positive whole numbers"),
         ({"network": {"up_block_types": "x"}}, "list of block names"),
-        ({"family": "dit"}, "pixart, sd, sdxl, nano"),
+        ({"family": "dit"}, "nano, pixart, sd, sd3, sdxl"),
         ({"coarse": 3}, "must name a model folder"),
         ({"network": 3}, "unknown option"),
     ],

@@ -23,13 +23,13 @@ from components.systems.prior.training import (
     AutoencoderObjective,
     DenoiserObjective,
     ImageEncoderObjective,
-    _merge,
     autoencoder_objective,
     denoiser_objective,
     generate,
     image_encoder_objective,
     look,
     measure,
+    merge_sizes,
     picture_vectors,
     retrieval_share,
 )
@@ -350,8 +350,8 @@ def test_the_stages_are_built_from_the_recipe_and_the_stage_before(tmp_path: Any
     assert autoencoder_objective(fresh, {"autoencoder": Parent()}).config == first.config  # needs no pictures
 
 
-def test_changes_of_a_config_are_merged_by_key() -> None:
+def test_changes_of_a_config_aremerge_sizesd_by_key() -> None:
     base = {"unet": {"heads": 2, "blocks": [1]}, "text_length": 8}
     changes = {"unet": {"heads": 4}, "text_length": {"a": 1}, "view": {"side": 3}}
     merged = {"unet": {"heads": 4, "blocks": [1]}, "text_length": {"a": 1}, "view": {"side": 3}}
-    assert _merge(base, changes) == merged and base["unet"] == {"heads": 2, "blocks": [1]}
+    assert merge_sizes(base, changes) == merged and base["unet"] == {"heads": 2, "blocks": [1]}

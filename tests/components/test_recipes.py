@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from components.priors.families import FAMILIES
 from components.recipes import RecipeError, identity
 from components.systems import SYSTEMS
 from components.systems.instantir.recipe import InstantIRRecipe
 from components.systems.instarevive.recipe import InstaReviveRecipe
-from components.systems.instarevive.settings import PRIORS
 from components.systems.recipes import MIXTURES, load_mixture, load_recipe, recipe_names
 
 
@@ -46,12 +46,12 @@ def test_recipes_have_instarevives_numbers() -> None:
         assert (recipe.batch_size, recipe.resolution, recipe.family, recipe.input) == (32, 512, "pixart", "noise")
         assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (1e-6, 1e-2)  # section 4.1
         assert (recipe.distillation.kappa, recipe.distillation.weight, recipe.distillation.t_share) == (1.5, 1.0, 0.02)
-        assert recipe.prior == PRIORS["pixart"]
+        assert recipe.prior == FAMILIES["pixart"].default_prior
     for name in recipe_names():
         recipe = load_recipe(name)
         if isinstance(recipe, InstaReviveRecipe) and not recipe.distil:
-            assert recipe.prior == PRIORS[recipe.family], name
-    assert load_recipe("instarevive-bsr", ["family=sd"]).prior == PRIORS["sd"]
+            assert recipe.prior == FAMILIES[recipe.family].default_prior, name
+    assert load_recipe("instarevive-bsr", ["family=sd"]).prior == FAMILIES["sd"].default_prior
     assert load_recipe("instarevive-bsr", ["family=sd", "prior=mine/own"]).prior == "mine/own"
     steps = {task: recipe.steps for task, recipe in recipes.items()}
     assert (steps["bsr"], steps["bfr"], steps["saltpepper"], steps["cartoon"]) == (35_000, 25_000, 8_000, 10_000)

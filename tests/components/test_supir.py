@@ -14,6 +14,7 @@ from torch import Tensor
 from components.captions.views import find_view
 from components.models import ModelCard, ModelError, save_model
 from components.objectives.robust_encoding import RobustEncoderObjective, measure_encoder, robust_loss
+from components.priors.conditions import SizedConditions
 from components.priors.fast_unet import Speed
 from components.priors.nano import build_prior, build_tokenizer_json
 from components.priors.robust_encoder import RobustEncoder, RobustLatents
@@ -27,7 +28,7 @@ from components.systems.recipes import load_recipe
 from components.systems.supir.build import adaptor_objective, encoder_objective, look, network_of
 from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.connectors import ZeroConv, ZeroCrossAttn, ZeroSFT
-from components.systems.supir.network import ADAPTOR, ENCODER, Adaptor, Conditions, Supir
+from components.systems.supir.network import ADAPTOR, ENCODER, Adaptor, Supir
 from components.systems.supir.objectives import AdaptorObjective
 from components.systems.supir.options import PRESETS, Options, check_options, parse_options
 from components.systems.supir.released import RELEASE_DEFAULTS
@@ -233,7 +234,7 @@ def test_the_adaptors_loss_by_hand_and_what_trains() -> None:
     prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
     assert 0 < int(dropped.sum()) < 3
     text, pooled = prior.embed_prompts(prompts)
-    conditions = Conditions(text=text, pooled=pooled, time_ids=batch.sizes.float())
+    conditions = SizedConditions(text=text, pooled=pooled, time_ids=batch.sizes.float())
     t, eps = noise.integers("timestep", 0, 1000), noise.normal("noise", (4, 4, 4))
     alpha = prior.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * prior.encode(batch.hq) + (1 - alpha).sqrt() * eps
@@ -382,7 +383,7 @@ def test_one_step_without_guidance_by_hand() -> None:
         latents = noise * (1 + sigma**2).sqrt()
         t = nearest_index(table, sigma[None])
         text, pooled = prior.embed_prompts(["red"])
-        conditions = Conditions(text=text, pooled=pooled, time_ids=torch.tensor([[16.0, 24, 0, 0, 16, 24]]))
+        conditions = SizedConditions(text=text, pooled=pooled, time_ids=torch.tensor([[16.0, 24, 0, 0, 16, 24]]))
         eps = network.predict_eps(latents / (1 + sigma**2).sqrt(), t, lq, conditions, 0.8)
         # the only step ends at 0, where the released rule does not pull
         expected = prior.decode(latents - sigma * eps)
@@ -418,7 +419,7 @@ def test_two_guided_steps_by_hand() -> None:
             clean = []
             for prompt in ("dog", "red"):  # the negative first
                 text, pooled = prior.embed_prompts([prompt])
-                conditions = Conditions(text=text, pooled=pooled, time_ids=ids)
+                conditions = SizedConditions(text=text, pooled=pooled, time_ids=ids)
                 x = z / (1 + sigma**2).sqrt()
                 clean.append(z - sigma * network.predict_eps(x, t, lq, conditions, 0.9 + (0.4 - 0.9) * share))
             d = clean[0] + (2.0 + (1.5 - 2.0) * share) * (clean[1] - clean[0])

@@ -12,6 +12,7 @@ AREAS: dict[str, tuple[str, ...]] = {
         "components/systems/*/objective*.py",
         "components/systems/*/scores.py",
         "components/systems/*/training.py",
+        "components/systems/prior/flow.py",
     ),
     "samplers": (
         "components/samplers/*.py",

@@ -46,6 +46,21 @@ consistency = in_file("components/objectives/consistency.py", BY_HAND)
 precomputed = in_file("components/objectives/precomputed.py", BY_HAND)
 guidance = in_file("components/samplers/guidance.py", BY_HAND)
 prior = in_file("components/systems/prior/training.py", "test_prior_objectives_by_hand.py")
+flow = in_file("components/samplers/flow.py", "test_flow.py")
+matching = in_file("components/objectives/flow_matching.py", "test_flow.py")
+pull = in_file("components/samplers/restoration_pull.py", "test_restoration_pull.py")
+ddim = in_file("components/samplers/ddim.py", "test_restoration_pull.py")
+edm = in_file("components/samplers/edm.py", "test_restoration_pull.py")
+pulled_flow = in_file("components/samplers/flow.py", "test_restoration_pull.py")
+adapters = in_file("components/systems/dra/adapters.py", "test_dra.py")
+variants = in_file("components/systems/dra/objectives.py", "test_dra.py")
+denoiser = in_file("components/systems/dra/denoiser.py", "test_dra_restorer.py")
+control = in_file("components/systems/dra/control.py", "test_dra_control.py")
+tokens = in_file("components/systems/dra/tokens.py", "test_dra_tokens.py")
+token_loss = in_file("components/systems/dra/objectives.py", "test_dra_tokens.py")
+token_adapters = in_file("components/systems/dra/adapters.py", "test_dra_tokens.py")
+mmdit = in_file("components/priors/mmdit_walk.py", "test_dra_tokens.py")
+flow_denoiser = in_file("components/systems/dra/denoiser.py", "test_dra_tokens.py")
 workers = in_file("components/training.py", "test_training_workers.py")
 
 TARGET = """        conditions = textless
@@ -405,7 +420,7 @@ PRIOR = (
     prior("prior: colours of LQ", "F.interpolate(batch.hq, (side", "F.interpolate(batch.lq, (side"),
     prior("prior: colours of the next patch", "self.readout(lq[:, 1:])", "self.readout(lq[:, 1:].roll(1, 1))"),
     prior("prior: class token counts as a patch", "self.readout(lq[:, 1:])", "self.readout(lq[:, :-1])"),
-    prior("prior: denoiser never drops the text", '"text_dropout") < self.text_dropout', '"text_dropout") < 0.0'),
+    prior("prior: denoiser never drops the text", '"text_dropout") < text_dropout', '"text_dropout") < 0.0'),
     prior(
         "prior: pooled vector dropped with the text's draw",
         'noise.uniform("pooled_dropout") <',
@@ -419,6 +434,23 @@ PRIOR = (
     prior(
         "prior: denoiser learns the clean latents", "self.loss(prediction, eps, t)", "self.loss(prediction, latents, t)"
     ),
+)
+
+FLOW = (
+    flow("flow: shares swapped", "(1 - share) * clean + share * noise", "share * clean + (1 - share) * noise"),
+    flow("flow: velocity towards the clean latents", "    return noise - clean\n", "    return clean - noise\n"),
+    flow(
+        "flow: noise estimate with the share of noise", "latents + (1 - _as_rows(sigma", "latents + (0 + _as_rows(sigma"
+    ),
+    flow("flow: clean estimate from the wrong side", "latents - _as_rows(sigma", "latents + _as_rows(sigma"),
+    flow(
+        "flow: steps away from the clean latents", "(following - sigma) * direction", "(sigma - following) * direction"
+    ),
+    flow("flow: halves of guidance swapped", "negative, positive = predict", "positive, negative = predict"),
+    flow("flow: shift towards the clean latents", "shift * times / (1 + (shift - 1)", "times / (1 + (shift - 1)"),
+    flow("flow: last time without its shift", "shift_times(torch.tensor(1 / ", "(lambda t, s: t)(torch.tensor(1 / "),
+    matching("flow: times of a normal distribution", "torch.sigmoid(mean + deviation", "(mean + deviation"),
+    matching("flow: noise as the target", "path_velocity(clean.float(), noise.float())", "noise.float()"),
 )
 
 WORKERS = (
@@ -443,5 +475,116 @@ WORKERS = (
     workers("workers: metrics in each worker's own order", "names = sorted(metrics)", "names = list(metrics)"),
 )
 
-NAMED: tuple[Named, ...] = (*PREVIEWER, *CONDITIONS, *DIFFUSION_LOSS, *AGGREGATOR, *PRIOR, *WORKERS)
+RESTORATION_PULL = (
+    pull("pull: away from LQ", "weight * (target - latents)", "weight * (latents - target)"),
+    pull("pull: steps counted before the step", "return steps - 1 - step", "return steps - step"),
+    pull("pull: share not stretched to 1", "(share - threshold) / (1 - threshold)", "(share - threshold)"),
+    pull("pull: the threshold's other side", "if share > threshold else", "if share < threshold else"),
+    pull("pull: renoised without the noise", " + noise_share * self.noise, strength", ", strength"),
+    pull("pull: renoised to the whole LQ", "signal_share * self.target +", "self.target +"),
+    pull("pull: latents that keep their own scale", "scale * self.target", "self.target"),
+    pulled_flow("pull: the flow's noise moves too", "(1 - following) * (pulled - clean)", "(pulled - clean)"),
+    pulled_flow("pull: the flow's whole LQ", "signal_share=1 - following)", "signal_share=1.0)"),
+    ddim(
+        "pull: DDIM's latents at the level before",
+        "(1 + following.square()).sqrt()  #",
+        "(1 + sigma.square()).sqrt()  #",
+    ),
+    edm(
+        "pull: EDM's clean estimate moves after the step",
+        """            clean = restoration.clean(step, steps, clean)
+        latents = latents + (latents - clean) / sigma * (following - sigma)
+""",
+        """            pass
+        latents = latents + (latents - clean) / sigma * (following - sigma)
+""",
+    ),
+)
+
+ADAPTERS = (
+    adapters("adapters: the last layer is not zero", "nn.init.zeros_(parameter)", "pass"),
+    adapters(
+        "adapters: without the prior's own output", "return x + adapter.out(hidden)", "return adapter.out(hidden)"
+    ),
+    adapters("adapters: no residual sum", "hidden = hidden + adapter.r2(hidden)", "hidden = adapter.r2(hidden)"),
+    adapters("adapters: the time embedding is lost", ").flatten(0, 1) + spread", ").flatten(0, 1) + 0 * spread"),
+    adapters(
+        "adapters: always L to the next one",
+        "adapter.lq(resample(self._hidden,",
+        "adapter.lq(resample(self._features[-1],",
+    ),
+    adapters("adapters: both places of SiLU alike", 'if self.silu == "before" else', "if self.silu else"),
+    variants("variants: no null text", "null = uniform < null_share", "null = uniform < 0"),
+    variants("variants: the LQ variant overlaps the null one", "lq = ~null & (", "lq = ("),
+    variants(
+        "variants: HQ as the target of all", "self.prior.encode(batch.lq[rows])", "self.prior.encode(batch.hq[rows])"
+    ),
+    variants(
+        "variants: the robust encoder's target",
+        "self.prior.encode(batch.lq[rows])",
+        "self.network.encode_lq(batch.lq[rows])",
+    ),
+    variants("variants: HQ as the condition", "self.network.encode_lq(batch.lq)", "self.network.encode_lq(batch.hq)"),
+    variants(
+        "variants: learns the clean latents", "self.loss(eps, target, timesteps)", "self.loss(eps, clean, timesteps)"
+    ),
+    denoiser(
+        "denoiser: the halves change places", "negative, positive = both.chunk(2)", "positive, negative = both.chunk(2)"
+    ),
+    denoiser("denoiser: LQ features of each step", "    @cached_property\n", "    @property\n"),
+)
+
+TOKENS = (
+    mmdit("tokens: the text does not pass from block to block", "text if after is None else after", "text"),
+    mmdit(
+        "tokens: joins see the block before",
+        "joins.after_block(number, tokens)",
+        "joins.after_block(number - 1, tokens)",
+    ),
+    tokens("tokens: times in (0, 1] to the embedding", "times * self.prior.schedule.num_train_timesteps", "times"),
+    token_adapters(
+        "tokens: adapters before their block",
+        "return [self.config.every * (number + 1) - 1 for",
+        "return [self.config.every * number for",
+    ),
+    token_loss(
+        "tokens: noise at other times than the network's",
+        "noisy_latents(clean, eps, times), times,",
+        "noisy_latents(clean, eps, 1 - times), times,",
+    ),
+    token_loss(
+        "tokens: the prompts of the batch",
+        "self.prior.conditions(variants.prompts)",
+        "self.prior.conditions(batch.prompts)",
+    ),
+    token_loss(
+        "tokens: learns the clean latents",
+        "flow_matching_loss(velocity, clean, eps)",
+        "flow_matching_loss(velocity, eps, clean)",
+    ),
+    flow_denoiser(
+        "tokens: guidance is lost",
+        "if self.cfg_scale is None:\n            return self._raw",
+        "if True:\n            return self._raw",
+    ),
+    control("control: skips in the wrong order", "self._additions.pop()", "self._additions.pop(0)"),
+    control(
+        "control: an addition after the last block", "if number == self._blocks - 1:", "if number == self._blocks:"
+    ),
+    control("control: the first additions alone", "number * len(self._additions) // self._blocks", "0"),
+    flow_denoiser("tokens: LQ features of each step", "    @cached_property\n", "    @property\n"),
+)
+
+NAMED: tuple[Named, ...] = (
+    *PREVIEWER,
+    *CONDITIONS,
+    *DIFFUSION_LOSS,
+    *AGGREGATOR,
+    *PRIOR,
+    *FLOW,
+    *WORKERS,
+    *RESTORATION_PULL,
+    *ADAPTERS,
+    *TOKENS,
+)
 """Every wrong version; make mutate applies each to a copy of the repository and runs its tests."""

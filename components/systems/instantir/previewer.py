@@ -14,14 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
+from components.priors.lora import LoraWeights, add_lora, each_lora_delta, lora_weight, switch_lora
+from components.priors.lora import lora_layers as _layers
 from components.priors.parameters import copy_strictly
-from components.randomness import seeded_init
 
 ADAPTER = "previewer"
 TARGETS = (
@@ -74,14 +73,11 @@ class LoraSettings:
         return {**asdict(self), "targets": list(self.targets)}
 
 
-class PreviewerLora(nn.Module):
-    """The LoRA's weights, for an optimizer or a checkpoint. This is a view: the modules belong to the UNet."""
+class PreviewerLora(LoraWeights):
+    """The Previewer's weights, see LoraWeights."""
 
     def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
-        super().__init__()
-        # a ModuleDict's keys must not contain dots
-        self.down = nn.ModuleDict({_escape(n): layer.lora_A[ADAPTER] for n, layer in layers.items()})
-        self.up = nn.ModuleDict({_escape(n): layer.lora_B[ADAPTER] for n, layer in layers.items()})
+        super().__init__(layers, ADAPTER)
 
 
 def install_previewer(
@@ -100,30 +96,14 @@ def install_previewer(
     settings = lora if isinstance(lora, LoraSettings) else LoraSettings(**(lora or {}))
     if has_previewer(unet):
         raise ValueError("the UNet has a previewer already")
-    trainable = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
-    with seeded_init(seed, "previewer"):
-        unet.add_adapter(
-            LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,  # type: ignore[arg-type]
-                lora_dropout=0.0,
-                target_modules=list(settings.targets),
-                init_lora_weights=True,
-            ),
-            adapter_name=ADAPTER,
-        )
-    # peft freezes the layers that it wraps; restore the flags of the prior and the perceptor
-    for name, parameter in unet.named_parameters():
-        if ".lora_" not in name:
-            parameter.requires_grad_(trainable[name.replace(".base_layer.", ".")])
-    layers = lora_layers(unet)
-    _switch(layers.values(), False)
+    layers = add_lora(unet, ADAPTER, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, seed=seed)
+    switch_lora(layers.values(), False)
     return PreviewerLora(layers)
 
 
 def has_previewer(unet: UNet2DConditionModel) -> bool:
     """Whether the UNet has a previewer."""
-    return any(True for _ in _lora_modules(unet))
+    return bool(_layers(unet, ADAPTER))
 
 
 def previewer_of(unet: UNet2DConditionModel) -> PreviewerLora:
@@ -133,7 +113,7 @@ def previewer_of(unet: UNet2DConditionModel) -> PreviewerLora:
 
 def lora_layers(unet: UNet2DConditionModel) -> dict[str, LoraLayer]:
     """Layers with the LoRA by their name in the UNet. Raises ValueError if there are none."""
-    layers = dict(_lora_modules(unet))
+    layers = _layers(unet, ADAPTER)
     if not layers:
         raise ValueError("the UNet has no previewer: call install_previewer first")
     return layers
@@ -147,11 +127,11 @@ def previewer_enabled(unet: UNet2DConditionModel, enabled: bool = True) -> Itera
     """
     layers = list(lora_layers(unet).values())
     before = not layers[0].disable_adapters
-    _switch(layers, enabled)
+    switch_lora(layers, enabled)
     try:
         yield
     finally:
-        _switch(layers, before)
+        switch_lora(layers, before)
 
 
 def previewer_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
@@ -159,8 +139,8 @@ def previewer_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(unet).items():
         down, up = released_names(name)
-        state[down] = _weight(layer.lora_A).detach()
-        state[up] = _weight(layer.lora_B).detach()
+        state[down] = lora_weight(layer.lora_A, ADAPTER).detach()
+        state[up] = lora_weight(layer.lora_B, ADAPTER).detach()
     return state
 
 
@@ -191,8 +171,8 @@ def load_previewer(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> N
     """
     parameters: dict[str, Tensor] = {}
     for name, layer in lora_layers(unet).items():
-        parameters[f"{_file_name(name)} A"] = _weight(layer.lora_A)
-        parameters[f"{_file_name(name)} B"] = _weight(layer.lora_B)
+        parameters[f"{_file_name(name)} A"] = lora_weight(layer.lora_A, ADAPTER)
+        parameters[f"{_file_name(name)} B"] = lora_weight(layer.lora_B, ADAPTER)
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = _parameter_name(key)
@@ -214,44 +194,14 @@ def lora_settings_of(unet: UNet2DConditionModel) -> LoraSettings:
     )
 
 
-@torch.no_grad()
 def each_previewer_delta(unet: UNet2DConditionModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield (layer's name in the UNet, the LoRA's update of its weight: (alpha / rank) up @ down), layer by layer.
-
-    Updates are float32, whatever the weights' dtype. For a convolution `down` is k x k with the layer's stride and
-    padding and `up` is 1 x 1.
-    """
-    for name, layer in lora_layers(unet).items():
-        down, up = _weight(layer.lora_A).detach().float(), _weight(layer.lora_B).detach().float()
-        delta = up.flatten(1) @ down.flatten(1)
-        yield name, (delta * layer.scaling[ADAPTER]).view(len(up), *down.shape[1:])
+    """See each_lora_delta."""
+    return each_lora_delta(lora_layers(unet), ADAPTER)
 
 
 def previewer_deltas(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """The updates of each_previewer_delta as a dictionary."""
     return dict(each_previewer_delta(unet))
-
-
-def _lora_modules(unet: UNet2DConditionModel) -> Iterator[tuple[str, LoraLayer]]:
-    for name, module in unet.named_modules():
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
-            yield name, module
-
-
-def _switch(layers: Any, enabled: bool) -> None:
-    """Turn the LoRA on or off and preserve requires_grad.
-
-    peft's switch also changes requires_grad, and a leaf without it drops the gradients of an existing graph.
-    """
-    for layer in layers:
-        flags = [(p, p.requires_grad) for p in layer.parameters()]
-        layer.enable_adapters(enabled)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def _weight(layers: nn.ModuleDict) -> Tensor:
-    return layers[ADAPTER].weight  # type: ignore[return-value]
 
 
 def _file_name(name: str) -> str:
@@ -268,7 +218,3 @@ def _parameter_name(key: str) -> str:
     if match[0].startswith("_lora") and layer.endswith(".to_out"):
         layer += ".0"  # attention processors named it without its place in the list
     return f"{layer} {'A' if way in ('A', 'down') else 'B'}"
-
-
-def _escape(name: str) -> str:
-    return name.replace(".", "/")

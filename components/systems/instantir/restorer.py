@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,14 +11,13 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from components.batches import restore_batches
+from components.batches import group_jobs, request_noise, restore_batches
 from components.color import transfer_colors
 from components.images import pad_to_multiple, working_size
-from components.priors.tiling import TILE, decode_images, encode_images
-from components.randomness import generator
+from components.priors.tiling import decode_images, encode_images, step_boxes
 from components.samplers.ddim import sample_ddim, sample_ddpm
 from components.samplers.schedules import Schedule
-from components.samplers.tiles import tile_boxes, tiled
+from components.samplers.tiles import tiled
 from components.systems.instantir.denoiser import InstantIRDenoiser
 from components.systems.instantir.fast import FastInstantIR, Speed
 from components.systems.instantir.network import Conditions, InstantIR
@@ -98,7 +97,8 @@ class InstantIRRestorer(Restorer):
                 since all requests with these options fail with it.
             Cancellation: `cancelled()` returned True.
         """
-        batches = list(self._batches([self._prepare(i, r) for i, r in enumerate(requests)]))
+        jobs = [self._prepare(i, r) for i, r in enumerate(requests)]
+        batches = list(group_jobs(jobs, lambda job: (job.unpadded.shape, job.options), self.batch_size))
         return restore_batches(batches, self._run, _info, on_step, cancelled)
 
     def _prepare(self, index: int, request: Request) -> _Job:
@@ -122,15 +122,6 @@ class InstantIRRestorer(Restorer):
             hq = pad_to_multiple(resize(request.reference, work_size, resampling), self.network.prior.multiple_px)
         padded = pad_to_multiple(unpadded, self.network.prior.multiple_px)
         return _Job(index, request, options, padded, unpadded, hq, (height, width))
-
-    def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """Group jobs of one working size and equal options into batches, in order of first appearance."""
-        groups: dict[Any, list[_Job]] = {}
-        for job in jobs:
-            groups.setdefault((job.unpadded.shape, job.options), []).append(job)
-        for group in groups.values():
-            for first in range(0, len(group), self.batch_size):
-                yield group[first : first + self.batch_size]
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[_Job], on_step: OnStep, cancelled: Cancelled | None) -> list[Image]:
@@ -174,11 +165,7 @@ class InstantIRRestorer(Restorer):
 
     def _boxes(self, height: int, width: int, options: Options) -> list[Box]:
         """The tiles of a picture, in latent pixels; a picture that fits in one tile has one."""
-        prior = self.network.prior
-        multiple = prior.multiple_px // prior.factor
-        side = options.tile_px // prior.factor if options.tile_px else TILE
-        side = max(multiple, side // multiple * multiple)
-        return tile_boxes(height, width, (side, side), options.tile_overlap, multiple)
+        return step_boxes(self.network.prior, height, width, options.tile_px, options.tile_overlap)
 
     def _conditions(self, batch: Sequence[_Job], size: tuple[int, int]) -> tuple[Conditions, Conditions | None]:
         """The positive conditions, and the negative ones if guidance is on (else None).
@@ -207,9 +194,8 @@ class InstantIRRestorer(Restorer):
         return positive, self.network.unconditional(positive, [job.request.negative_prompt for job in batch])
 
     def _noise(self, batch: Sequence[_Job], name: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal noise [B, *shape] for whole pictures; a row depends only on its request's seed and `name`."""
-        rows = [generator(job.request.seed, name).standard_normal(shape, dtype=np.float32) for job in batch]
-        return torch.from_numpy(np.stack(rows) if len(rows) > 1 else rows[0][None]).to(self.network.prior.device)
+        """Standard normal noise of each request's seed, [B, *shape]."""
+        return request_noise([job.request for job in batch], name, shape, self.network.prior.device)
 
 
 def _is_picture(image: Image) -> bool:

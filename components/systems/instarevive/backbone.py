@@ -13,19 +13,11 @@ from torch import Tensor, nn
 
 from components.models import ModelError, resolve_model
 from components.naming import did_you_mean
+from components.priors.conditions import Conditions, join
+from components.priors.families import FAMILIES
+from components.priors.families.record import FamilyPrior
 from components.priors.files import DTYPES, Precision
-from components.priors.one_text import OneTextPrior, load_one_text_prior
-from components.priors.opening import load_prior
-from components.priors.sdxl import Prior
-from components.systems.instarevive.network import (
-    FAMILIES,
-    Conditions,
-    EpsPredictor,
-    build_network,
-    join,
-    latent_multiple,
-)
-from components.systems.instarevive.settings import PRIORS, Family
+from components.systems.instarevive.network import EpsPredictor, build_network, latent_multiple
 from components.types import Prediction
 
 PROMPT_CACHE_SIZE = 32
@@ -37,25 +29,22 @@ class Backbone:
     """A prior of any family; it is a tiling.LatentPrior.
 
     Attributes:
-        family: see settings.Family.
+        family: see priors.families.
         prior: frozen.
     """
 
-    family: Family
-    prior: Prior | OneTextPrior
+    family: str
+    prior: FamilyPrior
     _prompt_cache: OrderedDict[str, Conditions] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def network(self) -> nn.Module:
         """The prior's own noise predictor."""
-        return self.prior.unet if isinstance(self.prior, Prior) else self.prior.network
+        return self.prior.network  # type: ignore[no-any-return]
 
     @network.setter
     def network(self, network: Any) -> None:
-        if isinstance(self.prior, Prior):
-            self.prior.unet = network
-        else:
-            self.prior.network = network
+        self.prior.network = network
 
     @property
     def autoencoder(self) -> nn.Module:
@@ -63,7 +52,7 @@ class Backbone:
 
     @property
     def prediction(self) -> Prediction:
-        return "epsilon" if isinstance(self.prior, Prior) else self.prior.prediction
+        return self.prior.prediction
 
     @property
     def source(self) -> dict[str, str]:
@@ -134,15 +123,14 @@ class Backbone:
         """Conditions of each prompt, all embedded in one call."""
         # a training step may use the cached embeddings next, and inference tensors would break it
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            text, second = self.prior.embed_prompts(prompts)
-        name = "pooled" if isinstance(self.prior, Prior) else "mask"
-        rows = range(len(prompts))
-        return [Conditions(text=text[i : i + 1], **({} if second is None else {name: second[i : i + 1]})) for i in rows]
+            conditions = self.prior.conditions(prompts)
+        return [conditions.row(i) for i in range(len(prompts))]
 
     def predictor(self, *, mask_as_bias: bool = False, trainable: bool = False) -> EpsPredictor:
         """The prior's network as a noise predictor: itself, or with `trainable` a copy with gradients."""
         network = copy.deepcopy(self.network).requires_grad_(True) if trainable else self.network
-        return EpsPredictor(network, self.prior.schedule, self.prediction, mask_as_bias)
+        inputs = FAMILIES[self.family].inputs()
+        return EpsPredictor(network, self.prior.schedule, self.prediction, mask_as_bias, inputs)
 
     def config(self) -> dict[str, Any]:
         """The config for model.json, which builds the network again without the prior."""
@@ -167,8 +155,8 @@ def open_backbone(
     """A backbone on the CPU, frozen.
 
     Args:
-        family: one of network.FAMILIES.
-        name: the prior: a diffusers folder or hub id, for nano a model folder; "" for the family's own.
+        family: one of priors.families.FAMILIES.
+        name: the prior: a diffusers folder or hub id, a model folder or a shipped name; "" for the family's own.
         record: the prior's entry in a trained model's model.json; a prior with another digest is refused.
         precision: of its weights.
         with_network: False if other weights replace the prior's own, which then may be missing.
@@ -178,19 +166,16 @@ def open_backbone(
     """
     if family not in FAMILIES:
         raise ModelError(f"unknown generator family {family!r}. {did_you_mean(str(family), FAMILIES)}")
-    name = name or PRIORS[family]
-    prior: Prior | OneTextPrior
-    if family in ("sdxl", "nano"):
-        digest = (record or {}).get("digest", "")
-        prior = load_prior(resolve_model(name, prior=True) if digest else name, image_encoder="", precision=precision)
-        if digest and prior.digest != digest:
-            raise ModelError(
-                f"prior {name!r} has digest {prior.digest[:12]}, but the model was trained on {digest[:12]}: "
-                "bring that prior back, or train the model again"
-            )
-    else:
-        prior = load_one_text_prior(name, family, precision, with_network=with_network)  # type: ignore[arg-type]
-    return Backbone(family=family, prior=prior)  # type: ignore[arg-type]
+    name = name or FAMILIES[family].default_prior
+    digest = (record or {}).get("digest", "")
+    place = str(resolve_model(name, prior=True)) if digest else name  # the hub has no digests
+    prior = FAMILIES[family].open(place, precision, with_network)
+    if digest and prior.digest != digest:
+        raise ModelError(
+            f"prior {name!r} has digest {prior.digest[:12]}, but the model was trained on {digest[:12]}: "
+            "bring that prior back, or train the model again"
+        )
+    return Backbone(family=family, prior=prior)
 
 
 def network_like(config: Mapping[str, Any], precision: Precision = "fp32") -> nn.Module:

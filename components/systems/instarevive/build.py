@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from components.models import Model, ModelError, load_model, load_strictly
+from components.priors.families import FAMILIES
 from components.priors.files import DTYPES, Precision
 from components.samplers.schedules import schedule_from
 from components.systems.instarevive.backbone import Backbone, network_like, open_backbone
@@ -61,7 +62,11 @@ def load_generator(model: Model, precision: Precision = "fp32") -> OneStepGenera
     try:
         network = network_like(config, precision)
         predictor = EpsPredictor(
-            network, schedule_from(config["schedule"]), config["prediction"], bool(config.get("mask_as_bias", False))
+            network,
+            schedule_from(config["schedule"]),
+            config["prediction"],
+            bool(config.get("mask_as_bias", False)),
+            FAMILIES[config["family"]].inputs(),
         )
         generator = OneStepGenerator(predictor, OneStep(**config["one_step"]))
     except (ValueError, TypeError) as error:

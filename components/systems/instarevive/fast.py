@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from components.cuda_graphs import GraphedFunction, can_record
 from components.options import check_choices, settings_by_name
+from components.priors.conditions import Conditions
 from components.priors.tiling import LatentPrior
-from components.systems.instarevive.network import Conditions, OneStepGenerator
+from components.systems.instarevive.network import OneStepGenerator
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 """The modules that compile="blocks" compiles: nearly all of the work, in few different shapes."""

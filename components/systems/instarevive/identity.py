@@ -115,7 +115,7 @@ def with_ip_adapter(predictor: EpsPredictor, weights: dict[str, dict[str, Tensor
             f"the network needs {2 * cross_attentions}"
         )
     network.eval().requires_grad_(False)
-    return EpsPredictor(network, predictor.schedule, predictor.prediction, predictor.mask_as_bias)
+    return EpsPredictor(network, predictor.schedule, predictor.prediction, predictor.mask_as_bias, predictor.inputs)
 
 
 def _split(place: str) -> tuple[str, str]:

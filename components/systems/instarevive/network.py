@@ -10,89 +10,37 @@ their weights only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from components.naming import did_you_mean
+from components.priors.conditions import Conditions, NetworkInputs, cross_attention_inputs
+from components.priors.families import FAMILIES
 from components.samplers.schedules import FlowSchedule, Schedule
-from components.systems.instarevive.settings import AlignStart, Family
+from components.systems.instarevive.settings import AlignStart
 from components.types import Prediction
 
 InputMode = Literal["lq", "noise"]
 
-FAMILIES: tuple[str, ...] = get_args(Family)
 ONE_STEP_ALPHA = 0.19357
 """alphas_cumprod at the released step: 400 of 1000 with linear betas 1e-4 .. 2e-2 (reference, section 1)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """Conditions of a network for B samples.
-
-    Attributes:
-        text: token embeddings [B, L, D].
-        mask: [B, L], 1 for a token and 0 for padding; None: all are tokens.
-        pooled: pooled text [B, P], for SDXL's shape.
-        time_ids: size ids float [B, 6] (original h, w, crop top, left, target h, w) in pixels, for SDXL's shape and for
-            DiTs that take their resolution.
-        image: picture embeddings [B, D], for networks with an IP-Adapter; other networks ignore them.
-    """
-
-    text: Tensor
-    mask: Tensor | None = None
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-    image: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.text)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are not None, by name."""
-        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: value for name, value in tensors.items() if value is not None}
-
-    def to(self, device: torch.device | str) -> Conditions:
-        return Conditions(**{name: value.to(device) for name, value in self.tensors().items()})
-
-    def expand(self, batch: int) -> Conditions:
-        """Conditions of one sample for `batch` samples, without a copy."""
-        return Conditions(**{n: v.expand(batch, *v.shape[1:]) for n, v in self.tensors().items()})
-
-    def with_sizes(self, time_ids: Tensor) -> Conditions:
-        """The same text with other size ids [B, 6]."""
-        return replace(self, time_ids=time_ids)
-
-    def replace_rows(self, other: Conditions, rows: Tensor) -> Conditions:
-        """Rows of `other` (B samples or one) where bool [B] `rows` is true, else of this: prompt dropout."""
-        return Conditions(
-            **{
-                name: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), other.tensors()[name], value)
-                for name, value in self.tensors().items()
-            }
-        )
-
-
-def join(parts: Sequence[Conditions]) -> Conditions:
-    """Concatenate along the batch: guidance calls the network once for both halves."""
-    return Conditions(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
 
 
 class EpsPredictor(nn.Module):
     """A diffusers network as a ScoreNetwork.
 
     Args:
-        network: PixArtTransformer2DModel or UNet2DConditionModel.
+        network: a denoiser of any family, such as PixArtTransformer2DModel or UNet2DConditionModel.
         schedule: the one of its training.
         prediction: what it predicts; the schedule's eps_from_velocity turns velocities into noise.
         mask_as_bias: add the 0/1 prompt mask to the attention's logits. The released inference does so, because it
             passes the mask with one dimension too many: padding is not masked, tokens only weigh e times as much.
+        inputs: turns conditions into the network's arguments, see PriorFamily.inputs; default: that of networks with
+            cross-attention.
 
     Raises:
         ValueError: an unknown prediction, or one that does not fit the schedule.
@@ -104,11 +52,12 @@ class EpsPredictor(nn.Module):
         schedule: Schedule | FlowSchedule,
         prediction: Prediction = "epsilon",
         mask_as_bias: bool = False,
+        inputs: NetworkInputs = cross_attention_inputs,
     ) -> None:
         super().__init__()
         check_prediction(prediction, schedule)
         self.network, self._schedule = network, schedule
-        self.prediction, self.mask_as_bias = prediction, mask_as_bias
+        self.prediction, self.mask_as_bias, self.inputs = prediction, mask_as_bias, inputs
 
     @property
     def schedule(self) -> Schedule | FlowSchedule:
@@ -141,42 +90,12 @@ class EpsPredictor(nn.Module):
             ValueError: a condition that the network needs is missing.
         """
         dtype = next(self.network.parameters()).dtype
-        arguments: dict[str, Any] = {"encoder_hidden_states": conditions.text.to(dtype), "return_dict": False}
-        mask = conditions.mask
-        if mask is not None and self.mask_as_bias:
-            arguments["encoder_attention_mask"] = mask.to(dtype)[:, None]
-        elif mask is not None:
-            arguments["encoder_attention_mask"] = mask.to(dtype)
-        extra = self._added_conditions(conditions, dtype)
-        if extra is not None:
-            arguments["added_cond_kwargs"] = extra
+        arguments = self.inputs(self.network, conditions, dtype)
+        if self.mask_as_bias and "encoder_attention_mask" in arguments:
+            arguments["encoder_attention_mask"] = arguments["encoder_attention_mask"][:, None]
         network_times = self.schedule.network_times(timesteps)
-        return self.network(latents.to(dtype), timestep=network_times, **arguments)[0]  # type: ignore[no-any-return]
-
-    def _added_conditions(self, conditions: Conditions, dtype: torch.dtype) -> dict[str, Any] | None:
-        """The network's inputs other than latents, text and time step; None if it has none."""
-        # an attribute, not an item: diffusers marks a loaded adapter so
-        if getattr(self.network.config, "encoder_hid_dim_type", None) == "ip_image_proj":
-            if conditions.image is None:
-                raise ValueError("a network with an IP-Adapter needs picture embeddings with the conditions")
-            return {
-                **(self._size_conditions(conditions, dtype) or {}),
-                "image_embeds": [conditions.image.to(dtype)[:, None]],
-            }
-        return self._size_conditions(conditions, dtype)
-
-    def _size_conditions(self, conditions: Conditions, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """The inputs of the network's time embedding other than the time step; None if it has none."""
-        if getattr(self.network, "use_additional_conditions", False):
-            if conditions.time_ids is None:
-                raise ValueError("this DiT takes its resolution: give size ids with the conditions")
-            size = conditions.time_ids[:, 4:6].to(dtype)
-            return {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
-        if self.network.config.get("addition_embed_type") == "text_time":  # type: ignore[union-attr, operator]
-            if conditions.pooled is None or conditions.time_ids is None:
-                raise ValueError("a UNet of SDXL's shape needs pooled text and size ids with the conditions")
-            return {"text_embeds": conditions.pooled.to(dtype), "time_ids": conditions.time_ids}
-        return None
+        output = self.network(latents.to(dtype), timestep=network_times, return_dict=False, **arguments)
+        return output[0]  # type: ignore[no-any-return]
 
 
 def check_prediction(prediction: str, schedule: Schedule | FlowSchedule) -> None:
@@ -325,13 +244,6 @@ def build_network(family: str, config: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"unknown generator family {family!r}. {did_you_mean(str(family), FAMILIES)}")
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
     try:
-        network: nn.Module = (
-            PixArtTransformer2DModel(**arguments) if family == "pixart" else UNet2DConditionModel(**arguments)
-        )
+        return FAMILIES[family].build(arguments)
     except TypeError as error:
         raise ValueError(f"not the configuration of a {family} network: {error}") from error
-    embed_type = arguments.get("addition_embed_type")
-    expected_type = "text_time" if family in ("sdxl", "nano") else None
-    if embed_type != expected_type:
-        raise ValueError(f"a {family} network has addition_embed_type {expected_type!r}, this one has {embed_type!r}")
-    return network

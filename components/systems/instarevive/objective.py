@@ -15,10 +15,11 @@ from components.objectives.distillation import Distillation
 from components.objectives.precomputed import clean_latents, embed_batch_prompts, embed_empty_prompt, repeat_embeddings
 from components.objectives.regression import PerceptualLoss, latent_distance, pyramid_distance
 from components.objectives.score_distillation import Inputs, ScoreDistillation, ScoreNetwork
+from components.priors.conditions import Conditions, join
 from components.priors.sdxl import Prior
 from components.randomness import Noise
 from components.samplers.guidance import guide
-from components.systems.instarevive.network import Conditions, EpsPredictor, join
+from components.systems.instarevive.network import EpsPredictor
 from components.types import Batch, SourcedPrior
 
 Coarse = Callable[[Tensor], Tensor]

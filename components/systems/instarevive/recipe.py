@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from components.objectives.distillation import Distillation
+from components.priors.families import FAMILIES, family_of
 from components.recipes import Gate, Recipe, RecipeError
 from components.systems.instarevive.options import check_options
-from components.systems.instarevive.settings import PRIORS, AlignStart, Family
+from components.systems.instarevive.settings import AlignStart
 
 
 @dataclass(kw_only=True)
@@ -17,8 +18,8 @@ class InstaReviveRecipe(Recipe):
     """Distils a prior into a one-step restoration generator (arXiv 2504.00508); its only stage is "onestep".
 
     Attributes:
-        family: of the prior's network, see settings.Family.
-        prior: of that family; "" for the family's own, see settings.PRIORS.
+        family: of the prior, see priors.families.
+        prior: of that family; "" for the family's own, see PriorFamily.default_prior.
         timestep, input, kernel: see network.OneStep; for timestep -1, a warm start's own time step, else the nearest.
         align_start: with input=noise, start weights of the aligning convolution, see network.aligning_conv.
         mask_as_bias: see network.EpsPredictor; null: as in the warm start's training, else false (the correct mask).
@@ -39,7 +40,7 @@ class InstaReviveRecipe(Recipe):
     """
 
     prior: str = ""
-    family: Family = "pixart"
+    family: str = "pixart"
     timestep: int = -1
     input: Literal["lq", "noise"] = "lq"
     kernel: int = 1
@@ -67,18 +68,24 @@ class InstaReviveRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.prior = self.prior or PRIORS[self.family]
+        try:
+            family = family_of(self.family)
+        except ValueError as error:
+            raise RecipeError(f"family: {error}") from error
+        self.prior = self.prior or family.default_prior
         family_known = not (self.teacher or self.distil)  # the family of a teacher is not known yet
         if self.timestep < -1 or self.kernel not in (1, 3):
             raise RecipeError(f"needs timestep >= -1 and kernel 1 or 3, got {self.timestep} and {self.kernel}")
         if self.align_start != "lq" and self.input != "noise":
             raise RecipeError(f"align_start={self.align_start} needs input=noise")
-        if family_known and self.embeddings and self.family in ("pixart", "sd"):
+        if family_known and self.embeddings and not family.text.columns:
             raise RecipeError(f"precomputed embeddings have SDXL's shape: family {self.family} must embed its own")
         if bool(self.ip_adapter) != bool(self.picture_encoder):
             raise RecipeError("ip_adapter and picture_encoder go together: name both or neither")
-        if self.ip_adapter and ((family_known and self.family == "pixart") or not self.distillation.score):
-            raise RecipeError("an IP-Adapter needs a real score of a UNet: family sdxl, sd or nano, and score true")
+        if self.ip_adapter and ((family_known and family.kind != "unet") or not self.distillation.score):
+            unets = [other.name for other in FAMILIES.values() if other.kind == "unet"]
+            names = f"{', '.join(unets[:-1])} or {unets[-1]}"
+            raise RecipeError(f"an IP-Adapter needs a real score of a UNet: family {names}, and score true")
         if self.distillation.inpaint and self.degradation.preset != "strokes":
             raise RecipeError("distillation.inpaint needs masks of the missing pixels: set degradation.preset=strokes")
         if self.unpaired and self.teacher:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.options import UnknownOption, typed_options
-from components.systems.instarevive.settings import Family
+from components.priors.families import family_of
 from components.systems.weights_io import find_released
 from components.types import Prediction
 
@@ -32,7 +32,7 @@ SIDECAR = "restoray.json"
 """Written next to exported files: what they do not hold (family, heads, time step, prior, licence)."""
 
 _KINDS: Mapping[str, Any] = {
-    "family": Family,
+    "family": str,
     "prediction": Prediction,
     "mask_as_bias": bool,
     "timestep": int,
@@ -43,15 +43,19 @@ _NUMBERS = (
     "addition_time_embed_dim",
     "attention_head_dim",
     "caption_channels",
+    "caption_projection_dim",
     "cross_attention_dim",
     "in_channels",
     "interpolation_scale",
+    "joint_attention_dim",
     "layers_per_block",
     "norm_num_groups",
     "num_attention_heads",
     "num_layers",
     "out_channels",
     "patch_size",
+    "pooled_projection_dim",
+    "pos_embed_max_size",
     "projection_class_embeddings_input_dim",
     "sample_size",
     "transformer_layers_per_block",
@@ -64,7 +68,7 @@ def check_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes in their types: names of _KINDS, coarse=MODEL, and network.NAME=NUMBER with diffusers' names.
 
     Raises:
-        ValueError: an unknown name (with the nearest one), a wrong type, or a size below 1.
+        ValueError: an unknown name or family (with the nearest one), a wrong type, or a size below 1.
     """
     network, coarse = sizes.get("network", {}), sizes.get("coarse", "")
     network_names = dict.fromkeys([*_NUMBERS, *_LISTS, *_TEXTS])
@@ -73,6 +77,8 @@ def check_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
         checked = typed_options({k: v for k, v in sizes.items() if k not in ("network", "coarse")}, _KINDS)
     except UnknownOption as error:
         raise UnknownOption(error.name, choices) from None
+    if "family" in checked:
+        family_of(checked["family"])
     if not isinstance(coarse, str):
         raise ValueError(f"coarse must name a model folder, got {coarse!r:.80}")
     if coarse:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from components.color import transfer_colors
 from components.images import pad_to_multiple, working_size
+from components.priors.conditions import Conditions
 from components.priors.tiling import TILE, decode_images, encode_images, paint
 from components.randomness import generator as random_generator
 from components.samplers.tiles import equal_weights, gaussian_weights, tile_boxes, tiled
 from components.systems.instarevive import parity
 from components.systems.instarevive.backbone import Backbone
 from components.systems.instarevive.fast import FastOneStep, Speed
-from components.systems.instarevive.network import Conditions, OneStepGenerator
+from components.systems.instarevive.network import OneStepGenerator
 from components.systems.instarevive.options import FIXED_PROMPTS, Options, parse_options
 from components.tensors import images_to_tensor
 from components.types import (

@@ -17,9 +17,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from components.objectives.score_distillation import ScoreNetwork
+from components.priors.conditions import Conditions
 from components.randomness import seeded_init
 from components.samplers.schedules import FlowSchedule, Schedule
-from components.systems.instarevive.network import Conditions, EpsPredictor
+from components.systems.instarevive.network import EpsPredictor
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Attention projections, of DiTs and UNets."""

@@ -13,7 +13,8 @@ from components.models import Model, ModelError, load_model
 from components.naming import list_some
 from components.objectives.regression import load_lpips
 from components.objectives.score_distillation import ScoreNetwork
-from components.priors.one_text import OneTextPrior
+from components.priors.conditions import Conditions
+from components.priors.families import FAMILIES
 from components.priors.sdxl import Prior
 from components.randomness import Noise
 from components.recipes import as_dict
@@ -31,7 +32,7 @@ from components.systems.instarevive.identity import (
     load_picture_embedder,
     with_ip_adapter,
 )
-from components.systems.instarevive.network import Conditions, EpsPredictor, OneStep, OneStepGenerator
+from components.systems.instarevive.network import EpsPredictor, OneStep, OneStepGenerator
 from components.systems.instarevive.objective import InstaReviveObjective, PriorTexts, Texts
 from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.recipe import InstaReviveRecipe
@@ -122,7 +123,7 @@ def build_objective(
         coarse, coarse_record = open_coarse(recipe.coarse), {"id": place, "digest": folder.digest}
         coarse.network.to(device)
     config = generator_config(backbone, generator, coarse_record)
-    if recipe.precision == "bf16" and isinstance(backbone.prior, OneTextPrior):
+    if recipe.precision == "bf16" and FAMILIES[family].text.halved:
         backbone.prior.halve_text_encoder()
     backbone.to(device)
     generator.to(torch.device(device))
@@ -161,9 +162,9 @@ def build_objective(
 
 def _check_family(recipe: InstaReviveRecipe, backbone: Backbone) -> None:
     """Checks that a recipe with a teacher cannot do itself; raises ModelError."""
-    if recipe.embeddings and not isinstance(backbone.prior, Prior):
+    if recipe.embeddings and not FAMILIES[backbone.family].text.columns:
         raise ModelError(f"{recipe.name}: precomputed embeddings have SDXL's shape, not that of {backbone.family}")
-    if recipe.ip_adapter and backbone.family == "pixart":
+    if recipe.ip_adapter and FAMILIES[backbone.family].kind != "unet":
         raise ModelError(f"{recipe.name}: an IP-Adapter needs a UNet, and the family is {backbone.family}")
 
 

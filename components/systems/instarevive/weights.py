@@ -19,18 +19,16 @@ from torch import Tensor, nn
 
 from components.models import ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import MESSAGE_CHARS, did_you_mean, limited
+from components.places import SHIPPED_PRIORS
+from components.priors.families import FAMILIES, permitted_use_of
 from components.priors.files import read_json
 from components.priors.hub import find_folder
-from components.priors.one_text_config import LICENCES, PIXART, PIXART_DIT, PIXART_SCHEDULE, SD21, SD21_UNET
 from components.priors.scheduler_config import read_schedule
-from components.priors.sdxl_config import LICENCES as SDXL_LICENCES
-from components.priors.sdxl_config import SDXL, SDXL_UNET
-from components.samplers.schedules import Schedule, schedule_from
+from components.samplers.schedules import schedule_from
 from components.state_dicts import without_prefix
-from components.systems.instarevive.network import FAMILIES, OneStep, aligning_conv, build_network, check_prediction
+from components.systems.instarevive.network import OneStep, aligning_conv, build_network, check_prediction
 from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, check_sizes
-from components.systems.instarevive.settings import PRIORS
 from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
@@ -42,8 +40,6 @@ PUBLISHED_PARAMETERS = 610_856_096
 
 TABLES = ("pos_embed.pos_embed",)
 """Keys of older diffusers that follow from the sizes alone; an import drops them."""
-
-_SIZES: Mapping[str, Mapping[str, Any]] = {PIXART: PIXART_DIT, SD21: SD21_UNET, SDXL: SDXL_UNET}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +140,7 @@ def import_weights(
         parents={source.file: f"sha256:{source.sha256}" for source in sources},
         data_manifest_digest=sidecar.get("data_manifest_digest") or "",
         licence=licence or sidecar.get("licence") or (LICENCE if published else "unstated"),
-        permitted_use=sidecar.get("permitted_use") or _permitted_use(str(expected.prior["id"])),
+        permitted_use=sidecar.get("permitted_use") or permitted_use_of(str(expected.prior["id"])),
         metrics=sidecar.get("metrics") or {},
     )
     if expected.config["coarse"] is None:
@@ -285,7 +281,7 @@ def _expect(sidecar: Mapping[str, Any], prior: str, sizes: Mapping[str, Any]) ->
     if config and config["family"] != family:
         raise ValueError(f"the file's {SIDECAR} is for the {config['family']} family, not {family}")
     prior_record = sidecar.get("prior") or {}
-    name = prior or str(prior_record.get("id") or PRIORS[family])
+    name = prior or str(prior_record.get("id") or FAMILIES[family].default_prior)
     try:
         prior_config, source, note = _read_prior(family, name)
     except ModelError:
@@ -310,6 +306,11 @@ def _expect(sidecar: Mapping[str, Any], prior: str, sizes: Mapping[str, Any]) ->
         "one_step": asdict(one_step),
         "coarse": coarse,
     }
+    channels, latents = merged_config["network"].get("in_channels"), FAMILIES[family].latents
+    if name in FAMILIES[family].networks and channels != latents["latent_channels"]:
+        raise ValueError(
+            f"latents of {name} have {latents['latent_channels']} channels, and the network takes {channels}"
+        )
     check_prediction(merged_config["prediction"], schedule_from(merged_config["schedule"]))
     if note:
         note += "; install it before restoring"
@@ -322,37 +323,42 @@ def _read_prior(family: str, name: str) -> tuple[dict[str, Any], dict[str, str],
     Raises:
         ModelError: no such prior, or a model that is not a prior.
     """
-    if family in ("nano", "sdxl"):
-        try:
-            model = load_model(name, prior=True)
-        except ModelError as error:
-            if family == "nano" or "nor a shipped model" not in str(error):
-                raise
-        else:
-            if model.info["system"] != "prior":
-                raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a prior")
-            config = model.info["config"]
-            place = name if name == PRIORS["nano"] else str(model.path.resolve())
-            prior_config = {"network": dict(config["unet"]), "schedule": asdict(Schedule(**config["schedule"]))}
-            return prior_config, {"id": place, "digest": model.digest}, ""
-    part = "transformer" if family == "pixart" else "unet"
-    file = f"{part}/config.json"
+    record = FAMILIES[family]
     try:
-        folder, found_id = find_folder(name, (file,), (file, "scheduler/*.json"), {})
-    except ModelError:
-        if name not in _SIZES:
+        model = load_model(name, prior=True)
+    except ModelError as error:
+        if not record.networks or "nor a shipped model" not in str(error):
             raise
-        default_schedule = Schedule(**PIXART_SCHEDULE) if family == "pixart" else Schedule()
+    else:
+        if model.info["system"] != "prior":
+            raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a prior")
+        config = model.info["config"]
+        if record.part not in config:
+            raise ModelError(f"{model.path}: the prior is not of the {family} family: its config has no {record.part}")
+        place = name if model.path.parent == SHIPPED_PRIORS else str(model.path.resolve())
+        prior_config = {
+            "network": dict(config[record.part]),
+            "schedule": asdict(schedule_from(config["schedule"])),
+            "prediction": record.prediction,
+        }
+        return prior_config, {"id": place, "digest": model.digest}, ""
+    file = f"{record.part}/config.json"
+    try:
+        folder, prior_id = find_folder(name, (file,), (file, "scheduler/*.json"), {})
+    except ModelError:
+        if name not in record.networks:
+            raise
+        published_config = {
+            "network": dict(record.networks[name]),
+            "schedule": asdict(schedule_from(record.schedule)),
+            "prediction": record.prediction,
+        }
         note = f"{name} is not on this machine: its published sizes are used"
-        return {"network": dict(_SIZES[name]), "schedule": asdict(default_schedule)}, {"id": name, "digest": ""}, note
+        return published_config, {"id": name, "digest": ""}, note
     schedule, prediction = read_schedule(folder)
     network = {key: value for key, value in read_json(folder / file).items() if not key.startswith("_")}
     source_config = {"network": network, "schedule": asdict(schedule), "prediction": prediction}
-    return source_config, {"id": found_id, "digest": ""}, ""
-
-
-def _permitted_use(prior: str) -> str:
-    return f"as the licences allow; of the prior {prior}: {({**LICENCES, **SDXL_LICENCES}).get(prior, 'see there')}"
+    return source_config, {"id": prior_id, "digest": ""}, ""
 
 
 # -- comparison with the files -----------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The SDXL-shaped nano prior, trained in three stages."""
+"""Priors of our own: the SDXL-shaped one in three stages, the SD3-shaped one in one."""

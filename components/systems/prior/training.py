@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from components.models import Model, load_model, load_strictly
 from components.objectives.diffusion import WeightedEpsilon, replace_rows
 from components.objectives.precomputed import clean_latents
 from components.priors.autoencoder import SpaceToDepthAutoencoder
+from components.priors.families.record import FamilyPrior
 from components.priors.nano import NANO, build_prior, build_tokenizer_json
 from components.priors.sdxl import Prior
 from components.randomness import Noise, seeded_init
@@ -30,21 +31,24 @@ from components.systems.prior.recipe import PriorRecipe
 from components.training import gather_rows, worker_place
 from components.types import Batch, Loss, Objective
 
+TrainedPrior = TypeVar("TrainedPrior", bound=FamilyPrior)
 
-class PriorObjective(Objective):
-    """The base of the three stages: the prior in training, its parts and its config."""
+
+class PriorObjective(Objective, Generic[TrainedPrior]):
+    """The base of the stages: the prior in training, its parts and its config."""
 
     def __init__(
-        self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, trainables: Mapping[str, nn.Module]
+        self, prior: TrainedPrior, config: Mapping[str, Any], tokenizer_json: str, trainables: Mapping[str, nn.Module]
     ) -> None:
-        self._prior, self.config, self.trainables = prior.freeze(), config, trainables
+        self._prior, self.config, self.trainables = prior, config, trainables
+        prior.freeze()
         self.files = {"tokenizer.json": tokenizer_json}
         self.progress: MutableMapping[str, float] = {}
         for module in trainables.values():
             module.requires_grad_(True)
 
     @property
-    def prior(self) -> Prior:
+    def prior(self) -> TrainedPrior:
         """The prior in training."""
         return self._prior
 
@@ -56,7 +60,7 @@ class PriorObjective(Objective):
         raise AssertionError("each stage has its own")
 
 
-class AutoencoderObjective(PriorObjective):
+class AutoencoderObjective(PriorObjective[Prior]):
     """L1 plus mean square error of the reconstruction, from latents with a little noise."""
 
     def __init__(self, prior: Prior, config: Mapping[str, Any], tokenizer_json: str, latent_noise: float) -> None:
@@ -75,7 +79,7 @@ class AutoencoderObjective(PriorObjective):
         )
 
 
-class ImageEncoderObjective(PriorObjective):
+class ImageEncoderObjective(PriorObjective[Prior]):
     """An LQ picture's tokens must identify its HQ picture in the batch, and hold the layout.
 
     InfoNCE between the patch tokens of LQ and HQ, in both directions, and a linear read-out of each patch's HQ colours
@@ -167,7 +171,7 @@ def picture_vectors(tokens: Tensor) -> Tensor:
     return F.normalize(F.adaptive_avg_pool2d(grid, 4).flatten(1), dim=-1)
 
 
-class DenoiserObjective(PriorObjective):
+class DenoiserObjective(PriorObjective[Prior]):
     """The plain diffusion loss (InstantIR Eq. 1) on text and picture pairs; UNet and both text encoders train."""
 
     def __init__(
@@ -188,12 +192,7 @@ class DenoiserObjective(PriorObjective):
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         latents = clean_latents(self.prior, batch)
         noisy, eps, t = self.loss.noisy(latents, noise)
-        dropped = noise.uniform("text_dropout") < self.text_dropout
-        prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
-        text, pooled = self.prior.embed_prompts(prompts)
-        if self.pooled_dropout:
-            _, empty_prompt = self.prior.embed_prompts([""])
-            pooled = replace_rows(pooled, empty_prompt, noise.uniform("pooled_dropout") < self.pooled_dropout)
+        text, pooled = embed_with_dropout(self.prior, batch.prompts, noise, self.text_dropout, self.pooled_dropout)
         prediction = self.prior.unet(
             noisy,
             t,
@@ -201,6 +200,28 @@ class DenoiserObjective(PriorObjective):
             added_cond_kwargs={"text_embeds": pooled, "time_ids": self.prior.time_ids(batch.sizes)},
         ).sample
         yield "denoiser", self.loss(prediction, eps, t)
+
+
+class TextEmbedder(Protocol):
+    """A prior with token embeddings and pooled embeddings."""
+
+    def embed_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+
+def embed_with_dropout(
+    prior: TextEmbedder, prompts: Sequence[str], noise: Noise, text_dropout: float, pooled_dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Token embeddings [B, L, D] and pooled embeddings [B, P]; see PriorRecipe for the two dropouts.
+
+    Draws "text_dropout", and "pooled_dropout" if it is above 0.
+    """
+    dropped = noise.uniform("text_dropout") < text_dropout
+    kept = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
+    text, pooled = prior.embed_prompts(kept)
+    if pooled_dropout:
+        _, empty_prompt = prior.embed_prompts([""])
+        pooled = replace_rows(pooled, empty_prompt, noise.uniform("pooled_dropout") < pooled_dropout)
+    return text, pooled
 
 
 def autoencoder_objective(
@@ -269,7 +290,7 @@ class _InTraining:
 
 
 def _prior_in_training(recipe: PriorRecipe, parents: Mapping[str, Model], device: str) -> _InTraining:
-    config: Mapping[str, Any] = _merge(NANO, recipe.size)
+    config: Mapping[str, Any] = merge_sizes(NANO, recipe.size)
     tokenizer_json = build_tokenizer_json(VOCABULARY, int(config["text_length"]))
     start: Model | None = next(iter(parents.values()), None)
     if start is None and recipe.warm_start:
@@ -285,16 +306,21 @@ def _prior_in_training(recipe: PriorRecipe, parents: Mapping[str, Model], device
     return _InTraining(prior=prior, config=config, tokenizer_json=tokenizer_json, pretrained=start is not None)
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge_sizes(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with changes: inner mappings are merged, other values replaced."""
     merged = copy.deepcopy(dict(base))
     for key, value in changes.items():
         merged[key] = (
-            _merge(merged[key], value) if isinstance(value, Mapping) and isinstance(merged.get(key), dict) else value
+            merge_sizes(merged[key], value)
+            if isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+            else value
         )
     return merged
 
 
-def look(objective: PriorObjective, recipe: PriorRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
+def look(
+    objective: PriorObjective[Prior], recipe: PriorRecipe, lq: Tensor, prompts: Sequence[str], seed: int
+) -> Tensor:
     """Previews of a stage, [B, 3, H, W] in [-1, 1].
 
     Autoencoder: reconstructed LQ pictures. Denoiser: pictures from the prompts alone, 20 steps, guidance 4. Picture
@@ -333,19 +359,28 @@ def generate(
 
 
 @torch.no_grad()
-def measure(objective: PriorObjective, heldout: Sequence[Batch]) -> dict[str, float]:
+def measure(objective: PriorObjective[Prior], heldout: Sequence[Batch]) -> dict[str, float]:
     """Numbers of the parts for the model card, on held-out crops of the run's own size.
 
     autoencoder_psnr_heldout: mean over pictures, dB; no restoration exceeds it. encoder_found_among_64: share of
     LQ pictures whose own HQ is the nearest of (up to) 64.
     """
-    prior, errors = objective.prior, []
+    prior = objective.prior
+    lq, hq = (torch.cat([getattr(b, side) for b in heldout])[:64] for side in ("lq", "hq"))
+    return {
+        "autoencoder_psnr_heldout": autoencoder_psnr(prior, heldout),
+        "encoder_found_among_64": retrieval_share(prior, lq, hq),
+    }
+
+
+@torch.no_grad()
+def autoencoder_psnr(prior: FamilyPrior, heldout: Sequence[Batch]) -> float:
+    """Mean PSNR in dB of the targets after the autoencoder, over pictures."""
+    errors = []
     for batch in heldout:
         restored = prior.decode(prior.encode(batch.hq)).clamp(-1, 1)
         errors.append((restored - batch.hq).square().mean(dim=(1, 2, 3)))
-    psnr = -10 * torch.log10(torch.cat(errors).clamp_min(1e-10) / 4)
-    lq, hq = (torch.cat([getattr(b, side) for b in heldout])[:64] for side in ("lq", "hq"))
-    return {"autoencoder_psnr_heldout": float(psnr.mean()), "encoder_found_among_64": retrieval_share(prior, lq, hq)}
+    return float((-10 * torch.log10(torch.cat(errors).clamp_min(1e-10) / 4)).mean())
 
 
 def retrieval_share(prior: Prior, lq: Tensor, hq: Tensor) -> float:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from components.priors.conditions import SizedConditions
 from components.samplers.edm import between, nearest_index
 from components.samplers.guidance import guide
-from components.systems.supir.network import Conditions
 from components.types import Box
 
-PredictEps = Callable[[Tensor, Tensor, Tensor, Conditions, float | Tensor], Tensor]
+PredictEps = Callable[[Tensor, Tensor, Tensor, SizedConditions, float | Tensor], Tensor]
 """(VP latents, time steps, LQ latents, conditions, control scale) -> noise; see Supir.predict_eps."""
 
 
@@ -59,12 +59,12 @@ class SupirDenoiser:
     predict: PredictEps
     table: Tensor
     lq: Tensor
-    conditions: Conditions
+    conditions: SizedConditions
     guided: bool
     cfg_scale: Ramp
     control_scale: Ramp
     sigma_max: float
-    tiles: Mapping[Box, Conditions] = field(default_factory=dict)
+    tiles: Mapping[Box, SizedConditions] = field(default_factory=dict)
 
     def __call__(self, latents: Tensor, sigma: Tensor, level: Tensor) -> Tensor:
         """Clean latents; see LevelDenoiser."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from components.priors.conditions import SizedConditions
 from components.priors.fast_unet import (
     ConditionCache,
     FastAutoencoder,
@@ -29,7 +30,7 @@ from components.priors.fast_unet import (
 from components.priors.unet_walk import Blocks, Context, Inputs, walk_unet
 from components.systems.supir.connectors import ConnectorJoins, Scale
 from components.systems.supir.control import walk_control
-from components.systems.supir.network import Adaptor, Conditions, Supir
+from components.systems.supir.network import Adaptor, Supir
 
 
 class FastSupir(FastAutoencoder):
@@ -65,14 +66,14 @@ class FastSupir(FastAutoencoder):
 
 
 class FastRun:
-    """One run of a FastSupir. Pass the same Conditions object in every step, and do not change its tensors."""
+    """One run of a FastSupir. Pass the same SizedConditions object in every step, and do not change its tensors."""
 
     def __init__(self, fast: FastSupir) -> None:
         self.fast = fast
         self._caches = ConditionCache()
 
     def predict_eps(
-        self, latents: Tensor, timesteps: Tensor, lq: Tensor, conditions: Conditions, scale: Scale = 1.0
+        self, latents: Tensor, timesteps: Tensor, lq: Tensor, conditions: SizedConditions, scale: Scale = 1.0
     ) -> Tensor:
         """See Supir.predict_eps."""
         fast, timesteps = self.fast, timesteps.expand(len(latents))
@@ -86,13 +87,13 @@ class FastRun:
             (eps,) = fast.graphs("step", partial(_step, fast, number), changing, constant, number)
         return eps.to(latents.dtype)  # type: ignore[no-any-return]
 
-    def _embedding(self, walkable: Walkable, timesteps: Tensor, conditions: Conditions) -> Tensor:
+    def _embedding(self, walkable: Walkable, timesteps: Tensor, conditions: SizedConditions) -> Tensor:
         """The embedding [B, E] after SiLU."""
         name = "control embedding" if walkable is self.fast.control else "unet embedding"
         constant = self._caches.of(conditions).once(name, lambda: conditions_embedding(walkable, conditions))
         return F.silu(time_embedding(walkable, timesteps) + constant)
 
-    def _keys(self, conditions: Conditions) -> list[Tensor]:
+    def _keys(self, conditions: SizedConditions) -> list[Tensor]:
         """Keys and values of all cross-attentions, the control encoder's first, in one list."""
         walkables = (self.fast.control, self.fast.unet)
         return [tensor for walkable in walkables for pair in text_keys(walkable, conditions) for tensor in pair]

@@ -5,29 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from components.models import Model
-from components.peak_memory import MemoryPlan, Phase, parameter_bytes, peak_bytes
-from components.priors.autoencoder import SpaceToDepthAutoencoder, autoencoder_factor
+from components.peak_memory import MemoryPlan
 from components.priors.encoder_copy import unet_skeleton
-from components.priors.files import DTYPES, Precision
+from components.priors.files import Precision
 from components.priors.hub import prior_shape
-from components.priors.layer_tiles import LayerTiles
 from components.priors.robust_encoder import RobustEncoder
-from components.priors.tiling import FADE, TILE
+from components.priors.step_memory import StepNetworks, plan_steps, unet_inputs
 from components.systems.supir.config import adaptor_config
-from components.systems.supir.network import ADAPTOR, Adaptor, Conditions, control_features, predict_eps
+from components.systems.supir.network import ADAPTOR, Adaptor, control_features, predict_eps
 from components.systems.supir.options import Options, parse_options, restore_defaults
-from components.systems.supir.pictures import EXACT_PX
-from components.weight_storage import store_in_8_bits
-
-SDXL_TEXT_PARAMETERS = 817_720_320
-"""Of SDXL's two text encoders: CLIP-L's text model (123 million) and OpenCLIP bigG's (695 million)."""
-
-TOKENS = 77
 
 
 def plan_memory(
@@ -51,88 +40,19 @@ def plan_memory(
         ValueError: an option is unknown or out of range.
     """
     defaults = parse_options(restore_defaults(model.info.get("recipe") or {}), Options())
-    return _plan(model, size, parse_options(options, defaults), precision, offload)
+    config = adaptor_config(model.info["config"][ADAPTOR] or {})
 
-
-def _plan(model: Model, size: tuple[int, int], options: Options, precision: Precision, offload: bool) -> MemoryPlan:
     shape = prior_shape(str(model.info["prior"]["id"]), "")
-    with torch.device("meta"):
-        autoencoder = _autoencoder(shape.autoencoder)
-        encoder = RobustEncoder(autoencoder)
-        unet = unet_skeleton(shape.unet)
-        adaptor = Adaptor(unet, adaptor_config(model.info["config"][ADAPTOR] or {}))
-        for module in (unet, adaptor):
-            nn.Module.to(module, dtype=DTYPES[precision])
-        if precision == "fp8":
-            store_in_8_bits([unet, adaptor])
-        steps = peak_bytes(lambda: _step(unet, adaptor, _tile(size, options, autoencoder), options))
-        pictures = peak_bytes(lambda: _pictures(autoencoder, _whole(size, options, autoencoder)))
-    element = 1 if precision == "fp8" else torch.empty(0, dtype=DTYPES[precision]).element_size()
-    texts = SDXL_TEXT_PARAMETERS * element if isinstance(autoencoder, AutoencoderKL) else 0
-    phases = (
-        Phase(name="pictures", weights=parameter_bytes(autoencoder, encoder), peak=pictures),
-        Phase(name="texts", weights=texts, peak=0),
-        Phase(name="steps", weights=parameter_bytes(unet, adaptor), peak=steps),
-    )
-    settings = {"precision": precision, "offload": offload, "tile_px": options.tile_px or "default"}
-    settings["autoencoder_tiles"] = options.autoencoder_tiles
-    return MemoryPlan(settings=settings, phases=phases, in_turns=offload)
 
+    def build(autoencoder: nn.Module) -> StepNetworks:
+        unet: Any = unet_skeleton(shape.unet)
+        adaptor = Adaptor(unet, config)
 
-def _autoencoder(config: Mapping[str, Any]) -> nn.Module:
-    if "factor" in config:
-        return SpaceToDepthAutoencoder(**config)
-    return AutoencoderKL.from_config(dict(config))  # type: ignore[return-value]
+        def call(tile: tuple[int, int], rows: int) -> Tensor:
+            latents, timesteps, conditions = unet_inputs(unet, tile, rows)
+            features = control_features(adaptor, latents, timesteps, latents, conditions)
+            return predict_eps(unet, adaptor, latents, timesteps, features, conditions, 1.0)
 
+        return StepNetworks(steps=(unet, adaptor), pictures=(RobustEncoder(autoencoder),), call=call)
 
-def _tile(size: tuple[int, int], options: Options, autoencoder: nn.Module) -> tuple[int, int]:
-    """(height, width) of a tile of the steps, in latent pixels."""
-    factor = autoencoder_factor(autoencoder)
-    side = options.tile_px // factor if options.tile_px else TILE
-    height, width = (min(side, -(-length // factor)) for length in size)
-    return (max(8, height // 8 * 8), max(8, width // 8 * 8))
-
-
-def _whole(size: tuple[int, int], options: Options, autoencoder: nn.Module) -> tuple[int, int]:
-    """(height, width) of the autoencoder's largest part, in pixels: the picture, or a tile with its border."""
-    factor, largest = autoencoder_factor(autoencoder), TILE
-    if max(size) > TILE * factor:
-        exact = options.autoencoder_tiles in ("exact", "released")
-        exact = exact or (options.autoencoder_tiles == "auto" and size[0] * size[1] <= EXACT_PX)
-        layered = exact and isinstance(autoencoder, AutoencoderKL)
-        largest = LayerTiles().decoder_tile + 2 if layered else TILE + 4 * FADE
-    height, width = (min(-(-length // factor), largest) * factor for length in size)
-    return (height, width)
-
-
-def _step(unet: Any, adaptor: Adaptor, tile: tuple[int, int], options: Options) -> Tensor:
-    """One call of the networks, doubled by guidance."""
-    rows, dtype = 2 if options.guided else 1, next(unet.parameters()).dtype
-    latents = torch.empty(rows, unet.config["in_channels"], *tile, dtype=dtype)
-    pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
-    conditions = Conditions(
-        text=torch.empty(rows, TOKENS, unet.config["cross_attention_dim"], dtype=dtype),
-        pooled=torch.empty(rows, pooled, dtype=dtype),
-        time_ids=torch.empty(rows, 6),
-    )
-    timesteps = torch.zeros(rows, dtype=torch.int64)
-    features = control_features(adaptor, latents, timesteps, latents, conditions)
-    return predict_eps(unet, adaptor, latents, timesteps, features, conditions, 1.0)
-
-
-def _pictures(autoencoder: Any, size: tuple[int, int]) -> None:
-    """One encoding and one decoding, without the casts that the meta device lacks."""
-    images, factor = torch.empty(1, 3, *size), autoencoder_factor(autoencoder)
-    shape = (1, _latent_channels(autoencoder), size[0] // factor, size[1] // factor)
-    if isinstance(autoencoder, SpaceToDepthAutoencoder):
-        autoencoder.encode_residual(nn.functional.pixel_unshuffle(images, factor))
-        nn.functional.pixel_shuffle(autoencoder.decode_residual(torch.empty(shape)), factor)
-    else:
-        autoencoder.encoder(images)
-        autoencoder.decoder(torch.empty(shape))
-
-
-def _latent_channels(autoencoder: Any) -> int:
-    if isinstance(autoencoder, SpaceToDepthAutoencoder):
-        return autoencoder.latent_channels
-    return int(autoencoder.config["latent_channels"])
+    return plan_steps(shape.autoencoder, build, size, parse_options(options, defaults), precision, offload)

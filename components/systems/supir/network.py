@@ -7,12 +7,12 @@ latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from components.priors.conditions import SizedConditions
 from components.priors.encoder_copy import embed_step
 from components.priors.parameters import copy_strictly
 from components.priors.robust_encoder import RobustEncoder
@@ -25,33 +25,6 @@ from components.systems.supir.control import ControlEncoder, walk_control
 
 ENCODER, ADAPTOR = "encoder", "adaptor"
 """Parts of a model folder: the robust encoder, and the control encoder with its connectors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """The inputs of a call besides latents and time; B rows each.
-
-    Attributes:
-        text: token embeddings [B, L, D].
-        pooled: pooled text [B, P].
-        time_ids: size ids, float [B, 6].
-    """
-
-    text: Tensor
-    pooled: Tensor
-    time_ids: Tensor
-
-    def concat(self, other: Conditions) -> Conditions:
-        """These rows, then the rows of `other`."""
-        return Conditions(
-            text=torch.cat([self.text, other.text]),
-            pooled=torch.cat([self.pooled, other.pooled]),
-            time_ids=torch.cat([self.time_ids, other.time_ids]),
-        )
-
-    def to(self, dtype: torch.dtype) -> Conditions:
-        """Embeddings in another dtype; the size ids stay in float32, since half precision rounds 1023."""
-        return Conditions(text=self.text.to(dtype), pooled=self.pooled.to(dtype), time_ids=self.time_ids)
 
 
 class Adaptor(nn.Module):
@@ -155,7 +128,7 @@ class Supir:
         return network
 
     def predict_eps(
-        self, latents: Tensor, timesteps: Tensor, lq: Tensor, conditions: Conditions, scale: Scale = 1.0
+        self, latents: Tensor, timesteps: Tensor, lq: Tensor, conditions: SizedConditions, scale: Scale = 1.0
     ) -> Tensor:
         """The predicted noise.
 
@@ -180,13 +153,13 @@ def control_features(
     latents: Tensor,
     timesteps: Tensor,
     lq: Tensor,
-    conditions: Conditions,
+    conditions: SizedConditions,
     blocks: Blocks | None = None,
 ) -> list[Tensor]:
     """The control encoder's features in its dtype; arguments as in Supir.predict_eps."""
     control = adaptor.control
     dtype = control.hint_conv.weight.dtype
-    own = conditions.to(dtype)
+    own = conditions.cast(dtype)
     embedding = control.embedding(timesteps.expand(len(latents)), own.pooled, own.time_ids, dtype)
     return walk_control(control, lq.to(dtype), latents.to(dtype), text_inputs(control, embedding, own.text), blocks)
 
@@ -197,13 +170,13 @@ def predict_eps(
     latents: Tensor,
     timesteps: Tensor,
     features: list[Tensor],
-    conditions: Conditions,
+    conditions: SizedConditions,
     scale: Scale,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """The UNet's predicted noise with control features, in the latents' dtype; see Supir.predict_eps."""
     dtype = next(unet.parameters()).dtype
-    own = conditions.to(dtype)
+    own = conditions.cast(dtype)
     embedding = embed_step(unet, timesteps.expand(len(latents)), own.pooled, own.time_ids, dtype)
     joins = ConnectorJoins(adaptor.connectors, adaptor.places, features, scale)
     return walk_unet(unet, latents.to(dtype), text_inputs(unet, embedding, own.text), joins, blocks).to(latents.dtype)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from components.objectives.diffusion import WeightedEpsilon
 from components.objectives.precomputed import clean_latents, embed_batch_prompts, embed_empty_prompt
+from components.priors.conditions import SizedConditions
 from components.priors.sdxl import Prior
 from components.randomness import Noise
-from components.systems.supir.network import ADAPTOR, Conditions, Supir
+from components.systems.supir.network import ADAPTOR, Supir
 from components.types import Batch, Loss, Objective
 
 
@@ -72,7 +73,7 @@ class AdaptorObjective(Objective):
         return self._empty
 
     @torch.no_grad()
-    def conditions(self, batch: Batch, noise: Noise) -> Conditions:
+    def conditions(self, batch: Batch, noise: Noise) -> SizedConditions:
         """Texts after dropout, and sizes."""
         dropped = noise.uniform("conditions") < self.text_dropout
         if batch.embeddings:
@@ -80,7 +81,7 @@ class AdaptorObjective(Objective):
         else:
             prompts = ["" if drop else text for text, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
             text, pooled = self.prior.embed_prompts(prompts)
-        return Conditions(text=text, pooled=pooled, time_ids=self.prior.time_ids(batch.sizes))
+        return SizedConditions(text=text, pooled=pooled, time_ids=self.prior.time_ids(batch.sizes))
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase: mean squared error of the predicted noise."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.batches import restore_batches
+from components.batches import group_jobs, request_noise, restore_batches
 from components.color import transfer_colors
 from components.images import pad_to_multiple, working_size
+from components.priors.conditions import SizedConditions, join
 from components.priors.fast_unet import Speed
+from components.priors.pictures import Pictures
 from components.priors.robust_encoder import RobustLatents
-from components.priors.tiling import TILE
-from components.randomness import generator
+from components.priors.tiling import step_boxes, step_tile_side
 from components.residence import Residence
 from components.samplers.edm import (
     Churn,
@@ -30,12 +31,11 @@ from components.samplers.edm import (
     sample_euler_ancestral,
     substep_sigmas,
 )
-from components.samplers.tiles import gaussian_weights, released_weights, strided_boxes, tile_boxes, tiled
+from components.samplers.tiles import gaussian_weights, released_weights, strided_boxes, tiled
 from components.systems.supir.denoiser import Ramp, SupirDenoiser
 from components.systems.supir.fast import FastSupir
-from components.systems.supir.network import Conditions, Supir
+from components.systems.supir.network import Supir
 from components.systems.supir.options import Options, parse_options
-from components.systems.supir.pictures import Pictures
 from components.systems.supir.preprocess import page_resize, released_sizes, resize, resize_result, to_tensor
 from components.systems.supir.texts import negative_text, positive_text, tile_captions
 from components.types import Box, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError
@@ -133,7 +133,8 @@ class SupirRestorer(Restorer):
                 since all requests with these options fail with it.
             Cancellation: `cancelled()` returned True.
         """
-        batches = list(self._batches([self._prepare(i, r) for i, r in enumerate(requests)]))
+        jobs = [self._prepare(i, r) for i, r in enumerate(requests)]
+        batches = list(group_jobs(jobs, lambda job: (job.unpadded.shape, job.options, job.chunks), self.batch_size))
         return restore_batches(batches, self._run, _info, on_step, cancelled)
 
     @torch.inference_mode()
@@ -175,15 +176,6 @@ class SupirRestorer(Restorer):
         if options.long_texts == "pieces":
             chunks = max(self.network.prior.prompt_chunks(text) for text in texts)
         return _Job(index, request, options, padded, unpadded, (height, width), tuple(texts), chunks)
-
-    def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """Group jobs of one working size, equal options and equally long texts, in order of first appearance."""
-        groups: dict[Any, list[_Job]] = {}
-        for job in jobs:
-            groups.setdefault((job.unpadded.shape, job.options, job.chunks), []).append(job)
-        for group in groups.values():
-            for first in range(0, len(group), self.batch_size):
-                yield group[first : first + self.batch_size]
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[_Job], on_step: OnStep, cancelled: Cancelled | None) -> list[Image]:
@@ -257,8 +249,8 @@ class SupirRestorer(Restorer):
         churn = Churn(amount=options.churn, noise_scale=options.noise_scale)
         return sample_edm(denoise, latents, sigmas, step_noise, churn, pull, on_step, cancelled)
 
-    def _all_conditions(self, batch: Sequence[_Job], boxes: Sequence[Box]) -> list[Conditions]:
-        """Conditions of the whole picture, or of each tile; with guidance the negative rows come first."""
+    def _all_conditions(self, batch: Sequence[_Job], boxes: Sequence[Box]) -> list[SizedConditions]:
+        """SizedConditions of the whole picture, or of each tile; with guidance the negative rows come first."""
         options, prior = batch[0].options, self.network.prior
         size = (RELEASED_SIZE, RELEASED_SIZE)
         if options.sizes == "tile":
@@ -266,14 +258,14 @@ class SupirRestorer(Restorer):
         conditions = [self._conditions(batch, place, size) for place in range(len(batch[0].texts) - 1)]
         if options.guided:
             negative = self._conditions(batch, -1, size)
-            conditions = [negative.concat(positive) for positive in conditions]
+            conditions = [join([negative, positive]) for positive in conditions]
         return conditions
 
     def _denoiser(
         self,
         batch: Sequence[_Job],
         lq: Tensor,
-        conditions: Sequence[Conditions],
+        conditions: Sequence[SizedConditions],
         boxes: Sequence[Box],
         cancelled: Cancelled | None,
     ) -> LevelDenoiser:
@@ -294,35 +286,26 @@ class SupirRestorer(Restorer):
         weigh = released_weights if options.tiles == "released" else gaussian_weights
         return tiled(whole, lq.shape[-2], lq.shape[-1], boxes, cancelled, weigh)
 
-    def _conditions(self, batch: Sequence[_Job], place: int, size: tuple[int, int]) -> Conditions:
-        """Conditions of the texts at `place`, for the whole batch.
+    def _conditions(self, batch: Sequence[_Job], place: int, size: tuple[int, int]) -> SizedConditions:
+        """SizedConditions of the texts at `place`, for the whole batch.
 
         Args:
             size: (height, width) in the size ids.
         """
-        prior = self.network.prior
-        text, pooled = prior.embed_long_prompts([job.texts[place] for job in batch], batch[0].chunks)
-        sizes = torch.tensor([[*size, 0, 0, *size]]).expand(len(batch), -1)
-        return Conditions(
-            text=text.to(self.device),
-            pooled=pooled.to(self.device),
-            time_ids=sizes.to(self.device, torch.float32),
-        )
+        texts = [job.texts[place] for job in batch]
+        return self.network.prior.sized_conditions(texts, size, self.device, batch[0].chunks)
 
     def _boxes(self, height: int, width: int, options: Options) -> list[Box]:
         """The tiles of a picture, in latent pixels; a picture that fits in one tile has one."""
         prior = self.network.prior
-        multiple = prior.multiple_px // prior.factor
-        side = options.tile_px // prior.factor if options.tile_px else TILE
-        side = max(multiple, side // multiple * multiple)
+        side = step_tile_side(prior, options.tile_px)
         if options.tiles == "released" and min(height, width) >= side:
             return strided_boxes(height, width, side, max(1, side // 2))
-        return tile_boxes(height, width, (side, side), options.tile_overlap, multiple)
+        return step_boxes(prior, height, width, options.tile_px, options.tile_overlap)
 
     def _noise(self, batch: Sequence[_Job], name: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise of each request's seed, [B, *shape]."""
-        rows = [generator(job.request.seed, name).standard_normal(shape, dtype=np.float32) for job in batch]
-        return torch.from_numpy(np.stack(rows)).to(self.device)
+        return request_noise([job.request for job in batch], name, shape, self.device)
 
 
 def _finish(job: _Job, picture: Image, style: Image) -> Image:

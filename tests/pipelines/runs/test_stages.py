@@ -286,9 +286,9 @@ def test_a_task_may_start_from_another_tasks_model(tmp_path: Path) -> None:
 
 
 def test_pairs_are_not_degraded_again() -> None:
-    check_restore(RestoreSettings(pairs="lq", preset="none"), None, ())
+    check_restore(RestoreSettings(pairs="lq", preset="none"), None, {})
     with pytest.raises(UsageError, match="not degraded again; set preset=none"):
-        check_restore(RestoreSettings(pairs="lq"), None, ())
+        check_restore(RestoreSettings(pairs="lq"), None, {})
 
 
 @pytest.mark.parametrize("name", ["swinir", "swinir-nano", "swinir-face"])

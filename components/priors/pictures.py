@@ -1,4 +1,4 @@
-"""Pictures to latents and back at any size, with the robust encoder, the original one and the decoder.
+"""Pictures to latents and back at any size, with a robust encoder if any, the original one and the decoder.
 
 A picture of one tile runs whole. A larger one runs in tiles: an AutoencoderKL layer by layer, equal to the whole (or as
 released), while its stored activations fit (see layer_tiles.py), and else in cross-faded tiles of bounded memory
@@ -42,26 +42,25 @@ class Pictures:
 
     Attributes:
         prior: the prior's autoencoder, compiled if the settings of the fast path say so.
-        robust: the robust encoder, with the same decoder.
+        robust: the robust encoder, with the same decoder; None encodes LQ with the prior's own encoder.
         tiles: how a large picture is cut, see the module's docstring; "auto" chooses exact or faded by its size.
         cancelled: called before each tile of each layer.
     """
 
     prior: FastAutoencoder
-    robust: RobustLatents
+    robust: RobustLatents | None = None
     tiles: Tiles = "auto"
     cancelled: Cancelled | None = None
 
     def lq_latents(self, images: Sequence[Image]) -> Tensor:
-        """Scaled latents of LQ pictures of one size, uint8 [H, W, 3], by the robust encoder: [B, C, h, w]."""
+        """Scaled latents of LQ pictures of one size, uint8 [H, W, 3], by the robust encoder if any: [B, C, h, w]."""
         layers = self._layers(len(images), *images[0].shape[:2])
         if layers is None:
-            return encode_images(self.robust, images, cancelled=self.cancelled)
-        pixels, encoder = images_to_tensor(images), self.robust.encoder
-        latents = encode_pixels_tiled(
-            encoder.autoencoder, pixels, layers, encoder=encoder.encoder, cancelled=self.cancelled
+            return encode_images(self.robust or self.prior, images, cancelled=self.cancelled)
+        own = None if self.robust is None else self.robust.encoder.encoder
+        return encode_pixels_tiled(
+            self.prior.autoencoder, images_to_tensor(images), layers, encoder=own, cancelled=self.cancelled
         )
-        return latents
 
     def latents(self, pictures: Decoded, noise: Tensor | None = None) -> Tensor:
         """Scaled latents of decoded pictures by the original encoder; with `noise` a sample of its distribution."""

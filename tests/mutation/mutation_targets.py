@@ -48,6 +48,10 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
         "tests/components/test_degradations.py",
         "tests/components/test_degradation_operations.py",
     ),
+    "components/systems/dra/denoiser.py": (
+        "tests/components/test_dra_restorer.py",
+        "tests/components/test_dra_tokens.py",
+    ),
     "components/priors/unet_walk.py": (
         "tests/components/test_fast_instantir.py",
         "tests/components/test_instantir_modes.py",

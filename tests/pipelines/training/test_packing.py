@@ -146,7 +146,7 @@ def test_the_next_leg_goes_on_from_the_checkpoint(inputs: TrainInputs, leg: Path
 
 @pytest.mark.slow
 def test_a_model_may_have_the_state_of_an_earlier_stage(leg: Path, tmp_path: Path) -> None:
-    """The model is of step 8, the state of step 4."""
+    """The model is of a later step than the state."""
     later = tmp_path / "later"
     shutil.copytree(leg, later)
     checkpoint = max((later / "ray" / "run").glob("checkpoint_*/state.pt"))
@@ -154,12 +154,12 @@ def test_a_model_may_have_the_state_of_an_earlier_stage(leg: Path, tmp_path: Pat
     first = next(iter(state["optimizers"]["regression"]["state"].values()))["exp_avg_sq"].clone()
     for entry in state["optimizers"]["regression"]["state"].values():
         entry["exp_avg_sq"] *= 3
-    torch.save({**state, "step": 8}, checkpoint)
+    torch.save({**state, "step": state["step"] + 4}, checkpoint)
     earlier = Trained(recipe=recipe(), inputs={}, folder=leg)
     packed = pack_stage(recipe(), {}, later, tmp_path / "out", state_of=earlier)
     name, value = next(iter(state["trainables"]["regression"].items()))
     assert name == "head.weight" and value.ndim == 4
-    assert packed.step == 4 and packed.model.info["metrics"]["step"] == 8
+    assert packed.step == state["step"] and packed.model.info["metrics"]["step"] == state["step"] + 4
     rows = packed.tensors()["rows/regression/head.weight"]
     torch.testing.assert_close(rows, first.flatten(1).mean(dim=1))
 

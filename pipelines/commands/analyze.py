@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipelines.analysis.study import StudyResult
 
 app = typer.Typer(
-    help="Study a model: previews, tokens, prompts, the time input, crowded scenes, seeds.",
+    help="Study a model: options side by side, previews, tokens, prompts, the time input, crowds, seeds, encoders.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

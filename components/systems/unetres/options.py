@@ -16,8 +16,8 @@ class Options:
 
     Attributes:
         strength: share of the generator's detail, from 0 (the regression alone) to 1; a model without a generator
-            ignores it. The default is the largest with which the shipped model loses no dB at any of the poor inputs
-            (docs/benchmarks.md).
+            ignores it. Of 0.3, 0.5, 0.75 and 1 the default is the largest with which the shipped model is no worse
+            than its input, in dB, at any of the six poor inputs (docs/benchmarks.md).
         tile_px: side of a tile; larger pictures are restored in tiles. Rounded down to the network's multiple.
         tile_overlap: least overlap of neighbours, as a share of a tile.
     """

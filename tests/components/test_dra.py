@@ -365,13 +365,12 @@ def test_variants_are_drawn_and_described_by_hand() -> None:
     assert stored.prompts == ["", "b"] and not stored.lq.any()
 
 
-@pytest.mark.parametrize("robust", [False, True])
-def test_the_loss_by_hand_and_what_trains(robust: bool) -> None:
-    network, batch = make_network(robust=robust), make_batch(side=32)
-    objective = AdaptersObjective(network, null_share=0.3, lq_share=0.5)
-    noise = Noise(7, batch.positions)
-    ((name, loss),) = objective.phases(batch, noise)
-    prior, u = network.prior, noise.uniform("variant")
+def variants_by_hand(prior: Any, batch: Batch, noise: Noise) -> tuple[list[str], Tensor]:
+    """Prompts and clean latents of the three variants, for shares of 0.3 (null) and 0.5 (LQ as target).
+
+    The LQ target is encoded by the plain encoder, also with a robust one.
+    """
+    u = noise.uniform("variant")
     kinds = ["null" if v < 0.3 else "lq" if v < 0.8 and row != 2 else "normal" for row, v in enumerate(u.tolist())]
     assert {"null", "lq", "normal"} == set(kinds)
     descriptors = {
@@ -383,7 +382,18 @@ def test_the_loss_by_hand_and_what_trains(robust: bool) -> None:
     for row, kind in enumerate(kinds):
         prompts.append({"null": "", "lq": descriptors.get(row, "-"), "normal": batch.prompts[row]}[kind])
         if kind == "lq":
-            clean[row] = prior.encode(batch.lq)[row]  # by the plain encoder, also with a robust one
+            clean[row] = prior.encode(batch.lq)[row]
+    return prompts, clean
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_the_loss_by_hand_and_what_trains(robust: bool) -> None:
+    network, batch = make_network(robust=robust), make_batch(side=32)
+    objective = AdaptersObjective(network, null_share=0.3, lq_share=0.5)
+    noise = Noise(7, batch.positions)
+    ((name, loss),) = objective.phases(batch, noise)
+    prior = network.prior
+    prompts, clean = variants_by_hand(prior, batch, noise)
     text, pooled = prior.embed_prompts(prompts)
     ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(4, -1)  # not the batch's own sizes and crop
     t, eps = noise.integers("timestep", 0, 1000), noise.normal("noise", (4, 8, 8))

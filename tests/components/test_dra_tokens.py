@@ -187,19 +187,8 @@ def test_the_loss_by_hand_and_what_trains() -> None:
     objective = FlowAdaptersObjective(network, null_share=0.3, lq_share=0.5, time_mean=0.4, time_deviation=1.5)
     noise = Noise(7, batch.positions)
     ((name, loss),) = objective.phases(batch, noise)
-    prior, u = network.prior, noise.uniform("variant")
-    kinds = ["null" if v < 0.3 else "lq" if v < 0.8 and row != 2 else "normal" for row, v in enumerate(u.tolist())]
-    assert {"null", "lq", "normal"} == set(kinds)
-    words = {
-        0: "low quality, low resolution, noisy",
-        1: "low quality, blurry, low resolution",
-        3: "low quality, low resolution",
-    }
-    clean, prompts = prior.encode(batch.hq).clone(), []
-    for row, kind in enumerate(kinds):
-        prompts.append({"null": "", "lq": words.get(row, "-"), "normal": batch.prompts[row]}[kind])
-        if kind == "lq":
-            clean[row] = prior.encode(batch.lq)[row]
+    prior = network.prior
+    prompts, clean = tiny.variants_by_hand(prior, batch, noise)
     eps = noise.normal("noise", (16, 8, 8))
     t = torch.tensor([1 / (1 + np.exp(-(0.4 + 1.5 * n))) for n in noise.normal("time", ()).tolist()]).float()
     rows = t.view(-1, 1, 1, 1)

@@ -3,7 +3,8 @@
 Each step has two phases on the same generated latents, each with its own optimiser (instarevive.md section 5.1):
 
     generator    alpha L_reg + (1 - alpha) lambda L_dsm
-    fake_score   mean square error of the noise that it predicts on the generator's latents
+    fake_score   the prior's own loss on the generator's latents: mean square error of the predicted noise, or of the
+                 velocity if the prior was trained by flow matching (score_matching has the derivation)
 
 All randomness comes from the Noise argument of `phases`, by these names: "text_dropout", "generator" (if the generator
 takes noise), "score_timestep", "score_noise", "score_window", "fake_timestep", "fake_noise" and "fake_window" (the last
@@ -242,7 +243,8 @@ class ScoreDistillation(Objective):
         (latents,) = self.windows(f"fake_window{suffix}", noise, latents)
         eps = noise.normal(f"fake_noise{suffix}", tuple(latents.shape[1:])).to(latents)
         noisy = self.schedule.add_noise(latents, eps, t)
-        return epsilon_loss(self.fake.predict_eps(noisy, t, conditions), eps).mean()
+        losses = epsilon_loss(self.fake.predict_eps(noisy, t, conditions), eps)
+        return (self.schedule.noise_loss_weights(t) * losses).mean()
 
     def windows(self, name: str, noise: Noise, *pictures: Tensor) -> tuple[Tensor, ...]:
         """The same random window of each sample of all pictures [B, C, h, w], see Distillation.window.

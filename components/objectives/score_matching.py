@@ -7,6 +7,16 @@
 
 The gradient is that of DMD (Yin et al. 2023) in PixArt-sigma's one-step trainer: its factor noise / signal and its
 weight replace omega(t), which the paper does not define (instarevive.md section 5.2).
+
+A prior trained by flow matching has x_t = (1 - t) x + t eps and a velocity v = E[eps - x | x_t], from which follow
+
+    E[x | x_t] = x_t - t v,   eps' = E[eps | x_t] = x_t + (1 - t) v,   score of x_t = -eps' / t
+
+The gradient of the KL by x is (1 - t) (score_fake - score_real) = (1 - t) / t (eps'_real - eps'_fake). Ours, with noise /
+signal = t / (1 - t) in front, is t (v_real - v_fake): the clean latents of the fake minus those of the real, as for the
+other priors. So the same code takes both, and a network's velocity is turned into noise where it is called. A guided
+velocity gives the guided noise, because both are linear. The fake score learns by the loss of its prior: for a flow
+(v - (eps - x))^2, which is (eps' - eps)^2 / (1 - t)^2; without the weight it would hardly learn the noisiest times.
 """
 
 from __future__ import annotations
@@ -37,6 +47,9 @@ class NoiseMap(Protocol):
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
     def x0_from_eps(self, noisy: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor: ...
+
+    def noise_loss_weights(self, timesteps: Tensor) -> Tensor:
+        """Weights by which squared errors of the noise are the loss of the prior's own training, float32 [B]."""
 
 
 @dataclass(frozen=True, kw_only=True)

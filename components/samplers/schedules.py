@@ -108,6 +108,10 @@ class Schedule(_Tables):
         alpha = self.alpha(timesteps, noisy.ndim).to(noisy.dtype)
         return (noisy - (1 - alpha).sqrt() * eps) / alpha.sqrt()
 
+    def noise_loss_weights(self, timesteps: Tensor) -> Tensor:
+        """Weights by which squared errors of the noise are the loss of the prior's training: ones, float32 [B]."""
+        return torch.ones(timesteps.shape, device=timesteps.device)
+
     def eps_from_velocity(self, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
         """The noise for a predicted velocity (signal eps - noise clean; Salimans and Ho 2022, app. D)."""
         alpha = self.alpha(timesteps, noisy.ndim).to(noisy.dtype)
@@ -247,6 +251,10 @@ class FlowSchedule(_Tables):
         """The clean latents for a noise prediction, from noisy latents [B, ...] and int64 timesteps [B]."""
         time = self._time(timesteps, noisy)
         return (noisy - time * eps) / (1 - time)
+
+    def noise_loss_weights(self, timesteps: Tensor) -> Tensor:
+        """As in Schedule: 1 / (1 - t)^2, float32 [B], since an error e of the velocity is one of (1 - t) e of the noise."""
+        return (1 - self._on("times", timesteps.device)[timesteps]).square().reciprocal()
 
     def eps_from_velocity(self, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
         """The noise for a predicted velocity (noise - clean)."""

@@ -90,6 +90,43 @@ def mean_band(values: np.ndarray, geometric: bool = False) -> Band:
     return Band(mean=mean, low=low, high=high)
 
 
+def training_band(values: np.ndarray) -> Band:
+    """The mean of values [n, s, ...] over n pictures and s trainings of one kind, with an interval for new ones of both.
+
+    Each half of the interval is the root of a sum of two squares: the half of mean_band over the pictures, of the means
+    over the trainings, and the half of Student's interval over the trainings, of the means over the pictures. With one
+    training it is mean_band, and covers pictures only. A picture without a finite value of every training is ignored.
+
+    Coverage in simulations, in %, for 3 trainings and 6, 12 and 40 pictures, normal and log-normal (shape 0.5), with
+    normal trainings and remainder (tests/components/test_statistics.py has such a test); the last column is that of
+    mean_band over the pictures alone:
+
+        deviation of trainings, pictures, remainder    6         12        40        pictures alone
+        0    1    0.3                                  97  98    96  97    96  97    93 to 96
+        1    1    0.5                                  98  96    96  97    97  95    28 to 86
+        1    0.1  0.3                                  95  96    96  95    97  96     7 to 30
+        0.3  1    1                                    98  99    99 100    99  98    79 to 94
+
+    Raises:
+        ValueError: `values` has no picture or no training.
+    """
+    from scipy.stats import t as student
+
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim < 2 or not values.size:
+        raise ValueError(f"a band needs at least one picture and one training, got the shape {values.shape}")
+    trainings = values.shape[1]
+    whole = np.where(np.isfinite(values).all(axis=1, keepdims=True), values, np.nan)
+    pictures = mean_band(whole.mean(axis=1))
+    if trainings == 1:
+        return pictures
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = np.nansum(whole, axis=0) / np.isfinite(whole).sum(axis=0)
+    half = student.ppf(1 - TAIL, trainings - 1) * means.std(axis=0, ddof=1) / np.sqrt(trainings)
+    below, above = np.hypot(half, pictures.mean - pictures.low), np.hypot(half, pictures.high - pictures.mean)
+    return Band(mean=pictures.mean, low=pictures.mean - below, high=pictures.mean + above)
+
+
 def _mean_limits(deviations: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper limit of the mean of each row [k], relative to it.
 

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 OnMetrics = Callable[[Sequence[tuple[int, str, float, float]]], None]
 
+TRAINED_PARAMETERS, PEAK_MEMORY, CPU_SECONDS = "trained_parameters", "peak_memory_mib", "cpu_seconds_per_step"
+"""Names of a training's costs in metrics.jsonl: see training.worker."""
+
 
 class MetricRow(NamedTuple):
     """A line of metrics.jsonl: step, name, value, and time in seconds since 1970."""

@@ -31,7 +31,7 @@ from components.training import (
 )
 from components.types import Batch, SampleError
 from components.writing import replace_file
-from pipelines.core.metrics import heldout_losses
+from pipelines.core.metrics import CPU_SECONDS, PEAK_MEMORY, TRAINED_PARAMETERS, heldout_losses
 from pipelines.stream.feed import rank_batches
 from pipelines.training.stage_files import METRICS, MODEL, SAMPLES, Sample, is_whole, log_order
 from pipelines.training.state import Run, State, build_state, resume
@@ -125,6 +125,7 @@ def take_step(state: State, data: MicroBatches) -> None:
     """
     recipe = state.recipe
     lr = recipe.optimizer.lr_at(state.step, recipe.steps)
+    cpu_start = time.process_time()
     metrics = train_step(
         state.objective,
         data.batches,
@@ -136,6 +137,9 @@ def take_step(state: State, data: MicroBatches) -> None:
     )
     if state.ema:
         state.ema.update(state.step)
+    costs = {CPU_SECONDS: time.process_time() - cpu_start, PEAK_MEMORY: peak_memory_mib(state.device)}
+    if state.step == 0:
+        costs[TRAINED_PARAMETERS] = float(trained_parameters(state))
     state.step += 1
     state.bad_steps = state.bad_steps + 1 if metrics["bad_steps"] else 0
     if state.bad_steps >= recipe.optimizer.max_bad_steps:
@@ -147,8 +151,28 @@ def take_step(state: State, data: MicroBatches) -> None:
         count = torch.tensor(float(sum(bool(sample.uncaptioned) for sample in data.samples)), device=state.device)
         metrics["uncaptioned"] = float(average({"uncaptioned": count})["uncaptioned"]) * state.world
     speed = {"seconds_per_step": time.time() - data.start, "seconds_waiting_for_data": data.data_seconds}
-    state.log.write(state.step, metrics | speed | {"lr": lr})
+    state.log.write(state.step, metrics | speed | costs | {"lr": lr})
     log_order(state.run.out, state.rank, state.step, data.samples)
+
+
+def trained_parameters(state: State) -> int:
+    """The number of parameters that the stage's optimisers change, each counted once."""
+    groups = (group["params"] for optimizer in state.optimizers.values() for group in optimizer.param_groups)
+    return sum({id(p): p.numel() for params in groups for p in params}.values())
+
+
+def peak_memory_mib(device: str) -> float:
+    """The largest memory so far of this process in MiB: of torch on a GPU, else of the process with its libraries.
+
+    The kernel's VmHWM serves, because getrusage's number starts at the parent's size. NaN where there is none.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), float("nan"))
 
 
 # --- files of the stage, written by rank 0 ----------------------------------------------------------------------------

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from components.complexity import complexity, joint_complexity
-from components.evaluation.statistics import mean_band, mean_interval, psnr, rank_correlation, rms_levels, share_band
+from components.evaluation.statistics import (
+    mean_band,
+    mean_interval,
+    psnr,
+    rank_correlation,
+    rms_levels,
+    share_band,
+    training_band,
+)
 from components.randomness import generator
 
 DEMO = {
@@ -59,6 +67,39 @@ def test_the_interval_of_a_mean_covers_95_percent(kind: str, n: int) -> None:
         assert 0.01 < above < 0.035 and 0.01 < below < 0.035
     column = values[:, 7]
     assert mean_interval(column) == (float(band.low[7]), float(band.high[7])), "one column is as good as many"
+
+
+@pytest.mark.parametrize("deviations", [(0, 1, 0.3), (1, 1, 0.5), (1, 0.1, 0.3), (0.3, 1, 1)])
+@pytest.mark.parametrize("n", [6, 12])
+def test_the_interval_over_trainings_holds_its_level(n: int, deviations: tuple[float, float, float]) -> None:
+    """2,000 drawn studies with 3 trainings: a standard error of 0.5 %. The interval over pictures alone does not hold."""
+    draw = generator(20261201, "trainings", n)
+    trainings, pictures, rest = deviations
+    values = trainings * draw.standard_normal((1, 3, 2000)) + rest * draw.standard_normal((n, 3, 2000))
+    values += pictures * (draw.lognormal(0.0, 0.5, (n, 1, 2000)) - math.exp(0.125))
+    band, alone = training_band(values), mean_band(values.mean(axis=1))
+    covered, covered_alone = (float(((b.low <= 0) & (0 <= b.high)).mean()) for b in (band, alone))
+    assert covered >= 0.94
+    assert trainings < 1 or covered_alone < 0.8
+    one = training_band(values[:, :, 5])
+    assert (float(one.low), float(one.high)) == (float(band.low[5]), float(band.high[5]))
+
+
+def test_the_interval_over_trainings_by_hand() -> None:
+    """Pictures without spread leave Student's interval of the trainings' means; one training leaves the pictures'."""
+    values = np.tile([1.0, 2.0, 6.0], (6, 1))
+    band = training_band(values)
+    half = 4.302652729911275 * math.sqrt(7) / math.sqrt(3)  # t of 2 degrees of freedom; the variance of 1, 2, 6 is 7
+    assert float(band.mean) == 3.0
+    assert (float(band.low), float(band.high)) == pytest.approx((3 - half, 3 + half))
+    pictures = np.array([1.0, 4.0, 2.0, 8.0, 5.0, 7.0])
+    both, single = training_band(pictures[:, None] + np.array([0.0, 0.0, 0.0])), mean_band(pictures)
+    assert (float(both.low), float(both.high)) == pytest.approx((float(single.low), float(single.high)))
+    lacking = np.vstack([np.tile([1.0, 2.0, 6.0], (6, 1)), [[np.nan, 50.0, 60.0]]])
+    assert float(training_band(lacking).high) == pytest.approx(3 + half), "a picture that a training lacks"
+    assert math.isnan(float(training_band(values[:5]).low)) and float(training_band(values[:, :1]).mean) == 1.0
+    with pytest.raises(ValueError, match="one training"):
+        training_band(np.zeros(6))
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])

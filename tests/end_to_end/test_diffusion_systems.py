@@ -32,7 +32,7 @@ from pipelines.service.serve import start
 untrained = load_helper("benchmarks/untrained.py")
 
 
-@pytest.fixture(params=untrained.SYSTEMS)
+@pytest.fixture(params=untrained.MODELS)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
     return untrained.save_untrained(request.param, tmp_path / "model", steps=2)  # type: ignore[no-any-return]
 

@@ -179,7 +179,8 @@ def resolve_stage(
     version = verb.version
     if trains:
         placement = [f"placement.workers={workers}"] if workers else []
-        recipe = load_checked_recipe(settings.recipe, [*settings.overrides, *placement, *overrides])
+        changes = [*settings.overrides, *placement, *overrides]
+        recipe = load_checked_recipe(settings.recipe, changes, teacher_follows=bool(settings.teacher))
         resolved, identity = recipe_documents(recipe)
         version = recipe_version(recipe)
     own = {"verb": f"{stage['verb']} {verb.version}", "settings": identity}

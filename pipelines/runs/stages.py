@@ -22,7 +22,7 @@ from components.places import find_model_folder, shipped_models
 from components.recipes import Gate, Recipe, RecipeError, as_dict
 from components.secrets import public
 from components.systems import parent_stage
-from pipelines.analysis.arms import INPUT, MODEL, OWN_KEYS
+from pipelines.analysis.arms import INPUT, MODEL, OWN_KEYS, check_trainings, model_names
 from pipelines.analysis.model import StudyJob
 from pipelines.analysis.studies import ARM_STUDIES, analyze
 from pipelines.core.errors import Failure, UsageError, unknown
@@ -53,7 +53,9 @@ from pipelines.training.recipes import check_degradation
 
 
 def check_train(settings: TrainSettings, recipe: Recipe, parent_recipes: Mapping[str, Recipe]) -> None:
-    """Check that a train stage needs the stage whose model it starts from."""
+    """Check that a train stage needs the stage whose model it starts from, and the one whose model is its teacher."""
+    if settings.teacher and settings.teacher not in parent_recipes:
+        raise unknown(f"stage with the teacher of {recipe.name} among the needs", settings.teacher, parent_recipes)
     parent = parent_stage(recipe)
     if parent and not any((other.system, other.stage) == (recipe.system, parent) for other in parent_recipes.values()):
         raise UsageError(
@@ -84,16 +86,19 @@ def check_study(settings: StudySettings, recipe: Recipe | None, parent_recipes: 
     if not settings.arms:
         raise UsageError("a study needs at least one arm")
     for name, values in settings.arms.items():
-        stage = str(values.get(MODEL, ""))
-        if stage and stage not in parent_recipes:
-            raise unknown(f"stage with a model for arm {name!r} among the needs", stage, parent_recipes)
-        if settings.study != "arms" and set(values) != {MODEL}:
+        stages = model_names(values)
+        for stage in stages:
+            if stage not in parent_recipes:
+                raise unknown(f"stage with a model for arm {name!r} among the needs", stage, parent_recipes)
+        if settings.study != "arms" and (set(values) != {MODEL} or len(stages) != 1):
             raise UsageError(f"arm {name!r}: study {settings.study} compares models alone: give its model")
         own = {key: value for key, value in values.items() if key not in OWN_KEYS}
-        try:
-            request_options({**settings.options, **own}, check_of(parent_recipes, stage))
-        except UsageError as error:
-            raise UsageError(f"arm {name!r}: {error}") from error
+        for stage in stages or [""]:
+            try:
+                request_options({**settings.options, **own}, check_of(parent_recipes, stage))
+            except UsageError as error:
+                raise UsageError(f"arm {name!r}: {error}") from error
+    check_trainings({name: len(model_names(values)) or 1 for name, values in settings.arms.items()})
     if strange := [name for name in settings.paper if name not in (*settings.arms, INPUT)]:
         raise unknown("arm of the paper's numbers", strange[0], [INPUT, *settings.arms])
     check_evaluate(settings, recipe, parent_recipes)
@@ -198,10 +203,13 @@ def corpus_files(corpus: Path) -> list[str]:
 
 def run_train(context: StageContext) -> dict[str, Any]:
     """Train one stage."""
+    recipe, inputs, teacher = context.recipe, dict(context.inputs), context.settings.teacher
+    if teacher:
+        recipe = dataclasses.replace(recipe, teacher=str(inputs.pop(teacher) / "model"))
     with context.console.bar(context.name) as progress:
         result = train_one(
-            context.recipe,
-            train_inputs(context.inputs),
+            recipe,
+            train_inputs(inputs),
             context.stage_dir,
             progress,
             minutes=context.minutes,
@@ -298,10 +306,7 @@ def run_study(context: StageContext) -> dict[str, Any]:
     prepared = prepare_heldout(
         context.find("index.json").parent, folder / "pictures", preset="none", short_side=settings.side_px
     )
-    arms = {
-        name: {**values, MODEL: str(context.inputs[str(values[MODEL])] / "model")} if values.get(MODEL) else values
-        for name, values in settings.arms.items()
-    }
+    arms = {name: {**values, **folders_of(values, context.inputs)} for name, values in settings.arms.items()}
     job = StudyJob(
         model=context.find("model"),
         images=prepared.hq,
@@ -320,6 +325,12 @@ def run_study(context: StageContext) -> dict[str, Any]:
         "verdict": " ".join(result.seen),
         "outputs": files_below(result.folder, folder),
     }
+
+
+def folders_of(values: Mapping[str, Any], inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """An arm's entry `model` with folders in place of stages; {} without one."""
+    folders = [str(inputs[stage] / "model") for stage in model_names(values)]
+    return {MODEL: folders if len(folders) > 1 else folders[0]} if folders else {}
 
 
 def run_serve_check(context: StageContext) -> dict[str, Any]:
@@ -348,7 +359,10 @@ VERBS: Mapping[str, Verb] = {
     "train": Verb(
         run=run_train,
         settings=TrainSettings,
-        identity=lambda settings, recipe, images: train_identity(recipe),
+        identity=lambda settings, recipe, images: {
+            **train_identity(recipe),
+            **({"teacher_stage": settings.teacher} if settings.teacher else {}),
+        },
         check=check_train,
     ),
     "choose": Verb(

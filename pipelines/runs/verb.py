@@ -85,12 +85,14 @@ class TrainSettings:
     Attributes:
         recipe: a name in pipelines/recipes/ or a path.
         overrides: key=value pairs that change it.
+        teacher: name of a needed stage, whose model a distillation takes as its teacher.
         start: a model folder or shipped model with a packed state, from which the stage starts if the state is of its
             recipe; "" for none.
     """
 
     recipe: str = ""
     overrides: list[str] = field(default_factory=list)
+    teacher: str = ""
     start: str = field(default="", metadata=NO_IDENTITY)
 
 
@@ -149,7 +151,8 @@ class StudySettings:
 
     Attributes:
         study: "arms" compares sets of options and models by their results; others are of one system.
-        arms: options by arm; `model` names a needed stage, see pipelines.analysis.arms.
+        arms: options by arm; `model` names a needed stage, or a list of them: trainings that differ in their seed. See
+            pipelines.analysis.arms.
         paper: numbers of a paper by arm and column, printed beside ours; of study arms.
         preset: of the degradation.
         options: of the restorer, for all arms.

@@ -24,13 +24,20 @@ def resolve_settings(schema: type, document: Any, overrides: Sequence[str], wher
         raise UsageError(str(error)) from error
 
 
-def load_checked_recipe(name: str, overrides: Sequence[str]) -> Recipe:
-    """Call components.systems.recipes.load_recipe and check the names inside; every error is a UsageError."""
+def load_checked_recipe(name: str, overrides: Sequence[str], teacher_follows: bool = False) -> Recipe:
+    """Call components.systems.recipes.load_recipe and check the names inside; every error is a UsageError.
+
+    Args:
+        teacher_follows: another stage of the plan trains the teacher, so the recipe has none yet.
+    """
     try:
         recipe = load_recipe(name, overrides)
     except RecipeError as error:
         raise UsageError(str(error)) from error
-    check_recipe(recipe)
+    if teacher_follows and (not recipe.distil or recipe.teacher):
+        reason = "has one already" if recipe.teacher else "distils none"
+        raise UsageError(f"{name}: the plan names a stage as the teacher, and the recipe {reason}.")
+    check_recipe(recipe, teacher_follows)
     return recipe
 
 
@@ -44,8 +51,11 @@ def recipe_version(recipe: Recipe) -> int:
     return SYSTEMS[recipe.system].stage(recipe.stage).version
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, teacher_follows: bool = False) -> None:
     """Check the names inside a resolved recipe: degradation, prior, models, and the captioner of missing captions.
+
+    Args:
+        teacher_follows: see load_checked_recipe.
 
     Raises:
         UsageError: a name does not exist; the message suggests the closest one.
@@ -56,7 +66,7 @@ def check_recipe(recipe: Recipe) -> None:
         check_start("prior", recipe.prior, prior=True)
     if recipe.warm_start:
         check_start("warm_start", recipe.warm_start, prior=recipe.trains_prior)
-    if recipe.distil and not recipe.teacher:
+    if recipe.distil and not recipe.teacher and not teacher_follows:
         raise UsageError(f"{recipe.name} distils a teacher, and none is set. Name a trained model: teacher=MODEL.")
     for key, name in (("coarse", recipe.coarse), ("encoder", recipe.encoder), ("teacher", recipe.teacher)):
         if name:

@@ -13,10 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from components.degradations import build_degradation
-from components.evaluation.statistics import psnr
+from components.evaluation.statistics import psnr, training_band
 from components.images import encode_png, to_float, to_uint8
 from components.options import typed_options
 from components.synthetic import dead_leaves
+from components.restoring import picture_seed
 from components.types import Cancelled, OnStep, Request, Restored, Restorer
 from pipelines.analysis import arms as arms_module
 from pipelines.analysis.arms import INPUT, METRICS, WITHOUT_WEIGHTS, analyze_arms
@@ -29,10 +30,11 @@ SIDE = 96
 
 
 class Lift(Restorer):
-    """Adds `lift` levels to the input, and one more with a prompt."""
+    """Adds `lift` levels to the input, one more with a prompt, and `more` of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, more: int = 0) -> None:
         self.requests: list[Request] = []
+        self.more = more
 
     def restore(
         self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
@@ -41,7 +43,7 @@ class Lift(Restorer):
         return [Restored(key=request.key, image=self._one(request)) for request in requests]
 
     def _one(self, request: Request) -> np.ndarray:
-        lift = request.options.get("lift", 0) + bool(request.prompt)
+        lift = request.options.get("lift", 0) + bool(request.prompt) + self.more
         return np.clip(request.image.astype(int) + lift, 0, 255).astype(np.uint8)
 
 
@@ -143,6 +145,56 @@ def test_an_arm_may_have_another_model_and_a_caption_of_its_own(
             analyze_arms(model, wrong)
     with pytest.raises(UsageError, match="paper's numbers"):
         analyze_arms(model, {"plain": {}}, paper={"plane": {"psnr": 1.0}})
+
+
+def test_trainings_of_an_arm_are_paired_by_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three trainings of two arms: the n-th have the n-th noise, and the interval is over pictures and trainings."""
+    model, _ = subject(tmp_path)
+    lifts = {"plain/0": 1, "plain/1": 2, "plain/2": 4, "more/0": 5, "more/1": 9, "more/2": 9}
+    models = {}
+    for number, (name, more) in enumerate(lifts.items()):
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        job = replace(model.job, model=str(folder))
+        models[str(folder)] = replace(model, job=job, restorer=Lift(more), digest=str(number))
+        if not name.startswith("more/2"):
+            rows = [("trained_parameters", 1000 + more), ("cpu_seconds_per_step", 0.25), ("cpu_seconds_per_step", 9.0)]
+            lines = [{"step": step, "name": key, "value": value} for step, (key, value) in enumerate(rows)]
+            lines.append({"step": 3, "name": "cpu_seconds_per_step", "value": 0.5})
+            (folder.parent / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(arms_module, "open_whole", lambda job: models[job.model])
+    places = list(models)
+    arms = {"plain": {"model": places[:3]}, "more": {"model": places[3:]}}
+    result = analyze_arms(model, arms, mixed="x4")
+    degradation, scores = build_degradation("x4"), np.zeros((6, 2, 3))
+    for number in range(6):
+        picture = dead_leaves(SIDE, 3, number)
+        lq = to_uint8(degradation.apply(to_float(picture), degradation.draw(0, f"p{number}", 0))).astype(int)
+        for place, more in enumerate(lifts.values()):
+            lifted = np.clip(lq + more, 0, 255).astype(np.uint8)
+            scores[number, place // 3, place % 3] = psnr(lifted, picture)
+    summary = json.loads((model.job.out / "summary.json").read_text())
+    expected = training_band(scores[:, 1] - scores[:, 0])
+    band = summary["differences"]["more"]["psnr"]
+    for end in ("mean", "low", "high"):
+        assert band[end] == pytest.approx(float(getattr(expected, end)), abs=1e-4)
+    assert summary["arms"]["plain"]["psnr"]["mean"] == pytest.approx(scores[:, 0].mean(), abs=1e-4)
+    assert summary["trainings"] == 3
+    for number, place in enumerate(places):
+        restorer: Any = models[place].restorer
+        assert {r.key: r.seed for r in restorer.requests} == {f"p{n}": picture_seed(number % 3, f"p{n}") for n in range(6)}
+    lines = (model.job.out / "values.csv").read_text().splitlines()
+    assert lines[0].startswith("key,arm,training,psnr") and len(lines) == 1 + 6 * (1 + 3 + 3)
+    settings = json.loads((model.job.out / "study.json").read_text())["settings"]
+    assert settings["arms"]["more"]["model"] == ["3", "4", "5"]
+    assert "pictures and 3 trainings" in result.report.read_text()
+    assert summary["costs"]["plain"] == {"trained_parameters": 1004, "cpu_seconds_per_step": 0.5}
+    assert summary["costs"]["more"] == {}, "a training without a log"
+    head, rows = summary["table"]["head"], summary["table"]["rows"]
+    assert head[:4] == ["Arm", "trained parameters", "CPU time of a step, s", "psnr"]
+    assert [row[1:3] for row in rows] == [["", ""], ["1,004", "0.5"], ["", ""]]
+    with pytest.raises(UsageError, match="1 for arm 'more' and 3 for 'plain'"):
+        analyze_arms(model, {"plain": arms["plain"], "more": {"model": places[3]}})
 
 
 def test_arms_from_a_command_line() -> None:

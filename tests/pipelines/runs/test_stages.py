@@ -27,7 +27,7 @@ from pipelines.runs import stages
 from pipelines.runs.identity import train_identity
 from pipelines.runs.one_training import train_folder
 from pipelines.runs.plan import load_plan
-from pipelines.runs.stages import check_restore, corpus_files, run_restore, run_study, spec_of
+from pipelines.runs.stages import check_restore, corpus_files, folders_of, run_restore, run_study, spec_of
 from pipelines.runs.verb import CurateSettings, RestoreSettings, StageContext, StudySettings, TrainSettings
 from pipelines.training.inputs import TrainInputs, check_inputs
 from pipelines.training.recipes import check_recipe
@@ -341,6 +341,9 @@ def study_plan(path: Path, **changes: Any) -> Path:
         ({"preset": "x5"}, "x5"),
         ({"study": "encodr"}, "encoder"),
         ({"study": "encoder"}, "arm 'a'.*models alone"),
+        ({"study": "encoder", "arms": {"a": {"model": ["adaptor", "zero-conv"]}}}, "arm 'a'.*models alone"),
+        ({"arms": {"a": {"model": ["adaptor", "zero-con"]}}}, r"arm 'a'.*zero-conv"),
+        ({"arms": {"a": {"model": ["adaptor", "zero-conv"]}, "b": {"model": "adaptor"}}}, "1 for arm 'b' and 2 for 'a'"),
         ({"paper": {"c": {"psnr": 1.0}}}, 'numbers "c"'),
     ],
 )
@@ -372,6 +375,9 @@ def test_a_study_stage_compares_models_on_the_held_out_pictures(tmp_path: Path) 
     assert {"study/report.html", "study/summary.json", "study/arms.png"} <= set(results["outputs"])
     summary = json.loads((tmp_path / "stage" / "study" / "summary.json").read_text())
     assert summary["pictures"] == 2 and set(summary["arms"]) == {"input", "one", "two"}
+    folders = [str(tmp_path / name / "model") for name in ("second", "first")]
+    assert folders_of({"model": ["second", "first"]}, context.inputs) == {"model": folders}
+    assert folders_of({"model": "first"}, context.inputs) == {"model": folders[1]} and folders_of({}, {}) == {}
 
 
 def test_negatives_without_a_path_are_made_of_a_needed_corpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

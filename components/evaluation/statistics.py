@@ -91,7 +91,7 @@ def mean_band(values: np.ndarray, geometric: bool = False) -> Band:
 
 
 def training_band(values: np.ndarray) -> Band:
-    """The mean of values [n, s, ...] over n pictures and s trainings of one kind, with an interval for new ones of both.
+    """The mean of values [n, s, ...] over n pictures and s trainings, with an interval for new ones of both.
 
     Each half of the interval is the root of a sum of two squares: the half of mean_band over the pictures, of the means
     over the trainings, and the half of Student's interval over the trainings, of the means over the pictures. With one

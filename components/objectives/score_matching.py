@@ -12,11 +12,11 @@ A prior trained by flow matching has x_t = (1 - t) x + t eps and a velocity v = 
 
     E[x | x_t] = x_t - t v,   eps' = E[eps | x_t] = x_t + (1 - t) v,   score of x_t = -eps' / t
 
-The gradient of the KL by x is (1 - t) (score_fake - score_real) = (1 - t) / t (eps'_real - eps'_fake). Ours, with noise /
-signal = t / (1 - t) in front, is t (v_real - v_fake): the clean latents of the fake minus those of the real, as for the
-other priors. So the same code takes both, and a network's velocity is turned into noise where it is called. A guided
-velocity gives the guided noise, because both are linear. The fake score learns by the loss of its prior: for a flow
-(v - (eps - x))^2, which is (eps' - eps)^2 / (1 - t)^2; without the weight it would hardly learn the noisiest times.
+The gradient of the KL by x is (1 - t) (score_fake - score_real) = (1 - t) / t (eps'_real - eps'_fake). Ours, with
+noise / signal = t / (1 - t) in front, is t (v_real - v_fake): the clean latents of the fake minus those of the real, as
+for the other priors. So the same code takes both, and a network's velocity is turned into noise where it is called. A
+guided velocity gives the guided noise, because both are linear. The fake score learns by the loss of its prior: for a
+flow (v - (eps - x))^2, which is (eps' - eps)^2 / (1 - t)^2; without the weight it would hardly learn noisy times.
 """
 
 from __future__ import annotations

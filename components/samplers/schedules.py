@@ -253,7 +253,7 @@ class FlowSchedule(_Tables):
         return (noisy - time * eps) / (1 - time)
 
     def noise_loss_weights(self, timesteps: Tensor) -> Tensor:
-        """As in Schedule: 1 / (1 - t)^2, float32 [B], since an error e of the velocity is one of (1 - t) e of the noise."""
+        """As in Schedule: 1 / (1 - t)^2, float32 [B], since the noise's error is 1 - t times the velocity's."""
         return (1 - self._on("times", timesteps.device)[timesteps]).square().reciprocal()
 
     def eps_from_velocity(self, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ tau, Table 2c its connectors): every picture is degraded once, restored by every
 against the original, the input and nothing. Differences are paired by picture, with 95 % intervals.
 
 An arm may have several models, trainings that differ in their seed. The n-th training of an arm restores with the n-th
-seed and is compared with the n-th training of the first arm; the intervals then cover new pictures, trainings and noise.
+seed and is compared with the n-th training of the first arm; the intervals then cover new pictures, trainings and
+noise.
 """
 
 from __future__ import annotations
@@ -101,8 +102,9 @@ def read_arms(model: WholeModel, arms: Mapping[str, Mapping[str, Any]]) -> list[
     """Arms by name, with typed options.
 
     Args:
-        arms: options by arm; `model` (a folder or a name, or a list of trainings) replaces the study's, `caption` is own
-            or other, `prompt` and `negative_prompt` are texts, all others the model's own options, on top of the job's.
+        arms: options by arm; `model` (a folder or a name, or a list of trainings) replaces the study's, `caption` is
+            own or other, `prompt` and `negative_prompt` are texts, all others the model's own options, on top of the
+            job's.
 
     Raises:
         UsageError: no arm, an arm named as the input's row, arms with different numbers of trainings, or an option that
@@ -318,8 +320,8 @@ def _report(
         Section(
             title="Scores of the arms",
             words=f"Means over {_sample(trainings)} with 95 % bands; after the semicolon the paired difference to "
-            f"{first}. PSNR, SSIM and consistency (the result, degraded again by the same plan, against the input) are better if "
-            "higher, the others if lower. Handing the input back has the best consistency."
+            f"{first}. PSNR, SSIM and consistency (the result, degraded again by the same plan, against the input) are "
+            "better if higher, the others if lower. Handing the input back has the best consistency."
             + (" The paper's numbers are of its own networks, sizes and pictures." if columns else ""),
             findings=_sentences(differences, first, arms),
             figure=("arms.png", draw(_panels(bands, arms, metrics))),

@@ -26,8 +26,8 @@ from components.systems.dra.config import AdapterConfig, LoraConfig
 from components.systems.dra.network import Dra
 from components.systems.dra.tokens import TokenDra
 from components.systems.instantir.network import InstantIR
-from components.systems.supir.config import AdaptorConfig
 from components.systems.recipes import load_recipe
+from components.systems.supir.config import AdaptorConfig
 from components.systems.supir.network import Adaptor, Supir
 
 RESAMPLER = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 16}  # instantir-dcp-nano's

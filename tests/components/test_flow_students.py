@@ -1,7 +1,7 @@
 """Students of one step on flow-matching priors, by hand: exact velocities of normal latents, in float64.
 
-A network gives the exact velocity for latents of mean m and deviation s. Then the student's clean latents, the gap of two
-scores and the fake score's loss have closed forms. Each is also computed with wrong conversions: the forms must differ.
+A network gives the exact velocity for latents of mean m and deviation s. Then the student's clean latents, the gap of
+two scores and the fake score's loss have closed forms. Each is also computed with wrong conversions, which must differ.
 """
 
 from __future__ import annotations

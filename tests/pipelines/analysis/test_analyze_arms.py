@@ -16,8 +16,8 @@ from components.degradations import build_degradation
 from components.evaluation.statistics import psnr, training_band
 from components.images import encode_png, to_float, to_uint8
 from components.options import typed_options
-from components.synthetic import dead_leaves
 from components.restoring import picture_seed
+from components.synthetic import dead_leaves
 from components.types import Cancelled, OnStep, Request, Restored, Restorer
 from pipelines.analysis import arms as arms_module
 from pipelines.analysis.arms import INPUT, METRICS, WITHOUT_WEIGHTS, analyze_arms
@@ -182,7 +182,9 @@ def test_trainings_of_an_arm_are_paired_by_their_number(tmp_path: Path, monkeypa
     assert summary["trainings"] == 3
     for number, place in enumerate(places):
         restorer: Any = models[place].restorer
-        assert {r.key: r.seed for r in restorer.requests} == {f"p{n}": picture_seed(number % 3, f"p{n}") for n in range(6)}
+        assert {r.key: r.seed for r in restorer.requests} == {
+            f"p{n}": picture_seed(number % 3, f"p{n}") for n in range(6)
+        }
     lines = (model.job.out / "values.csv").read_text().splitlines()
     assert lines[0].startswith("key,arm,training,psnr") and len(lines) == 1 + 6 * (1 + 3 + 3)
     settings = json.loads((model.job.out / "study.json").read_text())["settings"]

@@ -385,10 +385,18 @@ def test_a_later_driver_publishes_what_an_earlier_one_did_not(
 
 
 @pytest.mark.parametrize("name", sorted(shipped_files("plans")))
-def test_shipped_plans_resolve(name: str) -> None:
+def test_shipped_plans_resolve(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The prior of SD3's shape is one in RESTORAY_HOME; a shipped one of the same name comes first."""
+    prior = tmp_path / "weights" / "nano-sd3"
+    prior.mkdir(parents=True)
+    (prior / "model.json").write_text("{}")
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path))
     plan = load_plan(name)
     assert plan.stages[0].verb == "curate"
     assert len({stage.folder for stage in plan.stages}) == len(plan.stages)
+    for stage in plan.stages:  # an override of `sources` adds to the recipe's, and a weight of 0 takes one away
+        if stage.recipe is not None:
+            assert set(stage.recipe.sources) - {"dead_leaves"} <= set(stage.needs), stage.name
 
 
 def test_the_demo_takes_the_first_steps_of_instantir_nano_and_restores_with_another_model() -> None:

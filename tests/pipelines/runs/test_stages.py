@@ -221,6 +221,76 @@ def test_a_training_stage_gets_its_minutes_and_its_start(monkeypatch: pytest.Mon
     assert calls == [{"minutes": 9.0, "start": None}] * 2  # the shipped state is of another recipe
 
 
+def student_plan(path: Path, student: str = "teacher: adaptor", needs: str = "[corpus, adaptor]") -> Path:
+    """A plan whose distillation takes the adaptor as its teacher."""
+    path.write_text(
+        "stages:\n  - {name: corpus, verb: curate, spec: demo}\n"
+        "  - {name: encoder, verb: train, recipe: supir-encoder-nano, needs: [corpus]}\n"
+        "  - {name: adaptor, verb: train, recipe: supir-adaptor-nano, needs: [corpus, encoder]}\n"
+        f"  - {{name: student, verb: train, recipe: distil-onestep-nano, {student}, needs: {needs}}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("student", "needs", "words"),
+    [
+        ("teacher: adapter", "[corpus, adaptor]", r'teacher of distil-onestep-nano.*"adapter".*Did you mean "adaptor"'),
+        ("teacher: adaptor", "[corpus]", "teacher of distil-onestep-nano"),
+        ("teacher: corpus", "[corpus, adaptor]", "teacher of distil-onestep-nano"),
+        ("overrides: []", "[corpus, adaptor]", "distils a teacher, and none is set"),
+        ("teacher: adaptor, overrides: [teacher=nano]", "[corpus, adaptor]", "the recipe has one already"),
+        ("teacher: adaptor, overrides: [distil=false]", "[corpus, adaptor]", "the recipe distils none"),
+    ],
+)
+def test_a_wrong_teacher_is_refused_when_its_plan_is_loaded(
+    student: str, needs: str, words: str, tmp_path: Path
+) -> None:
+    assert load_plan(student_plan(tmp_path / "plan.yaml")).stages[-1].recipe.teacher == ""
+    with pytest.raises(UsageError, match=words):
+        load_plan(student_plan(tmp_path / "plan.yaml", student, needs))
+
+
+def test_another_teacher_is_another_student(tmp_path: Path) -> None:
+    needs = "[corpus, encoder, adaptor]"
+    digests = {
+        teacher: load_plan(student_plan(tmp_path / "plan.yaml", f"teacher: {teacher}", needs)).stages[-1].digest
+        for teacher in ("encoder", "adaptor")
+    }
+    assert digests["encoder"] != digests["adaptor"]
+
+
+def test_a_distillation_gets_the_model_of_its_teachers_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    def train_one(*given: Any, **_: Any) -> Any:
+        calls.append(given)
+        raise Unfinished("later")
+
+    monkeypatch.setattr(stages, "train_one", train_one)
+    for name in ("corpus", "adaptor"):
+        (tmp_path / name).mkdir()
+    write_index(tmp_path / "corpus", train=1, held_out=1)
+    model_folder(tmp_path / "adaptor" / "model")
+    context = StageContext(
+        plan="p",
+        name="student",
+        verb="train",
+        digest="d",
+        run_dir=tmp_path,
+        stage_dir=tmp_path,
+        inputs={name: tmp_path / name for name in ("corpus", "adaptor")},
+        settings=TrainSettings(recipe="distil-onestep-nano", teacher="adaptor"),
+        recipe=load_recipe("distil-onestep-nano"),
+        console=Console(silent=True),
+    )
+    with pytest.raises(Unfinished):
+        stages.run_train(context)
+    ((recipe, inputs, *_),) = calls
+    assert recipe.teacher == str(tmp_path / "adaptor" / "model") and recipe.student_gate is not None
+    assert inputs.parents == {} and set(inputs.corpora) == {"corpus"} and context.recipe.teacher == ""
+
+
 def test_a_torn_row_costs_that_row_only(tmp_path: Path) -> None:
     rows: list[Any] = []
     (tmp_path / METRICS).write_text('{"step": 1, "name": "loss", "value": 2.0, "time": 0}\n{"step": 2, "na')
@@ -343,7 +413,10 @@ def study_plan(path: Path, **changes: Any) -> Path:
         ({"study": "encoder"}, "arm 'a'.*models alone"),
         ({"study": "encoder", "arms": {"a": {"model": ["adaptor", "zero-conv"]}}}, "arm 'a'.*models alone"),
         ({"arms": {"a": {"model": ["adaptor", "zero-con"]}}}, r"arm 'a'.*zero-conv"),
-        ({"arms": {"a": {"model": ["adaptor", "zero-conv"]}, "b": {"model": "adaptor"}}}, "1 for arm 'b' and 2 for 'a'"),
+        (
+            {"arms": {"a": {"model": ["adaptor", "zero-conv"]}, "b": {"model": "adaptor"}}},
+            "1 for arm 'b' and 2 for 'a'",
+        ),
         ({"paper": {"c": {"psnr": 1.0}}}, 'numbers "c"'),
     ],
 )

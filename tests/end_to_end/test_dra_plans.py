@@ -28,6 +28,7 @@ from components.synthetic import dead_leaves
 from components.systems import SYSTEMS
 from components.training import build_optimizers, train_step
 from components.types import Batch
+from pipelines.analysis import arms
 from pipelines.core.console import Console
 from pipelines.core.pool import Pool
 from pipelines.core.rows import read_lines
@@ -124,6 +125,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "train_one", one_training)
     monkeypatch.setattr(stages, "Pool", lambda workers: Pool(workers=0))
     monkeypatch.setattr("pipelines.runs.engine.local_ray", lambda: SimpleContext())
+    monkeypatch.setattr(arms, "METRICS", ("psnr", "st_lpips", "consistency"))  # the others take most of the time
 
 
 class SimpleContext:
@@ -183,14 +185,14 @@ def test_both_twins_restore_and_the_table_has_all_kinds(run: Any) -> None:
     assert costs["one-step student (UNet)"] == 2 * costs["regression (UNet)"], "generator and fake score"
 
 
-@pytest.mark.slow
+@pytest.mark.full  # nine trainings and 33 restorers: most of a minute
 def test_the_ablations_compare_three_trainings_of_each_kind(run: Any) -> None:
     folders = run("dra-ablations")
     studies = {"lora": ("with LoRA", 2), "data": ("all photographs", 2), "sampling": ("a 0.8, w 0.05", 7)}
-    for study, (first, arms) in studies.items():
+    for study, (first, count) in studies.items():
         document = summary(folders[study])
         assert document["trainings"] == 3 and document["compared_with"] == first
-        assert len(document["arms"]) == arms + 1
+        assert len(document["arms"]) == count + 1
         rows = read_lines(folders[study] / "study" / "values.jsonl")
         assert {len(scores) for row in rows for name, scores in row["trainings"].items() if name != "input"} == {3}
     parts = {name: set(load_model(folders[name] / "model").info["parts"]) for name in ("dra-unet", "no-lora-2")}

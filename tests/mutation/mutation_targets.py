@@ -63,6 +63,7 @@ TESTED_THROUGH: dict[str, tuple[str, ...]] = {
     "components/evaluation/__init__.py": ("tests/components/test_statistics.py",),
     "components/evaluation/downloads.py": ("tests/components/test_metric_weights.py",),
     "components/objectives/score_distillation.py": (
+        "tests/components/test_flow_students.py",
         "tests/components/test_whole_batch.py",
         "tests/components/test_instarevive_objective.py",
     ),

@@ -1,12 +1,19 @@
-"""CPUs of the data tasks: each rank can run one, and a placement that leaves none is refused."""
+"""CPUs of the data tasks: each rank can run one, and a placement that leaves none is refused. The costs of a rank."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
 import pytest
+import torch
 
 from components.systems.recipes import load_recipe
 from pipelines.core.errors import UsageError
 from pipelines.training.train import data_cpus
+from pipelines.training.worker import peak_memory_mib, trained_parameters
 
 
 @pytest.mark.parametrize(
@@ -40,3 +47,21 @@ def test_each_rank_can_run_a_data_task(
     else:
         assert data_cpus(recipe) == expected
         assert workers * (cpus_per_worker + data_cpus(recipe)) + bool(captioner) <= 4
+
+
+def test_parameters_of_all_optimisers_count_once() -> None:
+    shared, own = torch.nn.Linear(3, 4), torch.nn.Linear(4, 5, bias=False)
+    modules = {"a": [shared], "b": [shared, own]}
+    optimizers = {
+        name: torch.optim.SGD([p for module in each for p in module.parameters()], lr=1.0)
+        for name, each in modules.items()
+    }
+    state: Any = SimpleNamespace(optimizers=optimizers)
+    assert trained_parameters(state) == 3 * 4 + 4 + 4 * 5
+
+
+def test_the_peak_of_the_memory_stays_after_its_release() -> None:
+    block = np.ones(16 * 2**20)
+    held = psutil.Process().memory_info().rss / 2**20
+    del block
+    assert 128 < held <= peak_memory_mib("cpu") + 1 < 100 * held

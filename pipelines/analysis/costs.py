@@ -24,7 +24,8 @@ def training_costs(models: Sequence[str | Path]) -> dict[str, float]:
         models: folders of the trainings of one kind. A cost that one of them does not have is left out: shipped models
             and trainings of earlier versions have none.
     """
-    series = [read_metrics(Path(model).parent / "metrics.jsonl") for model in models]
+    folders = [Path(model) for model in models]  # a shipped name is no folder
+    series = [read_metrics(path.parent / "metrics.jsonl") if path.is_dir() else {} for path in folders]
     values = {name: [value for each in series for value in each.get(name, {}).values()] for name in COSTS}
     whole = [name for name in COSTS if all(each.get(name) for each in series)]
     return {name: statistics.median(values[name]) if name == CPU_SECONDS else max(values[name]) for name in whole}

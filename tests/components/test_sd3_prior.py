@@ -194,6 +194,8 @@ def test_precisions(folder: Path) -> None:
     assert {p.dtype for p in whole.text_encoders[2].parameters()} == {torch.bfloat16}  # type: ignore[union-attr]
     assert {p.dtype for p in whole.network.parameters()} == {torch.float32}
     assert {p.dtype for p in whole.in_precision("fp16").network.parameters()} == {torch.float16}
+    kinds = {name.split(".")[-2]: p.dtype for name, p in whole.text_encoders[2].named_parameters()}  # type: ignore[union-attr]
+    assert kinds["wo"] == torch.float32 and kinds["wi"] == kinds["q"] == torch.float16, "as transformers opens a T5"
 
 
 def test_a_network_on_the_meta_device_needs_no_weights(folder: Path, tmp_path: Path) -> None:
@@ -228,6 +230,7 @@ def change(place: Path, file: str, **entries: Any) -> None:
         ("text_encoder_3/config.json", {"architectures": ["BertModel"], "model_type": "bert"}, "not a T5EncoderModel"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "FlowMatch scheduler"),
         ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas is not supported"),
     ],
 )
 def test_wrong_folders_are_refused(

@@ -25,6 +25,9 @@ SAMPLER_EXTRAS = ("clip_sample", "thresholding")
 FLOW_EXTRAS = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal")
 """Settings of diffusers' FlowMatch schedulers that change the times of training; the others only affect sampling."""
 
+FLOW_SAMPLER_EXTRAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
+"""Their settings that change the steps of a sampler, for priors that are sampled in many steps."""
+
 
 def read_schedule(folder: Path) -> tuple[Schedule | FlowSchedule, Prediction]:
     """The noise schedule and the kind of prediction of a pipeline's folder; FlowMatch gives a FlowSchedule.
@@ -47,6 +50,16 @@ def read_schedule(folder: Path) -> tuple[Schedule | FlowSchedule, Prediction]:
         return Schedule(**{name: config[name] for name in names if name in config}), kind
     except (ValueError, TypeError) as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def check_flow_sampling(folder: Path) -> None:
+    """Raises ModelError for settings of a FlowMatch scheduler that samplers.flow does not have."""
+    path = folder / SCHEDULER
+    config = read_json(path)
+    if extras := [name for name in FLOW_SAMPLER_EXTRAS if config.get(name)]:
+        raise ModelError(
+            f"{path}: {', '.join(extras)} is not supported: levels of a sampler are even times with a shift"
+        )
 
 
 def read_sampling(folder: Path) -> Sampling:

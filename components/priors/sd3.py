@@ -111,8 +111,9 @@ class SD3Prior:
         Latents and pictures stay in fp32 in every precision.
         """
         for part, module in self.modules.items():
-            if part != "autoencoder" and not getattr(module, "is_quantized", False):
-                nn.Module.to(module, dtype=DTYPES[precision])
+            if part in TEXT_PARTS and not getattr(module, "is_quantized", False):
+                cast_text_encoder(module, DTYPES[precision])
+        nn.Module.to(self.network, dtype=DTYPES[precision])
         return self
 
     def freeze(self) -> SD3Prior:
@@ -190,6 +191,18 @@ class SD3Prior:
             pooled.append(output.text_embeds)
             reference = output.text_embeds
         return torch.cat([s.to(reference) for s in states], -1), torch.cat([p.to(reference) for p in pooled], -1)
+
+
+def cast_text_encoder(encoder: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts a text encoder in place, and returns it.
+
+    In float16 some of T5's layers stay in float32, as when transformers loads a folder: their outputs exceed float16's
+    range in T5-XXL.
+    """
+    whole = (getattr(encoder, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    for name, parameter in encoder.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if set(whole) & set(name.split(".")) else dtype)
+    return encoder
 
 
 def joint_inputs(network: nn.Module, conditions: Conditions, dtype: torch.dtype) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from transformers import (
 from components.models import ModelError, check_fit, load_model, load_strictly
 from components.priors.files import DTYPES, Precision, check_prior_folder, fill_prior, first_line, read_json
 from components.priors.hub import find_folder, load_part
-from components.priors.scheduler_config import SCHEDULER, read_schedule
-from components.priors.sd3 import TEXT_PARTS, SD3Prior, check_sd3_shape
+from components.priors.scheduler_config import SCHEDULER, check_flow_sampling, read_schedule
+from components.priors.sd3 import TEXT_PARTS, SD3Prior, cast_text_encoder, check_sd3_shape
 from components.priors.sd3_config import (
     CLIP_G,
     CLIP_L,
@@ -200,6 +200,7 @@ def _flow_schedule(folder: Path) -> FlowSchedule:
     schedule, prediction = read_schedule(folder)
     if not isinstance(schedule, FlowSchedule):
         raise ModelError(f"{folder / SCHEDULER}: SD3 has a FlowMatch scheduler, this one is for {prediction}")
+    check_flow_sampling(folder)
     return schedule
 
 
@@ -356,4 +357,4 @@ def _file_text(
     kind = T5Config if part == "text_encoder_3" else CLIPTextConfig
     encoder: nn.Module = _CLASSES[part](kind(**config))
     load_strictly(encoder, text_to_transformers(state, part), f"{path}: {part}")
-    return nn.Module.to(encoder, dtype=DTYPES[precision])
+    return cast_text_encoder(encoder, DTYPES[precision])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -331,10 +332,14 @@ def test_a_token_adapter_by_hand() -> None:
     own, hidden = adapters.apply_adapter(0, x, features, adapters.shifts(e))
     torch.testing.assert_close(hidden, h, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(own, x + h @ first.out.weight.T + first.out.bias, rtol=1e-4, atol=1e-5)
-    positions = token_positions(8, 2, 3)
-    assert positions.shape == (6, 8) and len({tuple(row) for row in positions.tolist()}) == 6
-    # reading order: width changes fastest, so neighbours of one row share the half that encodes the row
-    assert any(torch.equal(positions[0, half], positions[1, half]) for half in (slice(0, 4), slice(4, 8)))
+    # by hand: sines and cosines of the column, then of the row, at the frequencies 1 and 1/100; no side is stretched
+    for height, columns in ((2, 3), (3, 2), (1, 4)):
+        rows = [
+            [wave(place * omega) for place in (column, row) for wave in (math.sin, math.cos) for omega in (1.0, 0.01)]
+            for row in range(height)
+            for column in range(columns)
+        ]
+        torch.testing.assert_close(token_positions(8, height, columns), torch.tensor(rows))
 
 
 # ----------------------------------------------------------------------------------------------------------- objective

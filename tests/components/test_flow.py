@@ -49,6 +49,8 @@ def test_levels_by_hand() -> None:
     expected = [3 * t / (1 + 2 * t) for t in even] + [0.0]
     assert flow_sigmas(FlowSchedule(shift=3.0), 3).tolist() == pytest.approx(expected, abs=1e-7)
     assert shift_times(torch.tensor([0.0, 0.25, 0.5, 1.0]), 3.0).tolist() == pytest.approx([0, 0.5, 0.75, 1])
+    # of a schedule of ten times the first is 1/10
+    assert flow_sigmas(FlowSchedule(num_train_timesteps=10), 2).tolist() == pytest.approx([1.0, 0.1, 0.0])
     with pytest.raises(ValueError, match="at least 1"):
         flow_sigmas(FlowSchedule(), 0)
 
@@ -164,9 +166,9 @@ def test_a_gaussians_flow_has_a_closed_form() -> None:
 
 
 def test_times_by_hand() -> None:
-    normals = torch.tensor([-1.5, 0.0, 2.0])
+    normals = torch.tensor([-1.37, 0.0, 2.21])
     times = logit_normal_times(normals, mean=0.5, deviation=2.0)
-    assert times.tolist() == pytest.approx([1 / (1 + math.exp(-(0.5 + 2 * n))) for n in (-1.5, 0.0, 2.0)])
+    assert times.tolist() == pytest.approx([1 / (1 + math.exp(-(0.5 + 2 * n))) for n in (-1.37, 0.0, 2.21)])
     shifted = logit_normal_times(normals, 0.5, 2.0, shift=3.0)
     assert shifted.tolist() == pytest.approx([3 * t / (1 + 2 * t) for t in times.tolist()])
     for wrong in ({"deviation": 0.0}, {"shift": -1.0}):
@@ -189,5 +191,9 @@ def test_the_loss_by_hand() -> None:
     clean, noise = torch.tensor([[0.0, 1.0], [2.0, 2.0]]), torch.tensor([[3.0, 1.0], [1.0, 3.5]])
     expected = [((1 - 3) ** 2 + (2 - 0) ** 2) / 2, ((0 + 1) ** 2 + (0.5 - 1.5) ** 2) / 2]
     assert flow_matching_loss(prediction, clean, noise).tolist() == pytest.approx(expected)
-    half = flow_matching_loss(prediction.bfloat16(), clean.bfloat16(), noise.bfloat16())
-    assert half.dtype == torch.float32 and half.tolist() == pytest.approx(expected)
+    # in float32 also for bfloat16, which holds 100 and 1 + 1/128, but neither their difference nor that of 3 and 2^-9
+    half = [torch.tensor([[values]], dtype=torch.bfloat16) for values in (3.0, 100.0, 1 + 1 / 128)]
+    assert flow_matching_loss(*half).dtype == torch.float32
+    assert flow_matching_loss(*half).tolist() == pytest.approx([(3 - (1 + 1 / 128 - 100)) ** 2], rel=1e-6)
+    half = [torch.tensor([[values]], dtype=torch.bfloat16) for values in (3.0, 0.0, 2**-9)]
+    assert flow_matching_loss(*half).tolist() == pytest.approx([(3 - 2**-9) ** 2], rel=1e-6)

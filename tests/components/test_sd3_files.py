@@ -162,6 +162,20 @@ def test_what_a_file_lacks_comes_from_the_base(pipe: Any, folder: Path, tmp_path
     assert len(bare.absent) == 3 and bare.network.device.type == "meta"
 
 
+def test_t5_in_float16_is_as_from_a_folder(pipe: Any, folder: Path, tmp_path: Path) -> None:
+    """transformers keeps the layers in float32 whose outputs exceed 65,504 in T5-XXL."""
+    file = write(tmp_path, {**transformer_part(), **text_file(pipe)}, "safetensors")
+    opened = [
+        load_sd3_prior(name, "fp16", base=base, t5_tokens=tiny.T5_LENGTH)
+        for name, base in ((str(file), str(folder)), (str(folder), ""))
+    ]
+    kinds = [{k: p.dtype for k, p in prior.text_encoders[2].named_parameters()} for prior in opened]  # type: ignore[union-attr]
+    assert kinds[0] == kinds[1] and {v for k, v in kinds[0].items() if ".wo." in k} == {torch.float32}
+    with torch.no_grad():
+        t5_tokens = [prior.embed_prompts(tiny.PROMPTS)[0][:, tiny.LENGTH :] for prior in opened]
+    assert torch.equal(*t5_tokens)
+
+
 def test_without_a_base_the_published_sizes_hold_and_there_are_no_tokenizers(
     pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

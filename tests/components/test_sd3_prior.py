@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ def test_the_velocity_is_that_of_the_transformer(prior: SD3Prior, pipe: Any) -> 
             latents, timestep=torch.tensor([900.0, 250.0]), encoder_hidden_states=text, pooled_projections=pooled
         ).sample
         velocity = prior.velocity(prior.conditions(PROMPTS))(latents, sigma)
+        shorter = replace(prior, schedule=FlowSchedule(num_train_timesteps=500))  # the network's times are of 0 .. T
+        of_500 = shorter.velocity(prior.conditions(PROMPTS))(latents, sigma)
+        torch.testing.assert_close(of_500, prior.velocity(prior.conditions(PROMPTS))(latents, sigma / 2))
+        assert not torch.allclose(of_500, velocity)
     torch.testing.assert_close(velocity, expected)
 
 
@@ -131,8 +136,10 @@ def test_a_pictures_latents_do_not_depend_on_its_company(prior: SD3Prior) -> Non
             generate_latents(prior, noise[i : i + 1], PROMPTS[i : i + 1], NEGATIVES[i : i + 1], steps=3) for i in (0, 1)
         ]
         other = generate_latents(prior, noise, PROMPTS, steps=3)
+        empty = generate_latents(prior, noise, PROMPTS, ["", ""], steps=3)
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-5, rtol=1e-5)
-    assert float((other - both).abs().max()) > 1e-4, "without negative prompts they are empty"
+    assert float((other - both).abs().max()) > 1e-4, "the negative prompts count"
+    assert torch.equal(other, empty), "without negative prompts they are empty"
 
 
 @pytest.mark.parametrize(
@@ -190,10 +197,13 @@ def test_precisions(folder: Path) -> None:
     noise = normal(1, 16, 8, 8)
     with torch.no_grad():
         assert generate_latents(half, noise, ["red"], steps=2).dtype == torch.float32
+        assert half.velocity(half.conditions(["red"]))(noise, torch.tensor([0.5])).dtype == torch.float32
     whole = load_sd3_prior(str(folder), t5_tokens=T5_LENGTH).halve_text_encoder()
     assert {p.dtype for p in whole.text_encoders[2].parameters()} == {torch.bfloat16}  # type: ignore[union-attr]
     assert {p.dtype for p in whole.network.parameters()} == {torch.float32}
     assert {p.dtype for p in whole.in_precision("fp16").network.parameters()} == {torch.float16}
+    kinds = {name.split(".")[-2]: p.dtype for name, p in whole.text_encoders[2].named_parameters()}  # type: ignore[union-attr]
+    assert kinds["wo"] == torch.float32 and kinds["wi"] == kinds["q"] == torch.float16, "as transformers opens a T5"
 
 
 def test_a_network_on_the_meta_device_needs_no_weights(folder: Path, tmp_path: Path) -> None:
@@ -228,6 +238,7 @@ def change(place: Path, file: str, **entries: Any) -> None:
         ("text_encoder_3/config.json", {"architectures": ["BertModel"], "model_type": "bert"}, "not a T5EncoderModel"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "FlowMatch scheduler"),
         ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas is not supported"),
     ],
 )
 def test_wrong_folders_are_refused(

@@ -374,9 +374,14 @@ class TokenAdapterJoins(TokenJoins):
 
 
 def token_positions(width: int, height: int, columns: int) -> Tensor:
-    """Fixed sine and cosine positions of height x columns tokens, float32 [height columns, width], in reading order."""
-    grid = get_2d_sincos_pos_embed(width, (height, columns), base_size=max(height, columns), output_type="pt")
-    return grid.to(torch.float32)
+    """Fixed sine and cosine positions of height x columns tokens, float32 [height columns, width], in reading order.
+
+    Rows and columns count from 0 in steps of one token. diffusers' own grid of two sides would stretch the shorter side
+    of a picture that is not square, and training has square ones only.
+    """
+    side = max(height, columns)
+    square = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt").view(side, side, width)
+    return square[:height, :columns].reshape(height * columns, width).to(torch.float32)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

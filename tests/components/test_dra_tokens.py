@@ -501,7 +501,7 @@ def test_the_records_of_the_families_decide() -> None:
         with pytest.raises(ValueError, match=f"family {name}"):
             shape_of(FAMILIES[name])
     with pytest.raises(ValueError, match="tokens must be 2 x 2"):
-        TokenDra.adapters_of(make_prior(patch_size=4).network, AdapterConfig())
+        TokenDra.adapters_of(make_prior(patch_size=4).network, AdapterConfig(), 8)
 
 
 def test_recipes_have_the_papers_numbers() -> None:

@@ -149,8 +149,11 @@ class UnetAdapters(nn.Module):
         config: form of the adapters.
 
     Attributes:
+        factor: side in the prior's pixels of a pixel of a latent in what `features` takes; 1 for LQ latents.
         widths: channels of each place, in the order of the walk.
     """
+
+    factor = 1
 
     def __init__(self, unet: Any, config: AdapterConfig | None = None) -> None:
         super().__init__()
@@ -261,7 +264,12 @@ class TokenAdapters(nn.Module):
 
     Raises:
         ValueError: too few blocks for one adapter.
+
+    Attributes:
+        factor: see UnetAdapters.
     """
+
+    factor = 1
 
     def __init__(
         self, blocks: int, width: int, embedding: int, latent_channels: int, config: AdapterConfig | None = None

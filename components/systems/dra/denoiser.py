@@ -34,13 +34,15 @@ class Adapted:
     """What both denoisers have in common; they can be cut into tiles.
 
     Attributes:
-        features_of: LQ latents -> features, see the adapters' `features`; called once for the whole and for each tile.
-        lq: scaled latents of the LQ pictures [B, C, h, w].
+        features_of: LQ -> features, see the adapters' `features`; called once for the whole and for each tile.
+        lq: what it takes, such as scaled latents of the LQ pictures [B, C, h, w].
+        factor: side of a latent pixel there; 1 for latents.
         cfg_scale: weight of guidance; None without negative rows.
     """
 
     features_of: Callable[[Tensor], Sequence[Tensor]]
     lq: Tensor
+    factor: int = 1
     cfg_scale: float | None = None
 
     @cached_property
@@ -50,7 +52,7 @@ class Adapted:
 
     def tile(self, box: Box) -> Self:
         """The denoiser of a part of the latents."""
-        top, left, height, width = box
+        top, left, height, width = (self.factor * side for side in box)
         return replace(self, lq=self.lq[..., top : top + height, left : left + width].contiguous())
 
 

@@ -24,6 +24,7 @@ from components.systems.dra.bundle import Bundle
 from components.systems.dra.options import SAMPLERS, Options, check_sampler
 from components.systems.dra.steps import Run, steps_of, text_encoders_of
 from components.systems.dra.texts import negative_text
+from components.tensors import images_to_tensor
 from components.types import Cancelled, Image, OnStep, Request, Restored, Restorer
 
 
@@ -133,6 +134,7 @@ class DraRestorer(Restorer):
         coder = Pictures(prior=self.steps.autoencoder, robust=self._robust, tiles=tiles, cancelled=cancelled)
         with self.residence.phase("pictures"):
             lq = coder.lq_latents([job.padded for job in batch]).to(self.device)
+        pictures = images_to_tensor([job.padded for job in batch]) if self.network.sees_pictures else None
         height, width = lq.shape[-2:]
         boxes = step_boxes(prior, height, width, options.tile_px, options.tile_overlap)
         with self.residence.phase("texts"):
@@ -142,16 +144,17 @@ class DraRestorer(Restorer):
                 options=options,
                 requests=[job.request for job in batch],
                 lq=lq,
+                pictures=pictures,
                 conditions=conditions,
                 boxes=boxes,
                 on_step=on_step,
                 cancelled=cancelled,
             )
             clean = self.steps.sample(run)
-        del run, lq
+        del run, lq, pictures
         with self.residence.phase("pictures"):
-            pictures = coder.decode(clean, [job.request.key for job in batch]).images
-        return [_finish(job, picture) for job, picture in zip(batch, pictures, strict=True)]
+            restored = coder.decode(clean, [job.request.key for job in batch]).images
+        return [_finish(job, picture) for job, picture in zip(batch, restored, strict=True)]
 
     def _conditions(self, batch: Sequence[_Job], size: tuple[int, int]) -> Conditions:
         """Conditions of the batch, for tiles of (height, width) `size`; with guidance the negative rows come first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ class Run:
         options: of all its pictures.
         requests: one for each picture; the noise is theirs.
         lq: scaled latents of the LQ pictures [B, C, h, w].
+        pictures: the LQ pictures [B, 3, H, W] in [-1, 1], on the CPU, for adapters that see them; else None.
         conditions: of B rows, or with guidance of 2 B rows, the negative ones first.
         boxes: tiles of the steps.
         on_step, cancelled: see types.Restorer.
@@ -45,6 +46,7 @@ class Run:
     options: Options
     requests: Sequence[Request]
     lq: Tensor
+    pictures: Tensor | None
     conditions: Any
     boxes: Sequence[Box]
     on_step: OnStep
@@ -63,6 +65,14 @@ class Run:
     def noise(self, name: str) -> Tensor:
         """Standard normal numbers of that name, of the latents' shape."""
         return request_noise(self.requests, name, tuple(self.lq.shape[1:]), self.lq.device)
+
+    def seen(self, features_of: Callable[[Tensor], Any], network: Bundle[Any, Any]) -> dict[str, Any]:
+        """The fields of denoiser.Adapted that say what the adapters see of LQ; pictures go to the device by tiles."""
+        if self.pictures is None:
+            return {"features_of": features_of, "lq": self.lq}
+        device = self.lq.device
+        factor = network.adapters.factor
+        return {"features_of": lambda part: features_of(part.to(device)), "lq": self.pictures, "factor": factor}
 
     def pull(self, start: Tensor) -> RestorationPull | None:
         """The restoration sampling strategy; None for none. `start` is the run's start noise."""
@@ -121,9 +131,8 @@ class MapSteps:
         fast: Any = self.fast.run() if self.fast is not None else self.network  # a ControlNet has no fast path
         denoiser = DraDenoiser(
             predict=fast.predict_eps,
-            features_of=fast.features,
             table=table.to(device),
-            lq=run.lq,
+            **run.seen(fast.features, self.network),
             conditions=run.conditions,
             cfg_scale=run.cfg_scale,
         )
@@ -165,8 +174,7 @@ class TokenSteps:
     def sample(self, run: Run) -> Tensor:
         denoiser = FlowDenoiser(
             predict=self.network.predict_velocity,
-            features_of=self.network.features,
-            lq=run.lq,
+            **run.seen(self.network.features, self.network),
             conditions=run.conditions,
             cfg_scale=run.cfg_scale,
         )

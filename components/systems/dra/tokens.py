@@ -26,7 +26,7 @@ class TokenDra(Bundle[SD3Prior, TokenAdapters | TokenControl]):
     blocks = TokenAdapterBlocks()
 
     @classmethod
-    def adapters_of(cls, network: Any, config: AdapterConfig) -> TokenAdapters | TokenControl:
+    def adapters_of(cls, network: Any, config: AdapterConfig, factor: int) -> TokenAdapters | TokenControl:
         if network.config["patch_size"] != PATCH:
             raise ValueError(f"tokens must be {PATCH} x {PATCH} latent pixels, not {network.config['patch_size']}")
         if config.form == "controlnet":

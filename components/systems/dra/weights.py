@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import did_you_mean
+from components.priors.autoencoder import autoencoder_factor
 from components.priors.families import family_of, permitted_use_of
 from components.priors.families.shapes import NetworkShape, network_shape
 from components.priors.lora import PEFT_PREFIX, add_lora, peft_config, peft_state
 from components.priors.robust_encoder import RobustEncoder
 from components.priors.step_memory import meta_autoencoder
 from components.systems.dra.bundle import ADAPTERS, ENCODER, FAMILY, LORA
-from components.systems.dra.config import adapter_config, lora_config
+from components.systems.dra.config import adapter_config, lora_config, shape_of, stored_adapter_config
 from components.systems.dra.options import restore_defaults
 from components.systems.dra.released import (
     ADAPTER_FILE,
@@ -219,11 +220,11 @@ def _shapes(shape: NetworkShape, config: Mapping[str, Any]) -> Shapes:
     """Shapes of all tensors by key, by part, from networks on the meta device."""
     bundle, lora = bundle_of(family_name(config)), lora_config(config.get(LORA) or {})
     with torch.device("meta"):
-        network = shape.build()
-        adapters = bundle.adapters_of(network, adapter_config(config.get(ADAPTERS) or {}))
-        modules: dict[str, nn.Module] = {ADAPTERS: adapters}
+        network, autoencoder = shape.build(), meta_autoencoder(shape.autoencoder)
+        config_of_adapters, factor = adapter_config(config.get(ADAPTERS) or {}), autoencoder_factor(autoencoder)
+        modules: dict[str, nn.Module] = {ADAPTERS: bundle.adapters_of(network, config_of_adapters, factor)}
         if config.get(ENCODER):
-            modules[ENCODER] = RobustEncoder(meta_autoencoder(shape.autoencoder))
+            modules[ENCODER] = RobustEncoder(autoencoder)
     shapes = {
         part: {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
         for part, module in modules.items()
@@ -268,8 +269,10 @@ def _sidecar(folder: Path) -> dict[str, Any]:
         return {}
     try:
         sidecar = json.loads(place.read_text(encoding="utf-8"))
-        if sidecar["system"] == "dra" and isinstance(sidecar["config"], dict):
-            return dict(sidecar)
+        if sidecar["system"] == "dra" and isinstance(config := sidecar["config"], dict):
+            shape = shape_of(family_of(family_name(config)))
+            adapters = stored_adapter_config(config.get(ADAPTERS) or {}, shape).to_dict()
+            return {**sidecar, "config": {**config, ADAPTERS: adapters}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsFileError(f"{place}: not the format of an export ({type(error).__name__}: {error})") from error
     raise WeightsFileError(f"{place}: describes a {sidecar['system']} model, not a DRA")

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from components.priors.conditions import Conditions, SizedConditions
 from components.samplers.edm import nearest_index
-from components.samplers.flow import guided_velocity
 from components.samplers.guidance import guide
 from components.types import Box
 
@@ -26,7 +25,8 @@ PredictEps = Callable[[Tensor, Tensor, Sequence[Tensor], SizedConditions], Tenso
 
 
 PredictVelocity = Callable[[Tensor, Tensor, Sequence[Tensor], Conditions], Tensor]
-"""(latents, times, LQ features, conditions) -> velocity; see TokenDra.predict_velocity."""
+"""(latents, times, LQ features, conditions) -> velocity; see TokenDra.predict_velocity. All tiles of a step pass the
+same object for the times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +71,10 @@ class FlowDenoiser(Adapted):
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
         """The velocity [B, C, h, w] at the shares of noise [B], guided."""
         if self.cfg_scale is None:
-            return self._raw(latents, sigma)
-        return guided_velocity(self._raw, self.cfg_scale)(latents, sigma)
-
-    def _raw(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        return self.predict(latents, sigma, self.features, self.conditions)
+            return self.predict(latents, sigma, self.features, self.conditions)
+        both = self.predict(torch.cat([latents, latents]), sigma, self.features, self.conditions)
+        negative, positive = both.chunk(2)
+        return guide(negative, positive, self.cfg_scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from components.samplers.flow import flow_sigmas, sample_flow
 from components.samplers.restoration_pull import RestorationPull
 from components.samplers.schedules import Schedule
 from components.samplers.tiles import tiled
-from components.systems.dra.adapters import UnetAdapters
+from components.systems.dra.adapters import TokenAdapters, UnetAdapters
 from components.systems.dra.bundle import Bundle
 from components.systems.dra.config import Shape
 from components.systems.dra.denoiser import DraDenoiser, FlowDenoiser
-from components.systems.dra.fast import FastDra
+from components.systems.dra.fast import FastDra, FastTokenDra
 from components.systems.dra.network import Dra
 from components.systems.dra.options import Options
 from components.systems.dra.tokens import TokenDra
@@ -112,9 +112,10 @@ class Steps(Protocol):
 class MapSteps:
     """Steps of an SDXL-shaped prior."""
 
-    def __init__(self, network: Dra, speed: Speed) -> None:
-        self.network, self.prior = network, network.prior
-        self.fast = FastDra(network, speed) if isinstance(network.adapters, UnetAdapters) else None
+    def __init__(self, network: Dra, speed: Speed, like: MapSteps | None = None, resident: bool = False) -> None:
+        self.network, self.prior, self.fast = network, network.prior, None
+        if isinstance(network.adapters, UnetAdapters):
+            self.fast = FastDra(network, speed, like.fast if like is not None else None, resident)
         self.autoencoder = self.fast or FastAutoencoder(network.prior, speed)
 
     def chunks(self, texts: Sequence[str]) -> int:
@@ -158,10 +159,13 @@ class MapSteps:
 class TokenSteps:
     """Steps of an MM-DiT: Euler steps of its flow."""
 
-    def __init__(self, network: TokenDra, speed: Speed) -> None:
-        self.network, self.prior = network, network.prior
-        network.blocks = speed.blocks(network.blocks)
-        self.autoencoder = FastAutoencoder(network.prior, speed)
+    def __init__(self, network: TokenDra, speed: Speed, like: TokenSteps | None = None, resident: bool = False) -> None:
+        self.network, self.prior, self.fast = network, network.prior, None
+        if isinstance(network.adapters, TokenAdapters):
+            self.fast = FastTokenDra(network, speed, like.fast if like is not None else None, resident)
+        else:
+            network.blocks = speed.blocks(network.blocks)
+        self.autoencoder = self.fast or FastAutoencoder(network.prior, speed)
 
     def chunks(self, texts: Sequence[str]) -> int:
         return 1  # the text encoders cut a longer prompt off
@@ -172,9 +176,10 @@ class TokenSteps:
         return self.prior.conditions(prompts).to(device)
 
     def sample(self, run: Run) -> Tensor:
+        fast: Any = self.fast.run() if self.fast is not None else self.network
         denoiser = FlowDenoiser(
-            predict=self.network.predict_velocity,
-            **run.seen(self.network.features, self.network),
+            predict=fast.predict_velocity,
+            **run.seen(fast.features, self.network),
             conditions=run.conditions,
             cfg_scale=run.cfg_scale,
         )
@@ -187,9 +192,16 @@ class TokenSteps:
 _STEPS: Mapping[Shape, Any] = {"maps": MapSteps, "tokens": TokenSteps}
 
 
-def steps_of(network: Bundle[Any, Any], speed: Speed) -> Steps:
-    """The steps of a bundle by its shape; `speed` are the settings of the fast path."""
-    steps: Steps = _STEPS[network.shape](network, speed)
+def steps_of(network: Bundle[Any, Any], speed: Speed, like: Steps | None = None, resident: bool = False) -> Steps:
+    """The steps of a bundle by its shape.
+
+    Args:
+        network: the bundle.
+        speed: settings of the fast path.
+        like: steps of another bundle on the same prior with the same settings, whose derived weights it shares.
+        resident: whether other bundles will share them.
+    """
+    steps: Steps = _STEPS[network.shape](network, speed, like, resident)
     return steps
 
 

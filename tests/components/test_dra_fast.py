@@ -148,7 +148,7 @@ def save_tokens(folder: Path, name: str = "tokens", seed: int = 0) -> Model:
 @pytest.mark.parametrize("shape", ["maps", "tokens"])
 def test_weights_in_8_bits_restore_nearly_as_full_precision_does(shape: str, tmp_path: Path) -> None:
     model = save_tokens(tmp_path) if shape == "tokens" else untrained.save_untrained("dra", tmp_path / "m", steps=2)
-    request = Request(key="p", image=hand.picture(64, 64), seed=1, prompt="red")
+    request = Request(key="p", image=hand.picture(32, 32), seed=1, prompt="red")
     images = {}
     for precision in ("fp32", "bf16", "fp8"):
         restorer: Any = build_restorer(model.path, precision=precision)

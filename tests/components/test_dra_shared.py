@@ -28,14 +28,14 @@ untrained = load_helper("benchmarks/untrained.py")
 
 
 def save_maps(folder: Path, name: str, seed: int, **changes: Any) -> Model:
-    """A model on the shipped nano prior; each has a LoRA of its own, on other layers for "c", none for "d"."""
+    """A model on the shipped nano prior with a LoRA of its own: on other layers for "c", none for "b"."""
     prior = load_prior("nano")
-    lora = {"c": LoraConfig(rank=2, targets="all"), "d": LoraConfig(rank=0)}.get(name, LoraConfig(rank=2))
+    lora = {"c": LoraConfig(rank=2, targets="all"), "b": LoraConfig(rank=0)}.get(name, LoraConfig(rank=2))
     network = Dra(prior, AdapterConfig(**changes), lora, seed=seed)
     with seeded_init(seed, "trained"):
         for parameter in (*network.adapters.parameters(), *network.trainable.parameters()):
             nn.init.normal_(parameter, std=0.03)
-    recipe = {"restore_options": {"steps": 2, "cfg_scale": 1.5}}
+    recipe = {"restore_options": {"steps": 1, "cfg_scale": 1.0}}
     card = ModelCard(name=name, system="dra", config=network.config(), prior=dict(prior.source), recipe=recipe)
     return save_model(folder / name, card, network.parts())
 
@@ -43,7 +43,7 @@ def save_maps(folder: Path, name: str, seed: int, **changes: Any) -> Model:
 @pytest.fixture(scope="module")
 def maps(tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
     folder = tmp_path_factory.mktemp("maps")
-    return [save_maps(folder, name, seed) for seed, name in enumerate("abcd")]
+    return [save_maps(folder, name, seed) for seed, name in enumerate("abc")]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
 
 
 def request(key: str = "k") -> Request:
-    return Request(key=key, image=hand.picture(32, 32, key), seed=3, prompt="red")
+    return Request(key=key, image=hand.picture(16, 16, key), seed=3, prompt="red")
 
 
 def restore(restorer: Restorer, key: str = "k") -> np.ndarray:
@@ -74,16 +74,14 @@ def test_every_model_gives_the_bits_that_it_gives_alone(
 ) -> None:
     """In order, back again, and four threads at once."""
     models: list[Model] = request.getfixturevalue(shape)
-    if options:
-        models = models[:2]
     expected = alone(models, **options)
     assert len({picture.tobytes() for picture in expected.values()}) == len(models)
     shared: Any = build_shared_restorer([model.path for model in models], **options)
-    order = [model.digest for model in (*models, *reversed(models), models[0])]
+    order = [model.digest for model in (*models, models[0])]
     for digest in order:
         assert np.array_equal(restore(shared.of_model(digest)), expected[digest])
-    assert np.array_equal(restore(shared), expected[models[0].digest])
     if not options:
+        assert np.array_equal(restore(shared), expected[models[0].digest])
         with ThreadPoolExecutor(4) as threads:
             answers = threads.map(lambda digest: restore(shared.of_model(digest)), order)
         assert all(np.array_equal(answer, expected[digest]) for answer, digest in zip(answers, order, strict=True))
@@ -98,7 +96,8 @@ def storages(modules: list[nn.Module]) -> dict[int, int]:
 @pytest.mark.parametrize("shape", ["maps", "tokens"])
 def test_a_further_model_costs_its_adapters_and_its_lora(shape: str, request: pytest.FixtureRequest) -> None:
     """The prior is there once, also what the fast path derives from it; kept beside are the LoRA's plain weights."""
-    models: list[Model] = request.getfixturevalue(shape)[:2]
+    models: list[Model] = request.getfixturevalue(shape)
+    models = [models[0], models[-1]]
     shared: Any = build_shared_restorer([model.path for model in models])
     one, other = (shared.of_model(model.digest) for model in models)
     assert one.network.prior is other.network.prior and one.shared.resident is other.shared.resident

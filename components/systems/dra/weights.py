@@ -2,6 +2,7 @@
 
 adapters.safetensors                               adapters.N.{lq, emb, r1, r2, out}.*
 adapter_model.safetensors, adapter_config.json     the LoRA: peft's PeftModel.from_pretrained(unet, FOLDER) reads it
+pytorch_lora_weights.safetensors                   the LoRA: a diffusers pipeline's load_lora_weights(FOLDER) reads it
 encoder.safetensors                                the robust encoder, if the model has one
 restoray.json                                      sizes, prior, recipe, licence and origin
 """
@@ -31,6 +32,7 @@ from components.systems.dra.config import adapter_config, lora_config, shape_of,
 from components.systems.dra.options import restore_defaults
 from components.systems.dra.released import (
     ADAPTER_FILE,
+    DIFFUSERS_LORA,
     ENCODER_FILE,
     LORA_CONFIG,
     LORA_FILE,
@@ -83,12 +85,13 @@ def export_weights(
             name = stem + (LORA_SUFFIXES if part == LORA else SUFFIXES)[form]
             files[name] = _write(folder / name, tensors, form) if write else ""
     if write:
-        lora = lora_config(source.info["config"][LORA])
+        lora, family = lora_config(source.info["config"][LORA]), family_name(source.info["config"])
         if lora.rank:
-            bundle = bundle_of(family_name(source.info["config"]))
-            targets, base = bundle.targets[lora.targets], str(source.info["prior"]["id"])
+            targets, base = bundle_of(family).targets[lora.targets], str(source.info["prior"]["id"])
             config = peft_config(rank=lora.rank, alpha=lora.scale, targets=targets, base=base)
             (folder / LORA_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            if form == _FORM:
+                _write_for_diffusers(folder / DIFFUSERS_LORA, source.part(LORA), config, family_of(family).part)
         keys = ("name", "recipe", "prior", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
         sidecar = {
             "system": "dra",
@@ -260,6 +263,14 @@ def _write(path: Path, tensors: Mapping[str, Tensor], form: str) -> str:
         else:
             torch.save(dict(tensors), draft.temporary)
     return file_sha256(path)
+
+
+def _write_for_diffusers(path: Path, lora: Mapping[str, Tensor], config: Mapping[str, Any], part: str) -> None:
+    """The LoRA by the names of a pipeline's parts; without the configuration in its header alpha would be the rank."""
+    tensors = {f"{part}.{key.removeprefix(PEFT_PREFIX)}": value for key, value in lora.items()}
+    header = {"lora_adapter_metadata": json.dumps({f"{part}.{name}": value for name, value in config.items()})}
+    with whole_file(path) as draft:
+        save_file(tensors, draft.temporary, {"format": "pt", **header})
 
 
 def _sidecar(folder: Path) -> dict[str, Any]:

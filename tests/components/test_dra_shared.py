@@ -27,11 +27,11 @@ hand, fast = load_helper("components/test_dra_restorer.py"), load_helper("compon
 untrained = load_helper("benchmarks/untrained.py")
 
 
-def save_maps(folder: Path, name: str, seed: int, **changes: Any) -> Model:
-    """A model on the shipped nano prior with a LoRA of its own: on other layers for "c", none for "b"."""
+def save_maps(folder: Path, name: str, seed: int) -> Model:
+    """A model on the shipped nano prior: "k" is a ControlNet without LoRA, "a" and "c" have LoRAs on other layers."""
     prior = load_prior("nano")
-    lora = {"c": LoraConfig(rank=2, targets="all"), "b": LoraConfig(rank=0)}.get(name, LoraConfig(rank=2))
-    network = Dra(prior, AdapterConfig(**changes), lora, seed=seed)
+    lora = {"c": LoraConfig(rank=2, targets="all"), "k": LoraConfig(rank=0)}.get(name, LoraConfig(rank=2))
+    network = Dra(prior, AdapterConfig(form="controlnet" if name == "k" else "adapters"), lora, seed=seed)
     with seeded_init(seed, "trained"):
         for parameter in (*network.adapters.parameters(), *network.trainable.parameters()):
             nn.init.normal_(parameter, std=0.03)
@@ -43,7 +43,7 @@ def save_maps(folder: Path, name: str, seed: int, **changes: Any) -> Model:
 @pytest.fixture(scope="module")
 def maps(tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
     folder = tmp_path_factory.mktemp("maps")
-    return [save_maps(folder, name, seed) for seed, name in enumerate("abc")]
+    return [save_maps(folder, name, seed) for seed, name in enumerate("kac")]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def alone(models: list[Model], **options: Any) -> dict[str, np.ndarray]:
     return {model.digest: restore(build_restorer(model.path, **options)) for model in models}
 
 
-CASES = [("maps", {}), ("maps", {"precision": "fp8"}), ("tokens", {}), ("tokens", {"precision": "fp8"})]
+CASES = [("maps", {}), ("maps", {"precision": "fp8"}), ("tokens", {})]
 
 
 @pytest.mark.parametrize(("shape", "options"), CASES, ids=lambda each: each if isinstance(each, str) else str(each))
@@ -74,10 +74,11 @@ def test_every_model_gives_the_bits_that_it_gives_alone(
 ) -> None:
     """In order, back again, and four threads at once."""
     models: list[Model] = request.getfixturevalue(shape)
+    models = models[-2:] if options else models  # bfloat16 is slow on a CPU
     expected = alone(models, **options)
     assert len({picture.tobytes() for picture in expected.values()}) == len(models)
     shared: Any = build_shared_restorer([model.path for model in models], **options)
-    order = [model.digest for model in (*models, models[0])]
+    order = [model.digest for model in (*models, models[-2])]
     for digest in order:
         assert np.array_equal(restore(shared.of_model(digest)), expected[digest])
     if not options:
@@ -96,8 +97,7 @@ def storages(modules: list[nn.Module]) -> dict[int, int]:
 @pytest.mark.parametrize("shape", ["maps", "tokens"])
 def test_a_further_model_costs_its_adapters_and_its_lora(shape: str, request: pytest.FixtureRequest) -> None:
     """The prior is there once, also what the fast path derives from it; kept beside are the LoRA's plain weights."""
-    models: list[Model] = request.getfixturevalue(shape)
-    models = [models[0], models[-1]]
+    models: list[Model] = request.getfixturevalue(shape)[-2:]
     shared: Any = build_shared_restorer([model.path for model in models])
     one, other = (shared.of_model(model.digest) for model in models)
     assert one.network.prior is other.network.prior and one.shared.resident is other.shared.resident
@@ -152,7 +152,7 @@ def test_models_that_do_not_fit_together_are_refused(maps: list[Model], tokens: 
     with pytest.raises(ModelError, match=r"equals .*: name a model once"):
         check_sharing([maps[0], load_model(maps[0].path)])
     supir = untrained.save_untrained("supir", tmp_path / "supir")
-    with pytest.raises(ModelError, match=r"a \(dra\) and untrained \(supir\): .* one system that shares .* \(dra\)"):
+    with pytest.raises(ModelError, match=r"k \(dra\) and untrained \(supir\): .* one system that shares .* \(dra\)"):
         build_shared_restorer([maps[0].path, supir.path])
     with pytest.raises(ModelError, match=r"one system that shares"):
         check_sharing([supir, supir])

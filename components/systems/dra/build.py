@@ -195,8 +195,8 @@ def build_restorers(
             network.to(device)
         options, shared = {**restore_defaults(model.info["recipe"] or {}), **defaults}, None
         if updates:
-            first = restorers[0] if restorers else None
-            shared = Shared(resident=resident, updates=updates[number], first=first)
+            like = next((each for each in restorers if each.steps.fast is not None), None)
+            shared = Shared(resident=resident, updates=updates[number], like=like)
         restorers.append(DraRestorer(network, options, batch_size, settings, device, offload, shared))
     return restorers
 

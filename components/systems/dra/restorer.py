@@ -61,12 +61,12 @@ class Shared:
     Attributes:
         resident: the prior's denoiser.
         updates: the model's LoRA.
-        first: the first model's restorer, which has what is derived from the prior; None for itself.
+        like: the restorer of an earlier model, which has what is derived from the prior; None for none.
     """
 
     resident: ResidentNetwork
     updates: Updates
-    first: DraRestorer | None = None
+    like: DraRestorer | None = None
 
     def turn(self) -> AbstractContextManager[None]:
         """The denoiser has this model's LoRA inside."""
@@ -111,7 +111,7 @@ class DraRestorer(Restorer):
             raise ValueError("offload moves weights: give join=false and graphs=off with it")
         self.device = prior.device if device is None else torch.device(device)
         self.shared = shared
-        like = None if shared is None or shared.first is None else shared.first.steps
+        like = None if shared is None or shared.like is None else shared.like.steps
         self.steps = steps_of(self.network, speed, like, resident=shared is not None)
         groups = {
             "pictures": (prior.autoencoder, *(() if encoder is None else (encoder,))),

@@ -93,9 +93,11 @@ class Steps(Protocol):
 
     Attributes:
         autoencoder: the prior's, perhaps compiled.
+        fast: the fast path; None for a form of adapters that has none.
     """
 
     autoencoder: FastAutoencoder
+    fast: FastDra | FastTokenDra | None
 
     def chunks(self, texts: Sequence[str]) -> int:
         """Pieces of the text encoders' length that the longest text needs."""
@@ -113,7 +115,8 @@ class MapSteps:
     """Steps of an SDXL-shaped prior."""
 
     def __init__(self, network: Dra, speed: Speed, like: MapSteps | None = None, resident: bool = False) -> None:
-        self.network, self.prior, self.fast = network, network.prior, None
+        self.network, self.prior = network, network.prior
+        self.fast: FastDra | None = None
         if isinstance(network.adapters, UnetAdapters):
             self.fast = FastDra(network, speed, like.fast if like is not None else None, resident)
         self.autoencoder = self.fast or FastAutoencoder(network.prior, speed)
@@ -160,7 +163,8 @@ class TokenSteps:
     """Steps of an MM-DiT: Euler steps of its flow."""
 
     def __init__(self, network: TokenDra, speed: Speed, like: TokenSteps | None = None, resident: bool = False) -> None:
-        self.network, self.prior, self.fast = network, network.prior, None
+        self.network, self.prior = network, network.prior
+        self.fast: FastTokenDra | None = None
         if isinstance(network.adapters, TokenAdapters):
             self.fast = FastTokenDra(network, speed, like.fast if like is not None else None, resident)
         else:

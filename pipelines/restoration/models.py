@@ -11,6 +11,7 @@ from typing import Any
 from components.options import OptionCheck
 from components.restoring import MAX_OUTPUT_PIXELS, Ask, Identity, parse_ask
 from components.systems import SYSTEMS, build_restorer
+from components.systems.sharing import build_shared_restorer, check_sharing
 from components.types import Restorer
 from pipelines.core.errors import UsageError
 from pipelines.restoration.routes import Choice
@@ -103,7 +104,6 @@ def open_models(models: Sequence[str | Path], build: Mapping[str, Any] | None = 
         UsageError: see open_model; or the models cannot share a prior.
     """
     from components.models import ModelError, load_model  # imports torch
-    from components.systems.sharing import build_shared_restorer, check_sharing
 
     first, *others = (open_model(model, build) for model in models)
     if not others:

@@ -12,7 +12,7 @@ import torch
 from helper_modules import load_helper
 from torch import nn
 
-from components.models import Model, ModelCard, save_model
+from components.models import Model, ModelCard, load_model, save_model
 from components.priors.fast_mmdit import derive_mmdit, modulation_layers
 from components.priors.fast_unet import Speed
 from components.priors.mmdit_walk import TokenJoins
@@ -23,6 +23,7 @@ from components.randomness import seeded_init
 from components.systems import build_restorer
 from components.systems.dra.config import AdapterConfig, LoraConfig
 from components.systems.dra.fast import FastTokenBlocks, FastTokenDra
+from components.systems.dra.memory import plan_memory
 from components.systems.dra.restorer import DraRestorer
 from components.systems.dra.tokens import TokenDra
 from components.types import Request
@@ -133,8 +134,6 @@ def save_tokens(folder: Path, name: str = "tokens", seed: int = 0) -> Model:
     if not place.is_dir():
         parts = {part: dict(module.state_dict()) for part, module in prior.modules.items()}
         save_model(place, ModelCard(name="p", system="prior", config=config), parts, {"tokenizer.json": tokenizer})
-    from components.models import load_model
-
     prior.name, prior.digest = str(place), load_model(place).digest
     network: Any = TokenDra(prior.freeze(), AdapterConfig(every=1), LoraConfig(rank=4), seed=seed)
     with seeded_init(seed, "trained"):
@@ -149,8 +148,9 @@ def save_tokens(folder: Path, name: str = "tokens", seed: int = 0) -> Model:
 def test_weights_in_8_bits_restore_nearly_as_full_precision_does(shape: str, tmp_path: Path) -> None:
     model = save_tokens(tmp_path) if shape == "tokens" else untrained.save_untrained("dra", tmp_path / "m", steps=1)
     request = Request(key="p", image=hand.picture(16, 16), seed=1, prompt="red")
-    images = {}
+    weights, images = {}, {}
     for precision in ("fp32", "bf16", "fp8"):
+        weights[precision] = plan_memory(model, (128, 128), {}, precision).phases[2].weights  # as doctor calls it
         restorer: Any = build_restorer(model.path, precision=precision)
         for part in (restorer.network.prior.network, restorer.network.adapters):
             stored = {p.dtype for p in part.parameters()}
@@ -158,3 +158,4 @@ def test_weights_in_8_bits_restore_nearly_as_full_precision_does(shape: str, tmp
         images[precision] = restorer.restore([request])[0].image.astype(float)
     narrow, half = (np.abs(images[name] - images["fp32"]).mean() for name in ("fp8", "bf16"))
     assert 0 < half < narrow < 4, (half, narrow)
+    assert weights["fp32"] == 2 * weights["bf16"] and weights["fp8"] < 0.7 * weights["bf16"]

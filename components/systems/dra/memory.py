@@ -89,7 +89,7 @@ def _on_tokens(prior: NetworkShape, network: Any, adapters: Any) -> dict[str, An
     sizes = prior.network
 
     def call(tile: tuple[int, int], rows: int) -> Tensor:
-        dtype = next(network.parameters()).dtype
+        dtype = network.proj_out.bias.dtype  # weights may be stored in 8 bits
         latents = torch.empty(rows, sizes["in_channels"], *tile, dtype=dtype)
         text = torch.empty(rows, CLIP_TOKENS + T5_TOKENS, sizes["joint_attention_dim"], dtype=dtype)
         pooled = torch.empty(rows, sizes["pooled_projection_dim"], dtype=dtype)

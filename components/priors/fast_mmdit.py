@@ -47,32 +47,33 @@ def modulated_block(
         text_shifts: of the text's norm, [B, 6 C], or [B, 2 C] in the last block.
         weight, bias, text_weight, text_bias: see Fused.
     """
-    shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = (
-        part[:, None] for part in shifts.chunk(9 if block.use_dual_attention else 6, dim=1)
-    )
-    normed, rest = block.norm1.norm(tokens), list[Tensor]()
-    if block.context_pre_only:
-        text_scale, text_shift = (part[:, None] for part in text_shifts.chunk(2, dim=1))
-    else:
-        text_shift, text_scale, *rest = (part[:, None] for part in text_shifts.chunk(6, dim=1))
+    own, last = _rows(shifts, 9 if block.use_dual_attention else 6), block.context_pre_only
+    shift, scale, gate, shift_ff, scale_ff, gate_ff = own[:6]
+    of_text = _rows(text_shifts, 2 if last else 6)
+    text_shift, text_scale = (of_text[1], of_text[0]) if last else (of_text[0], of_text[1])
+    normed = block.norm1.norm(tokens)
     text_normed = block.norm1_context.norm(text) * (1 + text_scale) + text_shift
     picture = _project(block.attn, normed * (1 + scale) + shift, weight, bias)
     added = _project_text(block.attn, text_normed, text_weight, text_bias)
-    joined = [torch.cat(pair, dim=2) for pair in zip(picture, added, strict=True)]
+    joined = [torch.cat([picture[part], added[part]], dim=2) for part in range(3)]
     answer = _merge_heads(F.scaled_dot_product_attention(*joined))
     length = tokens.shape[1]
     tokens = tokens + gate * block.attn.to_out[0](answer[:, :length])
-    if second:
-        own_shift, own_scale, own_gate = second
-        three = _project(block.attn2, normed * (1 + own_scale) + own_shift, None, None)
-        tokens = tokens + own_gate * block.attn2.to_out[0](_merge_heads(F.scaled_dot_product_attention(*three)))
+    if block.use_dual_attention:
+        three = _project(block.attn2, normed * (1 + own[7]) + own[6], None, None)
+        tokens = tokens + own[8] * block.attn2.to_out[0](_merge_heads(F.scaled_dot_product_attention(*three)))
     tokens = tokens + gate_ff * block.ff(block.norm2(tokens) * (1 + scale_ff) + shift_ff)
-    if not rest:
+    if last:
         return tokens, text
-    text_gate, text_shift_ff, text_scale_ff, text_gate_ff = rest
+    text_gate, text_shift_ff, text_scale_ff, text_gate_ff = of_text[2:]
     text = text + text_gate * block.attn.to_add_out(answer[:, length:])
     normed = block.norm2_context(text) * (1 + text_scale_ff) + text_shift_ff
     return tokens, text + text_gate_ff * block.ff_context(normed)
+
+
+def _rows(numbers: Tensor, count: int) -> list[Tensor]:
+    """Numbers [B, count C] as `count` tensors [B, 1, C]."""
+    return [part[:, None] for part in numbers.chunk(count, dim=1)]
 
 
 @dataclass(frozen=True)

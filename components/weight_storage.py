@@ -75,12 +75,12 @@ class _Scaled(nn.Module):
 
 
 @torch.no_grad()
-def write_weight(layer: nn.Module, weight: Tensor) -> None:
+def write_weight(layer: Any, weight: Tensor) -> None:
     """Overwrite a layer's weight in place, in the precision in which it is stored."""
     if not parametrize.is_parametrized(layer, "weight"):
-        layer.weight.copy_(weight)  # type: ignore[operator, union-attr]
+        layer.weight.copy_(weight)
         return
-    stored: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+    stored = layer.parametrizations.weight
     scaled: _Scaled = stored[0]
     narrow, scales = scaled.right_inverse(weight.to(scaled.dtype))
     stored.original0.copy_(narrow)

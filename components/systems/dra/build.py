@@ -193,7 +193,8 @@ def build_restorers(
     for number, (model, network) in enumerate(zip(models, networks, strict=True)):
         if not offload:
             network.to(device)
-        options, shared = {**restore_defaults(model.info["recipe"] or {}), **defaults}, None
+        options = {**restore_defaults(model.info["recipe"] or {}), **defaults}
+        shared: Shared | None = None
         if updates:
             like = next((each for each in restorers if each.steps.fast is not None), None)
             shared = Shared(resident=resident, updates=updates[number], like=like)

@@ -93,7 +93,8 @@ class Bundle(Generic[OwnPrior, OwnAdapters]):
     @property
     def sees_pictures(self) -> bool:
         """Whether `features` takes LQ pictures instead of their latents."""
-        return self.adapters.factor > 1  # type: ignore[operator]
+        adapters: Any = self.adapters
+        return bool(adapters.factor > 1)
 
     def features(self, lq: Tensor) -> Sequence[Tensor]:
         """The features of LQ latents [B, C, h, w] for `predict`; once for a picture, see the adapters' `features`."""

@@ -142,7 +142,8 @@ class DraRestorer(Restorer):
         jobs = [self._prepare(index, request) for index, request in enumerate(requests)]
         batches = list(group_jobs(jobs, lambda job: (job.unpadded.shape, job.options, job.chunks), self.batch_size))
         with self.shared.turn() if self.shared is not None else contextlib.nullcontext():
-            return restore_batches(batches, self._run, _info, on_step, cancelled)
+            answers = restore_batches(batches, self._run, _info, on_step, cancelled)
+        return answers
 
     def _prepare(self, index: int, request: Request) -> _Job:
         size = check_request(request)

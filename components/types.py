@@ -247,13 +247,17 @@ class Cancellation(Exception):
 class Restorer(Protocol):
     """Restores pictures. Batch jobs, the service and evaluation use the same object.
 
-    A class that derives from it inherits the defaults of `preview` and `check_prompts_used`.
+    A class that derives from it inherits the defaults of `of_model`, `preview` and `check_prompts_used`.
     """
 
     def restore(
         self, requests: Sequence[Request], on_step: OnStep | None = None, cancelled: Cancelled | None = None
     ) -> list[Restored]:
         """Restore in request order. Except for float rounding, a picture does not depend on others in the batch."""
+
+    def of_model(self, digest: str) -> Restorer:
+        """Return the restorer of one of several models that share a prior, by its digest; this one holds one model."""
+        return self
 
     def preview(self, request: Request) -> Image | None:
         """Return a preliminary result, uint8 [H, W, 3], for a captioner; None if the system has none."""

@@ -13,6 +13,7 @@ at most 1/254 of its channel's largest. `Model.part` makes floats of them again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,19 @@ class _Scaled(nn.Module):
         scales = (largest / torch.finfo(STORED).max).clamp_min(torch.finfo(torch.float32).tiny)
         scales = scales.view(-1, *[1] * (weight.ndim - 1)).to(self.dtype)
         return (weight.detach().float() / scales.float()).to(STORED), scales
+
+
+@torch.no_grad()
+def write_weight(layer: Any, weight: Tensor) -> None:
+    """Overwrite a layer's weight in place, in the precision in which it is stored."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        layer.weight.copy_(weight)
+        return
+    stored = layer.parametrizations.weight
+    scaled: _Scaled = stored[0]
+    narrow, scales = scaled.right_inverse(weight.to(scaled.dtype))
+    stored.original0.copy_(narrow)
+    stored.original1.copy_(scales)
 
 
 def store_in_8_bits(modules: Iterable[nn.Module]) -> None:

@@ -283,16 +283,16 @@ def _fuse_layers(
     network: Any, layers: Sequence[nn.Linear], replace: bool
 ) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor | None]]:
     """(project, fused) of a Walkable with one product for all projections, and one for query, key and value."""
-    weight, bias = _concat_weights(layers, replace), torch.cat([layer.bias.detach() for layer in layers])
+    weight, bias = concat_weights(layers, replace), torch.cat([layer.bias.detach() for layer in layers])
     sizes = [layer.out_features for layer in layers]
     fused: list[Tensor | None] = []
     for block in transformers_of(network):
         three: list[Any] = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
-        fused.append(_concat_weights(three, replace) if all(layer.bias is None for layer in three) else None)
+        fused.append(concat_weights(three, replace) if all(layer.bias is None for layer in three) else None)
     return lambda embedding: F.linear(embedding, weight, bias).split(sizes, dim=-1), fused
 
 
-def _concat_weights(layers: Sequence[nn.Linear], replace: bool) -> Tensor:
+def concat_weights(layers: Sequence[nn.Linear], replace: bool) -> Tensor:
     """The layers' weights, concatenated [sum of outputs, inputs]; with `replace` the layers become views of it."""
     matrix = torch.cat([layer.weight.detach() for layer in layers])
     if replace:

@@ -7,6 +7,7 @@ are, bit for bit. A network may hold several LoRAs by name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,20 +109,47 @@ def each_lora_delta(layers: Mapping[str, LoraLayer], name: str) -> Iterator[tupl
     padding and `up` is 1 x 1.
     """
     for key, layer in layers.items():
-        down, up = (lora_weight(each, name).detach().float() for each in (layer.lora_A, layer.lora_B))
-        delta = up.flatten(1) @ down.flatten(1)
-        yield key, (delta * layer.scaling[name]).view(len(up), *down.shape[1:])
+        yield key, _factors(layer, name).delta()
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The LoRA of one layer: `down` and `up` as in peft, and the scale alpha / rank."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        """The update of the layer's weight, float32."""
+        delta = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return (delta * self.scale).view(len(self.up), *self.down.shape[1:])
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The layer's weight with the update, float32."""
+        return weight.float() + self.delta().to(weight.device)
+
+
+def take_lora(network: Any, name: str) -> dict[str, LoraFactors]:
+    """Take a LoRA out of its network, which then has its plain layers and weights again: the LoRA by layer."""
+    layers = lora_layers(network, name)
+    for key, layer in layers.items():
+        owner, _, attribute = key.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, layer.get_base_layer())
+    configs = getattr(network, "peft_config", {})
+    configs.pop(name, None)
+    if layers and not configs:  # diffusers and peft then take it for a network that never had one
+        del network.peft_config
+        network._hf_peft_config_loaded = False
+    return {key: _factors(layer, name) for key, layer in layers.items()}
 
 
 @torch.no_grad()
 def merge_lora(network: nn.Module, name: str) -> None:
     """Add a LoRA's updates to the weights of its layers, in float32, and put plain layers in their places."""
-    layers = lora_layers(network, name)
-    for key, delta in each_lora_delta(layers, name):
-        base: Any = layers[key].get_base_layer()
-        base.weight.copy_(base.weight.float() + delta.to(base.weight.device))
-        owner, _, attribute = key.rpartition(".")
-        setattr(network.get_submodule(owner), attribute, base)
+    for key, factors in take_lora(network, name).items():
+        weight: Tensor = network.get_submodule(key).weight  # type: ignore[assignment]
+        weight.copy_(factors.merged(weight))
 
 
 def peft_state(layers: Mapping[str, LoraLayer], name: str) -> dict[str, Tensor]:
@@ -149,6 +177,11 @@ def peft_config(*, rank: int, alpha: float, targets: Sequence[str], base: str = 
         inference_mode=True,
     ).to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def _factors(layer: LoraLayer, name: str) -> LoraFactors:
+    down, up = (lora_weight(each, name).detach() for each in (layer.lora_A, layer.lora_B))
+    return LoraFactors(down, up, float(layer.scaling[name]))
 
 
 def _peft_parameters(layers: Mapping[str, LoraLayer], name: str) -> dict[str, Tensor]:

@@ -59,7 +59,11 @@ def walk_mmdit(
     for number, block in enumerate(network.transformer_blocks):
         tokens, text = blocks.joint(block, tokens, text, embedding)
         tokens = joins.after_block(number, tokens)
-    patches = network.proj_out(network.norm_out(tokens, embedding))
+    return unpatch(network, network.proj_out(network.norm_out(tokens, embedding)), latents)
+
+
+def unpatch(network: Any, patches: Tensor, latents: Tensor) -> Tensor:
+    """Patches [B, L, numbers of a patch] -> [B, C, h, w] of the latents' size."""
     patch, channels = int(network.config["patch_size"]), int(network.out_channels)
     height, width = (side // patch for side in latents.shape[-2:])
     patches = patches.reshape(len(latents), height, width, patch, patch, channels)

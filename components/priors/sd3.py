@@ -174,7 +174,7 @@ class SD3Prior:
     def _clips(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Penultimate states [B, L_clip, widths of both] and pooled vectors [B, P]; zeros for an absent CLIP."""
         whole = int(self.network.config["pooled_projection_dim"])
-        rows, reference = len(prompts), next(self.network.parameters())
+        rows, reference = len(prompts), self.network.proj_out.bias  # weights may be stored in 8 bits
         clips, tokenizers = self.text_encoders[:2], self.tokenizers[:2]
         length = next((int(tokenizer.model_max_length) for tokenizer in tokenizers if tokenizer), CLIP_TOKENS)
         missing_width = whole - sum(_projection_width(clip) for clip in clips if clip is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.naming import did_you_mean
 from components.recipes import Recipe
@@ -16,6 +16,9 @@ from components.systems.swinir.system import SWINIR
 from components.systems.system import System
 from components.systems.unetres.system import UNETRES
 from components.types import Restorer
+
+if TYPE_CHECKING:
+    from components.models import Model
 
 SYSTEMS: dict[str, System] = {
     "prior": PRIOR,
@@ -46,12 +49,20 @@ def build_restorer(model: str | Path, **options: Any) -> Restorer:
     if system is None:
         raise ModelError(f"{folder.path}: unknown system. {did_you_mean(str(folder.info['system']), SYSTEMS)}")
     networks = system.networks()
-    build, precision = networks.build_restorer, str(options.get("precision", "fp32"))
+    build = networks.build_restorer
     if build is None:
         raise ModelError(f"{folder.path}: a {folder.info['system']!r} model does not restore pictures by itself")
-    if precision not in networks.precisions:
-        raise ModelError(
-            f"{folder.path}: a {folder.info['system']!r} model does not run in {precision}, but in "
-            f"{', '.join(networks.precisions)}"
-        )
+    check_precision(folder, str(options.get("precision", "fp32")))
     return build(folder, **options)
+
+
+def check_precision(folder: Model, precision: str) -> None:
+    """Raises ModelError if models of this system do not run in a precision."""
+    from components.models import ModelError  # imports torch
+
+    system = str(folder.info["system"])
+    precisions = SYSTEMS[system].networks().precisions
+    if precision not in precisions:
+        raise ModelError(
+            f"{folder.path}: a {system!r} model does not run in {precision}, but in {', '.join(precisions)}"
+        )

@@ -48,6 +48,21 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How models that are small parts on a large prior hold that prior in memory once.
+
+    Attributes:
+        prior_of: model folder -> (text that is equal for models that can share their prior, the prior's name for
+            people).
+        build: (model folders on one prior, keyword options of build_restorer) -> a restorer of each, in order. Each
+            restores as it does alone, bit for bit, whatever the others do before or at the same time.
+    """
+
+    prior_of: Callable[[Model], tuple[str, str]]
+    build: Callable[..., Sequence[Restorer]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Networks:
     """The part of a system that needs torch.
 
@@ -61,6 +76,7 @@ class Networks:
         plan_memory: (model folder, (height, width), restorer options, precision, offload) -> peak_memory.MemoryPlan;
             None if the system cannot tell.
         precisions: what build_restorer takes for `precision`.
+        sharing: how several models hold one prior; None if each has its own.
     """
 
     objectives: Mapping[str, Callable[..., Objective]] = field(default_factory=dict)
@@ -70,6 +86,7 @@ class Networks:
     build_restorer: Callable[..., Restorer] | None = None
     plan_memory: Callable[..., Any] | None = None
     precisions: Sequence[str] = ("fp32", "bf16", "fp16")
+    sharing: Sharing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from pipelines.commands.words import (
     Json,
     MaxMegabytes,
     MaxMegapixels,
-    ModelOption,
+    ModelsOption,
     Overrides,
     RequiredOut,
 )
@@ -37,7 +37,13 @@ from pipelines.core.errors import EXIT_QUARANTINED, UsageError
 def restore(
     source: Annotated[Path, typer.Argument(help="A folder of pictures.")],
     out: RequiredOut,
-    model: ModelOption = SHIPPED_MODEL,
+    models: ModelsOption = None,
+    routes: Annotated[
+        Path | None,
+        typer.Option(
+            "--routes", help="With several models: which restores which picture, .jsonl of {key, model}, or .csv."
+        ),
+    ] = None,
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Seed; with a picture's key it determines every random number.")] = 0,
     reference: Annotated[
@@ -70,8 +76,9 @@ def restore(
     from pipelines.core.pictures import list_pictures
     from pipelines.core.pool import Pool
     from pipelines.restoration.batch import RestoreJob, restore_folder
-    from pipelines.restoration.models import open_model
+    from pipelines.restoration.models import open_models
     from pipelines.restoration.prompts import AUTO, job_captioner, read_prompts
+    from pipelines.restoration.routes import read_routes
     from pipelines.runs.registry import local_model
 
     console = Console(silent=as_json)
@@ -80,7 +87,14 @@ def restore(
     sources, _ = list_pictures(source, out)
     if captioner is None and caption_view != AUTO:
         raise UsageError("--caption-view needs --captioner.")
-    opened = open_model(local_model(model), build)
+    opened = open_models([local_model(model) for model in models or [SHIPPED_MODEL]], build)
+    if bool(opened.siblings) != (routes is not None):
+        raise UsageError("several models need --routes FILE, and --routes needs several: --model A --model B.")
+    frames = {each.identity.frame for each in opened.choices}
+    if len(frames) > 1 and (captioner is not None or prompts is not None):
+        raise UsageError(
+            "these models were trained with different prompts around captions: restore their pictures apart."
+        )
     limits = picture_limits(max_megapixels, max_megabytes)
     ask, identity = opened.request_options(options), opened.identity
     ask = replace(ask, max_output_pixels=max(ask.max_output_pixels, limits.max_pixels))
@@ -93,6 +107,7 @@ def restore(
         prompts=own,
         captioner=writer,
         limits=limits,
+        routes=read_routes(routes, sources, source, opened.choices) if routes is not None else None,
     )
     with local_ray(), console.bar("restore") as progress:
         result = restore_folder(opened, source, out, job, Pool(num_gpus=float(device == "cuda")), progress)
@@ -103,7 +118,7 @@ def restore(
 
 
 def serve(
-    model: ModelOption = SHIPPED_MODEL,
+    models: ModelsOption = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default is reachable from this machine only.")
     ] = ("127.0.0.1"),
@@ -115,9 +130,9 @@ def serve(
     compile_mode: Compile = "off",
     offload: Offload = False,
 ) -> None:
-    """Serve a model over HTTP: POST /v1/restore and GET /health."""
+    """Serve a model over HTTP: POST /v1/restore and GET /health. Of several models a request names one: model=NAME."""
     from pipelines.core.cluster import local_ray
-    from pipelines.restoration.models import open_model
+    from pipelines.restoration.models import open_models
     from pipelines.runs.registry import local_model
     from pipelines.service.front import ServeLimits
     from pipelines.service.serve import serve as serve_model
@@ -131,7 +146,7 @@ def serve(
         max_input_pixels=limits.max_pixels,
         max_output_pixels=max(defaults.max_output_pixels, limits.max_pixels),
     )
-    opened = open_model(local_model(model), build)
+    opened = open_models([local_model(model) for model in models or [SHIPPED_MODEL]], build)
     with local_ray():
         serve_model(
             opened,

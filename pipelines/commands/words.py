@@ -27,6 +27,12 @@ MaxMegabytes = Annotated[
 SHIPPED_MODEL = "nano"
 """The restorer that is taken when no model is named."""
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A model folder, models:/name@alias or a shipped name.")
+ModelsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A model folder, models:/name@alias or a shipped name; several that share a prior: name each.",
+        show_default=SHIPPED_MODEL,
+    ),
 ]

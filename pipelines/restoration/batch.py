@@ -4,7 +4,8 @@
                               seed, options and the source's sha256
     <out>/records.jsonl       one line per result: key, source, source_sha256, output, output_sha256, width, height,
                               seconds, seed, model_digest, options_digest; where they apply also prompt, captioner
-                              (who wrote the prompt), reference_sha256, build (device, precision, speed)
+                              (who wrote the prompt), reference_sha256, build (device, precision, speed), and in a
+                              job with several models `model`, the name
     <out>/quarantine.jsonl    one line per picture that could not be restored: key, source, stage, code, detail,
                               bytes_sha256
 
@@ -57,6 +58,7 @@ class RestoreJob:
         captioner: writes missing prompts, see prompts.job_captioner. A rerun does not caption an unchanged picture
             again.
         limits: larger inputs are refused.
+        routes: digest of the model by key, see routes.read_routes; a picture without one gets the first model.
     """
 
     ask: Ask = field(default_factory=Ask)
@@ -66,6 +68,7 @@ class RestoreJob:
     prompts: Mapping[str, str] | None = None
     captioner: JobCaptioner | None = None
     limits: Limits = ANY_SHAPE
+    routes: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,7 @@ def restore_folder(
         raise UsageError(f"no picture in {job.references} has the name of one in {src}")
     if unknown_keys := sorted(set(job.prompts or {}) - set(sources)):
         raise UsageError(f"no picture in {src} has the key of a prompt: {', '.join(unknown_keys[:5])}")
+    routes = {key: digest for key, digest in (job.routes or {}).items() if digest != model.identity.digest}
     with folder_lock(out):
         books = Books(out.absolute())
         records = books.open(sources)
@@ -143,9 +147,12 @@ def restore_folder(
                 source=path,
                 reference=references.get(key),
                 record=records.get(key, {}),
+                model=routes.get(key, ""),
             )
             for key, path in sources.items()
         ]
+        if routes:  # few switches between models
+            tasks.sort(key=lambda task: task.model)
         settings = WorkerSettings(
             factory=model.factory,
             identity=model.identity,
@@ -157,6 +164,7 @@ def restore_folder(
             others=pool.others,
             build=model.build,
             captioner=job.captioner,
+            siblings={each.identity.digest: each.identity for each in model.siblings},
         )
         calls = replace(pool, batch_size=pool.batch_size * batches_per_call(len(tasks), pool))
         answers = answers_of(functools.partial(RestoreWorker, settings), tasks, calls)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from components.options import OptionCheck
 from components.restoring import MAX_OUTPUT_PIXELS, Ask, Identity, parse_ask
 from components.systems import SYSTEMS, build_restorer
+from components.systems.sharing import build_shared_restorer, check_sharing
 from components.types import Restorer
 from pipelines.core.errors import UsageError
+from pipelines.restoration.routes import Choice
 
 Factory = Callable[[], Restorer]
 """Builds the restorer inside a worker; picklable."""
@@ -26,13 +28,23 @@ class OpenedModel:
         folder: path of the model folder.
         identity: information about the model in results.
         build: settings of the restorer that differ from the defaults: device, precision, speed. Records hold them too.
-        factory: builds the restorer in each worker.
+        factory: builds the restorer in each worker; with siblings that of all of them, see systems.sharing.
+        siblings: further models on the same prior, which the restorer holds too.
     """
 
     folder: Path
     identity: Identity
     build: Mapping[str, Any] = field(default_factory=dict)
     factory: Factory
+    siblings: tuple[OpenedModel, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """The models that pictures may name; this one is the first."""
+        return tuple(
+            Choice(identity=each.identity, check=each.check, names=(each.identity.name, each.folder.name))
+            for each in (self, *self.siblings)
+        )
 
     @property
     def check(self) -> OptionCheck:
@@ -40,7 +52,9 @@ class OpenedModel:
         return option_check(self.identity.system, self.identity.defaults)
 
     def request_options(self, options: Mapping[str, Any], max_output_pixels: int = MAX_OUTPUT_PIXELS) -> Ask:
-        """Check options and convert them to their types. Raises UsageError for a wrong option."""
+        """Check options, for all models, and convert them to their types. Raises UsageError for a wrong option."""
+        for each in self.siblings:
+            request_options(options, each.check, max_output_pixels)
         return request_options(options, self.check, max_output_pixels)
 
 
@@ -77,6 +91,30 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
     )
     factory = functools.partial(build_restorer, folder, **(build or {}))
     return OpenedModel(folder=folder, identity=identity, build=dict(build or {}), factory=factory)
+
+
+def open_models(models: Sequence[str | Path], build: Mapping[str, Any] | None = None) -> OpenedModel:
+    """Open models whose prior will be in memory once; the first one is the default, the others are its siblings.
+
+    Args:
+        models: paths or names, at least one.
+        build: see OpenedModel.
+
+    Raises:
+        UsageError: see open_model; or the models cannot share a prior.
+    """
+    from components.models import ModelError, load_model  # imports torch
+
+    first, *others = (open_model(model, build) for model in models)
+    if not others:
+        return first
+    folders = [each.folder for each in (first, *others)]
+    try:
+        check_sharing([load_model(folder) for folder in folders])
+    except ModelError as error:
+        raise UsageError(str(error)) from error
+    factory = functools.partial(build_shared_restorer, folders, **(build or {}))
+    return replace(first, factory=factory, siblings=tuple(others))
 
 
 def recipe_defaults(system: str, recipe: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -39,6 +39,7 @@ class Task:
         reference: path of a second picture, for options that need one.
         record: the picture's record of an earlier job; empty for a new picture.
         captioner: captioner that wrote the prompt, and its view; empty if no captioner did.
+        model: digest of the model that restores it; "" for the job's first.
     """
 
     picture: Picture
@@ -46,6 +47,7 @@ class Task:
     reference: Path | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     captioner: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
 
     @property
     def key(self) -> str:
@@ -75,6 +77,7 @@ class WorkerSettings:
         others: number of other workers that may load the model at the same time.
         build: settings of the restorer, for the records.
         captioner: writes missing prompts; None: they stay empty.
+        siblings: further models that `factory` builds, by digest.
     """
 
     factory: Factory
@@ -87,6 +90,11 @@ class WorkerSettings:
     others: int = 0
     build: Mapping[str, Any] = field(default_factory=dict)
     captioner: JobCaptioner | None = None
+    siblings: Mapping[str, Identity] = field(default_factory=dict)
+
+    def identity_of(self, task: Task) -> Identity:
+        """The model that restores a picture."""
+        return self.siblings.get(task.model, self.identity)
 
 
 class RestoreWorker:
@@ -126,7 +134,12 @@ class RestoreWorker:
             remaining = []
         suspects = any(self.marks.deaths(_mark(task)) for task in remaining)  # one of them killed a worker
         size = 1 if suspects else self.settings.batch_size or max(1, len(remaining))
-        groups = [remaining[first : first + size] for first in range(0, len(remaining), size)]
+        groups = [
+            group[first : first + size]
+            for model in dict.fromkeys(task.model for task in remaining)
+            for group in [[task for task in remaining if task.model == model]]
+            for first in range(0, len(group), size)
+        ]
         with ThreadPoolExecutor(1, "encode") as encoder:
             last: Future[dict[str, Answer]] | None = None
             for group in groups:
@@ -141,8 +154,11 @@ class RestoreWorker:
         return [answers[task.key] for task in tasks]
 
     def _restore_group(self, group: Sequence[Task]) -> Callable[[], dict[str, Answer]]:
-        """Restore a batch; the returned function encodes and writes it, removes its marks and gives its answers."""
-        assert self.restorer is not None
+        """Restore a batch of one model.
+
+        The returned function encodes and writes it, removes its marks and gives its answers.
+        """
+        restorer, identity = self._restorer_of(group[0]), self.settings.identity_of(group[0])
         if len(group) == 1 and self.marks.deaths(_mark(group[0])) >= MAX_DEATHS:
             error = SampleError("worker_died", f"{MAX_DEATHS} workers died over this picture", group[0].key)
             answer = self._quarantine(group[0], error, group[0].picture.data)
@@ -160,7 +176,7 @@ class RestoreWorker:
                 except Exception as error:  # noqa: BLE001 - a captioner may raise any error; the job goes on
                     answers[task.key] = self._quarantine(task, as_sample_error(error, task.key), task.picture.data)
             pictures = [task.picture for task in ready]
-            results = restore_pictures(self.restorer, settings.identity, pictures, settings.ask, settings.limits)
+            results = restore_pictures(restorer, identity, pictures, settings.ask, settings.limits)
             seconds = (perf_counter() - start) / len(group)
             marks = stack.pop_all()
 
@@ -185,17 +201,22 @@ class RestoreWorker:
 
     def _with_prompt(self, task: Task) -> Task:
         """Return the task with the picture's own prompt, from the job or from the captioner, if there is one."""
-        assert self.restorer is not None
-        settings = self.settings
+        restorer, settings = self._restorer_of(task), self.settings
         if not task.picture.prompt and self.captioner is None:
             return task
-        self.restorer.check_prompts_used(settings.ask.options)
+        restorer.check_prompts_used(settings.ask.options)
         if task.picture.prompt or settings.captioner is None or self.captioner is None:
             return task
         request = request_of(task.picture, settings.ask, settings.limits)
-        prompt, view = self.captioner.prompt(self.restorer, request)
+        prompt, view = self.captioner.prompt(restorer, request)
         captioner = {**settings.captioner.identity(), "saw": view}
         return replace(task, picture=replace(task.picture, prompt=prompt), captioner=captioner)
+
+    def _restorer_of(self, task: Task) -> Restorer:
+        assert self.restorer is not None, "loaded before"
+        return (
+            self.restorer.of_model(self.settings.identity_of(task).digest) if self.settings.siblings else self.restorer
+        )
 
     def _read(self, path: Path) -> bytes:
         """Read a file's bytes; a file above the limit is refused before it is read."""
@@ -217,7 +238,7 @@ class RestoreWorker:
                 return False
         reference = _sha256(picture.reference) if picture.reference else None
         expected = {
-            "model_digest": settings.identity.digest,
+            "model_digest": settings.identity_of(task).digest,
             "options_digest": settings.ask.with_prompt(prompt).digest(),
             "seed": picture.seed,
             "source_sha256": _sha256(picture.data),
@@ -236,7 +257,7 @@ class RestoreWorker:
         """Load the model, and the captioner if a picture needs it; after a failure `broken` holds the reason."""
         settings = self.settings
         if self.restorer is None:
-            self.restorer = self._load_one(f"the model {settings.identity.name}", "loading", settings.factory)
+            self.restorer = self._load_one(_models(settings), "loading", settings.factory)
         if with_captioner and settings.captioner is not None and self.captioner is None:
             make = functools.partial(PictureCaptioner, settings.captioner)
             self.captioner = self._load_one(f"the captioner {settings.captioner.plan.model}", "loading-captioner", make)
@@ -273,7 +294,8 @@ class RestoreWorker:
             "height": int.from_bytes(png[20:24], "big"),
             "seconds": round(seconds, 3),
             "seed": picture.seed,
-            "model_digest": settings.identity.digest,
+            "model_digest": settings.identity_of(task).digest,
+            **({"model": settings.identity_of(task).name} if settings.siblings else {}),
             "options_digest": ask.digest(),
             **({"prompt": ask.prompt} if ask.prompt else {}),
             **({"captioner": dict(task.captioner)} if task.captioner else {}),
@@ -298,6 +320,12 @@ class RestoreWorker:
             "bytes_sha256": sha256,
         }
         return Answer(status="quarantined", row=row)
+
+
+def _models(settings: WorkerSettings) -> str:
+    """The model or models, for errors."""
+    names = [settings.identity.name, *(identity.name for identity in settings.siblings.values())]
+    return f"the model {names[0]}" if len(names) == 1 else f"the models {', '.join(names)}"
 
 
 def _fatal(task: Task, detail: str) -> Answer:

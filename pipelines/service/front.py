@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -48,6 +48,7 @@ from components.restoring import (
     picture_seed,
 )
 from components.types import SampleError
+from pipelines.restoration.routes import Choice, UnknownModel, choose
 
 FORM_OVERHEAD = 64 << 10  # our choice; room for boundaries, part headers and a few short fields
 MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARS  # UTF-8
@@ -56,6 +57,7 @@ FILE_FIELDS = ("image", "reference")
 
 PARAMETERS: Mapping[str, type] = {
     "key": str,  # the picture's name; default: the form's file name without suffix, or "picture"
+    "model": str,  # name or digest of one of the models; default: the first
     "seed": int,  # the picture's seed; default: picture_seed(0, key), as in a batch job with seed 0
     **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(SIDES, int),
@@ -128,8 +130,8 @@ class Backend(Protocol):
     async def health(self) -> tuple[str, str]:
         """Return (state, detail); the service takes requests in state "READY"."""
 
-    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes) -> Answer:
-        """Restore one picture from its file's bytes; `reference` is b"" for none."""
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes, model: str) -> Answer:
+        """Restore one picture from its file's bytes, with the model of that digest; `reference` is b"" for none."""
 
 
 class Refusal(Exception):
@@ -140,11 +142,25 @@ class Refusal(Exception):
         self.status, self.code, self.detail = status, code, detail
 
 
-def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: OptionCheck) -> FastAPI:
-    """The HTTP app; `check` checks the system's options.
+def build_app(
+    backend: Backend,
+    identity: Identity,
+    limits: ServeLimits,
+    check: OptionCheck,
+    choices: Sequence[Choice] = (),
+) -> FastAPI:
+    """The HTTP app.
+
+    Args:
+        backend: restores the pictures.
+        identity: information about the model.
+        limits: of one request.
+        check: checks the options of the model's system.
+        choices: the models that requests may name, the one above first; empty for that one alone.
 
     The app has no OpenAPI pages. They would be a second description of the parameters to keep up to date.
     """
+    models = tuple(choices) or (Choice(identity=identity, check=check, names=(identity.name,)),)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     def error_response(status: int, code: str, detail: str) -> JSONResponse:
@@ -169,6 +185,10 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: 
     async def model() -> dict[str, Any]:
         return {**asdict(identity), "limits": asdict(limits)}
 
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
+    async def list_models() -> dict[str, Any]:
+        return {"models": [{**asdict(each.identity), "names": sorted(set(each.names))} for each in models]}
+
     @app.post("/v1/restore")
     async def restore(request: Request) -> Response:
         try:
@@ -178,13 +198,14 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: 
             raise Refusal(408, "read_timeout", f"the body did not arrive in {limits.read_timeout_s:g} s") from None
         except ClientDisconnect:
             return Response(status_code=499)  # the client has left, so only the access log shows this status
-        key, seed, ask = read_parameters(parameters, limits, check)
+        chosen = read_model(parameters, models)
+        key, seed, ask = read_parameters(parameters, limits, chosen.check)
         check_picture(data, ask, limits)
         if reference:
             check_picture(reference, None, limits)
         try:
             async with asyncio.timeout(limits.deadline_s):
-                answer = await backend.restore(data, key, seed, ask, reference)
+                answer = await backend.restore(data, key, seed, ask, reference, chosen.identity.digest)
         except TimeoutError:
             raise Refusal(504, "deadline", f"not restored within {limits.deadline_s:g} s") from None
         except asyncio.CancelledError:
@@ -200,7 +221,7 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: 
             raise Refusal(status, answer.code, detail)
         headers = {
             "X-Restoray-Seed": str(seed),
-            "X-Restoray-Model": identity.digest,
+            "X-Restoray-Model": chosen.identity.digest,
             "X-Content-Type-Options": "nosniff",
             "Cache-Control": "no-store",
         }
@@ -315,14 +336,26 @@ def _too_large(max_bytes: int) -> Refusal:
     return Refusal(413, "too_large", f"the body exceeds max_bytes, which is {max_bytes} (--max-megabytes)")
 
 
+def read_model(parameters: Mapping[str, str], choices: Sequence[Choice]) -> Choice:
+    """The model that a request names. Raises Refusal: 422; the sentence suggests the nearest name."""
+    try:
+        return choose(parameters.get("model", ""), choices)
+    except UnknownModel as error:
+        raise Refusal(422, "unknown_model", str(error)) from error
+
+
 def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: OptionCheck) -> tuple[str, int, Ask]:
     """Parse parameters given as text into (key, seed, ask); `ask` holds the validated prompts, size and options.
+
+    The parameter "model" is read_model's.
 
     Raises:
         Refusal: 422; the sentence names the parameter.
     """
     values: dict[str, Any] = {}
     for name, text in parameters.items():
+        if name == "model":
+            continue
         values[name] = text if PARAMETERS.get(name) is str else read_word(text)
         if PARAMETERS.get(name) in (int, float) and isinstance(values[name], str):
             kind = "a number" if name == "scale" else "a whole number"

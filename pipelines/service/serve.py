@@ -1,8 +1,9 @@
-"""`restoray serve`: one model behind Ray Serve.
+"""`restoray serve`: one model behind Ray Serve, or several that share their prior.
 
     POST /v1/restore    takes a picture as the body (image/*) or as the file field "image" of a form; the form may hold
                         a second picture "reference" for options that need one; answers image/png
-    GET  /v1/model      name, system, digest, licence, permitted use, limits
+    GET  /v1/model      name, system, digest, licence, permitted use of the first model, limits
+    GET  /v1/models     the same of all models, and the names by which the parameter `model` picks one
     GET  /health        {"state": "STARTING" | "READY" | "SETUP_FAILED", "detail"}; the status is 200 only when READY
 
 The query or the form holds the parameters of /v1/restore: `front.PARAMETERS` and the system's options.
@@ -22,10 +23,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,7 @@ from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory, OpenedModel
+from pipelines.restoration.routes import Choice
 from pipelines.service.client import POLL_S, wait_ready
 from pipelines.service.front import STATUS, ServeLimits, build_app
 
@@ -81,9 +84,24 @@ class RestorerReplica:
     its device or its model is broken: the process ends, and Serve starts another one. Pictures without enough memory
     count too: memory that another program or a leak holds does not come back. The process also ends if a cancelled
     picture still works one deadline later, since all others would wait behind it for ever.
+
+    Args:
+        factory: builds the restorer.
+        identity: information about the model.
+        limits: of one request.
+        threads: torch threads.
+        siblings: further models that the factory builds, by digest.
     """
 
-    def __init__(self, factory: Factory, identity: Identity, limits: ServeLimits, threads: int) -> None:
+    def __init__(
+        self,
+        factory: Factory,
+        identity: Identity,
+        limits: ServeLimits,
+        threads: int,
+        siblings: Mapping[str, Identity] = MappingProxyType({}),
+    ) -> None:
+        self.siblings = dict(siblings)
         self.identity, self.limits, self.deadline_s = identity, limits.of_picture(), limits.deadline_s
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="restore")
         self.encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
@@ -101,11 +119,16 @@ class RestorerReplica:
             await asyncio.sleep(POLL_S)
         return self.failure
 
-    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes = b"") -> Outcome:
-        """Decode, restore and encode one picture; cancelling this call stops the work."""
+    async def restore(
+        self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes = b"", model: str = ""
+    ) -> Outcome:
+        """Decode, restore and encode one picture, with the model of that digest; cancelling this call stops the work.
+
+        Any other digest is the first model's.
+        """
         if self.restorer is None:
             return Outcome(code="setup_failed", detail=self.failure)
-        outcome = await self._restore(Picture(key=key, data=data, seed=seed, reference=reference), ask)
+        outcome = await self._restore(Picture(key=key, data=data, seed=seed, reference=reference), ask, model)
         if outcome.png:
             self.errors = max(0, self.errors - 1)
         elif _is_own_fault(outcome):
@@ -121,12 +144,12 @@ class RestorerReplica:
         """End this process; Serve starts another one."""
         os._exit(1)
 
-    async def _restore(self, picture: Picture, ask: Ask) -> Outcome:
+    async def _restore(self, picture: Picture, ask: Ask, model: str = "") -> Outcome:
         assert self.restorer is not None
         stop = threading.Event()
-        work = functools.partial(
-            restore_pictures, self.restorer, self.identity, [picture], ask, self.limits, stop.is_set
-        )
+        restorer = self.restorer.of_model(model) if model in self.siblings else self.restorer
+        identity = self.siblings.get(model, self.identity)
+        work = functools.partial(restore_pictures, restorer, identity, [picture], ask, self.limits, stop.is_set)
         try:
             loop = asyncio.get_running_loop()
             future = self.pool.submit(work)
@@ -171,13 +194,21 @@ def _is_own_fault(outcome: Outcome) -> bool:
 class FrontDoor:
     """The HTTP side: the backend that `build_app` takes, on top of the restorer's handle."""
 
-    def __init__(self, restorer: DeploymentHandle, identity: Identity, limits: ServeLimits, check: OptionCheck) -> None:
+    def __init__(
+        self,
+        restorer: DeploymentHandle,
+        identity: Identity,
+        limits: ServeLimits,
+        check: OptionCheck,
+        choices: Sequence[Choice] = (),
+    ) -> None:
         self.restorer, self.identity, self.limits, self.check = restorer, identity, limits, check
+        self.choices = choices
         self.state, self.detail, self.replacements = "STARTING", "the model is being loaded", 0
         self.setup: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_app(self, self.identity, self.limits, self.check)
+        return build_app(self, self.identity, self.limits, self.check, self.choices)
 
     async def health(self) -> tuple[str, str]:
         """(state, detail) of the restorer."""
@@ -198,7 +229,9 @@ class FrontDoor:
         except (RayError, ReplicaUnavailableError, BackPressureError) as error:
             self.detail = f"waiting for the model ({type(error).__name__})"  # the next request for /health tries again
 
-    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes = b"") -> Outcome:
+    async def restore(
+        self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes = b"", model: str = ""
+    ) -> Outcome:
         """Restore one picture. Cancelling this call (the client left, or the deadline passed) cancels the work.
 
         If the restorer's process dies, this method does not retry: the picture may be the cause. The client may retry.
@@ -206,7 +239,7 @@ class FrontDoor:
         state, detail = await self.health()
         if state != "READY":
             return Outcome(code="setup_failed" if state == "SETUP_FAILED" else "starting", detail=detail)
-        response = self.restorer.restore.remote(data, key, seed, ask, reference)
+        response = self.restorer.restore.remote(data, key, seed, ask, reference, model)
         try:
             outcome: Outcome = await response
         except BackPressureError:
@@ -260,7 +293,7 @@ def start(
     """Start the service on the running Ray, or on a local Ray of its own.
 
     Args:
-        model: see restoration.models.open_model.
+        model: see restoration.models.open_model; with siblings requests may name a model.
         host: address to listen on.
         port: 0 takes a free port.
         limits: of one request; None takes the defaults.
@@ -301,8 +334,9 @@ def start(
             graceful_shutdown_timeout_s=5,
             ray_actor_options={"num_cpus": 0},
         )(ray_serve.ingress()(FrontDoor))
-        replica = restorer.bind(model.factory, model.identity, limits, threads)
-        target = front.bind(replica, model.identity, limits, model.check)
+        siblings = {each.identity.digest: each.identity for each in model.siblings}
+        replica = restorer.bind(model.factory, model.identity, limits, threads, siblings)
+        target = front.bind(replica, model.identity, limits, model.check, model.choices)
         ray_serve.run_many(
             [ray_serve.RunTarget(target=target, name=APP, route_prefix="/")], wait_for_applications_running=False
         )

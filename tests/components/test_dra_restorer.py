@@ -296,6 +296,24 @@ def test_peft_reads_the_exported_lora(tmp_path: Path) -> None:
         assert not torch.equal(fresh(*arguments, added_cond_kwargs=added).sample, ours)
 
 
+@torch.no_grad()
+def test_diffusers_reads_the_exported_lora(tmp_path: Path) -> None:
+    """The two steps of StableDiffusionXLPipeline.load_lora_weights; alpha is not the rank here."""
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+    network, folder = make_network(), tmp_path / "f"
+    export_weights(tiny.save(network, tmp_path / "m").path, folder, form="safetensors")
+    state, alphas, config = StableDiffusionXLPipeline.lora_state_dict(str(folder), return_lora_metadata=True)
+    fresh: Any = make_prior().unet
+    StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, fresh, metadata=config)
+    z, t, conditions = tensor("z", 2, 4, 8, 8), torch.tensor([300, 20]), tiny.make_conditions(network.prior)
+    added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
+    own = network.prior.unet(z, t, conditions.text, added_cond_kwargs=added).sample
+    assert torch.equal(fresh(z, t, conditions.text, added_cond_kwargs=added).sample, own)
+    assert not torch.equal(make_prior().unet(z, t, conditions.text, added_cond_kwargs=added).sample, own)
+    assert [path.name for path in find_files(folder)] == ["adapters.safetensors", "adapter_model.safetensors"]
+
+
 def test_a_folder_restores_on_the_shipped_prior(tmp_path: Path) -> None:
     prior = load_prior("nano")
     network = tiny.train_a_little(Dra(prior, None, LoraConfig(rank=2)))

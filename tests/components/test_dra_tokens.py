@@ -452,6 +452,23 @@ def test_peft_reads_the_exported_lora(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_diffusers_reads_the_exported_lora(tmp_path: Path) -> None:
+    """The two steps of StableDiffusion3Pipeline.load_lora_weights; alpha is not the rank here."""
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+
+    network, folder = make_network(), tmp_path / "f"
+    export_weights(tiny.save(network, tmp_path / "m").path, folder, form="safetensors")
+    state, config = StableDiffusion3Pipeline.lora_state_dict(str(folder), return_lora_metadata=True)
+    fresh = make_prior()
+    latents, times, conditions = tensor("z", 2, 16, 8, 8), torch.tensor([0.2, 0.7]), fresh.conditions(["red", "blue"])
+    plain = diffusers_velocity(fresh, latents, times, conditions)
+    StableDiffusion3Pipeline.load_lora_into_transformer(state, fresh.network, metadata=config)
+    own = diffusers_velocity(network.prior, latents, times, conditions)
+    assert torch.equal(diffusers_velocity(fresh, latents, times, conditions), own)
+    assert not torch.equal(plain, own)
+
+
+@torch.no_grad()
 def test_a_folder_gives_the_same_network(tmp_path: Path) -> None:
     network = make_network(FORMS[1])
     again: Any = network_of(tiny.save(network, tmp_path / "m"), make_prior())
@@ -501,7 +518,7 @@ def test_the_records_of_the_families_decide() -> None:
         with pytest.raises(ValueError, match=f"family {name}"):
             shape_of(FAMILIES[name])
     with pytest.raises(ValueError, match="tokens must be 2 x 2"):
-        TokenDra.adapters_of(make_prior(patch_size=4).network, AdapterConfig())
+        TokenDra.adapters_of(make_prior(patch_size=4).network, AdapterConfig(), 8)
 
 
 def test_recipes_have_the_papers_numbers() -> None:

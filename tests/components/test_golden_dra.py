@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ COUNTS: Mapping[str, Callable[[], int | list[int]]] = {
     "sd3_lora_r32_image_stream": lambda: count(lora("sd3")),
     "sd3_total_default": lambda: count(token_adapters()) + count(lora("sd3")),
     "sdxl_controlnet_full": lambda: count(controlnet()),
-    "sdxl_controlnet_without_mid_block": lambda: count(controlnet()) - count(controlnet().mid_block),
+    "sdxl_controlnet_without_mid_block": lambda: count(on_meta(lambda: UnetControl(sdxl(), CONTROL, 8))),
     "sd3_controlnet_6_joint_layers": lambda: count(on_meta(lambda: TokenControl(sd3(), CONTROL))),
     "pixart_xl2_512": lambda: count(on_meta(lambda: PixArtTransformer2DModel(**PIXART_DIT))),
     "sd21_unet": lambda: count(unet_skeleton(SD21_UNET)),
@@ -175,9 +176,11 @@ def test_golden(name: str, golden_dir: Path) -> None:
     check(document, golden_dir / f"{name}.json")
 
 
-def test_the_unets_controlnet_twin_takes_latents() -> None:
-    """The golden one without its encoder of pictures and the middle's zero convolution, with one for latents."""
+def test_the_unets_controlnet_twin_is_diffusers_without_its_middle_block() -> None:
+    """With latents: without its encoder of pictures and the middle's zero convolution too, and one for latents."""
     whole: Any = controlnet()
     hint, middle = count(whole.controlnet_cond_embedding), count(whole.controlnet_mid_block)
-    own = count(on_meta(lambda: UnetControl(sdxl(), CONTROL)))
-    assert own == count(whole) - count(whole.mid_block) - hint - middle + (4 * 9 + 1) * 320 == 835_182_400
+    own = count(on_meta(lambda: UnetControl(sdxl(), CONTROL, 8)))
+    assert own == count(whole) - count(whole.mid_block) == 837_896_720
+    latents = count(on_meta(lambda: UnetControl(sdxl(), replace(CONTROL, hint="latents"), 8)))
+    assert latents == own - hint - middle + (4 * 9 + 1) * 320 == 835_182_400

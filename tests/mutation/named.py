@@ -524,7 +524,11 @@ ADAPTERS = (
         "self.prior.encode(batch.lq[rows])",
         "self.network.encode_lq(batch.lq[rows])",
     ),
-    variants("variants: HQ as the condition", "self.network.encode_lq(batch.lq)", "self.network.encode_lq(batch.hq)"),
+    variants(
+        "variants: HQ as the condition",
+        "else self.network.encode_lq(batch.lq)",
+        "else self.network.encode_lq(batch.hq)",
+    ),
     variants(
         "variants: learns the clean latents", "self.loss(eps, target, timesteps)", "self.loss(eps, clean, timesteps)"
     ),

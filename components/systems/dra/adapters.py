@@ -84,7 +84,7 @@ class Adapter(nn.Module):
 
     def shift(self, embedding: Tensor) -> Tensor:
         """What the time embedding [B, E], before any activation, adds to a feature: [B, C]."""
-        embedding = embedding.to(self.emb.weight.dtype)
+        embedding = embedding.to(self.emb.bias.dtype)
         return self.emb(F.silu(embedding)) if self.silu == "before" else F.silu(self.emb(embedding))  # type: ignore[no-any-return]
 
 
@@ -99,7 +99,7 @@ def run_adapter(adapter: Any, x: Tensor, feature: Tensor, shift: Tensor) -> tupl
     Returns:
         (X' in x's dtype, h in the adapter's).
     """
-    own = x.to(adapter.emb.weight.dtype)
+    own = x.to(adapter.emb.bias.dtype)
     spread = shift[:, :, None, None] if x.ndim == 4 else shift[:, None]
     hidden = (own.unflatten(0, (-1, len(feature))) + feature.to(own.dtype)).flatten(0, 1) + spread
     hidden = hidden + adapter.r1(hidden)
@@ -149,8 +149,11 @@ class UnetAdapters(nn.Module):
         config: form of the adapters.
 
     Attributes:
+        factor: side in the prior's pixels of a pixel of a latent in what `features` takes; 1 for LQ latents.
         widths: channels of each place, in the order of the walk.
     """
+
+    factor = 1
 
     def __init__(self, unet: Any, config: AdapterConfig | None = None) -> None:
         super().__init__()
@@ -167,8 +170,8 @@ class UnetAdapters(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the adapters compute in."""
-        weight: Tensor = self.adapters[0].emb.weight  # type: ignore[union-attr, assignment]
-        return weight.dtype
+        bias: Tensor = self.adapters[0].emb.bias  # type: ignore[union-attr, assignment]
+        return bias.dtype
 
     def features(self, lq: Tensor) -> list[Tensor]:
         """The features L that depend on the LQ latents [B, C, h, w] alone: all of them, or with "fused" the first."""
@@ -261,7 +264,12 @@ class TokenAdapters(nn.Module):
 
     Raises:
         ValueError: too few blocks for one adapter.
+
+    Attributes:
+        factor: see UnetAdapters.
     """
+
+    factor = 1
 
     def __init__(
         self, blocks: int, width: int, embedding: int, latent_channels: int, config: AdapterConfig | None = None
@@ -286,7 +294,8 @@ class TokenAdapters(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the adapters compute in."""
-        return self.patch_embed.weight.dtype
+        bias: Tensor = self.patch_embed.bias  # type: ignore[assignment]
+        return bias.dtype
 
     @property
     def places(self) -> list[int]:

@@ -14,6 +14,7 @@ from components.priors.families.opening import open_family_prior
 from components.priors.families.record import FamilyPrior
 from components.priors.fast_unet import Speed
 from components.priors.files import Precision
+from components.priors.resident import ResidentNetwork, Updates
 from components.priors.robust_encoder import RobustEncoder
 from components.recipes import as_dict
 from components.systems.dra.bundle import ADAPTERS, ENCODER, LORA, Bundle
@@ -21,11 +22,13 @@ from components.systems.dra.config import Shape, adapter_config, lora_config
 from components.systems.dra.objectives import AdaptersObjective, FlowAdaptersObjective, VariantsObjective
 from components.systems.dra.options import restore_defaults
 from components.systems.dra.recipe import DraRecipe
-from components.systems.dra.restorer import DraRestorer
+from components.systems.dra.restorer import DraRestorer, Shared
 from components.systems.dra.shapes import bundle_of, family_name
+from components.systems.dra.steps import text_encoders_of
 from components.tensors import images_to_tensor, tensor_to_images
 from components.training import preserve_requires_grad
 from components.types import Request
+from components.weight_storage import store_in_8_bits
 
 
 def adapters_objective(
@@ -136,40 +139,73 @@ def network_of(model: Model, prior: FamilyPrior) -> Bundle[Any, Any]:
         raise ModelError(f"{model.path}: {error}") from error
 
 
-def build_restorer(
-    model: Model,
+def build_restorer(model: Model, **options: Any) -> DraRestorer:
+    """The restorer of a model folder; arguments and errors as in build_restorers."""
+    return build_restorers([model], **options)[0]
+
+
+def build_restorers(
+    models: Sequence[Model],
     device: str = "cpu",
     batch_size: int = 1,
     precision: Precision = "fp32",
     speed: Mapping[str, Any] | None = None,
     offload: bool = False,
     **defaults: Any,
-) -> DraRestorer:
-    """The restorer of a model folder. The LoRA is merged into the prior's weights.
+) -> list[DraRestorer]:
+    """The restorers of model folders on one prior, whose weights are in memory once. LoRAs are merged into them.
+
+    Several models take turns, see ResidentNetwork; each gives the bits that it gives alone.
 
     Args:
-        model: a trained model folder.
+        models: trained model folders on the same prior.
         device: device of the networks.
         batch_size: see DraRestorer.
         precision: precision of the networks' weights; latents, noise and the sampler's arithmetic stay in float32.
+            "fp8" stores the weights of denoiser, adapters and text encoders in 8 bits and computes in bf16.
         speed: settings of fast_unet.Speed by name.
         offload: the networks are on the device in turns, see DraRestorer.
-        defaults: default options that replace those of the model's recipe.
+        defaults: default options that replace those of the models' recipes.
 
     Raises:
-        ModelError: the prior cannot be opened, or the weights do not fit it.
+        ModelError: the prior cannot be opened, or weights do not fit it.
         ValueError: `speed` has an unknown name or a wrong value.
     """
-    settings = Speed.of({**({"join": False, "graphs": "off"} if offload else {}), **(speed or {})})
-    record = model.info["prior"]
+    plain = {"join": False} if offload or precision == "fp8" else {}  # joined weights are wide copies
+    settings = Speed.of({**plain, **({"graphs": "off"} if offload else {}), **(speed or {})})
+    record = models[0].info["prior"]
     # all parts are built on the CPU in the given precision, and then move to the device together
-    prior = open_family_prior(family_name(model.info["config"]), str(record["id"]), record, precision)
-    network = network_of(model, prior).merge_lora()
-    network.adapters.to(network.dtype)
-    if not offload:
-        network.to(device)
-    options = {**restore_defaults(model.info["recipe"] or {}), **defaults}
-    return DraRestorer(network, options, batch_size, settings, device, offload)
+    prior: Any = open_family_prior(family_name(models[0].info["config"]), str(record["id"]), record, precision)
+    resident, networks, updates = ResidentNetwork(prior.network), list[Bundle[Any, Any]](), list[Updates]()
+    for model in models:
+        network = network_of(model, prior)
+        network.adapters.to(network.dtype)
+        if len(models) == 1:
+            network.merge_lora()
+        else:
+            updates.append(resident.take(LORA))
+            network.lora = {}
+        networks.append(network)
+    if precision == "fp8":
+        texts = [encoder for encoder in text_encoders_of(networks[0]) if not getattr(encoder, "is_quantized", False)]
+        store_in_8_bits([prior.network, *texts, *(network.adapters for network in networks)])
+    restorers: list[DraRestorer] = []
+    for number, (model, network) in enumerate(zip(models, networks, strict=True)):
+        if not offload:
+            network.to(device)
+        options = {**restore_defaults(model.info["recipe"] or {}), **defaults}
+        shared: Shared | None = None
+        if updates:
+            like = next((each for each in restorers if each.steps.fast is not None), None)
+            shared = Shared(resident=resident, updates=updates[number], like=like)
+        restorers.append(DraRestorer(network, options, batch_size, settings, device, offload, shared))
+    return restorers
+
+
+def prior_of(model: Model) -> tuple[str, str]:
+    """What models that share a prior have in common, and its name for people."""
+    record, family = model.info["prior"] or {}, family_name(model.info["config"])
+    return f"{family} {record.get('digest') or record.get('id')}", f"{record.get('id')} (family {family})"
 
 
 def look(objective: VariantsObjective[Any], recipe: DraRecipe, lq: Tensor, prompts: Sequence[str], seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from components.priors.lora import LoraWeights, add_lora, load_peft_state, merge
 from components.priors.parameters import copy_strictly
 from components.priors.robust_encoder import RobustEncoder
 from components.randomness import seeded_init
-from components.systems.dra.config import AdapterConfig, LoraConfig, Shape, adapter_config, lora_config
+from components.systems.dra.config import AdapterConfig, LoraConfig, Shape, lora_config, stored_adapter_config
 
 ADAPTERS, LORA, ENCODER, FAMILY = "adapters", "lora", "encoder", "family"
 """Parts of a model folder: restoration adapters, diffusion adapters by peft's keys, and the robust encoder; and the
@@ -70,10 +70,10 @@ class Bundle(Generic[OwnPrior, OwnAdapters]):
         config, like = adapters or AdapterConfig(), next(prior.network.parameters())
         if like.is_meta:
             with torch.device("meta"):
-                self.adapters = self.adapters_of(prior.network, config)
+                self.adapters = self.adapters_of(prior.network, config, prior.factor)
         else:  # the random start is computed on the CPU, so that it has the same bits on every device
             with seeded_init(seed, ADAPTERS):
-                self.adapters = self.adapters_of(prior.network, config)
+                self.adapters = self.adapters_of(prior.network, config, prior.factor)
             self.adapters.to(like.device)
         self.lora: dict[str, LoraLayer] = {}
         if self.lora_config.rank:
@@ -86,9 +86,15 @@ class Bundle(Generic[OwnPrior, OwnAdapters]):
         self.freeze()
 
     @classmethod
-    def adapters_of(cls, network: Any, config: AdapterConfig) -> OwnAdapters:
-        """New adapters of a denoiser, of which only the sizes are read."""
+    def adapters_of(cls, network: Any, config: AdapterConfig, factor: int) -> OwnAdapters:
+        """New adapters of a denoiser, of which only the sizes are read; `factor` is the prior's, see FamilyPrior."""
         raise AssertionError("each shape has its own")
+
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether `features` takes LQ pictures instead of their latents."""
+        adapters: Any = self.adapters
+        return bool(adapters.factor > 1)
 
     def features(self, lq: Tensor) -> Sequence[Tensor]:
         """The features of LQ latents [B, C, h, w] for `predict`; once for a picture, see the adapters' `features`."""
@@ -156,7 +162,7 @@ class Bundle(Generic[OwnPrior, OwnAdapters]):
             ValueError: a part is missing or unknown, or its weights do not fit.
         """
         encoder = RobustEncoder(prior.autoencoder) if config[ENCODER] else None
-        adapters, lora = adapter_config(config[ADAPTERS]), lora_config(config[LORA])
+        adapters, lora = stored_adapter_config(config[ADAPTERS], cls.shape), lora_config(config[LORA])
         network = cls(prior, adapters, lora, encoder, family=str(config.get(FAMILY, "")))
         names = set(network.parts())
         if set(parts) != names:

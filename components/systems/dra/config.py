@@ -48,7 +48,7 @@ class AdapterConfig:
 
     Attributes:
         form: "adapters", or "controlnet" for the twin of the paper's Table 3, a trainable copy of the prior's first
-            blocks: 835 million parameters in SDXL (paper: 839), 539 in SD3 medium (504).
+            blocks: 838 million parameters in SDXL (paper: 839), 539 in SD3 medium (504).
         block: form of a UNet's adapter blocks. "conv31": two residual blocks of a 3x3 and a 1x1 convolution, and a 1x1
             for the LQ feature; 134.7 million parameters in SDXL, with the LoRA 156.0 million (paper: 157). "conv3":
             single 3x3 convolutions, the twin of the MM-DiT's form; 164.0 million. "naf": NAF blocks (Chen et al. 2022),
@@ -61,6 +61,9 @@ class AdapterConfig:
         adapt_skip: whether the skip feature of a compression block changes too; False leaves it as in the prior.
         every: an MM-DiT has an adapter after every block with a number that this divides (from 1); 4 in section 4.1.
         layers: joint blocks of a ControlNet on an MM-DiT.
+        hint: what a ControlNet on a UNet sees of LQ. "picture": diffusers' ControlNet without its middle block, which
+            encodes the picture; 837,896,720 parameters in SDXL. "latents": the adapters' own input, by the robust
+            encoder if there is one, through a zero convolution; 835,182,400.
 
     Raises:
         ValueError: a value is outside its set.
@@ -74,6 +77,7 @@ class AdapterConfig:
     adapt_skip: bool = False
     every: int = 4
     layers: int = 6
+    hint: Literal["picture", "latents"] = "picture"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -126,6 +130,12 @@ def adapter_config(values: Mapping[str, Any]) -> AdapterConfig:
     return settings_by_name(AdapterConfig, values, "adapter setting")
 
 
+def stored_adapter_config(values: Mapping[str, Any], shape: Shape) -> AdapterConfig:
+    """The form that a model's config names. Before `hint` existed, a ControlNet on a UNet took latents."""
+    older = {"hint": "latents"} if shape == "maps" and values.get("form") == "controlnet" else {}
+    return adapter_config({**older, **values})
+
+
 def shape_of(family: PriorFamily) -> Shape:
     """The shape of a family's adapters, by its record. Raises ValueError for a family that takes none."""
     if family.prediction == "flow_prediction":
@@ -147,7 +157,7 @@ def check_adapter_shape(config: AdapterConfig, shape: Shape) -> None:
 _SETTINGS: Mapping[tuple[str, Shape], tuple[str, ...]] = {
     ("adapters", "maps"): ("block", "norm", "chain", "silu", "adapt_skip"),
     ("adapters", "tokens"): ("chain", "silu", "every"),
-    ("controlnet", "maps"): (),
+    ("controlnet", "maps"): ("hint",),
     ("controlnet", "tokens"): ("layers",),
 }
 """The settings that count by form and shape."""

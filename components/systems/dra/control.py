@@ -1,10 +1,11 @@
 """ControlNet twins of the adapters, for the paper's comparison (Table 3): copies of the prior's first blocks.
 
-    a copy of the first blocks gets the noisy latents and zero(LQ latents); its outputs return through zero layers
+    a copy of the first blocks gets the noisy latents and hint(LQ); its outputs return through zero layers
 
-On a UNet: a copy of the compression path without its middle block, whose features are added to the skips. On an MM-DiT:
-a copy of the first joint blocks, whose tokens are added after the prior's blocks, in equal shares of their number. As
-with the adapters, what depends on LQ alone is computed once for a picture; the copy itself runs in every step.
+On a UNet: a copy of the compression path without its middle block, whose features are added to the skips; the last one
+is also added behind the prior's middle block. On an MM-DiT: a copy of the first joint blocks, whose tokens are added
+after the prior's blocks, in equal shares of their number. As with the adapters, what depends on LQ alone is computed
+once for a picture; the copy itself runs in every step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetModel
 from torch import Tensor, nn
 
@@ -25,14 +27,20 @@ from components.systems.dra.config import AdapterConfig
 
 
 class UnetControl(nn.Module):
-    """The twin on an SDXL-shaped UNet; the LQ latents enter by a zero convolution, as there is no picture to encode.
+    """The twin on an SDXL-shaped UNet: diffusers' ControlNetModel without its middle block.
+
+    With `config.hint` "latents" LQ latents enter by a zero convolution, and nothing is added behind the middle block.
 
     Args:
         unet: the prior's; the start of the copy's weights.
-        config: kept for model.json.
+        config: `hint` counts here.
+        factor: of the prior's autoencoder, a power of 2.
+
+    Attributes:
+        factor: side of a latent pixel in what `features` takes, see UnetAdapters.
     """
 
-    def __init__(self, unet: Any, config: AdapterConfig) -> None:
+    def __init__(self, unet: Any, config: AdapterConfig, factor: int) -> None:
         super().__init__()
         self.config = config
         like = next(unet.parameters())
@@ -45,18 +53,29 @@ class UnetControl(nn.Module):
             source = base_state(unet)
             own = self.state_dict()
             copy_strictly(own, {name: source[name] for name in own if name in source}, "the copy")
-        channels = int(skeleton.conv_in.in_channels)
-        self.hint = zeros(nn.Conv2d(channels, int(skeleton.conv_in.out_channels), 3, padding=1))
-        self.out = nn.ModuleList(zeros(nn.Conv2d(width, width, 1)) for width in skip_widths(self))
+        channels, width = int(skeleton.conv_in.in_channels), int(skeleton.conv_in.out_channels)
+        widths = skip_widths(self)
+        self.middle: nn.Module | None = None
+        if config.hint == "latents":
+            self.factor = 1
+            self.hint: nn.Module = zeros(nn.Conv2d(channels, width, 3, padding=1))
+        else:
+            self.factor = factor
+            self.hint = ControlNetConditioningEmbedding(width, block_out_channels=_hint_widths(factor))
+            self.middle = zeros(nn.Conv2d(widths[-1], widths[-1], 1))
+        self.out = nn.ModuleList(zeros(nn.Conv2d(width, width, 1)) for width in widths)
         self.float()
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the copy computes in."""
-        return self.hint.weight.dtype
+        bias: Tensor = self.out[0].bias  # type: ignore[assignment]
+        return bias.dtype
 
     def features(self, lq: Tensor) -> list[Tensor]:
-        """What depends on LQ latents [B, C, h, w] alone."""
+        """What depends on LQ pictures [B, 3, H, W] in [-1, 1] alone, or with hint "latents" on latents [B, C, h, w]."""
+        if self.factor > 1:
+            lq = (lq + 1) / 2  # the range of diffusers' pipelines
         return [self.hint(lq.to(self.dtype))]
 
     def joins(self, features: Sequence[Tensor], call: Call, blocks: AdapterBlocks) -> Joins:
@@ -69,7 +88,8 @@ class UnetControl(nn.Module):
         x = self.conv_in(call.latents.to(self.dtype))  # type: ignore[operator]
         x = (x.unflatten(0, (-1, len(features[0]))) + features[0]).flatten(0, 1)
         _, skips = walk_down(self, x, iter(inputs.shifts), rest, blocks)
-        return ControlJoins([zero(skip) for zero, skip in zip(self.out, skips, strict=True)])
+        middle = None if self.middle is None else self.middle(skips[-1])
+        return ControlJoins([zero(skip) for zero, skip in zip(self.out, skips, strict=True)], middle)
 
 
 class ControlJoins(Joins):
@@ -77,14 +97,29 @@ class ControlJoins(Joins):
 
     Args:
         additions: in the order in which the skips are made.
+        middle: added behind the middle block; None for nothing.
     """
 
-    def __init__(self, additions: Sequence[Tensor]) -> None:
-        self._additions = list(additions)
+    def __init__(self, additions: Sequence[Tensor], middle: Tensor | None = None) -> None:
+        self._additions, self._middle = list(additions), middle
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x if self._middle is None else x + self._middle.to(x.dtype)
 
     def resnet(self, blocks: Blocks, resnet: Any, x: Tensor, shift: Tensor, skip: Tensor) -> Tensor:
         return super().resnet(blocks, resnet, x, shift, skip + self._additions.pop().to(skip.dtype))
 
+
+def _hint_widths(factor: int) -> tuple[int, ...]:
+    """Channels of the encoder of LQ pictures: SDXL's ControlNet for factor 8, with fewer halvings for less."""
+    count = factor.bit_length()
+    if factor != 1 << (count - 1) or not 2 <= count <= len(_HINT_WIDTHS):
+        raise ValueError(f"a ControlNet on pictures needs latents of a factor of 2, 4 or 8, not {factor}: hint=latents")
+    return _HINT_WIDTHS[:count]
+
+
+_HINT_WIDTHS = (16, 32, 96, 256)
+"""The default of diffusers' ControlNetModel."""
 
 _SIZES = (
     *("sample_size", "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads"),
@@ -102,7 +137,12 @@ class TokenControl(nn.Module):
 
     Raises:
         ValueError: the network has no more blocks than the copy.
+
+    Attributes:
+        factor: see UnetAdapters.
     """
+
+    factor = 1
 
     def __init__(self, network: Any, config: AdapterConfig) -> None:
         super().__init__()
@@ -124,7 +164,7 @@ class TokenControl(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the copy computes in."""
-        return self.net.controlnet_blocks[0].weight.dtype  # type: ignore[union-attr, return-value]
+        return self.net.controlnet_blocks[0].bias.dtype  # type: ignore[union-attr, return-value]
 
     def features(self, lq: Tensor) -> list[Tensor]:
         """What depends on LQ latents [B, C, h, w] alone, as tokens."""

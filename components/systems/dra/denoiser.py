@@ -17,7 +17,6 @@ from torch import Tensor
 
 from components.priors.conditions import Conditions, SizedConditions
 from components.samplers.edm import nearest_index
-from components.samplers.flow import guided_velocity
 from components.samplers.guidance import guide
 from components.types import Box
 
@@ -26,7 +25,8 @@ PredictEps = Callable[[Tensor, Tensor, Sequence[Tensor], SizedConditions], Tenso
 
 
 PredictVelocity = Callable[[Tensor, Tensor, Sequence[Tensor], Conditions], Tensor]
-"""(latents, times, LQ features, conditions) -> velocity; see TokenDra.predict_velocity."""
+"""(latents, times, LQ features, conditions) -> velocity; see TokenDra.predict_velocity. All tiles of a step pass the
+same object for the times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,15 @@ class Adapted:
     """What both denoisers have in common; they can be cut into tiles.
 
     Attributes:
-        features_of: LQ latents -> features, see the adapters' `features`; called once for the whole and for each tile.
-        lq: scaled latents of the LQ pictures [B, C, h, w].
+        features_of: LQ -> features, see the adapters' `features`; called once for the whole and for each tile.
+        lq: what it takes, such as scaled latents of the LQ pictures [B, C, h, w].
+        factor: side of a latent pixel there; 1 for latents.
         cfg_scale: weight of guidance; None without negative rows.
     """
 
     features_of: Callable[[Tensor], Sequence[Tensor]]
     lq: Tensor
+    factor: int = 1
     cfg_scale: float | None = None
 
     @cached_property
@@ -50,7 +52,7 @@ class Adapted:
 
     def tile(self, box: Box) -> Self:
         """The denoiser of a part of the latents."""
-        top, left, height, width = box
+        top, left, height, width = (self.factor * side for side in box)
         return replace(self, lq=self.lq[..., top : top + height, left : left + width].contiguous())
 
 
@@ -69,11 +71,10 @@ class FlowDenoiser(Adapted):
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
         """The velocity [B, C, h, w] at the shares of noise [B], guided."""
         if self.cfg_scale is None:
-            return self._raw(latents, sigma)
-        return guided_velocity(self._raw, self.cfg_scale)(latents, sigma)
-
-    def _raw(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        return self.predict(latents, sigma, self.features, self.conditions)
+            return self.predict(latents, sigma, self.features, self.conditions)
+        both = self.predict(torch.cat([latents, latents]), sigma, self.features, self.conditions)
+        negative, positive = both.chunk(2)
+        return guide(negative, positive, self.cfg_scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from components.models import Model
 from components.options import replace_options
 from components.peak_memory import MemoryPlan
+from components.priors.autoencoder import autoencoder_factor
 from components.priors.encoder_copy import embed_step
 from components.priors.families import family_of
 from components.priors.families.shapes import NetworkShape, network_shape
@@ -23,7 +24,7 @@ from components.priors.step_memory import StepNetworks, plan_steps, unet_inputs
 from components.priors.unet_walk import text_inputs, walk_unet
 from components.systems.dra.adapters import AdapterBlocks, Call, TokenAdapterBlocks
 from components.systems.dra.bundle import ADAPTERS, ENCODER
-from components.systems.dra.config import Shape, adapter_config, shape_of
+from components.systems.dra.config import Shape, shape_of, stored_adapter_config
 from components.systems.dra.options import SAMPLERS, Options, restore_defaults
 from components.systems.dra.shapes import BUNDLES, family_name
 
@@ -51,11 +52,12 @@ def plan_memory(
     family = family_of(family_name(model.info["config"]))
     shape, prior = shape_of(family), network_shape(str(model.info["prior"]["id"]), family)
     own = {"sampler": SAMPLERS[shape][0], **restore_defaults(model.info.get("recipe") or {})}
-    config, robust = adapter_config(model.info["config"][ADAPTERS]), bool(model.info["config"][ENCODER])
+    config = stored_adapter_config(model.info["config"][ADAPTERS], shape)
+    robust = bool(model.info["config"][ENCODER])
 
     def build(autoencoder: nn.Module) -> StepNetworks:
         network = prior.build()
-        adapters = BUNDLES[shape].adapters_of(network, config)
+        adapters = BUNDLES[shape].adapters_of(network, config, autoencoder_factor(autoencoder))
         pictures = (RobustEncoder(autoencoder),) if robust else ()
         own = _CALLS[shape](prior, network, adapters)
         return StepNetworks(steps=(network, adapters), pictures=pictures, **own)
@@ -67,7 +69,7 @@ def plan_memory(
 def _on_maps(prior: NetworkShape, unet: Any, adapters: Any) -> dict[str, Any]:
     def call(tile: tuple[int, int], rows: int) -> Tensor:
         latents, timesteps, conditions = unet_inputs(unet, tile, rows)
-        features = adapters.features(latents[:1])  # of one picture, for both halves of guidance
+        features = adapters.features(_seen(adapters, latents))  # of one picture, for both halves of guidance
         embedding = embed_step(unet, timesteps, conditions.pooled, conditions.time_ids, latents.dtype)
         step = Call(latents=latents, times=timesteps, embedding=embedding, **conditions.tensors())
         joins = adapters.joins(features, step, AdapterBlocks())
@@ -76,11 +78,18 @@ def _on_maps(prior: NetworkShape, unet: Any, adapters: Any) -> dict[str, Any]:
     return {"call": call}
 
 
+def _seen(adapters: Any, latents: Tensor) -> Tensor:
+    """What the adapters see of the LQ picture of one row."""
+    if adapters.factor == 1:
+        return latents[:1]
+    return latents.new_empty(1, 3, *(adapters.factor * side for side in latents.shape[-2:]))
+
+
 def _on_tokens(prior: NetworkShape, network: Any, adapters: Any) -> dict[str, Any]:
     sizes = prior.network
 
     def call(tile: tuple[int, int], rows: int) -> Tensor:
-        dtype = next(network.parameters()).dtype
+        dtype = network.proj_out.bias.dtype  # weights may be stored in 8 bits
         latents = torch.empty(rows, sizes["in_channels"], *tile, dtype=dtype)
         text = torch.empty(rows, CLIP_TOKENS + T5_TOKENS, sizes["joint_attention_dim"], dtype=dtype)
         pooled = torch.empty(rows, sizes["pooled_projection_dim"], dtype=dtype)

@@ -33,9 +33,9 @@ class Dra(Bundle[Prior, UnetAdapters | UnetControl]):
     blocks = AdapterBlocks()
 
     @classmethod
-    def adapters_of(cls, network: Any, config: AdapterConfig) -> UnetAdapters | UnetControl:
+    def adapters_of(cls, network: Any, config: AdapterConfig, factor: int) -> UnetAdapters | UnetControl:
         check_walkable(network)
-        return UnetAdapters(network, config) if config.form == "adapters" else UnetControl(network, config)
+        return UnetAdapters(network, config) if config.form == "adapters" else UnetControl(network, config, factor)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -122,7 +122,7 @@ class VariantsObjective(Objective, Generic[OwnBundle]):
         variants = self.variants(batch, noise)
         clean = self.targets(batch, variants)
         with torch.no_grad():
-            lq = self.network.encode_lq(batch.lq)
+            lq = batch.lq if self.network.sees_pictures else self.network.encode_lq(batch.lq)
         yield ADAPTERS, self.denoising_loss(batch, variants, clean, self.network.features(lq), noise)
 
     def denoising_loss(

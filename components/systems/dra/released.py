@@ -17,6 +17,9 @@ LORA_FILE = "adapter_model"
 """peft's own name; beside it is peft's adapter_config.json."""
 
 LORA_CONFIG = "adapter_config.json"
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+"""The LoRA once more, as diffusers' pipelines read it: load_lora_weights(FOLDER). An import leaves it aside."""
+
 SUFFIXES: Mapping[str, str] = {"pt": ".pt", "safetensors": ".safetensors"}
 LORA_SUFFIXES: Mapping[str, str] = {"pt": ".bin", "safetensors": ".safetensors"}
 """Endings of files by form; peft's pickle is .bin."""

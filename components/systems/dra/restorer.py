@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from components.picture_restorer import check_request, resize_bicubic
 from components.priors.conditions import Conditions, join
 from components.priors.fast_unet import Speed
 from components.priors.pictures import Pictures
+from components.priors.resident import ResidentNetwork, Updates
 from components.priors.robust_encoder import RobustLatents
 from components.priors.tiling import step_boxes
 from components.residence import Residence
@@ -24,6 +27,7 @@ from components.systems.dra.bundle import Bundle
 from components.systems.dra.options import SAMPLERS, Options, check_sampler
 from components.systems.dra.steps import Run, steps_of, text_encoders_of
 from components.systems.dra.texts import negative_text
+from components.tensors import images_to_tensor
 from components.types import Cancelled, Image, OnStep, Request, Restored, Restorer
 
 
@@ -50,6 +54,25 @@ class _Job:
     chunks: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """One model among several on a prior that is in memory once.
+
+    Attributes:
+        resident: the prior's denoiser.
+        updates: the model's LoRA.
+        like: the restorer of an earlier model, which has what is derived from the prior; None for none.
+    """
+
+    resident: ResidentNetwork
+    updates: Updates
+    like: DraRestorer | None = None
+
+    def turn(self) -> AbstractContextManager[None]:
+        """The denoiser has this model's LoRA inside."""
+        return self.resident.turn(self.updates)
+
+
 class DraRestorer(Restorer):
     """DRA's implementation of types.Restorer.
 
@@ -62,6 +85,7 @@ class DraRestorer(Restorer):
         device: where the phases of a restoration compute; None for the networks' own.
         offload: keep the autoencoders, the text encoders, and denoiser with adapters on the device in turns: the others
             wait on the CPU. Not with weights that `speed` fuses.
+        shared: the place of this model among several on one prior; None if the prior is its own.
 
     Raises:
         ValueError: a default is unknown or outside its range.
@@ -75,6 +99,7 @@ class DraRestorer(Restorer):
         speed: Speed | None = None,
         device: str | torch.device | None = None,
         offload: bool = False,
+        shared: Shared | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -85,7 +110,9 @@ class DraRestorer(Restorer):
         if offload and (speed.join or speed.uses_graphs):
             raise ValueError("offload moves weights: give join=false and graphs=off with it")
         self.device = prior.device if device is None else torch.device(device)
-        self.steps = steps_of(self.network, speed)
+        self.shared = shared
+        like = None if shared is None or shared.like is None else shared.like.steps
+        self.steps = steps_of(self.network, speed, like, resident=shared is not None)
         groups = {
             "pictures": (prior.autoencoder, *(() if encoder is None else (encoder,))),
             "texts": text_encoders_of(network),
@@ -114,7 +141,9 @@ class DraRestorer(Restorer):
         """
         jobs = [self._prepare(index, request) for index, request in enumerate(requests)]
         batches = list(group_jobs(jobs, lambda job: (job.unpadded.shape, job.options, job.chunks), self.batch_size))
-        return restore_batches(batches, self._run, _info, on_step, cancelled)
+        with self.shared.turn() if self.shared is not None else contextlib.nullcontext():
+            answers = restore_batches(batches, self._run, _info, on_step, cancelled)
+        return answers
 
     def _prepare(self, index: int, request: Request) -> _Job:
         size = check_request(request)
@@ -133,6 +162,7 @@ class DraRestorer(Restorer):
         coder = Pictures(prior=self.steps.autoencoder, robust=self._robust, tiles=tiles, cancelled=cancelled)
         with self.residence.phase("pictures"):
             lq = coder.lq_latents([job.padded for job in batch]).to(self.device)
+        pictures = images_to_tensor([job.padded for job in batch]) if self.network.sees_pictures else None
         height, width = lq.shape[-2:]
         boxes = step_boxes(prior, height, width, options.tile_px, options.tile_overlap)
         with self.residence.phase("texts"):
@@ -142,16 +172,17 @@ class DraRestorer(Restorer):
                 options=options,
                 requests=[job.request for job in batch],
                 lq=lq,
+                pictures=pictures,
                 conditions=conditions,
                 boxes=boxes,
                 on_step=on_step,
                 cancelled=cancelled,
             )
             clean = self.steps.sample(run)
-        del run, lq
+        del run, lq, pictures
         with self.residence.phase("pictures"):
-            pictures = coder.decode(clean, [job.request.key for job in batch]).images
-        return [_finish(job, picture) for job, picture in zip(batch, pictures, strict=True)]
+            restored = coder.decode(clean, [job.request.key for job in batch]).images
+        return [_finish(job, picture) for job, picture in zip(batch, restored, strict=True)]
 
     def _conditions(self, batch: Sequence[_Job], size: tuple[int, int]) -> Conditions:
         """Conditions of the batch, for tiles of (height, width) `size`; with guidance the negative rows come first."""

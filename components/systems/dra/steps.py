@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,11 +18,11 @@ from components.samplers.flow import flow_sigmas, sample_flow
 from components.samplers.restoration_pull import RestorationPull
 from components.samplers.schedules import Schedule
 from components.samplers.tiles import tiled
-from components.systems.dra.adapters import UnetAdapters
+from components.systems.dra.adapters import TokenAdapters, UnetAdapters
 from components.systems.dra.bundle import Bundle
 from components.systems.dra.config import Shape
 from components.systems.dra.denoiser import DraDenoiser, FlowDenoiser
-from components.systems.dra.fast import FastDra
+from components.systems.dra.fast import FastDra, FastTokenDra
 from components.systems.dra.network import Dra
 from components.systems.dra.options import Options
 from components.systems.dra.tokens import TokenDra
@@ -37,6 +37,7 @@ class Run:
         options: of all its pictures.
         requests: one for each picture; the noise is theirs.
         lq: scaled latents of the LQ pictures [B, C, h, w].
+        pictures: the LQ pictures [B, 3, H, W] in [-1, 1], on the CPU, for adapters that see them; else None.
         conditions: of B rows, or with guidance of 2 B rows, the negative ones first.
         boxes: tiles of the steps.
         on_step, cancelled: see types.Restorer.
@@ -45,6 +46,7 @@ class Run:
     options: Options
     requests: Sequence[Request]
     lq: Tensor
+    pictures: Tensor | None
     conditions: Any
     boxes: Sequence[Box]
     on_step: OnStep
@@ -63,6 +65,14 @@ class Run:
     def noise(self, name: str) -> Tensor:
         """Standard normal numbers of that name, of the latents' shape."""
         return request_noise(self.requests, name, tuple(self.lq.shape[1:]), self.lq.device)
+
+    def seen(self, features_of: Callable[[Tensor], Any], network: Bundle[Any, Any]) -> dict[str, Any]:
+        """The fields of denoiser.Adapted that say what the adapters see of LQ; pictures go to the device by tiles."""
+        if self.pictures is None:
+            return {"features_of": features_of, "lq": self.lq}
+        device = self.lq.device
+        factor = network.adapters.factor
+        return {"features_of": lambda part: features_of(part.to(device)), "lq": self.pictures, "factor": factor}
 
     def pull(self, start: Tensor) -> RestorationPull | None:
         """The restoration sampling strategy; None for none. `start` is the run's start noise."""
@@ -83,9 +93,11 @@ class Steps(Protocol):
 
     Attributes:
         autoencoder: the prior's, perhaps compiled.
+        fast: the fast path; None for a form of adapters that has none.
     """
 
     autoencoder: FastAutoencoder
+    fast: FastDra | FastTokenDra | None
 
     def chunks(self, texts: Sequence[str]) -> int:
         """Pieces of the text encoders' length that the longest text needs."""
@@ -102,9 +114,11 @@ class Steps(Protocol):
 class MapSteps:
     """Steps of an SDXL-shaped prior."""
 
-    def __init__(self, network: Dra, speed: Speed) -> None:
+    def __init__(self, network: Dra, speed: Speed, like: MapSteps | None = None, resident: bool = False) -> None:
         self.network, self.prior = network, network.prior
-        self.fast = FastDra(network, speed) if isinstance(network.adapters, UnetAdapters) else None
+        self.fast: FastDra | None = None
+        if isinstance(network.adapters, UnetAdapters):
+            self.fast = FastDra(network, speed, like.fast if like is not None else None, resident)
         self.autoencoder = self.fast or FastAutoencoder(network.prior, speed)
 
     def chunks(self, texts: Sequence[str]) -> int:
@@ -121,9 +135,8 @@ class MapSteps:
         fast: Any = self.fast.run() if self.fast is not None else self.network  # a ControlNet has no fast path
         denoiser = DraDenoiser(
             predict=fast.predict_eps,
-            features_of=fast.features,
             table=table.to(device),
-            lq=run.lq,
+            **run.seen(fast.features, self.network),
             conditions=run.conditions,
             cfg_scale=run.cfg_scale,
         )
@@ -149,10 +162,14 @@ class MapSteps:
 class TokenSteps:
     """Steps of an MM-DiT: Euler steps of its flow."""
 
-    def __init__(self, network: TokenDra, speed: Speed) -> None:
+    def __init__(self, network: TokenDra, speed: Speed, like: TokenSteps | None = None, resident: bool = False) -> None:
         self.network, self.prior = network, network.prior
-        network.blocks = speed.blocks(network.blocks)
-        self.autoencoder = FastAutoencoder(network.prior, speed)
+        self.fast: FastTokenDra | None = None
+        if isinstance(network.adapters, TokenAdapters):
+            self.fast = FastTokenDra(network, speed, like.fast if like is not None else None, resident)
+        else:
+            network.blocks = speed.blocks(network.blocks)
+        self.autoencoder = self.fast or FastAutoencoder(network.prior, speed)
 
     def chunks(self, texts: Sequence[str]) -> int:
         return 1  # the text encoders cut a longer prompt off
@@ -163,10 +180,10 @@ class TokenSteps:
         return self.prior.conditions(prompts).to(device)
 
     def sample(self, run: Run) -> Tensor:
+        fast: Any = self.fast.run() if self.fast is not None else self.network
         denoiser = FlowDenoiser(
-            predict=self.network.predict_velocity,
-            features_of=self.network.features,
-            lq=run.lq,
+            predict=fast.predict_velocity,
+            **run.seen(fast.features, self.network),
             conditions=run.conditions,
             cfg_scale=run.cfg_scale,
         )
@@ -179,9 +196,16 @@ class TokenSteps:
 _STEPS: Mapping[Shape, Any] = {"maps": MapSteps, "tokens": TokenSteps}
 
 
-def steps_of(network: Bundle[Any, Any], speed: Speed) -> Steps:
-    """The steps of a bundle by its shape; `speed` are the settings of the fast path."""
-    steps: Steps = _STEPS[network.shape](network, speed)
+def steps_of(network: Bundle[Any, Any], speed: Speed, like: Steps | None = None, resident: bool = False) -> Steps:
+    """The steps of a bundle by its shape.
+
+    Args:
+        network: the bundle.
+        speed: settings of the fast path.
+        like: steps of another bundle on the same prior with the same settings, whose derived weights it shares.
+        resident: whether other bundles will share them.
+    """
+    steps: Steps = _STEPS[network.shape](network, speed, like, resident)
     return steps
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from components.systems.dra.options import check_options, restore_defaults
 from components.systems.dra.recipe import STAGES, DraRecipe
 from components.systems.dra.released import PUBLISHED, RELEASED, check_sizes, find_files
-from components.systems.system import Networks, System
+from components.systems.system import Networks, Sharing, System
 from components.systems.weights_io import WeightsCode, WeightsIO
 
 
 def networks() -> Networks:
     """The system's networks; the call imports torch."""
-    from components.systems.dra.build import adapters_objective, build_restorer, look
+    from components.systems.dra.build import adapters_objective, build_restorer, build_restorers, look, prior_of
     from components.systems.dra.memory import plan_memory
 
     return Networks(
@@ -19,6 +19,8 @@ def networks() -> Networks:
         look=look,
         build_restorer=build_restorer,
         plan_memory=plan_memory,
+        sharing=Sharing(prior_of=prior_of, build=build_restorers),
+        precisions=("fp32", "bf16", "fp16", "fp8"),
     )
 
 

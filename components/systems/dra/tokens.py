@@ -26,7 +26,7 @@ class TokenDra(Bundle[SD3Prior, TokenAdapters | TokenControl]):
     blocks = TokenAdapterBlocks()
 
     @classmethod
-    def adapters_of(cls, network: Any, config: AdapterConfig) -> TokenAdapters | TokenControl:
+    def adapters_of(cls, network: Any, config: AdapterConfig, factor: int) -> TokenAdapters | TokenControl:
         if network.config["patch_size"] != PATCH:
             raise ValueError(f"tokens must be {PATCH} x {PATCH} latent pixels, not {network.config['patch_size']}")
         if config.form == "controlnet":
@@ -36,8 +36,8 @@ class TokenDra(Bundle[SD3Prior, TokenAdapters | TokenControl]):
 
     @property
     def dtype(self) -> torch.dtype:
-        weight: Tensor = self.prior.network.proj_out.weight
-        return weight.dtype
+        bias: Tensor = self.prior.network.proj_out.bias
+        return bias.dtype
 
     def predict_velocity(
         self, latents: Tensor, times: Tensor, features: Sequence[Tensor], conditions: Conditions
@@ -46,13 +46,13 @@ class TokenDra(Bundle[SD3Prior, TokenAdapters | TokenControl]):
 
         Args:
             latents: noisy latents [H B, C, h, w], H halves of guidance.
-            times: shares of noise in (0, 1], [H B].
+            times: shares of noise in (0, 1], [H B], or [B] for all halves.
             features: of the LQ latents of B pictures, see the adapters' `features`.
             conditions: H B rows.
         """
         network: Any = self.prior.network
         inputs = joint_inputs(network, conditions, self.dtype)
-        steps = times * self.prior.schedule.num_train_timesteps
+        steps = times.repeat(len(latents) // len(times)) * self.prior.schedule.num_train_timesteps
         text, pooled, noisy = inputs["encoder_hidden_states"], inputs["pooled_projections"], latents.to(self.dtype)
         embedding = network.time_text_embed(steps, pooled)
         call = Call(latents=noisy, times=steps, embedding=embedding, text=text, pooled=pooled)

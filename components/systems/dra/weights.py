@@ -2,6 +2,7 @@
 
 adapters.safetensors                               adapters.N.{lq, emb, r1, r2, out}.*
 adapter_model.safetensors, adapter_config.json     the LoRA: peft's PeftModel.from_pretrained(unet, FOLDER) reads it
+pytorch_lora_weights.safetensors                   the LoRA: a diffusers pipeline's load_lora_weights(FOLDER) reads it
 encoder.safetensors                                the robust encoder, if the model has one
 restoray.json                                      sizes, prior, recipe, licence and origin
 """
@@ -20,16 +21,18 @@ from torch import Tensor, nn
 
 from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import did_you_mean
+from components.priors.autoencoder import autoencoder_factor
 from components.priors.families import family_of, permitted_use_of
 from components.priors.families.shapes import NetworkShape, network_shape
 from components.priors.lora import PEFT_PREFIX, add_lora, peft_config, peft_state
 from components.priors.robust_encoder import RobustEncoder
 from components.priors.step_memory import meta_autoencoder
 from components.systems.dra.bundle import ADAPTERS, ENCODER, FAMILY, LORA
-from components.systems.dra.config import adapter_config, lora_config
+from components.systems.dra.config import adapter_config, lora_config, shape_of, stored_adapter_config
 from components.systems.dra.options import restore_defaults
 from components.systems.dra.released import (
     ADAPTER_FILE,
+    DIFFUSERS_LORA,
     ENCODER_FILE,
     LORA_CONFIG,
     LORA_FILE,
@@ -82,12 +85,13 @@ def export_weights(
             name = stem + (LORA_SUFFIXES if part == LORA else SUFFIXES)[form]
             files[name] = _write(folder / name, tensors, form) if write else ""
     if write:
-        lora = lora_config(source.info["config"][LORA])
+        lora, family = lora_config(source.info["config"][LORA]), family_name(source.info["config"])
         if lora.rank:
-            bundle = bundle_of(family_name(source.info["config"]))
-            targets, base = bundle.targets[lora.targets], str(source.info["prior"]["id"])
+            targets, base = bundle_of(family).targets[lora.targets], str(source.info["prior"]["id"])
             config = peft_config(rank=lora.rank, alpha=lora.scale, targets=targets, base=base)
             (folder / LORA_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            if form == _FORM:
+                _write_for_diffusers(folder / DIFFUSERS_LORA, source.part(LORA), config, family_of(family).part)
         keys = ("name", "recipe", "prior", "licence", "permitted_use", "data_manifest_digest", "metrics", "parents")
         sidecar = {
             "system": "dra",
@@ -219,11 +223,11 @@ def _shapes(shape: NetworkShape, config: Mapping[str, Any]) -> Shapes:
     """Shapes of all tensors by key, by part, from networks on the meta device."""
     bundle, lora = bundle_of(family_name(config)), lora_config(config.get(LORA) or {})
     with torch.device("meta"):
-        network = shape.build()
-        adapters = bundle.adapters_of(network, adapter_config(config.get(ADAPTERS) or {}))
-        modules: dict[str, nn.Module] = {ADAPTERS: adapters}
+        network, autoencoder = shape.build(), meta_autoencoder(shape.autoencoder)
+        config_of_adapters, factor = adapter_config(config.get(ADAPTERS) or {}), autoencoder_factor(autoencoder)
+        modules: dict[str, nn.Module] = {ADAPTERS: bundle.adapters_of(network, config_of_adapters, factor)}
         if config.get(ENCODER):
-            modules[ENCODER] = RobustEncoder(meta_autoencoder(shape.autoencoder))
+            modules[ENCODER] = RobustEncoder(autoencoder)
     shapes = {
         part: {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
         for part, module in modules.items()
@@ -261,6 +265,14 @@ def _write(path: Path, tensors: Mapping[str, Tensor], form: str) -> str:
     return file_sha256(path)
 
 
+def _write_for_diffusers(path: Path, lora: Mapping[str, Tensor], config: Mapping[str, Any], part: str) -> None:
+    """The LoRA by the names of a pipeline's parts; without the configuration in its header alpha would be the rank."""
+    tensors = {f"{part}.{key.removeprefix(PEFT_PREFIX)}": value for key, value in lora.items()}
+    header = {"lora_adapter_metadata": json.dumps({f"{part}.{name}": value for name, value in config.items()})}
+    with whole_file(path) as draft:
+        save_file(tensors, draft.temporary, {"format": "pt", **header})
+
+
 def _sidecar(folder: Path) -> dict[str, Any]:
     """The content of restoray.json in a folder; {} if there is none."""
     place = folder / SIDECAR
@@ -268,8 +280,10 @@ def _sidecar(folder: Path) -> dict[str, Any]:
         return {}
     try:
         sidecar = json.loads(place.read_text(encoding="utf-8"))
-        if sidecar["system"] == "dra" and isinstance(sidecar["config"], dict):
-            return dict(sidecar)
+        if sidecar["system"] == "dra" and isinstance(config := sidecar["config"], dict):
+            shape = shape_of(family_of(family_name(config)))
+            adapters = stored_adapter_config(config.get(ADAPTERS) or {}, shape).to_dict()
+            return {**sidecar, "config": {**config, ADAPTERS: adapters}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsFileError(f"{place}: not the format of an export ({type(error).__name__}: {error})") from error
     raise WeightsFileError(f"{place}: describes a {sidecar['system']} model, not a DRA")

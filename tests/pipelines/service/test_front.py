@@ -22,12 +22,13 @@ FORM = "multipart/form-data; boundary=M"
 class Recorder:
     """A backend that keeps the key and the prompt of its last request."""
 
-    key = prompt = ""
+    key = prompt = model = ""
 
     async def health(self) -> tuple[str, str]:
         return "READY", ""
 
-    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes) -> Any:
+    async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes, model: str) -> Any:
+        self.model = model
         self.key, self.prompt = key, ask.prompt
         return SimpleNamespace(png=PNG, code="", detail="")
 

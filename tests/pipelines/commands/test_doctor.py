@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.commands import machine
+from pipelines.commands.findings import Finding, finding_lines
 from pipelines.commands.machine import (
-    Finding,
     check_disk,
     container_memory_left,
     examine,
     exposed_ports,
-    finding_lines,
     judge_amount,
     judge_bytecode,
     judge_exposure,

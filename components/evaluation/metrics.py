@@ -153,7 +153,10 @@ class Scores:
 
 def has_pyiqa() -> bool:
     """Whether pyiqa is installed."""
-    return importlib.util.find_spec("pyiqa") is not None
+    try:
+        return importlib.util.find_spec("pyiqa") is not None
+    except ImportError:
+        return False
 
 
 def needs_pyiqa(name: str) -> bool:

@@ -166,7 +166,7 @@ def test_only_one_place_counts_cores(repository: Path) -> None:
 
 
 def tables(root: Path) -> dict[str, dict[str, str]]:
-    """Licence by name, by kind: of requirements.lock, and of what `restoray doctor --licences` lists besides packages."""
+    """Licence by name, by kind: of requirements.lock, and of what `doctor --licences` lists besides packages."""
     rows: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
     for name in sorted(lock_names(root)):
         try:

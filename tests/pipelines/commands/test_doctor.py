@@ -164,7 +164,7 @@ def test_command_exits_1_exactly_when_something_fails(repository: Path, tmp_path
         cwd=repository,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     document = json.loads(process.stdout)

@@ -82,7 +82,7 @@ def evaluate(
         typer.Option("--hq", help="The originals under the same names. Without them only metrics that need none work."),
     ] = None,
     metrics: Annotated[
-        list[str] | None, typer.Option("--metric", help="Name of a pyiqa metric; may be repeated.")
+        list[str] | None, typer.Option("--metric", help="Name of a metric, ours or pyiqa's; may be repeated.")
     ] = None,
     max_megapixels: MaxMegapixels = 50,
     max_megabytes: MaxMegabytes = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.findings import Finding, fail, finding_lines
+from pipelines.commands.packages import check_packages
 from pipelines.commands.words import Json, Out
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_FAILURE, UsageError
@@ -51,8 +52,6 @@ def doctor(
 
 def _examine(out: Path | None) -> list[Finding]:
     """Every check. Those of the packages come first: the others may not even be imported without them."""
-    from pipelines.commands.packages import check_packages
-
     findings = check_packages()
     try:
         from pipelines.commands.machine import examine

@@ -77,30 +77,35 @@ def test_no_lock_with_addresses(repository: Path) -> None:
     assert not (repository / "uv.lock").exists()
 
 
-def test_lock_is_hashed_and_pinned(repository: Path) -> None:
-    lock = (repository / "requirements.lock").read_text()
+@pytest.mark.parametrize(("name", "least"), [("requirements.lock", 100), ("requirements-dev.lock", 50)])
+def test_lock_is_hashed_and_pinned(repository: Path, name: str, least: int) -> None:
+    lock = (repository / name).read_text()
     pins = re.findall(r"^([a-z0-9][a-z0-9._-]*)==(\S+)", lock, flags=re.MULTILINE)
-    assert len(pins) > 100
+    assert len(pins) > least
     blocks = re.split(r"^(?=[a-z0-9])", lock, flags=re.MULTILINE)[1:]
     assert [block.split()[0] for block in blocks if "--hash=sha256:" not in block] == []
 
 
 def test_lock_meets_every_requirement(repository: Path) -> None:
-    """requirements.lock fits pyproject.toml; `make lock` renews it."""
+    """The two locks fit pyproject.toml; `make lock` renews them."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    lock = (repository / "requirements.lock").read_text()
-    pins: dict[str, set[str]] = {}
-    for name, version in re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", lock, flags=re.MULTILINE):
-        pins.setdefault(canonicalize_name(name), set()).add(version)
+    document = tomllib.loads((repository / "pyproject.toml").read_text())
     unmet = []
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
-        requirement = Requirement(text)
-        versions = pins.get(canonicalize_name(requirement.name), set())
-        if not versions or not all(requirement.specifier.contains(v, prereleases=True) for v in versions):
-            unmet.append(f"{text}: {sorted(versions)}")
+    for name, texts_of_lock in (
+        ("requirements.lock", document["project"]["dependencies"]),
+        ("requirements-dev.lock", document["dependency-groups"]["dev"]),
+    ):
+        pins: dict[str, set[str]] = {}
+        lock = (repository / name).read_text()
+        for package, version in re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", lock, flags=re.MULTILINE):
+            pins.setdefault(canonicalize_name(package), set()).add(version)
+        for text in texts_of_lock:
+            requirement = Requirement(text)
+            versions = pins.get(canonicalize_name(requirement.name), set())
+            if not versions or not all(requirement.specifier.contains(v, prereleases=True) for v in versions):
+                unmet.append(f"{text}: {sorted(versions)}")
     assert unmet == []
 
 

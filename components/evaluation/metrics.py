@@ -1,7 +1,8 @@
-"""Picture quality by name, one picture at a time, through pyiqa and our own ST-LPIPS.
+"""Picture quality by name, one picture at a time, by metrics of ours and of pyiqa.
 
-This module alone imports pyiqa, at the first use of a metric: the import takes seconds and hundreds of MB. The default
-set needs no file from the network. Any other pyiqa name is accepted too and may download weights.
+This module alone imports pyiqa, at the first use of one of its metrics: the import takes seconds and hundreds of MB.
+The default set needs no file from the network. Any other pyiqa name is accepted too and may download weights. pyiqa's
+licence is non-commercial, and it may be absent: the metrics of `OWN`, consistency and color_drift do not need it.
 
     psnr, psnry    dB over RGB, or over Y alone; pyiqa's Y is full range (0.299 R + 0.587 G + 0.114 B), which reads
                    1.3 dB below the studio-range Y of many papers. pyiqa adds 1e-8 to the squared error, so equal
@@ -19,6 +20,7 @@ set needs no file from the network. Any other pyiqa name is accepted too and may
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import math
 import socket
@@ -103,6 +105,15 @@ METRIC_INFO: dict[str, MetricInfo] = {
 """The metrics that need no download; `metric_info` looks others up in pyiqa."""
 
 
+def _fidelity(name: str) -> Callable[[str], Any]:
+    def load(device: str) -> Any:
+        from components.evaluation import fidelity
+
+        return getattr(fidelity, name)
+
+    return load
+
+
 def _st_lpips(device: str) -> Any:
     from components.evaluation.st_lpips import load_st_lpips
 
@@ -116,7 +127,11 @@ def _niqe_restoray(device: str) -> Any:
     return lambda images: naturalness(tensor_to_images(images * 2 - 1)[0])
 
 
-OWN: dict[str, Callable[[str], Any]] = {"st_lpips": _st_lpips, "niqe_restoray": _niqe_restoray}
+OWN: dict[str, Callable[[str], Any]] = {
+    **{name: _fidelity(name) for name in ("psnr", "psnry", "ssim", "ssimc", "gmsd")},
+    "st_lpips": _st_lpips,
+    "niqe_restoray": _niqe_restoray,
+}
 """Metrics of ours: (device) -> network, called like pyiqa's with pictures [1, 3, H, W] in [0, 1]."""
 
 
@@ -136,14 +151,39 @@ class Scores:
     missing: dict[str, str] = field(default_factory=dict)
 
 
+def has_pyiqa() -> bool:
+    """Whether pyiqa is installed."""
+    try:
+        return importlib.util.find_spec("pyiqa") is not None
+    except ImportError:
+        return False
+
+
+def needs_pyiqa(name: str) -> bool:
+    """Whether a metric is pyiqa's."""
+    return name not in OWN and not (name in METRIC_INFO and METRIC_INFO[name].compares)
+
+
+def usable(names: Sequence[str] = NO_DOWNLOAD) -> tuple[str, ...]:
+    """The names that work here: all of them, or those of ours if pyiqa is not installed."""
+    return tuple(names) if has_pyiqa() else tuple(name for name in names if not needs_pyiqa(name))
+
+
+def left_out(names: Sequence[str] = NO_DOWNLOAD) -> tuple[str, ...]:
+    """The names that do not work here."""
+    return tuple(name for name in names if name not in usable(names))
+
+
 def metric_info(name: str) -> MetricInfo:
     """Looks a metric up; only names outside METRIC_INFO load pyiqa.
 
     Raises:
-        ValueError: the name is unknown; the message names the nearest one.
+        ValueError: the name is unknown; the message names the nearest one. Or pyiqa would know, and is not installed.
     """
     if name in METRIC_INFO:
         return METRIC_INFO[name]
+    if not has_pyiqa():
+        raise ValueError(_without_pyiqa(name, "is no metric of Restoray's own"))
     configs = _load_pyiqa()[1]
     if name not in configs:
         names = sorted({*METRIC_INFO, *configs})
@@ -163,8 +203,19 @@ def metric_info(name: str) -> MetricInfo:
     )
 
 
-def without_target(names: Sequence[str] = NO_DOWNLOAD) -> tuple[str, ...]:
-    """The names that need no target."""
+def _without_pyiqa(name: str, what: str) -> str:
+    """The sentence about a metric that needs pyiqa, where pyiqa is absent."""
+    near = near_name(name, usable(tuple(METRIC_INFO)))
+    hint = f' Did you mean "{near}"?' if near else ""
+    return (
+        f"metric {name!r} {what}, and the package pyiqa (licence: non-commercial) is not installed. Without it there "
+        f"are {', '.join(usable(tuple(METRIC_INFO)))}.{hint}"
+    )
+
+
+def without_target(names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The names that need no target; None takes the default set, as far as it works here."""
+    names = usable() if names is None else names
     return tuple(name for name in names if not metric_info(name).full_reference)
 
 
@@ -216,8 +267,8 @@ class Metrics:
         device: "cpu" or a torch device.
 
     Raises:
-        ValueError: a name is unknown (the message names the nearest), a metric cannot score a picture alone, or `names`
-            is empty.
+        ValueError: a name is unknown (the message names the nearest), a metric cannot score a picture alone or needs
+            pyiqa where that is absent, or `names` is empty.
     """
 
     def __init__(self, names: Sequence[str] = NO_DOWNLOAD, device: str = "cpu") -> None:
@@ -225,6 +276,8 @@ class Metrics:
         if not self.names:
             raise ValueError(f"no metric was named; the default set is {', '.join(NO_DOWNLOAD)}")
         self.info = {name: metric_info(name) for name in self.names}
+        for name in left_out(self.names):
+            raise ValueError(_without_pyiqa(name, "is pyiqa's"))
         for name, info in self.info.items():
             if info.judges:
                 advice = (

@@ -87,6 +87,7 @@ class WeightsIO:
         check_sizes: checks and types KEY=VALUE sizes without torch; raises ValueError.
         find: (folder or file) -> the weights files there; raises ValueError if there are none or too many.
         code: imports torch and returns the part that needs it.
+        licence: of the published files, as their authors state it; "" if there are none.
         spellings: choices of `spelling`, the default first.
         defaults: the release's options of a restoration; an import writes them into its model folder.
     """
@@ -96,6 +97,7 @@ class WeightsIO:
     check_sizes: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     find: Callable[[Path], Sequence[Path]]
     code: Callable[[], WeightsCode]
+    licence: str = ""
     spellings: tuple[str, ...] = field(default=("released",))
     defaults: Mapping[str, Any] = field(default_factory=dict)
 

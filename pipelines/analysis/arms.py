@@ -23,7 +23,7 @@ from components.captions.identity import CaptionerError
 from components.captions.presets import TAGS, build_captioner
 from components.captions.text import fill_frame, tidy
 from components.degradations import build_degradation
-from components.evaluation.metrics import MetricError, Metrics, Origin
+from components.evaluation.metrics import MetricError, Metrics, Origin, usable
 from components.evaluation.statistics import Band, training_band
 from components.images import to_float, to_uint8
 from components.options import TEXTS
@@ -202,7 +202,7 @@ def analyze_arms(
         raise unknown("arm of the paper's numbers", strange[0], [INPUT, *arms])
     try:
         degradation = build_degradation(mixed)
-        names = tuple(dict.fromkeys([*METRICS, *metrics]))
+        names = tuple(dict.fromkeys([*usable(METRICS), *metrics]))
         scorer = Metrics(names)
     except (ValueError, MetricError) as error:
         raise UsageError(str(error)) from error

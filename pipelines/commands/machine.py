@@ -16,10 +16,8 @@ import sqlite3
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
@@ -33,9 +31,9 @@ from components.places import (
 )
 from components.secrets import without_secrets
 from components.systems import SYSTEMS
+from pipelines.commands.findings import Finding, fail, ok, warn
+from pipelines.core.environment import cores
 from pipelines.core.home import home
-
-Status = Literal["ok", "warn", "fail"]
 
 MINIMUM_VERSIONS = {"ray": (2, 56), "pillow": (13, 0), "torch": (2, 10), "mlflow": (3, 17, 2)}
 """Older versions have known vulnerabilities. docs/decisions and the lock hold the versions that we test."""
@@ -47,28 +45,6 @@ DISK_WARN_GIB, DISK_FAIL_GIB = 5.0, 1.0
 MEMORY_WARN_GIB, MEMORY_FAIL_GIB = 8.0, 4.0
 SHARED_MEMORY_WARN_MIB = 512
 RAY_PORTS = {6379: "GCS", 8265: "dashboard", 10001: "client server"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """The result of a check: its status, what the check saw, and advice unless the status is ok."""
-
-    check: str
-    status: Status
-    seen: str
-    advice: str = ""
-
-
-def ok(check: str, observation: str) -> Finding:
-    return Finding(check=check, status="ok", seen=observation)
-
-
-def warn(check: str, observation: str, advice: str) -> Finding:
-    return Finding(check=check, status="warn", seen=observation, advice=advice)
-
-
-def fail(check: str, observation: str, advice: str) -> Finding:
-    return Finding(check=check, status="fail", seen=observation, advice=advice)
 
 
 def examine(out: Path | None = None) -> list[Finding]:
@@ -98,16 +74,6 @@ def examine(out: Path | None = None) -> list[Finding]:
         except Exception as error:  # noqa: BLE001 one broken check must not stop the others
             findings.append(fail(name, f"the check itself failed: {type(error).__name__}: {error}", "Report this."))
     return findings
-
-
-def finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """Findings as lines: one line each, and one more for advice."""
-    lines = []
-    for finding in findings:
-        lines.append(f"{finding.status:<5} {finding.check:<14} {finding.seen}")
-        if finding.advice:
-            lines.append(f"      {'':<14} -> {finding.advice}")
-    return lines
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -192,8 +158,7 @@ def check_torch() -> list[Finding]:
             fail("torchvision", problem, "A CPU torch with PyPI's torchvision causes this: run `make clean setup`.")
         ]
     if not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0))
-        return [*findings, ok("accelerator", f"none; {cores} CPU cores, which suffice for the demo")]
+        return [*findings, ok("accelerator", f"none; {cores()} CPU cores, which suffice for the demo")]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         memory = f"{torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"

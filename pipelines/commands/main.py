@@ -109,6 +109,10 @@ def main() -> None:
         sys.exit(EXIT_FAILURE)
     except OSError as error:
         code, message = EXIT_FAILURE, f"{error.filename or 'input or output'}: {error.strerror or error}."
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in ("components", "pipelines"):
+            raise  # a fault of ours
+        code, message = EXIT_FAILURE, broken_package(error)
     except Exception as error:  # the parser's error classes are private to typer
         show = getattr(error, "show", None)
         if show is None:
@@ -118,6 +122,13 @@ def main() -> None:
     if message:
         report_error(printable(message), code, as_json)
     sys.exit(code)
+
+
+def broken_package(error: ImportError) -> str:
+    """One sentence about a package that is missing or cannot be imported."""
+    name = (error.name or "").partition(".")[0]
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"the Python package {name or '(unnamed)'} cannot be imported: {reason}. `restoray doctor` names the remedy."
 
 
 def report_error(message: str, code: int, as_json: bool) -> None:

@@ -82,16 +82,19 @@ def evaluate(
         typer.Option("--hq", help="The originals under the same names. Without them only metrics that need none work."),
     ] = None,
     metrics: Annotated[
-        list[str] | None, typer.Option("--metric", help="Name of a pyiqa metric; may be repeated.")
+        list[str] | None, typer.Option("--metric", help="Name of a metric, ours or pyiqa's; may be repeated.")
     ] = None,
     max_megapixels: MaxMegapixels = 50,
     max_megabytes: MaxMegabytes = None,
     as_json: Json = False,
 ) -> None:
     """Score restored pictures, their inputs and a classical baseline, against the originals if there are any."""
+    from components.evaluation.metrics import left_out
     from pipelines.evaluation.evaluate import evaluate as evaluate_pictures
 
     console = Console(silent=as_json)
+    if not metrics and (names := left_out()):
+        console.say(f"The package pyiqa is not installed, so these metrics are left out: {', '.join(names)}.")
     arguments: dict[str, Any] = {"limits": picture_limits(max_megapixels, max_megabytes)}
     arguments |= {"metrics": metrics} if metrics else {}
     with console.bar("evaluate") as progress:

@@ -11,7 +11,8 @@ import psutil
 
 from components.models import ModelError, load_model
 from components.systems import SYSTEMS
-from pipelines.commands.machine import Finding, container_memory_left, fail, ok, warn
+from pipelines.commands.findings import Finding, fail, ok, warn
+from pipelines.commands.machine import container_memory_left
 from pipelines.core.errors import UsageError
 from pipelines.runs.registry import local_model
 

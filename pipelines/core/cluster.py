@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from omegaconf import OmegaConf
 
-from pipelines.core.environment import quiet_environment
+from pipelines.core.environment import cores, quiet_environment
 from pipelines.core.errors import Failure, RestorayError, RetryLater, UsageError
 from pipelines.core.home import data_folder
 from pipelines.core.ray_output import keep_logs, ray_output_in
@@ -46,7 +47,7 @@ def load_local() -> LocalCluster:
 
 def logical_cpus(minimum: int) -> int:
     """CPUs to announce to Ray: the cores of this process, and at least `minimum`, so that small actors have room."""
-    return max(minimum, len(os.sched_getaffinity(0)))
+    return max(minimum, cores())
 
 
 @contextmanager
@@ -190,7 +191,7 @@ def remove_ray_folders(temporary: Path) -> None:
     for folder in temporary.glob("rr-*-*"):
         owner = folder.name.split("-")[1]
         try:
-            if owner.isdigit() and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{owner}").exists():
+            if owner.isdigit() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(owner)):
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:  # another process removed it first
             continue

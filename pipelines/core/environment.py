@@ -29,6 +29,12 @@ def quiet_environment() -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def cores() -> int:
+    """The CPU cores that this process may use; where the system does not tell (macOS), those of the machine."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def _holds_text(path: str) -> bool:
     """Whether a file exists, can be read and is not blank."""
     try:

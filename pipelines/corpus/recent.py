@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import threading
 from collections import OrderedDict
@@ -25,8 +26,9 @@ def open_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 4 * MOST_OPEN if hard == resource.RLIM_INFINITY else min(hard, 4 * MOST_OPEN)
     if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses more than its kernel allows a process
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
     return MOST_OPEN if soft == resource.RLIM_INFINITY else max(LEAST_OPEN, min(MOST_OPEN, soft // 4))
 
 

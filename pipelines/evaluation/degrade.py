@@ -34,6 +34,7 @@ from components.restoring import picture_key
 from components.types import Degradation, Plan, SampleError
 from components.writing import replace_file
 from pipelines.core.console import Progress, no_progress
+from pipelines.core.environment import cores
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.folders import check_output, folder_lock
 from pipelines.core.pictures import SHEET, list_pictures, read_picture
@@ -267,7 +268,7 @@ def _answers(
     png_level: int,
 ) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """(status, row, whether a replay gave the recorded pixels) of each job, in the order of the jobs."""
-    workers = len(os.sched_getaffinity(0))
+    workers = cores()
     with ThreadPoolExecutor(workers) as pool:
         try:
             yield from pool.map(

@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 
 from components.evaluation import TOO_FEW
-from components.evaluation.metrics import NO_DOWNLOAD, MetricError, MetricInfo, Metrics, Origin, without_target
+from components.evaluation.metrics import MetricError, MetricInfo, Metrics, Origin, has_pyiqa, usable, without_target
 from components.evaluation.statistics import mean_interval
 from components.images import ANY_SHAPE, Limits, decode
 from components.naming import printable
@@ -258,7 +258,7 @@ def evaluate(
             keys.append(key)
     out = Path(out)
     arms = (RESTORED, *baselines)
-    versions = {"pyiqa": version("pyiqa"), "rows": "1"}
+    versions = {"pyiqa": version("pyiqa") if has_pyiqa() else "not installed", "rows": "1"}
     place = {role: printable(Path(os.path.relpath(folder, out)).as_posix()) for role, folder in folders.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,7 @@ def _scorer(names: Sequence[str] | None, device: str, has_targets: bool, has_pla
     """The metrics of an evaluation; None takes the default set, as far as there are targets and plans for it."""
     try:
         if names is None:
-            default = NO_DOWNLOAD if has_targets else without_target()
+            default = usable() if has_targets else without_target()
             names = [name for name in default if has_plans or name != "consistency"]
         scorer = Metrics(names, device)
     except ValueError as error:

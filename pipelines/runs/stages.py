@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from components.systems import parent_stage
 from pipelines.analysis.arms import INPUT, MODEL, OWN_KEYS, check_trainings, model_names
 from pipelines.analysis.model import StudyJob
 from pipelines.analysis.studies import ARM_STUDIES, analyze
+from pipelines.core.environment import cores
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.pool import Pool
 from pipelines.curation.curate import curate, load_spec
@@ -247,7 +247,7 @@ def run_restore(context: StageContext) -> dict[str, Any]:
         seed=settings.seed,
         references=folder / "hq" if settings.options.get("reference") == "hq" else None,
     )
-    pool = Pool(workers=min(2, len(os.sched_getaffinity(0))))
+    pool = Pool(workers=min(2, cores()))
     with context.console.bar(context.name) as progress:
         result = restore_folder(model, folder / "lq", folder / "restored", job, pool, progress)
     pictures = (path for name in ("hq", "lq", "restored") for path in (context.stage_dir / name).glob("*.png"))

@@ -19,6 +19,7 @@ from components.systems import SYSTEMS
 from components.tensors import collate_rows, images_to_tensor
 from components.training import Ema, averaged_trainables, build_optimizers, build_scaler, restore_state
 from components.types import Batch, Objective, Plan
+from pipelines.core.environment import cores
 from pipelines.stream.config import StreamConfig
 from pipelines.stream.rows import heldout_rows, load_row, target_plan
 from pipelines.stream.texts import Captioning
@@ -132,7 +133,7 @@ def _threads(recipe: Recipe, world: int) -> int:
 
     With more threads than cores, steps took 3.5 times as long: threads waited for a preempted thread.
     """
-    return recipe.placement.threads or max(1, (len(os.sched_getaffinity(0)) - 1) // world)
+    return recipe.placement.threads or max(1, (cores() - 1) // world)
 
 
 def _examples(stream: StreamConfig) -> torch.Tensor:

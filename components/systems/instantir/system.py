@@ -5,6 +5,7 @@ from __future__ import annotations
 from components.systems.instantir.options import check_options, restore_defaults
 from components.systems.instantir.recipe import STAGES, InstantIRRecipe
 from components.systems.instantir.released import (
+    LICENCE,
     PUBLISHED,
     RELEASE_DEFAULTS,
     RELEASED,
@@ -45,6 +46,7 @@ INSTANTIR = System(
     restore_defaults=restore_defaults,
     weights=WeightsIO(
         published=PUBLISHED,
+        licence=LICENCE,
         files=RELEASED,
         spellings=SPELLINGS,
         defaults=RELEASE_DEFAULTS,

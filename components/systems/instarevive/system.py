@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from components.systems.instarevive.options import check_options, restore_defaults
 from components.systems.instarevive.recipe import InstaReviveRecipe
-from components.systems.instarevive.released import PUBLISHED, RELEASE_DEFAULTS, RELEASED, check_sizes, find_files
+from components.systems.instarevive.released import (
+    LICENCE,
+    PUBLISHED,
+    RELEASE_DEFAULTS,
+    RELEASED,
+    check_sizes,
+    find_files,
+)
 from components.systems.instarevive.views import CoarseView
 from components.systems.system import Networks, Stage, System
 from components.systems.weights_io import WeightsCode, WeightsIO
@@ -40,6 +47,7 @@ INSTAREVIVE = System(
     views={"coarse": CoarseView()},
     weights=WeightsIO(
         published=PUBLISHED,
+        licence=LICENCE,
         files=RELEASED,
         defaults=RELEASE_DEFAULTS,
         check_sizes=check_sizes,

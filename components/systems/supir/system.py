@@ -5,7 +5,7 @@ from __future__ import annotations
 from components.captions.views import PreviewView
 from components.systems.supir.options import check_options, restore_defaults
 from components.systems.supir.recipe import STAGES, SupirRecipe
-from components.systems.supir.released import PUBLISHED, RELEASE_DEFAULTS, RELEASED, check_sizes, find_files
+from components.systems.supir.released import LICENCE, PUBLISHED, RELEASE_DEFAULTS, RELEASED, check_sizes, find_files
 from components.systems.system import Networks, System
 from components.systems.weights_io import WeightsCode, WeightsIO
 
@@ -41,6 +41,7 @@ SUPIR = System(
     views={"coarse": PreviewView()},
     weights=WeightsIO(
         published=PUBLISHED,
+        licence=LICENCE,
         files=RELEASED,
         defaults=RELEASE_DEFAULTS,
         check_sizes=check_sizes,

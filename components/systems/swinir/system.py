@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from components.systems.swinir.options import check_options, restore_defaults
 from components.systems.swinir.recipe import SwinIRRecipe
-from components.systems.swinir.released import PUBLISHED, RELEASED, check_sizes, find_files
+from components.systems.swinir.released import LICENCE, PUBLISHED, RELEASED, check_sizes, find_files
 from components.systems.system import Networks, Stage, System
 from components.systems.weights_io import WeightsCode, WeightsIO
 
@@ -30,5 +30,12 @@ SWINIR = System(
     networks=networks,
     check_options=check_options,
     restore_defaults=restore_defaults,
-    weights=WeightsIO(published=PUBLISHED, files=RELEASED, check_sizes=check_sizes, find=find_files, code=weights_code),
+    weights=WeightsIO(
+        published=PUBLISHED,
+        licence=LICENCE,
+        files=RELEASED,
+        check_sizes=check_sizes,
+        find=find_files,
+        code=weights_code,
+    ),
 )

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.commands import machine
+from pipelines.commands.findings import Finding, finding_lines
 from pipelines.commands.machine import (
-    Finding,
     check_disk,
     container_memory_left,
     examine,
     exposed_ports,
-    finding_lines,
     judge_amount,
     judge_bytecode,
     judge_exposure,
@@ -165,7 +164,7 @@ def test_command_exits_1_exactly_when_something_fails(repository: Path, tmp_path
         cwd=repository,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     document = json.loads(process.stdout)

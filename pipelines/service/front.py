@@ -38,6 +38,7 @@ from components.options import TEXTS, OptionCheck, UnknownOption
 from components.overrides import read_word
 from components.restoring import (
     CHOICES,
+    KEEP,
     MAX_PROMPT_CHARS,
     MAX_SEED,
     SIDES,
@@ -178,7 +179,7 @@ def build_app(backend: Backend, identity: Identity, limits: ServeLimits, check: 
             raise Refusal(408, "read_timeout", f"the body did not arrive in {limits.read_timeout_s:g} s") from None
         except ClientDisconnect:
             return Response(status_code=499)  # the client has left, so only the access log shows this status
-        key, seed, ask = read_parameters(parameters, limits, check)
+        key, seed, ask = read_parameters(parameters, limits, check, identity.own_scale)
         check_picture(data, ask, limits)
         if reference:
             check_picture(reference, None, limits)
@@ -315,7 +316,9 @@ def _too_large(max_bytes: int) -> Refusal:
     return Refusal(413, "too_large", f"the body exceeds max_bytes, which is {max_bytes} (--max-megabytes)")
 
 
-def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: OptionCheck) -> tuple[str, int, Ask]:
+def read_parameters(
+    parameters: Mapping[str, str], limits: ServeLimits, check: OptionCheck, own_scale: float = 1.0
+) -> tuple[str, int, Ask]:
     """Parse parameters given as text into (key, seed, ask); `ask` holds the validated prompts, size and options.
 
     Raises:
@@ -324,8 +327,9 @@ def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: O
     values: dict[str, Any] = {}
     for name, text in parameters.items():
         values[name] = text if PARAMETERS.get(name) is str else read_word(text)
-        if PARAMETERS.get(name) in (int, float) and isinstance(values[name], str):
-            kind = "a number" if name == "scale" else "a whole number"
+        is_keep = name == "scale" and values[name] == KEEP
+        if PARAMETERS.get(name) in (int, float) and isinstance(values[name], str) and not is_keep:
+            kind = f"a number, or {KEEP}" if name == "scale" else "a whole number"
             raise Refusal(422, "bad_parameter", f"{name} must be {kind}, got {text[:40]!r}")
     key = values.pop("key", "picture")
     key = picture_key(key)  # as a batch job makes it, with its folders
@@ -335,7 +339,7 @@ def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: O
     if isinstance(seed, bool | float) or not 0 <= seed <= MAX_SEED:
         raise Refusal(422, "bad_parameter", f"seed must be a whole number from 0 to {MAX_SEED}, got {seed}")
     try:
-        return key, seed, parse_ask(values, check, limits.max_output_pixels)
+        return key, seed, parse_ask(values, check, limits.max_output_pixels, own_scale)
     except UnknownOption as error:
         suggestion = did_you_mean(error.name, {*error.choices, *PARAMETERS})
         raise Refusal(422, "unknown_parameter", f"unknown parameter {error.name!r}. {suggestion}") from error

@@ -83,8 +83,7 @@ def blend_tiles(
     Args:
         network: see PictureNetwork; here its result has `factor` times the sides of its input.
         boxes: tiles that cover the picture, in reading order; those of one row have one top.
-        shares: of each tile in the result, float32 [factor h, factor w, 1] or of a shape that broadcasts to it. At every
-            pixel the tiles' shares sum to 1.
+        shares: of each tile in the result, float32 [factor h, factor w, 1]. At every pixel the shares sum to 1.
         like, cancelled, key: see restore_in_tiles, with its errors.
     """
     rows, columns = image.shape[0] * factor, image.shape[1] * factor

@@ -69,7 +69,8 @@ class WeightsCode:
 
     Attributes:
         import_weights: (files, out or None, prior=, image_encoder=, sizes=, name=, licence=, proceed=, progress=)
-            -> ImportReport, and origin= for a system that takes one; `proceed` is called after the checks and before anything is written.
+            -> ImportReport; also origin= if the system takes one. `proceed` is called after the checks and before
+            anything is written.
         export_weights: (model folder, target folder, spelling=, form=, write=) -> ExportReport.
         layout: (prior=, image_encoder=, sizes=) -> every key and shape.
     """

@@ -51,7 +51,7 @@ def plan_memory(
         peak = peak_bytes(lambda: network(images))
     except (NotImplementedError, RuntimeError) as error:
         raise ModelError(
-            f"{model.path}: the memory of a {config.architecture} cannot be estimated, as its steps depend on the picture"
+            f"{model.path}: no estimate of the memory of a {config.architecture}, whose steps depend on the picture"
         ) from error
     phase = Phase(name="network", weights=parameter_bytes(network), peak=peak + images.numel() * images.element_size())
     settings = {"precision": precision, "tile_px": max(sides)}

@@ -1,8 +1,8 @@
 """Restores pictures of any size with a network of the community; large ones in tiles.
 
-The network's factor and the size that a request asks for meet in one rule: the network's input is the request's picture,
-resized to the result's size over the factor. At scale 1 a network of factor 4 thus gets its picture shrunk to a fourth,
-which undoes its factor; at scale 4 it gets the picture as it is.
+One rule joins the network's factor and the size that a request asks for: the network's input is the request's picture,
+resized to the result's size divided by the factor. At scale 1 a network of factor 4 thus gets its picture shrunk to a
+fourth, which undoes its factor; at scale 4 it gets the picture as it is.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class RegressorRestorer(PictureRestorer[Options]):
 def network_input(image: Image, size: tuple[int, int], factor: int) -> Image:
     """A picture resized to what a network enlarges to `size`, or to at most factor - 1 px more below and to the right.
 
-    The resize is Pillow's bicubic one. It widens its kernel when it shrinks, so it does not alias, and it is the one with
-    which most of these networks' inputs were made in training. Pixels keep their places: where the result's side is no
-    multiple of the factor, the picture goes on with its mirror image.
+    The resize is Pillow's bicubic one. It widens its kernel when it shrinks, so it does not alias. Super-resolution
+    trains on such inputs (MATLAB's imresize has the same kernel). Pixels keep their places: where the result's side is
+    no multiple of the factor, the picture goes on with its mirror image.
 
     Args:
         image: uint8 [H, W, 3].

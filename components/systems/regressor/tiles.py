@@ -1,4 +1,4 @@
-"""Tiles with a context that is thrown away: a picture in tiles then equals the whole one, if the network looks no further.
+"""Tiles with a context that is thrown away: a picture in tiles equals the whole one if the network looks no further.
 
     |<- context ->|<-- fade -->|                 |<-- fade -->|<- context ->|
            0          0 .. 1           1             1 .. 0          0            share of a tile in the result
@@ -19,7 +19,7 @@ from components.systems.regressor.network import padded_size
 from components.types import Box, Cancelled, Image
 
 FADE_PX = 16
-"""Width of the zone in which neighbours fade into each other, px of the network's input, rounded up to multiples; ours."""
+"""Width of the zone in which neighbours fade into each other, px of the input, rounded up to multiples; ours."""
 
 
 def restore_with_context(

@@ -1,6 +1,6 @@
 """Weights files of the community: import to and export from model folders.
 
-A model folder keeps the tensors under the keys of the file, so that an export has the same keys and spandrel detects the
+A model folder keeps the tensors under the keys of the file. So an export has the same keys, and spandrel detects the
 same architecture again.
 """
 
@@ -120,8 +120,8 @@ def import_weights(
 def read_regressor(path: Path) -> tuple[dict[str, Tensor], Regressor, list[str]]:
     """The tensors of a file by key, their network, and notes on what else the file holds; errors as import_weights.
 
-    The reader takes off prefixes that training tools put before all keys. Some architectures have such a prefix of their
-    own (ESRGAN's "model."), so it is tried again with each before a file is refused.
+    The reader takes off prefixes that training tools put before all keys. Some architectures have such a prefix of
+    their own (ESRGAN's "model."), so each is tried before a file is refused.
     """
     tensors, notes = read_weights(path)
     try:
@@ -193,7 +193,7 @@ def expected_layout(prior: str = "", image_encoder: str = "", sizes: Mapping[str
     """ValueError: each architecture has its own layout, and spandrel reads it from the file."""
     _check_alone(prior, image_encoder)
     raise ValueError(
-        f"a regressor has the layout of its architecture, which follows from the file. Supported: {', '.join(supported())}"
+        f"a regressor has its architecture's layout, which follows from the file. Supported: {', '.join(supported())}"
     )
 
 

@@ -38,7 +38,8 @@ def plan_memory(
         ValueError: an option is unknown or out of range.
     """
     check_precision(model, precision)
-    network = network_of(model).to("meta", DTYPES[precision])
+    network = network_of(model).to("meta")
+    share = DTYPES[precision].itemsize / DTYPES["fp32"].itemsize
     config = network.config
     own = replace_options(restore_defaults(model.info.get("recipe") or {}), Options())
     chosen = replace_options(options, own)
@@ -46,13 +47,14 @@ def plan_memory(
     tile, _, _ = tile_sides(config, chosen.tile_of(config.factor), context)
     whole = padded_size((-(-size[0] // config.factor), -(-size[1] // config.factor)), config)
     sides = (min(tile, whole[0]), min(tile, whole[1]))
-    images = torch.empty(1, 3, *sides, dtype=DTYPES[precision], device="meta")
+    images = torch.empty(1, 3, *sides, device="meta")
     try:
         peak = peak_bytes(lambda: network(images))
     except (NotImplementedError, RuntimeError) as error:
         raise ModelError(
             f"{model.path}: no estimate of the memory of a {config.architecture}, whose steps depend on the picture"
         ) from error
-    phase = Phase(name="network", weights=parameter_bytes(network), peak=peak + images.numel() * images.element_size())
+    work = peak + images.numel() * images.element_size()
+    phase = Phase(name="network", weights=int(share * parameter_bytes(network)), peak=int(share * work))
     settings = {"precision": precision, "tile_px": max(sides)}
     return MemoryPlan(settings=settings, phases=(phase,), in_turns=False)

@@ -88,9 +88,12 @@ class Regressor(nn.Module):
 
     def _run(self, images: Tensor) -> Tensor:
         # a clone, since some networks write into their input
-        if self.config.architecture in ONE_BY_ONE and len(images) > 1:
-            return torch.cat([self._call(self.network, image[None].clone()) for image in images])
-        return self._call(self.network, images.clone())
+        rows = images.split(1) if self.config.architecture in ONE_BY_ONE else (images,)
+        if images.dtype == torch.float32:
+            return torch.cat([self._call(self.network, row.clone()) for row in rows])
+        # the attention masks for other sizes than a network's own are float32, and a product needs one type
+        with torch.autocast(images.device.type, images.dtype):
+            return torch.cat([self._call(self.network, row.clone()).to(images.dtype) for row in rows])
 
 
 class SameSize(nn.Module):

@@ -83,7 +83,7 @@ def network_input(image: Image, size: tuple[int, int], factor: int) -> Image:
             image = np.pad(image, widths, mode="reflect" if image.shape[axis] > 1 else "edge")
     box = (0, 0, min(spans[1], image.shape[1]), min(spans[0], image.shape[0]))
     resized = Pillow.fromarray(image).resize((sides[1], sides[0]), Pillow.Resampling.BICUBIC, box=box)
-    return np.asarray(resized)
+    return np.array(resized)
 
 
 def build_restorer(

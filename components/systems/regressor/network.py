@@ -207,7 +207,7 @@ def _detect(state: dict[str, Any], what: str) -> ImageModelDescriptor[Any] | Mas
 
 def _check_numbers(tensors: Mapping[str, Tensor], what: str) -> None:
     for key in tensors:
-        if any(part.isdigit() and int(part[:8]) > LARGEST_NUMBER for part in key.split(".")):
+        if any(part.isdecimal() and int(part[:8]) > LARGEST_NUMBER for part in key.split(".")):
             raise ModelError(f"{what}: {key:.200}: no network has so many layers")
 
 

@@ -68,11 +68,9 @@ def import_weights(
     path = files[0]
     progress(0, 1, path.name)
     tensors, regressor, notes = read_regressor(path)
-    own, alone = regressor.state_dict(), "network."
-    not_finite = [key for key, value in own.items() if value.is_floating_point() and not all_finite(value)]
+    not_finite = [key for key, value in tensors.items() if value.is_floating_point() and not all_finite(value)]
     if not_finite:
-        faults = {"with values that are not finite": [key.removeprefix(alone) for key in not_finite]}
-        raise ModelError(f"{path}: {key_faults(faults)}")
+        raise ModelError(f"{path}: {key_faults({'with values that are not finite': not_finite})}")
     context, levels = measure_reach(regressor)
     config = replace(regressor.config, context_px=context, tile_levels=levels)
     source = WeightsSource(

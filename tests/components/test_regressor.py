@@ -297,7 +297,8 @@ def test_a_network_that_looks_at_the_whole_picture_says_so(models: dict[str, Mod
     result = import_weights([write_tiny("OmniSR", tmp_path)], None)
     assert any(f"differ from it by up to {config.tile_levels:g} of 255 levels" in note for note in result.notes)
     image = picture(98, 147)
-    whole, tiled = (restore(models["OmniSR"], image, (196, 294), tile_px=tile_px) for tile_px in (4096, 16))
+    size = (196, 294)
+    whole, tiled = (restore(models["OmniSR"], image, size, tile_px=tile, context_px=16) for tile in (4096, 16))
     assert 1 < np.abs(whole.astype(int) - tiled).max() <= 24  # another picture than that of the import
 
 

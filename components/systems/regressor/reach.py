@@ -13,9 +13,6 @@ from components.systems.regressor.network import Regressor
 CONTEXTS = (16, 32, 64)
 """Contexts that are tried, px; ours. A network that needs more looks at the whole picture, or nearly so."""
 
-GAIN = 2.0
-"""The next context is tried only if the last one divided the difference by this at least; ours."""
-
 
 @torch.no_grad()
 def measure_reach(regressor: Regressor) -> tuple[int, float]:
@@ -29,14 +26,13 @@ def measure_reach(regressor: Regressor) -> tuple[int, float]:
     """
     multiple = regressor.config.multiple_px
     contexts = list(dict.fromkeys(-(-context // multiple) * multiple for context in CONTEXTS))
-    best, before = (0, np.inf), np.inf
+    best = (0, np.inf)
     for context in contexts if len(contexts) > 1 else (contexts[0], 2 * contexts[0]):
         levels = _difference(regressor, context)
         if levels < best[1]:
             best = (context, levels)
-        if levels <= EXACT_LEVELS or levels > before / GAIN:
+        if levels <= EXACT_LEVELS:
             break
-        before = levels
     return best[0], round(float(best[1]), 2)
 
 

@@ -99,7 +99,7 @@ class _Parts(Mapping[str, dict[str, Tensor]]):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """The fields of model.json except the parts."""
+    """The fields of model.json except the parts; `origin` stands there only if it is not empty."""
 
     name: str
     system: str
@@ -111,6 +111,7 @@ class ModelCard:
     licence: str = "unstated"
     permitted_use: str = "unstated"
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
 
 
 def file_sha256(path: Path) -> str:
@@ -148,7 +149,7 @@ def save_model(
         (temporary / "files").mkdir(exist_ok=True)
         (temporary / "files" / name).write_text(text, encoding="utf-8")
         texts[name] = file_sha256(temporary / "files" / name)
-    card_fields = {k: getattr(card, k) for k in ModelCard.__dataclass_fields__}
+    card_fields = {k: getattr(card, k) for k in ModelCard.__dataclass_fields__ if k != "origin" or card.origin}
     info = {"format": FORMAT, **card_fields, "parts": part_entries, "files": texts}
     (temporary / "model.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if path.exists():

@@ -40,6 +40,7 @@ MAX_KEY_BYTES = 200
 MAX_PROMPT_CHARS = 2000
 MAX_OUTPUT_PIXELS = 100_000_000  # ours: a square with sides of 10,000 px
 MAX_SCALE = 16.0  # ours
+KEEP = "keep"  # as scale: that of the model's networks
 MAX_SEED = 2**63 - 1
 SIDES = ("height", "width")  # options of every system, as are TEXTS and the CHOICES:
 CHOICES: Mapping[str, tuple[str, ...]] = {"alpha": ("keep", "restore", "flatten"), "gray": ("keep", "color")}
@@ -53,6 +54,7 @@ class Identity:
     Attributes:
         frame: the recipe's prompt template, with {caption} for the caption; "": the caption alone.
         defaults: restorer options that the recipe sets; options of a request override them.
+        own_scale: the `scale` with which the model's networks get a picture as it is; scale=keep means it.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Identity:
     permitted_use: str = "unstated"
     frame: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    own_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +185,17 @@ def check_text(name: str, text: Any) -> str:
     return text
 
 
-def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_pixels: int = MAX_OUTPUT_PIXELS) -> Ask:
+def parse_ask(
+    options: Mapping[str, Any],
+    check: OptionCheck = dict,
+    max_output_pixels: int = MAX_OUTPUT_PIXELS,
+    own_scale: float = 1.0,
+) -> Ask:
     """Build an Ask from options by name; those not in COMMON belong to the system.
 
     Args:
         check: the system's `check_options`; the default does not check them.
+        own_scale: see Identity.
 
     Raises:
         ValueError: a wrong option; one sentence that names it.
@@ -204,7 +213,7 @@ def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_
         raise ValueError(
             f"{size['width']} x {size['height']} pixels exceed max_output_pixels, which is {max_output_pixels}"
         )
-    scale = _scale(rest.pop("scale", None), sides)
+    scale = _scale(rest.pop("scale", None), sides, own_scale)
     png_level = check_png_level(rest.pop("png_level", PNG_LEVEL))
     kinds = {name: rest.pop(name, choices[0]) for name, choices in CHOICES.items()}
     for name, kind in kinds.items():
@@ -228,15 +237,19 @@ def parse_ask(options: Mapping[str, Any], check: OptionCheck = dict, max_output_
     )
 
 
-def _scale(value: Any, sides: Sequence[str]) -> float:
-    """Check an output scale; None means 1."""
+def _scale(value: Any, sides: Sequence[str], own_scale: float) -> float:
+    """Check an output scale; None means 1, KEEP the model's own."""
     if value is None:
         return 1.0
     if sides:
         raise ValueError("scale and width and height exclude each other; give one of them")
+    if value == KEEP:
+        return own_scale
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 1 / MAX_SCALE <= value <= MAX_SCALE:
-        raise ValueError(f"scale must be a number from {1 / MAX_SCALE:g} to {MAX_SCALE:g}, got {value!r:.80}")
+        raise ValueError(
+            f"scale must be a number from {1 / MAX_SCALE:g} to {MAX_SCALE:g}, or {KEEP}, got {value!r:.80}"
+        )
     return float(value)
 
 

@@ -63,8 +63,8 @@ MAY: dict[str, set[str]] = {
 }
 """The rooms of pipelines/, and what each may import. Imports in functions and under TYPE_CHECKING count too."""
 
-MAY_IMPORT_SYSTEM: dict[str, set[str]] = {"instarevive": {"swinir"}}
-"""Systems that a system may import: InstaRevive's coarse restorer is a SwinIR."""
+MAY_IMPORT_SYSTEM: dict[str, set[str]] = {"instarevive": {"swinir", "regressor"}}
+"""Systems that a system may import: InstaRevive's coarse restorer is a SwinIR or a regressor."""
 
 SYSTEM_WORDS = r"(?i)instantir|instarevive|swinir|supir|(?<![a-z])dra(?![a-z])"
 

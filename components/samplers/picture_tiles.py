@@ -5,7 +5,7 @@ The network needs no state between tiles. `tiles.py` is the same for denoisers, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from components.images import pad_to_multiple
 from components.samplers.tiles import gaussian_weights, tile_boxes
 from components.tensors import check_pictures
-from components.types import Cancellation, Cancelled, Image
+from components.types import Box, Cancellation, Cancelled, Image
 
 PictureNetwork = Callable[[Tensor], Tensor]
 """Pictures [1, 3, h, w] in [0, 1] -> the same size, about the same range, not clipped."""
@@ -55,28 +55,58 @@ def restore_in_tiles(
     side = max(multiple, tile_px // multiple * multiple)
     boxes = tile_boxes(rows, columns, (side, side), overlap, multiple)
     weights = gaussian_weights(*boxes[0][2:]).to(torch.float32)[..., None].numpy()
-    result = np.empty_like(padded)
     total = np.zeros((rows, columns, 1), dtype=np.float32)
     for top, left, h, w in boxes:
         total[top : top + h, left : left + w] += weights
+
+    def shares(box: Box) -> np.ndarray:
+        top, left, h, w = box
+        return weights / total[top : top + h, left : left + w]
+
+    result = blend_tiles(network, padded, boxes, shares, like, 1, cancelled, key)
+    return np.ascontiguousarray(result[:height, :width])
+
+
+@torch.inference_mode()
+def blend_tiles(
+    network: PictureNetwork,
+    image: Image,
+    boxes: Sequence[Box],
+    shares: Callable[[Box], np.ndarray],
+    like: Tensor,
+    factor: int = 1,
+    cancelled: Cancelled | None = None,
+    key: str = "",
+) -> Image:
+    """Restore a picture tile by tile, uint8 [H, W, 3] -> [factor H, factor W, 3].
+
+    Args:
+        network: see PictureNetwork; here its result has `factor` times the sides of its input.
+        boxes: tiles that cover the picture, in reading order; those of one row have one top.
+        shares: of each tile in the result, float32 [factor h, factor w, 1]. At every pixel the shares sum to 1.
+        like, cancelled, key: see restore_in_tiles, with its errors.
+    """
+    rows, columns = image.shape[0] * factor, image.shape[1] * factor
+    result = np.empty((rows, columns, 3), dtype=np.uint8)
     strip, strip_top = np.zeros((0, columns, 3), dtype=np.float32), 0
-    for top, left, h, w in boxes:
+    for box in boxes:
         if cancelled is not None and cancelled():
             raise Cancellation("cancelled between two tiles")
+        top, left, h, w = (side * factor for side in box)
         if top > strip_top:  # boxes are in reading order: the rows above are complete
             _write_rows(result, strip[: top - strip_top], strip_top)
             strip, strip_top = strip[top - strip_top :], top
         missing_rows = top + h - strip_top - len(strip)
         if missing_rows > 0:
             strip = np.concatenate([strip, np.zeros((missing_rows, columns, 3), np.float32)])
-        restored = _restore_tile(network, padded[top : top + h, left : left + w], like, key)
-        strip[:h, left : left + w] += restored * (weights / total[top : top + h, left : left + w])
+        restored = _restore_tile(network, image[box[0] : box[0] + box[2], box[1] : box[1] + box[3]], like, key)
+        strip[:h, left : left + w] += restored * shares(box)
     _write_rows(result, strip, strip_top)
-    return np.ascontiguousarray(result[:height, :width])
+    return result
 
 
 def _restore_tile(network: PictureNetwork, image: Image, like: Tensor, key: str) -> np.ndarray:
-    """Restore one tile, uint8 [h, w, 3] -> float32 [h, w, 3] in [0, 1], not clipped."""
+    """Restore one tile, uint8 [h, w, 3] -> float32 of the network's sides, in [0, 1], not clipped."""
     pixels: Tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(like.device)
     restored = network(pixels.to(torch.float32).div(255).to(like.dtype))
     check_pictures(restored, [key])

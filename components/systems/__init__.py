@@ -11,6 +11,7 @@ from components.systems.dra.system import DRA
 from components.systems.instantir.system import INSTANTIR
 from components.systems.instarevive.system import INSTAREVIVE
 from components.systems.prior.system import PRIOR
+from components.systems.regressor.system import REGRESSOR
 from components.systems.supir.system import SUPIR
 from components.systems.swinir.system import SWINIR
 from components.systems.system import System
@@ -28,6 +29,7 @@ SYSTEMS: dict[str, System] = {
     "dra": DRA,
     "swinir": SWINIR,
     "unetres": UNETRES,
+    "regressor": REGRESSOR,
 }
 
 

@@ -99,6 +99,8 @@ class System:
         networks: imports torch and returns the part that needs it.
         check_options: checks and types a request's options without torch; None if it restores nothing by itself.
         restore_defaults: resolved recipe -> default options of its model's restorer; torch-free.
+        own_scale: config of a model -> the result's side over the picture's for `scale=keep`; 1 for networks that keep
+            the size.
         views: the system's own views for captioners, by name; data tasks call them.
         weights: reads and writes the weights that its authors published; None if there are none.
     """
@@ -108,6 +110,7 @@ class System:
     networks: Callable[[], Networks]
     check_options: SystemOptionCheck | None = None
     restore_defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda recipe: {}
+    own_scale: Callable[[Mapping[str, Any]], float] = lambda config: 1.0
     views: Mapping[str, View] = field(default_factory=dict)
     weights: WeightsIO | None = None
 

@@ -35,6 +35,7 @@ class ImportReport:
         sources: the imported files. prior, config: as model.json records them.
         licence, permitted_use: as model.json records them.
         missing: parts that restoring needs and that no file holds.
+        origin: as model.json records it; "" for systems whose published weights have one origin.
         defaults: the restorer's options unless a request names others: the release's, or those of a trained model.
         notes: for people.
     """
@@ -47,6 +48,7 @@ class ImportReport:
     permitted_use: str
     config: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    origin: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -67,7 +69,8 @@ class WeightsCode:
 
     Attributes:
         import_weights: (files, out or None, prior=, image_encoder=, sizes=, name=, licence=, proceed=, progress=)
-            -> ImportReport; `proceed` is called after the checks and before anything is written.
+            -> ImportReport; also origin= if the system takes one. `proceed` is called after the checks and before
+            anything is written.
         export_weights: (model folder, target folder, spelling=, form=, write=) -> ExportReport.
         layout: (prior=, image_encoder=, sizes=) -> every key and shape.
     """
@@ -90,6 +93,7 @@ class WeightsIO:
         licence: of the published files, as their authors state it; "" if there are none.
         spellings: choices of `spelling`, the default first.
         defaults: the release's options of a restoration; an import writes them into its model folder.
+        takes_origin: whether its import records where a file comes from: its weights have many authors.
     """
 
     published: str
@@ -100,6 +104,7 @@ class WeightsIO:
     licence: str = ""
     spellings: tuple[str, ...] = field(default=("released",))
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    takes_origin: bool = False
 
 
 def valid_entries(sidecar: Mapping[str, Any], sources: Sequence[WeightsSource]) -> tuple[dict[str, Any], list[str]]:

@@ -38,6 +38,7 @@ IMPORTS: Mapping[str, tuple[str, str]] = {
     "scipy.ndimage": ("scipy", ""),
     "simplejpeg": ("simplejpeg", ""),
     "skimage": ("scikit-image", ""),
+    "spandrel": ("spandrel", ""),
     "starlette": ("starlette", ""),
     "tokenizers": ("tokenizers", ""),
     "torch": ("torch", ""),

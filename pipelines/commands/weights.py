@@ -50,6 +50,7 @@ def import_command(
         Path | None, typer.Option("--out", "-o", help="The model folder, RESTORAY_HOME/weights/SYSTEM by default.")
     ] = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights, if they are not the published ones.")] = "",
+    origin: Annotated[str, typer.Option(help="Author or address of a file whose system has many authors.")] = "",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -67,6 +68,7 @@ def import_command(
             image_encoder=image_encoder,
             sizes=parse_options(sizes or []),
             licence=licence,
+            origin=origin,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,

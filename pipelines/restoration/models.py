@@ -54,8 +54,8 @@ class OpenedModel:
     def request_options(self, options: Mapping[str, Any], max_output_pixels: int = MAX_OUTPUT_PIXELS) -> Ask:
         """Check options, for all models, and convert them to their types. Raises UsageError for a wrong option."""
         for each in self.siblings:
-            request_options(options, each.check, max_output_pixels)
-        return request_options(options, self.check, max_output_pixels)
+            request_options(options, each.check, max_output_pixels, each.identity.own_scale)
+        return request_options(options, self.check, max_output_pixels, self.identity.own_scale)
 
 
 def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> OpenedModel:
@@ -88,6 +88,7 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
         permitted_use=str(info.get("permitted_use", "unstated")),
         frame=str(recipe.get("prompt") or ""),
         defaults=recipe_defaults(str(info["system"]), recipe),
+        own_scale=system.own_scale(info["config"]) if system is not None else 1.0,
     )
     factory = functools.partial(build_restorer, folder, **(build or {}))
     return OpenedModel(folder=folder, identity=identity, build=dict(build or {}), factory=factory)
@@ -135,10 +136,13 @@ def option_check(system: str, defaults: Mapping[str, Any]) -> OptionCheck:
 
 
 def request_options(
-    options: Mapping[str, Any], check: OptionCheck = dict, max_output_pixels: int = MAX_OUTPUT_PIXELS
+    options: Mapping[str, Any],
+    check: OptionCheck = dict,
+    max_output_pixels: int = MAX_OUTPUT_PIXELS,
+    own_scale: float = 1.0,
 ) -> Ask:
     """Call `parse_ask`; its error becomes a UsageError."""
     try:
-        return parse_ask(options, check, max_output_pixels)
+        return parse_ask(options, check, max_output_pixels, own_scale)
     except ValueError as error:
         raise UsageError(str(error)) from error

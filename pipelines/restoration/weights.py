@@ -61,6 +61,7 @@ def import_weights(
     image_encoder: str = "",
     sizes: Mapping[str, Any] | None = None,
     licence: str = "",
+    origin: str = "",
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress = no_progress,
@@ -72,6 +73,7 @@ def import_weights(
         places: weights files, or folders with them.
         out: the model folder; RESTORAY_HOME/weights/<system> by default.
         prior, image_encoder, sizes, licence: see the system's import.
+        origin: where the file comes from, for a system whose weights have many authors.
         overwrite: replace another model in `out`.
         dry_run: check everything, write nothing.
         progress: passed to the system's import.
@@ -86,6 +88,10 @@ def import_weights(
     weights = weights_of(system)
     sizes = check_sizes(weights, sizes or {})
     files = find_sources(weights, places)
+    if origin and not weights.takes_origin:
+        raise UsageError(
+            f"--origin is for systems whose weights have many authors; those of {system} come as published."
+        )
     folder = out or weights_folder() / system
     from components.models import ModelError
 
@@ -109,6 +115,7 @@ def import_weights(
             licence=licence,
             proceed=proceed,
             progress=progress,
+            **({"origin": origin} if origin else {}),
         )
     except ModelError as error:
         raise Failure(str(error)) from error
@@ -186,6 +193,7 @@ def import_lines(result: ImportReport) -> list[str]:
     ]
     lines += [f"prior: {result.prior['id']}"] if result.prior else []
     lines += [f"licence: {result.licence}", f"permitted use: {result.permitted_use}"]
+    lines += [f"origin: {result.origin}"] if result.origin else []
     if result.defaults:
         lines.append(f"restores with {option_text(result.defaults)}, as it was trained; options of a command go first")
     lines += [f"note: {note}" for note in result.notes]
@@ -241,6 +249,7 @@ def _earlier_import(folder: Path, system: str, plan: ImportReport, overwrite: bo
     settings = {
         "sizes": (model.info["config"], plan.config),
         "licence": (model.info["licence"], plan.licence),
+        "origin": (model.info.get("origin", ""), plan.origin),
         "defaults": (dict(earlier_defaults), dict(plan.defaults)),
     }
     changes = [name for name, (current, new) in settings.items() if current != new]

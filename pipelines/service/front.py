@@ -38,6 +38,7 @@ from components.options import TEXTS, OptionCheck, UnknownOption
 from components.overrides import read_word
 from components.restoring import (
     CHOICES,
+    KEEP,
     MAX_PROMPT_CHARS,
     MAX_SEED,
     SIDES,
@@ -199,7 +200,7 @@ def build_app(
         except ClientDisconnect:
             return Response(status_code=499)  # the client has left, so only the access log shows this status
         chosen = read_model(parameters, models)
-        key, seed, ask = read_parameters(parameters, limits, chosen.check)
+        key, seed, ask = read_parameters(parameters, limits, chosen.check, chosen.identity.own_scale)
         check_picture(data, ask, limits)
         if reference:
             check_picture(reference, None, limits)
@@ -344,7 +345,9 @@ def read_model(parameters: Mapping[str, str], choices: Sequence[Choice]) -> Choi
         raise Refusal(422, "unknown_model", str(error)) from error
 
 
-def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: OptionCheck) -> tuple[str, int, Ask]:
+def read_parameters(
+    parameters: Mapping[str, str], limits: ServeLimits, check: OptionCheck, own_scale: float = 1.0
+) -> tuple[str, int, Ask]:
     """Parse parameters given as text into (key, seed, ask); `ask` holds the validated prompts, size and options.
 
     The parameter "model" is read_model's.
@@ -357,8 +360,9 @@ def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: O
         if name == "model":
             continue
         values[name] = text if PARAMETERS.get(name) is str else read_word(text)
-        if PARAMETERS.get(name) in (int, float) and isinstance(values[name], str):
-            kind = "a number" if name == "scale" else "a whole number"
+        is_keep = name == "scale" and values[name] == KEEP
+        if PARAMETERS.get(name) in (int, float) and isinstance(values[name], str) and not is_keep:
+            kind = f"a number, or {KEEP}" if name == "scale" else "a whole number"
             raise Refusal(422, "bad_parameter", f"{name} must be {kind}, got {text[:40]!r}")
     key = values.pop("key", "picture")
     key = picture_key(key)  # as a batch job makes it, with its folders
@@ -368,7 +372,7 @@ def read_parameters(parameters: Mapping[str, str], limits: ServeLimits, check: O
     if isinstance(seed, bool | float) or not 0 <= seed <= MAX_SEED:
         raise Refusal(422, "bad_parameter", f"seed must be a whole number from 0 to {MAX_SEED}, got {seed}")
     try:
-        return key, seed, parse_ask(values, check, limits.max_output_pixels)
+        return key, seed, parse_ask(values, check, limits.max_output_pixels, own_scale)
     except UnknownOption as error:
         suggestion = did_you_mean(error.name, {*error.choices, *PARAMETERS})
         raise Refusal(422, "unknown_parameter", f"unknown parameter {error.name!r}. {suggestion}") from error

@@ -23,6 +23,9 @@ from components.systems.swinir.weights import network_of as swinir_of
 REQUIRED_KEYS = ("family", "network", "schedule", "prediction", "one_step")
 """Keys that model.json's config must have."""
 
+COARSE_SYSTEMS = ("swinir", "regressor")
+"""Systems whose models can be the coarse restorer."""
+
 
 def generator_config(
     backbone: Backbone, generator: OneStepGenerator, coarse: Mapping[str, str] | None = None
@@ -78,7 +81,7 @@ def load_generator(model: Model, precision: Precision = "fp32") -> OneStepGenera
 
 
 def open_coarse(name: str, digest: str = "", precision: Precision = "fp32") -> Coarse:
-    """A coarse restorer from the model folder of a SwinIR, frozen.
+    """A coarse restorer from the model folder of a SwinIR or of a regressor, frozen.
 
     Args:
         name: a folder, or a name below RESTORAY_HOME/weights.
@@ -88,15 +91,29 @@ def open_coarse(name: str, digest: str = "", precision: Precision = "fp32") -> C
         ModelError: no such model, a model of another system, or another digest.
     """
     model = load_model(name)
-    if model.info["system"] != "swinir":
-        raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a coarse restorer (swinir)")
+    check_coarse(model)
     if digest and model.digest != digest:
         raise ModelError(
             f"coarse restorer {name!r} has digest {model.digest[:12]}, but the generator was trained behind "
             f"{digest[:12]}: bring that one back, or name another with coarse_model"
         )
-    network = swinir_of(model).to(DTYPES[precision]).eval().requires_grad_(False)
-    return Coarse(network, network.config.multiple_px)
+    if model.info["system"] == "swinir":
+        network = swinir_of(model).to(DTYPES[precision]).eval().requires_grad_(False)
+        return Coarse(network, network.config.multiple_px)
+    from components.systems.regressor.network import SameSize, network_of  # brings spandrel
+
+    regressor = network_of(model)
+    if precision in regressor.config.precisions:
+        regressor.to(DTYPES[precision])  # the others stay in float32: the coarse restorer is a small part of the work
+    return Coarse(SameSize(regressor), regressor.config.factor)
+
+
+def check_coarse(model: Model) -> None:
+    """Raises ModelError unless a coarse restorer can be made of a model."""
+    if model.info["system"] not in COARSE_SYSTEMS:
+        raise ModelError(
+            f"{model.path}: holds a {model.info['system']} model, not a coarse restorer ({' or '.join(COARSE_SYSTEMS)})"
+        )
 
 
 def build_restorer(

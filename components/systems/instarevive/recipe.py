@@ -26,7 +26,7 @@ class InstaReviveRecipe(Recipe):
         warm_start: a model folder of InstaRevive with the generator's start weights, for tasks that start from another
             task's; "" for the prior's. Both scores always start from the prior's weights: a one-step generator is a
             poor score network (reference, section 5.1).
-        coarse: model folder of the frozen coarse restorer (swinir) in front; "" for none.
+        coarse: model folder of the frozen coarse restorer (swinir or regressor) in front; "" for none.
         distillation: see Distillation.
         teacher: model folder of any restoration system; "" for none. Its prior replaces `prior` and `family` and starts
             generator and scores. The trained student must pass `gate` against the teacher.

@@ -26,6 +26,7 @@ from components.priors.hub import find_folder
 from components.priors.scheduler_config import read_schedule
 from components.samplers.schedules import schedule_from
 from components.state_dicts import without_prefix
+from components.systems.instarevive.build import check_coarse
 from components.systems.instarevive.network import OneStep, aligning_conv, build_network, check_prediction
 from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, check_sizes
@@ -294,8 +295,7 @@ def _expect(sidecar: Mapping[str, Any], prior: str, sizes: Mapping[str, Any]) ->
     coarse = config.get("coarse")
     if "coarse" in options:
         model = load_model(options["coarse"])
-        if model.info["system"] != "swinir":
-            raise ModelError(f"{model.path}: holds a {model.info['system']} model, not a coarse restorer (swinir)")
+        check_coarse(model)
         coarse = {"id": str(model.path.resolve()), "digest": model.digest}
     merged_config = {
         "family": family,

@@ -56,12 +56,14 @@ def modulated_block(
     picture = _project(block.attn, normed * (1 + scale) + shift, weight, bias)
     added = _project_text(block.attn, text_normed, text_weight, text_bias)
     joined = [torch.cat([picture[part], added[part]], dim=2) for part in range(3)]
-    answer = _merge_heads(F.scaled_dot_product_attention(*joined))
+    answer = _merge_heads(F.scaled_dot_product_attention(joined[0], joined[1], joined[2]))
     length = tokens.shape[1]
     tokens = tokens + gate * block.attn.to_out[0](answer[:, :length])
     if block.use_dual_attention:
         three = _project(block.attn2, normed * (1 + own[7]) + own[6], None, None)
-        tokens = tokens + own[8] * block.attn2.to_out[0](_merge_heads(F.scaled_dot_product_attention(*three)))
+        tokens = tokens + own[8] * block.attn2.to_out[0](
+            _merge_heads(F.scaled_dot_product_attention(three[0], three[1], three[2]))
+        )
     tokens = tokens + gate_ff * block.ff(block.norm2(tokens) * (1 + scale_ff) + shift_ff)
     if last:
         return tokens, text

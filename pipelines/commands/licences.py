@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -164,7 +165,7 @@ def licence_of_package(name: str, installed: Distribution) -> str:
     """The licence of a package: of STATED_ELSEWHERE, or of its metadata."""
     if name in STATED_ELSEWHERE:
         return STATED_ELSEWHERE[name]
-    fields = installed.metadata
+    fields: Any = installed.metadata  # a mapping that typeshed does not describe as one
     if expression := fields.get("License-Expression"):
         return str(expression)
     text = str(fields.get("License") or "").strip()

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from components.priors.conditions import Conditions, SizedConditions
-from components.priors.fast_mmdit import ModulatedBlocks, derive_mmdit, modulated_block
+from components.priors.fast_mmdit import FastMMDiT, ModulatedBlocks, derive_mmdit, modulated_block
 from components.priors.fast_unet import (
     Cache,
     ConditionCache,
     FastAutoencoder,
     GraphCalls,
     Speed,
+    Walkable,
     conditions_embedding,
     derive,
     text_keys,
@@ -68,7 +69,8 @@ class FastDra(FastAutoencoder):
         assert isinstance(network.adapters, UnetAdapters), "a ControlNet has no fast path"
         self.adapters = network.adapters
         if like is not None:
-            self.unet, self.adapter_block = like.unet, like.adapter_block
+            self.unet: Walkable = like.unet
+            self.adapter_block: RunAdapter = like.adapter_block
             self._decode, self._encode = like._decode, like._encode
         else:
             blocks, join = self.speed.blocks(AdapterBlocks()), self.speed.join and not network.lora
@@ -145,7 +147,8 @@ class FastTokenDra(FastAutoencoder):
         assert isinstance(network.adapters, TokenAdapters), "a ControlNet has no fast path"
         self.adapters = network.adapters
         if like is not None:
-            self.mmdit, self.blocks = like.mmdit, like.blocks
+            self.mmdit: FastMMDiT = like.mmdit
+            self.blocks: FastTokenBlocks = like.blocks
             self._decode, self._encode = like._decode, like._encode
         else:
             self.mmdit = derive_mmdit(network.prior.network, self.speed.join and not network.lora, resident)

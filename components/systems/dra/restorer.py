@@ -25,7 +25,7 @@ from components.priors.tiling import step_boxes
 from components.residence import Residence
 from components.systems.dra.bundle import Bundle
 from components.systems.dra.options import SAMPLERS, Options, check_sampler
-from components.systems.dra.steps import Run, steps_of, text_encoders_of
+from components.systems.dra.steps import Run, Steps, steps_of, text_encoders_of
 from components.systems.dra.texts import negative_text
 from components.tensors import images_to_tensor
 from components.types import Cancelled, Image, OnStep, Request, Restored, Restorer
@@ -111,8 +111,8 @@ class DraRestorer(Restorer):
             raise ValueError("offload moves weights: give join=false and graphs=off with it")
         self.device = prior.device if device is None else torch.device(device)
         self.shared = shared
-        like = None if shared is None or shared.like is None else shared.like.steps
-        self.steps = steps_of(self.network, speed, like, resident=shared is not None)
+        like: Steps | None = None if shared is None or shared.like is None else shared.like.steps
+        self.steps: Steps = steps_of(self.network, speed, like, resident=shared is not None)
         groups = {
             "pictures": (prior.autoencoder, *(() if encoder is None else (encoder,))),
             "texts": text_encoders_of(network),

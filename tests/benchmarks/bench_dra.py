@@ -228,7 +228,7 @@ def measure_calls(size: str, side: int, device: str, rounds: int, speed: Any, ca
     for arm, times_s in seconds.items():
         row = {"what": "calls", "size": size, "px": side, "arm": arm, "calls": calls, **summary(times_s, device)}
         row["cost"] = ratio(statistics.median(times_s), statistics.median(seconds["bare"]), 3)
-        row["tflop"] = round(calls * (tflop["bare_tflop"] + (arm != "bare") * tflop["adapters_tflop"]), 4)
+        row["tflop"] = round(calls * (tflop["bare_tflop"] + (arm != "bare") * tflop["adapters_tflop"]), 6)
         if arm != "bare":
             row["difference"] = float((results[arm].float() - exact).abs().max() / exact.abs().max())
         if device == "cuda":

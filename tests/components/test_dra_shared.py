@@ -152,7 +152,7 @@ def test_models_that_do_not_fit_together_are_refused(maps: list[Model], tokens: 
     with pytest.raises(ModelError, match=r"equals .*: name a model once"):
         check_sharing([maps[0], load_model(maps[0].path)])
     supir = untrained.save_untrained("supir", tmp_path / "supir")
-    with pytest.raises(ModelError, match=r"k \(dra\) and untrained \(supir\): .* one system that shares .* \(dra\)"):
+    with pytest.raises(ModelError, match=r"k \(dra\), untrained \(supir\): .* one system that shares .* \(dra\)"):
         build_shared_restorer([maps[0].path, supir.path])
     with pytest.raises(ModelError, match=r"one system that shares"):
         check_sharing([supir, supir])

@@ -141,7 +141,8 @@ def check_model(folder: Path, recorded: Path) -> None:
 
 def check_scores(path: Path, recorded: Path) -> None:
     """Check that both files have the same pictures with the same scores, which the files store rounded."""
-    tolerance = 1e-5 if computes_as_recorded() else SCORE_TOLERANCE
+    # The fixtures' SSIM is pyiqa's, whose sums in float32 are up to 2e-5 off; ours sums in float64.
+    tolerance = 5e-5 if computes_as_recorded() else SCORE_TOLERANCE
     theirs, ours = lines(recorded), lines(path)
     assert len(theirs) == 2 and [row["key"] for row in ours] == [row["key"] for row in theirs]
     for here, there in zip(ours, theirs, strict=True):

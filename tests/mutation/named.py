@@ -532,9 +532,8 @@ ADAPTERS = (
     variants(
         "variants: learns the clean latents", "self.loss(eps, target, timesteps)", "self.loss(eps, clean, timesteps)"
     ),
-    denoiser(
-        "denoiser: the halves change places", "negative, positive = both.chunk(2)", "positive, negative = both.chunk(2)"
-    ),
+    denoiser("noise: halves swapped", "chunk(2)\n        return latents", "chunk(2)[::-1]\n        return latents"),
+    denoiser("velocity: halves swapped", "chunk(2)\n        return guide", "chunk(2)[::-1]\n        return guide"),
     denoiser("denoiser: LQ features of each step", "    @cached_property\n", "    @property\n"),
 )
 

@@ -11,7 +11,7 @@ from components.systems.system import Stage
 
 RegressionLoss = Literal["charbonnier", "log_mse", "l2"]
 
-STAGES = (Stage(name="finetune", version=1, continues=("finetune", "start")),)
+STAGES = (Stage(name="finetune", version=1, continues=("finetune",)),)
 
 
 @dataclass(kw_only=True)

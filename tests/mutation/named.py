@@ -544,7 +544,7 @@ TOKENS = (
         "joins.after_block(number, tokens)",
         "joins.after_block(number - 1, tokens)",
     ),
-    tokens("tokens: times in (0, 1] to the embedding", "times * self.prior.schedule.num_train_timesteps", "times"),
+    tokens("tokens: times in (0, 1] to the embedding", " * self.prior.schedule.num_train_timesteps", ""),
     token_adapters(
         "tokens: adapters before their block",
         "return [self.config.every * (number + 1) - 1 for",
@@ -567,8 +567,8 @@ TOKENS = (
     ),
     flow_denoiser(
         "tokens: guidance is lost",
-        "if self.cfg_scale is None:\n            return self._raw",
-        "if True:\n            return self._raw",
+        "both.chunk(2)\n        return guide(negative, positive, self.cfg_scale)",
+        "both.chunk(2)\n        return positive",
     ),
     control("control: skips in the wrong order", "self._additions.pop()", "self._additions.pop(0)"),
     control(

@@ -84,8 +84,9 @@ def test_every_model_gives_the_bits_that_it_gives_alone(
     if not options:
         assert np.array_equal(restore(shared), expected[models[0].digest])
         with ThreadPoolExecutor(4) as threads:
-            answers = threads.map(lambda digest: restore(shared.of_model(digest)), order)
-        assert all(np.array_equal(answer, expected[digest]) for answer, digest in zip(answers, order, strict=True))
+            often = 8 * order  # a tokenizer used by two threads at once shows in one of some ten pictures
+            answers = threads.map(lambda digest: restore(shared.of_model(digest)), often)
+            assert all(np.array_equal(answer, expected[digest]) for answer, digest in zip(answers, often, strict=True))
 
 
 def storages(modules: list[nn.Module]) -> dict[int, int]:

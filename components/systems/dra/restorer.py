@@ -139,11 +139,11 @@ class DraRestorer(Restorer):
                 since all requests with these options fail with it.
             Cancellation: `cancelled()` returned True.
         """
-        jobs = [self._prepare(index, request) for index, request in enumerate(requests)]
-        batches = list(group_jobs(jobs, lambda job: (job.unpadded.shape, job.options, job.chunks), self.batch_size))
         with self.shared.turn() if self.shared is not None else contextlib.nullcontext():
-            answers = restore_batches(batches, self._run, _info, on_step, cancelled)
-        return answers
+            # tokenizers keep padding and truncation of the latest call, so the texts belong to the turn as well
+            jobs = [self._prepare(index, request) for index, request in enumerate(requests)]
+            batches = list(group_jobs(jobs, lambda job: (job.unpadded.shape, job.options, job.chunks), self.batch_size))
+            return restore_batches(batches, self._run, _info, on_step, cancelled)
 
     def _prepare(self, index: int, request: Request) -> _Job:
         size = check_request(request)

@@ -7,15 +7,71 @@ import os
 import secrets
 import sys
 
+ADDRESS = "RAY_ADDRESS"
+"""Ray's own variable with the address of a cluster; the option --address sets it for one command."""
+
+_before: dict[str, str | None] = {}
+"""The user's values of variables that a local Ray must not have."""
+
+OWN_OF_LOCAL_RAY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
+
+
+def cluster_address() -> str:
+    """Address of the cluster that this process shall join; "" for a Ray of its own."""
+    return os.environ.get(ADDRESS, "").strip()
+
+
+def use_address(address: str | None) -> None:
+    """Let this process join the cluster at an address, as RAY_ADDRESS does; None keeps RAY_ADDRESS as it is.
+
+    The variable is for the whole process, so that every part of a command uses the same Ray. Call it before anything
+    imports Ray.
+    """
+    if address is not None:
+        os.environ[ADDRESS] = address
+        quiet_environment()
+
 
 def quiet_environment() -> None:
-    """Set Ray's environment variables, for this process and its workers. Ray reads them at import."""
+    """Set Ray's environment variables, for this process and its workers. Ray reads them at import.
+
+    A local Ray has a token of its own. A process that joins a cluster has the user's token.
+    """
     # a library of diffusers asks for a kernel that nothing here uses
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
     # A proxy of Ray Serve has 5 s to start by default. On a busy machine its imports take longer.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
+    if cluster_address():
+        _restore_users_values()
+    else:
+        _isolate()
+
+
+def _restore_users_values() -> None:
+    """Undo `_isolate`, and send the user's token to the cluster.
+
+    Ray sends no token to an address unless RAY_AUTH_MODE says so. The file in the user's home is not taken by itself:
+    it is the token of another cluster.
+    """
+    for name, value in _before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _before.clear()
+    has_token = bool(os.environ.get("RAY_AUTH_TOKEN", "").strip()) or holds_text(
+        os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+    )
+    if has_token:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _isolate() -> None:
+    """Let a local Ray listen on loopback only, and answer nobody without this command's token."""
+    for name in OWN_OF_LOCAL_RAY:
+        _before.setdefault(name, os.environ.get(name))
     # Despite its name, this variable makes a local Ray listen on loopback only, on any system. Checked with 2.60: with
     # it all sockets are on 127.0.0.1; without it most are on every address, also with _node_ip_address.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -23,13 +79,13 @@ def quiet_environment() -> None:
     # command has a token of its own, and refuses a caller without it, also where the user's environment disables that.
     os.environ.pop("RAY_AUTH_MODE", None)
     # An empty token, or a file without one, would make Ray take or write the one in the user's home.
-    if not _holds_text(os.environ.get("RAY_AUTH_TOKEN_PATH", "")):
+    if not holds_text(os.environ.get("RAY_AUTH_TOKEN_PATH", "")):
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
         if not os.environ.get("RAY_AUTH_TOKEN", "").strip():
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _holds_text(path: str) -> bool:
+def holds_text(path: str) -> bool:
     """Whether a file exists, can be read and is not blank."""
     try:
         with open(path, "rb") as stream:

@@ -16,7 +16,6 @@ from pipelines.commands import machine
 from pipelines.commands.machine import (
     Finding,
     check_disk,
-    container_memory_left,
     examine,
     exposed_ports,
     finding_lines,
@@ -29,6 +28,7 @@ from pipelines.commands.machine import (
     judge_weights,
     parse_version,
 )
+from pipelines.core.memory import container_memory_left
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.words import Json, Out
+from pipelines.commands.words import Address, Json, Out
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_FAILURE
 
@@ -21,15 +21,20 @@ def doctor(
     memory: Annotated[
         float | None, typer.Option(help="With --model: GiB of the device; the default is this machine's.")
     ] = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Look for problems that would stop a run, with advice for each."""
+    """Look for problems of this machine, or of the cluster at --address, that would stop a run, with advice."""
     from pipelines.commands.machine import examine, finding_lines
 
     if model is not None:
         from pipelines.commands.model_memory import examine_model
 
         findings = examine_model(model, size, memory)
+    elif address is not None:
+        from pipelines.commands.cluster_doctor import examine_cluster
+
+        findings = examine_cluster(out)
     else:
         findings = examine(out)
     failed = any(finding.status == "fail" for finding in findings)

@@ -33,12 +33,14 @@ GPU_KEYS = ("num_gpus", "gpus_per_worker", "gpus_per_captioner")
 def gpu_count() -> float:
     """GPUs that a worker can get: those of the running Ray, else those of this machine that torch can use.
 
-    No limit if this process is going to join a cluster, which it does not know yet.
+    No limit where Ray is a cluster's: placement.check_placement knows its nodes.
     """
+    if cluster_address():
+        return math.inf
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return float(ray.cluster_resources().get("GPU", 0))
-    return math.inf if cluster_address() else float(local_gpu_count())
+    return float(local_gpu_count())
 
 
 def local_gpu_count() -> int:

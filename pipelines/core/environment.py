@@ -61,11 +61,30 @@ def _restore_users_values() -> None:
         else:
             os.environ[name] = value
     _before.clear()
+    if _listens_on_loopback_only(cluster_address()):  # Ray would replace 127.0.0.1 by this machine's outside address
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     has_token = bool(os.environ.get("RAY_AUTH_TOKEN", "").strip()) or holds_text(
         os.environ.get("RAY_AUTH_TOKEN_PATH", "")
     )
     if has_token:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _listens_on_loopback_only(address: str) -> bool:
+    """Whether an address is of this machine's loopback, and its port does not answer at the outside address."""
+    host, _, port = address.rpartition(":")
+    if not (host.startswith("127.") or host == "localhost") or not port.isdigit():
+        return False
+    import socket
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: the system chooses the address of the way there
+            outside = probe.getsockname()[0]
+        with socket.create_connection((outside, int(port)), timeout=1.0):
+            return False
+    except (OSError, OverflowError):
+        return True
 
 
 def _isolate() -> None:

@@ -7,6 +7,7 @@ hold a secret: those belong into the environment of the cluster's processes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import tempfile
@@ -88,8 +89,8 @@ def forwarded(names: Sequence[str]) -> dict[str, str]:
         value = value if equals else os.environ[name]
         if is_secret_variable(name) or holds_secret(value):
             raise UsageError(
-                f"--env {name} sounds secret, and Ray writes a job's variables to its logs: put it into the environment "
-                "of the cluster's processes (in Kubernetes: a Secret)."
+                f"--env {name} sounds secret, and Ray writes a job's variables to its logs: put it into the "
+                "environment of the cluster's processes (in Kubernetes: a Secret)."
             )
         values[name] = value
     return values
@@ -110,6 +111,7 @@ def connect(address: str) -> JobSubmissionClient:
 
     if not address:
         raise UsageError("submit needs the address of a cluster: --address http://HEAD:8265, or RAY_ADDRESS.")
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # we report ourselves
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:

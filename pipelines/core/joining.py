@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import socket
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 from components.secrets import scrubbed
 from pipelines.core.environment import ADDRESS, cluster_address
 from pipelines.core.errors import Failure, UsageError
-from pipelines.core.ray_output import ray_output_in
+from pipelines.core.ray_output import DRIVER_LOG, ray_output_in
 from pipelines.core.ray_watch import ray_processes
 from pipelines.core.shipping import code_environment
+
+_REFUSED = re.compile(r"(?i)unauthenticated|auth\w* token|invalid token")
 
 CONNECT_S = 20.0
 """Time for the cluster's port to answer. Without this check Ray itself tries for minutes."""
@@ -64,7 +67,8 @@ def _connect(address: str, folder: Path) -> None:
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:  # Ray raises these without a class of their own
         reason = scrubbed(" ".join(str(error).split())[:300], {})
-        if "token" in reason.lower() or "unauthenticated" in reason.lower():
+        log = (folder / DRIVER_LOG).read_text(errors="replace")  # Ray's C++ part alone knows the reason
+        if _REFUSED.search(reason) or _REFUSED.search(log):
             raise UsageError(
                 f"the cluster at {address} refuses this token: RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN must be the "
                 "cluster's."

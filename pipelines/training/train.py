@@ -72,6 +72,7 @@ def train(
     from pipelines.training.worker import worker
 
     begin, cwd = time.time(), Path.cwd()
+    out, inputs = out.absolute(), inputs.absolute()  # another node may not have this folder
     check_inputs(recipe, inputs)
     out.mkdir(parents=True, exist_ok=True)
     placement = recipe.placement

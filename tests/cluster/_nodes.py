@@ -36,6 +36,7 @@ def main(folder: str, *cpus: str) -> None:
         os.chdir(place / "work")
         options: dict[str, Any] = {"num_cpus": int(count), "object_store_memory": 200 << 20}
         options["labels"] = {"group": "head" if number == 0 else "worker", "number": str(number)}
+        options["dashboard_agent_listen_port"] = free_port()  # the usual one may be another Ray's
         if number == 0:
             options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
         nodes.append(cluster.add_node(**options))

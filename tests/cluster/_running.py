@@ -78,7 +78,7 @@ def running_nodes(folder: Path, *cpus: int) -> Iterator[Nodes]:
     with (folder / "nodes.err").open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, str(NODES), str(folder), *map(str, cpus)],
-            env={**environment(RAY_raylet_start_wait_time_s="240"), **variables},
+            env={**environment(RAY_raylet_start_wait_time_s="600"), **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -69,8 +70,9 @@ def submit(
         names = ", ".join(job.environment) or "none"
         console.result(document, [job.entrypoint, f"variables: {names}; files besides the code: {files}"])
         return
-    use_address(address or cluster_address())
-    client = jobs.connect(address or cluster_address())
+    place = address or os.environ.get(jobs.API_ADDRESS, "") or cluster_address()
+    use_address(place or None)
+    client = jobs.connect(place)
     if stop is not None:
         client.stop_job(stop)
         console.result({"job": stop, "stopped": True}, [f"{stop} is being stopped"])

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 PROGRAM = ("python", "-m", "pipelines.commands.main")
 """Starts the code that travels with the job, whatever is installed on the node."""
 
-FORWARDED = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "RESTORAY_HOME", "TOKENIZERS_PARALLELISM")
+FORWARDED = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 """Variables without secrets that a job gets when this command has them."""
 
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+API_ADDRESS = "RAY_API_SERVER_ADDRESS"
+"""Ray's own variable with the address of the job server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,7 @@ def connect(address: str) -> JobSubmissionClient:
 
     if not address:
         raise UsageError("submit needs the address of a cluster: --address http://HEAD:8265, or RAY_ADDRESS.")
+    os.environ.pop(API_ADDRESS, None)  # Ray would prefer it to our address
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # we report ourselves
     try:
         return JobSubmissionClient(address)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.options import OptionCheck
+from components.places import on_this_machine
 from components.restoring import MAX_OUTPUT_PIXELS, Ask, Identity, parse_ask
 from components.systems import SYSTEMS, build_restorer
 from components.types import Restorer
@@ -75,8 +76,13 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
         frame=str(recipe.get("prompt") or ""),
         defaults=recipe_defaults(str(info["system"]), recipe),
     )
-    factory = functools.partial(build_restorer, folder, **(build or {}))
+    factory = functools.partial(_build_restorer, folder, **(build or {}))
     return OpenedModel(folder=folder, identity=identity, build=dict(build or {}), factory=factory)
+
+
+def _build_restorer(folder: Path, **build: Any) -> Restorer:
+    """Build a restorer in a worker, perhaps on another machine."""
+    return build_restorer(on_this_machine(folder), **build)
 
 
 def recipe_defaults(system: str, recipe: Mapping[str, Any]) -> Mapping[str, Any]:

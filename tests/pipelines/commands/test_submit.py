@@ -43,7 +43,8 @@ def refusal(*words: str) -> str:
 )
 def test_what_cannot_work_is_refused_here(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", jobs.API_ADDRESS):
+        monkeypatch.delenv(name, raising=False)
     text = refusal(*words)
     assert message in text and "abc" not in text and "hf_0123" not in text and "word" not in text.partition(" holds")[2]
 
@@ -51,9 +52,9 @@ def test_what_cannot_work_is_refused_here(words: list[str], message: str, monkey
 def test_a_dry_run_shows_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.yaml").write_text("x: 1")
     (tmp_path / ".netrc").write_text("secret")
-    monkeypatch.setenv("RESTORAY_HOME", "/data/home")
+    monkeypatch.setenv("RESTORAY_HOME", "/data/home")  # a place of this machine, unless it is named
     words = ["restore", "/in put", "-o", "/out", "--prompts", "mine.yaml", "prompt=a fox"]
-    options = ["--working-dir", str(tmp_path), "--env", "MODE=fast", "--dry-run", "--json"]
+    options = ["--working-dir", str(tmp_path), "--env", "MODE=fast", "--env", "RESTORAY_HOME", "--dry-run", "--json"]
     result = CliRunner().invoke(build_app(), ["submit", *options, "--", *words])
     document = json.loads(result.output)
     assert shlex.split(document["entrypoint"]) == ["python", "-m", "pipelines.commands.main", *words]

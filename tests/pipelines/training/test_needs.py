@@ -11,7 +11,7 @@ from pipelines.training.train import store_mib, worker_needs
 
 
 def test_the_papers_dcp_needs_576_mib_a_rank() -> None:
-    """2 tasks run at a time, and 2 wait: tasks of 48 rows of 3 MiB, 6 blocks of a micro-batch of 8."""
+    """Two tasks run and two wait, each of 24 rows of 6 MiB: hq and lq, six blocks of half a micro-batch."""
     assert store_mib(load_recipe("instantir-dcp", [])) == 576.0
     assert store_mib(load_recipe("instantir-dcp", ["placement.workers=8"])) == 8 * 576.0
 

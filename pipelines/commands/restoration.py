@@ -34,6 +34,7 @@ from pipelines.commands.words import (
 from pipelines.core.console import Console
 from pipelines.core.devices import check_device
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
+from pipelines.core.placement import read_needs
 
 
 def restore(
@@ -72,7 +73,6 @@ def restore(
     """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
     from pipelines.core.cluster import running_ray
     from pipelines.core.pictures import list_pictures
-    from pipelines.core.placement import read_needs
     from pipelines.core.pool import Pool
     from pipelines.restoration.batch import RestoreJob, restore_folder
     from pipelines.restoration.models import open_model
@@ -126,7 +126,6 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: POST /v1/restore and GET /health."""
     from pipelines.core.cluster import running_ray
-    from pipelines.core.placement import read_needs
     from pipelines.restoration.models import open_model
     from pipelines.runs.registry import local_model
     from pipelines.service.front import ServeLimits

@@ -13,6 +13,7 @@ import typer
 
 from pipelines.commands.words import DryRun, Json
 from pipelines.core.console import Console
+from pipelines.core.environment import JOBS_ADDRESS, cluster_address, use_address
 from pipelines.core.errors import UsageError, unknown
 
 LOCAL_ONLY = ("submit", "doctor")
@@ -46,8 +47,9 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Run a command on a Ray cluster as a job. Its code travels along, and data and weights stay where they are."""
-    from pipelines.core import jobs
-    from pipelines.core.environment import cluster_address, use_address
+    place = address or os.environ.get(JOBS_ADDRESS, "") or cluster_address()
+    use_address(place or None)
+    from pipelines.core import jobs  # imports Ray, which reads its variables
 
     console = Console(silent=as_json)
     words = list(command or [])
@@ -70,8 +72,6 @@ def submit(
         names = ", ".join(job.environment) or "none"
         console.result(document, [job.entrypoint, f"variables: {names}; files besides the code: {files}"])
         return
-    place = address or os.environ.get(jobs.API_ADDRESS, "") or cluster_address()
-    use_address(place or None)
     client = jobs.connect(place)
     if stop is not None:
         client.stop_job(stop)
@@ -119,6 +119,8 @@ def check_command(context: typer.Context, words: Sequence[str], working_dir: Pat
     while hasattr(verb, "commands") and rest and rest[0] in verb.commands:
         verb, rest = verb.commands[rest[0]], rest[1:]
     with verb.make_context(words[0], list(rest), parent=parent, resilient_parsing=False) as parsed:
+        if parsed.params.get("address"):
+            raise UsageError("a job joins the cluster on which it runs: leave --address out of its command.")
         for parameter in verb.params:
             value = parsed.params.get(parameter.name)
             if parameter.name == "inputs":  # NAME=FOLDER

@@ -7,15 +7,6 @@ from typing import Annotated
 
 import typer
 
-from pipelines.core.environment import use_address
-
-
-def join(address: str | None) -> str | None:
-    """The callback of --address: the command joins the cluster there."""
-    use_address(address)
-    return address
-
-
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes settings for this run only.")
 ]
@@ -25,9 +16,7 @@ Images = Annotated[Path | None, typer.Option("--images", help="Your own folder o
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and do nothing.")]
 Address = Annotated[
     str | None,
-    typer.Option(
-        "--address", callback=join, help="Join the Ray cluster at HOST:PORT, or auto; RAY_ADDRESS does the same."
-    ),
+    typer.Option("--address", help="Join the Ray cluster at HOST:PORT, or auto; RAY_ADDRESS does the same."),
 ]
 Placement = Annotated[
     list[str] | None,

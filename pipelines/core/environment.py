@@ -10,6 +10,13 @@ import sys
 ADDRESS = "RAY_ADDRESS"
 """Ray's own variable with the address of a cluster; the option --address sets it for one command."""
 
+JOBS_ADDRESS = "RAY_API_SERVER_ADDRESS"
+"""Ray's own variable with the address of a cluster's job server."""
+
+LISTEN = "0A"
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+"""127.0.0.1 and ::1 in the kernel's tables of sockets."""
+
 _before: dict[str, str | None] = {}
 """The user's values of variables that a local Ray must not have."""
 
@@ -71,20 +78,23 @@ def _restore_users_values() -> None:
 
 
 def _listens_on_loopback_only(address: str) -> bool:
-    """Whether an address is of this machine's loopback, and its port does not answer at the outside address."""
+    """Whether an address is of this machine's loopback, and its port listens at no other address.
+
+    Read from the kernel's tables of sockets: the modules for sockets are slow to import.
+    """
     host, _, port = address.rpartition(":")
     if not (host.startswith("127.") or host == "localhost") or not port.isdigit():
         return False
-    import socket
-
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: the system chooses the address of the way there
-            outside = probe.getsockname()[0]
-        with socket.create_connection((outside, int(port)), timeout=1.0):
-            return False
-    except (OSError, OverflowError):
-        return True
+    places = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/net/{table}", encoding="ascii") as stream:
+                rows = [line.split() for line in stream.readlines()[1:]]
+        except OSError:
+            continue
+        listening = (row[1].split(":") for row in rows if row[3] == LISTEN)
+        places |= {place for place, number in listening if int(number, 16) == int(port)}
+    return bool(places) and places <= LOOPBACK
 
 
 def _isolate() -> None:

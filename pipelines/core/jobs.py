@@ -14,23 +14,21 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
 
 from components.secrets import HIDDEN, holds_secret, is_secret_variable, redacted, scrubbed
+from pipelines.core.environment import JOBS_ADDRESS
 from pipelines.core.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, Failure, UsageError
 from pipelines.core.shipping import MAX_CODE_MIB, files_below, write_code
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
 
 PROGRAM = ("python", "-m", "pipelines.commands.main")
 """Starts the code that travels with the job, whatever is installed on the node."""
 
 FORWARDED = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 """Variables without secrets that a job gets when this command has them."""
-
-API_ADDRESS = "RAY_API_SERVER_ADDRESS"
-"""Ray's own variable with the address of the job server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +105,9 @@ def connect(address: str) -> JobSubmissionClient:
         UsageError: no address is named, or the cluster refuses the token.
         Failure: no job server answers.
     """
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
     if not address:
         raise UsageError("submit needs the address of a cluster: --address http://HEAD:8265, or RAY_ADDRESS.")
-    os.environ.pop(API_ADDRESS, None)  # Ray would prefer it to our address
+    os.environ.pop(JOBS_ADDRESS, None)  # Ray would prefer it to our address
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # we report ourselves
     try:
         return JobSubmissionClient(address)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_memory() -> int:
     """Bytes that this process may still use: those of the machine, or of its container if it has fewer."""
-    import psutil
-
     available, left = int(psutil.virtual_memory().available), container_memory_left(CGROUP)
     return available if left is None else min(available, left)
 

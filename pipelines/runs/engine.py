@@ -29,6 +29,7 @@ from pipelines.runs.report import write_report
 from pipelines.runs.stages import VERBS
 from pipelines.runs.tracking import DATABASE, store_uri
 from pipelines.runs.verb import StageContext, Verb
+from pipelines.training.train import store_mib
 
 PLAN_FORMAT = 1
 
@@ -134,8 +135,6 @@ def run_stages(plan: Plan, result: PlanResult, options: RunOptions) -> None:
 
 def store_need(records: Sequence[StageRecord]) -> float:
     """MiB of the object store that the trainings of a run need, one after the other."""
-    from pipelines.training.train import store_mib
-
     recipes = [record.stage.recipe for record in records if record.state != "done" and record.stage.recipe is not None]
     return max((store_mib(recipe) for recipe in recipes), default=0.0)
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.commands.main import build_app
-from pipelines.core import jobs
+from pipelines.core import environment, jobs
 from pipelines.core.errors import UsageError
 
 
@@ -43,7 +43,7 @@ def refusal(*words: str) -> str:
 )
 def test_what_cannot_work_is_refused_here(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
-    for name in ("RAY_ADDRESS", jobs.API_ADDRESS):
+    for name in ("RAY_ADDRESS", environment.JOBS_ADDRESS):
         monkeypatch.delenv(name, raising=False)
     text = refusal(*words)
     assert message in text and "abc" not in text and "hf_0123" not in text and "word" not in text.partition(" holds")[2]

@@ -25,7 +25,7 @@ from pipelines.core.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, Failu
 from pipelines.core.shipping import MAX_CODE_MIB, files_below, write_code
 
 PROGRAM = ("python", "-m", "pipelines.commands.main")
-"""Starts the code that travels with the job, whatever is installed on the node."""
+"""Starts the code that travels with the job, by the Python on the head node's PATH, which has the lock's packages."""
 
 FORWARDED = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 """Variables without secrets that a job gets when this command has them."""
@@ -108,7 +108,8 @@ def connect(address: str) -> JobSubmissionClient:
     if not address:
         raise UsageError("submit needs the address of a cluster: --address http://HEAD:8265, or RAY_ADDRESS.")
     os.environ.pop(JOBS_ADDRESS, None)  # Ray would prefer it to our address
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # we report ourselves
+    for name in ("dashboard_sdk", "job.sdk"):  # we report ourselves
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:

@@ -23,7 +23,15 @@ COMMAND_TIMEOUT_S = 800  # a busy machine takes minutes for the imports of a few
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a user who has the cluster's token; no address."""
-    values = {**os.environ, "PYTHONPATH": str(TOP), "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": TOKEN, **more}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job starts "python"
+    values = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(TOP),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_TOKEN": TOKEN,
+        **more,
+    }
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         values.pop(name, None)
     return values

@@ -16,7 +16,7 @@ from pipelines.commands.support import (
     plain,
     yaml_text,
 )
-from pipelines.commands.words import DryRun, Images, Json, Out, Overrides
+from pipelines.commands.words import Address, DryRun, Images, Json, Out, Overrides
 from pipelines.core.console import Console
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
@@ -36,11 +36,12 @@ def curate(
         float | None, typer.Option(min=0.000001, help="Refuse larger files: filters.max_file_mib in megabytes.")
     ] = None,
     dry_run: DryRun = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Curate pictures of any source into shards with an index, a manifest, a quarantine and a report."""
     from components.corpora import shown_spec
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
     from pipelines.corpus.catalogue import check_paths, load_spec
     from pipelines.curation.curate import curate as curate_corpus
     from pipelines.curation.select import thresholds
@@ -63,7 +64,7 @@ def curate(
         check_paths(resolved, argument=spec)
     check_sources(resolved, out)  # a folder without pictures fails here, before Ray starts
     check_gpus(resolved)
-    with local_ray(), console.bar("curate") as progress:
+    with running_ray(), console.bar("curate") as progress:
         result = curate_corpus(resolved, out, progress=progress)
     end_curation(result, out, console)
 
@@ -103,10 +104,11 @@ def caption(
     engine: Annotated[
         str, typer.Option(help="Engine: transformers, or vllm if that extra is installed.")
     ] = "transformers",
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Caption a corpus; KEY=VALUE sets prompt, max_tokens, batch_size, workers, num_gpus, revision or overwrite."""
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
     from pipelines.corpus.columns.captions import CaptionOptions, caption_corpus
     from pipelines.corpus.shards import open_corpus
 
@@ -114,7 +116,7 @@ def caption(
     spec = caption_spec(model, overrides or [])
     open_corpus(corpus)
     check_gpus(spec)
-    with local_ray(), console.bar("caption") as progress:
+    with running_ray(), console.bar("caption") as progress:
         result = caption_corpus(corpus, spec, name, CaptionOptions(engine=engine), progress)
     captioned = result.samples - result.given - result.quarantined
     counts = f"{captioned} captioned, {result.given} came with the corpus, {result.quarantined} quarantined"
@@ -132,6 +134,7 @@ def replay(
         list[str] | None, typer.Option("--code", help="Only pictures with this reason; may be repeated.")
     ] = None,
     listing: Annotated[bool, typer.Option("--list", help="Only count the reasons.")] = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Try the quarantined pictures of a corpus again, and only those."""
@@ -144,8 +147,8 @@ def replay(
         console.result(reasons, [f"{count:>8}  {code}" for code, count in reasons.items()] or ["nothing"])
         return
     check_gpus(saved_spec(corpus, overrides or []))
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
 
-    with local_ray(), console.bar("replay") as progress:
+    with running_ray(), console.bar("replay") as progress:
         result = replay_quarantine(corpus, codes or (), progress=progress, overrides=overrides or [])
     end_curation(result, corpus, console)

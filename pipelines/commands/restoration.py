@@ -22,16 +22,19 @@ from pipelines.commands.support import (
 )
 from pipelines.commands.words import (
     SHIPPED_MODEL,
+    Address,
     Json,
     MaxMegabytes,
     MaxMegapixels,
     ModelsOption,
     Overrides,
+    Placement,
     RequiredOut,
 )
 from pipelines.core.console import Console
 from pipelines.core.devices import check_device
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
+from pipelines.core.placement import read_needs
 
 
 def restore(
@@ -69,10 +72,12 @@ def restore(
     precision: Precision = "fp32",
     compile_mode: Compile = "off",
     offload: Offload = False,
+    placement: Placement = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
     from pipelines.core.pictures import list_pictures
     from pipelines.core.pool import Pool
     from pipelines.restoration.batch import RestoreJob, restore_folder
@@ -83,6 +88,7 @@ def restore(
 
     console = Console(silent=as_json)
     check_device(device)
+    needs = read_needs(placement or [])
     options, build = parse_options(overrides or []), build_options(device, precision, compile_mode, offload)
     sources, _ = list_pictures(source, out)
     if captioner is None and caption_view != AUTO:
@@ -109,8 +115,9 @@ def restore(
         limits=limits,
         routes=read_routes(routes, sources, source, opened.choices) if routes is not None else None,
     )
-    with local_ray(), console.bar("restore") as progress:
-        result = restore_folder(opened, source, out, job, Pool(num_gpus=float(device == "cuda")), progress)
+    pool = Pool(num_gpus=float(device == "cuda")).placed(needs)
+    with running_ray(), console.bar("restore") as progress:
+        result = restore_folder(opened, source, out, job, pool, progress)
     line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
     lines = [f"{result.unprompted} of {len(sources)} pictures have no line in {prompts}"] if result.unprompted else []
     console.result(plain(result), [line, *lines])
@@ -129,15 +136,18 @@ def serve(
     precision: Precision = "fp32",
     compile_mode: Compile = "off",
     offload: Offload = False,
+    placement: Placement = None,
+    address: Address = None,
 ) -> None:
     """Serve a model over HTTP: POST /v1/restore and GET /health. Of several models a request names one: model=NAME."""
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
     from pipelines.restoration.models import open_models
     from pipelines.runs.registry import local_model
     from pipelines.service.front import ServeLimits
     from pipelines.service.serve import serve as serve_model
 
     check_device(device)
+    needs = read_needs(placement or [])
     build = build_options(device, precision, compile_mode, offload)
     limits, defaults = picture_limits(max_megapixels, max_megabytes), ServeLimits()
     usual = max_megabytes is None and limits.max_pixels <= defaults.max_input_pixels
@@ -147,7 +157,7 @@ def serve(
         max_output_pixels=max(defaults.max_output_pixels, limits.max_pixels),
     )
     opened = open_models([local_model(model) for model in models or [SHIPPED_MODEL]], build)
-    with local_ray():
+    with running_ray():
         serve_model(
             opened,
             host=host,
@@ -155,4 +165,5 @@ def serve(
             on_ready=lambda url: typer.echo(f"ready: {url}"),
             limits=serve_limits,
             num_gpus=float(device == "cuda"),
+            needs=needs,
         )

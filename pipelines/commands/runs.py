@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.support import complete_plan, plan_lines
-from pipelines.commands.words import DryRun, Images, Json, Out, Overrides
+from pipelines.commands.words import Address, DryRun, Images, Json, Out, Overrides
 from pipelines.core.console import Console
 from pipelines.core.errors import UsageError
 
@@ -18,6 +18,7 @@ def demo(
     out: Out = None,
     images: Images = None,
     dry_run: DryRun = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Run the demo plan on real photographs. This is the same as `restoray run demo`."""
@@ -33,6 +34,7 @@ def run(
         float, typer.Option(min=0, help="End a training at its first checkpoint after this time; 0 for no limit.")
     ] = 0,
     dry_run: DryRun = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Run the stages of a plan in order. Finished stages are skipped, and an interrupted stage continues."""

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from components.options import TEXTS
 from pipelines.core.console import Console
+from pipelines.core.environment import use_address
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError, unknown
 from pipelines.core.home import shipped_files
 
@@ -47,7 +48,7 @@ Offload = Annotated[
 
 
 class Command(TyperCommand):
-    """A command that answers a mistyped option with the nearest option's name."""
+    """A command that answers a mistyped option with the nearest option's name, and joins the cluster of --address."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the command."""
@@ -63,6 +64,7 @@ class Command(TyperCommand):
             ) from error
         if any(text == "" or re.fullmatch("--[a-z-]+=", text) for text in given):
             _refuse_empty_paths(ctx.params)
+        use_address(ctx.params.get("address"))
         return rest
 
 

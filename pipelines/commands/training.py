@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.support import complete_recipe, input_folders, plain, yaml_text
-from pipelines.commands.words import DryRun, Json, Out, Overrides
+from pipelines.commands.words import Address, DryRun, Json, Out, Overrides
 from pipelines.core.console import Console
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import UsageError, unknown
@@ -25,6 +25,7 @@ def train(
         ),
     ] = None,
     dry_run: DryRun = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Train one stage from its recipe."""
@@ -38,14 +39,15 @@ def train(
         return
     if out is None:
         raise UsageError("train needs --out FOLDER (or --dry-run).")
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
     from pipelines.runs.one_training import train_folder, train_inputs, train_one
     from pipelines.training.inputs import check_inputs
+    from pipelines.training.train import store_mib
 
     folders = train_inputs(input_folders(inputs or []))
     check_inputs(resolved, folders)
     check_gpus(resolved)
-    with train_folder(resolved, folders, out), local_ray(), console.bar(resolved.name) as progress:
+    with train_folder(resolved, folders, out), running_ray(store_mib(resolved)), console.bar(resolved.name) as progress:
         result = train_one(resolved, folders, out, progress)
     lines = [f"model: {result.model}"]
     if resolved.teacher:  # the student has passed its gate, otherwise train_one would have raised

@@ -14,6 +14,18 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the
 RequiredOut = Annotated[Path, typer.Option("--out", "-o", help="The folder of the results.")]
 Images = Annotated[Path | None, typer.Option("--images", help="Your own folder of photographs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and do nothing.")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="Join the Ray cluster at HOST:PORT, or auto; RAY_ADDRESS does the same."),
+]
+Placement = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--placement",
+        metavar="KEY=VALUE",
+        help="Needs of the workers: workers, cpus, gpus, memory_gib, resources.NAME, labels.NAME, wait_minutes.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and no progress.")]
 MaxMegapixels = Annotated[
     float, typer.Option("--max-megapixels", min=0.000001, help="Refuse inputs with more megapixels.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.options import OptionCheck
+from components.places import on_this_machine
 from components.restoring import MAX_OUTPUT_PIXELS, Ask, Identity, parse_ask
 from components.systems import SYSTEMS, build_restorer
 from components.systems.sharing import build_shared_restorer, check_sharing
@@ -90,7 +91,7 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
         defaults=recipe_defaults(str(info["system"]), recipe),
         own_scale=system.own_scale(info["config"]) if system is not None else 1.0,
     )
-    factory = functools.partial(build_restorer, folder, **(build or {}))
+    factory = functools.partial(_build_restorer, folder, **(build or {}))
     return OpenedModel(folder=folder, identity=identity, build=dict(build or {}), factory=factory)
 
 
@@ -114,8 +115,18 @@ def open_models(models: Sequence[str | Path], build: Mapping[str, Any] | None = 
         check_sharing([load_model(folder) for folder in folders])
     except ModelError as error:
         raise UsageError(str(error)) from error
-    factory = functools.partial(build_shared_restorer, folders, **(build or {}))
+    factory = functools.partial(_build_together, folders, **(build or {}))
     return replace(first, factory=factory, siblings=tuple(others))
+
+
+def _build_restorer(folder: Path, **build: Any) -> Restorer:
+    """Build a restorer in a worker, perhaps on another machine."""
+    return build_restorer(on_this_machine(folder), **build)
+
+
+def _build_together(folders: Sequence[Path], **build: Any) -> Restorer:
+    """Build restorers that share a prior in a worker, perhaps on another machine."""
+    return build_shared_restorer([on_this_machine(folder) for folder in folders], **build)
 
 
 def recipe_defaults(system: str, recipe: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from components.writing import replace_file
-from pipelines.core.cluster import local_ray
+from pipelines.core.cluster import running_ray
 from pipelines.core.console import Console
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
@@ -29,6 +29,7 @@ from pipelines.runs.report import write_report
 from pipelines.runs.stages import VERBS
 from pipelines.runs.tracking import DATABASE, store_uri
 from pipelines.runs.verb import StageContext, Verb
+from pipelines.training.train import store_mib
 
 PLAN_FORMAT = 1
 
@@ -119,7 +120,7 @@ def run_stages(plan: Plan, result: PlanResult, options: RunOptions) -> None:
                 tracking = stack.enter_context(RunTracking(result.run_dir, plan.name))
                 result.tracking = tracking.location
             if options.verbs[stage.verb].uses_ray and not ray_runs:
-                stack.enter_context(local_ray())
+                stack.enter_context(running_ray(store_need(result.stages)))
                 ray_runs = True
             resumes = (result.run_dir / stage.folder).exists()
             options.console.say(f"{title}: {'continues' if resumes else 'starts'} in {stage.folder}")
@@ -130,6 +131,12 @@ def run_stages(plan: Plan, result: PlanResult, options: RunOptions) -> None:
             tracking = stack.enter_context(RunTracking(result.run_dir, plan.name))
         if tracking is not None:
             tracking.publish(result)
+
+
+def store_need(records: Sequence[StageRecord]) -> float:
+    """MiB of the object store that the trainings of a run need, one after the other."""
+    recipes = [record.stage.recipe for record in records if record.state != "done" and record.stage.recipe is not None]
+    return max((store_mib(recipe) for recipe in recipes), default=0.0)
 
 
 def run_one(

@@ -15,6 +15,7 @@ from components.options import TEXTS
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError, unknown
 from pipelines.core.home import shipped_files
+from pipelines.core.places.addresses import refuse_address
 
 if TYPE_CHECKING:
     from components.corpora import CaptionSpec
@@ -63,6 +64,8 @@ class Command(TyperCommand):
             ) from error
         if any(text == "" or re.fullmatch("--[a-z-]+=", text) for text in given):
             _refuse_empty_paths(ctx.params)
+        if any(":/" in text for text in given):
+            _refuse_addresses(ctx.params)
         return rest
 
 
@@ -71,6 +74,14 @@ def _refuse_empty_paths(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if Path() in (value if isinstance(value, list) else [value]):
             raise UsageError(f'the path of {name} is empty; "." names this folder.')
+
+
+def _refuse_addresses(values: Mapping[str, Any]) -> None:
+    """A store's address in the place of a path would become a folder called "s3:"."""
+    for name, value in values.items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                refuse_address(path, name)
 
 
 def picture_limits(max_megapixels: float, max_megabytes: float | None) -> Limits:
@@ -138,6 +149,7 @@ def input_folders(inputs: Sequence[str]) -> dict[str, Path]:
         name, equals, folder = pair.partition("=")
         if not equals or not name:
             raise UsageError(f'--input "{pair}" is not NAME=FOLDER.')
+        refuse_address(folder, f"--input {name}")
         if not Path(folder).is_dir():
             raise UsageError(f"--input {name}: there is no folder {folder}.")
         folders[name] = Path(folder)

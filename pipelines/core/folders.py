@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.core.errors import Failure, RetryLater
+from pipelines.core.places.addresses import refuse_address
 
 LOCK_NAME = ".lock"
 
@@ -21,7 +22,9 @@ def check_output(out: Path, free_mib: int) -> None:
 
     Raises:
         Failure: the folder cannot be created or written, or less than `free_mib` MiB are free.
+        UsageError: the folder is the address of a store.
     """
+    refuse_address(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe.{os.getpid()}"
@@ -41,7 +44,9 @@ def folder_lock(out: Path) -> Iterator[None]:
     Raises:
         RetryLater: another process has the lock; the message names it.
         Failure: the folder cannot be created or written.
+        UsageError: the folder is the address of a store.
     """
+    refuse_address(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / LOCK_NAME).open("a+b", buffering=0)

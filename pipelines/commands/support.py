@@ -29,6 +29,9 @@ COMPILE_MODES = ("off", "autoencoder", "blocks", "whole")
 MAX_LIMIT = 1e9
 """Largest value of --max-megapixels and --max-megabytes; ours, far above any picture."""
 
+PLACES = frozenset({"images", "out", "reference", "source"})
+"""Parameters that may be an address in a store, where a command takes them as a text."""
+
 Device = Annotated[str, typer.Option(help="Device of the networks: cpu, or cuda for a GPU.")]
 
 Precision = Annotated[str, typer.Option(help="Precision of the weights: fp32, bf16, fp16; fp8 for some systems.")]
@@ -72,7 +75,7 @@ class Command(TyperCommand):
 def _refuse_empty_paths(values: Mapping[str, Any]) -> None:
     """A path from an empty variable ("--out $OUT") would name the working directory."""
     for name, value in values.items():
-        if Path() in (value if isinstance(value, list) else [value]):
+        if Path() in (value if isinstance(value, list) else [value]) or (value == "" and name in PLACES):
             raise UsageError(f'the path of {name} is empty; "." names this folder.')
 
 

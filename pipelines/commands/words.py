@@ -12,6 +12,9 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the results.")]
 RequiredOut = Annotated[Path, typer.Option("--out", "-o", help="The folder of the results.")]
+RequiredPlace = Annotated[
+    str, typer.Option("--out", "-o", help="The folder of the results, here or in a store: s3://bucket/folder.")
+]
 Images = Annotated[Path | None, typer.Option("--images", help="Your own folder of photographs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and no progress.")]

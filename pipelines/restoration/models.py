@@ -12,7 +12,10 @@ from components.options import OptionCheck
 from components.restoring import MAX_OUTPUT_PIXELS, Ask, Identity, parse_ask
 from components.systems import SYSTEMS, build_restorer
 from components.types import Restorer
-from pipelines.core.errors import UsageError
+from pipelines.core.errors import Failure, UsageError
+from pipelines.core.places.addresses import is_address
+from pipelines.core.places.models import fetch_model
+from pipelines.core.places.place import Place, place_of
 
 Factory = Callable[[], Restorer]
 """Builds the restorer inside a worker; picklable."""
@@ -48,7 +51,7 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
     """Open a model folder or a shipped model.
 
     Args:
-        model: a path, or a name.
+        model: a path, an address in a store, or a name.
         build: see OpenedModel.
 
     Raises:
@@ -56,8 +59,9 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
     """
     from components.models import ModelError, load_model  # imports torch
 
+    place = place_of(model) if is_address(model) else None
     try:
-        files = load_model(model)
+        files = load_model(fetch_model(place) if isinstance(place, Place) else model)
     except ModelError as error:
         raise UsageError(str(error)) from error
     info, folder = files.info, files.path.resolve()
@@ -76,7 +80,19 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
         defaults=recipe_defaults(str(info["system"]), recipe),
     )
     factory = functools.partial(build_restorer, folder, **(build or {}))
+    if isinstance(place, Place):
+        factory = functools.partial(_build_stored, place, files.digest, **(build or {}))
     return OpenedModel(folder=folder, identity=identity, build=dict(build or {}), factory=factory)
+
+
+def _build_stored(place: Place, digest: str, **build: Any) -> Restorer:
+    """Build the restorer of a model in a store, in a worker whose machine may not have it yet."""
+    from components.models import load_model
+
+    folder = fetch_model(place)
+    if load_model(folder).digest != digest:
+        raise Failure(f"{place} was changed while the job ran.")
+    return build_restorer(folder, **build)
 
 
 def recipe_defaults(system: str, recipe: Mapping[str, Any]) -> Mapping[str, Any]:

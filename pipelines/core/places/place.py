@@ -6,12 +6,10 @@ one or none, and never a part. Every request is repeated for a while if the stor
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -28,9 +26,10 @@ SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
 """Stores that may be named; the docs say which of them are tested."""
 
 
-@dataclass(frozen=True)
 class Place:
-    """An object of a store, or a prefix of objects that a path would call a folder.
+    """An object of a store, or a prefix of objects that a path would call a folder. Immutable.
+
+    No dataclass: a document made of its fields would hold the options, which may be secret.
 
     Attributes:
         scheme: protocol, as in SCHEMES.
@@ -38,12 +37,22 @@ class Place:
         storage: options of the store; secrets come from the environment.
     """
 
-    scheme: str
-    path: str
-    storage: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    __slots__ = ("path", "scheme", "storage")
+
+    def __init__(self, scheme: str, path: str, storage: Mapping[str, Any] | None = None) -> None:
+        self.scheme, self.path, self.storage = scheme, path, dict(storage or {})
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.path}"
+
+    def __repr__(self) -> str:
+        return f"Place({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Place) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
 
     def __truediv__(self, name: str | PurePosixPath) -> Place:
         return Place(self.scheme, f"{self.path}/{name}".strip("/"), self.storage)
@@ -204,6 +213,8 @@ def place_of(text: str | Path, storage: Mapping[str, Any] | None = None) -> Wher
         UsageError: the text cannot be a place: an unknown protocol, no bucket, a password in it, "..", a query.
     """
     if not is_address(text):
+        if not str(text):
+            raise UsageError('the path is empty; "." names this folder.')
         return Path(text)
     address = str(text)
     shown = address_of(address)
@@ -226,13 +237,4 @@ def place_of(text: str | Path, storage: Mapping[str, Any] | None = None) -> Wher
         raise UsageError(f"{shown} cannot be a place: it names no bucket.")
     if any(part in ("", ".", "..") for part in parts) or re.search(r"[\x00-\x1f\x7f]", path):
         raise UsageError(f'{shown} cannot be a place: "//", ".", ".." and control characters are no part of a key.')
-    return Place(scheme, "/".join(parts), dict(storage or {}))
-
-
-@contextlib.contextmanager
-def sentences(where: Where) -> Iterator[None]:
-    """Errors of a store at the start of a command as UsageErrors of one sentence."""
-    try:
-        yield
-    except (FileNotFoundError, PermissionError) as error:
-        raise UsageError(f"{error.filename or where}: {error.strerror}.") from None
+    return Place(scheme, "/".join(parts), storage)

@@ -15,11 +15,12 @@ from components.options import TEXTS
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError, unknown
 from pipelines.core.home import shipped_files
-from pipelines.core.places.addresses import refuse_address
+from pipelines.core.places.addresses import is_address, refuse_address
 
 if TYPE_CHECKING:
     from components.corpora import CaptionSpec
     from components.images import Limits
+    from pipelines.core.places.place import Where
     from pipelines.curation.curate import CurateResult
     from pipelines.runs.records import PlanResult
 
@@ -29,7 +30,7 @@ COMPILE_MODES = ("off", "autoencoder", "blocks", "whole")
 MAX_LIMIT = 1e9
 """Largest value of --max-megapixels and --max-megabytes; ours, far above any picture."""
 
-PLACES = frozenset({"images", "out", "reference", "source"})
+PLACES = frozenset({"corpus", "hq", "images", "lq", "out", "reference", "restored", "run_dir", "source"})
 """Parameters that may be an address in a store, where a command takes them as a text."""
 
 Device = Annotated[str, typer.Option(help="Device of the networks: cpu, or cuda for a GPU.")]
@@ -146,16 +147,19 @@ def complete(kind: str, incomplete: str) -> list[str]:
 
 
 def input_folders(inputs: Sequence[str]) -> dict[str, Path]:
-    """The folders of NAME=FOLDER pairs, by name. Raises UsageError for a folder that does not exist."""
+    """The folders of NAME=FOLDER pairs, by name; a folder in a store is fetched. UsageError if one does not exist."""
+    from pipelines.core.places.place import place_of
+    from pipelines.core.places.working_copy import local_copy
+
     folders: dict[str, Path] = {}
     for pair in inputs:
         name, equals, folder = pair.partition("=")
         if not equals or not name:
             raise UsageError(f'--input "{pair}" is not NAME=FOLDER.')
-        refuse_address(folder, f"--input {name}")
-        if not Path(folder).is_dir():
+        path = local_copy(place_of(folder)) if is_address(folder) else Path(folder)
+        if not path.is_dir():
             raise UsageError(f"--input {name}: there is no folder {folder}.")
-        folders[name] = Path(folder)
+        folders[name] = path
     return folders
 
 
@@ -240,7 +244,7 @@ def plan_lines(result: PlanResult) -> list[str]:
     return lines
 
 
-def end_curation(result: CurateResult, out: Path, console: Console) -> None:
+def end_curation(result: CurateResult, out: Where, console: Console) -> None:
     """Print the result of curate or replay, and exit."""
     for note in result.notes:
         console.say(note)

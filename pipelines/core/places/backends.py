@@ -186,10 +186,9 @@ class AnyStore:
         return self._stat(info)
 
     def _stat(self, info: Mapping[str, Any]) -> Stat:
-        version = next(
-            (str(info[name]) for name in ("ETag", "etag", "generation", "mtime", "created") if name in info), ""
-        )
         modified = next((info[name] for name in ("created", "LastModified", "updated", "mtime") if info.get(name)), 0.0)
+        version = next((str(info[name]) for name in ("ETag", "etag", "generation") if name in info), "")
+        version = version or str(_seconds(modified) or "")
         return Stat(str(info["name"]).lstrip("/"), int(info.get("size") or 0), version, _seconds(modified))
 
     def page(self, path: str, token: str) -> tuple[list[Stat], str]:

@@ -149,18 +149,25 @@ def complete(kind: str, incomplete: str) -> list[str]:
 def input_folders(inputs: Sequence[str]) -> dict[str, Path]:
     """The folders of NAME=FOLDER pairs, by name; a folder in a store is fetched. UsageError if one does not exist."""
     from pipelines.core.places.place import place_of
-    from pipelines.core.places.working_copy import local_copy
 
     folders: dict[str, Path] = {}
     for pair in inputs:
         name, equals, folder = pair.partition("=")
         if not equals or not name:
             raise UsageError(f'--input "{pair}" is not NAME=FOLDER.')
-        path = local_copy(place_of(folder)) if is_address(folder) else Path(folder)
+        path = _fetched(place_of(folder)) if is_address(folder) else Path(folder)
         if not path.is_dir():
             raise UsageError(f"--input {name}: there is no folder {folder}.")
         folders[name] = path
     return folders
+
+
+def _fetched(where: Where) -> Path:
+    """A corpus or the folder of a stage in a store, as a folder of this machine."""
+    from pipelines.core.places.working_copy import local_copy
+    from pipelines.corpus.stored import corpus_folder
+
+    return corpus_folder(where) if (where / "index.json").is_file() else local_copy(where)
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -18,15 +18,10 @@ ADDRESS = "s3://bucket/out"
     "words",
     [
         ["degrade", "pictures", ADDRESS],
-        ["evaluate", "a", "--lq", "b", f"--out={ADDRESS}"],
-        ["evaluate", "a", "--lq", ADDRESS, "--out", "c"],
-        ["train", "supir-adaptor", "--out", ADDRESS],
-        ["train", "supir-adaptor", "--input", f"corpus={ADDRESS}", "--out", "x"],
-        ["run", "demo", "--out", ADDRESS],
-        ["demo", f"-o{ADDRESS}"],
-        ["report", ADDRESS],
-        ["replay", ADDRESS],
-        ["caption", ADDRESS, "--model", "tags"],
+        ["degrade", ADDRESS, "out"],
+        ["demo", "--images", ADDRESS],
+        ["run", "demo", "--out=x", f"--images={ADDRESS}"],
+        ["restore", "pictures", "--out=x", "--prompts", ADDRESS],
         ["weights", "import", "swinir", "all=x.pt", "--out", ADDRESS],
     ],
 )
@@ -49,6 +44,27 @@ def test_a_job_started_from_python_refuses_too(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["curate", "folder", "--images", "pictures", "--out", "s4://bucket/out"],
+        ["restore", "pictures", "--out", "s4://bucket/out"],
+        ["evaluate", "a", "--lq", "b", "--out", "s4://bucket/out"],
+        ["run", "demo", "--out", "s4://bucket/out"],
+        ["report", "s4://bucket/out"],
+        ["replay", "s4://bucket/out"],
+        ["caption", "s4://bucket/out", "--model", "tags"],
+    ],
+)
+def test_what_cannot_be_a_place_is_refused_by_every_command_that_takes_places(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r'"s4" is no store\. Did you mean "s3"'):
+        cli.build_app()(words, standalone_mode=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("text", "answer"),
     [
         ("s3://b/x", True),
@@ -65,6 +81,6 @@ def test_what_an_address_is(text: str, answer: bool) -> None:
 
 
 def test_a_password_is_not_repeated(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is an address") as caught:
+    with pytest.raises(UsageError, match="holds a password") as caught:
         cli.build_app()(["run", "demo", "--out", "s3://KEY:SECRET@bucket/out"], standalone_mode=False)
     assert "SECRET" not in str(caught.value)

@@ -60,11 +60,11 @@ def job_lock(out: Where) -> Iterator[Lease | None]:
         yield stack.enter_context(lease(out)) if isinstance(out, Place) or is_shared(out) else None
 
 
-def is_shared(folder: Path) -> bool:
-    """Whether a folder is on a file system that other machines may mount."""
+def is_shared(folder: Path, mounts: Path = Path("/proc/mounts")) -> bool:
+    """Whether a folder is on a file system that other machines may mount; False where there is no table of mounts."""
     folder, kinds = folder.resolve(), {}
     try:
-        lines = Path("/proc/mounts").read_text(errors="replace").splitlines()
+        lines = mounts.read_text(errors="replace").splitlines()
     except OSError:
         return False
     for line in lines:

@@ -260,6 +260,8 @@ class RestoreWorker:
             model = self.marks.load(mark, self.settings.others, make)
             set_threads(THREADS)
             return model
+        except RetryLater:
+            raise
         except WorkersDied:
             self.broken = f"workers died again and again while loading {what}"
         except Exception as error:  # noqa: BLE001 - any error while loading ends the job with one sentence

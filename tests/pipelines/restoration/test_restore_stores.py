@@ -240,3 +240,18 @@ def test_a_driver_that_is_killed_leaves_whole_objects_and_the_next_one_finishes(
     result = tiny.run_job(local / "model", bucket / "in", bucket / "out", factory=factory(local))
     assert result.restored + result.skipped == 6 and result.skipped >= 1
     check_equal(local, bucket / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_workers_of_ray_write_into_the_bucket(local: Path, bucket: Place) -> None:
+    """The place travels to the workers with its endpoint; they find the keys in their environment or its options."""
+    source, out = (Place(bucket.scheme, f"{bucket.path}/{n}", options(bucket)) for n in ("in", "out"))
+    send(local / "in", bucket / "in")
+    result = tiny.run_job(local / "model", source, out, factory=factory(local), workers=1, batch_size=2)
+    assert (result.restored, result.quarantined) == (6, 1)
+    check_equal(local, bucket / "out")
+
+
+def options(place: Place) -> dict[str, Any]:
+    return {**place.storage, **store_servers.storage(str(place.storage["endpoint_url"]))}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.commands.words import Json, Out
+from pipelines.commands.words import Json
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_FAILURE
 
 
 def doctor(
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the results of a run.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Instead: will a restoration with this model fit in memory?")
     ] = None,

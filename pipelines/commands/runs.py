@@ -55,10 +55,11 @@ def run_and_print(
 
     console = Console(silent=as_json)
     options = RunOptions(images=images, dry_run=dry_run, console=console, minutes=minutes)
-    if out is None or dry_run:
-        result = run_plan(plan, None if out is None else Path(out), overrides or (), options)
+    place = place_of(out) if out is not None else None
+    if place is None or dry_run:  # a dry run in a store does not look at what is done there
+        result = run_plan(plan, place if isinstance(place, Path) else None, overrides or (), options)
     else:
-        with working_copy(place_of(out)) as folder:
+        with working_copy(place) as folder:
             result = run_plan(plan, folder, overrides or (), options)
     lines = plan_lines(result) if dry_run else result.lines()
     console.result(result.to_json(), lines)

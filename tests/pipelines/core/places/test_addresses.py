@@ -19,6 +19,7 @@ ADDRESS = "s3://bucket/out"
     [
         ["degrade", "pictures", ADDRESS],
         ["degrade", ADDRESS, "out"],
+        ["doctor", "--out", ADDRESS],
         ["demo", "--images", ADDRESS],
         ["run", "demo", "--out=x", f"--images={ADDRESS}"],
         ["restore", "pictures", "--out=x", "--prompts", ADDRESS],

@@ -10,13 +10,13 @@ import typer
 
 from pipelines.commands.findings import Finding, fail, finding_lines
 from pipelines.commands.packages import check_packages
-from pipelines.commands.words import Address, Json, Out
+from pipelines.commands.words import Address, Json
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_FAILURE, UsageError
 
 
 def doctor(
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the results of a run.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Instead: will a restoration with this model fit in memory?")
     ] = None,

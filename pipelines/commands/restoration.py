@@ -29,7 +29,7 @@ from pipelines.commands.words import (
     ModelsOption,
     Overrides,
     Placement,
-    RequiredOut,
+    RequiredPlace,
 )
 from pipelines.core.console import Console
 from pipelines.core.devices import check_device
@@ -38,8 +38,8 @@ from pipelines.core.placement import read_needs
 
 
 def restore(
-    source: Annotated[Path, typer.Argument(help="A folder of pictures.")],
-    out: RequiredOut,
+    source: Annotated[str, typer.Argument(help="A folder of pictures, here or in a store: s3://bucket/folder.")],
+    out: RequiredPlace,
     models: ModelsOption = None,
     routes: Annotated[
         Path | None,
@@ -50,7 +50,7 @@ def restore(
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Seed; with a picture's key it determines every random number.")] = 0,
     reference: Annotated[
-        Path | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
+        str | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -79,6 +79,7 @@ def restore(
     """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
     from pipelines.core.cluster import running_ray
     from pipelines.core.pictures import list_pictures
+    from pipelines.core.places.place import Place, place_of
     from pipelines.core.pool import Pool
     from pipelines.restoration.batch import RestoreJob, restore_folder
     from pipelines.restoration.models import open_models
@@ -90,7 +91,10 @@ def restore(
     check_device(device)
     needs = read_needs(placement or [])
     options, build = parse_options(overrides or []), build_options(device, precision, compile_mode, offload)
-    sources, _ = list_pictures(source, out)
+    src, results = place_of(source), place_of(out)
+    if isinstance(results, Place):
+        results.check()
+    sources, _ = list_pictures(src, results)
     if captioner is None and caption_view != AUTO:
         raise UsageError("--caption-view needs --captioner.")
     opened = open_models([local_model(model) for model in models or [SHIPPED_MODEL]], build)
@@ -104,21 +108,21 @@ def restore(
     limits = picture_limits(max_megapixels, max_megabytes)
     ask, identity = opened.request_options(options), opened.identity
     ask = replace(ask, max_output_pixels=max(ask.max_output_pixels, limits.max_pixels))
-    own = read_prompts(prompts, sources, source, identity.frame) if prompts is not None else None
+    own = read_prompts(prompts, sources, src, identity.frame) if prompts is not None else None
     writer = job_captioner(caption_spec(captioner), caption_view, identity, device) if captioner is not None else None
     job = RestoreJob(
         ask=ask,
         seed=seed,
-        references=reference,
+        references=place_of(reference) if reference is not None else None,
         prompts=own,
         captioner=writer,
         limits=limits,
-        routes=read_routes(routes, sources, source, opened.choices) if routes is not None else None,
+        routes=read_routes(routes, sources, src, opened.choices) if routes is not None else None,
     )
     pool = Pool(num_gpus=float(device == "cuda")).placed(needs)
     with running_ray(), console.bar("restore") as progress:
-        result = restore_folder(opened, source, out, job, pool, progress)
-    line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
+        result = restore_folder(opened, src, results, job, pool, progress)
+    line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {results}"
     lines = [f"{result.unprompted} of {len(sources)} pictures have no line in {prompts}"] if result.unprompted else []
     console.result(plain(result), [line, *lines])
     raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)

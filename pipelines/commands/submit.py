@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.commands.support import PLACES
 from pipelines.commands.words import DryRun, Json
 from pipelines.core.console import Console
 from pipelines.core.environment import JOBS_ADDRESS, cluster_address, use_address
 from pipelines.core.errors import UsageError, unknown
+from pipelines.core.places.addresses import is_address
 
 LOCAL_ONLY = ("submit", "doctor")
-IS_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
 
 
 def submit(
@@ -126,17 +126,17 @@ def check_command(context: typer.Context, words: Sequence[str], working_dir: Pat
             if parameter.name == "inputs":  # NAME=FOLDER
                 value = [Path(pair.partition("=")[2]) for pair in value or ()]
             for path in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(path, Path):
-                    _check_path(str(parameter.name), path, working_dir)
+                if isinstance(path, Path) or (isinstance(path, str) and parameter.name in PLACES):
+                    _check_path(str(parameter.name), Path(path), working_dir)
 
 
 def _check_path(name: str, path: Path, working_dir: Path | None) -> None:
     text = str(path)
-    if path.is_absolute() or IS_ADDRESS.match(text) or text.startswith("~"):
+    if path.is_absolute() or is_address(text) or text.startswith("~"):
         return
     if working_dir is not None and (working_dir / path).exists() and name != "out":
         return
     raise UsageError(
         f"{name} {text} is relative: on the cluster it would lie in a folder that is removed with the job. Give a path "
-        "that all nodes share, or put small files into --working-dir."
+        "that all nodes share, an address in a store, or put small files into --working-dir."
     )

@@ -40,6 +40,8 @@ def train(
     if out is None:
         raise UsageError("train needs --out FOLDER (or --dry-run).")
     from pipelines.core.cluster import running_ray
+    from pipelines.core.places.place import place_of
+    from pipelines.core.places.working_copy import check_one_machine, working_copy
     from pipelines.runs.one_training import train_folder, train_inputs, train_one
     from pipelines.training.inputs import check_inputs
     from pipelines.training.train import store_mib
@@ -47,13 +49,21 @@ def train(
     folders = train_inputs(input_folders(inputs or []))
     check_inputs(resolved, folders)
     check_gpus(resolved)
-    with train_folder(resolved, folders, out), running_ray(store_mib(resolved)), console.bar(resolved.name) as progress:
-        result = train_one(resolved, folders, out, progress)
-    lines = [f"model: {result.model}"]
-    if resolved.teacher:  # the student has passed its gate, otherwise train_one would have raised
-        from pipelines.runs.registry import register
+    place = place_of(out)
+    with working_copy(place) as folder:
+        with (
+            train_folder(resolved, folders, folder),
+            running_ray(store_mib(resolved)),
+            console.bar(resolved.name) as progress,
+        ):
+            check_one_machine(place)
+            result = train_one(resolved, folders, folder, progress)
+        lines = [f"model: {place / 'model'}"]
+        if resolved.teacher:  # the student has passed its gate, otherwise train_one would have raised
+            from pipelines.runs.registry import register
 
-        lines.append(f"registered as {resolved.name}, version {register(resolved, out)}; {out / 'gate' / 'gate.json'}")
+            version = register(resolved, folder)
+            lines.append(f"registered as {resolved.name}, version {version}; {place / 'gate' / 'gate.json'}")
     console.result(plain(result), lines)
 
 

@@ -10,8 +10,12 @@ import typer
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes settings for this run only.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the results.")]
-RequiredOut = Annotated[Path, typer.Option("--out", "-o", help="The folder of the results.")]
+Out = Annotated[
+    str | None, typer.Option("--out", "-o", help="The folder of the results, here or in a store: s3://bucket/folder.")
+]
+RequiredPlace = Annotated[
+    str, typer.Option("--out", "-o", help="The folder of the results, here or in a store: s3://bucket/folder.")
+]
 Images = Annotated[Path | None, typer.Option("--images", help="Your own folder of photographs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and do nothing.")]
 Address = Annotated[

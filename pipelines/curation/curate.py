@@ -30,7 +30,7 @@ from components.writing import LEFTOVERS, replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, RestorayError, UsageError, unknown
-from pipelines.core.folders import folder_lock
+from pipelines.core.folders import job_lock
 from pipelines.core.placement import needs_of
 from pipelines.core.pool import last_line, ray_errors
 from pipelines.core.rows import end_torn_line, iter_lines
@@ -154,7 +154,7 @@ def _curate(
     started = time.monotonic()
     bounds = select.thresholds(spec)
     _check_models(spec)
-    with folder_lock(out):
+    with job_lock(out):
         try:
             _check_same(spec, out)
             forget_candidates_in_work(out / "work" / "cursors")

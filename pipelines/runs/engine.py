@@ -19,7 +19,7 @@ from pipelines.core.cluster import running_ray
 from pipelines.core.console import Console
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
-from pipelines.core.folders import check_output, folder_lock
+from pipelines.core.folders import check_output, job_lock
 from pipelines.core.home import runs_folder
 from pipelines.core.rows import json_text
 from pipelines.runs.follow import RunTracking, is_published
@@ -99,7 +99,7 @@ def run_plan(
             check_gpus(record.stage.resolved)
     start = time.monotonic()
     check_output(run_dir, resolved.free_mib if any(r.state != "done" for r in records) else 0)
-    with folder_lock(run_dir):
+    with job_lock(run_dir):
         run_stages(resolved, result, options)
         result.seconds = time.monotonic() - start
         finish(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,7 @@ def run_and_print(
         result = run_plan(plan, place if isinstance(place, Path) else None, overrides or (), options)
     else:
         with working_copy(place) as folder:
-            result = run_plan(plan, folder, overrides or (), options)
+            result = run_plan(plan, folder, overrides or (), replace(options, place=place))
     lines = plan_lines(result) if dry_run else result.lines()
     console.result(result.to_json(), lines)
     raise typer.Exit(0 if dry_run else result.exit_code)

@@ -164,6 +164,14 @@ def input_folders(inputs: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
+def stored_inputs(inputs: Sequence[str]) -> list[Where]:
+    """The folders in stores among NAME=FOLDER pairs."""
+    from pipelines.core.places.place import place_of
+
+    folders = (pair.partition("=")[2] for pair in inputs)
+    return [place_of(folder) for folder in folders if is_address(folder)]
+
+
 def _fetched(where: Where) -> Path:
     """A corpus or the folder of a stage in a store, as a folder of this machine."""
     from pipelines.core.places.working_copy import local_copy

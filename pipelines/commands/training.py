@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.support import complete_recipe, input_folders, plain, yaml_text
+from pipelines.commands.support import complete_recipe, input_folders, plain, stored_inputs, yaml_text
 from pipelines.commands.words import Address, DryRun, Json, Out, Overrides
 from pipelines.core.console import Console
 from pipelines.core.devices import check_gpus
@@ -56,7 +56,7 @@ def train(
             running_ray(store_mib(resolved)),
             console.bar(resolved.name) as progress,
         ):
-            check_one_machine(place)
+            check_one_machine(place, *stored_inputs(inputs or []))
             result = train_one(resolved, folders, folder, progress)
         lines = [f"model: {place / 'model'}"]
         if resolved.teacher:  # the student has passed its gate, otherwise train_one would have raised

@@ -21,6 +21,8 @@ from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.folders import check_output, job_lock
 from pipelines.core.home import runs_folder
+from pipelines.core.places.place import Where
+from pipelines.core.places.working_copy import check_one_machine
 from pipelines.core.rows import json_text
 from pipelines.runs.follow import RunTracking, is_published
 from pipelines.runs.plan import load_plan
@@ -44,6 +46,7 @@ class RunOptions:
         track: log to MLflow in the run's folder.
         console: shows the progress.
         minutes: a training ends at its first checkpoint after this time; the same command continues. 0 for no limit.
+        place: the folder of a store whose copy is the run's folder; None for a run that stays here.
         verbs: the verbs that stages may name; tests bring their own.
     """
 
@@ -52,6 +55,7 @@ class RunOptions:
     track: bool = True
     console: Console = field(default_factory=Console)
     minutes: float = 0.0
+    place: Where | None = None
     verbs: Mapping[str, Verb] = field(default_factory=lambda: VERBS)
 
 
@@ -121,6 +125,7 @@ def run_stages(plan: Plan, result: PlanResult, options: RunOptions) -> None:
                 result.tracking = tracking.location
             if options.verbs[stage.verb].uses_ray and not ray_runs:
                 stack.enter_context(running_ray(store_need(result.stages)))
+                check_one_machine(options.place)
                 ray_runs = True
             resumes = (result.run_dir / stage.folder).exists()
             options.console.say(f"{title}: {'continues' if resumes else 'starts'} in {stage.folder}")

@@ -86,15 +86,20 @@ def local_copy(where: Where) -> Path:
     return copy.folder
 
 
-def check_one_machine(out: Where) -> None:
-    """Raise a UsageError if Ray runs on several machines, of which only one has the copy."""
+def check_one_machine(*places: Where | None) -> None:
+    """Check that one machine does the work if one of the places is a store's, whose copy only this machine has.
+
+    Raises:
+        UsageError: Ray runs on several machines.
+    """
     ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
+    stores = [place for place in places if isinstance(place, Place)]
+    if stores and ray is not None and ray.is_initialized():
         machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         if len(machines) > 1:
             raise UsageError(
-                f"{out}: this command writes to a store from one machine only, and Ray has {len(machines)}; "
-                "use a shared file system."
+                f"{stores[0]}: this command works with a copy of it on one machine, and Ray has {len(machines)} "
+                "machines: use a file system that all of them share."
             )
 
 

@@ -62,6 +62,12 @@ def test_a_dry_run_shows_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert document["files"] == 1
 
 
+def test_a_command_between_stores_may_be_sent() -> None:
+    words = ["restore", "s3://b/in", "-o", "s3://b/out", "--model", "s3://b/model"]
+    result = CliRunner().invoke(build_app(), ["submit", "--dry-run", "--json", "--", *words])
+    assert shlex.split(json.loads(result.output)["entrypoint"])[3:] == words
+
+
 class Client:
     """The job client of Ray, with one job."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+import types
 import uuid
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import pytest
 from pipelines.core.errors import RetryLater, UsageError
 from pipelines.core.places import working_copy as module
 from pipelines.core.places.place import Place, place_of
-from pipelines.core.places.working_copy import local_copy, working_copy
+from pipelines.core.places.working_copy import check_one_machine, local_copy, working_copy
 
 
 @pytest.fixture
@@ -129,3 +132,16 @@ def test_a_copy_to_read_follows_the_store(place: Place) -> None:
     folder = local_copy(place)
     assert [path.name for path in folder.iterdir() if path.name[0] != "."] == ["b"]
     assert json.loads((folder / module.STATE).read_bytes())["place"] == str(place)
+
+
+@pytest.mark.parametrize(("machines", "refused"), [(("10.0.0.1", "10.0.0.2"), True), (("10.0.0.1",) * 2, False)])
+def test_a_copy_of_one_machine_is_refused_on_a_ray_of_several(
+    machines: tuple[str, ...], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes on one machine share the copy; a folder on a disk is shared by whoever named it."""
+    nodes = [{"NodeManagerAddress": machine, "Alive": True} for machine in machines]
+    ray = types.SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
+    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    check_one_machine(tmp_path, None)
+    with pytest.raises(UsageError, match=r"s3://b/run: .* Ray has 2 machines") if refused else nullcontext():
+        check_one_machine(tmp_path, place_of("s3://b/run"))

@@ -28,6 +28,7 @@ from pipelines.training.recipes import load_checked_recipe
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "clusters"
 MANIFESTS = sorted(path.name for path in FOLDER.glob("ray-*.yaml"))
+LOCK = dict(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -107,8 +108,7 @@ def test_a_cluster_is_closed_and_fits_its_image(name: str) -> None:
     """Token mode, no ingress, no root; Ray's version is that of the lock, and the image one that Dockerfile builds."""
     document = manifest(name)
     cluster = cluster_of(document)
-    (ray,) = (text for text in PROJECT["dependencies"] if text.startswith("ray["))
-    assert cluster["rayVersion"] == ray.partition("==")[2]
+    assert cluster["rayVersion"] == LOCK["ray"]
     assert cluster["authOptions"] == {"mode": "token"} and cluster["networkPolicy"]["mode"] == "DenyAllIngress"
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     stages = re.findall(r"^FROM \S+ AS (\S+)$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
@@ -144,7 +144,7 @@ def test_the_commands_of_jobs_exist_and_their_needs_have_a_place(monkeypatch: py
     curate = parsed(command_words("ray-job.curate.yaml"))
     recipe = load_checked_recipe(train["recipe"], train["overrides"])
     spec = load_spec(curate["spec"], curate["overrides"])
-    assert find_model_folder(restore["model"]) is not None
+    assert all(find_model_folder(model) is not None for model in restore["models"])
     needs = read_needs(restore["placement"])
     groups = {
         name: {g["groupName"]: g for g in cluster_of(manifest(f"ray-job.{name}.yaml"))["workerGroupSpecs"]}
@@ -169,6 +169,9 @@ def test_the_dockerfile_takes_the_lock_and_no_root() -> None:
     assert "uv pip sync --no-cache --require-hashes requirements.lock" in text
     (uv,) = re.findall(r"UV_VERSION := (\S+)", (ROOT / "Makefile").read_text())
     assert f"uv=={uv}" in text
+    (builder,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert builder.partition(">")[0] not in LOCK  # so the build takes it from the other lock
+    assert "--build-constraints requirements-dev.lock" in text
     for source in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
         assert all((ROOT / path).exists() for path in source.split()), source
     stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
@@ -178,7 +181,7 @@ def test_the_dockerfile_takes_the_lock_and_no_root() -> None:
     for target in ("cpu", "cuda"):
         body = text.split(f" AS {target}\n")[1].split("\nFROM ")[0]
         assert body.rstrip().splitlines()[-1] == "USER 1000"
-    pins = dict(pin.split("==") for pin in PROJECT["dependencies"] if re.match(r"torch(vision)?==", pin))
+    pins = {name: LOCK[name] for name in ("torch", "torchvision")}
     assert dict(re.findall(r"(torch\w*)==([\d.]+)", text)) == pins
     assert set(re.findall(r"restoray:([\d.]+)-", text)) == {PROJECT["version"]}
 

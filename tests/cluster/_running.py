@@ -24,17 +24,15 @@ COMMAND_TIMEOUT_S = 800  # a busy machine takes minutes for the imports of a few
 def environment(**more: str) -> dict[str, str]:
     """The environment of a user who has the cluster's token; no address."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job starts "python"
-    values = {
-        **os.environ,
+    others = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    return {
+        **{name: value for name, value in os.environ.items() if name not in others},
         "PATH": path,
         "PYTHONPATH": str(TOP),
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_TOKEN": TOKEN,
         **more,
     }
-    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
-        values.pop(name, None)
-    return values
 
 
 @dataclass

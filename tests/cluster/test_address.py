@@ -19,6 +19,7 @@ import pytest
 from components.images import encode_png
 from components.synthetic import dead_leaves
 from components.systems.recipes import load_recipe
+from pipelines.corpus.catalogue import load_spec
 from pipelines.curation.curate import curate
 from pipelines.restoration.batch import restore_folder
 from pipelines.restoration.models import open_model
@@ -55,6 +56,10 @@ ON_TWO_NODES = ["placement.cpus_per_worker=1.5", "placement.labels.group=worker"
 """A node of the workers has two CPUs, so each rank has a node of its own."""
 
 
+SMALL = ["filters.preset=none", "filters.min_side_px=32"]
+"""The pictures have 64 pixels a side."""
+
+
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A head and two workers, two CPUs each."""
@@ -75,7 +80,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus of a local run."""
     out = tmp_path_factory.mktemp("local") / "corpus"
-    curate("folder", out, images=pictures)
+    curate(load_spec("folder", SMALL), out, images=pictures)
     return out
 
 
@@ -117,7 +122,7 @@ def test_a_restoration_by_address_and_as_a_job(nodes: Any, restored: Path, tmp_p
 
 
 def test_a_curation_and_a_training_on_two_nodes(nodes: Any, pictures: Path, corpus: Path, tmp_path: Path) -> None:
-    nodes.run("curate", "folder", "--images", str(pictures), "-o", "corpus", "--address", nodes.address)
+    nodes.run("curate", "folder", *SMALL, "--images", str(pictures), "-o", "corpus", "--address", nodes.address)
     assert corpus_files(nodes.folder / "corpus") == corpus_files(corpus)
     short = [*TINY, "steps=2", "evaluate_every=2"]
     recipe = load_recipe(RECIPE, [*short, "placement.cpus_per_worker=0.5"])
@@ -133,7 +138,7 @@ PLAN = """
 title: A small plan
 free_mib: 10
 stages:
-  - {name: corpus, verb: curate, spec: folder, pictures: PICTURES}
+  - {name: corpus, verb: curate, spec: folder, pictures: PICTURES, overrides: SMALL}
   - name: dcp
     verb: train
     recipe: instantir-dcp-nano
@@ -148,7 +153,11 @@ def test_a_plan_by_address(nodes: Any, pictures: Path, tmp_path: Path) -> None:
 
     overrides = [*TINY, "steps=2", "evaluate_every=2", "placement.cpus_per_worker=0.5"]
     plan = tmp_path / "small.yaml"
-    plan.write_text(PLAN.replace("PICTURES", str(pictures)).replace("OVERRIDES", json.dumps(overrides)))
+    plan.write_text(
+        PLAN.replace("PICTURES", str(pictures))
+        .replace("OVERRIDES", json.dumps(overrides))
+        .replace("SMALL", json.dumps(SMALL))
+    )
     local = run_plan(plan, tmp_path / "local", options=RunOptions(track=False))
     nodes.run("run", str(plan), "-o", "plan", "--address", nodes.address)
     names = [record.stage.folder for record in local.stages]

@@ -122,6 +122,7 @@ def test_a_restoration_by_address_and_as_a_job(nodes: Any, restored: Path, tmp_p
     assert refused.stderr.count("2 CPUs") == 3 and "group=worker" in refused.stderr
 
 
+@pytest.mark.full
 def test_a_curation_and_a_training_on_two_nodes(nodes: Any, pictures: Path, corpus: Path, tmp_path: Path) -> None:
     nodes.run("curate", "folder", *SMALL, "--images", str(pictures), "-o", "corpus", "--address", nodes.address)
     assert corpus_files(nodes.folder / "corpus") == corpus_files(corpus)

@@ -37,6 +37,7 @@ class NegativeSpec:
         steps, cfg_scale, seed: sampler settings; steps and scale are ours, the paper states none.
         precision: precision of a diffusers model's weights.
         workers, num_gpus: actors of the pool, and GPUs of each; 0 workers means this process.
+        placement: further needs of the actors: cpus, memory_gib, resources, labels.
     """
 
     prior: str = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -51,6 +52,7 @@ class NegativeSpec:
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     workers: int = 1
     num_gpus: float = 0.0
+    placement: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -255,6 +257,7 @@ class CaptionSpec:
         prompt: "" uses the preset's.
         max_tokens: most tokens of a caption; 0 uses the preset's.
         batch_size, num_gpus, workers: settings of the actor pool; 0 workers means this process.
+        placement: further needs of the actors: cpus, memory_gib, resources, labels.
         overwrite: also caption pictures that have a caption.
     """
 
@@ -265,6 +268,7 @@ class CaptionSpec:
     batch_size: int = 8
     num_gpus: float = 0.0
     workers: int = 1
+    placement: dict[str, Any] = field(default_factory=dict)
     overwrite: bool = False
 
 
@@ -278,6 +282,7 @@ class PrecomputeSpec:
         resolution: side in pixels of the square that is encoded.
         captions: name of a caption column; "" uses the captions of the corpus.
         batch_size, num_gpus, workers: settings of the actor pool; 0 workers means this process.
+        placement: further needs of the actors: cpus, memory_gib, resources, labels.
     """
 
     prior: str = MISSING
@@ -287,6 +292,7 @@ class PrecomputeSpec:
     batch_size: int = 8
     num_gpus: float = 0.0
     workers: int = 1
+    placement: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -339,6 +345,7 @@ class CorpusSpec:
             an error and a table.
         sample_timeout_s: longest time for one picture. Then its decoder is killed and the picture is quarantined.
         stall_timeout_s: the run ends with an error after this time without any progress.
+        placement: needs of every task that reads, scores and writes: cpus, memory_gib, resources, labels.
     """
 
     name: str = MISSING
@@ -360,6 +367,7 @@ class CorpusSpec:
     max_bad_fraction: float = 0.5
     sample_timeout_s: float = 120.0
     stall_timeout_s: float = 900.0
+    placement: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.shard_mib <= 0:

@@ -35,6 +35,18 @@ def find_model_folder(name: str | Path, prior: bool = False) -> Path | None:
     return None
 
 
+def on_this_machine(folder: Path) -> Path:
+    """Return our folder for one of shipped weights as another machine's installation names it; others stay as they are.
+
+    A driver sends folders to the workers of a cluster, whose code lies elsewhere.
+    """
+    if not (folder / "model.json").is_file():
+        for shipped in (SHIPPED_MODELS, SHIPPED_PRIORS):
+            if folder.parts[-4:-1] == shipped.parts[-3:] and (shipped / folder.name).is_dir():
+                return shipped / folder.name
+    return folder
+
+
 def stored_models() -> list[str]:
     """Return the names of the model folders in `weights_folder`."""
     return sorted(path.parent.name for path in weights_folder().glob("*/model.json"))

@@ -98,18 +98,30 @@ class Placement:
     gpus_per_worker: float = 0.0
     threads: int = 0  # torch threads of a worker; 0: (cores - 1) / workers
     max_failures: int = 2  # most restarts from the last checkpoint
+    memory_gib_per_worker: float = 0.0  # for Ray's placement; it enforces none
+    resources_per_worker: dict[str, float] = field(default_factory=dict)  # the cluster's own
+    labels: dict[str, str] = field(default_factory=dict)  # that the nodes of workers must have
+    wait_minutes: float = 0.0  # for nodes that an autoscaler may start
     captioners: int = 1  # actors that write missing captions, anywhere in the cluster; unused without a captioner
     cpus_per_captioner: float = 1.0
     gpus_per_captioner: float = 0.0
     caption_cache: str = ""  # folder that all nodes share; "": RESTORAY_HOME/cache/captions
 
     def __post_init__(self) -> None:
-        shares = (self.cpus_per_worker, self.gpus_per_worker, self.cpus_per_captioner, self.gpus_per_captioner)
+        shares = (
+            self.cpus_per_worker,
+            self.gpus_per_worker,
+            self.memory_gib_per_worker,
+            self.wait_minutes,
+            self.cpus_per_captioner,
+            self.gpus_per_captioner,
+            *self.resources_per_worker.values(),
+        )
         counts = (self.workers - 1, self.captioners - 1, self.threads, self.max_failures)
         if min(counts) < 0 or not all(0 <= share < math.inf for share in shares):
             raise RecipeError(
-                "placement needs workers and captioners >= 1, threads and max_failures >= 0, and shares of CPUs and "
-                "GPUs that are numbers of at least 0"
+                "placement needs workers and captioners >= 1, threads and max_failures >= 0, and shares of CPUs, GPUs, "
+                "memory and resources that are numbers of at least 0"
             )
 
 

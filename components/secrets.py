@@ -91,6 +91,11 @@ def is_text_option(name: str) -> bool:
     return name in PLAIN_NAMES or _SECRET_NAME.search(name) is not None
 
 
+def is_secret_variable(name: str) -> bool:
+    """Whether the name of an environment variable sounds secret."""
+    return _VARIABLE.search(name) is not None
+
+
 def holds_secret(text: str) -> bool:
     """Whether an address holds a user name, a password or a signature."""
     return without_secrets(text) != text

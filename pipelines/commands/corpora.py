@@ -16,7 +16,7 @@ from pipelines.commands.support import (
     plain,
     yaml_text,
 )
-from pipelines.commands.words import DryRun, Images, Json, Out, Overrides
+from pipelines.commands.words import Address, DryRun, Json, Out, Overrides
 from pipelines.core.console import Console
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
@@ -28,7 +28,9 @@ def curate(
     ],
     overrides: Overrides = None,
     out: Out = None,
-    images: Images = None,
+    images: Annotated[
+        str | None, typer.Option("--images", help="Your own folder of photographs, here or in a store.")
+    ] = None,
     max_megapixels: Annotated[
         float | None, typer.Option(min=0.000001, help="Refuse pictures with more megapixels: filters.max_megapixels.")
     ] = None,
@@ -36,11 +38,14 @@ def curate(
         float | None, typer.Option(min=0.000001, help="Refuse larger files: filters.max_file_mib in megabytes.")
     ] = None,
     dry_run: DryRun = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Curate pictures of any source into shards with an index, a manifest, a quarantine and a report."""
     from components.corpora import shown_spec
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
+    from pipelines.core.places.place import place_of
+    from pipelines.core.places.working_copy import check_one_machine, working_copy
     from pipelines.corpus.catalogue import check_paths, load_spec
     from pipelines.curation.curate import curate as curate_corpus
     from pipelines.curation.select import thresholds
@@ -51,7 +56,7 @@ def curate(
     mebibytes = [] if max_megabytes is None else [f"filters.max_file_mib={max_megabytes * 1e6 / 2**20!r}"]
     resolved = load_spec(spec, [*(overrides or []), *megapixels, *mebibytes])
     if images is not None:
-        resolved = for_folder(resolved, images)
+        resolved = for_folder(resolved, place_of(images))
     bounds = thresholds(resolved)
     if dry_run:
         document = {**shown_spec(resolved), "thresholds": {name: plain(bound) for name, bound in bounds.items()}}
@@ -61,11 +66,13 @@ def curate(
         raise UsageError("curate needs --out FOLDER (or --dry-run).")
     if images is None:
         check_paths(resolved, argument=spec)
-    check_sources(resolved, out)  # a folder without pictures fails here, before Ray starts
+    place = place_of(out)
+    check_sources(resolved, place if isinstance(place, Path) else None)  # fails for an empty folder, before Ray starts
     check_gpus(resolved)
-    with local_ray(), console.bar("curate") as progress:
-        result = curate_corpus(resolved, out, progress=progress)
-    end_curation(result, out, console)
+    with working_copy(place) as folder, running_ray(), console.bar("curate") as progress:
+        check_one_machine(place)
+        result = curate_corpus(resolved, folder, progress=progress)
+    end_curation(result, place, console)
 
 
 def datasets(
@@ -91,7 +98,7 @@ def datasets(
 
 
 def caption(
-    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A curated corpus.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="A curated corpus, here or in a store.")],
     model: Annotated[
         str,
         typer.Option(
@@ -103,19 +110,25 @@ def caption(
     engine: Annotated[
         str, typer.Option(help="Engine: transformers, or vllm if that extra is installed.")
     ] = "transformers",
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Caption a corpus; KEY=VALUE sets prompt, max_tokens, batch_size, workers, num_gpus, revision or overwrite."""
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
+    from pipelines.core.places.place import place_of
+    from pipelines.core.places.working_copy import check_one_machine, working_copy
     from pipelines.corpus.columns.captions import CaptionOptions, caption_corpus
     from pipelines.corpus.shards import open_corpus
 
     console = Console(silent=as_json)
     spec = caption_spec(model, overrides or [])
-    open_corpus(corpus)
-    check_gpus(spec)
-    with local_ray(), console.bar("caption") as progress:
-        result = caption_corpus(corpus, spec, name, CaptionOptions(engine=engine), progress)
+    place = place_of(corpus)
+    with working_copy(place) as folder:
+        open_corpus(folder)
+        check_gpus(spec)
+        with running_ray(), console.bar("caption") as progress:
+            check_one_machine(place)
+            result = caption_corpus(folder, spec, name, CaptionOptions(engine=engine), progress)
     captioned = result.samples - result.given - result.quarantined
     counts = f"{captioned} captioned, {result.given} came with the corpus, {result.quarantined} quarantined"
     console.result(plain(result), [f"{counts}; {result.folder}"])
@@ -123,7 +136,9 @@ def caption(
 
 
 def replay(
-    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A corpus that `restoray curate` made.")],
+    corpus: Annotated[
+        str, typer.Argument(metavar="CORPUS", help="A corpus that `restoray curate` made, here or in a store.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Secrets of stores, which the corpus does not hold."),
@@ -132,20 +147,25 @@ def replay(
         list[str] | None, typer.Option("--code", help="Only pictures with this reason; may be repeated.")
     ] = None,
     listing: Annotated[bool, typer.Option("--list", help="Only count the reasons.")] = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Try the quarantined pictures of a corpus again, and only those."""
+    from pipelines.core.places.place import place_of
+    from pipelines.core.places.working_copy import check_one_machine, working_copy
     from pipelines.curation.curate import replay as replay_quarantine
     from pipelines.curation.curate import retryable_reasons, saved_spec
 
-    console = Console(silent=as_json)
-    if listing:
-        reasons = retryable_reasons(corpus)
-        console.result(reasons, [f"{count:>8}  {code}" for code, count in reasons.items()] or ["nothing"])
-        return
-    check_gpus(saved_spec(corpus, overrides or []))
-    from pipelines.core.cluster import local_ray
+    console, place = Console(silent=as_json), place_of(corpus)
+    with working_copy(place) as folder:
+        if listing:
+            reasons = retryable_reasons(folder)
+            console.result(reasons, [f"{count:>8}  {code}" for code, count in reasons.items()] or ["nothing"])
+            return
+        check_gpus(saved_spec(folder, overrides or []))
+        from pipelines.core.cluster import running_ray
 
-    with local_ray(), console.bar("replay") as progress:
-        result = replay_quarantine(corpus, codes or (), progress=progress, overrides=overrides or [])
-    end_curation(result, corpus, console)
+        with running_ray(), console.bar("replay") as progress:
+            check_one_machine(place)
+            result = replay_quarantine(folder, codes or (), progress=progress, overrides=overrides or [])
+    end_curation(result, place, console)

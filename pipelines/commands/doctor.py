@@ -10,13 +10,13 @@ import typer
 
 from pipelines.commands.findings import Finding, fail, finding_lines
 from pipelines.commands.packages import check_packages
-from pipelines.commands.words import Json, Out
+from pipelines.commands.words import Address, Json
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_FAILURE, UsageError
 
 
 def doctor(
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the results of a run.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Instead: will a restoration with this model fit in memory?")
     ] = None,
@@ -27,9 +27,10 @@ def doctor(
     licences: Annotated[
         bool, typer.Option("--licences", help="Instead: the terms of all packages, weights and corpora.")
     ] = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Look for problems that would stop a run, with advice for each."""
+    """Look for problems of this machine, or of the cluster at --address, that would stop a run, with advice."""
     if licences:
         if model is not None:
             raise UsageError("--licences and --model answer two questions: give one of them")
@@ -42,6 +43,10 @@ def doctor(
         from pipelines.commands.model_memory import examine_model
 
         findings = examine_model(model, size, memory)
+    elif address is not None:
+        from pipelines.commands.cluster_doctor import examine_cluster
+
+        findings = examine_cluster(out)
     else:
         findings = _examine(out)
     failed = any(finding.status == "fail" for finding in findings)

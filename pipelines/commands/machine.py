@@ -34,6 +34,7 @@ from components.systems import SYSTEMS
 from pipelines.commands.findings import Finding, fail, ok, warn
 from pipelines.core.environment import cores
 from pipelines.core.home import home
+from pipelines.core.memory import usable_memory
 
 MINIMUM_VERSIONS = {"ray": (2, 56), "pillow": (13, 0), "torch": (2, 10), "mlflow": (3, 17, 2)}
 """Older versions have known vulnerabilities. docs/decisions and the lock hold the versions that we test."""
@@ -348,32 +349,16 @@ def check_disk(target: Path) -> list[Finding]:
 
 def check_memory() -> list[Finding]:
     """Check the memory that a run can use, within a container's limit."""
-    available = psutil.virtual_memory().available
-    limit = container_memory_left(Path("/sys/fs/cgroup"))
-    amount = min(available, limit) if limit is not None else available
     return [
         judge_amount(
             "memory",
-            amount,
+            usable_memory(),
             MEMORY_WARN_GIB,
             MEMORY_FAIL_GIB,
             "available",
             "The demo needs up to 8 GiB: close other programs or use workers=1.",
         )
     ]
-
-
-def container_memory_left(cgroup: Path) -> int | None:
-    """Free bytes below a container's memory limit; None without a limit. Reclaimable file caches count as free."""
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        used = int((cgroup / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
-        return max(0, int(limit) - used)
-    except (OSError, ValueError):
-        return None
 
 
 def check_shared_memory() -> list[Finding]:

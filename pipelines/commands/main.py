@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from components.naming import printable
-from pipelines.commands import analyze, corpora, doctor, measuring, restoration, runs, training, weights
+from pipelines.commands import analyze, corpora, doctor, measuring, restoration, runs, submit, training, weights
 from pipelines.commands.support import Command
 from pipelines.core import ray_watch
 from pipelines.core.environment import quiet_environment
@@ -54,6 +54,7 @@ COMMANDS = (
     measuring.degrade,
     measuring.evaluate,
     restoration.serve,
+    submit.submit,
     doctor.doctor,
     training.recipes,
     runs.report,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.commands.support import complete_preset, parse_options, picture_limits, plain
-from pipelines.commands.words import Json, MaxMegabytes, MaxMegapixels, Overrides, RequiredOut
+from pipelines.commands.words import Json, MaxMegabytes, MaxMegapixels, Overrides, RequiredPlace
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_QUARANTINED, Failure, UsageError
 
@@ -74,11 +74,11 @@ def _is_option(out: Path) -> bool:
 
 
 def evaluate(
-    restored: Annotated[Path, typer.Argument(help="The folder of the restored pictures.")],
-    lq: Annotated[Path, typer.Option("--lq", help="The degraded inputs under the same names.")],
-    out: RequiredOut,
+    restored: Annotated[str, typer.Argument(help="The folder of the restored pictures, here or in a store.")],
+    lq: Annotated[str, typer.Option("--lq", help="The degraded inputs under the same names.")],
+    out: RequiredPlace,
     hq: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--hq", help="The originals under the same names. Without them only metrics that need none work."),
     ] = None,
     metrics: Annotated[
@@ -90,6 +90,8 @@ def evaluate(
 ) -> None:
     """Score restored pictures, their inputs and a classical baseline, against the originals if there are any."""
     from components.evaluation.metrics import left_out
+    from pipelines.core.places.place import place_of
+    from pipelines.core.places.working_copy import local_copy, working_copy
     from pipelines.evaluation.evaluate import evaluate as evaluate_pictures
 
     console = Console(silent=as_json)
@@ -97,9 +99,12 @@ def evaluate(
         console.say(f"The package pyiqa is not installed, so these metrics are left out: {', '.join(names)}.")
     arguments: dict[str, Any] = {"limits": picture_limits(max_megapixels, max_megabytes)}
     arguments |= {"metrics": metrics} if metrics else {}
-    with console.bar("evaluate") as progress:
-        summary = evaluate_pictures(restored, lq, hq, out, progress=progress, **arguments)
+    place = place_of(out)
+    originals = local_copy(place_of(hq)) if hq is not None else None
+    pictures, inputs = local_copy(place_of(restored)), local_copy(place_of(lq))
+    with working_copy(place) as folder, console.bar("evaluate") as progress:
+        summary = evaluate_pictures(pictures, inputs, originals, folder, progress=progress, **arguments)
     console.result(
-        plain(summary), [*(f"{name}: {text}" for name, text in summary.verdicts.items()), summary.verdict, str(out)]
+        plain(summary), [*(f"{name}: {text}" for name, text in summary.verdicts.items()), summary.verdict, str(place)]
     )
     raise typer.Exit(EXIT_QUARANTINED if summary.quarantined else 0)

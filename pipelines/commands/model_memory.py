@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import psutil
 
 from components.models import ModelError, load_model
 from components.systems import SYSTEMS
 from pipelines.commands.findings import Finding, fail, ok, warn
-from pipelines.commands.machine import container_memory_left
 from pipelines.core.errors import UsageError
+from pipelines.core.memory import usable_memory
 from pipelines.runs.registry import local_model
 
 GIB = 2**30
@@ -46,9 +43,7 @@ def device_memory() -> tuple[float, str]:
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] / GIB, torch.cuda.get_device_name()
-    left = container_memory_left(Path("/sys/fs/cgroup"))
-    amount = psutil.virtual_memory().available
-    return (amount if left is None else min(amount, left)) / GIB, "this machine's memory"
+    return usable_memory() / GIB, "this machine's memory"
 
 
 def examine_model(model: str, size: str, memory_gib: float | None = None) -> list[Finding]:

@@ -22,21 +22,24 @@ from pipelines.commands.support import (
 )
 from pipelines.commands.words import (
     SHIPPED_MODEL,
+    Address,
     Json,
     MaxMegabytes,
     MaxMegapixels,
     ModelsOption,
     Overrides,
-    RequiredOut,
+    Placement,
+    RequiredPlace,
 )
 from pipelines.core.console import Console
 from pipelines.core.devices import check_device
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError
+from pipelines.core.placement import read_needs
 
 
 def restore(
-    source: Annotated[Path, typer.Argument(help="A folder of pictures.")],
-    out: RequiredOut,
+    source: Annotated[str, typer.Argument(help="A folder of pictures, here or in a store: s3://bucket/folder.")],
+    out: RequiredPlace,
     models: ModelsOption = None,
     routes: Annotated[
         Path | None,
@@ -47,7 +50,7 @@ def restore(
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Seed; with a picture's key it determines every random number.")] = 0,
     reference: Annotated[
-        Path | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
+        str | None, typer.Option(help="A folder with a second picture of each name, for options such as reference=hq.")
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -69,11 +72,14 @@ def restore(
     precision: Precision = "fp32",
     compile_mode: Compile = "off",
     offload: Offload = False,
+    placement: Placement = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
     from pipelines.core.pictures import list_pictures
+    from pipelines.core.places.place import Place, place_of
     from pipelines.core.pool import Pool
     from pipelines.restoration.batch import RestoreJob, restore_folder
     from pipelines.restoration.models import open_models
@@ -83,8 +89,12 @@ def restore(
 
     console = Console(silent=as_json)
     check_device(device)
+    needs = read_needs(placement or [])
     options, build = parse_options(overrides or []), build_options(device, precision, compile_mode, offload)
-    sources, _ = list_pictures(source, out)
+    src, results = place_of(source), place_of(out)
+    if isinstance(results, Place):
+        results.check()
+    sources, _ = list_pictures(src, results)
     if captioner is None and caption_view != AUTO:
         raise UsageError("--caption-view needs --captioner.")
     opened = open_models([local_model(model) for model in models or [SHIPPED_MODEL]], build)
@@ -98,20 +108,21 @@ def restore(
     limits = picture_limits(max_megapixels, max_megabytes)
     ask, identity = opened.request_options(options), opened.identity
     ask = replace(ask, max_output_pixels=max(ask.max_output_pixels, limits.max_pixels))
-    own = read_prompts(prompts, sources, source, identity.frame) if prompts is not None else None
+    own = read_prompts(prompts, sources, src, identity.frame) if prompts is not None else None
     writer = job_captioner(caption_spec(captioner), caption_view, identity, device) if captioner is not None else None
     job = RestoreJob(
         ask=ask,
         seed=seed,
-        references=reference,
+        references=place_of(reference) if reference is not None else None,
         prompts=own,
         captioner=writer,
         limits=limits,
-        routes=read_routes(routes, sources, source, opened.choices) if routes is not None else None,
+        routes=read_routes(routes, sources, src, opened.choices) if routes is not None else None,
     )
-    with local_ray(), console.bar("restore") as progress:
-        result = restore_folder(opened, source, out, job, Pool(num_gpus=float(device == "cuda")), progress)
-    line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
+    pool = Pool(num_gpus=float(device == "cuda")).placed(needs)
+    with running_ray(), console.bar("restore") as progress:
+        result = restore_folder(opened, src, results, job, pool, progress)
+    line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {results}"
     lines = [f"{result.unprompted} of {len(sources)} pictures have no line in {prompts}"] if result.unprompted else []
     console.result(plain(result), [line, *lines])
     raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
@@ -129,15 +140,18 @@ def serve(
     precision: Precision = "fp32",
     compile_mode: Compile = "off",
     offload: Offload = False,
+    placement: Placement = None,
+    address: Address = None,
 ) -> None:
     """Serve a model over HTTP: POST /v1/restore and GET /health. Of several models a request names one: model=NAME."""
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
     from pipelines.restoration.models import open_models
     from pipelines.runs.registry import local_model
     from pipelines.service.front import ServeLimits
     from pipelines.service.serve import serve as serve_model
 
     check_device(device)
+    needs = read_needs(placement or [])
     build = build_options(device, precision, compile_mode, offload)
     limits, defaults = picture_limits(max_megapixels, max_megabytes), ServeLimits()
     usual = max_megabytes is None and limits.max_pixels <= defaults.max_input_pixels
@@ -147,7 +161,7 @@ def serve(
         max_output_pixels=max(defaults.max_output_pixels, limits.max_pixels),
     )
     opened = open_models([local_model(model) for model in models or [SHIPPED_MODEL]], build)
-    with local_ray():
+    with running_ray():
         serve_model(
             opened,
             host=host,
@@ -155,4 +169,5 @@ def serve(
             on_ready=lambda url: typer.echo(f"ready: {url}"),
             limits=serve_limits,
             num_gpus=float(device == "cuda"),
+            needs=needs,
         )

@@ -13,12 +13,15 @@ from typer.core import TyperCommand
 
 from components.options import TEXTS
 from pipelines.core.console import Console
+from pipelines.core.environment import use_address
 from pipelines.core.errors import EXIT_QUARANTINED, UsageError, unknown
 from pipelines.core.home import shipped_files
+from pipelines.core.places.addresses import is_address, refuse_address
 
 if TYPE_CHECKING:
     from components.corpora import CaptionSpec
     from components.images import Limits
+    from pipelines.core.places.place import Where
     from pipelines.curation.curate import CurateResult
     from pipelines.runs.records import PlanResult
 
@@ -27,6 +30,9 @@ COMPILE_MODES = ("off", "autoencoder", "blocks", "whole")
 
 MAX_LIMIT = 1e9
 """Largest value of --max-megapixels and --max-megabytes; ours, far above any picture."""
+
+PLACES = frozenset({"corpus", "hq", "images", "lq", "out", "reference", "restored", "run_dir", "source"})
+"""Parameters that may be an address in a store, where a command takes them as a text."""
 
 Device = Annotated[str, typer.Option(help="Device of the networks: cpu, or cuda for a GPU.")]
 
@@ -47,7 +53,7 @@ Offload = Annotated[
 
 
 class Command(TyperCommand):
-    """A command that answers a mistyped option with the nearest option's name."""
+    """A command that answers a mistyped option with the nearest option's name, and joins the cluster of --address."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the command."""
@@ -63,14 +69,25 @@ class Command(TyperCommand):
             ) from error
         if any(text == "" or re.fullmatch("--[a-z-]+=", text) for text in given):
             _refuse_empty_paths(ctx.params)
+        if any(":/" in text for text in given):
+            _refuse_addresses(ctx.params)
+        use_address(ctx.params.get("address"))
         return rest
 
 
 def _refuse_empty_paths(values: Mapping[str, Any]) -> None:
     """A path from an empty variable ("--out $OUT") would name the working directory."""
     for name, value in values.items():
-        if Path() in (value if isinstance(value, list) else [value]):
+        if Path() in (value if isinstance(value, list) else [value]) or (value == "" and name in PLACES):
             raise UsageError(f'the path of {name} is empty; "." names this folder.')
+
+
+def _refuse_addresses(values: Mapping[str, Any]) -> None:
+    """A store's address in the place of a path would become a folder called "s3:"."""
+    for name, value in values.items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                refuse_address(path, name)
 
 
 def picture_limits(max_megapixels: float, max_megabytes: float | None) -> Limits:
@@ -132,16 +149,35 @@ def complete(kind: str, incomplete: str) -> list[str]:
 
 
 def input_folders(inputs: Sequence[str]) -> dict[str, Path]:
-    """The folders of NAME=FOLDER pairs, by name. Raises UsageError for a folder that does not exist."""
+    """The folders of NAME=FOLDER pairs, by name; a folder in a store is fetched. UsageError if one does not exist."""
+    from pipelines.core.places.place import place_of
+
     folders: dict[str, Path] = {}
     for pair in inputs:
         name, equals, folder = pair.partition("=")
         if not equals or not name:
             raise UsageError(f'--input "{pair}" is not NAME=FOLDER.')
-        if not Path(folder).is_dir():
+        path = _fetched(place_of(folder)) if is_address(folder) else Path(folder)
+        if not path.is_dir():
             raise UsageError(f"--input {name}: there is no folder {folder}.")
-        folders[name] = Path(folder)
+        folders[name] = path
     return folders
+
+
+def stored_inputs(inputs: Sequence[str]) -> list[Where]:
+    """The folders in stores among NAME=FOLDER pairs."""
+    from pipelines.core.places.place import place_of
+
+    folders = (pair.partition("=")[2] for pair in inputs)
+    return [place_of(folder) for folder in folders if is_address(folder)]
+
+
+def _fetched(where: Where) -> Path:
+    """A corpus or the folder of a stage in a store, as a folder of this machine."""
+    from pipelines.core.places.working_copy import local_copy
+    from pipelines.corpus.stored import corpus_folder
+
+    return corpus_folder(where) if (where / "index.json").is_file() else local_copy(where)
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -225,7 +261,7 @@ def plan_lines(result: PlanResult) -> list[str]:
     return lines
 
 
-def end_curation(result: CurateResult, out: Path, console: Console) -> None:
+def end_curation(result: CurateResult, out: Where, console: Console) -> None:
     """Print the result of curate or replay, and exit."""
     for note in result.notes:
         console.say(note)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.support import complete_recipe, input_folders, plain, yaml_text
-from pipelines.commands.words import DryRun, Json, Out, Overrides
+from pipelines.commands.support import complete_recipe, input_folders, plain, stored_inputs, yaml_text
+from pipelines.commands.words import Address, DryRun, Json, Out, Overrides
 from pipelines.core.console import Console
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import UsageError, unknown
@@ -25,6 +25,7 @@ def train(
         ),
     ] = None,
     dry_run: DryRun = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Train one stage from its recipe."""
@@ -38,20 +39,31 @@ def train(
         return
     if out is None:
         raise UsageError("train needs --out FOLDER (or --dry-run).")
-    from pipelines.core.cluster import local_ray
+    from pipelines.core.cluster import running_ray
+    from pipelines.core.places.place import place_of
+    from pipelines.core.places.working_copy import check_one_machine, working_copy
     from pipelines.runs.one_training import train_folder, train_inputs, train_one
     from pipelines.training.inputs import check_inputs
+    from pipelines.training.train import store_mib
 
     folders = train_inputs(input_folders(inputs or []))
     check_inputs(resolved, folders)
     check_gpus(resolved)
-    with train_folder(resolved, folders, out), local_ray(), console.bar(resolved.name) as progress:
-        result = train_one(resolved, folders, out, progress)
-    lines = [f"model: {result.model}"]
-    if resolved.teacher:  # the student has passed its gate, otherwise train_one would have raised
-        from pipelines.runs.registry import register
+    place = place_of(out)
+    with working_copy(place) as folder:
+        with (
+            train_folder(resolved, folders, folder),
+            running_ray(store_mib(resolved)),
+            console.bar(resolved.name) as progress,
+        ):
+            check_one_machine(place, *stored_inputs(inputs or []))
+            result = train_one(resolved, folders, folder, progress)
+        lines = [f"model: {place / 'model'}"]
+        if resolved.teacher:  # the student has passed its gate, otherwise train_one would have raised
+            from pipelines.runs.registry import register
 
-        lines.append(f"registered as {resolved.name}, version {register(resolved, out)}; {out / 'gate' / 'gate.json'}")
+            version = register(resolved, folder)
+            lines.append(f"registered as {resolved.name}, version {version}; {place / 'gate' / 'gate.json'}")
     console.result(plain(result), lines)
 
 

@@ -10,10 +10,26 @@ import typer
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes settings for this run only.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the results.")]
-RequiredOut = Annotated[Path, typer.Option("--out", "-o", help="The folder of the results.")]
+Out = Annotated[
+    str | None, typer.Option("--out", "-o", help="The folder of the results, here or in a store: s3://bucket/folder.")
+]
+RequiredPlace = Annotated[
+    str, typer.Option("--out", "-o", help="The folder of the results, here or in a store: s3://bucket/folder.")
+]
 Images = Annotated[Path | None, typer.Option("--images", help="Your own folder of photographs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and do nothing.")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="Join the Ray cluster at HOST:PORT, or auto; RAY_ADDRESS does the same."),
+]
+Placement = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--placement",
+        metavar="KEY=VALUE",
+        help="Needs of the workers: workers, cpus, gpus, memory_gib, resources.NAME, labels.NAME, wait_minutes.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and no progress.")]
 MaxMegapixels = Annotated[
     float, typer.Option("--max-megapixels", min=0.000001, help="Refuse inputs with more megapixels.")

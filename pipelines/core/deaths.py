@@ -7,6 +7,7 @@ work. The bytes of a file that stays count the processes that died over the samp
 from __future__ import annotations
 
 import json
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import TypeVar
 
 from components.writing import LEFTOVERS, replace_file
 from pipelines.core.errors import Failure
+from pipelines.core.places.files import put, remove
+from pipelines.core.places.place import Place, Where
 
 T = TypeVar("T")
 
@@ -76,6 +79,40 @@ class Marks:
             raise WorkersDied("workers died again and again while they loaded the model")
         with self.work_on(name):
             return make()
+
+
+class StoredMarks(Marks):
+    """Marks in a store: a folder of each name, with an object for each process."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def clear(self) -> None:
+        for name, _ in list(self.place.files()):
+            remove(self.place / name)
+
+    def forget(self, name: str) -> None:
+        for mark, _ in list((self.place / name).files()):
+            remove(self.place / name / mark)
+
+    def deaths(self, name: str) -> int:
+        return sum(1 for _ in (self.place / name).files())
+
+    @contextmanager
+    def work_on(self, name: str) -> Iterator[None]:
+        mark = self.place / name / uuid.uuid4().hex
+        put(mark, b".")
+        try:
+            yield
+        except Exception:
+            remove(mark)
+            raise
+        remove(mark)
+
+
+def marks_in(folder: Where) -> Marks:
+    """The marks of a job in a folder or in a store."""
+    return StoredMarks(folder) if isinstance(folder, Place) else Marks(folder)
 
 
 class Attempt:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipelines.core.environment import cluster_address
 from pipelines.core.errors import UsageError, unknown
 
 DEVICES = ("cpu", "cuda")
@@ -30,7 +31,12 @@ GPU_KEYS = ("num_gpus", "gpus_per_worker", "gpus_per_captioner")
 
 
 def gpu_count() -> float:
-    """GPUs that a worker can get: those of the running Ray, else those of this machine that torch can use."""
+    """GPUs that a worker can get: those of the running Ray, else those of this machine that torch can use.
+
+    No limit where Ray is a cluster's: placement.check_placement knows its nodes.
+    """
+    if cluster_address():
+        return math.inf
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return float(ray.cluster_resources().get("GPU", 0))
@@ -64,6 +70,10 @@ def check_device(device: str, one_of: bool = True) -> None:
             near = ALIASES.get(kind, kind)
             raise UsageError(f'unknown device "{device}". Did you mean "{near}"? Known: cpu, cuda.')
         raise unknown("device", device, DEVICES)
+    if cluster_address() and one_of:  # the workers are elsewhere; Ray hands out their GPUs
+        if ":" in device:
+            raise UsageError(f"--device {device}: the cluster hands out its GPUs; use --device cuda.")
+        return
     count, number = local_gpu_count(), int(device.partition(":")[2] or 0)
     if not count:
         raise UsageError(f"--device {device}: {_no_gpu()}. Use --device cpu.")

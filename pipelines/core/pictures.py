@@ -15,11 +15,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 from components.images import Limits
 from components.restoring import file_key, picture_key
 from components.types import SampleError
 from pipelines.core.errors import UsageError
+from pipelines.core.places.place import Place, Where
 
 SIDECARS = frozenset(
     {
@@ -63,6 +65,9 @@ OWN_MARKS = {
 They mark the folder of a run, a stage, a corpus, a restoration or a study, in this order.
 """
 
+MARK_BYTES = 64 << 20
+"""Bytes of a mark in a store that are fetched at most."""
+
 SHEET = "contact.jpg"
 """Overview that a job writes next to its results."""
 
@@ -76,7 +81,15 @@ def is_system_name(name: str) -> bool:
     return name.startswith((".", "~$", "albumart_{")) or name in SYSTEM_NAMES or name.endswith(SYSTEM_STREAMS)
 
 
-def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], int]:
+@overload
+def list_pictures(src: Path, out: Where | None = None) -> tuple[dict[str, Path], int]: ...
+
+
+@overload
+def list_pictures(src: Where, out: Where | None = None) -> tuple[dict[str, Where], int]: ...
+
+
+def list_pictures(src: Where, out: Where | None = None) -> tuple[dict[str, Path], int] | tuple[dict[str, Where], int]:
     """Return pictures by key, in the order of their names, and the number of other files.
 
     Hidden files, those of the system, sidecars and our own sheets do not count as pictures. Files below `out`, and
@@ -86,6 +99,9 @@ def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], 
     Raises:
         UsageError: `src` does not exist, holds no picture, or is `out` itself.
     """
+    if isinstance(src, Place):
+        return _list_stored(src, out)
+    out = None if isinstance(out, Place) else out
     if not src.exists():
         raise UsageError(f"{src} does not exist")
     if src.is_file():
@@ -97,6 +113,36 @@ def list_pictures(src: Path, out: Path | None = None) -> tuple[dict[str, Path], 
         raise UsageError(f"{src} holds no pictures{_first_refusal(src, paths)}")
     keys = make_keys([path.relative_to(src).as_posix() for path in paths])
     return {key: path.absolute() for key, path in zip(keys, paths, strict=True)}, other_files
+
+
+def _list_stored(src: Place, out: Where | None) -> tuple[dict[str, Where], int]:
+    """`list_pictures` of a store: one listing, in pages."""
+    src.check()
+    names = {name: src / name for name, _ in src.files()}
+    if not names:
+        if src.is_file():
+            return {file_key(src.stem): src}, 0
+        raise UsageError(f"{src} does not exist")
+    if out == src:
+        raise UsageError(f"{src} is both input and output; choose another output folder")
+    folders = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in OWN_MARKS}
+    marks = {folder: mark for folder in folders if (mark := own_mark(src / folder if folder else src)) is not None}
+    outputs = [f"{folder}/" for folder in marks if folder]
+    if isinstance(out, Place) and str(out).startswith(f"{src}/"):
+        outputs.append(f"{out.relative_to(src)}/")
+    pictures, other_files = [], 0
+    for name in sorted(names):
+        folder, _, last = name.rpartition("/")
+        if name.startswith(tuple(outputs)) or any(map(is_system_name, folder.split("/"))):
+            continue
+        own_sheet = last == SHEET and marks.get(folder) == "records.jsonl"
+        if is_system_name(last) or os.path.splitext(last)[1].lower() in SIDECARS or own_sheet:
+            other_files += 1
+        else:
+            pictures.append(name)
+    if not pictures:
+        raise UsageError(f"{src} holds no pictures")
+    return {key: names[name] for key, name in zip(make_keys(pictures), pictures, strict=True)}, other_files
 
 
 def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Path]:
@@ -119,7 +165,7 @@ def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Pa
     return pictures
 
 
-def read_picture(path: Path, key: str, limits: Limits | None = None) -> bytes:
+def read_picture(path: Where, key: str, limits: Limits | None = None) -> bytes:
     """Return the bytes of a picture's file.
 
     Args:
@@ -130,6 +176,8 @@ def read_picture(path: Path, key: str, limits: Limits | None = None) -> bytes:
             cannot be read; not_image: a device or a pipe; too_large.
     """
     try:
+        if isinstance(path, Place):
+            return _read_stored(path, limits)
         status = path.stat()
         if stat.S_ISDIR(status.st_mode) and path.is_symlink():
             raise SampleError("linked_folder", "links to folders are not followed: name the folder as a source", key)
@@ -144,8 +192,18 @@ def read_picture(path: Path, key: str, limits: Limits | None = None) -> bytes:
         raise SampleError(error.code, error.detail, key) from error
     except OSError as error:
         is_broken = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
-        reason = "a link that leads nowhere" if is_broken and os.path.islink(path) else error.strerror
+        reason = "a link that leads nowhere" if is_broken and os.path.islink(str(path)) else error.strerror
         raise SampleError("unreadable", f"cannot be read: {reason or error}", key) from error
+
+
+def _read_stored(place: Place, limits: Limits | None) -> bytes:
+    """One request for a picture that keeps the limit, and none for the rest of a larger one."""
+    if limits is None:
+        return place.read_bytes()
+    data = place.read_bytes(0, limits.max_bytes + 1)
+    if len(data) > limits.max_bytes:
+        limits.check_bytes(place.stat().size)
+    return data
 
 
 def make_keys(names: Sequence[str]) -> list[str]:
@@ -232,11 +290,12 @@ def is_output(folder: Path, out: Path | None) -> bool:
     return own_mark(folder) is not None
 
 
-def own_mark(folder: Path) -> str | None:
+def own_mark(folder: Where) -> str | None:
     """The name of the file in OWN_MARKS that marks a folder of ours; None for another folder."""
     for name, fields in OWN_MARKS.items():
         try:
-            text = (folder / name).read_bytes()
+            place = folder / name
+            text = place.read_bytes(0, MARK_BYTES) if isinstance(place, Place) else place.read_bytes()
             document = json.loads(text.partition(b"\n")[0] if name.endswith(".jsonl") else text)
         except (OSError, ValueError, RecursionError):
             continue

@@ -10,14 +10,15 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from pipelines.core.cluster import local_ray, require_cpus
+from pipelines.core.cluster import running_ray
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
+from pipelines.core.placement import Needs, check_placement
 
 J = TypeVar("J")
 A = TypeVar("A")
@@ -41,12 +42,14 @@ class Pool:
         workers: most processes; they start when needed. 0: this process does the work, without Ray.
         num_cpus, num_gpus: resources of one worker; may be fractions.
         batch_size: jobs per call of a worker.
+        needs: where the workers may run, and further needs; its CPUs, GPUs and number are those of the pool.
     """
 
     workers: int = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     batch_size: int = 1
+    needs: Needs = field(default_factory=Needs)
 
     def __post_init__(self) -> None:
         shares = (self.num_cpus, self.num_gpus)
@@ -56,6 +59,12 @@ class Pool:
                 f"0; got workers {self.workers}, batch_size {self.batch_size}, num_cpus {self.num_cpus:g}, num_gpus "
                 f"{self.num_gpus:g}."
             )
+
+    def placed(self, needs: Needs) -> Pool:
+        """This pool with other needs. They replace its numbers where they state one; 0 workers stay."""
+        full = needs.or_else(self.workers or 1, self.num_cpus, self.num_gpus)
+        workers = self.workers and (full.workers or 1)
+        return replace(self, workers=workers, num_cpus=full.cpus or 0.0, num_gpus=full.gpus or 0.0, needs=full)
 
     @property
     def others(self) -> int:
@@ -127,8 +136,8 @@ def _through_ray(make: Callable[[], Worker[J, A]], jobs: Sequence[J], pool: Pool
     from ray.data import ActorPoolStrategy
 
     batches = -(-len(jobs) // pool.batch_size)
-    with local_ray(), ray_errors("the job"), _without_bars():
-        require_cpus("a worker", pool.num_cpus, "lower the CPUs of a worker.")
+    with running_ray(), ray_errors("the job"), _without_bars():
+        check_placement("a worker", pool.placed(pool.needs).needs)
         rows = [{"job": job} for job in jobs]
         dataset = ray.data.from_items(rows, override_num_blocks=min(batches, MAX_BLOCKS)).map_batches(
             _Actor,  # type: ignore[arg-type]
@@ -139,6 +148,7 @@ def _through_ray(make: Callable[[], Worker[J, A]], jobs: Sequence[J], pool: Pool
             compute=ActorPoolStrategy(min_size=1, max_size=min(pool.workers, batches)),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus or None,
+            **pool.needs.options(),
         )
         for row in dataset.iter_rows():
             yield row["answer"]

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from components.naming import printable
-from components.writing import replace_file
 from pipelines.core.errors import UsageError
+from pipelines.core.places.files import put
+from pipelines.core.places.place import Where
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Where) -> list[dict[str, Any]]:
     """Read all rows of a file. A last line that a kill cut off is dropped; a missing file has no rows."""
-    return parse_lines(path.read_bytes()) if path.exists() else []
+    try:
+        return parse_lines(path.read_bytes())
+    except FileNotFoundError:
+        return []
 
 
 def parse_lines(data: bytes) -> list[dict[str, Any]]:
@@ -40,7 +44,7 @@ def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from parse_lines(line)
 
 
-def own_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+def own_lines(path: Where, fields: Sequence[str]) -> list[dict[str, Any]]:
     """Read the rows of a list that an earlier job of the same command wrote.
 
     Raises:
@@ -85,6 +89,6 @@ def _printable(document: Any) -> Any:
     return document
 
 
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_lines(path: Where, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace the file by these rows, atomically."""
-    replace_file(path, "".join(f"{json_text(row)}\n" for row in rows).encode())
+    put(path, "".join(f"{json_text(row)}\n" for row in rows).encode())

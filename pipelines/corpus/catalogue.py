@@ -18,6 +18,7 @@ from components.corpora import CorpusSpec, load_corpus_spec, shown_spec
 from components.overrides import yaml_text
 from pipelines.core.errors import UsageError, unknown
 from pipelines.core.home import shipped_files
+from pipelines.core.placement import needs_of
 
 ROLES: tuple[str, ...] = get_args(get_type_hints(CorpusSpec)["role"])
 
@@ -124,9 +125,13 @@ class Description:
 def load_spec(name: str | Path, overrides: Sequence[str] = ()) -> CorpusSpec:
     """A corpus spec by the name of a shipped one ("demo") or by the path of a YAML file; a UsageError for others."""
     try:
-        return load_corpus_spec(_path(name), overrides)
+        spec = load_corpus_spec(_path(name), overrides)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+    parts = [spec, spec.caption, spec.precompute, *(source.negatives for source in spec.sources)]
+    for part in parts:
+        needs_of(part.placement if part is not None else {})
+    return spec
 
 
 def list_corpora(role: str | None = None) -> list[Entry]:

@@ -36,6 +36,7 @@ from components.types import SampleError
 from components.writing import replace_file, whole_file
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.rows import iter_lines
+from pipelines.corpus.stored import stored_shard
 
 FORMAT = 2
 BLOCK = 512  # POSIX.1-1988 ustar: headers and data are padded to this
@@ -309,7 +310,7 @@ class ShardFile:
         """
         try:
             if self._file is None:
-                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - until `__exit__`
+                self._file = self._open()
             data = b""
             while len(data) < size:  # a network file system may return fewer bytes than there are
                 piece = os.pread(self._file.fileno(), size - len(data), offset + len(data))
@@ -321,6 +322,15 @@ class ShardFile:
         if len(data) != size:
             raise SampleError("truncated", f"{self.path} ends before the sample does", key)
         return data
+
+    def _open(self) -> FileIO:
+        try:
+            return open(self.path, "rb", buffering=0)
+        except FileNotFoundError:
+            cached = stored_shard(self.path)  # a corpus in a store
+            if cached is None:
+                raise
+            return open(cached, "rb", buffering=0)
 
 
 def read_sample(corpus: Corpus, split: str, sample: int) -> bytes:

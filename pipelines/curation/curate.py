@@ -30,7 +30,8 @@ from components.writing import LEFTOVERS, replace_file
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, RestorayError, UsageError, unknown
-from pipelines.core.folders import folder_lock
+from pipelines.core.folders import job_lock
+from pipelines.core.placement import needs_of
 from pipelines.core.pool import last_line, ray_errors
 from pipelines.core.rows import end_torn_line, iter_lines
 from pipelines.corpus import shards
@@ -38,6 +39,7 @@ from pipelines.corpus.catalogue import load_spec
 from pipelines.curation import measure, score, select, write
 from pipelines.curation.extras import add_columns
 from pipelines.curation.negatives import make_negatives
+from pipelines.curation.placing import check_tasks, task_resources
 from pipelines.curation.report import write_curate_report
 from pipelines.curation.sources import (
     Bytes,
@@ -129,6 +131,8 @@ def curate(
     check_sources(spec, Path(out).absolute())
     check_gpus(spec)
 
+    check_tasks(spec)
+
     def list_all(out: Path) -> Listing:
         _make_negatives(spec, out, report_progress)
         listing = list_parts(spec, out)
@@ -150,7 +154,7 @@ def _curate(
     started = time.monotonic()
     bounds = select.thresholds(spec)
     _check_models(spec)
-    with folder_lock(out):
+    with job_lock(out):
         try:
             _check_same(spec, out)
             forget_candidates_in_work(out / "work" / "cursors")
@@ -300,7 +304,7 @@ def _run(
     import ray
 
     items = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=min(len(jobs), TASKS))
-    dataset = items.map_batches(task, batch_size=None, batch_format="numpy", **options)
+    dataset = items.map_batches(task, batch_size=None, batch_format="numpy", **task_resources(spec, options))
     dataset.context.enable_progress_bars = False
     with ray_errors(what):
         try:
@@ -412,7 +416,7 @@ def _score(
         spec,
         lambda: last_sign_of_life(cursors),
         fn_constructor_args=arguments,
-        compute=ActorPoolStrategy(min_size=1, max_size=64),
+        compute=ActorPoolStrategy(min_size=1, max_size=needs_of(spec.placement).workers or 64),
         num_gpus=model.num_gpus or None,
         num_cpus=None if model.num_gpus else 1,
     )
@@ -429,7 +433,7 @@ def _select(contents: Sequence[tuple[str, str]], spec: CorpusSpec, out: Path, pr
         return earlier
     (out / "work" / "selected.json").unlink(missing_ok=True)  # the files that it names will be replaced
     progress(0, 1, "select")
-    selection: select.Selection = _in_task(select.select, names, spec, out, digest)
+    selection: select.Selection = _in_task(spec, select.select, names, spec, out, digest)
     select.save(selection, out, digest)
     progress(1, 1, "select")
     return selection
@@ -442,12 +446,14 @@ def _make_negatives(spec: CorpusSpec, out: Path, progress: Progress) -> None:
             make_negatives(Path(source.path), negatives_folder(source, out), source.negatives, progress=progress)
 
 
-def _in_task(function: Callable[..., Any], *arguments: Any) -> Any:
+def _in_task(spec: CorpusSpec, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a Ray task, so that its memory and its crashes do not affect the driver."""
     import ray
 
+    options = task_resources(spec, {})
+    options.pop("concurrency", None)
     try:
-        return ray.get(ray.remote(max_retries=2)(function).remote(*arguments))
+        return ray.get(ray.remote(max_retries=2, **options)(function).remote(*arguments))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RestorayError):
             raise type(error.cause)(str(error.cause)) from None
@@ -539,9 +545,9 @@ def _report(
         "seconds": round(time.monotonic() - started, 1),
     }
     try:
-        return _in_task(_write_report, spec, bounds, list(names), out, facts, True)  # type: ignore[no-any-return]
+        return _in_task(spec, _write_report, spec, bounds, list(names), out, facts, True)  # type: ignore[no-any-return]
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):  # try again without pictures
-        return _in_task(_write_report, spec, bounds, list(names), out, facts, False)  # type: ignore[no-any-return]
+        return _in_task(spec, _write_report, spec, bounds, list(names), out, facts, False)  # type: ignore[no-any-return]
 
 
 def _write_report(

@@ -48,6 +48,7 @@ from pipelines.core.console import Progress, no_progress
 from pipelines.core.deaths import MAX_DEATHS, Marks, WorkersDied, remove_leftovers
 from pipelines.core.errors import Failure, RestorayError, UsageError
 from pipelines.core.folders import check_output, folder_lock
+from pipelines.core.placement import needs_of
 from pipelines.core.pool import Pool, answers_of, fixed_threads
 from pipelines.core.rows import end_torn_line, iter_lines, read_lines, write_lines
 from pipelines.corpus.shards import STORED_LIMITS, Corpus, open_corpus, read_sample
@@ -188,7 +189,7 @@ def make_negatives(
     """
     if spec.count < 1:
         raise UsageError(f"the count of negative samples must be at least 1, got {spec.count}.")
-    pool = Pool(workers=spec.workers, num_gpus=spec.num_gpus)
+    pool = Pool(workers=spec.workers, num_gpus=spec.num_gpus).placed(needs_of(spec.placement))
     corpus = open_corpus(corpus_dir)
     total = len(corpus.split(split))
     if not total:

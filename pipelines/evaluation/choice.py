@@ -19,6 +19,7 @@ from components.recipes import Gate
 from components.writing import replace_file
 from pipelines.core.console import Progress
 from pipelines.core.errors import GateFailed
+from pipelines.core.placement import Needs
 from pipelines.core.pool import Pool
 from pipelines.evaluation.gate import SEED, compare, restore_arm
 from pipelines.evaluation.heldout import prepare_heldout
@@ -48,6 +49,7 @@ def choose_model(
     preset_options: Mapping[str, Any],
     short_side: int = 256,
     on_ray: bool = True,
+    needs: Needs = Needs(),
     progress: Progress | None = None,
 ) -> Choice:
     """Compare two models on a corpus's held-out pictures, and copy the trained one unless it is worse.
@@ -60,6 +62,7 @@ def choose_model(
         gate: the losses that are allowed, and the number of pictures.
         preset, preset_options, short_side: of the degraded pictures.
         on_ray: False restores in this process, without Ray.
+        needs: of the worker.
 
     Raises:
         UsageError, Failure: see prepare_heldout, open_model and gate.compare.
@@ -68,7 +71,7 @@ def choose_model(
     prepare_heldout(corpus, out, preset, preset_options, seed=SEED, short_side=short_side, limit=gate.pictures)
     verdict: dict[str, Any] = {}
     try:
-        pool = Pool(workers=int(on_ray))
+        pool = Pool(workers=int(on_ray)).placed(needs)
         restore_arm("choose", out, STANDARD, standard, {}, pool, progress=progress)
         restore_arm("choose", out, TRAINED, trained, {}, pool, GateFailed, progress)
         result = compare(out, gate, ARMS)

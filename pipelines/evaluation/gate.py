@@ -25,6 +25,7 @@ from components.recipes import Gate, Recipe
 from components.writing import replace_file
 from pipelines.core.console import Progress
 from pipelines.core.errors import Failure, GateFailed, RestorayError
+from pipelines.core.placement import Needs
 from pipelines.core.pool import Pool
 from pipelines.core.rows import read_lines
 from pipelines.corpus.shards import SPLIT, open_corpus
@@ -147,7 +148,14 @@ def pass_gate(
         pairs=recipe.pairs,
     )
     gpu = recipe.placement.gpus_per_worker > 0 and on_ray
-    pool = Pool(workers=int(on_ray), num_gpus=float(gpu))
+    placement = recipe.placement
+    needs = Needs(
+        memory_gib=placement.memory_gib_per_worker,
+        resources=placement.resources_per_worker,
+        labels=placement.labels,
+        wait_minutes=placement.wait_minutes,
+    )
+    pool = Pool(workers=int(on_ray), num_gpus=float(gpu)).placed(needs)
     models: tuple[str | Path, ...] = (recipe.teacher, student)
     for arm, model, options in zip(ARMS, models, (gate.teacher_options, gate.student_options), strict=True):
         failure = Failure if arm == ARMS[0] else GateFailed

@@ -27,14 +27,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from components.images import ANY_SHAPE, Limits
 from components.restoring import Ask, Picture, picture_seed
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import UsageError
-from pipelines.core.folders import folder_lock
+from pipelines.core.folders import job_lock
 from pipelines.core.pictures import list_pictures
+from pipelines.core.places.place import Where
 from pipelines.core.pool import Pool, answers_of
 from pipelines.restoration.books import Books
 from pipelines.restoration.models import OpenedModel
@@ -64,7 +64,7 @@ class RestoreJob:
     ask: Ask = field(default_factory=Ask)
     seed: int = 0
     seeds: Mapping[str, int] | None = None
-    references: Path | None = None
+    references: Where | None = None
     prompts: Mapping[str, str] | None = None
     captioner: JobCaptioner | None = None
     limits: Limits = ANY_SHAPE
@@ -87,9 +87,9 @@ class RestoreResult:
     quarantined: int
     skipped: int
     ignored: int
-    folder: Path
-    records: Path
-    quarantine: Path
+    folder: Where
+    records: Where
+    quarantine: Where
     unprompted: int = 0
 
 
@@ -105,8 +105,8 @@ def batches_per_call(pictures: int, pool: Pool) -> int:
 
 def restore_folder(
     model: OpenedModel,
-    src: Path,
-    out: Path,
+    src: Where,
+    out: Where,
     job: RestoreJob = RestoreJob(),
     pool: Pool = Pool(),
     progress: Progress | None = None,
@@ -115,8 +115,8 @@ def restore_folder(
 
     Args:
         model: see models.open_model.
-        src: a folder, or one picture.
-        out: folder for results and records.
+        src: a folder, or one picture; here or in a store.
+        out: folder for results and records; here or in a store.
         job: settings for all pictures.
         pool: the workers; `batch_size` is the number of pictures per call of the restorer.
         progress: counts pictures.
@@ -124,7 +124,7 @@ def restore_folder(
     Raises:
         UsageError: there are no pictures or references, a prompt has no picture, or a result would overwrite a file of
             another program.
-        RetryLater: another job works on `out`.
+        RetryLater: another job works on `out`, or a store does not answer.
         Failure: `out` cannot be written, the model cannot be loaded, or all pictures fail for the same reason.
     """
     sources, ignored = list_pictures(src, out)
@@ -134,8 +134,8 @@ def restore_folder(
     if unknown_keys := sorted(set(job.prompts or {}) - set(sources)):
         raise UsageError(f"no picture in {src} has the key of a prompt: {', '.join(unknown_keys[:5])}")
     routes = {key: digest for key, digest in (job.routes or {}).items() if digest != model.identity.digest}
-    with folder_lock(out):
-        books = Books(out.absolute())
+    with job_lock(out) as lease:
+        books = Books(out.absolute(), lease)
         records = books.open(sources)
         tasks = [
             Task(
@@ -159,7 +159,8 @@ def restore_folder(
             ask=job.ask,
             limits=job.limits,
             out=books.out,
-            marks=books.marks.folder,
+            marks=books.marks,
+            fence=lease.fence if lease is not None else None,
             batch_size=pool.batch_size,
             others=pool.others,
             build=model.build,

@@ -13,9 +13,11 @@ from components.images import read_png_text
 from components.types import SampleError
 from components.writing import LEFTOVERS
 from pipelines.core.console import Progress
-from pipelines.core.deaths import Marks, remove_leftovers
-from pipelines.core.errors import Failure, UsageError
-from pipelines.core.rows import json_text, own_lines, read_lines, write_lines
+from pipelines.core.deaths import marks_in, remove_leftovers
+from pipelines.core.errors import Failure, RetryLater, UsageError
+from pipelines.core.places.journals import Journal
+from pipelines.core.places.leases import Lease
+from pipelines.core.places.place import Place, Where
 from pipelines.restoration.worker import Answer
 
 RECORD_FIELDS, QUARANTINE_FIELDS = ("key", "output", "output_sha256", "model_digest"), ("key", "code")
@@ -23,14 +25,19 @@ MAX_EQUAL_FAILURES = 3  # equal failures of the first pictures end the job: then
 
 
 class Books:
-    """Records, quarantine and marks of one output folder."""
+    """Records, quarantine and marks of one output folder, here or in a store.
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    Args:
+        out: the folder.
+        lease: the job's lease, see folders.job_lock.
+    """
+
+    def __init__(self, out: Where, lease: Lease | None = None) -> None:
+        self.out, self.lease = out, lease
         self.records, self.quarantine = out / "records.jsonl", out / "quarantine.jsonl"
-        self.marks = Marks(out / ".attempts")
+        self.marks = out / ".attempts"
 
-    def open(self, sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    def open(self, sources: Mapping[str, Where]) -> dict[str, dict[str, Any]]:
         """Clean up after an earlier job and return the newest record by key. Only a newer record replaces a record.
 
         Raises:
@@ -38,23 +45,28 @@ class Books:
             Failure: the folder cannot be written.
         """
         try:
-            records = {record["key"]: record for record in own_lines(self.records, RECORD_FIELDS)}
-            rejects = own_lines(self.quarantine, QUARANTINE_FIELDS)
+            records = {record["key"]: record for record in self._journal(self.records).read(RECORD_FIELDS)}
+            rejects = self._journal(self.quarantine).read(QUARANTINE_FIELDS)
             self._check_outputs(sources, records)
-            self.marks.clear()
-            remove_leftovers(self.out, f"**/{LEFTOVERS}")
-            write_lines(self.records, list(records.values()))
-            write_lines(self.quarantine, [q for q in rejects if q["key"] not in sources])
+            marks_in(self.marks).clear()
+            if isinstance(self.out, Path):
+                remove_leftovers(self.out, f"**/{LEFTOVERS}")
+            self._journal(self.records).write(list(records.values()))
+            self._journal(self.quarantine).write([q for q in rejects if q["key"] not in sources])
         except OSError as error:
             raise Failure(f"cannot write to {self.out}: {error.strerror or error}") from error
         return records
 
-    def _check_outputs(self, sources: Mapping[str, Path], records: Mapping[str, Any]) -> None:
+    def _journal(self, path: Where) -> Journal:
+        return Journal(path, self.lease)
+
+    def _check_outputs(self, sources: Mapping[str, Where], records: Mapping[str, Any]) -> None:
+        names = {name for name, _ in self.out.files()} if isinstance(self.out, Place) else None
         for key, source in sources.items():
             path = self.out / f"{key}.png"
-            if not os.path.lexists(path):
+            if f"{key}.png" not in names if names is not None else not os.path.lexists(str(path)):
                 continue
-            if path.resolve() == source.resolve() or (key not in records and not _is_result(path, key, source)):
+            if _same(path, source) or (key not in records and not _is_result(path, key, source)):
                 raise UsageError(
                     f"{path} would be overwritten, and no record lists it as a result of an earlier job; "
                     "choose another output folder"
@@ -73,18 +85,16 @@ class Books:
         progress(0, of)
         try:
             with (
-                self.records.open("a", encoding="utf-8") as records,
-                self.quarantine.open("a", encoding="utf-8") as quarantine,
+                self._journal(self.records).open() as records,
+                self._journal(self.quarantine).open() as quarantine,
             ):
                 for number, answer in enumerate(answers, start=1):
                     status, row = answer.status, answer.row
                     if status == "fatal":
-                        raise Failure(row["detail"])
+                        raise (RetryLater if row.get("later") else Failure)(row["detail"])
                     counts[status] += 1
                     if status != "skipped":
-                        target = records if status == "restored" else quarantine
-                        target.write(json_text(row) + "\n")
-                        target.flush()
+                        (records if status == "restored" else quarantine).append(row)
                     if status == "quarantined":
                         reasons.append(f"{row['code']}: {row['detail']}")
                         self._check_hope(counts, reasons, of, row)
@@ -99,12 +109,12 @@ class Books:
 
     def _sort_files(self) -> None:
         """Rewrite both files with one line per key, sorted by key: the order of arrival depends on timing."""
-        quarantine = sorted(read_lines(self.quarantine), key=itemgetter("key"))
+        quarantine = sorted(self._journal(self.quarantine).read(), key=itemgetter("key"))
         bad = {row["key"] for row in quarantine}
-        newest = {row["key"]: row for row in read_lines(self.records)}
+        newest = {row["key"]: row for row in self._journal(self.records).read()}
         records = {key: row for key, row in newest.items() if key not in bad or (self.out / row["output"]).exists()}
-        write_lines(self.records, sorted(records.values(), key=itemgetter("key")))
-        write_lines(self.quarantine, quarantine)
+        self._journal(self.records).write(sorted(records.values(), key=itemgetter("key")))
+        self._journal(self.quarantine).write(quarantine)
 
     def _check_hope(self, counts: Mapping[str, int], reasons: Sequence[str], of: int, row: Mapping[str, Any]) -> None:
         """End a job if all its first pictures fail in the restorer for the same reason, such as a wrong option."""
@@ -117,7 +127,13 @@ class Books:
             raise kind(f"nothing can be restored: {row['detail']}")
 
 
-def _is_result(path: Path, key: str, source: Path) -> bool:
+def _same(path: Where, source: Where) -> bool:
+    if isinstance(path, Place) or isinstance(source, Place):
+        return path == source
+    return path.resolve() == source.resolve()
+
+
+def _is_result(path: Where, key: str, source: Where) -> bool:
     """Whether a PNG's text names this key and source: then a job was killed before it wrote the record."""
     try:
         text = read_png_text(path.read_bytes())

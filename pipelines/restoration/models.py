@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from components.options import OptionCheck
+from components.places import on_this_machine
 from components.restoring import MAX_OUTPUT_PIXELS, Ask, Identity, parse_ask
 from components.systems import SYSTEMS, build_restorer
 from components.systems.sharing import build_shared_restorer, check_sharing
 from components.types import Restorer
-from pipelines.core.errors import UsageError
+from pipelines.core.errors import Failure, UsageError
+from pipelines.core.places.addresses import is_address
+from pipelines.core.places.models import fetch_model
+from pipelines.core.places.place import Place, Where, place_of
 from pipelines.restoration.routes import Choice
 
 Factory = Callable[[], Restorer]
 """Builds the restorer inside a worker; picklable."""
+
+Source = tuple[Where, str]
+"""Where a model is, its folder or its address in a store, and its digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +32,8 @@ class OpenedModel:
     """The model folder of a restoration model, opened without its weights.
 
     Attributes:
-        folder: path of the model folder.
+        folder: path of the model folder on this machine.
+        source: where the workers find it, and its digest.
         identity: information about the model in results.
         build: settings of the restorer that differ from the defaults: device, precision, speed. Records hold them too.
         factory: builds the restorer in each worker; with siblings that of all of them, see systems.sharing.
@@ -33,6 +41,7 @@ class OpenedModel:
     """
 
     folder: Path
+    source: Source
     identity: Identity
     build: Mapping[str, Any] = field(default_factory=dict)
     factory: Factory
@@ -42,7 +51,7 @@ class OpenedModel:
     def choices(self) -> tuple[Choice, ...]:
         """The models that pictures may name; this one is the first."""
         return tuple(
-            Choice(identity=each.identity, check=each.check, names=(each.identity.name, each.folder.name))
+            Choice(identity=each.identity, check=each.check, names=(each.identity.name, each.source[0].name))
             for each in (self, *self.siblings)
         )
 
@@ -62,7 +71,7 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
     """Open a model folder or a shipped model.
 
     Args:
-        model: a path, or a name.
+        model: a path, an address in a store, or a name.
         build: see OpenedModel.
 
     Raises:
@@ -70,8 +79,9 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
     """
     from components.models import ModelError, load_model  # imports torch
 
+    place = place_of(model) if is_address(model) else None
     try:
-        files = load_model(model)
+        files = load_model(fetch_model(place) if isinstance(place, Place) else model)
     except ModelError as error:
         raise UsageError(str(error)) from error
     info, folder = files.info, files.path.resolve()
@@ -90,15 +100,16 @@ def open_model(model: str | Path, build: Mapping[str, Any] | None = None) -> Ope
         defaults=recipe_defaults(str(info["system"]), recipe),
         own_scale=system.own_scale(info["config"]) if system is not None else 1.0,
     )
-    factory = functools.partial(build_restorer, folder, **(build or {}))
-    return OpenedModel(folder=folder, identity=identity, build=dict(build or {}), factory=factory)
+    source: Source = (place if isinstance(place, Place) else folder, files.digest)
+    factory = functools.partial(_build_restorer, source, **(build or {}))
+    return OpenedModel(folder=folder, source=source, identity=identity, build=dict(build or {}), factory=factory)
 
 
 def open_models(models: Sequence[str | Path], build: Mapping[str, Any] | None = None) -> OpenedModel:
     """Open models whose prior will be in memory once; the first one is the default, the others are its siblings.
 
     Args:
-        models: paths or names, at least one.
+        models: paths, addresses in a store or names, at least one.
         build: see OpenedModel.
 
     Raises:
@@ -109,13 +120,36 @@ def open_models(models: Sequence[str | Path], build: Mapping[str, Any] | None = 
     first, *others = (open_model(model, build) for model in models)
     if not others:
         return first
-    folders = [each.folder for each in (first, *others)]
+    opened = (first, *others)
     try:
-        check_sharing([load_model(folder) for folder in folders])
+        check_sharing([load_model(each.folder) for each in opened])
     except ModelError as error:
         raise UsageError(str(error)) from error
-    factory = functools.partial(build_shared_restorer, folders, **(build or {}))
+    factory = functools.partial(_build_together, [each.source for each in opened], **(build or {}))
     return replace(first, factory=factory, siblings=tuple(others))
+
+
+def _build_restorer(source: Source, **build: Any) -> Restorer:
+    """Build a restorer in a worker, perhaps on another machine."""
+    return build_restorer(_folder_here(source), **build)
+
+
+def _build_together(sources: Sequence[Source], **build: Any) -> Restorer:
+    """Build restorers that share a prior in a worker, perhaps on another machine."""
+    return build_shared_restorer([_folder_here(source) for source in sources], **build)
+
+
+def _folder_here(source: Source) -> Path:
+    """The folder of a model on this machine, which may not have a model of a store yet."""
+    from components.models import load_model
+
+    where, digest = source
+    if isinstance(where, Path):
+        return on_this_machine(where)
+    folder = fetch_model(where)
+    if load_model(folder).digest != digest:
+        raise Failure(f"{where} was changed while the job ran.")
+    return folder
 
 
 def recipe_defaults(system: str, recipe: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,11 +12,12 @@ import json
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from components.naming import printable
 from pipelines.core.errors import UsageError, unknown
+from pipelines.core.places.place import Place, Where
 from pipelines.core.tables import read_text, separator_of
 
 NAMES = ("key", "file_name")
@@ -39,7 +40,7 @@ class PictureLine:
 
 
 def read_picture_lines(
-    path: Path, sources: Mapping[str, Path], src: Path, columns: tuple[str, ...], what: str
+    path: Path, sources: Mapping[str, Where], src: Where, columns: tuple[str, ...], what: str
 ) -> Iterator[PictureLine]:
     """Yield the lines of a file; errors about pictures that are not there come last.
 
@@ -83,7 +84,7 @@ def line_error(path: Path, number: int, reason: str) -> UsageError:
     return UsageError(f"{path}, line {number}: {reason}")
 
 
-def _keys_by_name(sources: Mapping[str, Path], src: Path) -> dict[str, set[str]]:
+def _keys_by_name(sources: Mapping[str, Where], src: Where) -> dict[str, set[str]]:
     """Keys of the pictures by each name that a file may use: key, path below `src`, file name; earlier kinds win.
 
     A path without its suffix comes last; it differs from the key where a name holds joiners, "x:y" or a rival's stem.
@@ -91,11 +92,12 @@ def _keys_by_name(sources: Mapping[str, Path], src: Path) -> dict[str, set[str]]
     as earlier versions wrote it, unless a picture has just that name.
     """
     exact: list[dict[str, set[str]]] = [{}, {}, {}, {}]
+    is_folder = src.is_dir()
     for key, path in sources.items():
-        below = path.relative_to(src.absolute()) if src.is_dir() else Path(path.name)
+        below = _below(path, src) if is_folder else PurePosixPath(path.name)
         exact[0].setdefault(printable(below.with_suffix("").as_posix()), set()).add(key)
         exact[1].setdefault(printable(path.name), set()).add(key)
-        if src.is_dir():
+        if is_folder:
             exact[2][printable(below.as_posix())] = {key}
         exact[3][key] = {key}
     names: dict[str, set[str]] = {}
@@ -104,6 +106,12 @@ def _keys_by_name(sources: Mapping[str, Path], src: Path) -> dict[str, set[str]]
             for other in {unicodedata.normalize("NFC", name), name.replace("/", "__")} - {name}:
                 names.setdefault(other, set()).update(keys)
     return names | exact[0] | exact[1] | exact[2] | exact[3]
+
+
+def _below(path: Where, src: Where) -> PurePosixPath:
+    if isinstance(path, Place):
+        return path.relative_to(src) if isinstance(src, Place) else PurePosixPath(path.name)
+    return PurePosixPath(path.relative_to(str(src.absolute())).as_posix())
 
 
 def _posix_name(name: str) -> str:

@@ -20,6 +20,7 @@ from components.restoring import MAX_PROMPT_CHARS, Identity, as_sample_error, ch
 from components.systems import SYSTEMS
 from components.types import Request, Restorer, SampleError
 from pipelines.core.errors import UsageError, unknown
+from pipelines.core.places.place import Where
 from pipelines.restoration.picture_lines import line_error, read_picture_lines
 
 TEXTS = ("prompt", "caption", "text")
@@ -27,7 +28,7 @@ AUTO = "auto"
 """This view is the model's coarse restoration ("coarse") if it makes one, otherwise the picture itself ("lq")."""
 
 
-def read_prompts(path: Path, sources: Mapping[str, Path], src: Path, frame: str = "") -> dict[str, str]:
+def read_prompts(path: Path, sources: Mapping[str, Where], src: Where, frame: str = "") -> dict[str, str]:
     """Read the prompts by key; a picture without a line has no prompt.
 
     Args:

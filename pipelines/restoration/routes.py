@@ -14,6 +14,7 @@ from components.naming import did_you_mean
 from components.options import OptionCheck
 from components.restoring import Identity
 from pipelines.core.errors import UsageError
+from pipelines.core.places.place import Where
 from pipelines.restoration.picture_lines import line_error, read_picture_lines
 
 MIN_DIGEST_CHARS = 8
@@ -59,7 +60,7 @@ def choose(name: str, choices: Sequence[Choice]) -> Choice:
     raise UnknownModel(f"unknown model {name!r:.80}. {did_you_mean(name, list(names))}")
 
 
-def read_routes(path: Path, sources: Mapping[str, Path], src: Path, choices: Sequence[Choice]) -> dict[str, str]:
+def read_routes(path: Path, sources: Mapping[str, Where], src: Where, choices: Sequence[Choice]) -> dict[str, str]:
     """Read the models' digests by key.
 
     Args:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
@@ -16,9 +15,13 @@ from components.images import Limits, probe
 from components.naming import printable
 from components.restoring import Ask, Identity, Picture, Result, as_sample_error, request_of, restore_pictures
 from components.types import Restorer, SampleError
-from components.writing import replace_file, write_error_reason
-from pipelines.core.deaths import MAX_DEATHS, Marks, WorkersDied
+from components.writing import write_error_reason
+from pipelines.core.deaths import MAX_DEATHS, WorkersDied, marks_in
+from pipelines.core.errors import RetryLater
 from pipelines.core.pictures import read_picture
+from pipelines.core.places.files import put, remove
+from pipelines.core.places.leases import Fence
+from pipelines.core.places.place import Where
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory
 from pipelines.restoration.prompts import JobCaptioner, PictureCaptioner
@@ -43,8 +46,8 @@ class Task:
     """
 
     picture: Picture
-    source: Path
-    reference: Path | None = None
+    source: Where
+    reference: Where | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     captioner: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
@@ -73,6 +76,7 @@ class WorkerSettings:
         limits: larger inputs are refused.
         out: folder of the results.
         marks: folder of the marks, see core/deaths.py.
+        fence: the job's lease in a store, which another job may have taken.
         batch_size: pictures per call of the restorer; 0: all of a call's.
         others: number of other workers that may load the model at the same time.
         build: settings of the restorer, for the records.
@@ -84,8 +88,9 @@ class WorkerSettings:
     identity: Identity
     ask: Ask
     limits: Limits
-    out: Path
-    marks: Path
+    out: Where
+    marks: Where
+    fence: Fence | None = None
     batch_size: int = 0
     others: int = 0
     build: Mapping[str, Any] = field(default_factory=dict)
@@ -106,13 +111,19 @@ class RestoreWorker:
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
-        self.settings, self.marks = settings, Marks(settings.marks)
+        self.settings, self.marks = settings, marks_in(settings.marks)
         self.restorer: Restorer | None = None
         self.captioner: PictureCaptioner | None = None
         self.broken = ""
 
     def __call__(self, tasks: Sequence[Task]) -> list[Answer]:
         """Return the answers in the order of the tasks."""
+        try:
+            return self._answers(tasks)
+        except RetryLater as error:  # a store that is away, or a lease that is lost: the job ends and can be resumed
+            return [Answer(status="fatal", row={"key": t.key, "detail": str(error), "later": True}) for t in tasks]
+
+    def _answers(self, tasks: Sequence[Task]) -> list[Answer]:
         answers: dict[str, Answer] = {}
         remaining: list[Task] = []
         for task in tasks:
@@ -218,11 +229,11 @@ class RestoreWorker:
             self.restorer.of_model(self.settings.identity_of(task).digest) if self.settings.siblings else self.restorer
         )
 
-    def _read(self, path: Path) -> bytes:
+    def _read(self, path: Where) -> bytes:
         """Read a file's bytes; a file above the limit is refused before it is read."""
         return read_picture(path, "", self.settings.limits)
 
-    def _read_reference(self, path: Path) -> bytes:
+    def _read_reference(self, path: Where) -> bytes:
         try:
             return self._read(path)
         except SampleError as error:
@@ -270,6 +281,8 @@ class RestoreWorker:
             model = self.marks.load(mark, self.settings.others, make)
             set_threads(THREADS)
             return model
+        except RetryLater:
+            raise
         except WorkersDied:
             self.broken = f"workers died again and again while loading {what}"
         except Exception as error:  # noqa: BLE001 - any error while loading ends the job with one sentence
@@ -280,8 +293,10 @@ class RestoreWorker:
         picture, settings = task.picture, self.settings
         output, ask = f"{picture.key}.png", settings.ask.with_prompt(picture.prompt)
         try:
+            if settings.fence is not None:
+                settings.fence.check()
             (settings.out / output).parent.mkdir(parents=True, exist_ok=True)
-            replace_file(settings.out / output, png)
+            put(settings.out / output, png)
         except OSError as error:
             return _fatal(task, f"cannot write {settings.out / output}: {write_error_reason(error)}")
         row = {
@@ -310,7 +325,7 @@ class RestoreWorker:
         sha256 = _sha256(data) if data or error.code == "empty" else ""
         earlier_sha256 = task.record.get("source_sha256", sha256)
         if sha256 and sha256 != earlier_sha256 and error.code not in RESTORER_CODES:
-            (self.settings.out / f"{task.key}.png").unlink(missing_ok=True)
+            remove(self.settings.out / f"{task.key}.png")
         row = {
             "key": task.key,
             "source": printable(str(task.source)),

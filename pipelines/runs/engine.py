@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from components.writing import replace_file
-from pipelines.core.cluster import local_ray
+from pipelines.core.cluster import running_ray
 from pipelines.core.console import Console
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
-from pipelines.core.folders import check_output, folder_lock
+from pipelines.core.folders import check_output, job_lock
 from pipelines.core.home import runs_folder
+from pipelines.core.places.place import Where
+from pipelines.core.places.working_copy import check_one_machine
 from pipelines.core.rows import json_text
 from pipelines.runs.follow import RunTracking, is_published
 from pipelines.runs.plan import load_plan
@@ -29,6 +31,7 @@ from pipelines.runs.report import write_report
 from pipelines.runs.stages import VERBS
 from pipelines.runs.tracking import DATABASE, store_uri
 from pipelines.runs.verb import StageContext, Verb
+from pipelines.training.train import store_mib
 
 PLAN_FORMAT = 1
 
@@ -43,6 +46,7 @@ class RunOptions:
         track: log to MLflow in the run's folder.
         console: shows the progress.
         minutes: a training ends at its first checkpoint after this time; the same command continues. 0 for no limit.
+        place: the folder of a store whose copy is the run's folder; None for a run that stays here.
         verbs: the verbs that stages may name; tests bring their own.
     """
 
@@ -51,6 +55,7 @@ class RunOptions:
     track: bool = True
     console: Console = field(default_factory=Console)
     minutes: float = 0.0
+    place: Where | None = None
     verbs: Mapping[str, Verb] = field(default_factory=lambda: VERBS)
 
 
@@ -98,7 +103,7 @@ def run_plan(
             check_gpus(record.stage.resolved)
     start = time.monotonic()
     check_output(run_dir, resolved.free_mib if any(r.state != "done" for r in records) else 0)
-    with folder_lock(run_dir):
+    with job_lock(run_dir):
         run_stages(resolved, result, options)
         result.seconds = time.monotonic() - start
         finish(result)
@@ -119,7 +124,8 @@ def run_stages(plan: Plan, result: PlanResult, options: RunOptions) -> None:
                 tracking = stack.enter_context(RunTracking(result.run_dir, plan.name))
                 result.tracking = tracking.location
             if options.verbs[stage.verb].uses_ray and not ray_runs:
-                stack.enter_context(local_ray())
+                stack.enter_context(running_ray(store_need(result.stages)))
+                check_one_machine(options.place)
                 ray_runs = True
             resumes = (result.run_dir / stage.folder).exists()
             options.console.say(f"{title}: {'continues' if resumes else 'starts'} in {stage.folder}")
@@ -130,6 +136,12 @@ def run_stages(plan: Plan, result: PlanResult, options: RunOptions) -> None:
             tracking = stack.enter_context(RunTracking(result.run_dir, plan.name))
         if tracking is not None:
             tracking.publish(result)
+
+
+def store_need(records: Sequence[StageRecord]) -> float:
+    """MiB of the object store that the trainings of a run need, one after the other."""
+    recipes = [record.stage.recipe for record in records if record.state != "done" and record.stage.recipe is not None]
+    return max((store_mib(recipe) for recipe in recipes), default=0.0)
 
 
 def run_one(

@@ -14,7 +14,7 @@ from components.recipes import Recipe
 from components.writing import replace_file
 from pipelines.core.console import Progress
 from pipelines.core.errors import UsageError
-from pipelines.core.folders import check_output, folder_lock
+from pipelines.core.folders import check_output, job_lock
 from pipelines.evaluation.gate import check_gate, pass_gate
 from pipelines.runs.identity import stage_digest, train_identity
 from pipelines.training.inputs import TrainInputs
@@ -84,7 +84,7 @@ def train_folder(recipe: Recipe, inputs: TrainInputs, out: Path) -> Iterator[Non
     own = {"settings": recipe_documents(recipe)[1], **train_identity(recipe)}
     digest = stage_digest(own, {**inputs.data_digests, **models}, recipe_version(recipe))
     check_output(out, free_mib=0)
-    with folder_lock(out):
+    with job_lock(out):
         stage_json, has_work = out / "stage.json", any((out / name).exists() for name in ("ray", "model", "done.json"))
         record = json.loads(stage_json.read_text()) if stage_json.is_file() else {}
         if record.get("digest", "" if has_work else digest) != digest:

@@ -24,8 +24,8 @@ from components.systems import parent_stage
 from pipelines.analysis.arms import INPUT, MODEL, OWN_KEYS, check_trainings, model_names
 from pipelines.analysis.model import StudyJob
 from pipelines.analysis.studies import ARM_STUDIES, analyze
-from pipelines.core.environment import cores
 from pipelines.core.errors import Failure, UsageError, unknown
+from pipelines.core.placement import needs_of
 from pipelines.core.pool import Pool
 from pipelines.curation.curate import curate, load_spec
 from pipelines.curation.sources import DEFAULT_HELD_OUT_FRACTION, for_folder, identities
@@ -70,6 +70,12 @@ def check_restore(settings: RestoreSettings, recipe: Recipe | None, parent_recip
     if settings.pairs and settings.preset != "none":
         raise UsageError(f"pairs={settings.pairs}: the inputs of pairs are not degraded again; set preset=none.")
     request_options(settings.options, check_of(parent_recipes))
+    needs_of(settings.placement)
+
+
+def check_serve(settings: ServeCheckSettings, recipe: Recipe | None, parent_recipes: Mapping[str, Recipe]) -> None:
+    """Check the placement of a service."""
+    needs_of(settings.placement)
 
 
 def check_of(parent_recipes: Mapping[str, Recipe], stage: str = "") -> OptionCheck:
@@ -118,6 +124,7 @@ def check_choose(settings: ChooseSettings, recipe: Recipe | None, parent_recipes
         gate_of(settings)
     except RecipeError as error:
         raise UsageError(str(error)) from error
+    needs_of(settings.placement)
     check_metrics((settings.metric,))
     if find_model_folder(settings.model) is None:
         raise unknown("model", settings.model, shipped_models())
@@ -144,8 +151,11 @@ def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) 
     for source in document["sources"]:
         source["storage"] = public(source["storage"])
         source["path"] = ""  # pictures are identified by name, size and time: a moved folder gives the same corpus
-    for key in ("description", "homepage", "papers", "role", "pairs", "metrics", "stall_timeout_s"):
-        document.pop(key)  # these are for people or for other verbs
+        (source["negatives"] or {}).pop("placement", None)
+    for key in ("description", "homepage", "papers", "role", "pairs", "metrics", "stall_timeout_s", "placement"):
+        document.pop(key)  # these are for people, for other verbs, or say where the work is done
+    for part in (document["caption"], document["precompute"]):
+        (part or {}).pop("placement", None)
     return {"spec": document, "pictures": pictures.hexdigest()}
 
 
@@ -247,7 +257,7 @@ def run_restore(context: StageContext) -> dict[str, Any]:
         seed=settings.seed,
         references=folder / "hq" if settings.options.get("reference") == "hq" else None,
     )
-    pool = Pool(workers=min(2, cores()))
+    pool = Pool(workers=WORKERS).placed(needs_of(settings.placement))
     with context.console.bar(context.name) as progress:
         result = restore_folder(model, folder / "lq", folder / "restored", job, pool, progress)
     pictures = (path for name in ("hq", "lq", "restored") for path in (context.stage_dir / name).glob("*.png"))
@@ -276,6 +286,7 @@ def run_choose(context: StageContext) -> dict[str, Any]:
             preset=settings.preset,
             preset_options=settings.preset_options,
             short_side=settings.short_side,
+            needs=needs_of(settings.placement),
             progress=progress,
         )
     outputs = [VERDICT, *files_below(choice.model, context.stage_dir)]
@@ -344,7 +355,7 @@ def run_serve_check(context: StageContext) -> dict[str, Any]:
     timeout_s = context.settings.timeout_s
     with context.console.bar(context.name) as progress:
         progress(0, 2, "loading the model")
-        with start(open_model(model), timeout_s=timeout_s) as service:
+        with start(open_model(model), timeout_s=timeout_s, needs=needs_of(context.settings.placement)) as service:
             progress(1, 2, f"sending {pictures[0].name}")
             source = restored.parent / "lq" / pictures[0].name
             options = json.loads(read_png_text(pictures[0].read_bytes())["options"])
@@ -353,6 +364,9 @@ def run_serve_check(context: StageContext) -> dict[str, Any]:
         progress(2, 2, "bytes equal")
     return {"picture": pictures[0].name, "equal": True, **answer}
 
+
+WORKERS = 2
+"""Processes of a restore stage without a placement."""
 
 VERBS: Mapping[str, Verb] = {
     "curate": Verb(run=run_curate, settings=CurateSettings, version=3, identity=curate_identity),
@@ -375,5 +389,5 @@ VERBS: Mapping[str, Verb] = {
     "restore": Verb(run=run_restore, settings=RestoreSettings, version=3, check=check_restore),
     "evaluate": Verb(run=run_evaluate, settings=EvaluateSettings, uses_ray=False, check=check_evaluate),
     "study": Verb(run=run_study, settings=StudySettings, uses_ray=False, check=check_study),
-    "serve-check": Verb(run=run_serve_check, settings=ServeCheckSettings),
+    "serve-check": Verb(run=run_serve_check, settings=ServeCheckSettings, check=check_serve),
 }

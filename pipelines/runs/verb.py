@@ -107,6 +107,7 @@ class RestoreSettings:
         short_side: short side of the held-out pictures in pixels.
         limit: number of pictures; 0 takes all.
         options: of the restorer: steps, cfg_scale, ...; reference=hq uses each picture's target as its reference.
+        placement: needs of the workers, see pipelines.core.placement.
     """
 
     preset: str = "realesrgan-nano"
@@ -116,6 +117,7 @@ class RestoreSettings:
     short_side: int = 256
     limit: int = 0
     options: dict[str, Any] = field(default_factory=dict, metadata=PROMPTS)
+    placement: dict[str, Any] = field(default_factory=dict, metadata=NO_IDENTITY)
 
 
 @dataclass(kw_only=True)
@@ -126,6 +128,7 @@ class ChooseSettings:
         model: that other model: a folder or a name.
         preset, preset_options, short_side: of the degraded pictures, see RestoreSettings.
         psnr_db, perceptual, metric, pictures: losses that are allowed, see components.recipes.Gate.
+        placement: needs of the worker, see pipelines.core.placement.
     """
 
     model: str = "nano"
@@ -136,6 +139,7 @@ class ChooseSettings:
     perceptual: float = 0.0
     metric: str = "st_lpips"
     pictures: int = 24
+    placement: dict[str, Any] = field(default_factory=dict, metadata=NO_IDENTITY)
 
 
 @dataclass(kw_only=True)
@@ -176,9 +180,10 @@ class StudySettings:
 
 @dataclass(kw_only=True)
 class ServeCheckSettings:
-    """timeout_s: limit for loading the model and for the answer to one picture."""
+    """timeout_s: limit for loading the model and for the answer to one picture. placement: needs of the restorer."""
 
     timeout_s: float = 300.0
+    placement: dict[str, Any] = field(default_factory=dict, metadata=NO_IDENTITY)
 
 
 @dataclass(frozen=True, kw_only=True)

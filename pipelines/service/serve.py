@@ -41,9 +41,10 @@ from components.images import encode_png
 from components.options import OptionCheck
 from components.restoring import Ask, Identity, Picture, as_sample_error, restore_pictures
 from components.types import Cancellation, Restorer, SampleError
-from pipelines.core.cluster import local_ray
+from pipelines.core.cluster import running_ray
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, UsageError
+from pipelines.core.placement import Needs, check_placement
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory, OpenedModel
 from pipelines.restoration.routes import Choice
@@ -286,6 +287,7 @@ def start(
     *,
     limits: ServeLimits | None = None,
     num_gpus: float = 0.0,
+    needs: Needs = Needs(),
     threads: int = THREADS,
     wait: bool = True,
     timeout_s: float = 300.0,
@@ -298,19 +300,24 @@ def start(
         port: 0 takes a free port.
         limits: of one request; None takes the defaults.
         num_gpus: GPUs of the replica.
+        needs: where the replica may run, and further needs.
         threads: torch threads of the replica; with another number than the batch job's the last bit may differ.
         wait: return only when the model is loaded.
         timeout_s: limit for that.
 
     Raises:
-        UsageError: the port is in use.
+        UsageError: the port is in use, or no node can hold the replica.
         Failure: the model cannot be loaded, or not in time; or this Ray already runs a service.
     """
     limits = limits or ServeLimits()
-    check_gpus({"num_gpus": num_gpus})
-    port = _free_port(host, port)
+    needs = needs.or_else(1, 1.0, num_gpus)
+    if needs.workers != 1:
+        raise UsageError("a service has one restorer: placement workers must be 1.")
+    check_gpus({"num_gpus": needs.gpus})
     with ExitStack() as stack:
-        stack.enter_context(local_ray())
+        stack.enter_context(running_ray())
+        check_placement("the restorer", needs)
+        address, port = _place_of_proxy(host, port)
         if ray_serve.status().applications:  # its port cannot change, and stopping our service would stop it too
             raise Failure("this Ray already runs a service; stop that service first")
         stack.callback(ray_serve.shutdown)
@@ -326,7 +333,7 @@ def start(
             max_queued_requests=max(1, limits.max_queued - 1),
             max_constructor_retry_count=2,
             graceful_shutdown_timeout_s=5,
-            ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
+            ray_actor_options={"num_cpus": needs.cpus, "num_gpus": needs.gpus, **needs.options()},
         )(RestorerReplica)
         front = ray_serve.deployment(
             name="front",
@@ -340,7 +347,7 @@ def start(
         ray_serve.run_many(
             [ray_serve.RunTarget(target=target, name=APP, route_prefix="/")], wait_for_applications_running=False
         )
-        service = RunningService(url=url_of(host, port), stack=ExitStack())
+        service = RunningService(url=url_of(address, port), stack=ExitStack())
         if wait:
             wait_ready(service.url, timeout_s)
         service.stack = stack.pop_all()
@@ -399,6 +406,28 @@ def start_proxy(options: HTTPOptions, timeout_s: float) -> None:
             if time.monotonic() >= end:
                 raise Failure(f"the service's proxy did not start within {timeout_s:g} s: {error}") from error
         time.sleep(POLL_S)
+
+
+def _place_of_proxy(host: str, port: int) -> tuple[str, int]:
+    """Address and port at which this process reaches the proxy, which listens on the head node.
+
+    Raises:
+        UsageError: the port is in use, or the head is another machine and `host` is only that machine itself.
+    """
+    import ray
+
+    head = next(node for node in ray.nodes() if node["Alive"] and node["Resources"].get("node:__internal_head__"))
+    if head["NodeID"] == ray.get_runtime_context().get_node_id():
+        return host, _free_port(host, port)
+    address = str(head["NodeManagerAddress"])
+    if host == "localhost" or host.startswith("127.") or host == "::1":
+        raise UsageError(
+            f"the service listens on the head node ({address}), and {host} there is reachable from that node only: "
+            "choose --host 0.0.0.0, or start it there (restoray submit)."
+        )
+    if not port:
+        raise UsageError(f"the service listens on the head node ({address}): name a port that is free there.")
+    return address if host in ("0.0.0.0", "::") else host, port
 
 
 def _free_port(host: str, port: int) -> int:

@@ -36,6 +36,8 @@ TASK_ROWS, TASK_BYTES = 256, 160 << 20
 tasks of 128 small rows, workers were idle half of the time (256: two fifths), at 3 % more CPU time per row. The bytes
 have a limit since all rows of a task may have to wait for the task before it."""
 
+LEAST_STORE_BYTES = 64 << 20
+
 STRETCH_TASKS = 1024  # tasks per dataset: Ray Data plans all tasks of a dataset before it starts the first
 LEAD_BATCHES = 64  # the next stretch starts so many batches before the end of one
 
@@ -208,7 +210,7 @@ def rank_dataset(
     # size, a block of _read stays as it is.
     context.target_max_block_size = max(1, int(0.95 * per_block * row_bytes(config)))
     context.execution_options.resource_limits = ExecutionResources(
-        object_store_memory=float(max(64 << 20, 2 * tasks * per_task * row_bytes(config)))
+        object_store_memory=float(store_bytes(config, micro or batch_size // world, batch_size // world, tasks))
     )
     return dataset
 
@@ -231,6 +233,12 @@ def block_rows(config: StreamConfig, micro: int, share: int) -> tuple[int, int]:
         most = max(1, min(most_rows, BLOCK_ROWS) // micro)
         rows = micro * max(n for n in range(1, most + 1) if not config.buckets or (share // micro) % n == 0)
     return rows, rows * max(1, min(TASK_ROWS, TASK_BYTES // row_bytes(config)) // rows)
+
+
+def store_bytes(config: StreamConfig, micro: int, share: int, tasks: int = 2) -> int:
+    """Most bytes of the object store that a rank's dataset may use; see block_rows for the arguments."""
+    _, per_task = block_rows(config, micro, share)
+    return max(LEAST_STORE_BYTES, 2 * tasks * per_task * row_bytes(config))
 
 
 def row_bytes(config: StreamConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from components.captions.presets import HUB_ID
@@ -32,6 +32,11 @@ class TrainInputs:
     corpora: Mapping[str, Path] = field(default_factory=dict)
     parents: Mapping[str, Path] = field(default_factory=dict)
     data_digests: Mapping[str, str] = field(default_factory=dict)
+
+    def absolute(self) -> TrainInputs:
+        """These inputs with absolute paths."""
+        corpora = {name: folder.absolute() for name, folder in self.corpora.items()}
+        return replace(self, corpora=corpora, parents={name: path.absolute() for name, path in self.parents.items()})
 
 
 def check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:

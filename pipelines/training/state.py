@@ -14,6 +14,7 @@ from ray.train.torch import get_device
 
 from components.models import Model, load_model
 from components.packed_states import unpack_state
+from components.places import on_this_machine
 from components.recipes import Recipe
 from components.systems import SYSTEMS
 from components.tensors import collate_rows, images_to_tensor
@@ -109,7 +110,7 @@ def build_state(run: Run) -> State:
     rows = heldout_rows(stream, recipe.heldout_triples)
     size = recipe.batch_size // (recipe.accumulation * world)  # a micro-batch fits into memory
     heldout = [collate_rows(rows[n : n + size], device, target) for n in range(0, len(rows), size)]
-    parents = {stage: load_model(folder) for stage, folder in run.inputs.parents.items()}
+    parents = {stage: load_model(on_this_machine(folder)) for stage, folder in run.inputs.parents.items()}
     objective = SYSTEMS[recipe.system].build_objective(recipe, parents, lambda: _examples(stream), device)
     return State(
         run=run,
@@ -150,7 +151,7 @@ def resume(state: State) -> None:
             tensors = torch.load(Path(folder) / "state.pt", weights_only=True, map_location=state.device)
         state.step = restore_state(tensors, state.objective, state.optimizers, state.ema, state.scaler)
     elif state.run.start is not None:
-        packed = read_packed(state.run.start)
+        packed = read_packed(on_this_machine(state.run.start))
         unpack_state(packed.tensors(), packed.model.parts(), packed.step, state.objective, state.optimizers, state.ema)
         state.objective.progress.update(packed.progress)
         state.step = packed.step

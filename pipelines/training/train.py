@@ -12,17 +12,20 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.recipes import Recipe
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, Unfinished, UsageError
+from pipelines.core.joining import is_own_ray
 from pipelines.core.metrics import OnMetrics, Tail, heldout_losses, last_step
+from pipelines.core.placement import Needs, check_placement
 from pipelines.core.pool import last_line
+from pipelines.stream.feed import store_bytes
 from pipelines.stream.texts import running_captioners
-from pipelines.training.inputs import TrainInputs, check_inputs
+from pipelines.training.inputs import TrainInputs, check_inputs, stream_config
 from pipelines.training.stage_files import METRICS, MODEL
 
 if TYPE_CHECKING:
@@ -69,21 +72,30 @@ def train(
     from pipelines.training.worker import worker
 
     begin, cwd = time.time(), Path.cwd()
+    out, inputs = out.absolute(), inputs.absolute()  # another node may not have this folder
     check_inputs(recipe, inputs)
     out.mkdir(parents=True, exist_ok=True)
     placement = recipe.placement
     use_gpu = placement.gpus_per_worker > 0
-    if use_gpu and not ray.cluster_resources().get("GPU"):
-        raise UsageError(
-            f"{recipe.name} needs {placement.gpus_per_worker:g} GPU for each worker, and Ray has none: "
-            "placement.gpus_per_worker=0 trains on the CPU."
-        )
-    check_gpus(recipe)
-    resources = {"CPU": placement.cpus_per_worker} | ({"GPU": placement.gpus_per_worker} if use_gpu else {})
-    scaling = ScalingConfig(num_workers=placement.workers, use_gpu=use_gpu, resources_per_worker=resources)
+    if not placement.wait_minutes:  # an autoscaler may bring the GPUs
+        if use_gpu and not ray.cluster_resources().get("GPU"):
+            raise UsageError(
+                f"{recipe.name} needs {placement.gpus_per_worker:g} GPU for each worker, and Ray has none: "
+                "placement.gpus_per_worker=0 trains on the CPU."
+            )
+        check_gpus(recipe)
+    needs = worker_needs(recipe)
+    check_placement(f"a worker of {recipe.name}", needs, together=True)
+    resources = {"CPU": placement.cpus_per_worker, **needs.bundle()}
+    scaling = ScalingConfig(  # type: ignore[call-arg] # the class of Ray Train 2 has labels
+        num_workers=placement.workers,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        label_selector=dict(needs.labels) or None,
+    )
     cpus_per_task = data_cpus(recipe)
     with running_captioners(recipe) as captioning, Tail(out / METRICS, on_metrics), _own_interrupts():
-        trainer = _local_trainer()(
+        trainer = _trainer()(
             worker,
             train_loop_config={
                 "run": Run(
@@ -145,13 +157,43 @@ def data_cpus(recipe: Recipe) -> float:
     return min(1.0, math.floor(free / placement.workers * 1e4) / 1e4)
 
 
-def _local_trainer() -> type[TorchTrainer]:
-    """The TorchTrainer without its watcher of dead controllers, which costs 12 s at the end of each training.
+def worker_needs(recipe: Recipe) -> Needs:
+    """Needs of the workers of a recipe."""
+    placement = recipe.placement
+    return Needs(
+        workers=placement.workers,
+        cpus=placement.cpus_per_worker,
+        gpus=placement.gpus_per_worker,
+        memory_gib=placement.memory_gib_per_worker,
+        resources=placement.resources_per_worker,
+        labels=placement.labels,
+        wait_minutes=placement.wait_minutes,
+    )
 
-    The watcher frees a placement group if the controller dies. It asks Ray's dashboard, which a local Ray has not, and
-    waits until its time-out. A local Ray ends with its command, so there is nothing to free.
+
+def store_mib(recipe: Recipe) -> float:
+    """MiB of the object store for the pixels on their way to all workers of a recipe; precomputed columns come on top.
+
+    Each worker's dataset may keep so much there, see feed.store_bytes.
+    """
+    corpora = {name: Path() for name in (*recipe.sources, *([recipe.unpaired] if recipe.unpaired else []))}
+    plain = stream_config(recipe, TrainInputs(corpora=corpora))
+    config = replace(plain, latents="", embeddings="")
+    share = recipe.batch_size // recipe.placement.workers
+    micro = max(1, share // recipe.accumulation)
+    return recipe.placement.workers * store_bytes(config, micro, share) / 2**20
+
+
+def _trainer() -> type[TorchTrainer]:
+    """The TorchTrainer; for a Ray of our own, without its watcher of dead controllers.
+
+    That costs 12 s at the end of each training: it frees a placement group if the controller dies, asks Ray's
+    dashboard, which a local Ray has not, and waits until its time-out. A local Ray ends with its command.
     """
     from ray.train.torch import TorchTrainer
+
+    if not is_own_ray():
+        return TorchTrainer
 
     class LocalTrainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:

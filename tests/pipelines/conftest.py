@@ -25,7 +25,7 @@ def phase_in_process(
         yield from call({"job": object_column([job])})["answer"]
 
 
-def task_in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+def task_in_process(spec: Any, function: Callable[..., Any], *arguments: Any) -> Any:
     """`pipelines.curation.curate._in_task` without Ray."""
     return function(*arguments)
 

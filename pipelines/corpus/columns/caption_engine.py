@@ -20,7 +20,7 @@ from components.captions.text import empty_caption, tidy
 from components.captions.transformer import prompt_ids
 from components.corpora import CaptionSpec
 from components.types import SampleError
-from pipelines.core.cluster import local_ray, quiet_data
+from pipelines.core.cluster import quiet_data, running_ray
 from pipelines.core.errors import UsageError
 from pipelines.core.pool import MAX_BLOCKS, ray_errors
 from pipelines.corpus.columns.spec import ColumnJob, ShardAnswer, ShardTask
@@ -51,7 +51,7 @@ def run_engine(
 
     waiting = {(task.split, task.shard): task for task in queue}
     shards: dict[tuple[str, int], OpenShard] = {}  # those of which the engine has answered a part
-    with local_ray(), ray_errors("the engine"):
+    with running_ray(), ray_errors("the engine"):
         quiet_data()
         rows = [{"task": task} for task in queue]
         work: Callable[..., Any] = _pictures_of

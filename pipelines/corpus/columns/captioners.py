@@ -28,6 +28,7 @@ from components.images import resize_short_side
 from components.types import Captioner, Image, SampleError
 from components.writing import replace_file
 from pipelines.core.errors import Failure, UsageError
+from pipelines.core.placement import check_placement, needs_of
 from pipelines.core.pool import last_line
 from pipelines.core.rows import parse_lines
 from pipelines.corpus.columns.line_places import LinePlaces
@@ -354,15 +355,18 @@ def start_captioner_pool(spec: CaptionSpec, cache: str | Path | None = None, num
     import ray
 
     plan = captioner_plan(spec)
+    needs = needs_of(spec.placement).or_else(max(1, spec.workers), num_cpus, spec.num_gpus)
+    check_placement(f"a captioner {spec.model}", needs, together=True)
     actor: Any = ray.remote(CaptionerActor).options(
-        num_cpus=num_cpus,
-        num_gpus=spec.num_gpus or None,
+        num_cpus=needs.cpus,
+        num_gpus=needs.gpus or None,
         max_restarts=-1,
         max_task_retries=RETRIES,
         max_concurrency=CALLS,
         scheduling_strategy="SPREAD",  # over the nodes, if Ray has a choice
+        **needs.options(),
     )
-    actors = [actor.remote(plan, spec.batch_size) for _ in range(max(1, spec.workers))]
+    actors = [actor.remote(plan, spec.batch_size) for _ in range(needs.workers or 1)]
     try:
         ray.get([actor.caption.remote([]) for actor in actors])
     except ray.exceptions.RayError as error:

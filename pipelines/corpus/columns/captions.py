@@ -22,6 +22,7 @@ from components.types import Image, SampleError
 from pipelines.core.console import Progress
 from pipelines.core.devices import check_gpus
 from pipelines.core.errors import UsageError, unknown
+from pipelines.core.placement import needs_of
 from pipelines.core.pool import Pool
 from pipelines.corpus.columns.caption_engine import run_engine, vllm_processor
 from pipelines.corpus.columns.captioners import captioner_plan, captions_or_errors
@@ -124,7 +125,7 @@ def caption_corpus(
         short_side_px=int(plan.identity["short_side_px"]),
     )
     check_gpus(spec)
-    pool = Pool(workers=spec.workers, num_gpus=spec.num_gpus)
+    pool = Pool(workers=spec.workers, num_gpus=spec.num_gpus).placed(needs_of(spec.placement))
     result = compute_column(corpus_dir, column, pool, spec.overwrite, options.max_bad_fraction, progress, run)
     return CaptionResult(
         column=result.name,

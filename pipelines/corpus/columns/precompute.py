@@ -28,6 +28,7 @@ from components.negatives import model_folder, prior_digest, square
 from components.types import Image, SampleError
 from pipelines.core.console import Progress
 from pipelines.core.errors import Failure, UsageError, unknown
+from pipelines.core.placement import needs_of
 from pipelines.core.pool import Pool, answers_of, fixed_threads
 from pipelines.corpus.columns.computing import ColumnResult, compute_column
 from pipelines.corpus.columns.fitting import CROP, WHAT
@@ -99,7 +100,7 @@ def precompute(
     if folder == Path(spec.prior):  # workers have another current folder; the machine's path stays out of the producer
         model, label = str(folder.absolute()), folder.absolute().name
     producer = {"model": label, "model_digest": digest, "precision": "fp32"}
-    pool = Pool(workers=spec.workers, num_gpus=spec.num_gpus)
+    pool = Pool(workers=spec.workers, num_gpus=spec.num_gpus).placed(needs_of(spec.placement))
     device, rows = ("cuda", spec.batch_size) if spec.num_gpus else ("cpu", 1)
     results = []
     for name in dict.fromkeys(spec.what):

@@ -20,6 +20,7 @@ from components.corpora import CorpusSpec, SourceSpec, SplitSpec
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.home import package_folder
 from pipelines.core.pictures import SIDECARS, is_output, is_own_sheet, is_system_name
+from pipelines.core.places.place import Where
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
 from pipelines.curation.sources.tables import FolderTables, Note, UnreadTexts
@@ -366,14 +367,15 @@ def _leaves(source: SourceSpec) -> Iterator[Entry]:
         )
 
 
-def for_folder(spec: CorpusSpec, folder: Path) -> CorpusSpec:
-    """The spec with one folder in place of its sources."""
+def for_folder(spec: CorpusSpec, folder: Where) -> CorpusSpec:
+    """The spec with one folder, here or in a store, in place of its sources."""
+    path = os.path.abspath(folder) if isinstance(folder, Path) else str(folder)
     fraction = spec.split.held_out_fraction or DEFAULT_HELD_OUT_FRACTION
     return replace(
         spec,
-        name=printable_name(Path(os.path.abspath(folder)).name) or spec.name,  # ".." has a name too
+        name=printable_name(Path(path).name) or spec.name,  # ".." has a name too
         licence="as their owner says",
-        sources=[SourceSpec(kind="folder", path=os.path.abspath(folder))],
+        sources=[SourceSpec(kind="folder", path=path)],
         pairs=[],  # the spec's pairs belong to other pictures
         split=SplitSpec(held_out_fraction=fraction),
     )

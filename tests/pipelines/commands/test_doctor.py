@@ -16,7 +16,6 @@ from pipelines.commands import machine
 from pipelines.commands.findings import Finding, finding_lines
 from pipelines.commands.machine import (
     check_disk,
-    container_memory_left,
     examine,
     exposed_ports,
     judge_amount,
@@ -28,6 +27,7 @@ from pipelines.commands.machine import (
     judge_weights,
     parse_version,
 )
+from pipelines.core.memory import container_memory_left
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.core import ray_watch
-from pipelines.core.cluster import load_local, local_ray, logical_cpus, remove_ray_folders, require_cpus
+from pipelines.core.cluster import load_local, local_sizes, logical_cpus, remove_ray_folders
 from pipelines.core.errors import UsageError
 from pipelines.core.ray_output import DRIVER_LOG, KEPT_BYTES, keep_logs
 from pipelines.core.ray_watch import RayWatch
@@ -203,18 +203,17 @@ def test_only_the_newest_logs_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert names == [f"20200101-00000{number}-1" for number in (4, 5, 6, 7)] + [copy.name]
 
 
-def test_more_cpus_than_ray_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
-    require_cpus("a worker", 4, "hint")
-    with pytest.raises(UsageError, match="a worker needs 5 CPUs, and Ray has 4: hint"):
-        require_cpus("a worker", 5, "hint")
-
-
-def test_an_address_of_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the session's Ray may run
-    with pytest.raises(UsageError, match="RAY_ADDRESS is set"), local_ray():
-        raise AssertionError("a Ray was started")
+def test_sizes_follow_machine_and_recipe() -> None:
+    """A tenth of the memory within bounds, more for a recipe; the rest is heap. All in MiB."""
+    settings = load_local()
+    gib = 2**30
+    assert local_sizes(settings, 20 * gib) == (2048, 20480 - 2048)
+    assert local_sizes(settings, 2 * gib) == (400, 2048 - 400)  # the least
+    assert local_sizes(settings, 500 * 2**20) == (250, 250)  # no more than half
+    assert local_sizes(settings, 640 * gib) == (4096, 640 * 1024 - 4096)  # the most
+    assert local_sizes(settings, 20 * gib, need_mib=8 * 576) == (8 * 576, 20480 - 8 * 576)  # eight ranks of the paper
+    with pytest.raises(UsageError, match="take 36864 MiB, and this machine has 20480 MiB"):
+        local_sizes(settings, 20 * gib, need_mib=64 * 576)
 
 
 def test_sizes() -> None:

@@ -1,50 +1,43 @@
-"""The lock of a folder, and the check of an output folder."""
+"""Locks of output folders: which file systems are shared between machines, and that those get a lease as well."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from pipelines.core.errors import Failure, RetryLater
-from pipelines.core.folders import LOCK_NAME, check_output, folder_lock
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from pipelines.core.folders import folder_lock
-with folder_lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+from pipelines.core import folders
+from pipelines.core.errors import RetryLater
+from pipelines.core.folders import folder_lock, is_shared, job_lock
+from pipelines.core.places.leases import LEASE_FOLDER, lease
 
 
-def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path: Path, repository: Path) -> None:
-    out = tmp_path / "made" / "here"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(out)], cwd=repository, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None and process.stdout.readline().strip() == "held"
-        with pytest.raises(RetryLater, match=f"in use by process {process.pid} since"), folder_lock(out):
+@pytest.mark.parametrize(
+    ("kind", "shared"),
+    [("nfs4", True), ("lustre", True), ("fuse.gcsfuse", True), ("cifs", True), ("ext4", False), ("overlay", False)],
+)
+def test_the_mount_of_a_folder_says_whether_it_is_shared(kind: str, shared: bool, tmp_path: Path) -> None:
+    (tmp_path / "mounts").write_text(f"none / ext4 rw 0 0\nserver:/x {tmp_path}/a\\040b {kind} rw 0 0\n")
+    assert is_shared(tmp_path / "a b" / "run", tmp_path / "mounts") is shared
+    assert not is_shared(tmp_path / "other", tmp_path / "mounts")
+    assert not is_shared(tmp_path, tmp_path / "no such table")
+
+
+def test_a_disk_of_this_machine_has_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "is_shared", lambda folder: False)
+    with job_lock(tmp_path) as held:
+        assert held is None and not (tmp_path / LEASE_FOLDER).exists()
+        with pytest.raises(RetryLater, match="is in use by process"), folder_lock(tmp_path):
             pass
-    finally:
-        process.kill()
-        process.wait()
-    with folder_lock(out):
-        assert (out / LOCK_NAME).read_text().startswith("process ")
 
 
-def test_a_folder_that_cannot_be_made_is_a_failure(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Failure, match="cannot write to"), folder_lock(tmp_path / "file" / "out"):
-        pass
-    with pytest.raises(Failure, match="cannot write to"):
-        check_output(tmp_path / "file" / "out", free_mib=0)
-
-
-def test_a_full_disk_is_found_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match="MiB free"):
-        check_output(tmp_path / "out", free_mib=1 << 40)
+def test_a_shared_folder_is_refused_by_its_lease_where_the_kernels_lock_does_not_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "is_shared", lambda folder: True)
+    with job_lock(tmp_path) as held:
+        assert held is not None
+        with pytest.raises(RetryLater, match="is in use by process"), lease(tmp_path):
+            pass  # what another machine would ask for
+    with job_lock(tmp_path) as again:
+        assert again is not None and again.fence.token == held.fence.token + 1

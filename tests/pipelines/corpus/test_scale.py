@@ -160,7 +160,7 @@ def test_the_driver_of_an_engine_holds_few_shards(tmp_path: Path, monkeypatch: p
         return Lines(answers())
 
     monkeypatch.setattr(caption_engine, "open_shard", opens)
-    monkeypatch.setattr(caption_engine, "local_ray", nullcontext)
+    monkeypatch.setattr(caption_engine, "running_ray", nullcontext)
     monkeypatch.setattr("ray.data.from_items", lambda items, override_num_blocks: Lines(items))
     spec = ColumnSpec(name="captions", kind="text", producer={"model": "echo"})
     compute_column(corpus.folder, spec, run=lambda job, tasks: caption_engine.run_engine(job, tasks, lambda: engine))

@@ -165,7 +165,7 @@ def test_the_command_registers_only_a_student_that_passes(
 
     monkeypatch.setattr(one_training, "train", train)
     monkeypatch.setattr(one_training, "pass_gate", functools.partial(pass_gate, on_ray=False))
-    monkeypatch.setattr("pipelines.core.cluster.local_ray", contextlib.nullcontext)
+    monkeypatch.setattr("pipelines.core.cluster.running_ray", contextlib.nullcontext)
     monkeypatch.setattr("pipelines.runs.registry.register", lambda recipe, out: names.append(recipe.name) or 1)
     more = ["short_side=96", "resolution=64", "degradation.preset=x4-noise40"]
     command = ["train", "distil-onestep-nano", f"teacher={teacher}", *more, "--out", str(out)]
@@ -197,7 +197,7 @@ def train(recipe, inputs, out, on_metrics=None, **_):
     return one_training.TrainResult(model=out / "model", heldout={}, seconds=0.0)
 
 one_training.train, one_training.pass_gate = train, functools.partial(pass_gate, on_ray=False)
-pipelines.core.cluster.local_ray = contextlib.nullcontext
+pipelines.core.cluster.running_ray = contextlib.nullcontext
 cli.main()
 """
 """The command with its real gate and exit code; a ready bad student replaces training and Ray, which take minutes."""

@@ -18,6 +18,7 @@ from helper_modules import load_helper
 
 from components.images import encode_png
 from components.models import ModelCard, save_model
+from components.recipes import Placement
 from components.synthetic import dead_leaves
 from components.systems import SYSTEMS
 from components.systems.swinir.config import SwinIRConfig
@@ -172,7 +173,7 @@ def test_a_gate_says_who_restored_nothing(
         degradation=SimpleNamespace(preset="none", options={}),
         short_side=32,
         pairs="",
-        placement=SimpleNamespace(gpus_per_worker=0),
+        placement=Placement(),
     )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model").symlink_to(broken)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from components.systems import SYSTEMS
 from components.systems.system import Networks, Sharing
 from pipelines.commands.main import build_app as command_line
 from pipelines.core.errors import UsageError
+from pipelines.core.places.place import place_of
 from pipelines.core.pool import Pool
 from pipelines.restoration.batch import RestoreJob, restore_folder
 from pipelines.restoration.models import OpenedModel, open_models
@@ -103,6 +105,26 @@ def test_each_picture_has_the_bytes_of_its_model_s_own_job(models: list[Path], p
     # the records of a job are a routes file
     sources = {key: pictures / f"{key}.png" for key in "abcd"}
     assert read_routes(result.records, sources, pictures, opened.choices) == route(opened, {**names, "a": "film"})
+
+
+def test_models_of_a_store_are_fetched_by_the_machine_that_builds_them(
+    models: list[Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = place_of(f"memory://{tmp_path.name}")
+    for path in (path for model in models for path in model.rglob("*") if path.is_file()):
+        (store / path.relative_to(tmp_path).as_posix()).write_bytes(path.read_bytes())
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "driver"))
+    opened = open_models([f"{store}/models/{model.name}" for model in models])
+    names = {"a": "scans", "c": "film"}
+    job = RestoreJob(routes=route(opened, names))
+    shutil.rmtree(tmp_path / "driver")
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "worker"))
+    restore_folder(opened, pictures, tmp_path / "out", job, Pool(workers=0))
+    folders = open_models(models)
+    restore_folder(folders, pictures, tmp_path / "local", job, Pool(workers=0))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "local")
+    assert len(list((tmp_path / "worker").rglob("model.json"))) == 3
+    assert not (tmp_path / "driver").exists()
 
 
 def test_names_of_models(models: list[Path], tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def server() -> Iterator[str]:
     running.start()
     host, port = running.get_host_and_port()
     endpoint = f"http://{host}:{port}"
-    store, _ = stores.open_store("s3://pictures", {"endpoint_url": endpoint, **CREDENTIALS})
-    store.mkdir("pictures")
+    store, _ = stores.open_store("s3://photographs", {"endpoint_url": endpoint, **CREDENTIALS})
+    store.mkdir("photographs")  # the buckets of moto are those of the process
     table = io.BytesIO()
     pq.write_table(pa.table({"image": [jpeg(30), jpeg(31)]}), table)
     objects = {
@@ -61,7 +61,7 @@ def server() -> Iterator[str]:
         "tables/x.parquet": table.getvalue(),
     }
     for name, data in objects.items():
-        store.pipe_file(f"pictures/{name}", data)
+        store.pipe_file(f"photographs/{name}", data)
     yield endpoint
     running.stop()
 
@@ -69,9 +69,9 @@ def server() -> Iterator[str]:
 def sources(endpoint: str) -> list[SourceSpec]:
     storage = {"endpoint_url": endpoint, **CREDENTIALS}
     return [
-        SourceSpec(kind="folder", path="s3://pictures/loose", storage=storage),
-        SourceSpec(kind="tar", path="s3://pictures/tars/*.tar", storage=storage),
-        SourceSpec(kind="parquet", path="s3://pictures/tables/x.parquet", storage=storage),
+        SourceSpec(kind="folder", path="s3://photographs/loose", storage=storage),
+        SourceSpec(kind="tar", path="s3://photographs/tars/*.tar", storage=storage),
+        SourceSpec(kind="parquet", path="s3://photographs/tables/x.parquet", storage=storage),
     ]
 
 
@@ -89,7 +89,7 @@ def test_the_files_of_a_bucket_are_listed_and_read_again(server: str, tmp_path: 
 
 def test_a_missing_bucket_is_one_sentence(server: str, tmp_path: Path) -> None:
     storage = {"endpoint_url": server, **CREDENTIALS}
-    for path in ("s3://pictures/none/*.tar", "s3://nobucket/x.tar"):
+    for path in ("s3://photographs/none/*.tar", "s3://nobucket/x.tar"):
         with pytest.raises(UsageError, match="holds no file"):
             check_sources(CorpusSpec(name="s3", sources=[SourceSpec(kind="tar", path=path, storage=storage)]), tmp_path)
 

@@ -51,6 +51,26 @@ def replace_options(options: Mapping[str, Any], defaults: T) -> T:
     return replace(defaults, **typed_options(options, get_type_hints(type(defaults))))  # type: ignore[type-var]
 
 
+def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Default restorer options from a resolved recipe: its `restore_options`."""
+    return dict(recipe.get("restore_options") or {})
+
+
+def checked_options(options: Mapping[str, Any], defaults: Mapping[str, Any], own: T) -> dict[str, Any]:
+    """The options in their own types, with their ranges checked beside the defaults; see OptionCheck.
+
+    Args:
+        defaults: from the model's recipe.
+        own: the system's built-in options, a dataclass that checks ranges.
+
+    Raises:
+        ValueError: an unknown name (with the nearest one), a wrong type, or a value outside its range.
+    """
+    values = typed_options(options, get_type_hints(type(own)))
+    replace(replace_options(defaults, own), **values)  # type: ignore[type-var]
+    return values
+
+
 def option_texts(options: Any) -> dict[str, str]:
     """The fields of a dataclass of options as text, for a PNG's text chunks."""
     return {name: str(value) for name, value in asdict(options).items()}

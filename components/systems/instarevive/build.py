@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from components.models import Model, ModelError, load_model, load_strictly
+from components.options import restore_defaults
 from components.priors.families import FAMILIES
 from components.priors.files import DTYPES, Precision
 from components.samplers.schedules import schedule_from
 from components.systems.instarevive.backbone import Backbone, network_like, open_backbone
 from components.systems.instarevive.fast import Speed
 from components.systems.instarevive.network import EpsPredictor, OneStep, OneStepGenerator
-from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.restorer import Coarse, InstaReviveRestorer
 from components.systems.swinir.weights import network_of as swinir_of
 

@@ -37,11 +37,6 @@ result is resized by Lanczos.
 """
 
 
-def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Default restorer options from a resolved recipe: its `restore_options`."""
-    return dict(recipe.get("restore_options") or {})
-
-
 def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The options in their own types; see components.options.OptionCheck.
 

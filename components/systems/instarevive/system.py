@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from components.systems.instarevive.options import check_options, restore_defaults
+from components.options import restore_defaults
+from components.systems.instarevive.options import check_options
 from components.systems.instarevive.recipe import InstaReviveRecipe
 from components.systems.instarevive.released import (
     LICENCE,

@@ -13,6 +13,7 @@ from components.models import Model, ModelError, load_model
 from components.naming import list_some
 from components.objectives.regression import load_lpips
 from components.objectives.score_distillation import ScoreNetwork
+from components.options import restore_defaults
 from components.priors.conditions import Conditions
 from components.priors.families import FAMILIES
 from components.priors.sdxl import Prior
@@ -34,7 +35,6 @@ from components.systems.instarevive.identity import (
 )
 from components.systems.instarevive.network import EpsPredictor, OneStep, OneStepGenerator
 from components.systems.instarevive.objective import InstaReviveObjective, PriorTexts, Texts
-from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.recipe import InstaReviveRecipe
 from components.systems.instarevive.restorer import Coarse, InstaReviveRestorer
 from components.systems.instarevive.scores import build_scores

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from components.models import ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import MESSAGE_CHARS, did_you_mean, limited
+from components.options import restore_defaults
 from components.places import SHIPPED_PRIORS
 from components.priors.families import FAMILIES, permitted_use_of
 from components.priors.files import read_json
@@ -28,7 +29,6 @@ from components.samplers.schedules import schedule_from
 from components.state_dicts import without_prefix
 from components.systems.instarevive.build import check_coarse
 from components.systems.instarevive.network import OneStep, aligning_conv, build_network, check_prediction
-from components.systems.instarevive.options import restore_defaults
 from components.systems.instarevive.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, check_sizes
 from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, all_finite, read_weights

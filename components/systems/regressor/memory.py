@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from components.models import Model, ModelError
-from components.options import replace_options
+from components.options import replace_options, restore_defaults
 from components.peak_memory import MemoryPlan, Phase, parameter_bytes, peak_bytes
 from components.priors.files import DTYPES, Precision
 from components.systems.regressor.network import network_of, padded_size
-from components.systems.regressor.options import MODELS_OWN, Options, restore_defaults
+from components.systems.regressor.options import MODELS_OWN, Options
 from components.systems.regressor.restorer import check_precision
 from components.systems.regressor.tiles import tile_sides
 

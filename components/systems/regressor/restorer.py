@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image as Pillow
 
 from components.models import Model, ModelError
+from components.options import restore_defaults
 from components.picture_restorer import PictureRestorer
 from components.priors.files import DTYPES, Precision
 from components.systems.regressor.network import Regressor, config_of, network_of
-from components.systems.regressor.options import MODELS_OWN, Options, restore_defaults
+from components.systems.regressor.options import MODELS_OWN, Options
 from components.systems.regressor.tiles import restore_with_context
 from components.types import Cancelled, Image
 

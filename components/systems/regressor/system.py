@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from components.systems.regressor.options import check_options, restore_defaults
+from components.options import restore_defaults
+from components.systems.regressor.options import check_options
 from components.systems.regressor.recipe import STAGES, RegressorRecipe
 from components.systems.regressor.released import FILES, PUBLISHED, check_sizes, find_files
 from components.systems.system import Networks, System

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import limited
+from components.options import restore_defaults
 from components.state_dicts import PREFIXES
 from components.systems.regressor.config import RegressorConfig
 from components.systems.regressor.network import Regressor, config_of, open_regressor, supported
-from components.systems.regressor.options import restore_defaults
 from components.systems.regressor.reach import measure_reach
 from components.systems.regressor.released import LICENCE_TEXTS, ORIGIN_TEXTS, PART, SIDECAR, check_sizes
 from components.systems.weights_io import ExportReport, ImportReport, Shapes, WeightsSource, valid_entries

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from components.models import Model, ModelError
 from components.objectives.robust_encoding import RobustEncoderObjective, measure_encoder
+from components.options import restore_defaults
 from components.priors.block_calls import recompute
 from components.priors.fast_unet import Speed
 from components.priors.files import Precision
@@ -21,7 +22,6 @@ from components.recipes import as_dict
 from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.network import ADAPTOR, ENCODER, Adaptor, Supir
 from components.systems.supir.objectives import AdaptorObjective
-from components.systems.supir.options import restore_defaults
 from components.systems.supir.recipe import SupirRecipe
 from components.systems.supir.restorer import SupirRestorer
 from components.tensors import images_to_tensor, tensor_to_images

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from components.models import Model
+from components.options import restore_defaults
 from components.peak_memory import MemoryPlan
 from components.priors.encoder_copy import unet_skeleton
 from components.priors.files import Precision
@@ -16,7 +17,7 @@ from components.priors.robust_encoder import RobustEncoder
 from components.priors.step_memory import StepNetworks, plan_steps, unet_inputs
 from components.systems.supir.config import adaptor_config
 from components.systems.supir.network import ADAPTOR, Adaptor, control_features, predict_eps
-from components.systems.supir.options import Options, parse_options, restore_defaults
+from components.systems.supir.options import Options, parse_options
 
 
 def plan_memory(

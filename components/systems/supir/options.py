@@ -209,11 +209,6 @@ class Options:
         return self.cfg_ends != (1.0, 1.0)
 
 
-def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Restorer options from a resolved recipe: its restore_options."""
-    return dict(recipe.get("restore_options") or {})
-
-
 def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The options, converted to their types; see components.options.OptionCheck.
 

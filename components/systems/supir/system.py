@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from components.captions.views import PreviewView
-from components.systems.supir.options import check_options, restore_defaults
+from components.options import restore_defaults
+from components.systems.supir.options import check_options
 from components.systems.supir.recipe import STAGES, SupirRecipe
 from components.systems.supir.released import LICENCE, PUBLISHED, RELEASE_DEFAULTS, RELEASED, check_sizes, find_files
 from components.systems.system import Networks, System

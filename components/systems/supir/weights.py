@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
 from components.naming import list_some
+from components.options import restore_defaults
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.encoder_copy import unet_skeleton
 from components.priors.hub import PriorShape, prior_shape
@@ -41,7 +42,6 @@ from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.connectors import places_of
 from components.systems.supir.network import ADAPTOR, Adaptor
 from components.systems.supir.network import ENCODER as ROBUST
-from components.systems.supir.options import restore_defaults
 from components.systems.supir.released import (
     CONNECTORS,
     CONTROL,

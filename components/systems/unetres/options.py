@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any
 
-from components.options import replace_options, typed_options
+from components.options import checked_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +35,6 @@ class Options:
             raise ValueError(f"option tile_overlap must be between 0 and 0.9, got {self.tile_overlap}")
 
 
-def restore_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Default restorer options from a resolved recipe."""
-    return dict(recipe.get("restore_options") or {})
-
-
 def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """The options in their own types; see components.options.OptionCheck.
-
-    Args:
-        defaults: from the model's recipe, see restore_defaults.
-
-    Raises:
-        ValueError: an unknown name (with the nearest one), a wrong type, or a value outside its range.
-    """
-    values = typed_options(options, get_type_hints(Options))
-    replace(replace_options(defaults, Options()), **values)  # checks the ranges
-    return values
+    """The options in their own types; see components.options.checked_options."""
+    return checked_options(options, defaults, Options())

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from components.models import Model
+from components.options import restore_defaults
 from components.picture_restorer import PictureRestorer, resize_bicubic
 from components.priors.files import DTYPES, Precision
 from components.samplers.picture_tiles import restore_in_tiles
 from components.systems.unetres.build import GENERATOR, REGRESSION, network_of
 from components.systems.unetres.network import UNetRes
-from components.systems.unetres.options import Options, restore_defaults
+from components.systems.unetres.options import Options
 from components.types import Cancelled, Image
 
 

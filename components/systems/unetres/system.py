@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from components.options import restore_defaults
 from components.systems.system import Networks, System
-from components.systems.unetres.options import check_options, restore_defaults
+from components.systems.unetres.options import check_options
 from components.systems.unetres.recipe import STAGES, UNetResRecipe
 
 

@@ -124,7 +124,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "curate", leaves)
     monkeypatch.setattr(stages, "train_one", one_training)
     monkeypatch.setattr(stages, "Pool", lambda workers: Pool(workers=0))
-    monkeypatch.setattr("pipelines.runs.engine.local_ray", lambda: SimpleContext())
+    monkeypatch.setattr("pipelines.runs.engine.running_ray", lambda need: SimpleContext())
     monkeypatch.setattr(arms, "METRICS", ("psnr", "st_lpips", "consistency"))  # the others take most of the time
 
 

@@ -25,9 +25,10 @@ from components.corpora import Bounds, CorpusSpec, SplitSpec
 from components.fingerprints import WORDS, first_alike
 from components.quality import bounds_of, judge
 from components.writing import replace_file, whole_file
-from pipelines.core.errors import UsageError, near_miss
+from pipelines.core.errors import UsageError
 from pipelines.corpus import shards
 from pipelines.curation.measure import SCHEMA, SCORE
+from pipelines.curation.sources.files import held_out_is_missing
 
 VERSION = 1
 DECIDED_ROWS = 4096  # rows that are objects at a time
@@ -293,7 +294,7 @@ def held_out_by_name(
     for key, name in names.items():
         if key not in present:
             some = [row[0] for row in rows.values(np.flatnonzero(status == 0)[:100_000], ["key"]).values()]
-            raise UsageError(f'{rows.spec.name}: no source has the held-out picture "{name}".{near_miss(name, some)}')
+            raise held_out_is_missing(rows.spec, name, some)
     numbers = set()
     for number in everywhere.tolist():
         while number in originals:

@@ -11,13 +11,13 @@ import json
 import os
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from components.corpora import CorpusSpec, SourceSpec, SplitSpec
-from pipelines.core.errors import Failure, UsageError, unknown
+from pipelines.core.errors import Failure, UsageError, near_miss, unknown
 from pipelines.core.home import package_folder
 from pipelines.core.pictures import SIDECARS, is_output, is_own_sheet, is_system_name
 from pipelines.core.places.place import Where
@@ -29,6 +29,9 @@ from pipelines.curation.sources.texts import CAPTION_SUFFIXES
 
 KINDS = frozenset({"folder", "skimage", "demo_corpus", "dead_leaves", "negatives"})
 """Kinds of sources that this module lists."""
+
+SHIPPED_KINDS = frozenset({"skimage", "demo_corpus"})
+"""Kinds of sources whose pictures come with the installation: they are few, and listed in no time."""
 
 DEFAULT_HELD_OUT_FRACTION = 0.2  # for a user's folder in a spec that names its held-out pictures
 
@@ -163,8 +166,14 @@ def check_sources(spec: CorpusSpec, out: Path | None = None) -> None:
     """Check that every source exists and that there is a candidate, before anything is written.
 
     Raises:
-        UsageError: as `iter_entries`; or all sources together hold no candidate.
+        UsageError: as `iter_entries`; or all sources together hold no candidate; or no shipped picture has a name that
+            the spec holds out. Sources of any size are checked for such names when they are listed.
     """
+    if spec.split.held_out and all(source.kind in SHIPPED_KINDS for source in spec.sources):
+        keys = [entry.key for source in spec.sources for entry in iter_entries(source, out, SkippedFiles())]
+        for name in spec.split.held_out:
+            if shards.safe_key(name) not in keys:
+                raise held_out_is_missing(spec, name, keys)
     has_candidates = False
     for number, source in enumerate(spec.sources):
         if source.kind in KINDS:
@@ -175,6 +184,13 @@ def check_sources(spec: CorpusSpec, out: Path | None = None) -> None:
             has_candidates = next(stores.list_files(source.path, source.storage), None) is not None or has_candidates
     if not has_candidates:
         raise nothing_to_curate(spec)
+
+
+def held_out_is_missing(spec: CorpusSpec, name: str, keys: Collection[str]) -> UsageError:
+    """The error for a picture that the spec holds out by name, and none of its sources has. `keys` are suggestions."""
+    return UsageError(
+        f'{spec.name}: no source has the held-out picture "{name}" (split.held_out names it).{near_miss(name, keys)}'
+    )
 
 
 def nothing_to_curate(spec: CorpusSpec) -> UsageError:

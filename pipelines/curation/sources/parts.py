@@ -25,7 +25,14 @@ from pipelines.core.pictures import SIDECARS, is_system_name
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
 from pipelines.curation.sources.address_tables import MARKERS, address_lines
-from pipelines.curation.sources.files import KINDS, Entry, SkippedFiles, iter_entries, nothing_to_curate
+from pipelines.curation.sources.files import (
+    KINDS,
+    Entry,
+    SkippedFiles,
+    held_out_is_missing,
+    iter_entries,
+    nothing_to_curate,
+)
 from pipelines.curation.sources.texts import check_text_columns
 
 SMALLEST, USUAL, LARGEST = 8, 64, 256
@@ -99,8 +106,7 @@ def list_parts(spec: CorpusSpec, out: Path) -> Listing:
     if len(names) != len(parts):
         raise UsageError(f"{spec.name}: two sources name the same files.")
     if held_out and all(source.kind in KINDS for source in spec.sources):
-        name = next(iter(held_out.values()))
-        raise UsageError(f'{spec.name}: no source has the held-out picture "{name}".{near_miss(name, some)}')
+        raise held_out_is_missing(spec, next(iter(held_out.values())), some)
     for stale in folder.glob("*.jsonl") if folder.is_dir() else ():
         if stale.stem not in names:
             stale.unlink()

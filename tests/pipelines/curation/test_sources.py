@@ -22,7 +22,15 @@ from pipelines.core.errors import UsageError
 from pipelines.curation.journal import write_part
 from pipelines.curation.measure import SCHEMA
 from pipelines.curation.select import select
-from pipelines.curation.sources import Bytes, Candidate, candidates, for_folder, list_entries, list_parts
+from pipelines.curation.sources import (
+    Bytes,
+    Candidate,
+    candidates,
+    check_sources,
+    for_folder,
+    list_entries,
+    list_parts,
+)
 from pipelines.runs.engine import RunOptions, run_plan
 
 
@@ -249,3 +257,11 @@ def test_an_unknown_store_is_one_sentence(tmp_path: Path) -> None:
     for address, words in (("s4://bucket/x", "s4"), ("memory://nothing/*.tar", "holds no file")):
         with pytest.raises(UsageError, match=words):
             list_parts(CorpusSpec(name="t", sources=[SourceSpec(kind="tar", path=address)]), tmp_path)
+
+
+def test_a_held_out_name_that_no_shipped_picture_has_is_an_error_before_any_work() -> None:
+    sources = [SourceSpec(kind="demo_corpus", names=["mr-lee.jpg", "perched-osprey.jpg"])]
+    check_sources(CorpusSpec(name="c", sources=sources, split=SplitSpec(held_out=["perched-osprey"])))
+    spec = CorpusSpec(name="c", sources=sources, split=SplitSpec(held_out=["perched-osprey", "mr-leo"]))
+    with pytest.raises(UsageError, match=r'c: no source has the held-out picture "mr-leo".*Did you mean "mr-lee"'):
+        check_sources(spec)

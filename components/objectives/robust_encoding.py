@@ -10,18 +10,20 @@ autoencoder's own reconstruction of HQ, the best that D can give, and good pictu
 
     L = | D(E_dr(lq)) - D(E(hq)) |^2 + keep | D(E_dr(hq)) - D(E(hq)) |^2
 
-All distances are means over pixels and colours of pictures in [-1, 1].
+All distances are means over pixels and colours of pictures in [-1, 1]. With loss "log_mse" both are logarithms, so that
+all pictures count alike, in decibels: a mean of the errors themselves belongs to the noisiest pictures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from components.objectives.regression import latent_distance
+from components.objectives.regression import latent_distance, log_mse_distance
 from components.priors.autoencoder import decode_latents, encode_pixels
 from components.priors.robust_encoder import RobustEncoder, first_restoration
 from components.randomness import Noise
@@ -29,9 +31,14 @@ from components.tensors import psnr_of_batch
 from components.types import Batch, Loss, Objective
 
 Anchor = Literal["reconstruction", "hq", "printed"]
+EncoderLoss = Literal["mse", "log_mse"]
+
+LOG_MSE_EPS = 4e-5  # a picture closer than 50 dB hardly counts, as in UNetRes, whose pictures are in [0, 1]
 
 
-def robust_loss(encoder: RobustEncoder, lq: Tensor, hq: Tensor, anchor: Anchor, keep: float) -> dict[str, Tensor]:
+def robust_loss(
+    encoder: RobustEncoder, lq: Tensor, hq: Tensor, anchor: Anchor, keep: float, loss: EncoderLoss = "mse"
+) -> dict[str, Tensor]:
     """The loss per picture: "loss" [B], its terms "loss_lq" and, with keep above 0, "loss_hq", and the picture "first".
 
     Args:
@@ -40,7 +47,9 @@ def robust_loss(encoder: RobustEncoder, lq: Tensor, hq: Tensor, anchor: Anchor, 
         anchor: target of D(E_dr(lq)): "reconstruction" D(E(hq)), "hq" itself, or "printed" D(E_dr(hq)), with gradients
             through both sides.
         keep: weight of the distance of D(E_dr(hq)) to the target; not with "printed", where it would be zero.
+        loss: "mse", or "log_mse": log(mse + 4e-5) of either distance.
     """
+    distance = latent_distance if loss == "mse" else partial(log_mse_distance, eps=LOG_MSE_EPS)
     first = first_restoration(encoder, lq)
     clean = first_restoration(encoder, hq) if keep or anchor == "printed" else None
     if anchor == "printed":
@@ -52,12 +61,12 @@ def robust_loss(encoder: RobustEncoder, lq: Tensor, hq: Tensor, anchor: Anchor, 
             with torch.no_grad():
                 autoencoder = encoder.autoencoder
                 target = decode_latents(autoencoder, encode_pixels(autoencoder, hq))
-    terms = {"loss_lq": latent_distance(first, target)}
-    loss = terms["loss_lq"]
+    terms = {"loss_lq": distance(first, target)}
+    total = terms["loss_lq"]
     if keep and clean is not None and anchor != "printed":
-        terms["loss_hq"] = latent_distance(clean, target)
-        loss = loss + keep * terms["loss_hq"]
-    return {"loss": loss, **terms, "first": first}
+        terms["loss_hq"] = distance(clean, target)
+        total = total + keep * terms["loss_hq"]
+    return {"loss": total, **terms, "first": first}
 
 
 class RobustEncoderObjective(Objective):
@@ -65,12 +74,12 @@ class RobustEncoderObjective(Objective):
 
     Args:
         encoder: all of its parameters train.
-        anchor, keep: see robust_loss.
+        anchor, keep, loss: see robust_loss.
         config: architecture for model.json.
         prior: the prior whose autoencoder it is.
 
     Raises:
-        ValueError: an unknown anchor, a negative keep, or a keep with "printed".
+        ValueError: an unknown anchor or loss, a negative keep, or a keep with "printed".
     """
 
     def __init__(
@@ -80,13 +89,17 @@ class RobustEncoderObjective(Objective):
         keep: float = 1.0,
         config: Mapping[str, Any] | None = None,
         prior: Any = None,
+        loss: EncoderLoss = "mse",
     ) -> None:
+        if loss not in get_args(EncoderLoss):
+            raise ValueError(f"loss must be one of {', '.join(get_args(EncoderLoss))}, got {loss!r}")
         if anchor not in get_args(Anchor):
             raise ValueError(f"anchor must be one of {', '.join(get_args(Anchor))}, got {anchor!r}")
         if keep < 0 or (keep and anchor == "printed"):
             raise ValueError(f"keep must be at least 0, and 0 with anchor printed; got {keep}")
         encoder.autoencoder.eval().requires_grad_(False)
         self.encoder, self.anchor, self.keep = encoder.train().requires_grad_(True), anchor, keep
+        self.loss = loss
         self._prior = prior
         self.trainables: Mapping[str, nn.Module] = {"encoder": encoder}
         self.config: Mapping[str, Any] = dict(config or {})
@@ -103,7 +116,7 @@ class RobustEncoderObjective(Objective):
 
     def phases(self, batch: Batch, noise: Noise) -> Iterator[tuple[str, Loss]]:
         """One phase, without noise. Metrics, means: loss, its terms, and psnr of the first restoration to HQ, dB."""
-        values = robust_loss(self.encoder, batch.lq, batch.hq, self.anchor, self.keep)
+        values = robust_loss(self.encoder, batch.lq, batch.hq, self.anchor, self.keep, self.loss)
         first = values.pop("first").detach()
         psnr = psnr_of_batch((first + 1) / 2, (batch.hq + 1) / 2)
         metrics = {name: value.detach().mean() for name, value in values.items()}

@@ -114,22 +114,28 @@ def test_a_new_robust_encoder_is_the_autoencoders_own() -> None:
         latents.encode(images, torch.zeros(1))
 
 
+@pytest.mark.parametrize("loss_name", ["mse", "log_mse"])
 @pytest.mark.parametrize("anchor", ["reconstruction", "hq", "printed"])
-def test_the_encoders_loss_and_gradient_by_hand(anchor: str) -> None:
+def test_the_encoders_loss_and_gradient_by_hand(anchor: str, loss_name: str) -> None:
     prior, batch, keep = make_prior(), make_batch(), 0.0 if anchor == "printed" else 0.7
     encoder, copy = (RobustEncoder(prior.autoencoder).requires_grad_(True) for _ in range(2))
     for name, parameter in encoder.named_parameters():
         parameter.data.add_(0.1 * tensor(name, *parameter.shape))
     copy.load_state_dict(encoder.state_dict())
-    objective = RobustEncoderObjective(encoder, anchor, keep)  # type: ignore[arg-type]
+    objective = RobustEncoderObjective(encoder, anchor, keep, loss=loss_name)  # type: ignore[arg-type]
     ((name, loss),) = objective.phases(batch, Noise(0, batch.positions))
     first, clean = (prior.decode(copy(images)) for images in (batch.lq, batch.hq))
+
+    def distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        errors = torch.stack([(a - b).square().mean() for a, b in zip(one, other, strict=True)])
+        return (errors if loss_name == "mse" else (errors + 4e-5).log()).mean()
+
     if anchor == "printed":
-        expected = (first - clean).square().mean()
+        expected = distance(first, clean)
     else:
         with torch.no_grad():
             target = batch.hq if anchor == "hq" else prior.decode(prior.encode(batch.hq))
-        expected = (first - target).square().mean() + keep * (clean - target).square().mean()
+        expected = distance(first, target) + keep * distance(clean, target)
     assert name == "encoder" and float(loss.value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     loss.value.backward()
     expected.backward()

@@ -54,7 +54,8 @@ def encoder_objective(
     encoder = RobustEncoder(prior.autoencoder)
     if parent is not None:
         encoder = network_of(parent, prior, parts=(ENCODER,)).encoder
-    return RobustEncoderObjective(encoder.to(device), recipe.anchor, recipe.keep, {ADAPTOR: None}, prior)
+    config = {ADAPTOR: None}
+    return RobustEncoderObjective(encoder.to(device), recipe.anchor, recipe.keep, config, prior, recipe.loss)
 
 
 def adaptor_objective(

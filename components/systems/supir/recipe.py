@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from components.recipes import Recipe, RecipeError
+from components.recipes import ADDED_LATER, Recipe, RecipeError
 from components.systems.supir.config import adaptor_config
 from components.systems.supir.options import check_options
 from components.systems.system import Stage, check_stage_keys
 
 Anchor = Literal["reconstruction", "hq", "printed"]
+EncoderLoss = Literal["mse", "log_mse"]
 """As in objectives/robust_encoding.py, which needs torch."""
 
 STAGES = (
-    Stage(name="encoder", version=1, continues=("encoder", "adaptor"), keys=("anchor", "keep")),
+    Stage(name="encoder", version=1, continues=("encoder", "adaptor"), keys=("anchor", "keep", "loss")),
     Stage(
         name="adaptor",
         version=1,
@@ -42,6 +43,7 @@ class SupirRecipe(Recipe):
     Attributes:
         anchor: encoder: the target of its loss, see objectives/robust_encoding.py; "printed" is the paper's.
         keep: encoder: weight of keeping good pictures; 0 with anchor printed.
+        loss: encoder: "mse", or "log_mse", which weighs all pictures alike, in decibels.
         adaptor: adaptor: sizes, see config.AdaptorConfig, e.g. `adaptor.transformer_depth`.
         text_dropout: adaptor: probability of an empty prompt.
         max_clean_weight, noise_offset, timestep_importance: adaptor: see objectives.diffusion; 1, 0 and 0 are the plain
@@ -53,6 +55,7 @@ class SupirRecipe(Recipe):
 
     anchor: Anchor = "reconstruction"
     keep: float = 1.0
+    loss: EncoderLoss = field(default="mse", metadata=ADDED_LATER)
     adaptor: dict[str, Any] = field(default_factory=dict)
     text_dropout: float = 0.0
     max_clean_weight: float = 1.0
@@ -66,6 +69,8 @@ class SupirRecipe(Recipe):
         super().__post_init__()
         if self.anchor not in get_args(Anchor):
             raise RecipeError(f"anchor must be one of {', '.join(get_args(Anchor))}, got {self.anchor!r}")
+        if self.loss not in get_args(EncoderLoss):
+            raise RecipeError(f"loss must be one of {', '.join(get_args(EncoderLoss))}, got {self.loss!r}")
         if self.keep < 0:
             raise RecipeError(f"keep must be at least 0, got {self.keep}")
         if self.stage == "encoder" and self.anchor == "printed" and self.keep:

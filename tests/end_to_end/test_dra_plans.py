@@ -195,6 +195,8 @@ def test_the_ablations_compare_three_trainings_of_each_kind(run: Any) -> None:
         assert len(document["arms"]) == count + 1
         rows = read_lines(folders[study] / "study" / "values.jsonl")
         assert {len(scores) for row in rows for name, scores in row["trainings"].items() if name != "input"} == {3}
+    names = ["input", "DRA (UNet)", "ControlNet (UNet)", "DRA (MM-DiT)", "ControlNet (MM-DiT)"]
+    assert list(summary(folders["controlnets"])["arms"]) == names
     parts = {name: set(load_model(folders[name] / "model").info["parts"]) for name in ("dra-unet", "no-lora-2")}
     assert parts == {"dra-unet": {"adapters", "lora"}, "no-lora-2": {"adapters"}}
     seeds = [load_model(folders[name] / "model").info["recipe"]["seed"] for name in ("small", "small-1", "small-2")]

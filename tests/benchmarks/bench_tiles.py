@@ -9,7 +9,8 @@ therefore scores the grid too. `seam_of_the_whole` is the score of the picture w
 `seam_in_step` compares with lines at a distance of the networks' total downsampling factor, which are on the grid too;
 `in_step_of_the_whole` is the same without tiles.
 
-Without --model: an untrained model of --system on the nano prior, with the shapes and costs of a trained one.
+Without --model: an untrained model of --system on the nano prior, with the shapes and costs of a trained one. The model may
+be of a restorer of one step too, e.g. the shipped one: `--model components/systems/weights/nano`. It has no --steps.
 """
 
 from __future__ import annotations
@@ -116,8 +117,12 @@ def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=4)
     settings = parser.parse_args(arguments)
     restorer = open_restorer(settings.model, settings.system, settings.steps)
-    options = {"steps": settings.steps, "tile_px": settings.tile, "tile_overlap": settings.overlap}
-    multiple = restorer.network.prior.multiple_px
+    options = {"tile_px": settings.tile, "tile_overlap": settings.overlap}
+    if hasattr(restorer, "network"):
+        options["steps"] = settings.steps
+        multiple = restorer.network.prior.multiple_px
+    else:
+        multiple = restorer.multiple_px
     if settings.what == "memory":
         before = peak_mib()
         start = time.perf_counter()

@@ -54,6 +54,34 @@ class ImportReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportJob:
+    """The files of one import, and what the user says about them.
+
+    Attributes:
+        files: of one model; their keys or names tell which part each holds.
+        out: the model folder; replaced as a whole at the end. None only checks.
+        prior, image_encoder: of the weights; "" takes the sidecar's, else the system's own. A system that has none of
+            them refuses one.
+        sizes: checked by the system's check_sizes; they replace the sidecar's, else the published ones.
+        name: of the model; "" takes the sidecar's, else the folder's.
+        licence, origin: texts for model.json; "" takes the sidecar's, else what the files themselves show.
+        proceed: called with the plan after all checks; False writes nothing.
+        progress: called with (files done, files, file).
+    """
+
+    files: Sequence[Path]
+    out: Path | None = None
+    prior: str = ""
+    image_encoder: str = ""
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    licence: str = ""
+    origin: str = ""
+    proceed: Callable[[ImportReport], bool] = lambda plan: True
+    progress: Callable[[int, int, str], None] = lambda count, of, note: None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportReport:
     """Result of an export, or its plan with `write=False`: sha256 by file name ("" if not written)."""
 
@@ -68,14 +96,12 @@ class WeightsCode:
     """The part of a system's WeightsIO that needs torch.
 
     Attributes:
-        import_weights: (files, out or None, prior=, image_encoder=, sizes=, name=, licence=, proceed=, progress=)
-            -> ImportReport; also origin= if the system takes one. `proceed` is called after the checks and before
-            anything is written.
+        import_weights: job -> ImportReport.
         export_weights: (model folder, target folder, spelling=, form=, write=) -> ExportReport.
         layout: (prior=, image_encoder=, sizes=) -> every key and shape.
     """
 
-    import_weights: Callable[..., ImportReport]
+    import_weights: Callable[[ImportJob], ImportReport]
     export_weights: Callable[..., ExportReport]
     layout: Callable[..., Shapes]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.places import weights_folder
 from components.systems import SYSTEMS
-from components.systems.weights_io import ExportReport, ImportReport, Shapes, WeightsIO
+from components.systems.weights_io import ExportReport, ImportJob, ImportReport, Shapes, WeightsIO
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import Failure, UsageError, unknown
 
@@ -106,17 +106,18 @@ def import_weights(
         return not digests
 
     try:
-        result = weights.code().import_weights(
-            files,
-            folder,
+        job = ImportJob(
+            files=files,
+            out=folder,
             prior=_absolute(prior),
             image_encoder=_absolute(image_encoder),
             sizes=sizes,
             licence=licence,
+            origin=origin,
             proceed=proceed,
             progress=progress,
-            **({"origin": origin} if origin else {}),
         )
+        result = weights.code().import_weights(job)
     except ModelError as error:
         raise Failure(str(error)) from error
     except ValueError as error:

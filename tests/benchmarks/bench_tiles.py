@@ -9,8 +9,8 @@ therefore scores the grid too. `seam_of_the_whole` is the score of the picture w
 `seam_in_step` compares with lines at a distance of the networks' total downsampling factor, which are on the grid too;
 `in_step_of_the_whole` is the same without tiles.
 
-Without --model: an untrained model of --system on the nano prior, with the shapes and costs of a trained one. The model may
-be of a restorer of one step too, e.g. the shipped one: `--model components/systems/weights/nano`. It has no --steps.
+Without --model: an untrained model of --system on the nano prior, with the shapes and costs of a trained one. The model
+may restore in one step, e.g. the shipped one: `--model components/systems/weights/nano`. It takes no --steps.
 """
 
 from __future__ import annotations

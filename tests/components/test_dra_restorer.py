@@ -35,6 +35,7 @@ from components.systems.dra.restorer import DraRestorer
 from components.systems.dra.texts import NEGATIVE
 from components.systems.dra.weights import expected_layout, export_weights, import_weights
 from components.systems.recipes import load_recipe
+from components.systems.weights_io import ImportJob
 from components.types import Cancellation, Request, SampleError, StepEvent
 
 tiny = load_helper("components/test_dra.py")
@@ -343,7 +344,7 @@ def test_exported_files_come_back(form: str, tmp_path: Path) -> None:
     assert not folder.exists() and set(plan.files.values()) == {""}
     report = export_weights(model.path, folder, form=form)
     assert list(report.files) == list(plan.files) and len(find_files(folder)) == 3
-    back = import_weights(find_files(folder), tmp_path / "back")
+    back = import_weights(ImportJob(files=find_files(folder), out=tmp_path / "back"))
     assert back.config == model.info["config"] and back.prior["id"] == "nano"
     again = load_model(tmp_path / "back")
     for part in (ADAPTERS, LORA, ENCODER):
@@ -355,11 +356,11 @@ def test_exported_files_come_back(form: str, tmp_path: Path) -> None:
         "adapter_model.safetensors": set(model.part(LORA)),
         "encoder.safetensors": set(model.part(ENCODER)),
     }
-    assert import_weights(find_files(folder), None).model is None
+    assert import_weights(ImportJob(files=find_files(folder))).model is None
     with pytest.raises(ModelError, match="does not fit these sizes"):
-        import_weights(find_files(folder), None, sizes={"lora": {"rank": 3}})
+        import_weights(ImportJob(files=find_files(folder), sizes={"lora": {"rank": 3}}))
     with pytest.raises(ModelError, match="also needs encoder"):
-        import_weights(find_files(folder)[:1], None)
+        import_weights(ImportJob(files=find_files(folder)[:1]))
     with pytest.raises(ValueError, match="exist"):
         find_files(tmp_path / "none")
     other = save_model(tmp_path / "o", tiny.ModelCard(name="o", system="supir"), {"x": {"y": torch.zeros(1)}})

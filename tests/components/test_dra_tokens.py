@@ -39,6 +39,7 @@ from components.systems.dra.restorer import DraRestorer
 from components.systems.dra.tokens import TokenDra
 from components.systems.dra.weights import expected_layout, export_weights, import_weights
 from components.systems.recipes import load_recipe
+from components.systems.weights_io import ImportJob
 from components.types import Cancellation, Request
 
 tiny_sd3 = load_helper("components/_tiny_sd3.py")
@@ -415,12 +416,15 @@ def test_training_continues_restores_and_travels(prior_folder: Model, tmp_path: 
     folder = tmp_path / "files"
     report = export_weights(model.path, folder, form="safetensors")
     assert report.parameters == sum(v.numel() for tensors in network.parts().values() for v in tensors.values())
-    back = import_weights(find_files(folder), tmp_path / "back")
+    back = import_weights(ImportJob(files=find_files(folder), out=tmp_path / "back"))
     assert back.config == model.info["config"] and back.prior == prior_record
     assert back.permitted_use == "unstated"
     sidecar = json.loads((folder / SIDECAR).read_text())
     (folder / SIDECAR).write_text(json.dumps({**sidecar, "permitted_use": ""}))
-    assert f"of the prior {prior_record['id']}: see there" in import_weights(find_files(folder), None).permitted_use
+    assert (
+        f"of the prior {prior_record['id']}: see there"
+        in import_weights(ImportJob(files=find_files(folder))).permitted_use
+    )
     for part in (ADAPTERS, LORA):
         one, other = model.part(part), load_model(tmp_path / "back").part(part)
         assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)

@@ -27,6 +27,7 @@ from components.systems.instantir.perceptor import cross_attentions
 from components.systems.instantir.previewer import previewer_deltas
 from components.systems.instantir.released import check_sizes, find_files
 from components.systems.instantir.weights import export_weights, import_weights
+from components.systems.weights_io import ImportJob
 from components.tensor_files import WeightsFileError, read_tensors
 
 RESAMPLER = {"dim": 64, "depth": 2, "dim_head": 16, "heads": 4, "num_queries": 16}
@@ -214,7 +215,7 @@ def expected_parts(golden: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 def test_import_and_export_of_released_files_keep_the_bytes(golden, write_files, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     files, arguments = write_files()
-    result = import_weights(files, tmp_path / "m", **arguments)
+    result = import_weights(ImportJob(files=files, out=tmp_path / "m", **arguments))
     assert same(parts_of(tmp_path / "m"), expected_parts(golden))
     assert result.missing == () and result.licence == "unstated"  # it has not the published size
     info = load_model(tmp_path / "m").info
@@ -231,7 +232,9 @@ def test_import_and_export_of_released_files_keep_the_bytes(golden, write_files,
     assert same(adapter, {k: golden[k] for k in ("image_proj", "ip_adapter")})
 
     # the export wrote a sidecar, so this import needs no sizes
-    again = import_weights(find_files(tmp_path / "back"), tmp_path / "m2", **{k: arguments[k] for k in ("prior",)})
+    again = import_weights(
+        ImportJob(files=find_files(tmp_path / "back"), out=tmp_path / "m2", **{k: arguments[k] for k in ("prior",)})
+    )
     assert same(parts_of(tmp_path / "m2"), parts_of(tmp_path / "m"))
     assert load_model(tmp_path / "m2").info["config"] == info["config"] and again.digest
 
@@ -250,19 +253,19 @@ def test_every_spelling_of_the_lora_gives_the_same_model(golden, write_files, tm
     lora = {rename(key): tensor for key, tensor in golden["lora"].items()}
     assert set(lora) != set(golden["lora"])
     files, arguments = write_files(tensors={"previewer_lora_weights.bin": lora})
-    import_weights(files, tmp_path / "m", **arguments)
+    import_weights(ImportJob(files=files, out=tmp_path / "m", **arguments))
     assert same(parts_of(tmp_path / "m"), expected_parts(golden))
 
 
 @pytest.mark.parametrize("spelling", ["peft", "diffusers"])
 def test_export_writes_the_lora_in_the_chosen_spelling(golden, write_files, tmp_path: Path, spelling: str) -> None:  # type: ignore[no-untyped-def]
     files, arguments = write_files()
-    import_weights(files, tmp_path / "m", **arguments)
+    import_weights(ImportJob(files=files, out=tmp_path / "m", **arguments))
     export_weights(tmp_path / "m", tmp_path / "out", spelling=spelling, form="safetensors")
     tensors = load_file(tmp_path / "out" / "previewer_lora_weights.safetensors")
     ending = {"peft": ".lora_", "diffusers": ".lora."}[spelling]
     assert all(ending in key for key in tensors) and len(tensors) == len(golden["lora"])
-    import_weights(find_files(tmp_path / "out"), tmp_path / "m2", prior=arguments["prior"])
+    import_weights(ImportJob(files=find_files(tmp_path / "out"), out=tmp_path / "m2", prior=arguments["prior"]))
     assert same(parts_of(tmp_path / "m2"), expected_parts(golden))
 
 
@@ -274,14 +277,14 @@ def test_flat_adapters_safetensors_and_training_names_are_imported(golden, write
     files[1].rename(files[1].with_name("pytorch_lora_weights.bin"))
     files = find_files(files[0].parent)
     assert [f.name for f in files] == ["adapter_ckpt.pt", "pytorch_lora_weights.bin", "aggregator.safetensors"]
-    import_weights(files, tmp_path / "m", **arguments)
+    import_weights(ImportJob(files=files, out=tmp_path / "m", **arguments))
     assert same(parts_of(tmp_path / "m"), expected_parts(golden))
 
 
 def test_an_adapter_without_modulation_gets_zero_modulation(golden, write_files, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     plain = {k: v for k, v in golden["ip_adapter"].items() if ".ln_" not in k}
     files, arguments = write_files(tensors={"adapter.pt": {"image_proj": golden["image_proj"], "ip_adapter": plain}})
-    result = import_weights(files, tmp_path / "m", **arguments)
+    result = import_weights(ImportJob(files=files, out=tmp_path / "m", **arguments))
     assert "no time modulation" in result.notes[0]
     parts = parts_of(tmp_path / "m")["perceptor"]
     modulation = [v for k, v in parts.items() if ".ln_" in k]
@@ -290,7 +293,7 @@ def test_an_adapter_without_modulation_gets_zero_modulation(golden, write_files,
     plain["1.ln_k_ip.linear.bias"] = golden["ip_adapter"]["1.ln_k_ip.linear.bias"]
     files, arguments = write_files(tensors={"adapter.pt": {"image_proj": golden["image_proj"], "ip_adapter": plain}})
     with pytest.raises(ModelError, match=f"{len(modulation) - 1} missing: ip_adapter.1.ln_k_ip.linear.weight, "):
-        import_weights(files, None, **arguments)
+        import_weights(ImportJob(files=files, **arguments))
 
 
 def test_all_faults_of_all_files_are_in_one_error(golden, write_files) -> None:  # type: ignore[no-untyped-def]
@@ -306,7 +309,7 @@ def test_all_faults_of_all_files_are_in_one_error(golden, write_files) -> None: 
     adapter = {"image_proj": image_proj, "ip_adapter": golden["ip_adapter"]}
     files, arguments = write_files(tensors={"adapter.pt": adapter, "aggregator.pt": aggregator})
     with pytest.raises(ModelError) as error:
-        import_weights(files, None, **arguments)
+        import_weights(ImportJob(files=files, **arguments))
     first, second = str(error.value).splitlines()
     assert "adapter.pt" in first and "aggregator.pt" in second
     assert "2 missing: image_proj.proj_in.bias, image_proj.norm_out.weight" in first
@@ -322,28 +325,28 @@ def test_a_duplicate_lora_layer_or_another_rank_is_refused(golden, write_files) 
     twice = {**golden["lora"], key.replace(".lora.down.", ".lora_A."): golden["lora"][key]}
     files, arguments = write_files(tensors={"previewer_lora_weights.bin": twice})
     with pytest.raises(ModelError, match="name the same tensor"):
-        import_weights(files, None, **arguments)
+        import_weights(ImportJob(files=files, **arguments))
     files, arguments = write_files()
     arguments["sizes"] = {**arguments["sizes"], "lora": {"rank": 32}}
     with pytest.raises(ModelError, match=r"looks like lora\.rank=64: give these as KEY=VALUE"):
-        import_weights(files, None, **arguments)
+        import_weights(ImportJob(files=files, **arguments))
 
 
 def test_alpha_in_a_lora_file_is_imported(golden, write_files, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     layers = sorted({key.partition(".lora")[0] for key in golden["lora"]})
     alphas = {f"{layer}.alpha": torch.tensor(8.0) for layer in layers}
     files, arguments = write_files(tensors={"previewer_lora_weights.bin": {**golden["lora"], **alphas}})
-    import_weights(files, tmp_path / "m", **arguments)
+    import_weights(ImportJob(files=files, out=tmp_path / "m", **arguments))
     assert load_model(tmp_path / "m").info["config"]["lora"]["alpha"] == 8.0
     alphas[f"{layers[0]}.alpha"] = torch.tensor(-4.0)
     files, arguments = write_files(tensors={"previewer_lora_weights.bin": {**golden["lora"], **alphas}})
     with pytest.raises(ModelError, match="alpha must be positive, and is -4"):
-        import_weights(files, None, **arguments)
+        import_weights(ImportJob(files=files, **arguments))
 
 
 def test_the_report_of_a_partial_set_lists_missing_parts(golden, write_files, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     files, arguments = write_files(tensors={"aggregator.pt": None})
-    result = import_weights(files, tmp_path / "m", **arguments)
+    result = import_weights(ImportJob(files=files, out=tmp_path / "m", **arguments))
     assert result.missing == ("aggregator (aggregator.pt)",)
     assert set(parts_of(tmp_path / "m")) == {"perceptor", "previewer"}
     from components.systems import build_restorer
@@ -351,7 +354,7 @@ def test_the_report_of_a_partial_set_lists_missing_parts(golden, write_files, tm
     with pytest.raises(ModelError, match="restoring needs aggregator too"):
         build_restorer(tmp_path / "m")
     with pytest.raises(ModelError, match=r"no adapter among .*previewer_lora_weights.bin.* adapter.pt"):
-        import_weights([f for f in files if "lora" in f.name], None, **arguments)
+        import_weights(ImportJob(files=[f for f in files if "lora" in f.name], **arguments))
 
 
 # -- files that are not valid weights ----------------------------------------------------------------------------------
@@ -376,7 +379,7 @@ def test_a_pickle_with_code_is_refused_before_it_runs(write_files, tmp_path: Pat
     ):
         write(files[0])
         with pytest.raises(WeightsFileError, match=r"adapter.pt: refused: .*mkdir"):
-            import_weights(files, tmp_path / "m", **arguments)
+            import_weights(ImportJob(files=files, out=tmp_path / "m", **arguments))
     assert not proof.exists() and not (tmp_path / "m").exists()
     pickle.loads(pickle.dumps(Evil(proof)))
     assert proof.exists()  # pickle.loads does run the code
@@ -410,7 +413,7 @@ def test_the_error_names_truncated_files(golden, tmp_path: Path) -> None:  # typ
 def test_the_error_names_the_keys_of_other_files(tmp_path: Path) -> None:
     torch.save({"epoch": torch.zeros(1), "weights": torch.zeros(2)}, tmp_path / "x.pt")
     with pytest.raises(WeightsFileError, match=r"neither adapter, nor aggregator, nor LoRA.* epoch, weights"):
-        import_weights([tmp_path / "x.pt"], None)
+        import_weights(ImportJob(files=[tmp_path / "x.pt"]))
     torch.save({"image_proj": [1, 2]}, tmp_path / "y.pt")
     with pytest.raises(WeightsFileError, match="it holds no tensors, only image_proj"):
         read_tensors(tmp_path / "y.pt")
@@ -470,7 +473,7 @@ def test_a_trained_model_computes_the_same_after_export_and_import(model_folder:
     report = export_weights(model_folder, tmp_path / "out")
     assert "alpha 12 was multiplied" in report.notes[0] and "rank is 8" in report.notes[1]
     assert "perceptor_scale is 0.5" in report.notes[2]
-    import_weights(find_files(tmp_path / "out"), tmp_path / "back")
+    import_weights(ImportJob(files=find_files(tmp_path / "out"), out=tmp_path / "back"))
     info = load_model(tmp_path / "back").info
     assert (info["name"], info["licence"], info["recipe"]["steps_at_restore"]) == ("mine", "mine", 4)
     assert info["prior"] == load_model(model_folder).info["prior"] and info["config"]["lora"]["alpha"] == 1
@@ -501,7 +504,7 @@ def test_the_import_ignores_the_sidecar_of_another_models_export(model_folder: P
     content = torch.load(adapter, weights_only=True)
     content["image_proj"] = {key: value + 1 for key, value in content["image_proj"].items()}
     torch.save(content, adapter)
-    report = import_weights(find_files(tmp_path / "out"), tmp_path / "back")
+    report = import_weights(ImportJob(files=find_files(tmp_path / "out"), out=tmp_path / "back"))
     assert "describes another adapter.pt" in report.notes[0]
     info = load_model(tmp_path / "back").info
     release = {"restore_options": {"view": "crop", "resize": "released", "color": "none"}}

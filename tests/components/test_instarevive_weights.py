@@ -20,6 +20,7 @@ from components.systems.instarevive.released import RELEASED, check_sizes, find_
 from components.systems.instarevive.weights import expected_layout, export_weights, import_weights
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import build_swinir
+from components.systems.weights_io import ImportJob
 
 SIZES = {
     "num_attention_heads": 2,
@@ -49,7 +50,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Any], name: str = "InstaRev
 def test_the_round_trip_is_equal_to_the_byte(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = released_tensors(dtype)
     path = save_checkpoint(tmp_path / "in", tensors)
-    report = import_weights(find_files(tmp_path / "in"), tmp_path / "model", sizes=TINY)
+    report = import_weights(ImportJob(files=find_files(tmp_path / "in"), out=tmp_path / "model", sizes=TINY))
     assert report.sources[0].part == "generator" and report.sources[0].tensors == len(tensors)
     for form in ("pt", "safetensors"):
         out = export_weights(tmp_path / "model", tmp_path / form, form=form)
@@ -63,7 +64,7 @@ def test_the_round_trip_is_equal_to_the_byte(dtype: torch.dtype, tmp_path: Path)
             for key, value in tensors.items()
         )
         # the sidecar replaces the sizes
-        again = import_weights(find_files(tmp_path / form), tmp_path / f"{form}-model")
+        again = import_weights(ImportJob(files=find_files(tmp_path / form), out=tmp_path / f"{form}-model"))
         assert load_model(str(again.model)).info["config"] == load_model(str(report.model)).info["config"]
     same = export_weights(tmp_path / "pt-model", tmp_path / "again")
     assert same.files == export_weights(tmp_path / "model", tmp_path / "pt").files
@@ -72,7 +73,9 @@ def test_the_round_trip_is_equal_to_the_byte(dtype: torch.dtype, tmp_path: Path)
 
 def test_an_imported_model_computes_the_same_as_the_network(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"state_dict": {f"module.{k}": v for k, v in released_tensors().items()}, "epoch": 3})
-    report = import_weights(find_files(tmp_path), tmp_path / "model", sizes={**TINY, "mask_as_bias": True})
+    report = import_weights(
+        ImportJob(files=find_files(tmp_path), out=tmp_path / "model", sizes={**TINY, "mask_as_bias": True})
+    )
     generator = load_generator(load_model(str(report.model)))
     assert generator.timestep == 400 and generator.predictor.mask_as_bias
     with seeded_init(0, "released"):
@@ -87,12 +90,12 @@ def test_an_imported_model_computes_the_same_as_the_network(tmp_path: Path) -> N
 def test_a_generator_under_another_name_is_read_and_two_are_refused(tmp_path: Path) -> None:
     tensors = released_tensors()
     path = save_checkpoint(tmp_path, {"our_generator": tensors, "critic": {"x.weight": torch.ones(2)}})
-    report = import_weights([path], None, sizes=TINY)
+    report = import_weights(ImportJob(files=[path], sizes=TINY))
     assert report.sources[0].tensors == len(tensors)
     assert "InstaRevive_v1.ckpt: our_generator was read; left out: critic.x.weight" in report.notes
     path = save_checkpoint(tmp_path, {"first": tensors, "second": tensors})
     with pytest.raises(ModelError, match="several such networks, first and second"):
-        import_weights([path], None, sizes=TINY)
+        import_weights(ImportJob(files=[path], sizes=TINY))
 
 
 def test_the_published_layout_has_the_parameters_of_the_reference() -> None:
@@ -114,7 +117,7 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
     tensors["pos_embed.proj.bias"] = torch.full((16,), torch.nan)
     path = save_checkpoint(tmp_path, tensors)
     with pytest.raises(ModelError) as error:
-        import_weights([path], tmp_path / "model", sizes=TINY)
+        import_weights(ImportJob(files=[path], out=tmp_path / "model", sizes=TINY))
     for words in (
         "1 missing: proj_out.bias",
         "1 unexpected: extra.weight",
@@ -128,12 +131,12 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
 def test_the_message_for_another_size_names_the_sizes(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, released_tensors())
     with pytest.raises(ModelError, match=r"network.num_layers=2 .*network.caption_channels=12 .*head_dim = 16"):
-        import_weights([path], None)
+        import_weights(ImportJob(files=[path]))
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "in", released_tensors())
-    report = import_weights([path], tmp_path / "model", sizes=TINY, proceed=lambda plan: False)
+    report = import_weights(ImportJob(files=[path], out=tmp_path / "model", sizes=TINY, proceed=lambda plan: False))
     assert report.model is None and not (tmp_path / "model").exists()
     assert any("no coarse restorer" in note for note in report.notes)
 
@@ -148,14 +151,14 @@ def test_a_generator_with_noise_has_two_files(tmp_path: Path) -> None:
     plan = export_weights(model.path, tmp_path / "out", write=False)
     assert len(plan.files) == 2 and not (tmp_path / "out").exists() and len(plan.notes) == 2
     export_weights(model.path, tmp_path / "out")
-    report = import_weights(find_files(tmp_path / "out"), tmp_path / "back")
+    report = import_weights(ImportJob(files=find_files(tmp_path / "out"), out=tmp_path / "back"))
     back = load_model(str(report.model))
     assert back.info["config"] == model.info["config"] and back.info["prior"] == model.info["prior"]
     for part in ("generator", "align"):
         before = model.part(part)
         assert all(torch.equal(value, before[key]) for key, value in back.part(part).items())
     with pytest.raises(ValueError, match="no file for align"):
-        import_weights([tmp_path / "out" / "InstaRevive_v1.ckpt"], None)
+        import_weights(ImportJob(files=[tmp_path / "out" / "InstaRevive_v1.ckpt"]))
 
 
 def test_a_coarse_restorer_is_recorded(tmp_path: Path) -> None:
@@ -164,11 +167,11 @@ def test_a_coarse_restorer_is_recorded(tmp_path: Path) -> None:
     card = ModelCard(name="coarse", system="swinir", config=config.to_dict())
     coarse = save_model(tmp_path / "coarse", card, {"swinir": dict(network.named_parameters())})
     path = save_checkpoint(tmp_path / "in", released_tensors())
-    report = import_weights([path], tmp_path / "model", sizes={**TINY, "coarse": str(coarse.path)})
+    report = import_weights(ImportJob(files=[path], out=tmp_path / "model", sizes={**TINY, "coarse": str(coarse.path)}))
     entry = load_model(str(report.model)).info["config"]["coarse"]
     assert entry == {"id": str(coarse.path.resolve()), "digest": coarse.digest}
     with pytest.raises(ModelError, match="not a coarse restorer"):
-        import_weights([path], None, sizes={**TINY, "coarse": "nano"})
+        import_weights(ImportJob(files=[path], sizes={**TINY, "coarse": "nano"}))
 
 
 def test_a_prediction_of_another_kind_of_prior_is_refused_before_anything_is_read() -> None:
@@ -217,6 +220,6 @@ def test_files_are_found_by_part(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name the files one by one"):
         find_files(tmp_path)
     with pytest.raises(ValueError, match="both hold the generator"):
-        import_weights([path, path], None, sizes=TINY)
+        import_weights(ImportJob(files=[path, path], sizes=TINY))
     with pytest.raises(ValueError, match="no picture encoder"):
-        import_weights([path], None, image_encoder="x")
+        import_weights(ImportJob(files=[path], image_encoder="x"))

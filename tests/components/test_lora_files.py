@@ -16,7 +16,7 @@ from components.models import ModelError, load_model
 from components.systems.instantir.previewer import released_names, split_key
 from components.systems.instantir.released import RELEASED, find_files
 from components.systems.instantir.weights import expected_layout, import_weights
-from components.systems.weights_io import ImportReport
+from components.systems.weights_io import ImportJob, ImportReport
 from components.tensor_files import WeightsFileError
 
 SIZES: dict[str, Any] = {
@@ -69,7 +69,7 @@ def run(
         path = folder / (name or "pytorch_lora_weights.safetensors")
         save_file(dict(lora), path, metadata=metadata)
     sizes = {**SIZES, "lora": {**SIZES["lora"], **lora_sizes}}
-    return import_weights([folder / adapter, path], out, prior="nano", sizes=sizes)
+    return import_weights(ImportJob(files=[folder / adapter, path], out=out, prior="nano", sizes=sizes))
 
 
 def alpha_of(report: ImportReport) -> float:

@@ -33,6 +33,7 @@ from components.systems.instarevive.network import build_network
 from components.systems.instarevive.training import BackboneObjective, build_objective
 from components.systems.instarevive.weights import expected_layout, import_weights
 from components.systems.recipes import load_recipe
+from components.systems.weights_io import ImportJob
 from components.training import build_optimizers, train_step
 from components.types import Batch, Prediction, Request
 
@@ -239,7 +240,9 @@ def test_a_fourth_family_trains_and_restores_with_one_line(tmp_path: Path, monke
     assert objective.config["family"] == "letters" and objective.backbone.source["id"] == "a/letters"
     assert licence_of("a/letters") == "public domain"
     torch.save(objective.parts()["generator"], tmp_path / "InstaRevive_v1.ckpt")
-    report = import_weights([tmp_path / "InstaRevive_v1.ckpt"], tmp_path / "imported", sizes={"family": "letters"})
+    report = import_weights(
+        ImportJob(files=[tmp_path / "InstaRevive_v1.ckpt"], out=tmp_path / "imported", sizes={"family": "letters"})
+    )
     assert "public domain" in load_model(str(report.model)).info["permitted_use"]
     with pytest.raises(RecipeError, match="needs a real score of a UNet: family sd, sdxl or nano"):
         load_recipe("instarevive-bsr-nano", ["family=letters", "ip_adapter=x", "picture_encoder=y"])

@@ -38,6 +38,7 @@ from components.systems.regressor.released import find_files
 from components.systems.regressor.restorer import RegressorRestorer, network_input
 from components.systems.regressor.tiles import restore_with_context, tile_sides
 from components.systems.regressor.weights import export_weights, import_weights
+from components.systems.weights_io import ImportJob
 from components.tensor_files import WeightsFileError
 from components.types import Cancellation, Request
 
@@ -49,7 +50,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """A model folder of each tiny architecture, imported from a pickle."""
     folder = tmp_path_factory.mktemp("regressors")
     for name in TINY:
-        import_weights([write_tiny(name, folder / "files")], folder / name, licence="MIT", origin="a test")
+        import_weights(
+            ImportJob(files=[write_tiny(name, folder / "files")], out=folder / name, licence="MIT", origin="a test")
+        )
     return {name: load_model(folder / name) for name in TINY}
 
 
@@ -83,7 +86,7 @@ def test_half_a_file_and_its_prefixes_are_read(tmp_path: Path) -> None:
     tensors = {f"module.{key}": tensor.half() for key, tensor in network.state_dict().items()}
     path = tmp_path / "x.safetensors"
     save_file(tensors, path, metadata={"modelspec.license": "CC0-1.0", "author": "somebody\nelse"})
-    result = import_weights([path], tmp_path / "m")
+    result = import_weights(ImportJob(files=[path], out=tmp_path / "m"))
     assert (result.licence, result.origin) == ("CC0-1.0", "somebody else")
     assert result.permitted_use == "as the licence allows"
     model = load_model(tmp_path / "m")
@@ -105,7 +108,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     path, mark = tmp_path / "x.pth", tmp_path / "ran"
     torch.save({"params": tiny_state("Compact"), "extra": Bomb(mark)}, path)
     with pytest.raises(WeightsFileError, match=r"refused.*could run any code"):
-        import_weights([path], tmp_path / "m")
+        import_weights(ImportJob(files=[path], out=tmp_path / "m"))
     assert not mark.exists() and not (tmp_path / "m").exists()
 
 
@@ -138,7 +141,7 @@ def test_every_fault_of_a_file_is_named(change: Any, reason: str, tmp_path: Path
     change(tensors)
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=reason):
-        import_weights([tmp_path / "x.safetensors"], tmp_path / "m")
+        import_weights(ImportJob(files=[tmp_path / "x.safetensors"], out=tmp_path / "m"))
     assert not (tmp_path / "m").exists()
 
 
@@ -146,9 +149,9 @@ def test_wrong_arguments_are_refused(models: dict[str, Model], tmp_path: Path) -
     path = write_tiny("Compact", tmp_path)
     weights = SYSTEMS["regressor"].weights
     assert weights is not None and list(find_files(tmp_path)) == [path]
-    assert import_weights([path], None).model is None
+    assert import_weights(ImportJob(files=[path])).model is None
     with pytest.raises(ValueError, match="no prior"):
-        import_weights([path], None, prior="nano")
+        import_weights(ImportJob(files=[path], prior="nano"))
     with pytest.raises(ValueError, match="follow from its weights"):
         weights.check_sizes({"num_feat": 64})
     with pytest.raises(ValueError, match="Supported: ATD"):
@@ -171,7 +174,9 @@ def test_an_export_has_the_keys_of_the_file(models: dict[str, Model], name: str,
     report = export_weights(models[name].path, tmp_path / "out", form=form)
     (file,) = report.files
     assert Path(file).stem == name
-    again = import_weights([tmp_path / "out" / file], tmp_path / "again")  # licence and origin come from the sidecar
+    again = import_weights(
+        ImportJob(files=[tmp_path / "out" / file], out=tmp_path / "again")
+    )  # licence and origin come from the sidecar
     assert (again.licence, again.origin) == ("MIT", "a test")
     assert load_model(str(again.model)).info["parts"] == models[name].info["parts"]
     assert load_model(str(again.model)).digest == models[name].digest
@@ -294,7 +299,7 @@ def test_tiles_equal_the_whole_picture(models: dict[str, Model], name: str) -> N
 def test_a_network_that_looks_at_the_whole_picture_says_so(models: dict[str, Model], tmp_path: Path) -> None:
     config = RegressorConfig(**models["OmniSR"].info["config"])
     assert config.tile_levels > 0.5 and not config.tiles_are_exact
-    result = import_weights([write_tiny("OmniSR", tmp_path)], None)
+    result = import_weights(ImportJob(files=[write_tiny("OmniSR", tmp_path)]))
     assert any(f"differ from it by up to {config.tile_levels:g} of 255 levels" in note for note in result.notes)
     image = picture(98, 147)
     size = (196, 294)

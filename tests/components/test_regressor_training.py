@@ -35,6 +35,7 @@ from components.systems.regressor.objective import (
 )
 from components.systems.regressor.recipe import RegressorRecipe
 from components.systems.regressor.weights import export_weights, import_weights
+from components.systems.weights_io import ImportJob
 from components.training import build_optimizers, evaluate_loss, train_step
 from components.types import Batch, Request
 from pipelines.restoration.models import open_model
@@ -47,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     folder = tmp_path_factory.mktemp("regressors")
     names = ("Compact", "ESRGAN", "HAT", "NAFNet", "SwinIR", "DnCNN")
     for name in names:
-        import_weights([write_tiny(name, folder / "files")], folder / name)
+        import_weights(ImportJob(files=[write_tiny(name, folder / "files")], out=folder / name))
     return {name: load_model(folder / name) for name in names}
 
 
@@ -105,7 +106,7 @@ def test_fine_tuning_lowers_the_held_out_loss_and_exports_the_files_keys(
     assert build_restorer(model.path).restore([Request(key="a", image=dead_leaves(24, 0, 0))])[0].image.shape[0] == 24
     report = export_weights(model.path, tmp_path / "out")
     (file,) = report.files
-    again = import_weights([tmp_path / "out" / file], tmp_path / "again")
+    again = import_weights(ImportJob(files=[tmp_path / "out" / file], out=tmp_path / "again"))
     assert load_model(str(again.model)).info["parts"] == model.info["parts"]
     preview = look(objective, settings, heldout[0].lq, [""] * 4, 0)
     assert preview.shape == heldout[0].lq.shape

@@ -28,6 +28,7 @@ from components.systems.supir.config import AdaptorConfig
 from components.systems.supir.network import Adaptor, Supir
 from components.systems.supir.released import LICENCE, check_sizes, find_files
 from components.systems.supir.weights import expected_layout, export_weights, import_weights
+from components.systems.weights_io import ImportJob
 
 files = load_helper("components/_golden_supir.py")
 
@@ -112,7 +113,7 @@ def test_the_round_trip_is_equal_to_the_byte(dtype: torch.dtype, prior: str, tmp
     tensors[f"{CONTROL}input_blocks.0.0.weight"] = tensors[f"{CONTROL}input_blocks.0.0.weight"].float()  # a mixture
     assert tensors[f"{ENCODER}mid.attn_1.q.weight"].shape == (16, 16, 1, 1)
     save_checkpoint(tmp_path / "in", {"state_dict": tensors, "epoch": 3})
-    report = import_weights(find_files(tmp_path / "in"), tmp_path / "model", prior=prior)
+    report = import_weights(ImportJob(files=find_files(tmp_path / "in"), out=tmp_path / "model", prior=prior))
     info = load_model(str(report.model)).info
     assert info["config"] == {"adaptor": AdaptorConfig().to_dict()} and info["prior"]["id"] == prior
     assert info["parents"] == {"SUPIR-v0F.ckpt": f"sha256:{report.sources[0].sha256}"}
@@ -128,7 +129,7 @@ def test_the_round_trip_is_equal_to_the_byte(dtype: torch.dtype, prior: str, tmp
         for key, value in tensors.items():
             assert tensors_again[key].dtype == value.dtype and torch.equal(tensors_again[key], value), key
         # the sidecar names the prior
-        again = import_weights(find_files(tmp_path / form), tmp_path / f"{form}-model")
+        again = import_weights(ImportJob(files=find_files(tmp_path / form), out=tmp_path / f"{form}-model"))
         parts = load_model(str(again.model)).info["parts"]
         assert parts == info["parts"] and again.config == report.config and again.prior == report.prior
     assert export_weights(tmp_path / "pt-model", tmp_path / "again").files == out_files(tmp_path / "pt")
@@ -140,7 +141,11 @@ def out_files(folder: Path) -> dict[str, str]:
 
 def test_a_model_folder_has_the_names_of_our_networks(prior: str, tmp_path: Path) -> None:
     tensors = released_tensors(prior)
-    model = load_model(str(import_weights([save_checkpoint(tmp_path, tensors)], tmp_path / "m", prior=prior).model))
+    model = load_model(
+        str(
+            import_weights(ImportJob(files=[save_checkpoint(tmp_path, tensors)], out=tmp_path / "m", prior=prior)).model
+        )
+    )
     parts = {part: model.part(part) for part in ("adaptor", "encoder")}
     for released, (part, key) in SAME.items():
         assert torch.equal(parts[part][key].flatten(), tensors[released].flatten()), released
@@ -163,7 +168,7 @@ def test_the_authors_own_tiny_networks_are_imported(golden_dir: Path, tmp_path: 
     tensors = {f"model.control_model.{key}": value for key, value in control.items()}
     tensors |= {f"model.diffusion_model.{key}": value for key, value in connectors.items()}
     tensors |= {f"first_stage_model.{key}": value for key, value in stage1.items()}  # the autoencoder too
-    report = import_weights([save_checkpoint(tmp_path, tensors)], tmp_path / "model", prior=prior)
+    report = import_weights(ImportJob(files=[save_checkpoint(tmp_path, tensors)], out=tmp_path / "model", prior=prior))
     left_out = sum("denoise_encoder." not in key for key in stage1)
     assert f"left out {left_out} tensors of the prior itself ({left_out} of the autoencoder)" in report.notes[0]
     model = load_model(str(report.model))
@@ -193,12 +198,12 @@ def test_models_of_the_nano_prior_are_exported_and_imported(tmp_path: Path) -> N
     assert any("nano" in note for note in out.notes) and any("transformer_depth=[1, 1, 1]" in n for n in out.notes)
     keys = load_file(tmp_path / "out" / "SUPIR-v0Q.safetensors")
     assert f"{ENCODER}residual.blocks.1.conv2.bias" in keys and f"{CONTROL}middle_block.1.proj_in.weight" in keys
-    report = import_weights(find_files(tmp_path / "out"), tmp_path / "again")
+    report = import_weights(ImportJob(files=find_files(tmp_path / "out"), out=tmp_path / "again"))
     again = load_model(str(report.model))
     assert again.info["parts"] == model.info["parts"]
     assert (report.licence, report.defaults) == ("ours", {"steps": 7})
     (tmp_path / "out" / "restoray.json").unlink()  # prior and nothing else: the sizes follow from the keys
-    report = import_weights(find_files(tmp_path / "out"), tmp_path / "third", prior="nano")
+    report = import_weights(ImportJob(files=find_files(tmp_path / "out"), out=tmp_path / "third", prior="nano"))
     assert report.config == model.info["config"] and report.licence == "unstated"
     third = load_model(str(report.model))
     restored = Supir.from_parts(load_prior("nano"), third.info["config"], third.parts())
@@ -218,16 +223,18 @@ def test_models_of_the_nano_prior_are_exported_and_imported(tmp_path: Path) -> N
 )
 def test_sizes_follow_from_the_keys(sizes: dict[str, Any], prior: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, released_tensors(prior, **sizes))
-    assert import_weights([path], None, prior=prior).config == {"adaptor": {**AdaptorConfig().to_dict(), **sizes}}
+    assert import_weights(ImportJob(files=[path], prior=prior)).config == {
+        "adaptor": {**AdaptorConfig().to_dict(), **sizes}
+    }
 
 
 def test_sizes_that_are_given_go_first(prior: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, released_tensors(prior, transformer_depth=[1, 1, 2]))
-    assert import_weights([path], None, prior=prior, sizes={"transformer_depth": [1, 1, 2]}).sources
+    assert import_weights(ImportJob(files=[path], prior=prior, sizes={"transformer_depth": [1, 1, 2]})).sources
     with pytest.raises(ModelError, match=r"missing: .*keys look like transformer_depth=\[1, 1, 2\]"):
-        import_weights([path], None, prior=prior, sizes={"transformer_depth": []})
+        import_weights(ImportJob(files=[path], prior=prior, sizes={"transformer_depth": []}))
     with pytest.raises(ValueError, match=r"\[1, 1, 4\] is more than the prior's own \[0, 2, 3\]"):
-        import_weights([path], None, prior=prior, sizes={"transformer_depth": [1, 1, 4]})
+        import_weights(ImportJob(files=[path], prior=prior, sizes={"transformer_depth": [1, 1, 4]}))
     with pytest.raises(ValueError, match="needs 3 numbers"):
         expected_layout(prior, sizes={"transformer_depth": [1, 1]})
 
@@ -237,7 +244,7 @@ def test_deeper_transformers_than_the_priors_are_unexpected(prior: str, tmp_path
     key = f"{CONTROL}middle_block.1.transformer_blocks.3.norm1.weight"
     path = save_checkpoint(tmp_path, {**tensors, key: torch.ones(16)})
     with pytest.raises(ModelError, match=f"1 unexpected: {re.escape(key)}"):
-        import_weights([path], None, prior=prior)
+        import_weights(ImportJob(files=[path], prior=prior))
 
 
 def test_every_fault_is_named_at_once(prior: str, tmp_path: Path) -> None:
@@ -251,7 +258,7 @@ def test_every_fault_is_named_at_once(prior: str, tmp_path: Path) -> None:
     tensors[f"{CONTROL}input_hint_block.0.bias"][2] = torch.nan
     path = save_checkpoint(tmp_path, tensors)
     with pytest.raises(ModelError) as error:
-        import_weights([path], tmp_path / "model", prior=prior)
+        import_weights(ImportJob(files=[path], out=tmp_path / "model", prior=prior))
     for words in (
         f"2 missing: {CONTROL}time_embed.0.bias, {CONNECTORS}3.attn.to_q.weight",
         "2 unexpected: model.extra.weight, first_stage_model.denoise_encoder_s1.conv_in.bias",
@@ -281,7 +288,7 @@ def test_a_missing_part_is_named(beginnings: tuple[str, ...], words: str, prior:
     tensors = released_tensors(prior)
     rest = {key: value for key, value in tensors.items() if not key.startswith(beginnings)}
     with pytest.raises(ModelError) as error:
-        import_weights([save_checkpoint(tmp_path, rest)], None, prior=prior)
+        import_weights(ImportJob(files=[save_checkpoint(tmp_path, rest)], prior=prior))
     assert words in str(error.value) and f"{len(tensors) - len(rest)} missing: " in str(error.value)
     assert "unexpected" not in str(error.value)
 
@@ -296,23 +303,25 @@ def test_the_priors_own_tensors_are_left_out(prior: str, tmp_path: Path) -> None
     }
     path = tmp_path / "SUPIR-v0Q_fp16.safetensors"
     save_file({**theirs, **tensors}, path)
-    report = import_weights(find_files(tmp_path), None, prior=prior)
+    report = import_weights(ImportJob(files=find_files(tmp_path), prior=prior))
     assert report.notes == (
         f"{path.name}: left out 4 tensors of the prior itself (2 of the UNet, 1 of the autoencoder, 1 of the texts)",
     )
     assert sum(source.tensors for source in report.sources) == len(tensors)
     path.unlink()
     with pytest.raises(ModelError, match=r"not a SUPIR: no key begins with .*; it holds conditioner"):
-        import_weights([save_checkpoint(tmp_path, theirs)], None, prior=prior)
+        import_weights(ImportJob(files=[save_checkpoint(tmp_path, theirs)], prior=prior))
 
 
 def test_a_file_under_another_name_is_read(prior: str, tmp_path: Path) -> None:
     tensors = released_tensors(prior)
     path = save_checkpoint(tmp_path, {"ours": {f"module.{k}": v for k, v in tensors.items()}, "loss": {"a.b": tensors}})
     with pytest.raises(ModelError, match="several such networks"):
-        import_weights([path], None, prior=prior)
+        import_weights(ImportJob(files=[path], prior=prior))
     path = save_checkpoint(tmp_path, {"ours": {f"module.{key}": value for key, value in tensors.items()}})
-    assert sum(source.tensors for source in import_weights([path], None, prior=prior).sources) == len(tensors)
+    assert sum(source.tensors for source in import_weights(ImportJob(files=[path], prior=prior)).sources) == len(
+        tensors
+    )
 
 
 def test_the_published_size_has_the_authors_licence(
@@ -320,20 +329,20 @@ def test_the_published_size_has_the_authors_licence(
 ) -> None:
     tensors = released_tensors(prior)
     path = save_checkpoint(tmp_path, tensors)
-    report = import_weights([path], None, prior=prior)
+    report = import_weights(ImportJob(files=[path], prior=prior))
     assert report.licence == "unstated" and report.permitted_use.startswith("as the licences allow")
     count = sum(value.numel() for value in tensors.values())
     monkeypatch.setattr(weights, "PUBLISHED_PARAMETERS", count)  # in place of 5 GB
-    report = import_weights([path], tmp_path / "model", prior=prior)
+    report = import_weights(ImportJob(files=[path], out=tmp_path / "model", prior=prior))
     assert report.licence == LICENCE and "non-commercial" in LICENCE
     assert report.permitted_use.startswith("non-commercial only")
-    report = import_weights([path], None, prior=prior, licence="mine")
+    report = import_weights(ImportJob(files=[path], prior=prior, licence="mine"))
     assert report.licence == "mine" and report.permitted_use.startswith("as the licences allow")
     # the licence of another file is not taken over
     export_weights(tmp_path / "model", tmp_path / "out")
     tensors[f"{ENCODER}conv_in.bias"] += 1
     monkeypatch.undo()
-    report = import_weights([save_checkpoint(tmp_path / "out", tensors)], None)
+    report = import_weights(ImportJob(files=[save_checkpoint(tmp_path / "out", tensors)]))
     assert report.licence == "unstated" and "restoray.json describes another SUPIR-v0F.ckpt" in report.notes[0]
 
 
@@ -367,7 +376,9 @@ def test_a_prior_without_its_autoencoder_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_an_export_needs_an_adaptor_and_its_own_sizes(prior: str, tmp_path: Path) -> None:
-    report = import_weights([save_checkpoint(tmp_path, released_tensors(prior))], tmp_path / "model", prior=prior)
+    report = import_weights(
+        ImportJob(files=[save_checkpoint(tmp_path, released_tensors(prior))], out=tmp_path / "model", prior=prior)
+    )
     model = load_model(str(report.model))
     plan = export_weights(model.path, tmp_path / "out", write=False)
     assert plan.files == {"SUPIR-v0F.ckpt": ""} and not (tmp_path / "out").exists()
@@ -391,9 +402,9 @@ def test_an_export_needs_an_adaptor_and_its_own_sizes(prior: str, tmp_path: Path
 def test_wrong_arguments_are_refused(prior: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, released_tensors(prior))
     with pytest.raises(ValueError, match=r"one file, got SUPIR-v0F.ckpt, SUPIR-v0F.ckpt"):
-        import_weights([path, path], None, prior=prior)
+        import_weights(ImportJob(files=[path, path], prior=prior))
     with pytest.raises(ValueError, match="no picture encoder"):
-        import_weights([path], None, prior=prior, image_encoder="facebook/dinov2-large")
+        import_weights(ImportJob(files=[path], prior=prior, image_encoder="facebook/dinov2-large"))
     save_checkpoint(tmp_path, {}, "SUPIR-v0Q.ckpt")
     with pytest.raises(ValueError, match=r"holds SUPIR-v0Q.ckpt and SUPIR-v0F.ckpt"):
         find_files(tmp_path)
@@ -413,4 +424,4 @@ def test_wrong_arguments_are_refused(prior: str, tmp_path: Path) -> None:
     for text in ("[]", '{"system": "supir", "config": {"adaptor": null}}', '{"system": "swinir", "config": {}}'):
         (tmp_path / "restoray.json").write_text(text)
         with pytest.raises(ModelError, match=r"restoray.json: "):
-            import_weights([path], None, prior=prior)
+            import_weights(ImportJob(files=[path], prior=prior))

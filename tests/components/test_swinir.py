@@ -45,6 +45,7 @@ from components.systems.swinir.weights import (
     parameters_of,
     read_swinir,
 )
+from components.systems.weights_io import ImportJob
 from components.tensor_files import WeightsFileError
 from components.training import build_optimizers, evaluate_loss, train_step
 from components.types import Batch, Cancellation, Request, SampleError
@@ -374,7 +375,7 @@ def test_released_files_are_imported_and_exported(network: SwinIR, form: str, tm
     torch.save(file_content(network, form), path)
     assert find_files(tmp_path) == [path]
     sizes = {"img_size": 8} if form in ("bare", "prefixed") else {}  # it follows from the tables only
-    result = import_weights([path], tmp_path / "model", sizes=sizes)
+    result = import_weights(ImportJob(files=[path], out=tmp_path / "model", sizes=sizes))
     assert result.sources[0].parameters == sum(p.numel() for p in network.parameters())
     model = load_model(tmp_path / "model")
     assert SwinIRConfig(**model.info["config"]) == network.config and model.info["prior"] is None
@@ -386,11 +387,13 @@ def test_released_files_are_imported_and_exported(network: SwinIR, form: str, tm
         out = tmp_path / kind
         report = export_weights(model.path, out, form=kind)
         assert list(report.files) == [name] and report.parameters == result.sources[0].parameters
-        again = import_weights([out / name], tmp_path / f"again-{kind}")  # the sidecar holds the size
+        again = import_weights(
+            ImportJob(files=[out / name], out=tmp_path / f"again-{kind}")
+        )  # the sidecar holds the size
         assert load_model(str(again.model)).info["parts"]["swinir"] == model.info["parts"]["swinir"]
     faces = tmp_path / "face_swinir_v1.ckpt"
     path.rename(faces)
-    import_weights([faces], tmp_path / "faces", sizes=sizes)
+    import_weights(ImportJob(files=[faces], out=tmp_path / "faces", sizes=sizes))
     assert list(export_weights(tmp_path / "faces", tmp_path / "out").files) == ["face_swinir_v1.ckpt"]
     file_tensors = torch.load(tmp_path / "pt" / "general_swinir_v1.ckpt", weights_only=True)
     assert {k: (v.shape, v.dtype) for k, v in file_tensors.items()} == {
@@ -429,7 +432,7 @@ def test_every_fault_of_a_file_is_named(
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
     with pytest.raises(error, match=reason):
-        import_weights([path], tmp_path / "model")
+        import_weights(ImportJob(files=[path], out=tmp_path / "model"))
     assert not (tmp_path / "model").exists()
 
 
@@ -437,16 +440,16 @@ def test_wrong_arguments_of_import_and_export_are_refused(network: SwinIR, tmp_p
     path = tmp_path / "x.safetensors"
     save_file(file_content(network, "flat"), path)
     with pytest.raises(ValueError, match="no prior"):
-        import_weights([path], None, prior="nano")
+        import_weights(ImportJob(files=[path], prior="nano"))
     with pytest.raises(ValueError, match="one file"):
-        import_weights([path, path], None)
+        import_weights(ImportJob(files=[path, path]))
     with pytest.raises(ValueError, match='Did you mean "embed_dim"'):
         check_sizes({"embed_dims": 3})
     with pytest.raises(ValueError, match="whole numbers"):
         check_sizes({"depths": ["a"]})
     with pytest.raises(ModelError, match="12 of the wrong shape"):
-        import_weights([path], None, sizes={"window_size": 2})
-    assert import_weights([path], None).model is None  # checked, nothing written
+        import_weights(ImportJob(files=[path], sizes={"window_size": 2}))
+    assert import_weights(ImportJob(files=[path])).model is None  # checked, nothing written
     with pytest.raises(ModelError, match="not a SwinIR"):
         export_weights("nano", tmp_path / "out")
     for name in ("general_swinir_v1.ckpt", "face_swinir_v1.ckpt"):
@@ -454,7 +457,7 @@ def test_wrong_arguments_of_import_and_export_are_refused(network: SwinIR, tmp_p
     with pytest.raises(ValueError, match="name the files one by one"):
         find_files(tmp_path)
     with pytest.raises(WeightsFileError, match="not a weights file"):
-        import_weights([tmp_path / "face_swinir_v1.ckpt"], None)
+        import_weights(ImportJob(files=[tmp_path / "face_swinir_v1.ckpt"]))
 
 
 def test_the_system_is_registered() -> None:

@@ -10,8 +10,7 @@ restoray.json                                      sizes, prior, recipe, licence
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
+from components.models import ModelError, file_sha256, key_faults, load_model
 from components.naming import did_you_mean
 from components.priors.autoencoder import autoencoder_factor
 from components.priors.families import family_of, permitted_use_of
@@ -29,7 +28,6 @@ from components.priors.robust_encoder import RobustEncoder
 from components.priors.step_memory import meta_autoencoder
 from components.systems.dra.bundle import ADAPTERS, ENCODER, FAMILY, LORA
 from components.systems.dra.config import adapter_config, lora_config, shape_of, stored_adapter_config
-from components.systems.dra.options import restore_defaults
 from components.systems.dra.released import (
     ADAPTER_FILE,
     DIFFUSERS_LORA,
@@ -43,7 +41,8 @@ from components.systems.dra.released import (
     check_sizes,
 )
 from components.systems.dra.shapes import bundle_of, family_name
-from components.systems.weights_io import ExportReport, ImportReport, Shapes, WeightsSource, valid_entries
+from components.systems.importing import finish_import
+from components.systems.weights_io import ExportReport, ImportJob, ImportReport, Shapes, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
 
@@ -104,46 +103,24 @@ def export_weights(
     return ExportReport(folder=str(folder), files=files, parameters=count)
 
 
-def import_weights(
-    files: Sequence[Path],
-    out: Path | None,
-    *,
-    prior: str = "",
-    image_encoder: str = "",
-    sizes: Mapping[str, Any] | None = None,
-    name: str = "",
-    licence: str = "",
-    proceed: Callable[[ImportReport], bool] = lambda plan: True,
-    progress: Callable[[int, int, str], None] = lambda count, of, note: None,
-) -> ImportReport:
-    """Turn exported files into a model folder.
-
-    Args:
-        files: of one model; restoray.json beside them names sizes and prior.
-        out: the model folder; replaced as a whole at the end. None only checks.
-        prior: replaces the prior of restoray.json.
-        image_encoder: must be empty.
-        sizes: replace those of restoray.json, see released.check_sizes.
-        name: of the model; default: the folder's.
-        licence: replaces that of restoray.json.
-        proceed: called with the plan after all checks; False writes nothing.
-        progress: called with (files done, files, file).
+def import_weights(job: ImportJob) -> ImportReport:
+    """Turn exported files into a model folder; restoray.json beside them names sizes and prior.
 
     Raises:
         WeightsFileError: a file cannot be read or has another name.
         ModelError: keys, shapes or numbers do not fit; the message names all.
         ValueError: wrong sizes, or no prior.
     """
-    _check_image_encoder(image_encoder)
-    sidecar = _sidecar(files[0].parent)
-    config = {**(sidecar.get("config") or {}), **check_sizes(sizes or {})}
-    identity = prior or (sidecar.get("prior") or {}).get("id", "")
+    _check_image_encoder(job.image_encoder)
+    sidecar = _sidecar(job.files[0].parent)
+    config = {**(sidecar.get("config") or {}), **check_sizes(job.sizes)}
+    identity = job.prior or (sidecar.get("prior") or {}).get("id", "")
     if not identity:
         raise ValueError("no restoray.json names the prior of these weights: give --prior")
     shape = network_shape(identity, family_of(family_name(config)))
     expected, parts, sources, notes = _shapes(shape, config), dict[str, dict[str, Tensor]](), [], list[str]()
-    for number, path in enumerate(files):
-        progress(number, len(files), path.name)
+    for number, path in enumerate(job.files):
+        job.progress(number, len(job.files), path.name)
         if path.stem not in _STEMS:
             raise WeightsFileError(f"{path}: not a file of an export. {did_you_mean(path.stem, _STEMS)}")
         part = _STEMS[path.stem]
@@ -159,37 +136,20 @@ def import_weights(
             )
         )
     if missing := [RELEASED[part] for part in expected if part not in parts]:
-        raise ModelError(f"{files[0].parent}: the model also needs {' and '.join(missing)}")
+        raise ModelError(f"{job.files[0].parent}: the model also needs {' and '.join(missing)}")
     sidecar, more = valid_entries(sidecar, sources)
-    card = ModelCard(
-        name=name or sidecar.get("name") or (out.name if out else "dra"),
+    return finish_import(
+        job,
         system="dra",
-        recipe=sidecar.get("recipe") or {},
-        prior={"id": shape.id, "digest": shape.digest},
+        parts=parts,
+        sources=sources,
+        sidecar=sidecar,
         config=_complete(config),
-        parents={source.file: f"sha256:{source.sha256}" for source in sources},
-        data_manifest_digest=sidecar.get("data_manifest_digest") or "",
-        licence=licence or sidecar.get("licence") or "unstated",
-        permitted_use=sidecar.get("permitted_use") or permitted_use_of(shape.id),
-        metrics=sidecar.get("metrics") or {},
-    )
-    result = ImportReport(
-        model=None,
-        digest="",
-        sources=tuple(sources),
-        prior=card.prior or {},
-        config=card.config,
-        licence=card.licence,
-        permitted_use=card.permitted_use,
-        defaults=restore_defaults(card.recipe),
+        prior={"id": shape.id, "digest": shape.digest},
+        licence="unstated",
+        permitted_use=permitted_use_of(shape.id),
         notes=(*notes, *more),
     )
-    if out is not None and proceed(result):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        model: Model = save_model(out, card, parts)
-        result = replace(result, model=str(model.path), digest=model.digest)
-    progress(len(files), len(files), "")
-    return result
 
 
 def expected_layout(

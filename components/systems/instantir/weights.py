@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components.models import ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
+from components.models import ModelError, file_sha256, key_faults, load_model
 from components.naming import MESSAGE_CHARS, limited, list_some
 from components.priors.hub import PriorShape, prior_shape
 from components.priors.sdxl_config import DINOV2, LICENCES, SDXL
 from components.state_dicts import without_prefix
+from components.systems.importing import finish_import
 from components.systems.instantir.layout import Shape, layout, parameter_count
 from components.systems.instantir.lora_files import alpha_layer, declared_alpha, join_alphas, layer_names, remedies
 from components.systems.instantir.network import PARTS
-from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.perceptor import ResamplerConfig
 from components.systems.instantir.previewer import LoraSettings, adapter_names, released_names, split_key
 from components.systems.instantir.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, SPELLINGS, check_sizes
-from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
+from components.systems.weights_io import ExportReport, ImportJob, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
 
@@ -72,43 +72,23 @@ class _Expected:
     alpha_known: bool = False
 
 
-def import_weights(
-    files: Sequence[Path],
-    out: Path | None,
-    *,
-    prior: str = "",
-    image_encoder: str = "",
-    sizes: Mapping[str, Any] | None = None,
-    name: str = "",
-    licence: str = "",
-    proceed: Callable[[ImportReport], bool] = lambda plan: True,
-    progress: Callable[[int, int, str], None] = lambda number, of, note: None,
-) -> ImportReport:
-    """Turn released files into a model folder.
+def import_weights(job: ImportJob) -> ImportReport:
+    """Turn one to three released files into a model folder; their keys tell which part each holds.
 
-    Args:
-        files: one to three files; their keys tell which part each file holds.
-        out: the model folder; it is replaced as a whole at the end. None only checks the files.
-        prior, image_encoder: prior and picture encoder of the weights; default: the sidecar's, else SDXL base and
-            DINOv2-large.
-        sizes: see released.check_sizes; default: the sidecar's, else the published sizes.
-        name: name of the model; default: the folder's name.
-        licence: licence of the weights; replaces the sidecar's.
-        proceed: called after all checks with the result to come; False writes nothing.
-        progress: called with (finished files, files, file name).
+    Without a prior, a picture encoder or sizes the sidecar's count, else SDXL base, DINOv2-large and published ones.
 
     Raises:
         WeightsFileError: a file cannot be read or is not InstantIR's.
         ModelError: keys or shapes do not fit (the error lists all), no file is an adapter, or there is no such prior.
         ValueError: `sizes` is wrong.
     """
-    sidecar = _sidecar(files)
-    expected = _expected(sidecar, prior, image_encoder, sizes or {})
-    contents = [_open(path, expected) for path in files]
+    sidecar = _sidecar(job.files)
+    expected = _expected(sidecar, job.prior, job.image_encoder, job.sizes)
+    contents = [_open(path, expected) for path in job.files]
     _check_parts(contents)
     sources = []
     for number, file in enumerate(contents):
-        progress(number, len(contents), file.path.name)
+        job.progress(number, len(contents), file.path.name)
         _compare(file, expected)
         sources.append(_source(file))
     sidecar, sidecar_notes = valid_entries(sidecar, sources)
@@ -128,39 +108,23 @@ def import_weights(
     }
     config |= {name: sidecar["config"][name] for name in OWN_SETTINGS if name in (sidecar.get("config") or {})}
     is_published = sum(s.parameters for s in sources if s.part == "perceptor") == PUBLISHED_DCP_PARAMETERS
-    card = ModelCard(
-        name=name or sidecar.get("name") or (out.name if out else "instantir"),
-        system="instantir",
-        recipe=sidecar.get("recipe") or {"restore_options": dict(RELEASE_DEFAULTS)},
-        prior=expected.shape.source(),
-        config=config,
-        parents={source.file: f"sha256:{source.sha256}" for source in sources},
-        data_manifest_digest=sidecar.get("data_manifest_digest", ""),
-        licence=licence or sidecar.get("licence") or (LICENCE if is_published else "unstated"),
-        permitted_use=sidecar.get("permitted_use") or _permitted_use(expected.shape),
-        metrics=sidecar.get("metrics") or {},
-    )
     notes = [*sidecar_notes, *(note for file in contents for note in file.notes)]
     if expected.shape.note:
         notes.append(f"{expected.shape.note}; get them before restoring")
-    result = ImportReport(
-        model=None,
-        digest="",
-        sources=tuple(sources),
-        prior=card.prior or {},
+    return finish_import(
+        job,
+        system="instantir",
+        parts={f.part: {key: tensor for key, (_, tensor) in f.tensors.items()} for f in contents},
+        sources=sources,
+        sidecar=sidecar,
         config=config,
-        licence=card.licence,
-        permitted_use=card.permitted_use,
-        missing=tuple(f"{part} ({RELEASED[part]})" for part in PARTS if part not in present),
-        defaults=restore_defaults(card.recipe),
-        notes=tuple(notes),
+        prior=expected.shape.source(),
+        restore_options=RELEASE_DEFAULTS,
+        licence=LICENCE if is_published else "unstated",
+        permitted_use=_permitted_use(expected.shape),
+        missing=[f"{part} ({RELEASED[part]})" for part in PARTS if part not in present],
+        notes=notes,
     )
-    if out is not None and proceed(result):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        model = save_model(out, card, {f.part: {k: tensor for k, (_, tensor) in f.tensors.items()} for f in contents})
-        result = replace(result, model=str(model.path), digest=model.digest)
-    progress(len(contents), len(contents), "")
-    return result
 
 
 def export_weights(

@@ -8,8 +8,8 @@ released, have the same layout; restoray.json next to the file then holds their 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from components.models import ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
+from components.models import ModelError, file_sha256, key_faults, load_model
 from components.naming import MESSAGE_CHARS, did_you_mean, limited
-from components.options import restore_defaults
 from components.places import SHIPPED_PRIORS
 from components.priors.families import FAMILIES, permitted_use_of
 from components.priors.files import read_json
@@ -27,10 +26,11 @@ from components.priors.hub import find_folder
 from components.priors.scheduler_config import read_schedule
 from components.samplers.schedules import schedule_from
 from components.state_dicts import without_prefix
+from components.systems.importing import finish_import
 from components.systems.instarevive.build import check_coarse
 from components.systems.instarevive.network import OneStep, aligning_conv, build_network, check_prediction
 from components.systems.instarevive.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, check_sizes
-from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
+from components.systems.weights_io import ExportReport, ImportJob, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
 
@@ -57,44 +57,25 @@ class _Expected:
     note: str = ""
 
 
-def import_weights(
-    files: Sequence[Path],
-    out: Path | None,
-    *,
-    prior: str = "",
-    image_encoder: str = "",
-    sizes: Mapping[str, Any] | None = None,
-    name: str = "",
-    licence: str = "",
-    proceed: Callable[[ImportReport], bool] = lambda plan: True,
-    progress: Callable[[int, int, str], None] = lambda count, of, note: None,
-) -> ImportReport:
-    """Turn released files into a model folder.
+def import_weights(job: ImportJob) -> ImportReport:
+    """Turn released files into a model folder: the generator's, and with input noise also the aligning convolution's.
 
-    Args:
-        files: the generator's, and with input noise also the aligning convolution's; their keys tell which is which.
-        out: the model folder; replaced as a whole at the end. None only checks.
-        prior: of the generator; default: the sidecar's, else the family's own.
-        image_encoder: must be empty: InstaRevive encodes pictures with its autoencoder alone.
-        sizes: see released.check_sizes; default: the sidecar's, else PixArt's at 512.
-        name: of the model; default: the folder's.
-        licence: replaces the sidecar's or the default licence.
-        proceed: called with the plan after all checks; False writes nothing.
-        progress: called with (files done, files, file).
+    Their keys tell which is which. Without a prior the sidecar's counts, else the family's own; without sizes the
+    sidecar's, else PixArt's at 512.
 
     Raises:
         WeightsFileError: a file cannot be read.
         ModelError: keys, shapes or numbers do not fit (the message names all), or no such prior or coarse restorer.
         ValueError: wrong sizes, or a missing or second file of a part.
     """
-    if image_encoder:
+    if job.image_encoder:
         raise ValueError("InstaRevive has no picture encoder: leave it out")
-    sidecar = _sidecar(files)
-    expected = _expect(sidecar, prior, sizes or {})
+    sidecar = _sidecar(job.files)
+    expected = _expect(sidecar, job.prior, job.sizes)
     file_tensors: dict[str, tuple[Path, dict[str, Tensor]]] = {}
     notes = [expected.note] if expected.note else []
-    for number, path in enumerate(files):
-        progress(number, len(files), path.name)
+    for number, path in enumerate(job.files):
+        job.progress(number, len(job.files), path.name)
         tensors, file_notes = read_weights(path)
         try:
             tensors, more = without_prefix(tensors, tuple(expected.layout["generator"]), path.name)
@@ -132,37 +113,21 @@ def import_weights(
     sidecar, dropped_notes = valid_entries(sidecar, sources)
     notes += dropped_notes
     published = sources[0].parameters == PUBLISHED_PARAMETERS
-    card = ModelCard(
-        name=name or sidecar.get("name") or (out.name if out else "instarevive"),
-        system="instarevive",
-        recipe=sidecar.get("recipe") or {"restore_options": dict(RELEASE_DEFAULTS)},
-        prior=expected.prior,
-        config=expected.config,
-        parents={source.file: f"sha256:{source.sha256}" for source in sources},
-        data_manifest_digest=sidecar.get("data_manifest_digest") or "",
-        licence=licence or sidecar.get("licence") or (LICENCE if published else "unstated"),
-        permitted_use=sidecar.get("permitted_use") or permitted_use_of(str(expected.prior["id"])),
-        metrics=sidecar.get("metrics") or {},
-    )
     if expected.config["coarse"] is None:
         notes.append("no coarse restorer is recorded: give coarse=MODEL, made by restoray weights import swinir")
-    result = ImportReport(
-        model=None,
-        digest="",
+    return finish_import(
+        job,
+        system="instarevive",
+        parts={part: tensors for part, (_, tensors) in file_tensors.items()},
         sources=sources,
-        prior=expected.prior,
+        sidecar=sidecar,
         config=expected.config,
-        licence=card.licence,
-        permitted_use=card.permitted_use,
-        defaults=restore_defaults(card.recipe),
-        notes=tuple(notes),
+        prior=expected.prior,
+        restore_options=RELEASE_DEFAULTS,
+        licence=LICENCE if published else "unstated",
+        permitted_use=permitted_use_of(str(expected.prior["id"])),
+        notes=notes,
     )
-    if out is not None and proceed(result):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        model = save_model(out, card, {part: tensors for part, (_, tensors) in file_tensors.items()})
-        result = replace(result, model=str(model.path), digest=model.digest)
-    progress(len(files), len(files), "")
-    return result
 
 
 def export_weights(

@@ -7,7 +7,7 @@ same architecture again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
+from components.models import Model, ModelError, file_sha256, key_faults, load_model
 from components.naming import limited
-from components.options import restore_defaults
 from components.state_dicts import PREFIXES
+from components.systems.importing import finish_import
 from components.systems.regressor.config import RegressorConfig
 from components.systems.regressor.network import Regressor, config_of, open_regressor, supported
 from components.systems.regressor.reach import measure_reach
 from components.systems.regressor.released import LICENCE_TEXTS, ORIGIN_TEXTS, PART, SIDECAR, check_sizes
-from components.systems.weights_io import ExportReport, ImportReport, Shapes, WeightsSource, valid_entries
+from components.systems.weights_io import ExportReport, ImportJob, ImportReport, Shapes, WeightsSource, valid_entries
 from components.tensor_files import all_finite, read_weights, safetensors_metadata
 from components.writing import whole_file
 
@@ -32,41 +32,22 @@ SPELLINGS = ("released", "basicsr")
 """The keys of the file alone, or below "params", where BasicSR and its copies look for them."""
 
 
-def import_weights(
-    files: Sequence[Path],
-    out: Path | None,
-    *,
-    prior: str = "",
-    image_encoder: str = "",
-    sizes: Mapping[str, Any] | None = None,
-    name: str = "",
-    licence: str = "",
-    origin: str = "",
-    proceed: Callable[[ImportReport], bool] = lambda plan: True,
-    progress: Callable[[int, int, str], None] = lambda count, of, note: None,
-) -> ImportReport:
-    """Turn a weights file into a model folder.
+def import_weights(job: ImportJob) -> ImportReport:
+    """Turn one weights file into a model folder. There is no prior, no picture encoder and no size to give.
 
-    Args:
-        files: one file.
-        out: the model folder; replaced as a whole at the end. None only checks.
-        prior, image_encoder, sizes: must be empty.
-        name: of the model; default: the folder's.
-        licence, origin: texts for model.json; default: those of the sidecar or in the head of a safetensors file.
-        proceed: called with the plan after all checks; False writes nothing.
-        progress: called with (files done, files, file).
+    Licence and origin are the job's, the sidecar's, or those in the head of a safetensors file.
 
     Raises:
         WeightsFileError: the file cannot be read, or is a pickle with other objects than tensors.
         ModelError: no supported architecture, or keys, shapes or numbers that do not fit it.
         ValueError: more than one file, sizes or a prior.
     """
-    _check_alone(prior, image_encoder)
-    check_sizes(sizes or {})
-    if len(files) != 1:
-        raise ValueError(f"a regressor is one file, got {', '.join(path.name for path in files)}")
-    path = files[0]
-    progress(0, 1, path.name)
+    _check_alone(job.prior, job.image_encoder)
+    check_sizes(job.sizes)
+    if len(job.files) != 1:
+        raise ValueError(f"a regressor is one file, got {', '.join(path.name for path in job.files)}")
+    path = job.files[0]
+    job.progress(0, 1, path.name)
     tensors, regressor, notes = read_regressor(path)
     not_finite = [key for key, value in tensors.items() if value.is_floating_point() and not all_finite(value)]
     if not_finite:
@@ -82,37 +63,19 @@ def import_weights(
     )
     sidecar, more = valid_entries(_sidecar(path), [source])
     texts = safetensors_metadata(path)
-    terms = licence or sidecar.get("licence") or _text(texts, LICENCE_TEXTS)
-    card = ModelCard(
-        name=name or sidecar.get("name") or (out.name if out else PART),
+    terms = job.licence or sidecar.get("licence") or _text(texts, LICENCE_TEXTS)
+    return finish_import(
+        job,
         system="regressor",
-        recipe=sidecar.get("recipe") or {},
+        parts={PART: tensors},
+        sources=[source],
+        sidecar=sidecar,
         config=config.to_dict(),
-        parents={source.file: f"sha256:{source.sha256}"},
-        data_manifest_digest=sidecar.get("data_manifest_digest") or "",
         licence=terms or "unstated",
-        permitted_use=sidecar.get("permitted_use") or ("as the licence allows" if terms else "unstated"),
-        metrics=sidecar.get("metrics") or {},
-        origin=origin or sidecar.get("origin") or _text(texts, ORIGIN_TEXTS) or "unstated",
-    )
-    result = ImportReport(
-        model=None,
-        digest="",
-        sources=(source,),
-        prior={},
-        config=config.to_dict(),
-        licence=card.licence,
-        permitted_use=card.permitted_use,
-        origin=card.origin,
-        defaults=restore_defaults(card.recipe),
+        permitted_use="as the licence allows" if terms else "unstated",
+        origin=_text(texts, ORIGIN_TEXTS) or "unstated",
         notes=(*notes, *more, *_facts(config)),
     )
-    if out is not None and proceed(result):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        model = save_model(out, card, {PART: tensors})
-        result = replace(result, model=str(model.path), digest=model.digest)
-    progress(1, 1, "")
-    return result
 
 
 def read_regressor(path: Path) -> tuple[dict[str, Tensor], Regressor, list[str]]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from components.models import Model, ModelCard, ModelError, file_sha256, key_faults, load_model, save_model
+from components.models import Model, ModelError, file_sha256, key_faults, load_model
 from components.naming import list_some
-from components.options import restore_defaults
 from components.priors.autoencoder import SpaceToDepthAutoencoder
 from components.priors.encoder_copy import unet_skeleton
 from components.priors.hub import PriorShape, prior_shape
@@ -38,6 +37,7 @@ from components.priors.sdxl_keys import (
     translate_key,
 )
 from components.state_dicts import without_prefix
+from components.systems.importing import finish_import
 from components.systems.supir.config import AdaptorConfig, adaptor_config
 from components.systems.supir.connectors import places_of
 from components.systems.supir.network import ADAPTOR, Adaptor
@@ -56,7 +56,7 @@ from components.systems.supir.released import (
     SIDECAR,
     check_sizes,
 )
-from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
+from components.systems.weights_io import ExportReport, ImportJob, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
 
@@ -113,44 +113,24 @@ class _Expected:
     places: Mapping[str, Place]
 
 
-def import_weights(
-    files: Sequence[Path],
-    out: Path | None,
-    *,
-    prior: str = "",
-    image_encoder: str = "",
-    sizes: Mapping[str, Any] | None = None,
-    name: str = "",
-    licence: str = "",
-    proceed: Callable[[ImportReport], bool] = lambda plan: True,
-    progress: Callable[[int, int, str], None] = lambda count, of, note: None,
-) -> ImportReport:
-    """Turn a released file into a model folder.
+def import_weights(job: ImportJob) -> ImportReport:
+    """Turn one released file into a model folder. SUPIR has no picture encoder beside its robust encoder.
 
-    Args:
-        files: one file.
-        out: the model folder; replaced as a whole at the end. None only checks.
-        prior: of the weights; default: the sidecar's, else SDXL base.
-        image_encoder: must be empty: SUPIR encodes pictures with its robust encoder alone.
-        sizes: see released.check_sizes; default: the sidecar's, else those that the keys show.
-        name: of the model; default: the folder's.
-        licence: replaces the sidecar's or the default licence.
-        proceed: called with the plan after all checks; False writes nothing.
-        progress: called with (files done, files, file).
+    Without a prior the sidecar's counts, else SDXL base; without sizes the sidecar's, else those that the keys show.
 
     Raises:
         WeightsFileError: the file cannot be read or does not hold a SUPIR.
         ModelError: keys, shapes or numbers do not fit (the message names all), or there is no such prior.
         ValueError: wrong sizes, more than one file, or a picture encoder.
     """
-    _check_no_image_encoder(image_encoder)
-    if len(files) != 1:
-        raise ValueError(f"a SUPIR is one file, got {', '.join(path.name for path in files)}")
-    path = files[0]
-    progress(0, 1, path.name)
+    _check_no_image_encoder(job.image_encoder)
+    if len(job.files) != 1:
+        raise ValueError(f"a SUPIR is one file, got {', '.join(path.name for path in job.files)}")
+    path = job.files[0]
+    job.progress(0, 1, path.name)
     sidecar = _sidecar(path)
     tensors, notes = _read(path)
-    expected = _expect(tensors, sidecar, prior, sizes or {})
+    expected = _expect(tensors, sidecar, job.prior, job.sizes)
     _check(path, tensors, expected)
     parts = _parts(tensors, expected.places)
     sha256 = file_sha256(path)
@@ -169,35 +149,19 @@ def import_weights(
     if expected.shape.note:
         notes.append(f"{expected.shape.note}; get them before restoring")
     published = sum(source.parameters for source in sources) == PUBLISHED_PARAMETERS
-    card = ModelCard(
-        name=name or sidecar.get("name") or (out.name if out else "supir"),
+    return finish_import(
+        job,
         system="supir",
-        recipe=sidecar.get("recipe") or {"restore_options": dict(RELEASE_DEFAULTS)},
-        prior=expected.shape.source(),
-        config={ADAPTOR: expected.config.to_dict()},
-        parents={path.name: f"sha256:{sha256}"},
-        data_manifest_digest=sidecar.get("data_manifest_digest") or "",
-        licence=licence or sidecar.get("licence") or (LICENCE if published else "unstated"),
-        permitted_use=sidecar.get("permitted_use") or _permitted_use(expected.shape, published and not licence),
-        metrics=sidecar.get("metrics") or {},
-    )
-    result = ImportReport(
-        model=None,
-        digest="",
+        parts=parts,
         sources=sources,
-        prior=card.prior or {},
-        config=card.config,
-        licence=card.licence,
-        permitted_use=card.permitted_use,
-        defaults=restore_defaults(card.recipe),
-        notes=tuple(notes),
+        sidecar=sidecar,
+        config={ADAPTOR: expected.config.to_dict()},
+        prior=expected.shape.source(),
+        restore_options=RELEASE_DEFAULTS,
+        licence=LICENCE if published else "unstated",
+        permitted_use=_permitted_use(expected.shape, published and not job.licence),
+        notes=notes,
     )
-    if out is not None and proceed(result):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        model = save_model(out, card, parts)
-        result = replace(result, model=str(model.path), digest=model.digest)
-    progress(1, 1, "")
-    return result
 
 
 def export_weights(

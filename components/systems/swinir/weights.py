@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,19 @@ from torch import Tensor, nn
 
 from components.models import (
     Model,
-    ModelCard,
     ModelError,
     file_sha256,
     key_faults,
     load_model,
     load_strictly,
-    save_model,
 )
 from components.naming import list_some
 from components.state_dicts import without_prefix
+from components.systems.importing import finish_import
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import SwinIR
-from components.systems.swinir.options import restore_defaults
 from components.systems.swinir.released import FILE_NAMES, LICENCE, PART, RELEASED, SIDECAR, check_sizes
-from components.systems.weights_io import ExportReport, ImportReport, WeightsSource, valid_entries
+from components.systems.weights_io import ExportReport, ImportJob, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, all_finite, read_weights
 from components.writing import whole_file
 
@@ -104,43 +102,22 @@ def network_of(model: Model) -> SwinIR:
     return load_swinir(model.part(PART), SwinIRConfig(**model.info["config"]), str(model.path))
 
 
-def import_weights(
-    files: Sequence[Path],
-    out: Path | None,
-    *,
-    prior: str = "",
-    image_encoder: str = "",
-    sizes: Mapping[str, Any] | None = None,
-    name: str = "",
-    licence: str = "",
-    proceed: Callable[[ImportReport], bool] = lambda plan: True,
-    progress: Callable[[int, int, str], None] = lambda count, of, note: None,
-) -> ImportReport:
-    """Turn a released file into a model folder.
-
-    Args:
-        files: one file.
-        out: the model folder; replaced as a whole at the end. None only checks.
-        prior, image_encoder: must be empty: SwinIR has no prior.
-        sizes: see read_swinir.
-        name: of the model; default: the folder's.
-        licence: replaces the sidecar's or the default licence.
-        proceed: called with the plan after all checks; False writes nothing.
-        progress: called with (files done, files, file).
+def import_weights(job: ImportJob) -> ImportReport:
+    """Turn one released file into a model folder. SwinIR has no prior and no picture encoder; sizes: see read_swinir.
 
     Raises:
         WeightsFileError: the file cannot be read or does not hold a SwinIR.
         ModelError: keys, shapes or numbers do not fit; the message names all.
         ValueError: wrong sizes, more than one file, or a prior.
     """
-    _check_alone(prior, image_encoder)
-    if len(files) != 1:
-        raise ValueError(f"a SwinIR is one file, got {', '.join(path.name for path in files)}")
-    path = files[0]
-    progress(0, 1, path.name)
+    _check_alone(job.prior, job.image_encoder)
+    if len(job.files) != 1:
+        raise ValueError(f"a SwinIR is one file, got {', '.join(path.name for path in job.files)}")
+    path = job.files[0]
+    job.progress(0, 1, path.name)
     sidecar = _sidecar(path)
     tensors, file_notes = _read(path)
-    config = _config(path, tensors, {**(sidecar.get("config") or {}), **check_sizes(sizes or {})})
+    config = _config(path, tensors, {**(sidecar.get("config") or {}), **check_sizes(job.sizes)})
     network = load_swinir(tensors, config, str(path))
     not_finite = [key for key, value in parameters_of(network).items() if not all_finite(value)]
     if not_finite:
@@ -155,34 +132,17 @@ def import_weights(
     sidecar, notes = valid_entries(sidecar, [source])
     notes += file_notes
     published = path.stem.endswith("_swinir_v1") and config == SwinIRConfig()
-    card = ModelCard(
-        name=name or sidecar.get("name") or (out.name if out else PART),
-        system=PART,
-        recipe=sidecar.get("recipe") or {},
+    return finish_import(
+        job,
+        system="swinir",
+        parts={PART: parameters_of(network)},
+        sources=[source],
+        sidecar=sidecar,
         config=config.to_dict(),
-        parents={source.file: f"sha256:{source.sha256}"},
-        data_manifest_digest=sidecar.get("data_manifest_digest") or "",
-        licence=licence or sidecar.get("licence") or (LICENCE if published else "unstated"),
-        permitted_use=sidecar.get("permitted_use") or ("as the licence allows" if published else "unstated"),
-        metrics=sidecar.get("metrics") or {},
+        licence=LICENCE if published else "unstated",
+        permitted_use="as the licence allows" if published else "unstated",
+        notes=notes,
     )
-    result = ImportReport(
-        model=None,
-        digest="",
-        sources=(source,),
-        prior={},
-        config=config.to_dict(),
-        licence=card.licence,
-        permitted_use=card.permitted_use,
-        defaults=restore_defaults(card.recipe),
-        notes=tuple(notes),
-    )
-    if out is not None and proceed(result):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        model = save_model(out, card, {PART: parameters_of(network)})
-        result = replace(result, model=str(model.path), digest=model.digest)
-    progress(1, 1, "")
-    return result
 
 
 def export_weights(

@@ -1,4 +1,4 @@
-"""The shipped restorer: what it was trained on, its size, and that it makes degraded photographs better."""
+"""The shipped restorer, and the shipped prior of SD3's shape: what they were trained on, their sizes, what they do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from components.degradations import build_degradation
@@ -15,7 +16,10 @@ from components.fingerprints import alike, fingerprint
 from components.images import ANY_SHAPE, Image, center_crop, decode, resize_short_side, to_float, to_uint8
 from components.models import Model, load_model
 from components.places import SHIPPED_MODELS, SHIPPED_PRIORS
+from components.priors.sd3_files import load_sd3_prior
+from components.randomness import generator
 from components.systems import build_restorer
+from components.tensors import images_to_tensor
 from components.types import Request
 
 SKIMAGE = {"chelsea": "chelsea.png", "coffee": "coffee.png", "astronaut": "astronaut.png"}
@@ -24,6 +28,12 @@ SKIMAGE = {"chelsea": "chelsea.png", "coffee": "coffee.png", "astronaut": "astro
 @pytest.fixture(scope="module")
 def model() -> Model:
     return load_model("nano")
+
+
+@pytest.fixture(params=["nano", "nano-sd3"])
+def shipped(request: pytest.FixtureRequest) -> Model:
+    """A shipped folder that lists its pictures: the restorer, and a prior."""
+    return load_model(request.param if request.param == "nano" else SHIPPED_PRIORS / request.param)
 
 
 def held_out(repository: Path) -> dict[str, Image]:
@@ -43,9 +53,9 @@ def listed(model: Model) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_the_demos_held_out_pictures_are_in_no_list_of_the_training(model: Model, repository: Path) -> None:
+def test_the_demos_held_out_pictures_are_in_no_list_of_the_training(shipped: Model, repository: Path) -> None:
     """By name, and by the fingerprint of the whole and of quarters: a detail is a picture of its own."""
-    rows, pictures = listed(model), held_out(repository)
+    rows, pictures = listed(shipped), held_out(repository)
     trained = np.array([[int(word, 16) for word in row["fingerprint"]] for row in rows], np.uint64)
     assert len(rows) == 96 and {row["split"] for row in rows} == {"train", "held_out"}
     for name, picture in pictures.items():
@@ -72,15 +82,36 @@ def test_the_fingerprints_would_find_them(model: Model, repository: Path) -> Non
     assert copies == 4
 
 
-def test_every_picture_has_a_licence_that_allows_it(model: Model) -> None:
-    for row in listed(model):
+def test_every_picture_has_a_licence_that_allows_it(shipped: Model) -> None:
+    for row in listed(shipped):
         assert any(word in row["licence"] for word in ("CC0", "public domain", "CC-BY", "CC BY")), row
 
 
 def test_all_shipped_weights_are_small() -> None:
+    """24 MB for what `nano` needs, 6 more for the prior of SD3's shape."""
     files = [path for folder in (SHIPPED_MODELS, SHIPPED_PRIORS) for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 24_000_000
+    own = [path for path in files if (SHIPPED_PRIORS / "nano-sd3") in path.parents]
+    assert 0 < sum(path.stat().st_size for path in own) <= 6_000_000
+    assert sum(path.stat().st_size for path in files if path not in own) <= 24_000_000
     assert max(path.stat().st_size for path in files) <= 15 << 20
+
+
+def test_the_prior_of_sd3s_shape_predicts_velocities(repository: Path) -> None:
+    """Of held-out photographs, at five times: far better than the mean velocity, which is that of nothing learned."""
+    prior = load_sd3_prior("nano-sd3")
+    velocity = prior.velocity(prior.conditions([""]))
+    errors, differences = [], []
+    for name in ("casa-mila", "perched-osprey", "roman-colosseum"):
+        picture = decode((repository / "pipelines" / "demo_corpus" / f"{name}.jpg").read_bytes(), ANY_SHAPE, name)
+        hq = center_crop(resize_short_side(picture, 256), 128, 128)
+        with torch.no_grad():
+            latents = prior.encode(images_to_tensor([hq]))
+            noise = torch.from_numpy(generator(3, name).standard_normal(tuple(latents.shape)).astype(np.float32))
+            for t in (0.2, 0.35, 0.5, 0.65, 0.8):
+                predicted = velocity((1 - t) * latents + t * noise, torch.tensor([t]))
+                errors.append(float((predicted - (noise - latents)).square().mean()))
+                differences.append(float((noise - latents).square().mean()))
+    assert np.mean(errors) < 0.45 * np.mean(differences)
 
 
 @pytest.mark.parametrize("preset", ["x4-noise40", "blur2-x4-noise20-jpeg50"])

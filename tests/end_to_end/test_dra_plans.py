@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helper_modules import load_helper
 
 from components.images import encode_png
 from components.models import ModelCard, load_model, save_model
@@ -40,8 +39,6 @@ from pipelines.runs.plan import load_plan
 from pipelines.training.inputs import TrainInputs, check_inputs
 from pipelines.training.train import TrainResult
 
-untrained = load_helper("benchmarks/untrained.py")
-
 PLANS = ("dra-nano", "dra-table", "dra-ablations")
 SMALL = ("steps=1", "resolution=32", "short_side=48", "batch_size=2", "heldout_triples=2", "checkpoint_every=1")
 SIZES = {
@@ -56,8 +53,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """RESTORAY_HOME with an untrained nano-sd3. A shipped prior of that name comes first."""
-    untrained.save_sd3_prior(tmp_path / "home" / "weights" / "nano-sd3")
+    """An empty RESTORAY_HOME."""
     monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 

@@ -386,10 +386,6 @@ def test_a_later_driver_publishes_what_an_earlier_one_did_not(
 
 @pytest.mark.parametrize("name", sorted(shipped_files("plans")))
 def test_shipped_plans_resolve(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The prior of SD3's shape is one in RESTORAY_HOME; a shipped one of the same name comes first."""
-    prior = tmp_path / "weights" / "nano-sd3"
-    prior.mkdir(parents=True)
-    (prior / "model.json").write_text("{}")
     monkeypatch.setenv("RESTORAY_HOME", str(tmp_path))
     plan = load_plan(name)
     assert plan.stages[0].verb == "curate"

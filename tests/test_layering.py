@@ -49,7 +49,19 @@ MAY: dict[str, set[str]] = {
     "analysis": {"core", "pages", "restoration"},
     "training": {"core", "corpus", "stream"},
     "runs": {"core", "pages", "corpus", "analysis", "curation", "evaluation", "restoration", "service", "training"},
+    "api": {
+        "core",
+        "corpus",
+        "stream",
+        "curation",
+        "evaluation",
+        "restoration",
+        "service",
+        "training",
+        "runs",
+    },
     "commands": {
+        "api",
         "core",
         "corpus",
         "curation",
@@ -85,7 +97,7 @@ MAY_NAME: dict[str, set[str]] = {
 
 HEAVY = {
     "torch", "torchvision", "diffusers", "transformers", "peft", "timm", "huggingface_hub", "ray", "mlflow", "pyiqa",
-    "scipy", "skimage", "matplotlib", "rich",
+    "scipy", "skimage", "matplotlib", "rich", "webdataset",
 }  # fmt: skip
 """Libraries that may be imported inside a function: each takes 0.3 s to 6 s and up to half a gigabyte."""
 

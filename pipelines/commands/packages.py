@@ -46,6 +46,7 @@ IMPORTS: Mapping[str, tuple[str, str]] = {
     "transformers": ("transformers", "CLIPTextModel"),
     "typer": ("typer", ""),
     "urllib3": ("urllib3", ""),
+    "webdataset": ("webdataset", ""),
     "yaml": ("pyyaml", ""),
 }
 """Modules that commands import: (distribution, a class that the package loads late, or "")."""

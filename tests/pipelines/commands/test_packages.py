@@ -118,7 +118,7 @@ def test_the_doctor_itself_works_without_cv2(repository: Path, without_libgl: di
     document = json.loads(process.stdout)
     assert process.returncode == 1 and document["ok"] is False
     findings = {each["check"]: each for each in document["findings"]}
-    assert set(findings) == {"cv2", "imports", "pyiqa", "machine"}
+    assert set(findings) == {"cv2", "imports", "own packages", "pyiqa", "machine"}
     assert findings["cv2"]["status"] == "fail" and "libGL" in findings["cv2"]["seen"]
     assert "opencv-python-headless" in findings["cv2"]["advice"]
     assert findings["machine"]["status"] == "fail" and "libGL" in findings["machine"]["seen"]

@@ -441,6 +441,26 @@ def room_sizes(root: Path) -> dict[str, tuple[int, int]]:
     return sizes
 
 
+def test_the_module_restoray_only_names_what_others_define(repository: Path) -> None:
+    """It imports nothing but the standard library when it is imported; its table and its typing block agree."""
+    path, files = repository / "restoray.py", own_modules(repository)
+    names: dict[str, str] = {}
+    for statement in import_statements(path):
+        for module, attribute in targets(statement.node):
+            if module.partition(".")[0] in PACKAGES:
+                assert statement.typing, f"restoray.py:{statement.node.lineno} imports {module} at import"
+                names[attribute] = module
+            else:
+                assert module.partition(".")[0] in {*sys.stdlib_module_names}
+    (table,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODULES"
+    )
+    assert table == names and set(table.values()) <= set(files)
+    assert {module for module in table.values() if room_of(module) not in ("api", "core")} == {"components.types"}
+
+
 # --- the systems ------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 OWN = ("sources", "seed", "resolution", "degradation", "batch_size", "captioning", "degrade_on")
 """Fields of StreamConfig that `dataset` sets itself. Captioners of missing texts need a training's Ray."""
 
+ARGUMENTS = ("degradation", "recipe", "resolution", "seed", "batch_size", "start", "stop")
 SETTINGS = tuple(item.name for item in fields(StreamConfig) if item.name not in OWN)
 
 Corpora = str | Path | Mapping[Any, Any]
@@ -38,7 +39,7 @@ def dataset(
     *,
     recipe: str | Path | None = None,
     resolution: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     batch_size: int = 0,
     start: int = 0,
     stop: int | None = None,
@@ -61,10 +62,10 @@ def dataset(
         corpus: folder of a curated corpus, here or in a store; or a mapping of folders to weights, in which
             "dead_leaves" is a source too. With a recipe: the folder of its source `corpus`, or folders by source.
         degradation: a preset (`restoray.recipes()["degradations"]`), realesrgan by default; "" for none: lq equals hq.
-        recipe: the stream of this recipe's training; `settings` then change the recipe. Degradation, resolution and the
-            rest are the recipe's. What a training degrades on its device is degraded here, by the same plan.
-        resolution: side of the square samples in pixels, 512 by default.
-        seed: of order, crops, flips and degradation; a recipe's seed is used unless this is above 0.
+        recipe: the stream of this recipe's training; `settings` then change the recipe. What a training degrades on its
+            device is degraded here, by the same plan.
+        resolution: side of the square samples in pixels; the recipe's, or 512.
+        seed: of order, crops, flips and degradation; the recipe's, or 0.
         batch_size: samples of a batch; 0 yields single samples.
         start: position of the first sample. A training that goes on starts where it stopped, at a whole global batch.
         stop: position after the last sample; None for an endless stream.
@@ -90,13 +91,12 @@ def dataset(
     if start % unit or (stop is not None and stop % unit):
         raise UsageError(f"start and stop must be multiples of batch_size ({batch_size}), got {start} and {stop}.")
     if recipe is not None:
-        if degradation is not None or resolution is not None:
-            raise UsageError(
-                "with a recipe, the settings are its own: degradation__preset=..., and resolution=... in it."
-            )
-        config = _stream_of_recipe(str(recipe), corpus, {**settings, **({"seed": seed} if seed else {})})
+        if degradation is not None:
+            raise UsageError("a recipe has its own degradation: degradation__preset=... changes it.")
+        numbers = {name: value for name, value in (("resolution", resolution), ("seed", seed)) if value is not None}
+        config = _stream_of_recipe(str(recipe), corpus, {**settings, **numbers})
     else:
-        config = _stream(corpus, PRESET if degradation is None else degradation, resolution, seed, unit, settings)
+        config = _stream(corpus, PRESET if degradation is None else degradation, resolution, seed or 0, unit, settings)
     check_stream(config)
     units = Units(start // unit, None if stop is None else stop // unit)
     pipeline = webdataset.compat.FluidWrapper(units)
@@ -109,7 +109,7 @@ def _stream(
     """Return the stream of the arguments of `dataset`. Raises UsageError for an unknown setting or preset."""
     for name in settings:
         if name not in SETTINGS:
-            raise unknown("setting", name, SETTINGS)
+            raise unknown("setting", name, (*SETTINGS, *ARGUMENTS))
     check_degradation(degradation or "none", settings.get("degradation_options", {}))
     weights = {corpus: 1.0} if isinstance(corpus, str | Path) else dict(corpus)
     return StreamConfig(

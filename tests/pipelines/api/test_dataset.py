@@ -130,12 +130,12 @@ def test_several_corpora_by_weight(corpus: str) -> None:
     ("arguments", "sentence"),
     [
         ({"degradation": "realesrgam"}, 'Did you mean "realesrgan'),
-        ({"resolutoin": 64}, 'Did you mean "'),
+        ({"resolutoin": 64}, 'Did you mean "resolution"'),
         ({"crop": "centre"}, 'Did you mean "center"'),
         ({"start": 3, "batch_size": 4}, "multiples of batch_size"),
         ({"stop": 0}, "stop above start"),
         ({"recipe": "swinir-nanno"}, 'Did you mean "swinir-nano"'),
-        ({"recipe": "swinir-nano", "degradation": "none"}, "settings are its own"),
+        ({"recipe": "swinir-nano", "degradation": "none"}, "a recipe has its own degradation"),
     ],
 )
 def test_a_mistake_is_one_sentence(corpus: str, arguments: dict[str, Any], sentence: str) -> None:

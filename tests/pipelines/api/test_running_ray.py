@@ -33,7 +33,6 @@ def test_jobs_use_the_ray_of_the_process_and_leave_it(ray_session: None, tmp_pat
     model = restoray.load(device="cpu")
     data = model.restore((tmp_path / "poor" / "1.png").read_bytes(), seed=4, keys="1", strength=0.2)
     assert data == (tmp_path / "out" / "1.png").read_bytes()
-    folders = {"lq": tmp_path / "poor", "hq": tmp_path / "in", "out": tmp_path / "scores"}
     scores = restoray.evaluate(
         tmp_path / "out",
         lq=tmp_path / "poor",

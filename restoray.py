@@ -81,7 +81,7 @@ def hidden_by() -> str:
             spec = importlib.util.find_spec(name)
         except (ImportError, ValueError):  # a module without a spec
             spec = None
-        places = list(spec.submodule_search_locations or [spec.origin]) if spec is not None else []
+        places = [*(spec.submodule_search_locations or ()), spec.origin] if spec is not None else []
         first = Path(str(places[0])).resolve() if places else None
         if first != folder / name:
             return (

@@ -40,11 +40,15 @@ FUNCTIONS = (
 )
 
 
+EMPTY = Path(__file__).parent
+"""A folder without packages: Python puts the current one first on the path."""
+
+
 def run_python(code: str, *path: Path, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter with these folders on its path."""
+    """Run code in a new interpreter with these folders on its path, in a folder without code."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, env=environment, cwd=EMPTY, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_the_import_brings_nothing_along(repository: Path, tmp_path: Path) -> None:
@@ -66,7 +70,7 @@ def test_every_function_is_there_and_documented() -> None:
     assert set(restoray.__all__) < set(dir(restoray))
     for name in FUNCTIONS:
         text = inspect.getdoc(getattr(restoray, name)) or ""
-        assert text.count("\n") > 3 and ("Returns:" in text or name in ("models", "load")), name
+        assert text.count("\n") >= 3 and ("Returns:" in text or name in ("models", "load")), name
         for parameter in inspect.signature(getattr(restoray, name)).parameters:
             assert parameter in text or parameter in ("lq", "hq"), (name, parameter)
     assert issubclass(restoray.UsageError, RestorayError) and issubclass(restoray.SampleError, ValueError)
@@ -126,7 +130,7 @@ def test_the_nearest_name_is_suggested(tmp_path: Path) -> None:
         (lambda: restoray.degrade(tmp_path, tmp_path / "o", preset="realesrgam"), "realesrgan"),
         (lambda: restoray.restore(tmp_path, out=tmp_path / "o", device="cud"), "cuda"),
     ):
-        with pytest.raises(restoray.UsageError, match=f'(?i)did you mean:? "?{near}'):
+        with pytest.raises(restoray.UsageError, match=f"(?i)did you mean:? [\"']?{near}"):
             call()
     assert not (tmp_path / "o").exists()
 

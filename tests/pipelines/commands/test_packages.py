@@ -62,7 +62,7 @@ def test_all_problems_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = {"cv2": "ImportError: a", "yaml": "ImportError: b"}
     monkeypatch.setattr(packages, "import_problem", lambda name: problems.get(name, ""))
     assert {(one.check, one.status) for one in check_packages()} == {
-        ("cv2", "fail"), ("imports", "fail"), ("pyiqa", "ok")
+        ("cv2", "fail"), ("imports", "fail"), ("own packages", "ok"), ("pyiqa", "ok")
     }  # fmt: skip
     problems.clear()
     assert ("imports", "ok") in {(one.check, one.status) for one in check_packages()}

@@ -459,7 +459,7 @@ def test_a_wrong_command_is_exit_2_before_ray_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.csv").write_text("a,x\na,y\n")
-    for module in ("core.cluster", "core.pool", "api.restoration"):
+    for module in ("api.restoration", "core.pool", "core.cluster"):  # it is imported first
         monkeypatch.setattr(f"pipelines.{module}.running_ray", never)
     with pytest.raises(UsageError, match=message) as info:
         cli.build_app()(["restore", str(pictures), "--model", str(revive), "-o", "x", *words], standalone_mode=False)

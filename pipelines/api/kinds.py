@@ -183,7 +183,7 @@ def _as_pillow(result: Result, mode: str = "") -> Pillow.Image:
     picture = Pillow.fromarray(result.image)
     if mode in ("RGB", "RGBA") and picture.mode != mode:  # a gray RGB picture stays RGB
         picture = picture.convert(mode)
-    picture.info = dict[str | tuple[int, int], Any](result.text)
+    picture.info.update(result.text)
     return picture
 
 

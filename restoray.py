@@ -123,3 +123,6 @@ def main() -> None:
 _is_script = Path(sys.argv[0] if sys.argv else "").name in ("restoray", "restoray.exe")
 if not _is_script and (_problem := hidden_by()):  # the script says it in `main`
     warnings.warn(_problem, RuntimeWarning, stacklevel=2)
+
+if __name__ == "__main__":  # python -m restoray
+    main()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import os
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,32 @@ def test_a_notebook_uses_the_python_api_alone_and_holds_no_outputs(repository: P
                 modules.add(str(node.module).partition(".")[0])
     assert "restoray" in modules and modules - {"restoray"} <= OTHERS | STDLIB
     assert sum(cell["source"] != [] for cell in cells) >= 4
+
+
+@pytest.mark.slow
+def test_the_first_one_runs_from_the_wheel_in_another_folder(repository: Path, tmp_path: Path) -> None:
+    """The wheel's content comes first on the path; the dependencies are those of this environment."""
+    wheel = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(wheel, cwd=repository, check=True, capture_output=True, timeout=120)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        archive.extractall(tmp_path / "site")
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    code = ["".join(cell["source"]) for cell in code_cells(repository / "notebooks" / NOTEBOOKS[0])]
+    (folder / "first.py").write_text("\n".join([*code, "print(restoray.__file__, restored.size, poor.size)"]))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path)}
+    process = subprocess.run(
+        [sys.executable, "first.py"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    last = process.stdout.splitlines()[-1]
+    assert last == f"{tmp_path / 'site' / 'restoray.py'} (1024, 576) (1024, 576)"
 
 
 @pytest.mark.full

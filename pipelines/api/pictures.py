@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.images import Limits
 from components.restoring import Ask, Identity, Picture, Result, picture_key, picture_seed, restore_pictures
-from components.types import Image, OnStep, Restorer, SampleError
+from components.types import Image, OnStep, Restorer, SampleError, StepEvent
 from pipelines.api.kinds import Input, is_one, join_batch, read_input, split_batch
 from pipelines.api.options import build_options, picture_limits
 from pipelines.core.devices import check_device
@@ -175,10 +175,29 @@ class LoadedModel:
             yield picture.back(self._restore_one(picture, ask, seed, on_step, reference))
 
     def _restore_one(self, one: Input, ask: Ask, seed: int, on_step: OnStep | None, reference: bytes) -> Result:
-        """Restore a picture like the worker of a batch job, which has calls of one picture; raises SampleError."""
+        """Restore a picture like the worker of a batch job, which has calls of one picture.
+
+        Raises:
+            SampleError: the picture cannot be restored.
+            Exception: an error of `on_step` as it is; a batch job would count it as one of the picture.
+        """
+        errors: list[Exception] = []
+
+        def watch(event: StepEvent) -> None:
+            assert on_step is not None
+            try:
+                on_step(event)
+            except Exception as error:
+                errors.append(error)
+                raise
+
         picture = Picture(key=one.key, data=one.data, seed=picture_seed(seed, one.key), reference=reference)
         with self._few_threads():
-            (result,) = restore_pictures(self._restorer, self.identity, [picture], ask, self._limits, on_step=on_step)
+            (result,) = restore_pictures(
+                self._restorer, self.identity, [picture], ask, self._limits, on_step=watch if on_step else None
+            )
+        if errors:
+            raise errors[0]
         if isinstance(result, SampleError):
             raise result
         return result

@@ -204,6 +204,8 @@ def test_steps_and_previews(tiny: Path) -> None:
     events: list[StepEvent] = []
     model.restore(np.zeros((64, 64, 3), np.uint8), on_step=events.append, steps=3)
     assert [(event.step, event.of) for event in events] == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(ZeroDivisionError):
+        model.restore(np.zeros((64, 64, 3), np.uint8), on_step=lambda event: 1 / 0, steps=3)
     (preview,) = model.decode(events[-1].preview)
     assert preview.dtype == np.uint8 and preview.shape == (64, 64, 3)
 

@@ -89,7 +89,7 @@ test-full: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy components pipelines
+	$(BIN)/mypy components pipelines restoray.py
 	@$(QUIET_ENV) $(ONE_THREAD) $(PY) -m pytest -q $(SHARED) -m "not slow and not full" $(ARGS)
 
 bench: setup

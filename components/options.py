@@ -17,6 +17,9 @@ T = TypeVar("T")
 TEXTS = ("prompt", "negative_prompt")
 """Options of every system that are texts, taken as they were typed."""
 
+COMPILE_MODES = ("off", "autoencoder", "blocks", "whole")
+"""Which networks of a restorer torch.compile compiles, from none to all."""
+
 OptionCheck = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """(options) -> the same options in their own types; raises ValueError with one sentence for a wrong option."""
 

@@ -32,7 +32,7 @@ from components.images import (
 from components.naming import printable, shorten
 from components.options import TEXTS, OptionCheck, UnknownOption
 from components.randomness import stream_key
-from components.types import Cancellation, Cancelled, Image, Request, Restored, Restorer, SampleError
+from components.types import Cancellation, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError
 
 MAX_KEY_BYTES = 200
 """Longest key. A key is a file name: common file systems allow 255 bytes, and suffixes need room."""
@@ -292,10 +292,14 @@ def restore_pictures(
     ask: Ask,
     limits: Limits = ANY_SHAPE,
     cancelled: Cancelled | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Result | SampleError]:
     """Decode and restore pictures; a broken picture does not affect the others.
 
     If the batch fails as a whole (out of memory, for example), its pictures are restored one by one.
+
+    Args:
+        on_step: called after each step of a sampler; not for alpha.
 
     Returns:
         For each picture its result, or a SampleError with the reason: the codes of `components.images`, and `refused`
@@ -325,7 +329,7 @@ def restore_pictures(
                 negative_prompt="",
                 reference=_reference_alpha(picture, limits) if picture.reference else None,
             )
-    answers = _restore(restorer, requests, cancelled)
+    answers = _restore(restorer, requests, cancelled, on_step)
     alpha_results = _restore(restorer, {i: a for i, a in alphas.items() if isinstance(answers[i], Restored)}, cancelled)
     for index, restored in answers.items():
         mask = alpha_results.get(index)
@@ -415,13 +419,17 @@ def png_text(identity: Identity, picture: Picture, ask: Ask, restored: Restored)
 
 
 def _restore(
-    restorer: Restorer, requests: Mapping[int, Request], cancelled: Cancelled | None
+    restorer: Restorer,
+    requests: Mapping[int, Request],
+    cancelled: Cancelled | None,
+    on_step: OnStep | None = None,
 ) -> dict[int, Restored | SampleError]:
     """Restore requests as one batch; if it fails, restore them one by one to assign the error to its picture."""
     if not requests:
         return {}
     try:
-        answers = restorer.restore(list(requests.values()), cancelled=cancelled)
+        watch = {} if on_step is None else {"on_step": on_step}
+        answers = restorer.restore(list(requests.values()), cancelled=cancelled, **watch)
         if len(answers) != len(requests):  # zip's ValueError would blame the request
             raise RuntimeError(f"the restorer gave {len(answers)} answers to {len(requests)} requests")
         for request, answer in zip(requests.values(), answers, strict=True):
@@ -435,7 +443,7 @@ def _restore(
             return {index: as_sample_error(error, request.key)}
     results: dict[int, Restored | SampleError] = {}
     for index, request in requests.items():
-        results.update(_restore(restorer, {index: request}, cancelled))
+        results.update(_restore(restorer, {index: request}, cancelled, on_step))
     return results
 
 

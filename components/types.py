@@ -247,7 +247,7 @@ class Cancellation(Exception):
 class Restorer(Protocol):
     """Restores pictures. Batch jobs, the service and evaluation use the same object.
 
-    A class that derives from it inherits the defaults of `of_model`, `preview` and `check_prompts_used`.
+    A class that derives from it inherits the defaults of `of_model`, `preview`, `decode` and `check_prompts_used`.
     """
 
     def restore(
@@ -261,6 +261,10 @@ class Restorer(Protocol):
 
     def preview(self, request: Request) -> Image | None:
         """Return a preliminary result, uint8 [H, W, 3], for a captioner; None if the system has none."""
+        return None
+
+    def decode(self, latents: Tensor) -> list[Image] | None:
+        """Return the pictures of the preview latents in a StepEvent, uint8 [H, W, 3]; None if the system has none."""
         return None
 
     def check_prompts_used(self, options: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ NOT_IMPORTED = {
 
 NOT_IMPORTED_BY_TESTS = {
     "hatchling": "builds the wheel",
+    "ipykernel": "the kernel of the notebooks",
     "mypy": "make check",
     "pre-commit": "local hooks",
     "pytest-timeout": "a plugin",
@@ -54,7 +55,7 @@ NOT_IMPORTED_BY_TESTS = {
 @cache
 def imports(root: Path, folders: tuple[str, ...]) -> dict[str, set[str]]:
     """Top-level names of other projects that files import, also inside functions, with the files."""
-    own = {"components", "pipelines", "tests", *(path.stem for path in (root / "tests").rglob("*.py"))}
+    own = {"components", "pipelines", "restoray", "tests", *(path.stem for path in (root / "tests").rglob("*.py"))}
     names: dict[str, set[str]] = {}
     for folder in folders:
         for path in sorted((root / folder).rglob("*.py")):

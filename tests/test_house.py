@@ -188,7 +188,7 @@ def test_the_wheel_holds_its_data_and_finds_it(repository: Path, tmp_path: Path)
     assert {str(p.relative_to(repository)) for p in weights.rglob("*") if p.is_file()} <= names
     assert {"components/priors/weights/nano/model.json"} < {n for n in names if "/weights/nano/" in n}
     top = {name.split("/")[0] for name in names}
-    assert top <= {"components", "pipelines", next(t for t in top if t.endswith(".dist-info"))}
+    assert top <= {"components", "pipelines", "restoray.py", next(t for t in top if t.endswith(".dist-info"))}
     code = "from pipelines.core.home import shipped_files as f; print(sorted(f('datasets')), sorted(f('clusters')))"
     process = subprocess.run(
         [sys.executable, "-S", "-c", code],

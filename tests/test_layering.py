@@ -49,7 +49,19 @@ MAY: dict[str, set[str]] = {
     "analysis": {"core", "pages", "restoration"},
     "training": {"core", "corpus", "stream"},
     "runs": {"core", "pages", "corpus", "analysis", "curation", "evaluation", "restoration", "service", "training"},
+    "api": {
+        "core",
+        "corpus",
+        "stream",
+        "curation",
+        "evaluation",
+        "restoration",
+        "service",
+        "training",
+        "runs",
+    },
     "commands": {
+        "api",
         "core",
         "corpus",
         "curation",
@@ -85,7 +97,7 @@ MAY_NAME: dict[str, set[str]] = {
 
 HEAVY = {
     "torch", "torchvision", "diffusers", "transformers", "peft", "timm", "huggingface_hub", "ray", "mlflow", "pyiqa",
-    "scipy", "skimage", "matplotlib", "rich",
+    "scipy", "skimage", "matplotlib", "rich", "webdataset",
 }  # fmt: skip
 """Libraries that may be imported inside a function: each takes 0.3 s to 6 s and up to half a gigabyte."""
 
@@ -427,6 +439,26 @@ def room_sizes(root: Path) -> dict[str, tuple[int, int]]:
         texts = [path.read_text(encoding="utf-8") for path in (root / "pipelines" / room).rglob("*.py")]
         sizes[room] = len(texts), sum(text.count("\n") for text in texts)
     return sizes
+
+
+def test_the_module_restoray_only_names_what_others_define(repository: Path) -> None:
+    """It imports nothing but the standard library when it is imported; its table and its typing block agree."""
+    path, files = repository / "restoray.py", own_modules(repository)
+    names: dict[str, str] = {}
+    for statement in import_statements(path):
+        for module, attribute in targets(statement.node):
+            if module.partition(".")[0] in PACKAGES:
+                assert statement.typing, f"restoray.py:{statement.node.lineno} imports {module} at import"
+                names[attribute] = module
+            else:
+                assert module.partition(".")[0] in {*sys.stdlib_module_names}
+    (table,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODULES"
+    )
+    assert table == names and set(table.values()) <= set(files)
+    assert {module for module in table.values() if room_of(module) not in ("api", "core")} == {"components.types"}
 
 
 # --- the systems ------------------------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipelines.commands.support import (
-    caption_spec,
     complete_captioner,
     complete_role,
     complete_spec,
@@ -43,20 +41,14 @@ def curate(
 ) -> None:
     """Curate pictures of any source into shards with an index, a manifest, a quarantine and a report."""
     from components.corpora import shown_spec
-    from pipelines.core.cluster import running_ray
+    from pipelines.api.corpora import curate_spec, resolve_spec
     from pipelines.core.places.place import place_of
-    from pipelines.core.places.working_copy import check_one_machine, working_copy
-    from pipelines.corpus.catalogue import check_paths, load_spec
-    from pipelines.curation.curate import curate as curate_corpus
     from pipelines.curation.select import thresholds
-    from pipelines.curation.sources import check_sources, for_folder
 
     console = Console(silent=as_json)
     megapixels = [] if max_megapixels is None else [f"filters.max_megapixels={max_megapixels!r}"]
     mebibytes = [] if max_megabytes is None else [f"filters.max_file_mib={max_megabytes * 1e6 / 2**20!r}"]
-    resolved = load_spec(spec, [*(overrides or []), *megapixels, *mebibytes])
-    if images is not None:
-        resolved = for_folder(resolved, place_of(images))
+    resolved = resolve_spec(spec, [*(overrides or []), *megapixels, *mebibytes], images)
     bounds = thresholds(resolved)
     if dry_run:
         document = {**shown_spec(resolved), "thresholds": {name: plain(bound) for name, bound in bounds.items()}}
@@ -64,14 +56,8 @@ def curate(
         return
     if out is None:
         raise UsageError("curate needs --out FOLDER (or --dry-run).")
-    if images is None:
-        check_paths(resolved, argument=spec)
     place = place_of(out)
-    check_sources(resolved, place if isinstance(place, Path) else None)  # fails for an empty folder, before Ray starts
-    check_gpus(resolved)
-    with working_copy(place) as folder, running_ray(), console.bar("curate") as progress:
-        check_one_machine(place)
-        result = curate_corpus(resolved, folder, progress=progress)
+    result = curate_spec(resolved, place, console, argument="" if images is not None else spec)
     end_curation(result, place, console)
 
 
@@ -114,6 +100,7 @@ def caption(
     as_json: Json = False,
 ) -> None:
     """Caption a corpus; KEY=VALUE sets prompt, max_tokens, batch_size, workers, num_gpus, revision or overwrite."""
+    from pipelines.api.options import caption_spec
     from pipelines.core.cluster import running_ray
     from pipelines.core.places.place import place_of
     from pipelines.core.places.working_copy import check_one_machine, working_copy

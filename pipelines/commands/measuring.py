@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pipelines.commands.support import complete_preset, parse_options, picture_limits, plain
+from pipelines.commands.support import complete_preset, parse_options, plain
 from pipelines.commands.words import Json, MaxMegabytes, MaxMegapixels, Overrides, RequiredPlace
 from pipelines.core.console import Console
 from pipelines.core.errors import EXIT_QUARANTINED, Failure, UsageError
@@ -38,27 +38,16 @@ def degrade(
 
     KEY=VALUE sets the options of the preset, and png_level.
     """
-    from pipelines.evaluation.degrade import degrade_folder, replay
+    from pipelines.api.measuring import degrade_pictures
+    from pipelines.api.options import picture_limits
 
     console, limits = Console(silent=as_json), picture_limits(max_megapixels, max_megabytes)
-    if record is not None:
-        if overrides or preset is not None or seed is not None:
-            raise UsageError("--replay takes no preset, seed or options: the records hold them.")
-        if source is not None and out is None:
-            raise UsageError(
-                "--replay takes IN and OUT, or neither: then OUT is the folder `replayed` next to the records."
-            )
-        target = out or record.parent / "replayed"
-        with console.bar("replay") as progress:
-            result = replay(record, source, target, progress=progress, limits=limits)
-    elif source is None or out is None or _is_option(out):  # OUT is missing and an option took its place
-        hint = f" A new folder of the name {out} needs its whole path." if out is not None else ""
+    if record is None and source is not None and out is not None and _is_option(out):
+        # OUT is missing and an option took its place
+        hint = f" A new folder of the name {out} needs its whole path."
         raise UsageError(f"degrade needs IN and OUT (or --replay RECORDS).{hint}")
-    else:
-        with console.bar("degrade") as progress:
-            options = parse_options(overrides or [])
-            level = {name: options.pop(name) for name in ("png_level",) if name in options}
-            result = degrade_folder(source, out, preset or "realesrgan", options, seed or 0, progress, limits, **level)
+    options = parse_options(overrides or [])
+    result = degrade_pictures(source, out, preset, seed, record, options, limits, console)
     counts = f"{result.degraded} degraded, {result.skipped} done before, {result.quarantined} quarantined"
     sheet = [f"look at {result.sheet}"] if result.sheet else []
     console.result(plain(result), [f"{counts}; {result.folder}", *sheet])
@@ -90,21 +79,24 @@ def evaluate(
 ) -> None:
     """Score restored pictures, their inputs and a classical baseline, against the originals if there are any."""
     from components.evaluation.metrics import left_out
+    from pipelines.api.measuring import evaluate as evaluate_pictures
     from pipelines.core.places.place import place_of
-    from pipelines.core.places.working_copy import local_copy, working_copy
-    from pipelines.evaluation.evaluate import evaluate as evaluate_pictures
 
     console = Console(silent=as_json)
     if not metrics and (names := left_out()):
         console.say(f"The package pyiqa is not installed, so these metrics are left out: {', '.join(names)}.")
-    arguments: dict[str, Any] = {"limits": picture_limits(max_megapixels, max_megabytes)}
-    arguments |= {"metrics": metrics} if metrics else {}
-    place = place_of(out)
-    originals = local_copy(place_of(hq)) if hq is not None else None
-    pictures, inputs = local_copy(place_of(restored)), local_copy(place_of(lq))
-    with working_copy(place) as folder, console.bar("evaluate") as progress:
-        summary = evaluate_pictures(pictures, inputs, originals, folder, progress=progress, **arguments)
+    summary = evaluate_pictures(
+        restored,
+        lq=lq,
+        hq=hq,
+        out=out,
+        metrics=metrics,
+        max_megapixels=max_megapixels,
+        max_megabytes=max_megabytes,
+        quiet=as_json,
+    )
     console.result(
-        plain(summary), [*(f"{name}: {text}" for name, text in summary.verdicts.items()), summary.verdict, str(place)]
+        plain(summary),
+        [*(f"{name}: {text}" for name, text in summary.verdicts.items()), summary.verdict, str(place_of(out))],
     )
     raise typer.Exit(EXIT_QUARANTINED if summary.quarantined else 0)

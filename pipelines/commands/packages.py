@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import distributions
+from importlib.metadata import distributions, packages_distributions
 
 from pipelines.commands.findings import Finding, fail, ok, warn
 
@@ -46,11 +46,13 @@ IMPORTS: Mapping[str, tuple[str, str]] = {
     "transformers": ("transformers", "CLIPTextModel"),
     "typer": ("typer", ""),
     "urllib3": ("urllib3", ""),
+    "webdataset": ("webdataset", ""),
     "yaml": ("pyyaml", ""),
 }
 """Modules that commands import: (distribution, a class that the package loads late, or "")."""
 
 OPTIONAL = "pyiqa"
+OWN_PACKAGES = ("components", "pipelines", "restoray")
 
 CV2_BUILDS = (
     "opencv-contrib-python",
@@ -75,7 +77,7 @@ def check_packages() -> list[Finding]:
         findings += [judge_import(name, problem) for name, problem in problems.items()]
     else:
         findings.append(ok("imports", f"{len(IMPORTS)} modules that the commands import"))
-    return [*findings, judge_optional()]
+    return [*findings, judge_own_packages(packages_distributions()), judge_optional()]
 
 
 def import_problem(name: str, load: Callable[[str], object] = importlib.import_module) -> str:
@@ -116,6 +118,20 @@ def judge_cv2(builds: Sequence[str], problem: str) -> Finding:
     if len(builds) > 1:
         return warn("cv2", f"{seen} share one folder; what was installed last is used, and may need libGL", remedy)
     return ok("cv2", seen)
+
+
+def judge_own_packages(owners: Mapping[str, Sequence[str]]) -> Finding:
+    """The finding on other projects with packages of our names. One earlier on the path stops `restoray` at its start.
+
+    Args:
+        owners: the installed distributions by the packages that they bring.
+    """
+    others = {name: [each for each in owners.get(name, ()) if each != "restoray"] for name in OWN_PACKAGES}
+    seen = "; ".join(f"{' and '.join(who)} installs a package `{name}` too" for name, who in others.items() if who)
+    if seen:
+        advice = "Uninstall it, or give Restoray an environment of its own: one of two such packages hides the other."
+        return warn("own packages", seen, advice)
+    return ok("own packages", f"no other project installs {' or '.join(OWN_PACKAGES)}")
 
 
 def judge_optional() -> Finding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +12,8 @@ from pipelines.commands.support import (
     Device,
     Offload,
     Precision,
-    build_options,
-    caption_spec,
     complete_captioner,
     parse_options,
-    picture_limits,
     plain,
 )
 from pipelines.commands.words import (
@@ -33,7 +29,7 @@ from pipelines.commands.words import (
 )
 from pipelines.core.console import Console
 from pipelines.core.devices import check_device
-from pipelines.core.errors import EXIT_QUARANTINED, UsageError
+from pipelines.core.errors import EXIT_QUARANTINED
 from pipelines.core.placement import read_needs
 
 
@@ -77,53 +73,26 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
-    from pipelines.core.cluster import running_ray
-    from pipelines.core.pictures import list_pictures
-    from pipelines.core.places.place import Place, place_of
-    from pipelines.core.pool import Pool
-    from pipelines.restoration.batch import RestoreJob, restore_folder
-    from pipelines.restoration.models import open_models
-    from pipelines.restoration.prompts import AUTO, job_captioner, read_prompts
-    from pipelines.restoration.routes import read_routes
-    from pipelines.runs.registry import local_model
+    from pipelines.api.options import build_options, picture_limits
+    from pipelines.api.restoration import FolderJob, restore_pictures_of
 
     console = Console(silent=as_json)
     check_device(device)
-    needs = read_needs(placement or [])
-    options, build = parse_options(overrides or []), build_options(device, precision, compile_mode, offload)
-    src, results = place_of(source), place_of(out)
-    if isinstance(results, Place):
-        results.check()
-    sources, _ = list_pictures(src, results)
-    if captioner is None and caption_view != AUTO:
-        raise UsageError("--caption-view needs --captioner.")
-    opened = open_models([local_model(model) for model in models or [SHIPPED_MODEL]], build)
-    if bool(opened.siblings) != (routes is not None):
-        raise UsageError("several models need --routes FILE, and --routes needs several: --model A --model B.")
-    frames = {each.identity.frame for each in opened.choices}
-    if len(frames) > 1 and (captioner is not None or prompts is not None):
-        raise UsageError(
-            "these models were trained with different prompts around captions: restore their pictures apart."
-        )
-    limits = picture_limits(max_megapixels, max_megabytes)
-    ask, identity = opened.request_options(options), opened.identity
-    ask = replace(ask, max_output_pixels=max(ask.max_output_pixels, limits.max_pixels))
-    own = read_prompts(prompts, sources, src, identity.frame) if prompts is not None else None
-    writer = job_captioner(caption_spec(captioner), caption_view, identity, device) if captioner is not None else None
-    job = RestoreJob(
-        ask=ask,
+    job = FolderJob(
         seed=seed,
-        references=place_of(reference) if reference is not None else None,
-        prompts=own,
-        captioner=writer,
-        limits=limits,
-        routes=read_routes(routes, sources, src, opened.choices) if routes is not None else None,
+        routes=routes,
+        references=reference,
+        prompts=prompts,
+        captioner=captioner,
+        caption_view=caption_view,
+        limits=picture_limits(max_megapixels, max_megabytes),
+        needs=read_needs(placement or []),
     )
-    pool = Pool(num_gpus=float(device == "cuda")).placed(needs)
-    with running_ray(), console.bar("restore") as progress:
-        result = restore_folder(opened, src, results, job, pool, progress)
-    line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {results}"
-    lines = [f"{result.unprompted} of {len(sources)} pictures have no line in {prompts}"] if result.unprompted else []
+    options, build = parse_options(overrides or []), build_options(device, precision, compile_mode, offload)
+    result = restore_pictures_of(source, out, models or [SHIPPED_MODEL], options, build, job, console)
+    pictures = result.restored + result.skipped + result.quarantined
+    line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"
+    lines = [f"{result.unprompted} of {pictures} pictures have no line in {prompts}"] if result.unprompted else []
     console.result(plain(result), [line, *lines])
     raise typer.Exit(EXIT_QUARANTINED if result.quarantined else 0)
 
@@ -144,30 +113,18 @@ def serve(
     address: Address = None,
 ) -> None:
     """Serve a model over HTTP: POST /v1/restore and GET /health. Of several models a request names one: model=NAME."""
-    from pipelines.core.cluster import running_ray
-    from pipelines.restoration.models import open_models
-    from pipelines.runs.registry import local_model
-    from pipelines.service.front import ServeLimits
-    from pipelines.service.serve import serve as serve_model
+    from pipelines.api.options import build_options, picture_limits
+    from pipelines.api.restoration import serve_models
 
     check_device(device)
-    needs = read_needs(placement or [])
-    build = build_options(device, precision, compile_mode, offload)
-    limits, defaults = picture_limits(max_megapixels, max_megabytes), ServeLimits()
-    usual = max_megabytes is None and limits.max_pixels <= defaults.max_input_pixels
-    serve_limits = ServeLimits(
-        max_bytes=defaults.max_bytes if usual else limits.max_bytes,
-        max_input_pixels=limits.max_pixels,
-        max_output_pixels=max(defaults.max_output_pixels, limits.max_pixels),
+    serve_models(
+        models or [SHIPPED_MODEL],
+        build_options(device, precision, compile_mode, offload),
+        picture_limits(max_megapixels, max_megabytes),
+        usual_bytes=max_megabytes is None,
+        host=host,
+        port=port,
+        needs=read_needs(placement or []),
+        on_ready=lambda url: typer.echo(f"ready: {url}"),
+        blocking=True,
     )
-    opened = open_models([local_model(model) for model in models or [SHIPPED_MODEL]], build)
-    with running_ray():
-        serve_model(
-            opened,
-            host=host,
-            port=port,
-            on_ready=lambda url: typer.echo(f"ready: {url}"),
-            limits=serve_limits,
-            num_gpus=float(device == "cuda"),
-            needs=needs,
-        )

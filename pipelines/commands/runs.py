@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -52,18 +51,12 @@ def run_and_print(
     minutes: float = 0.0,
 ) -> None:
     """Run a plan, print its result and exit; a dry run prints the resolved plan and runs nothing."""
-    from pipelines.core.places.place import place_of
-    from pipelines.core.places.working_copy import working_copy
-    from pipelines.runs.engine import RunOptions, run_plan
+    from pipelines.api.plans import run_in
+    from pipelines.runs.engine import RunOptions
 
     console = Console(silent=as_json)
     options = RunOptions(images=images, dry_run=dry_run, console=console, minutes=minutes)
-    place = place_of(out) if out is not None else None
-    if place is None or dry_run:  # a dry run in a store does not look at what is done there
-        result = run_plan(plan, place if isinstance(place, Path) else None, overrides or (), options)
-    else:
-        with working_copy(place) as folder:
-            result = run_plan(plan, folder, overrides or (), replace(options, place=place))
+    result = run_in(plan, out, overrides or (), options)
     lines = plan_lines(result) if dry_run else result.lines()
     console.result(result.to_json(), lines)
     raise typer.Exit(0 if dry_run else result.exit_code)

@@ -11,25 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from components.options import TEXTS
+from components.options import COMPILE_MODES, TEXTS
 from pipelines.core.console import Console
 from pipelines.core.environment import use_address
-from pipelines.core.errors import EXIT_QUARANTINED, UsageError, unknown
+from pipelines.core.errors import EXIT_QUARANTINED, UsageError
 from pipelines.core.home import shipped_files
-from pipelines.core.places.addresses import is_address, refuse_address
+from pipelines.core.places.addresses import refuse_address
 
 if TYPE_CHECKING:
-    from components.corpora import CaptionSpec
-    from components.images import Limits
     from pipelines.core.places.place import Where
     from pipelines.curation.curate import CurateResult
     from pipelines.runs.records import PlanResult
-
-COMPILE_MODES = ("off", "autoencoder", "blocks", "whole")
-"""Which networks of a restorer torch.compile compiles, from none to all."""
-
-MAX_LIMIT = 1e9
-"""Largest value of --max-megapixels and --max-megabytes; ours, far above any picture."""
 
 PLACES = frozenset({"corpus", "hq", "images", "lq", "out", "reference", "restored", "run_dir", "source"})
 """Parameters that may be an address in a store, where a command takes them as a text."""
@@ -90,17 +82,6 @@ def _refuse_addresses(values: Mapping[str, Any]) -> None:
                 refuse_address(path, name)
 
 
-def picture_limits(max_megapixels: float, max_megabytes: float | None) -> Limits:
-    """Return the limits of input pictures that the options --max-megapixels and --max-megabytes set."""
-    from components.images import limits_for_any_shape
-
-    for name, value in (("--max-megapixels", max_megapixels), ("--max-megabytes", max_megabytes)):
-        if value is not None and not value <= MAX_LIMIT:  # also refuses NaN
-            raise UsageError(f"{name} must be a number up to {MAX_LIMIT:g}, got {value:g}.")
-    max_bytes = None if max_megabytes is None else max(1, round(max_megabytes * 1e6))
-    return limits_for_any_shape(max(1, round(max_megapixels * 1e6)), max_bytes)
-
-
 # -- completion --------------------------------------------------------------------------------------------------------
 
 
@@ -148,36 +129,15 @@ def complete(kind: str, incomplete: str) -> list[str]:
 # -- arguments to values -----------------------------------------------------------------------------------------------
 
 
-def input_folders(inputs: Sequence[str]) -> dict[str, Path]:
-    """The folders of NAME=FOLDER pairs, by name; a folder in a store is fetched. UsageError if one does not exist."""
-    from pipelines.core.places.place import place_of
-
-    folders: dict[str, Path] = {}
+def named_inputs(inputs: Sequence[str]) -> dict[str, str]:
+    """The folders of NAME=FOLDER pairs, by name. Raises UsageError for another form."""
+    folders: dict[str, str] = {}
     for pair in inputs:
         name, equals, folder = pair.partition("=")
         if not equals or not name:
             raise UsageError(f'--input "{pair}" is not NAME=FOLDER.')
-        path = _fetched(place_of(folder)) if is_address(folder) else Path(folder)
-        if not path.is_dir():
-            raise UsageError(f"--input {name}: there is no folder {folder}.")
-        folders[name] = path
+        folders[name] = folder
     return folders
-
-
-def stored_inputs(inputs: Sequence[str]) -> list[Where]:
-    """The folders in stores among NAME=FOLDER pairs."""
-    from pipelines.core.places.place import place_of
-
-    folders = (pair.partition("=")[2] for pair in inputs)
-    return [place_of(folder) for folder in folders if is_address(folder)]
-
-
-def _fetched(where: Where) -> Path:
-    """A corpus or the folder of a stage in a store, as a folder of this machine."""
-    from pipelines.core.places.working_copy import local_copy
-    from pipelines.corpus.stored import corpus_folder
-
-    return corpus_folder(where) if (where / "index.json").is_file() else local_copy(where)
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -192,42 +152,6 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         return read_options(pairs, TEXTS)
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def build_options(device: str, precision: str, compile_mode: str = "off", offload: bool = False) -> dict[str, Any]:
-    """The options with which a restorer is built. Defaults are left out, so that records of earlier jobs still match.
-
-    Raises:
-        UsageError: the device, precision or compile mode does not exist.
-    """
-    devices, precisions = ("cpu", "cuda"), ("fp32", "bf16", "fp16", "fp8")
-    for kind, name, choices in (
-        ("device", device, devices),
-        ("precision", precision, precisions),
-        ("compile", compile_mode, COMPILE_MODES),
-    ):
-        if name not in choices:
-            raise unknown(kind, name, choices)
-    options: dict[str, Any] = {"device": device, "precision": precision, "speed": {"compile": compile_mode}}
-    options["offload"] = offload
-    defaults = {"device": "cpu", "precision": "fp32", "speed": {"compile": "off"}, "offload": False}
-    return {k: v for k, v in options.items() if v != defaults[k]}
-
-
-def caption_spec(model: str, overrides: Sequence[str] = ()) -> CaptionSpec:
-    """A captioner's settings from the command line. Raises UsageError for an unknown setting."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from components.corpora import CaptionSpec
-    from components.overrides import apply_overrides
-
-    try:
-        spec = OmegaConf.to_object(apply_overrides(CaptionSpec, {}, [*overrides, f"model={model}"]))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    assert isinstance(spec, CaptionSpec)
-    return spec
 
 
 def plain(value: Any) -> dict[str, Any]:

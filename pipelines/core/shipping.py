@@ -23,6 +23,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a submitted job, whose environment already holds the code."""
 
 PACKAGES = ("components", "pipelines")
+MODULE = "restoray.py"
 DATA = ("datasets", "clusters")
 LEFT_OUT = ("__pycache__", ".git", ".venv", "_data")
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -52,7 +53,7 @@ def write_code(path: Path, more: Mapping[str, Path] | None = None, limit_mib: fl
     """
     files = dict(code_files())
     for name, source in (more or {}).items():
-        if name.split("/")[0] in PACKAGES:
+        if name.split("/")[0] in (*PACKAGES, MODULE):
             raise UsageError(f"{source} would replace code of Restoray on the cluster: rename {name.split('/')[0]}.")
         files[name] = source
     sizes = {name: source.stat().st_size for name, source in files.items()}
@@ -72,8 +73,9 @@ def write_code(path: Path, more: Mapping[str, Path] | None = None, limit_mib: fl
 
 
 def code_files() -> Iterator[tuple[str, Path]]:
-    """(name in the zip, file) of the packages as the wheel has them."""
+    """(name in the zip, file) of the packages and the module as the wheel has them."""
     top = package_folder().parent
+    yield MODULE, top / MODULE
     for package in PACKAGES:
         for path in files_below(top / package):
             yield f"{package}/{path.relative_to(top / package).as_posix()}", path

@@ -15,6 +15,7 @@ from components.writing import replace_file
 from pipelines.core.console import Progress
 from pipelines.core.errors import UsageError
 from pipelines.core.folders import check_output, job_lock
+from pipelines.core.metrics import OnMetrics
 from pipelines.evaluation.gate import check_gate, pass_gate
 from pipelines.runs.identity import stage_digest, train_identity
 from pipelines.training.inputs import TrainInputs
@@ -29,11 +30,13 @@ def train_one(
     progress: Progress,
     minutes: float = 0.0,
     start: Path | None = None,
+    on_metrics: OnMetrics | None = None,
 ) -> TrainResult:
     """Train one stage in `out`. A recipe with a teacher must then pass its gate.
 
     Args:
         minutes, start: see training.train.train.
+        on_metrics: also called with the new rows while the stage trains.
 
     Raises:
         Unfinished: the minutes are over.
@@ -42,7 +45,13 @@ def train_one(
     """
     check_gate(recipe)
     shown = step_progress(progress, recipe.steps)
-    result = train(recipe, inputs, out, on_metrics=shown, minutes=minutes, start=start)
+
+    def pass_on(rows: Sequence[tuple[int, str, float, float]]) -> None:
+        shown(rows)
+        if on_metrics is not None:
+            on_metrics(rows)
+
+    result = train(recipe, inputs, out, on_metrics=pass_on, minutes=minutes, start=start)
     if recipe.teacher:
         begin = time.monotonic()
         pass_gate(recipe, inputs.corpora, out)

@@ -31,6 +31,24 @@ def local_model(name: str) -> Path | str:
     raise UsageError(f'no model "{name}": {reason}')
 
 
+def registered_models() -> list[tuple[str, Path]]:
+    """Return the addresses models:/name@alias and folders of the models in local MLflow stores, the newest store first.
+
+    An address that several stores have is that of the newest. A store or model that cannot be read is left out.
+    """
+    stores = [store for root in (Path("runs"), runs_folder()) for store in root.glob("*/mlflow.db")]
+    folders: dict[str, Path] = {}
+    for store in sorted(stores, key=lambda path: path.stat().st_mtime, reverse=True):
+        tracker = Tracker(store.parent)
+        try:
+            for address in tracker.addresses():
+                if address not in folders:
+                    folders[address] = tracker.resolve(address)
+        except RestorayError:
+            continue
+    return list(folders.items())
+
+
 def register(recipe: Recipe, out: Path) -> int | None:
     """Register a student that has passed its gate, in the MLflow store of the training's folder.
 

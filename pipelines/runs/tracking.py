@@ -207,6 +207,14 @@ class Tracker:
             raise Failure(f"the MLflow store cannot be reached: {trouble}")
         return self._resolve(*match.groups())
 
+    def addresses(self) -> list[str]:
+        """The addresses models:/name@alias of all registered models. Raises Failure: the store cannot be reached."""
+        trouble = self._probe()
+        if trouble:
+            raise Failure(f"the MLflow store cannot be reached: {trouble}")
+        models = self._client().search_registered_models(max_results=1000)
+        return [f"models:/{model.name}@{alias}" for model in models for alias in sorted(dict(model.aliases))]
+
     def replay_backlog(self) -> int:
         """Apply the operations of an earlier outage; returns their number.
 

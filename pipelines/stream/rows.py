@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
 from itertools import chain
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, NamedTuple
 
 import cv2
@@ -508,7 +508,7 @@ def _reusable_array(shape: tuple[int, ...]) -> np.ndarray:
     """
     size = int(np.prod(shape))
     reusable = [n for n, memory in enumerate(_free_buffers) if size <= len(memory) <= 2 * size]
-    memory = _free_buffers.pop(reusable[0]) if reusable else mmap(-1, size)
+    memory = _free_buffers.pop(reusable[0]) if reusable else mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS)
     array = np.frombuffer(memory, np.uint8, size)  # views keep this array alive, so the finalizer waits for all of them
     weakref.finalize(array, _free, memory)
     return array.reshape(shape)

@@ -101,6 +101,11 @@ class InstantIRRestorer(Restorer):
         batches = list(group_jobs(jobs, lambda job: (job.unpadded.shape, job.options), self.batch_size))
         return restore_batches(batches, self._run, _info, on_step, cancelled)
 
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Image]:
+        """Return the pictures of the preview latents in a StepEvent, uint8 [H, W, 3], with the padding."""
+        return decode_images(self.fast, latents, keys=["preview"] * len(latents))
+
     def _prepare(self, index: int, request: Request) -> _Job:
         image = request.image
         if not _is_picture(image):

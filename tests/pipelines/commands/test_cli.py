@@ -188,8 +188,8 @@ def test_bad_input_fails_before_ray_starts(
     (tmp_path / "one").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
     monkeypatch.chdir(tmp_path)
-    for module in ("cluster", "pool"):
-        monkeypatch.setattr(f"pipelines.core.{module}.running_ray", lambda: pytest.fail("Ray was started"))
+    for module in ("api.corpora", "api.restoration", "api.training", "core.pool", "core.cluster"):  # imported first
+        monkeypatch.setattr(f"pipelines.{module}.running_ray", lambda: pytest.fail("Ray was started"))
     with pytest.raises(UsageError, match=message):
         cli.build_app()(arguments, standalone_mode=False)
     assert not (tmp_path / "x").exists()

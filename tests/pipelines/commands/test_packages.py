@@ -62,7 +62,7 @@ def test_all_problems_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = {"cv2": "ImportError: a", "yaml": "ImportError: b"}
     monkeypatch.setattr(packages, "import_problem", lambda name: problems.get(name, ""))
     assert {(one.check, one.status) for one in check_packages()} == {
-        ("cv2", "fail"), ("imports", "fail"), ("pyiqa", "ok")
+        ("cv2", "fail"), ("imports", "fail"), ("own packages", "ok"), ("pyiqa", "ok")
     }  # fmt: skip
     problems.clear()
     assert ("imports", "ok") in {(one.check, one.status) for one in check_packages()}
@@ -118,7 +118,7 @@ def test_the_doctor_itself_works_without_cv2(repository: Path, without_libgl: di
     document = json.loads(process.stdout)
     assert process.returncode == 1 and document["ok"] is False
     findings = {each["check"]: each for each in document["findings"]}
-    assert set(findings) == {"cv2", "imports", "pyiqa", "machine"}
+    assert set(findings) == {"cv2", "imports", "own packages", "pyiqa", "machine"}
     assert findings["cv2"]["status"] == "fail" and "libGL" in findings["cv2"]["seen"]
     assert "opencv-python-headless" in findings["cv2"]["advice"]
     assert findings["machine"]["status"] == "fail" and "libGL" in findings["machine"]["seen"]

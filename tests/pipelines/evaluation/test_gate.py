@@ -165,8 +165,8 @@ def test_the_command_registers_only_a_student_that_passes(
 
     monkeypatch.setattr(one_training, "train", train)
     monkeypatch.setattr(one_training, "pass_gate", functools.partial(pass_gate, on_ray=False))
-    monkeypatch.setattr("pipelines.core.cluster.running_ray", contextlib.nullcontext)
-    monkeypatch.setattr("pipelines.runs.registry.register", lambda recipe, out: names.append(recipe.name) or 1)
+    monkeypatch.setattr("pipelines.api.training.running_ray", contextlib.nullcontext)
+    monkeypatch.setattr("pipelines.api.training.register", lambda recipe, out: names.append(recipe.name) or 1)
     more = ["short_side=96", "resolution=64", "degradation.preset=x4-noise40"]
     command = ["train", "distil-onestep-nano", f"teacher={teacher}", *more, "--out", str(out)]
     result = CliRunner().invoke(build_app(), [*command, "--input", f"corpus={inputs.corpora['corpus']}"])

@@ -459,8 +459,8 @@ def test_a_wrong_command_is_exit_2_before_ray_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.csv").write_text("a,x\na,y\n")
-    for module in ("cluster", "pool"):
-        monkeypatch.setattr(f"pipelines.core.{module}.running_ray", never)
+    for module in ("api.restoration", "core.pool", "core.cluster"):  # it is imported first
+        monkeypatch.setattr(f"pipelines.{module}.running_ray", never)
     with pytest.raises(UsageError, match=message) as info:
         cli.build_app()(["restore", str(pictures), "--model", str(revive), "-o", "x", *words], standalone_mode=False)
     assert info.value.exit_code == 2 and not (tmp_path / "x").exists()
@@ -475,11 +475,11 @@ def test_the_command_passes_prompts_and_captioner_to_the_job(
         jobs.append(job)
         return restore_folder(replace(model, factory=Echo), src, out, job, replace(pool, workers=0), progress)
 
-    monkeypatch.setattr("pipelines.restoration.batch.restore_folder", restore)
+    monkeypatch.setattr("pipelines.api.restoration.restore_folder", restore)
     (tmp_path / "p.jsonl").write_text('{"key": "a", "caption": "a woman"}\n')
     words = ["restore", str(pictures), "--model", str(revive), "-o", str(tmp_path / "out")]
     words += ["--prompts", str(tmp_path / "p.jsonl"), "--captioner", "tags", "--caption-view", "lq"]
-    monkeypatch.setattr("pipelines.core.cluster.running_ray", contextlib.nullcontext)
+    monkeypatch.setattr("pipelines.api.restoration.running_ray", contextlib.nullcontext)
     assert cli.build_app()(words, standalone_mode=False) == 0
     (job,) = jobs
     assert job.prompts == {"a": "the face of a woman, 3D model"}

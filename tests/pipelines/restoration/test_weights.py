@@ -35,7 +35,7 @@ from components.restoring import picture_seed
 from components.systems import SYSTEMS
 from components.systems.instantir.network import Conditions, InstantIR
 from components.tensors import images_to_tensor, tensor_to_images
-from pipelines.commands.support import build_options
+from pipelines.api.options import build_options
 from pipelines.core.errors import Failure, UsageError
 from pipelines.restoration.weights import (
     export_weights,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -403,3 +404,21 @@ def test_an_empty_split_fails_on_the_driver(tmp_path: Path) -> None:
     config = StreamConfig(sources=((folder, 1.0),), seed=1, resolution=32, split="held_out")
     with pytest.raises(Failure, match="is empty"):
         feed.rank_dataset(config, 0, 8, 8)
+
+
+def test_a_forked_worker_has_its_own_memory_for_blocks(config: StreamConfig) -> None:
+    """A DataLoader forks its workers after this process has made blocks: they must not write into the same pages."""
+    first = stream.load_columns(config, [0, 1])
+    expected = first["hq"].copy()
+    del first  # its memory may be used again, here and in a child
+    ready, tell = os.pipe()
+    if (child := os.fork()) == 0:
+        os.read(ready, 1)
+        stream.load_columns(config, [2, 3])["hq"][:] = 0
+        os._exit(0)
+    second = stream.load_columns(config, [0, 1])
+    os.write(tell, b"1")
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(second["hq"], expected)
+    os.close(ready)
+    os.close(tell)

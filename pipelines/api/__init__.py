@@ -1,0 +1,1 @@
+"""The functions of `import restoray`; the commands call the same ones."""

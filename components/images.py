@@ -32,6 +32,7 @@ from PIL import PngImagePlugin, TiffImagePlugin
 from components.color_spaces import declared_profile, srgb_and_alpha, tiff_profile, to_srgb
 from components.jpegs import bare_jpeg_size, decode_turbo
 from components.pngs import PNG_SIGNATURE, check_png_chunks
+from components.signatures import is_avif, other_format
 from components.tiffs import RGB, TiffPicture, read_layout
 from components.types import Image, SampleError
 
@@ -46,7 +47,6 @@ COLOUR_MODES = ("RGB", "RGBA", "RGBX", "P", "PA")
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
 XMP_TAG = 700  # of a TIFF
-AVIF_BRANDS = (b"avif", b"avis")
 AVIF_HEAD_BYTES = 4096  # ours: where the bits of an AVIF are looked for
 BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)  # the signature has two letters only, so this field is checked too
 MAX_STRETCH = 20  # ours: aspect above which a strip is enlarged less
@@ -55,25 +55,6 @@ CORPUS_PNG_LEVEL = 6  # of every PNG in a corpus; another level would change the
 PNG_LEVEL = 1  # of results: a fifth of level 6's time, and files 4 % larger (docs/benchmarks.md)
 RUN_LENGTHS = 3  # zlib's Z_RLE: on filtered photographs faster and smaller than its levels 1 to 3
 TEXT_LIMIT_BYTES = 1 << 20  # ours: longest value that encode_png writes
-OTHER_PICTURES = (  # (offset, signature, name): recognised so that the error names the format
-    (0, b"8BPS", "PSD"),
-    (0, b"%!PS", "EPS"),
-    (0, b"%PDF", "PDF"),
-    (0, b"SIMPLE  =", "FITS"),
-    (0, b"\x00\x00\x01\x00", "ICO"),
-    (0, b"\x00\x00\x01\xba", "MPEG"),
-    (0, b"\x00\x00\x01\xb3", "MPEG"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (4, b"JXL ", "JPEG XL"),
-    (4, b"jP  ", "JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (0, b"II+\x00", "BigTIFF"),
-    (0, b"MM\x00+", "BigTIFF"),
-    (0, b"v/1\x01", "OpenEXR"),
-    (0, b"#?RADIANCE", "Radiance HDR"),
-    (0, b"<svg", "SVG"),
-    (4, b"ftyp", "HEIC or video"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +128,12 @@ def sniff(data: bytes) -> str:
         return "GIF"
     if data[:4] in (b"II*\x00", b"MM\x00*"):
         return "TIFF"
-    if data[4:8] == b"ftyp":
-        size = min(int.from_bytes(data[:4], "big"), 256, len(data))
-        brands = [data[at : at + 4] for at in (8, *range(16, size - 3, 4))]
-        if any(brand in AVIF_BRANDS for brand in brands):
-            return "AVIF"
+    if is_avif(data):
+        return "AVIF"
     if data[:2] == b"BM" and len(data) >= 26 and int.from_bytes(data[14:18], "little") in BMP_HEADER_SIZES:
         return "BMP"
-    for offset, signature, name in OTHER_PICTURES:
-        if data[offset : offset + len(signature)] == signature:
-            raise SampleError("unsupported_format", f"{name} is not among {', '.join(FORMATS)}")
+    if name := other_format(data):
+        raise SampleError("unsupported_format", f"{name} is not among {', '.join(FORMATS)}")
     raise SampleError("not_image", f"the first bytes ({data[:8]!r}) are of no known picture format")
 
 
@@ -168,8 +145,9 @@ def probe(data: bytes, limits: Limits = Limits(), key: str = "", opener: Opener 
     """
     with _as_sample_errors(key), _open(data, limits, opener) as (picture, kind, _):
         width, height = picture.size
-        # the size of a TIFF is the upright one
-        swaps_sides = not isinstance(picture, TiffPicture) and kind != "TIFF" and _orientation(picture) >= 5
+        # the size of a TIFF is the upright one, and openers give upright pictures
+        upright = isinstance(picture, TiffPicture) or kind == "TIFF" or opener is not None
+        swaps_sides = not upright and _orientation(picture) >= 5
         return Info(format=kind, width=height if swaps_sides else width, height=width if swaps_sides else height)
 
 
@@ -297,7 +275,8 @@ def _decode(
                 elif profile and not kept:
                     srgb = to_srgb(Pillow.fromarray(rgb), profile)
                     rgb = rgb if srgb is None else np.array(srgb)
-                orientation = _orientation(picture)  # after load, because Pillow rotates a TIFF and drops the tag
+                # after load, because Pillow rotates a TIFF and drops the tag; openers give upright pictures
+                orientation = _orientation(picture) if opener is None else 1
                 exif, xmp = (picture.info.get(name) or b"" for name in ("exif", "xmp"))
                 exif = data if kind == "TIFF" else exif
             if alpha is not None and background is not None:

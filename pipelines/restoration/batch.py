@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from components.images import ANY_SHAPE, Limits
+from components.picture_files import SUFFIXES
 from components.restoring import Ask, Picture, picture_seed
 from pipelines.core.console import Progress, no_progress
 from pipelines.core.errors import UsageError
@@ -135,7 +136,9 @@ def restore_folder(
         raise UsageError(f"no picture in {src} has the key of a prompt: {', '.join(unknown_keys[:5])}")
     routes = {key: digest for key, digest in (job.routes or {}).items() if digest != model.identity.digest}
     with job_lock(out) as lease:
-        books = Books(out.absolute(), lease)
+        format = job.ask.file.format  # noqa: A001
+        suffixes = (SUFFIXES[format],) if format in SUFFIXES else tuple(SUFFIXES.values())
+        books = Books(out.absolute(), lease, suffixes)
         records = books.open(sources)
         tasks = [
             Task(

@@ -9,7 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from components.images import read_png_text
+from components.picture_files import read_result_text
 from components.types import SampleError
 from components.writing import LEFTOVERS
 from pipelines.core.console import Progress
@@ -30,10 +30,11 @@ class Books:
     Args:
         out: the folder.
         lease: the job's lease, see folders.job_lock.
+        suffixes: of the results that the job may write.
     """
 
-    def __init__(self, out: Where, lease: Lease | None = None) -> None:
-        self.out, self.lease = out, lease
+    def __init__(self, out: Where, lease: Lease | None = None, suffixes: Sequence[str] = (".png",)) -> None:
+        self.out, self.lease, self.suffixes = out, lease, suffixes
         self.records, self.quarantine = out / "records.jsonl", out / "quarantine.jsonl"
         self.marks = out / ".attempts"
 
@@ -63,14 +64,16 @@ class Books:
     def _check_outputs(self, sources: Mapping[str, Where], records: Mapping[str, Any]) -> None:
         names = {name for name, _ in self.out.files()} if isinstance(self.out, Place) else None
         for key, source in sources.items():
-            path = self.out / f"{key}.png"
-            if f"{key}.png" not in names if names is not None else not os.path.lexists(str(path)):
-                continue
-            if _same(path, source) or (key not in records and not _is_result(path, key, source)):
-                raise UsageError(
-                    f"{path} would be overwritten, and no record lists it as a result of an earlier job; "
-                    "choose another output folder"
-                )
+            for name in [f"{key}{suffix}" for suffix in self.suffixes]:
+                path = self.out / name
+                if name not in names if names is not None else not os.path.lexists(str(path)):
+                    continue
+                recorded = key in records and (len(self.suffixes) == 1 or records[key].get("output") == name)
+                if _same(path, source) or (not recorded and not _is_result(path, key, source)):
+                    raise UsageError(
+                        f"{path} would be overwritten, and no record lists it as a result of an earlier job; "
+                        "choose another output folder"
+                    )
 
     def collect(self, answers: Iterator[Answer], of: int, progress: Progress) -> dict[str, int]:
         """Write the workers' answers as they arrive; return counts by status.
@@ -134,9 +137,9 @@ def _same(path: Where, source: Where) -> bool:
 
 
 def _is_result(path: Where, key: str, source: Where) -> bool:
-    """Whether a PNG's text names this key and source: then a job was killed before it wrote the record."""
+    """Whether a result's text names this key and source: then a job was killed before it wrote the record."""
     try:
-        text = read_png_text(path.read_bytes())
+        text = read_result_text(path.read_bytes())
         sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     except (OSError, SampleError):
         return False

@@ -1,4 +1,4 @@
-"""The worker of a restoration job: reads pictures by path, writes PNG files, returns records."""
+"""The worker of a restoration job: reads pictures by path, writes results, returns records."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
-from components.images import Limits, probe
+from components.images import Limits
 from components.naming import printable
+from components.picture_files import SUFFIXES, Encoded, probe_file
 from components.restoring import Ask, Identity, Picture, Result, as_sample_error, request_of, restore_pictures
 from components.types import Restorer, SampleError
 from components.writing import write_error_reason
@@ -135,7 +136,7 @@ class RestoreWorker:
                 if self._up_to_date(task):
                     answers[task.key] = Answer(status="skipped", row={"key": task.key})
                 else:
-                    probe(data, self.settings.limits, task.key)  # a broken picture needs no model
+                    probe_file(data, self.settings.limits, task.key)  # a broken picture needs no model
                     remaining.append(task)
             except SampleError as error:
                 answers[task.key] = self._quarantine(task, error, data)
@@ -205,10 +206,10 @@ class RestoreWorker:
             return self._quarantine(task, result, task.picture.data)
         start = perf_counter()
         try:
-            png = result.png()
+            encoded = result.encode()
         except Exception as error:  # noqa: BLE001 - out of memory, for example; the job goes on
             return self._quarantine(task, as_sample_error(error, task.key), task.picture.data)
-        return self._write(task, png, seconds + perf_counter() - start)
+        return self._write(task, result, encoded, seconds + perf_counter() - start)
 
     def _with_prompt(self, task: Task) -> Task:
         """Return the task with the picture's own prompt, from the job or from the captioner, if there is one."""
@@ -257,7 +258,7 @@ class RestoreWorker:
         }
         if any(record.get(name) != value for name, value in expected.items()):
             return False
-        if (record.get("build") or {}) != settings.build:
+        if (record.get("build") or {}) != settings.build or (record.get("file") or {}) != settings.ask.file.document():
             return False
         try:
             return _sha256((settings.out / record["output"]).read_bytes()) == record["output_sha256"]
@@ -289,14 +290,15 @@ class RestoreWorker:
             self.broken = f"{what} cannot be loaded: {type(error).__name__}: {error}"
         return None
 
-    def _write(self, task: Task, png: bytes, seconds: float) -> Answer:
+    def _write(self, task: Task, result: Result, encoded: Encoded, seconds: float) -> Answer:
         picture, settings = task.picture, self.settings
-        output, ask = f"{picture.key}.png", settings.ask.with_prompt(picture.prompt)
+        output, ask = f"{picture.key}{encoded.suffix}", settings.ask.with_prompt(picture.prompt)
         try:
             if settings.fence is not None:
                 settings.fence.check()
             (settings.out / output).parent.mkdir(parents=True, exist_ok=True)
-            put(settings.out / output, png)
+            put(settings.out / output, encoded.data)
+            self._remove_earlier(task, output)
         except OSError as error:
             return _fatal(task, f"cannot write {settings.out / output}: {write_error_reason(error)}")
         row = {
@@ -304,9 +306,9 @@ class RestoreWorker:
             "source": printable(str(task.source)),
             "source_sha256": _sha256(picture.data),
             "output": output,
-            "output_sha256": _sha256(png),
-            "width": int.from_bytes(png[16:20], "big"),  # IHDR
-            "height": int.from_bytes(png[20:24], "big"),
+            "output_sha256": _sha256(encoded.data),
+            "width": result.image.shape[1],
+            "height": result.image.shape[0],
             "seconds": round(seconds, 3),
             "seed": picture.seed,
             "model_digest": settings.identity_of(task).digest,
@@ -315,17 +317,25 @@ class RestoreWorker:
             **({"prompt": ask.prompt} if ask.prompt else {}),
             **({"captioner": dict(task.captioner)} if task.captioner else {}),
             **({"build": dict(settings.build)} if settings.build else {}),
+            **({"file": ask.file.document()} if ask.file.document() else {}),
+            **({"notes": [*result.source.notes, *encoded.notes]} if result.source.notes or encoded.notes else {}),
         }
         if picture.reference:
             row["reference_sha256"] = _sha256(picture.reference)
         return Answer(status="restored", row=row)
+
+    def _remove_earlier(self, task: Task, output: str) -> None:
+        """Remove an earlier result of the picture that has another name than the new one."""
+        earlier = str(task.record.get("output", output))
+        if earlier != output and earlier in {f"{task.key}{suffix}" for suffix in SUFFIXES.values()}:
+            remove(self.settings.out / earlier)
 
     def _quarantine(self, task: Task, error: SampleError, data: bytes) -> Answer:
         """Return the quarantine row; remove an earlier result if the source changed and is no longer readable."""
         sha256 = _sha256(data) if data or error.code == "empty" else ""
         earlier_sha256 = task.record.get("source_sha256", sha256)
         if sha256 and sha256 != earlier_sha256 and error.code not in RESTORER_CODES:
-            remove(self.settings.out / f"{task.key}.png")
+            self._remove_earlier(task, "")
         row = {
             "key": task.key,
             "source": printable(str(task.source)),

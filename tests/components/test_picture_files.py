@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, ImageCms
 from PIL import Image as Pillow
+from PIL.TiffImagePlugin import IFDRational
 
 from components.color_spaces import ADOBE_RGB, matrix_profile
 from components.images import decode, encode_png, read_png_text
@@ -52,7 +53,7 @@ def photo_exif(orientation: int = 6) -> Pillow.Exif:
     exif[ExifTags.Base.Artist], exif[ExifTags.Base.Copyright] = "Zoe", "(c) Zoe 2026"
     exif[ExifTags.Base.ImageDescription] = "<?php EVIL-EXIF ?>"
     details = exif.get_ifd(ExifTags.IFD.Exif)
-    details[ExifTags.Base.ExposureTime], details[ExifTags.Base.ISOSpeedRatings] = 0.004, 200
+    details[ExifTags.Base.ExposureTime], details[ExifTags.Base.ISOSpeedRatings] = IFDRational(1, 250), 200
     details[ExifTags.Base.DateTimeOriginal] = "2026:11:30 10:00:00"
     details[ExifTags.Base.BodySerialNumber], details[ExifTags.Base.CameraOwnerName] = "SERIAL-77", "OWNER-77"
     details[ExifTags.Base.MakerNote] = b"EVIL-NOTE" * 9

@@ -30,7 +30,7 @@ class Recorder:
     async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes, model: str) -> Any:
         self.model = model
         self.key, self.prompt = key, ask.prompt
-        return SimpleNamespace(png=PNG, code="", detail="")
+        return SimpleNamespace(picture=PNG, format="png", code="", detail="")
 
 
 def post(query: str = "", body: bytes = PNG, kind: str = "image/png") -> tuple[httpx.Response, Recorder]:

@@ -146,8 +146,8 @@ def probe(data: bytes, limits: Limits = Limits(), key: str = "", opener: Opener 
     with _as_sample_errors(key), _open(data, limits, opener) as (picture, kind, _):
         width, height = picture.size
         # the size of a TIFF is the upright one, and openers give upright pictures
-        upright = isinstance(picture, TiffPicture) or kind == "TIFF" or opener is not None
-        swaps_sides = not upright and _orientation(picture) >= 5
+        as_stored = not isinstance(picture, TiffPicture) and kind != "TIFF" and opener is None
+        swaps_sides = as_stored and _orientation(picture) >= 5  # type: ignore[arg-type]
         return Info(format=kind, width=height if swaps_sides else width, height=width if swaps_sides else height)
 
 

@@ -38,7 +38,12 @@ from pipelines.core.placement import read_needs
 
 
 def restore(
-    source: Annotated[str, typer.Argument(help="A folder of pictures, here or in a store: s3://bucket/folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A picture, a folder, a pattern ('pics/**/*.jpg'), tar, parquet file or corpus; here or in a store."
+        ),
+    ],
     out: RequiredPlace,
     models: ModelsOption = None,
     routes: Annotated[
@@ -66,6 +71,22 @@ def restore(
     caption_view: Annotated[
         str, typer.Option(help="View for the captioner: lq, coarse, or auto (coarse if the model has it).")
     ] = "auto",
+    column: Annotated[str, typer.Option(help="The column with the pictures' bytes of a parquet file.")] = "",
+    out_form: Annotated[
+        str, typer.Option("--out-form", help="files; tar, for tars; parquet, for parquet files: one for each input.")
+    ] = "files",
+    file_format: Annotated[
+        str, typer.Option("--format", help="Format of the results: png, jpeg, webp, avif, tiff, or like the input.")
+    ] = "png",
+    quality: Annotated[int | None, typer.Option(help="1 to 100, for JPEG (92), WebP (90) and AVIF (80).")] = None,
+    bits: Annotated[int, typer.Option(help="Bits of a channel: 8, or 16 in PNG and TIFF.")] = 8,
+    metadata: Annotated[
+        str,
+        typer.Option(help="EXIF and XMP of the input: private (no places, owners and serial numbers), keep, none."),
+    ] = "private",
+    icc: Annotated[
+        str, typer.Option(help="Colour profile of the input: convert to sRGB, or keep the pixels in its space.")
+    ] = "convert",
     max_megapixels: MaxMegapixels = 50,
     max_megabytes: MaxMegabytes = None,
     device: Device = "cpu",
@@ -76,25 +97,28 @@ def restore(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
+    """Restore pictures; KEY=VALUE sets the options of the restorer."""
     from pipelines.core.cluster import running_ray
-    from pipelines.core.pictures import list_pictures
     from pipelines.core.places.place import Place, place_of
     from pipelines.core.pool import Pool
     from pipelines.restoration.batch import RestoreJob, restore_folder
     from pipelines.restoration.models import open_models
     from pipelines.restoration.prompts import AUTO, job_captioner, read_prompts
     from pipelines.restoration.routes import read_routes
+    from pipelines.restoration.sources import list_sources
     from pipelines.runs.registry import local_model
 
     console = Console(silent=as_json)
     check_device(device)
     needs = read_needs(placement or [])
     options, build = parse_options(overrides or []), build_options(device, precision, compile_mode, offload)
-    src, results = place_of(source), place_of(out)
+    settings = {"format": file_format, "quality": quality, "bits": bits, "metadata": metadata, "icc": icc}
+    options = {**{name: value for name, value in settings.items() if value is not None}, **options}
+    results = place_of(out)
     if isinstance(results, Place):
         results.check()
-    sources, _ = list_pictures(src, results)
+    listing = list_sources(source, results, column)
+    src, sources = listing.root, listing.pictures
     if captioner is None and caption_view != AUTO:
         raise UsageError("--caption-view needs --captioner.")
     opened = open_models([local_model(model) for model in models or [SHIPPED_MODEL]], build)
@@ -118,10 +142,11 @@ def restore(
         captioner=writer,
         limits=limits,
         routes=read_routes(routes, sources, src, opened.choices) if routes is not None else None,
+        out_form=out_form,
     )
     pool = Pool(num_gpus=float(device == "cuda")).placed(needs)
     with running_ray(), console.bar("restore") as progress:
-        result = restore_folder(opened, src, results, job, pool, progress)
+        result = restore_folder(opened, listing, results, job, pool, progress)
     line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {results}"
     lines = [f"{result.unprompted} of {len(sources)} pictures have no line in {prompts}"] if result.unprompted else []
     console.result(plain(result), [line, *lines])

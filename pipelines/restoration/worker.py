@@ -19,12 +19,12 @@ from components.types import Restorer, SampleError
 from components.writing import write_error_reason
 from pipelines.core.deaths import MAX_DEATHS, WorkersDied, marks_in
 from pipelines.core.errors import RetryLater
-from pipelines.core.pictures import read_picture
 from pipelines.core.places.files import put, remove
 from pipelines.core.places.leases import Fence
 from pipelines.core.places.place import Where
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory
+from pipelines.restoration.parts import Source, read_source
 from pipelines.restoration.prompts import JobCaptioner, PictureCaptioner
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Task:
 
     Attributes:
         picture: key, seed and prompt; the worker reads its bytes.
-        source: path of the picture.
+        source: where the picture is.
         reference: path of a second picture, for options that need one.
         record: the picture's record of an earlier job; empty for a new picture.
         captioner: captioner that wrote the prompt, and its view; empty if no captioner did.
@@ -47,7 +47,7 @@ class Task:
     """
 
     picture: Picture
-    source: Where
+    source: Source
     reference: Where | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     captioner: Mapping[str, str] = field(default_factory=dict)
@@ -130,8 +130,8 @@ class RestoreWorker:
         for task in tasks:
             data = b""
             try:
-                data = self._read(task.source)
-                reference = self._read_reference(task.reference) if task.reference is not None else b""
+                data = self.read(task.source)
+                reference = self.read_reference(task.reference) if task.reference is not None else b""
                 task = replace(task, picture=replace(task.picture, data=data, reference=reference))
                 if self._up_to_date(task):
                     answers[task.key] = Answer(status="skipped", row={"key": task.key})
@@ -230,18 +230,30 @@ class RestoreWorker:
             self.restorer.of_model(self.settings.identity_of(task).digest) if self.settings.siblings else self.restorer
         )
 
-    def _read(self, path: Where) -> bytes:
-        """Read a file's bytes; a file above the limit is refused before it is read."""
-        return read_picture(path, "", self.settings.limits)
+    def read(self, path: Source) -> bytes:
+        """Read a picture's bytes; one above the limit is refused before it is read."""
+        return read_source(path, "", self.settings.limits)
 
-    def _read_reference(self, path: Where) -> bytes:
+    def read_reference(self, path: Where) -> bytes:
+        """Read a second picture's bytes; the error names it."""
         try:
-            return self._read(path)
+            return self.read(path)
         except SampleError as error:
             raise SampleError(error.code, f"of the reference {printable(path.name)}: {error.detail}") from error
 
     def _up_to_date(self, task: Task) -> bool:
-        """Whether the record has this model, these options and these bytes, and its result is still there."""
+        """Whether the record matches, and its result is still there."""
+        try:
+            record = task.record
+            return (
+                self.matches(task)
+                and _sha256((self.settings.out / record["output"]).read_bytes()) == (record["output_sha256"])
+            )
+        except OSError:
+            return False
+
+    def matches(self, task: Task) -> bool:
+        """Whether the record has this model, these options and these bytes."""
         record, picture, settings = task.record, task.picture, self.settings
         prompt = picture.prompt
         if not prompt and settings.captioner is not None:  # the captioner would write the record's caption again
@@ -258,12 +270,9 @@ class RestoreWorker:
         }
         if any(record.get(name) != value for name, value in expected.items()):
             return False
-        if (record.get("build") or {}) != settings.build or (record.get("file") or {}) != settings.ask.file.document():
-            return False
-        try:
-            return _sha256((settings.out / record["output"]).read_bytes()) == record["output_sha256"]
-        except OSError:
-            return False
+        return (record.get("build") or {}) == settings.build and (
+            (record.get("file") or {}) == settings.ask.file.document()
+        )
 
     def _load(self, with_captioner: bool) -> bool:
         """Load the model, and the captioner if a picture needs it; after a failure `broken` holds the reason."""

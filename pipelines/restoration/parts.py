@@ -143,7 +143,7 @@ def list_tar(tar: Where) -> tuple[list[Part], int]:
                 path = PurePosixPath(member.name)
                 if not member.isreg() or member.issparse():
                     others += not member.isdir()
-                elif path.suffix.lower() in SIDECARS or any(is_system_name(part) for part in path.parts if part != "."):
+                elif path.suffix.lower() in SIDECARS or any(map(is_system_name, {*path.parts} - {".", ".."})):
                     others += 1
                 else:
                     parts.append(Part(container=tar, inner=member.name, offset=member.offset_data, size=member.size))

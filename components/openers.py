@@ -6,7 +6,9 @@ JPEG XL    pillow-jxl-plugin (`restoray[jxl]`), with libjxl; it decodes at once,
 
 from __future__ import annotations
 
+import importlib
 import io
+from collections.abc import Callable
 
 from PIL import Image as Pillow
 
@@ -24,19 +26,26 @@ def opener_of(data: bytes) -> Opener | None:
     return {HEIC: _open_heic, JPEG_XL: _open_jxl}.get(other_format(data))
 
 
-def _missing(format: str) -> SampleError:  # noqa: A002
-    return SampleError("unsupported_format", f'{format} needs an extra: pip install "restoray[{EXTRAS[format]}]"')
+def _opener(module: str, name: str, kind: str) -> Callable[[io.BytesIO], Pillow.Image]:
+    """A class of an optional package.
+
+    Raises:
+        SampleError: unsupported_format: it is not installed; the sentence names the extra.
+    """
+    try:
+        opener: Callable[[io.BytesIO], Pillow.Image] = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        sentence = f'{kind} needs an extra: pip install "restoray[{EXTRAS[kind]}]"'
+        raise SampleError("unsupported_format", sentence) from error
+    return opener
 
 
 def _open_heic(data: bytes, limits: Limits) -> tuple[Pillow.Image, str, int]:
     if is_sequence(data):
         raise SampleError("animated", "the HEIC holds a sequence of pictures")
+    open_file = _opener("pillow_heif", "HeifImageFile", HEIC)
     try:
-        from pillow_heif import HeifImageFile
-    except ImportError as error:
-        raise _missing(HEIC) from error
-    try:
-        picture = HeifImageFile(io.BytesIO(data))  # the header; pixels come with load()
+        picture = open_file(io.BytesIO(data))  # the header; pixels come with load()
     except SyntaxError as error:
         raise SampleError("corrupt", f"the HEIC's header cannot be read: {error}") from error
     return picture, "HEIC", int(picture.info.get("bit_depth") or 8)
@@ -47,12 +56,9 @@ def _open_jxl(data: bytes, limits: Limits) -> tuple[Pillow.Image, str, int]:
     check_size(width, height, len(data), limits)
     if animated:
         raise SampleError("animated", "the JPEG XL holds several frames")
+    open_file = _opener("pillow_jxl.JpegXLImagePlugin", "JXLImageFile", JPEG_XL)
     try:
-        from pillow_jxl.JpegXLImagePlugin import JXLImageFile
-    except ImportError as error:
-        raise _missing(JPEG_XL) from error
-    try:
-        picture = JXLImageFile(io.BytesIO(data))
+        picture = open_file(io.BytesIO(data))
     except SyntaxError as error:
         raise SampleError("corrupt", f"the JPEG XL cannot be read: {error}") from error
     if picture.size not in ((width, height), (height, width)):

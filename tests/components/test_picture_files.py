@@ -323,7 +323,8 @@ def test_animated_files_are_refused_by_name(kind: str) -> None:
 
 
 def heic(**options: object) -> bytes:
-    pillow_heif = pytest.importorskip("pillow_heif")
+    import pillow_heif
+
     target = io.BytesIO()
     file = pillow_heif.from_pillow(Pillow.fromarray(dead_leaves(64, 5, 0)))
     file.save(target, quality=95, exif=photo_exif(1).tobytes(), **options)
@@ -331,7 +332,8 @@ def heic(**options: object) -> bytes:
 
 
 def jxl(**options: object) -> bytes:
-    pytest.importorskip("pillow_jxl")
+    import pillow_jxl  # noqa: F401 - registers the format
+
     target = io.BytesIO()
     Pillow.fromarray(dead_leaves(64, 5, 0)[:40]).save(target, "JXL", lossless=True, **options)
     return target.getvalue()

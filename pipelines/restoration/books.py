@@ -81,7 +81,7 @@ class Books:
                 path = self.out / name
                 if name not in names if names is not None else not os.path.lexists(str(path)):
                     continue
-                recorded = key in records and (len(self.suffixes) == 1 or records[key].get("output") == name)
+                recorded = records.get(key, {}).get("output") == name
                 if _same(path, source) or (not recorded and not _is_result(path, key, source)):
                     raise UsageError(
                         f"{path} would be overwritten, and no record lists it as a result of an earlier job; "
@@ -135,7 +135,10 @@ class Books:
         quarantine = sorted(self._journal(self.quarantine).read(), key=itemgetter("key"))
         bad = {row["key"] for row in quarantine}
         newest = {row["key"]: row for row in self._journal(self.records).read()}
-        records = {key: row for key, row in newest.items() if key not in bad or (self.out / row["output"]).exists()}
+        # an earlier result of a picture that is refused now stays, but not in a shard, which was written without it
+        stay = {key for key in bad & set(newest) if "member" not in newest[key]}
+        exist = {key for key in stay if (self.out / newest[key]["output"]).exists()}
+        records = {key: row for key, row in newest.items() if key not in bad or key in exist}
         self._journal(self.records).write(sorted(records.values(), key=itemgetter("key")))
         self._journal(self.quarantine).write(quarantine)
 

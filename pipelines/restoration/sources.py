@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from components.naming import printable
+from components.secrets import holds_secret
 from components.types import SampleError
 from pipelines.core.errors import UsageError
 from pipelines.core.pictures import (
@@ -106,7 +107,9 @@ def _split(src: str | Where) -> tuple[Where, str | None]:
     """The folder or file that a text names, and the pattern below it, if it is one."""
     if not isinstance(src, str):
         return src, None
-    if not WILDCARDS.search(src) or ("://" not in src and Path(src).exists()):
+    # "?" is no wildcard in an address: place_of refuses it, because a signature may follow
+    wild = WILDCARDS.search(src) if "://" not in src else "*" in src and "?" not in src and not holds_secret(src)
+    if not wild or ("://" not in src and Path(src).exists()):
         return place_of(src), None
     parts = src.split("/")
     first = next(number for number, part in enumerate(parts) if WILDCARDS.search(part))

@@ -73,8 +73,8 @@ def list_sources(src: str | Where, out: Where | None = None, column: str = "") -
         parts, ignored = _parts_of(root, column)
         named: list[tuple[str, Source]] = list(zip(distinct(part.inner for part in parts), parts, strict=True))
     elif pattern is None and isinstance(root, Path) and not root.is_dir():
-        pictures, ignored = list_pictures(root, out)
-        return Sources(root=root, pictures=pictures, ignored=ignored)
+        files, ignored = list_pictures(root, out)
+        return Sources(root=root, pictures=files, ignored=ignored)
     else:
         named, ignored = _below(root, pattern, out, column)
         if not named and pattern is None and isinstance(root, Place):  # one object, or nothing
@@ -86,7 +86,7 @@ def list_sources(src: str | Where, out: Where | None = None, column: str = "") -
     names = [name for name, _ in named]
     earlier = _earlier_keys([(name, str(source)) for name, source in named], out)
     keys = make_keys(names, earlier)
-    pictures = dict(zip(keys, (source for _, source in named), strict=True))
+    pictures: dict[str, Source] = dict(zip(keys, (source for _, source in named), strict=True))
     if not any(not isinstance(each, Path) or each.is_file() for each in pictures.values()):
         raise UsageError(f"{what} holds no pictures{_first_refusal(pictures)}")
     return Sources(root=root, pictures=pictures, ignored=ignored)

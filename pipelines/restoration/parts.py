@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from components.images import Limits
 from components.naming import printable
 from components.types import SampleError
@@ -173,8 +176,6 @@ def list_table(table: Where, column: str) -> list[Part]:
     Raises:
         UsageError: it cannot be read, or has no such column of bytes.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     label = printable(str(table))
     try:
@@ -215,7 +216,6 @@ def _names(file: Any, group: int, column: str) -> list[Any]:
 @functools.lru_cache(maxsize=1)
 def read_group(table: Where, column: str, group: int) -> Any:
     """A column's values in one row group, a pyarrow ChunkedArray; the last one stays in memory."""
-    import pyarrow.parquet as pq
 
     with open_stream(table) as stream, pq.ParquetFile(stream) as file:
         return file.read_row_group(group, columns=[column]).column(0)

@@ -22,6 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from components.naming import printable
 from components.picture_files import probe_file
 from components.restoring import picture_key
@@ -106,7 +109,6 @@ def _name(container: Where, root: Where) -> str:
 
 def is_shard(path: Where) -> bool:
     """Whether a tar or a table is a result of ours."""
-    import pyarrow.parquet as pq
 
     try:
         with open_stream(path) as stream:
@@ -230,8 +232,6 @@ def _write_tar(target: Path, members: Sequence[tuple[str, Path]]) -> None:
 
 def _write_table(target: Path, shard: Shard, files: Mapping[str, Path]) -> None:
     """Write the input's table with other cells in the column of the pictures."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     cells: dict[tuple[int, int], Path | None] = {}
     for task in shard.tasks:

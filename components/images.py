@@ -20,19 +20,20 @@ from __future__ import annotations
 import io
 import math
 import struct
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-import simplejpeg
 from PIL import Image as Pillow
 from PIL import PngImagePlugin, TiffImagePlugin
 
 from components.color_spaces import declared_profile, srgb_and_alpha, tiff_profile, to_srgb
-from components.tiffs import TiffPicture, read_layout
+from components.jpegs import bare_jpeg_size, decode_turbo
+from components.pngs import PNG_SIGNATURE, check_png_chunks
+from components.signatures import is_avif, other_format
+from components.tiffs import RGB, TiffPicture, read_layout
 from components.types import Image, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "GIF")
@@ -41,37 +42,19 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "GIF")
 BACKGROUND = 255
 """Gray level of the background of transparent pictures: white."""
 
+COLOUR_MODES = ("RGB", "RGBA", "RGBX", "P", "PA")
+"""Pillow's modes of pictures whose pixels may stay in the space of a profile for RGB."""
+
 ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-AVIF_BRANDS = (b"avif", b"avis")
+XMP_TAG = 700  # of a TIFF
+AVIF_HEAD_BYTES = 4096  # ours: where the bits of an AVIF are looked for
 BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)  # the signature has two letters only, so this field is checked too
-JPEG_FRAMES, JPEG_SCAN = (0xC0, 0xC2), 0xDA  # ITU T.81, table B.1: baseline, progressive; start of scan
-JPEG_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # Huffman, quantisation, restart interval; JFIF's segment; comment
 MAX_STRETCH = 20  # ours: aspect above which a strip is enlarged less
 HARMLESS_PIXELS = 1 << 22  # ours: 12 MiB of RGB are harmless at any compression ratio
 CORPUS_PNG_LEVEL = 6  # of every PNG in a corpus; another level would change the bytes of finished corpora
 PNG_LEVEL = 1  # of results: a fifth of level 6's time, and files 4 % larger (docs/benchmarks.md)
 RUN_LENGTHS = 3  # zlib's Z_RLE: on filtered photographs faster and smaller than its levels 1 to 3
 TEXT_LIMIT_BYTES = 1 << 20  # ours: longest value that encode_png writes
-OTHER_PICTURES = (  # (offset, signature, name): recognised so that the error names the format
-    (0, b"8BPS", "PSD"),
-    (0, b"%!PS", "EPS"),
-    (0, b"%PDF", "PDF"),
-    (0, b"SIMPLE  =", "FITS"),
-    (0, b"\x00\x00\x01\x00", "ICO"),
-    (0, b"\x00\x00\x01\xba", "MPEG"),
-    (0, b"\x00\x00\x01\xb3", "MPEG"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (4, b"JXL ", "JPEG XL"),
-    (4, b"jP  ", "JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (0, b"II+\x00", "BigTIFF"),
-    (0, b"MM\x00+", "BigTIFF"),
-    (0, b"v/1\x01", "OpenEXR"),
-    (0, b"#?RADIANCE", "Radiance HDR"),
-    (0, b"<svg", "SVG"),
-    (4, b"ftyp", "HEIC or video"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,29 +128,26 @@ def sniff(data: bytes) -> str:
         return "GIF"
     if data[:4] in (b"II*\x00", b"MM\x00*"):
         return "TIFF"
-    if data[4:8] == b"ftyp":
-        size = min(int.from_bytes(data[:4], "big"), 256, len(data))
-        brands = [data[at : at + 4] for at in (8, *range(16, size - 3, 4))]
-        if any(brand in AVIF_BRANDS for brand in brands):
-            return "AVIF"
+    if is_avif(data):
+        return "AVIF"
     if data[:2] == b"BM" and len(data) >= 26 and int.from_bytes(data[14:18], "little") in BMP_HEADER_SIZES:
         return "BMP"
-    for offset, signature, name in OTHER_PICTURES:
-        if data[offset : offset + len(signature)] == signature:
-            raise SampleError("unsupported_format", f"{name} is not among {', '.join(FORMATS)}")
+    if name := other_format(data):
+        raise SampleError("unsupported_format", f"{name} is not among {', '.join(FORMATS)}")
     raise SampleError("not_image", f"the first bytes ({data[:8]!r}) are of no known picture format")
 
 
-def probe(data: bytes, limits: Limits = Limits(), key: str = "") -> Info:
-    """Read the header only, and check it against the limits.
+def probe(data: bytes, limits: Limits = Limits(), key: str = "", opener: Opener | None = None) -> Info:
+    """Read the header only, and check it against the limits; `opener` as in decode_file.
 
     Raises:
         SampleError: like `decode`, except for faults in the pixels.
     """
-    with _as_sample_errors(key), _open(data, limits) as (picture, kind):
+    with _as_sample_errors(key), _open(data, limits, opener) as (picture, kind, _):
         width, height = picture.size
-        # the size of a TIFF is the upright one
-        swaps_sides = not isinstance(picture, TiffPicture) and kind != "TIFF" and _orientation(picture) >= 5
+        # the size of a TIFF is the upright one, and openers give upright pictures
+        as_stored = not isinstance(picture, TiffPicture) and kind != "TIFF" and opener is None
+        swaps_sides = as_stored and _orientation(picture) >= 5  # type: ignore[arg-type]
         return Info(format=kind, width=height if swaps_sides else width, height=width if swaps_sides else height)
 
 
@@ -189,7 +169,7 @@ def decode(data: bytes, limits: Limits = Limits(), key: str = "") -> Image:
     Raises:
         SampleError: with a code from the top of this file; no other exception is raised.
     """
-    return _decode(data, limits, key, BACKGROUND).image
+    return _decode(data, limits, key, BACKGROUND).parts.image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,35 +194,110 @@ def decode_parts(data: bytes, limits: Limits = Limits(), key: str = "") -> Decod
     Raises:
         SampleError: like decode.
     """
-    decoded = _decode(data, limits, key, None)
+    return decode_file(data, limits, key).parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileParts:
+    """All that one pass over a picture's file gives.
+
+    Attributes:
+        parts: the upright pixels.
+        format: as in FORMATS, or of an opener.
+        profile: the ICC profile of the pixels, which were kept in the file's colour space; b"" for sRGB.
+        bits: of a channel in the file; more than 8 were reduced to 8.
+        orientation: EXIF orientation that was applied, 1..8.
+        exif, xmp: as the file holds them, untrusted; b"" for none.
+    """
+
+    parts: Decoded
+    format: str
+    profile: bytes = b""
+    bits: int = 8
+    orientation: int = 1
+    exif: bytes = b""
+    xmp: bytes = b""
+
+
+Opener = Callable[[bytes, Limits], tuple[Pillow.Image, str, int]]
+"""(bytes, limits) -> a picture opened by another decoder, its format and its bits; it has checked the limits."""
+
+
+def decode_file(
+    data: bytes, limits: Limits = Limits(), key: str = "", keep_profile: bool = False, opener: Opener | None = None
+) -> FileParts:
+    """Decode like `decode_parts`, with what the file says besides pixels.
+
+    Args:
+        keep_profile: leave pixels with a profile for RGB in its space instead of converting them.
+        opener: of a format that is not in FORMATS.
+
+    Raises:
+        SampleError: like decode.
+    """
+    file = _decode(data, limits, key, None, keep_profile, opener)
+    decoded = file.parts
     image = decoded.image if decoded.alpha is None else spread_colors(decoded.image, decoded.alpha)
     channels = [image[..., c] for c in range(3)]
     gray = bool((channels[0] == channels[1]).all() and (channels[1] == channels[2]).all())
-    return Decoded(image=image, alpha=decoded.alpha, gray=gray)
+    return replace(file, parts=Decoded(image=image, alpha=decoded.alpha, gray=gray))
 
 
-def _decode(data: bytes, limits: Limits, key: str, background: int | None) -> Decoded:
+def _decode(
+    data: bytes,
+    limits: Limits,
+    key: str,
+    background: int | None,
+    keep_profile: bool = False,
+    opener: Opener | None = None,
+) -> FileParts:
     """Decode the upright picture on a background; with None, return alpha separately."""
     with _as_sample_errors(key):
-        rgb = _bare_jpeg(data, limits)
+        rgb = _bare_jpeg(data, limits) if opener is None else None
         if rgb is not None:
-            return Decoded(image=rgb, alpha=None, gray=False)
-        with _open(data, limits) as (picture, kind):
+            return FileParts(parts=Decoded(image=rgb, alpha=None, gray=False), format="JPEG")
+        with _open(data, limits, opener) as (picture, kind, bits):
             if isinstance(picture, TiffPicture):
-                rgb, alpha = _tiff_parts(picture)
-                orientation = picture.layout.orientation
+                tags = picture.layout.tags
+                profile = tiff_profile(tags, data)
+                kept = profile if keep_profile and profile and picture.layout.photometric == RGB else None
+                rgb, alpha = _tiff_parts(picture, None if kept else profile)
+                orientation, exif, xmp = picture.layout.orientation, data, tags.get(XMP_TAG, b"")
             else:
-                rgb, alpha = _colour_jpeg(data, picture), None
+                turbo = picture.format == "JPEG" and picture.mode == "RGB"
+                rgb, alpha = decode_turbo(data, picture.size[::-1]) if turbo else None, None
                 if rgb is None:
                     picture.load()
-                    rgb, alpha = srgb_and_alpha(picture, declared_profile(picture, kind, data))
-                orientation = _orientation(picture)  # after load, because Pillow rotates a TIFF and drops the tag
+                profile = declared_profile(picture, kind, data)
+                kept = profile if keep_profile and profile and picture.mode in COLOUR_MODES else None
+                if rgb is None:
+                    rgb, alpha = srgb_and_alpha(picture, None if kept else profile)
+                elif profile and not kept:
+                    srgb = to_srgb(Pillow.fromarray(rgb), profile)
+                    rgb = rgb if srgb is None else np.array(srgb)
+                # after load, because Pillow rotates a TIFF and drops the tag; openers give upright pictures
+                orientation = _orientation(picture) if opener is None else 1
+                exif, xmp = (picture.info.get(name) or b"" for name in ("exif", "xmp"))
+                exif = data if kind == "TIFF" else exif
             if alpha is not None and background is not None:
                 rgb = _on_background(rgb, alpha, background)
             upright = np.ascontiguousarray(_upright(rgb, orientation))
             if alpha is not None:
                 alpha = np.ascontiguousarray(_upright(alpha, orientation))
-            return Decoded(image=upright, alpha=alpha, gray=False)
+            return FileParts(
+                parts=Decoded(image=upright, alpha=alpha, gray=False),
+                format=kind,
+                profile=kept or b"",
+                bits=bits,
+                orientation=orientation,
+                exif=_as_bytes(exif),
+                xmp=_as_bytes(xmp),
+            )
+
+
+def _as_bytes(value: object) -> bytes:
+    """Metadata as bytes; b"" for a value of another type."""
+    return value.encode(errors="replace") if isinstance(value, str) else value if isinstance(value, bytes) else b""
 
 
 def flatten(parts: Decoded) -> Image:
@@ -389,7 +444,7 @@ def read_png_text(data: bytes) -> dict[str, str]:
     with _as_sample_errors(""):
         if sniff(data) != "PNG":
             raise SampleError("unsupported_format", "only PNG files carry text chunks")
-        _check_png_chunks(data)
+        check_png_chunks(data)
         with Pillow.open(io.BytesIO(data), formats=("PNG",)) as picture:
             assert isinstance(picture, PngImagePlugin.PngImageFile)
             return {str(keyword): str(value) for keyword, value in picture.text.items()}
@@ -419,31 +474,44 @@ def _as_sample_errors(key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _open(data: bytes, limits: Limits) -> Iterator[tuple[Pillow.Image | TiffPicture, str]]:
-    """Open the header with the decoder of the signature's format, and check the limits."""
-    kind = sniff(data)
+def _open(
+    data: bytes, limits: Limits, opener: Opener | None = None
+) -> Iterator[tuple[Pillow.Image | TiffPicture, str, int]]:
+    """Open the header with the decoder of the signature's format, and check the limits; the third value is the bits."""
+    if opener is not None:
+        limits.check_bytes(len(data))
+        opened, kind, bits = opener(data, limits)
+        with opened as picture:
+            check_size(*picture.size, len(data), limits)
+            yield picture, kind, bits
+        return
+    kind, bits = sniff(data), 8
     limits.check_bytes(len(data))
     if kind == "PNG":
         _check_png_size(data, limits)
-        _check_png_chunks(data)
+        check_png_chunks(data)
+        bits = data[24]
     if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
         raise SampleError("truncated", f"the WebP header promises more than the {len(data)} bytes present")
+    if kind == "AVIF" and (at := data.find(b"pixi", 0, AVIF_HEAD_BYTES)) >= 0:  # version, flags, channels, bits of each
+        bits = int.from_bytes(data[at + 9 : at + 10], "big")
     if kind == "TIFF":
         layout = read_layout(data)
-        _check_size(*layout.size, len(data), limits)
+        check_size(*layout.size, len(data), limits)
         if layout.compression not in TiffImagePlugin.COMPRESSION_INFO:
             raise SampleError("unsupported_mode", f"the TIFF's compression {layout.compression} is not supported")
+        bits = layout.bits
         if not layout.read_by_pillow:
             if layout.pages > 1:
                 raise SampleError("animated", "the TIFF holds several frames or pages")
-            yield TiffPicture(data=data, layout=layout), kind
+            yield TiffPicture(data=data, layout=layout), kind, bits
             return
     _raise_pillow_limit(limits.max_pixels)
     with Pillow.open(io.BytesIO(data), formats=(kind,)) as picture:
-        _check_size(*picture.size, len(data), limits)
+        check_size(*picture.size, len(data), limits)
         if picture.format != "MPO" and getattr(picture, "is_animated", False):
             raise SampleError("animated", f"the {kind} holds several frames or pages")
-        yield picture, kind
+        yield picture, kind, bits
 
 
 def _raise_pillow_limit(max_pixels: int) -> None:
@@ -455,7 +523,7 @@ def _raise_pillow_limit(max_pixels: int) -> None:
         Pillow.MAX_IMAGE_PIXELS = max_pixels
 
 
-def _check_size(width: int, height: int, n_bytes: int, limits: Limits) -> None:
+def check_size(width: int, height: int, n_bytes: int, limits: Limits) -> None:
     """Check the header's width and height against the limits."""
     if width * height > limits.max_pixels:
         detail = f"{width} x {height} pixels exceed the limit of {limits.max_pixels} ({limits.pixels_option})"
@@ -473,25 +541,7 @@ def _check_png_size(data: bytes, limits: Limits) -> None:
     if len(data) < 24:
         raise SampleError("truncated", "the PNG ends inside its header")
     width, height = struct.unpack(">II", data[16:24])
-    _check_size(width, height, len(data), limits)
-
-
-def _check_png_chunks(data: bytes) -> None:
-    """Refuse a PNG without IEND or with a wrong checksum in a critical chunk; Pillow does not check pixel chunks."""
-    view, offset = memoryview(data), len(PNG_SIGNATURE)
-    while True:
-        if offset + 12 > len(data):
-            raise SampleError("truncated", "the PNG ends before its end chunk")
-        length, name = int.from_bytes(view[offset : offset + 4], "big"), bytes(view[offset + 4 : offset + 8])
-        end = offset + 12 + length
-        if end > len(data):
-            raise SampleError("truncated", f"the PNG ends inside its {name!r} chunk")
-        critical = not name[0] & 0x20  # PNG specification 5.4: bit 5 of the first letter
-        if critical and zlib.crc32(view[offset + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-            raise SampleError("corrupt", f"wrong checksum in the PNG's {name!r} chunk")
-        if name == b"IEND":
-            return
-        offset = end
+    check_size(width, height, len(data), limits)
 
 
 def _orientation(picture: Pillow.Image) -> int:
@@ -515,66 +565,22 @@ def _upright(image: Image, orientation: int) -> Image:
 
 
 def _bare_jpeg(data: bytes, limits: Limits) -> Image | None:
-    """Decode a JPEG that has only pixels and tables; return None for others and for faulty ones.
-
-    Pillow calls the same library with the same settings, so the pixels are equal. For a small picture, opening and
-    copying in Pillow take nearly as long as decoding.
+    """Decode a JPEG that has only pixels and tables; None for others and for faulty ones.
 
     Raises:
         SampleError: too_large, too_small, aspect.
     """
-    size = _bare_jpeg_size(data)
+    size = bare_jpeg_size(data)
     if size is None:
         return None
     limits.check_bytes(len(data))
-    _check_size(size[1], size[0], len(data), limits)
-    return _turbo(data, size)
+    check_size(size[1], size[0], len(data), limits)
+    return decode_turbo(data, size)
 
 
-def _bare_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return (height, width) of a JPEG of 8 bits and three channels without metadata; None for others."""
-    if data[:3] != b"\xff\xd8\xff":
-        return None
-    at, size = 2, None
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == JPEG_SCAN:
-            return size
-        if marker in JPEG_FRAMES:
-            if size is not None or data[at + 4] != 8 or data[at + 9] != 3:
-                return None
-            size = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
-        elif marker not in JPEG_TABLES:
-            return None
-        at += 2 + length
-    return None
-
-
-def _colour_jpeg(data: bytes, picture: Pillow.Image) -> Image | None:
-    """Decode a colour JPEG that Pillow has opened to sRGB, not yet upright; None if Pillow must decode it."""
-    if picture.format != "JPEG" or picture.mode != "RGB":
-        return None
-    rgb = _turbo(data, (picture.height, picture.width))
-    profile = declared_profile(picture, "JPEG", data) if rgb is not None else None
-    srgb = to_srgb(Pillow.fromarray(rgb), profile) if rgb is not None and profile else None
-    return rgb if srgb is None else np.array(srgb)
-
-
-def _turbo(data: bytes, size: tuple[int, int]) -> Image | None:
-    """Decode a JPEG with libjpeg-turbo; None if it has faults or its size differs from (height, width)."""
-    try:
-        if simplejpeg.decode_jpeg_header(data)[:2] != size:
-            return None
-        rgb: Image = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:  # also for faults that Pillow tolerates, such as stray bytes between segments
-        return None
-    return rgb
-
-
-def _tiff_parts(picture: TiffPicture) -> tuple[Image, np.ndarray | None]:
+def _tiff_parts(picture: TiffPicture, profile: bytes | None) -> tuple[Image, np.ndarray | None]:
     """Decode a TIFF without Pillow, to the same parts as srgb_and_alpha."""
     loaded, alpha = picture.load()
-    profile = tiff_profile(picture.layout.tags, picture.data)
     srgb = to_srgb(loaded, profile) if profile else None
     rgb = np.array((srgb if srgb is not None else loaded).convert("RGB"))
     return rgb, alpha if alpha is not None and alpha.min() < 255 else None

@@ -1,4 +1,4 @@
-"""Restoration of single pictures: bytes in, PNG bytes out. Batch jobs and the service share it.
+"""Restoration of single pictures: bytes of a file in, bytes of a file out. Batch jobs and the service share it.
 
 Both call `restore_pictures`. So the service and a batch job write the same bytes for the same model, key, seed, options
 and batch size; float rounding may differ with the batch size. Torch-free: the restorer is an argument.
@@ -24,13 +24,11 @@ from components.images import (
     Decoded,
     Limits,
     check_png_level,
-    decode,
-    decode_parts,
-    encode_png,
     flatten,
 )
 from components.naming import printable, shorten
 from components.options import TEXTS, OptionCheck, UnknownOption
+from components.picture_files import SETTINGS, Encoded, FileSettings, PictureFile, decode_any, encode_file, read_file
 from components.randomness import stream_key
 from components.types import Cancellation, Cancelled, Image, OnStep, Request, Restored, Restorer, SampleError
 
@@ -44,7 +42,7 @@ KEEP = "keep"  # as scale: that of the model's networks
 MAX_SEED = 2**63 - 1
 SIDES = ("height", "width")  # options of every system, as are TEXTS and the CHOICES:
 CHOICES: Mapping[str, tuple[str, ...]] = {"alpha": ("keep", "restore", "flatten"), "gray": ("keep", "color")}
-COMMON = (*TEXTS, *SIDES, "scale", *CHOICES, "png_level")
+COMMON = (*TEXTS, *SIDES, "scale", *CHOICES, "png_level", *SETTINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +80,7 @@ class Ask:
         options: system-specific options in the system's types.
         max_output_pixels: a larger result is refused; not part of `document` and `digest`.
         png_level: of the results' compression, 0 to 9; not part of them either, as pixels do not depend on it.
+        file: how results are written; has a document of its own.
     """
 
     prompt: str = ""
@@ -93,6 +92,7 @@ class Ask:
     options: Mapping[str, Any] = field(default_factory=dict)
     max_output_pixels: int = MAX_OUTPUT_PIXELS
     png_level: int = PNG_LEVEL
+    file: FileSettings = field(default_factory=FileSettings)
 
     def document(self) -> dict[str, Any]:
         """Return the options as JSON, without defaults."""
@@ -215,6 +215,7 @@ def parse_ask(
         )
     scale = _scale(rest.pop("scale", None), sides, own_scale)
     png_level = check_png_level(rest.pop("png_level", PNG_LEVEL))
+    file = FileSettings(**{name: rest.pop(name) for name in SETTINGS if name in rest})
     kinds = {name: rest.pop(name, choices[0]) for name, choices in CHOICES.items()}
     for name, kind in kinds.items():
         if kind not in CHOICES[name]:
@@ -234,6 +235,7 @@ def parse_ask(
         options=system_options,
         max_output_pixels=max_output_pixels,
         png_level=png_level,
+        file=file,
     )
 
 
@@ -261,9 +263,9 @@ def restore_batch(
     limits: Limits = ANY_SHAPE,
     cancelled: Cancelled | None = None,
 ) -> list[bytes | SampleError]:
-    """Decode, restore and encode pictures: the PNGs of `restore_pictures`, with its errors."""
+    """Decode, restore and encode pictures: the files of `restore_pictures`, with its errors."""
     results = restore_pictures(restorer, identity, pictures, ask, limits, cancelled)
-    return [result if isinstance(result, SampleError) else result.png() for result in results]
+    return [result if isinstance(result, SampleError) else result.encode().data for result in results]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,18 +273,28 @@ class Result:
     """A restored picture before its encoding, which needs no network and takes long: callers do it in another thread.
 
     Attributes:
-        image: uint8, as encode_png accepts.
-        text: text chunks of the PNG.
-        level: of the compression.
+        image: uint8, as encode_file accepts.
+        text: what the result says about itself.
+        level: of a PNG's compression.
+        file: how it is written.
+        source: record of the source's file, without pixels.
+        facts: what XMP says besides `text`.
     """
 
     image: Image
     text: Mapping[str, str]
     level: int
+    file: FileSettings
+    source: PictureFile
+    facts: Mapping[str, str] = field(default_factory=dict)
 
-    def png(self) -> bytes:
-        """Encode the picture."""
-        return encode_png(self.image, self.text, self.level)
+    def encode(self) -> Encoded:
+        """Encode the picture.
+
+        Raises:
+            SampleError: the format has no pictures of that size.
+        """
+        return encode_file(self.image, self.file, self.source, self.text, self.level, self.facts)
 
 
 def restore_pictures(
@@ -312,15 +324,15 @@ def restore_pictures(
     results: dict[int, Result | SampleError] = {}
     requests: dict[int, Request] = {}
     alphas: dict[int, Request] = {}  # alpha as gray pictures
-    parts: dict[int, Decoded] = {}
+    files: dict[int, PictureFile] = {}
     for index, picture in enumerate(pictures):
         try:
-            parts[index] = decode_parts(picture.data, limits, picture.key)
-            requests[index] = _request(picture, parts[index], ask.with_prompt(picture.prompt), limits)
+            files[index] = read_file(picture.data, limits, picture.key, ask.file)
+            requests[index] = _request(picture, files[index].parts, ask.with_prompt(picture.prompt), limits)
         except SampleError as error:
             results[index] = error
             continue
-        alpha = parts[index].alpha
+        alpha = files[index].parts.alpha
         if alpha is not None and ask.alpha == "restore":
             alphas[index] = replace(
                 requests[index],
@@ -336,9 +348,19 @@ def restore_pictures(
         if isinstance(restored, SampleError) or isinstance(mask, SampleError):
             results[index] = restored if isinstance(restored, SampleError) else mask  # type: ignore[assignment]
         else:
-            image = _with_parts(restored.image, parts[index], ask, mask.image if mask is not None else None)
-            text = png_text(identity, pictures[index], ask, restored)
-            results[index] = Result(image=image, text=text, level=ask.png_level)
+            file = files.pop(index)
+            results[index] = Result(
+                image=_with_parts(restored.image, file.parts, ask, mask.image if mask is not None else None),
+                text=png_text(identity, pictures[index], ask, restored),
+                level=ask.png_level,
+                file=ask.file,
+                source=file.without_pixels(),
+                facts={
+                    "licence": identity.licence,
+                    "permitted_use": identity.permitted_use,
+                    "options_digest": ask.with_prompt(pictures[index].prompt).digest(),
+                },
+            )
     return [results[index] for index in range(len(pictures))]
 
 
@@ -348,7 +370,8 @@ def request_of(picture: Picture, ask: Ask, limits: Limits = ANY_SHAPE) -> Reques
     Raises:
         SampleError: the picture cannot be decoded, or its result would be too large.
     """
-    return _request(picture, decode_parts(picture.data, limits, picture.key), ask.with_prompt(picture.prompt), limits)
+    file = read_file(picture.data, limits, picture.key, ask.file)
+    return _request(picture, file.parts, ask.with_prompt(picture.prompt), limits)
 
 
 def _request(picture: Picture, parts: Decoded, ask: Ask, limits: Limits) -> Request:
@@ -358,7 +381,7 @@ def _request(picture: Picture, parts: Decoded, ask: Ask, limits: Limits) -> Requ
     reference = None
     if picture.reference:
         try:
-            reference = decode(picture.reference, limits, picture.key)
+            reference = decode_any(picture.reference, limits, picture.key)
         except SampleError as error:
             raise SampleError(error.code, f"of the reference: {error.detail}", picture.key) from error
     return Request(
@@ -375,7 +398,7 @@ def _request(picture: Picture, parts: Decoded, ask: Ask, limits: Limits) -> Requ
 
 def _reference_alpha(picture: Picture, limits: Limits) -> Image:
     """Return the alpha of a reference as a gray picture [H, W, 3]; opaque if the reference has no alpha."""
-    parts = decode_parts(picture.reference, limits, picture.key)
+    parts = read_file(picture.reference, limits, picture.key).parts
     alpha = np.full(parts.image.shape[:2], 255, np.uint8) if parts.alpha is None else parts.alpha
     return np.dstack([alpha] * 3)
 
@@ -384,7 +407,7 @@ def _with_parts(image: Image, parts: Decoded, ask: Ask, restored_alpha: Image | 
     """Make a restored picture [H, W, 3] gray if its source is gray, and add its source's alpha.
 
     Returns:
-        uint8 [H, W], [H, W, 2], [H, W, 3] or [H, W, 4], as encode_png accepts.
+        uint8 [H, W], [H, W, 2], [H, W, 3] or [H, W, 4], as encode_file accepts.
     """
     gray = parts.gray and ask.gray == "keep"
     planes = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)] if gray else [image]
@@ -402,7 +425,7 @@ def _with_parts(image: Image, parts: Decoded, ask: Ask, restored_alpha: Image | 
 
 
 def png_text(identity: Identity, picture: Picture, ask: Ask, restored: Restored) -> dict[str, str]:
-    """Return the text chunks of the result, enough to reproduce it; no metadata of the input file is copied."""
+    """Return what the result says about itself, enough to reproduce it: text chunks of a PNG, XMP of other formats."""
     return {
         **restored.info,
         "software": "restoray",
@@ -415,6 +438,7 @@ def png_text(identity: Identity, picture: Picture, ask: Ask, restored: Restored)
         "source_sha256": hashlib.sha256(picture.data).hexdigest(),
         **({"reference_sha256": hashlib.sha256(picture.reference).hexdigest()} if picture.reference else {}),
         "options": json.dumps(ask.with_prompt(picture.prompt).document(), sort_keys=True),
+        **({"file": json.dumps(ask.file.document(), sort_keys=True)} if ask.file.document() else {}),
     }
 
 

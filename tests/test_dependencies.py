@@ -24,6 +24,7 @@ from pipelines.commands.packages import CV2_BUILDS, IMPORTS
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
+    "pillow_jxl": "pillow-jxl-plugin",
     "skimage": "scikit-image",
     "yaml": "pyyaml",
 }

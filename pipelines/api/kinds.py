@@ -188,7 +188,7 @@ def _as_pillow(result: Result, mode: str = "") -> Pillow.Image:
 
 
 def _as_bytes(result: Result) -> RestoredBytes:
-    data = RestoredBytes(result.png())
+    data = RestoredBytes(result.encode().data)
     data.info = dict(result.text)
     return data
 

@@ -59,3 +59,8 @@ def caption_spec(model: str, overrides: Sequence[str] = ()) -> CaptionSpec:
         raise UsageError(" ".join(str(error).split())) from error
     assert isinstance(spec, CaptionSpec)
     return spec
+
+
+def file_options(**settings: str | int | None) -> dict[str, str | int]:
+    """Those settings of a result's file that were given: format, quality, bits, metadata, icc."""
+    return {name: value for name, value in settings.items() if value is not None}

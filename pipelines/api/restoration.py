@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.images import Limits
-from pipelines.api.options import build_options, caption_spec, picture_limits
+from pipelines.api.options import build_options, caption_spec, file_options, picture_limits
 from pipelines.core.cluster import running_ray
 from pipelines.core.console import Console
 from pipelines.core.devices import check_device
 from pipelines.core.errors import UsageError
-from pipelines.core.pictures import list_pictures
 from pipelines.core.placement import Needs
-from pipelines.core.places.place import Place, Where, place_of
+from pipelines.core.places.place import Place, place_of
 from pipelines.core.pool import Pool
 from pipelines.restoration.batch import RestoreJob, RestoreResult, restore_folder
 from pipelines.restoration.models import OpenedModel, open_models
 from pipelines.restoration.prompts import AUTO, job_captioner, read_prompts
 from pipelines.restoration.routes import read_routes
+from pipelines.restoration.sources import Sources, list_sources
 from pipelines.runs.registry import local_model
 from pipelines.service.front import ServeLimits
 
@@ -42,6 +42,8 @@ class FolderJob:
         captioner, caption_view: who writes the missing prompts, and of which view of the picture.
         limits: larger inputs are refused.
         needs: where the workers may run, and how many.
+        column: the column with the pictures' bytes of a parquet file.
+        out_form: "files"; "tar" or "parquet" for one tar or table for each input.
     """
 
     seed: int = 0
@@ -52,6 +54,8 @@ class FolderJob:
     caption_view: str = AUTO
     limits: Limits
     needs: Needs = field(default_factory=Needs)
+    column: str = ""
+    out_form: str = "files"
 
 
 def restore(
@@ -72,16 +76,23 @@ def restore(
     workers: int = 0,
     max_megapixels: float = 50,
     max_megabytes: float | None = None,
+    column: str = "",
+    out_form: str = "files",
+    format: str | None = None,  # noqa: A002 the option's name
+    quality: int | None = None,
+    bits: int | None = None,
+    metadata: str | None = None,
+    icc: str | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> RestoreResult:
-    """Restore a folder of pictures with a pool of workers. The same call continues a job that was stopped.
+    """Restore pictures with a pool of workers. The same call continues a job that was stopped.
 
     `restoray.load` restores pictures in this process.
 
     Args:
-        source: a folder of pictures, or one picture; here or in a store.
-        out: folder of the PNG files and their records; here or in a store.
+        source: a picture, a folder, a pattern ("pics/**/*.jpg"), a tar, a parquet file or a corpus; here or in a store.
+        out: folder of the results and their records; here or in a store.
         model: a model, as in `load`; several that share a prior need `routes`.
         seed: with a picture's key it determines every random number.
         routes: file of {"key", "model"} lines (.jsonl or .csv), for several models.
@@ -93,6 +104,9 @@ def restore(
         offload: networks are on the GPU in turns, where the model's system can do it.
         workers: most processes; 0 takes the default.
         max_megapixels, max_megabytes: larger inputs are refused.
+        column: the column with the pictures' bytes of a parquet file.
+        out_form: "files"; "tar" or "parquet" for one tar or table for each input.
+        format, quality, bits, metadata, icc: of the results, see docs/restore.md; None takes the defaults.
         quiet: print no progress on standard error.
         options: of the restorer: prompt="", scale=2, steps=20.
 
@@ -115,9 +129,12 @@ def restore(
         caption_view=caption_view,
         limits=picture_limits(max_megapixels, max_megabytes),
         needs=Needs(workers=workers or None),
+        column=column,
+        out_form=out_form,
     )
+    files = file_options(format=format, quality=quality, bits=bits, metadata=metadata, icc=icc)
     build = build_options(device, precision, compile, offload)
-    return restore_pictures_of(source, out, _list(model), options, build, job, Console(silent=quiet))
+    return restore_pictures_of(source, out, _list(model), {**files, **options}, build, job, Console(silent=quiet))
 
 
 def restore_pictures_of(
@@ -134,10 +151,10 @@ def restore_pictures_of(
     Args:
         build: see build_options.
     """
-    src, results = place_of(source), place_of(out)
+    results = place_of(out)
     if isinstance(results, Place):
         results.check()
-    sources, _ = list_pictures(src, results)
+    listing = list_sources(str(source), results, job.column)
     if job.captioner is None and job.caption_view != AUTO:
         raise UsageError("--caption-view needs --captioner.")
     opened = open_models([local_model(str(model)) for model in models], build)
@@ -149,22 +166,21 @@ def restore_pictures_of(
             "these models were trained with different prompts around captions: restore their pictures apart."
         )
     pool = Pool(num_gpus=float(build.get("device") == "cuda")).placed(job.needs)
-    restore_job = _restore_job(opened, sources, src, options, job, str(build.get("device", "cpu")))
+    restore_job = _restore_job(opened, listing, options, job, str(build.get("device", "cpu")))
     with running_ray(), console.bar("restore") as progress:
-        return restore_folder(opened, src, results, restore_job, pool, progress)
+        return restore_folder(opened, listing, results, restore_job, pool, progress)
 
 
 def _restore_job(
     opened: OpenedModel,
-    sources: Mapping[str, Where],
-    src: Where,
+    listing: Sources,
     options: Mapping[str, Any],
     job: FolderJob,
     device: str,
 ) -> RestoreJob:
     """Check the options, and read the files of prompts and routes."""
     ask, identity = opened.request_options(options), opened.identity
-    writer = None
+    src, sources, writer = listing.root, listing.pictures, None
     own = read_prompts(job.prompts, sources, src, identity.frame) if job.prompts is not None else None
     if job.captioner is not None:
         writer = job_captioner(caption_spec(job.captioner), job.caption_view, identity, device)
@@ -176,6 +192,7 @@ def _restore_job(
         captioner=writer,
         limits=job.limits,
         routes=read_routes(job.routes, sources, src, opened.choices) if job.routes is not None else None,
+        out_form=job.out_form,
     )
 
 

@@ -34,7 +34,12 @@ from pipelines.core.placement import read_needs
 
 
 def restore(
-    source: Annotated[str, typer.Argument(help="A folder of pictures, here or in a store: s3://bucket/folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A picture, a folder, a pattern ('pics/**/*.jpg'), tar, parquet file or corpus; here or in a store."
+        ),
+    ],
     out: RequiredPlace,
     models: ModelsOption = None,
     routes: Annotated[
@@ -62,6 +67,22 @@ def restore(
     caption_view: Annotated[
         str, typer.Option(help="View for the captioner: lq, coarse, or auto (coarse if the model has it).")
     ] = "auto",
+    column: Annotated[str, typer.Option(help="The column with the pictures' bytes of a parquet file.")] = "",
+    out_form: Annotated[
+        str, typer.Option("--out-form", help="files; tar, for tars; parquet, for parquet files: one for each input.")
+    ] = "files",
+    file_format: Annotated[
+        str, typer.Option("--format", help="Format of the results: png, jpeg, webp, avif, tiff, or like the input.")
+    ] = "png",
+    quality: Annotated[int | None, typer.Option(help="1 to 100, for JPEG (92), WebP (90) and AVIF (80).")] = None,
+    bits: Annotated[int, typer.Option(help="Bits of a channel: 8, or 16 in PNG and TIFF.")] = 8,
+    metadata: Annotated[
+        str,
+        typer.Option(help="EXIF and XMP of the input: private (no places, owners and serial numbers), keep, none."),
+    ] = "private",
+    icc: Annotated[
+        str, typer.Option(help="Colour profile of the input: convert to sRGB, or keep the pixels in its space.")
+    ] = "convert",
     max_megapixels: MaxMegapixels = 50,
     max_megabytes: MaxMegabytes = None,
     device: Device = "cpu",
@@ -72,8 +93,8 @@ def restore(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Restore a folder of pictures; KEY=VALUE sets the options of the restorer."""
-    from pipelines.api.options import build_options, picture_limits
+    """Restore pictures; KEY=VALUE sets the options of the restorer."""
+    from pipelines.api.options import build_options, file_options, picture_limits
     from pipelines.api.restoration import FolderJob, restore_pictures_of
 
     console = Console(silent=as_json)
@@ -87,8 +108,12 @@ def restore(
         caption_view=caption_view,
         limits=picture_limits(max_megapixels, max_megabytes),
         needs=read_needs(placement or []),
+        column=column,
+        out_form=out_form,
     )
-    options, build = parse_options(overrides or []), build_options(device, precision, compile_mode, offload)
+    files = file_options(format=file_format, quality=quality, bits=bits, metadata=metadata, icc=icc)
+    options = {**files, **parse_options(overrides or [])}
+    build = build_options(device, precision, compile_mode, offload)
     result = restore_pictures_of(source, out, models or [SHIPPED_MODEL], options, build, job, console)
     pictures = result.restored + result.skipped + result.quarantined
     line = f"{result.restored} restored, {result.skipped} done before, {result.quarantined} quarantined; {out}"

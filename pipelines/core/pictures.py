@@ -13,7 +13,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -115,6 +115,26 @@ def list_pictures(src: Where, out: Where | None = None) -> tuple[dict[str, Path]
     return {key: path.absolute() for key, path in zip(keys, paths, strict=True)}, other_files
 
 
+def list_names(src: Where, out: Where | None = None, sidecars: frozenset[str] = SIDECARS) -> tuple[list[str], int]:
+    """Return the paths below a folder that `list_pictures` gives keys, sorted, and the number of other files.
+
+    Args:
+        src: an existing folder.
+        out: left out, as in `list_pictures`.
+        sidecars: suffixes of files that are no pictures.
+
+    Raises:
+        UsageError: `src` cannot be read, or is `out` itself.
+    """
+    if isinstance(src, Place):
+        return _stored_names(src, [name for name, _ in src.files()], out, sidecars)
+    out = None if isinstance(out, Place) else out
+    if out is not None and out.resolve() == src.resolve():
+        raise UsageError(f"{src} is both input and output; choose another output folder")
+    paths, other_files = _walk(src, out, sidecars)
+    return [path.relative_to(src).as_posix() for path in paths], other_files
+
+
 def _list_stored(src: Place, out: Where | None) -> tuple[dict[str, Where], int]:
     """`list_pictures` of a store: one listing, in pages."""
     src.check()
@@ -123,26 +143,35 @@ def _list_stored(src: Place, out: Where | None) -> tuple[dict[str, Where], int]:
         if src.is_file():
             return {file_key(src.stem): src}, 0
         raise UsageError(f"{src} does not exist")
+    pictures, other_files = _stored_names(src, names, out, SIDECARS)
+    if not pictures:
+        raise UsageError(f"{src} holds no pictures")
+    return {key: names[name] for key, name in zip(make_keys(pictures), pictures, strict=True)}, other_files
+
+
+def _stored_names(
+    src: Place, names: Iterable[str], out: Where | None, sidecars: frozenset[str]
+) -> tuple[list[str], int]:
+    """The names of a store's listing that may be pictures, sorted, and the number of the others."""
     if out == src:
         raise UsageError(f"{src} is both input and output; choose another output folder")
+    names = sorted(names)
     folders = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in OWN_MARKS}
     marks = {folder: mark for folder in folders if (mark := own_mark(src / folder if folder else src)) is not None}
     outputs = [f"{folder}/" for folder in marks if folder]
     if isinstance(out, Place) and str(out).startswith(f"{src}/"):
         outputs.append(f"{out.relative_to(src)}/")
     pictures, other_files = [], 0
-    for name in sorted(names):
+    for name in names:
         folder, _, last = name.rpartition("/")
         if name.startswith(tuple(outputs)) or any(map(is_system_name, folder.split("/"))):
             continue
         own_sheet = last == SHEET and marks.get(folder) == "records.jsonl"
-        if is_system_name(last) or os.path.splitext(last)[1].lower() in SIDECARS or own_sheet:
+        if is_system_name(last) or os.path.splitext(last)[1].lower() in sidecars or own_sheet:
             other_files += 1
         else:
             pictures.append(name)
-    if not pictures:
-        raise UsageError(f"{src} holds no pictures")
-    return {key: names[name] for key, name in zip(make_keys(pictures), pictures, strict=True)}, other_files
+    return pictures, other_files
 
 
 def pictures_by_key(folder: Path, missing: list[dict[str, str]]) -> dict[str, Path]:
@@ -206,29 +235,43 @@ def _read_stored(place: Place, limits: Limits | None) -> bytes:
     return data
 
 
-def make_keys(names: Sequence[str]) -> list[str]:
+def make_keys(names: Sequence[str], earlier: Mapping[str, str] | None = None) -> list[str]:
     """Return the keys of paths below one folder ("sub/b.png"), which differ also where letters' case does not count.
 
     If two paths would share a key, each of them keeps its suffix, and if that does not suffice, gets a hash of its
     path; but a path with a suffix of a picture does so for another picture only. So a key depends on its own path and
     on the paths that collide with it, not on their order.
+
+    Args:
+        names: paths, each once.
+        earlier: keys of an earlier job by path; a path keeps its key if it is one of its spellings, and the others give
+            way. So a file that is added later renames no result.
     """
-    spellings = [_spellings(name) for name in names]
-    others = [os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES for name in names]
-    levels = [0] * len(names)
+    spellings = [spellings_of(name) for name in names]
+    kept = [
+        spelling.index(key) if (key := (earlier or {}).get(name)) in spelling else None
+        for name, spelling in zip(names, spellings, strict=True)
+    ]
+    others = [
+        os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES and level is None
+        for name, level in zip(names, kept, strict=True)
+    ]
+    levels = [level or 0 for level in kept]
     for _ in range(len(spellings[0]) if names else 0):
         keys = [spelling[level] for spelling, level in zip(spellings, levels, strict=True)]
         uses = Counter(map(_folded, keys))
         rivals = Counter(_folded(key) for key, other in zip(keys, others, strict=True) if not other)
         folders = {_folded(folder) for key in keys for folder in _parents(key)}
         for number, key in enumerate(keys):
+            if kept[number] is not None:
+                continue
             if (uses if others[number] else rivals)[_folded(key)] > 1 or _folded(f"{key}.png") in folders:
                 levels[number] = min(levels[number] + 1, len(spellings[number]) - 1)
     return [spelling[level] for spelling, level in zip(spellings, levels, strict=True)]
 
 
-def _spellings(name: str) -> tuple[str, str, str]:
-    """The keys of a path, from the shortest to the one that no other path has."""
+def spellings_of(name: str) -> tuple[str, str, str]:
+    """The keys that a path may have, from the shortest to the one that no other path has."""
     folder, slash, last = name.rpartition("/")
     prefix = "".join(f"_{part}/" if part.casefold() in OWN_FILES else f"{part}/" for part in folder.split("/") if slash)
     stem = last[: len(last) - len(Path(last).suffix)]
@@ -246,7 +289,7 @@ def _parents(key: str) -> Iterator[str]:
     return ("/".join(parts[: count + 1]) for count in range(len(parts)))
 
 
-def _walk(src: Path, out: Path | None) -> tuple[list[Path], int]:
+def _walk(src: Path, out: Path | None, sidecars: frozenset[str] = SIDECARS) -> tuple[list[Path], int]:
     """Candidates below a folder in the order of their names, and the number of other files."""
     if own_mark(src) == "study.json":
         raise UsageError(f"{src} holds a study, and its pictures are plots; name a folder of pictures")
@@ -258,7 +301,7 @@ def _walk(src: Path, out: Path | None) -> tuple[list[Path], int]:
         paths += [Path(here) / name for name in folders if os.path.islink(os.path.join(here, name))]
         for name in sorted(names):
             path = Path(here) / name
-            if is_system_name(name) or path.suffix.lower() in SIDECARS or is_own_sheet(path):
+            if is_system_name(name) or path.suffix.lower() in sidecars or is_own_sheet(path):
                 other_files += 1
             else:
                 paths.append(path)

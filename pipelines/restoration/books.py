@@ -9,8 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from components.images import read_png_text
-from components.types import SampleError
+from components.picture_files import read_result_text
 from components.writing import LEFTOVERS
 from pipelines.core.console import Progress
 from pipelines.core.deaths import marks_in, remove_leftovers
@@ -18,6 +17,8 @@ from pipelines.core.errors import Failure, RetryLater, UsageError
 from pipelines.core.places.journals import Journal
 from pipelines.core.places.leases import Lease
 from pipelines.core.places.place import Place, Where
+from pipelines.restoration.parts import Part, Source
+from pipelines.restoration.shards import is_shard
 from pipelines.restoration.worker import Answer
 
 RECORD_FIELDS, QUARANTINE_FIELDS = ("key", "output", "output_sha256", "model_digest"), ("key", "code")
@@ -30,15 +31,24 @@ class Books:
     Args:
         out: the folder.
         lease: the job's lease, see folders.job_lock.
+        suffixes: of the results that the job may write.
+
+    Attributes:
+        rejects: rows of the earlier quarantine by key, once `open` has run.
     """
 
-    def __init__(self, out: Where, lease: Lease | None = None) -> None:
-        self.out, self.lease = out, lease
+    def __init__(self, out: Where, lease: Lease | None = None, suffixes: Sequence[str] = (".png",)) -> None:
+        self.out, self.lease, self.suffixes = out, lease, suffixes
         self.records, self.quarantine = out / "records.jsonl", out / "quarantine.jsonl"
         self.marks = out / ".attempts"
+        self.rejects: dict[str, dict[str, Any]] = {}
 
-    def open(self, sources: Mapping[str, Where]) -> dict[str, dict[str, Any]]:
+    def open(self, sources: Mapping[str, Source], shards: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         """Clean up after an earlier job and return the newest record by key. Only a newer record replaces a record.
+
+        Args:
+            sources: the pictures by key.
+            shards: tars or tables that hold the results, if they are no files.
 
         Raises:
             UsageError: a result or a list would overwrite a file of another program or of another command.
@@ -47,7 +57,11 @@ class Books:
         try:
             records = {record["key"]: record for record in self._journal(self.records).read(RECORD_FIELDS)}
             rejects = self._journal(self.quarantine).read(QUARANTINE_FIELDS)
-            self._check_outputs(sources, records)
+            self.rejects = {row["key"]: row for row in rejects}
+            if shards is None:
+                self._check_outputs(sources, records)
+            else:
+                self._check_shards(shards, records)
             marks_in(self.marks).clear()
             if isinstance(self.out, Path):
                 remove_leftovers(self.out, f"**/{LEFTOVERS}")
@@ -60,17 +74,26 @@ class Books:
     def _journal(self, path: Where) -> Journal:
         return Journal(path, self.lease)
 
-    def _check_outputs(self, sources: Mapping[str, Where], records: Mapping[str, Any]) -> None:
+    def _check_outputs(self, sources: Mapping[str, Source], records: Mapping[str, Any]) -> None:
         names = {name for name, _ in self.out.files()} if isinstance(self.out, Place) else None
         for key, source in sources.items():
-            path = self.out / f"{key}.png"
-            if f"{key}.png" not in names if names is not None else not os.path.lexists(str(path)):
-                continue
-            if _same(path, source) or (key not in records and not _is_result(path, key, source)):
-                raise UsageError(
-                    f"{path} would be overwritten, and no record lists it as a result of an earlier job; "
-                    "choose another output folder"
-                )
+            for name in [f"{key}{suffix}" for suffix in self.suffixes]:
+                path = self.out / name
+                if name not in names if names is not None else not os.path.lexists(str(path)):
+                    continue
+                recorded = records.get(key, {}).get("output") == name
+                if _same(path, source) or (not recorded and not _is_result(path, key, source)):
+                    raise UsageError(
+                        f"{path} would be overwritten, and no record lists it as a result of an earlier job; "
+                        "choose another output folder"
+                    )
+
+    def _check_shards(self, shards: Sequence[str], records: Mapping[str, Any]) -> None:
+        recorded = {record["output"] for record in records.values()}
+        for name in shards:
+            path = self.out / name
+            if path.exists() and name not in recorded and not is_shard(path):
+                raise UsageError(f"{path} would be overwritten, and it is no result; choose another output folder")
 
     def collect(self, answers: Iterator[Answer], of: int, progress: Progress) -> dict[str, int]:
         """Write the workers' answers as they arrive; return counts by status.
@@ -112,7 +135,10 @@ class Books:
         quarantine = sorted(self._journal(self.quarantine).read(), key=itemgetter("key"))
         bad = {row["key"] for row in quarantine}
         newest = {row["key"]: row for row in self._journal(self.records).read()}
-        records = {key: row for key, row in newest.items() if key not in bad or (self.out / row["output"]).exists()}
+        # an earlier result of a picture that is refused now stays, but not in a shard, which was written without it
+        stay = {key for key in bad & set(newest) if "member" not in newest[key]}
+        exist = {key for key in stay if (self.out / newest[key]["output"]).exists()}
+        records = {key: row for key, row in newest.items() if key not in bad or key in exist}
         self._journal(self.records).write(sorted(records.values(), key=itemgetter("key")))
         self._journal(self.quarantine).write(quarantine)
 
@@ -127,17 +153,19 @@ class Books:
             raise kind(f"nothing can be restored: {row['detail']}")
 
 
-def _same(path: Where, source: Where) -> bool:
+def _same(path: Where, source: Source) -> bool:
+    if isinstance(source, Part):
+        return False
     if isinstance(path, Place) or isinstance(source, Place):
         return path == source
     return path.resolve() == source.resolve()
 
 
-def _is_result(path: Where, key: str, source: Where) -> bool:
-    """Whether a PNG's text names this key and source: then a job was killed before it wrote the record."""
+def _is_result(path: Where, key: str, source: Source) -> bool:
+    """Whether a result's text names this key and source: then a job was killed before it wrote the record."""
     try:
-        text = read_png_text(path.read_bytes())
+        text = read_result_text(path.read_bytes())
         sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    except (OSError, SampleError):
+    except (OSError, ValueError):  # SampleError is a ValueError
         return False
     return (text.get("software"), text.get("key"), text.get("source_sha256")) == ("restoray", key, sha256)

@@ -19,6 +19,7 @@ from components.naming import printable
 from pipelines.core.errors import UsageError, unknown
 from pipelines.core.places.place import Place, Where
 from pipelines.core.tables import read_text, separator_of
+from pipelines.restoration.parts import Part, Source
 
 NAMES = ("key", "file_name")
 KINDS = (".jsonl", ".csv")
@@ -40,7 +41,7 @@ class PictureLine:
 
 
 def read_picture_lines(
-    path: Path, sources: Mapping[str, Where], src: Where, columns: tuple[str, ...], what: str
+    path: Path, sources: Mapping[str, Source], src: Where, columns: tuple[str, ...], what: str
 ) -> Iterator[PictureLine]:
     """Yield the lines of a file; errors about pictures that are not there come last.
 
@@ -84,7 +85,7 @@ def line_error(path: Path, number: int, reason: str) -> UsageError:
     return UsageError(f"{path}, line {number}: {reason}")
 
 
-def _keys_by_name(sources: Mapping[str, Where], src: Where) -> dict[str, set[str]]:
+def _keys_by_name(sources: Mapping[str, Source], src: Where) -> dict[str, set[str]]:
     """Keys of the pictures by each name that a file may use: key, path below `src`, file name; earlier kinds win.
 
     A path without its suffix comes last; it differs from the key where a name holds joiners, "x:y" or a rival's stem.
@@ -92,7 +93,7 @@ def _keys_by_name(sources: Mapping[str, Where], src: Where) -> dict[str, set[str
     as earlier versions wrote it, unless a picture has just that name.
     """
     exact: list[dict[str, set[str]]] = [{}, {}, {}, {}]
-    is_folder = src.is_dir()
+    is_folder = src.is_dir() or any(isinstance(path, Part) for path in sources.values())
     for key, path in sources.items():
         below = _below(path, src) if is_folder else PurePosixPath(path.name)
         exact[0].setdefault(printable(below.with_suffix("").as_posix()), set()).add(key)
@@ -108,7 +109,11 @@ def _keys_by_name(sources: Mapping[str, Where], src: Where) -> dict[str, set[str
     return names | exact[0] | exact[1] | exact[2] | exact[3]
 
 
-def _below(path: Where, src: Where) -> PurePosixPath:
+def _below(path: Source, src: Where) -> PurePosixPath:
+    if isinstance(path, Part):
+        inner = PurePosixPath(path.inner)
+        folder = _below(path.container, src).with_suffix("") if path.container != src else PurePosixPath()
+        return folder / inner
     if isinstance(path, Place):
         return path.relative_to(src) if isinstance(src, Place) else PurePosixPath(path.name)
     return PurePosixPath(path.relative_to(str(src.absolute())).as_posix())

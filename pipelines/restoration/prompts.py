@@ -21,6 +21,7 @@ from components.systems import SYSTEMS
 from components.types import Request, Restorer, SampleError
 from pipelines.core.errors import UsageError, unknown
 from pipelines.core.places.place import Where
+from pipelines.restoration.parts import Source
 from pipelines.restoration.picture_lines import line_error, read_picture_lines
 
 TEXTS = ("prompt", "caption", "text")
@@ -28,7 +29,7 @@ AUTO = "auto"
 """This view is the model's coarse restoration ("coarse") if it makes one, otherwise the picture itself ("lq")."""
 
 
-def read_prompts(path: Path, sources: Mapping[str, Where], src: Where, frame: str = "") -> dict[str, str]:
+def read_prompts(path: Path, sources: Mapping[str, Source], src: Where, frame: str = "") -> dict[str, str]:
     """Read the prompts by key; a picture without a line has no prompt.
 
     Args:

@@ -15,6 +15,7 @@ from components.options import OptionCheck
 from components.restoring import Identity
 from pipelines.core.errors import UsageError
 from pipelines.core.places.place import Where
+from pipelines.restoration.parts import Source
 from pipelines.restoration.picture_lines import line_error, read_picture_lines
 
 MIN_DIGEST_CHARS = 8
@@ -60,7 +61,7 @@ def choose(name: str, choices: Sequence[Choice]) -> Choice:
     raise UnknownModel(f"unknown model {name!r:.80}. {did_you_mean(name, list(names))}")
 
 
-def read_routes(path: Path, sources: Mapping[str, Where], src: Where, choices: Sequence[Choice]) -> dict[str, str]:
+def read_routes(path: Path, sources: Mapping[str, Source], src: Where, choices: Sequence[Choice]) -> dict[str, str]:
     """Read the models' digests by key.
 
     Args:

@@ -1,4 +1,4 @@
-"""The worker of a restoration job: reads pictures by path, writes PNG files, returns records."""
+"""The worker of a restoration job: reads pictures by path, writes results, returns records."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
-from components.images import Limits, probe
+from components.images import Limits
 from components.naming import printable
+from components.picture_files import SUFFIXES, Encoded, probe_file
 from components.restoring import Ask, Identity, Picture, Result, as_sample_error, request_of, restore_pictures
 from components.types import Restorer, SampleError
 from components.writing import write_error_reason
 from pipelines.core.deaths import MAX_DEATHS, WorkersDied, marks_in
 from pipelines.core.errors import RetryLater
-from pipelines.core.pictures import read_picture
 from pipelines.core.places.files import put, remove
 from pipelines.core.places.leases import Fence
 from pipelines.core.places.place import Where
 from pipelines.core.pool import THREADS, set_threads
 from pipelines.restoration.models import Factory
+from pipelines.restoration.parts import Source, read_source
 from pipelines.restoration.prompts import JobCaptioner, PictureCaptioner
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Task:
 
     Attributes:
         picture: key, seed and prompt; the worker reads its bytes.
-        source: path of the picture.
+        source: where the picture is.
         reference: path of a second picture, for options that need one.
         record: the picture's record of an earlier job; empty for a new picture.
         captioner: captioner that wrote the prompt, and its view; empty if no captioner did.
@@ -46,7 +47,7 @@ class Task:
     """
 
     picture: Picture
-    source: Where
+    source: Source
     reference: Where | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     captioner: Mapping[str, str] = field(default_factory=dict)
@@ -129,13 +130,13 @@ class RestoreWorker:
         for task in tasks:
             data = b""
             try:
-                data = self._read(task.source)
-                reference = self._read_reference(task.reference) if task.reference is not None else b""
+                data = self.read(task.source)
+                reference = self.read_reference(task.reference) if task.reference is not None else b""
                 task = replace(task, picture=replace(task.picture, data=data, reference=reference))
                 if self._up_to_date(task):
                     answers[task.key] = Answer(status="skipped", row={"key": task.key})
                 else:
-                    probe(data, self.settings.limits, task.key)  # a broken picture needs no model
+                    probe_file(data, self.settings.limits, task.key)  # a broken picture needs no model
                     remaining.append(task)
             except SampleError as error:
                 answers[task.key] = self._quarantine(task, error, data)
@@ -205,10 +206,10 @@ class RestoreWorker:
             return self._quarantine(task, result, task.picture.data)
         start = perf_counter()
         try:
-            png = result.png()
+            encoded = result.encode()
         except Exception as error:  # noqa: BLE001 - out of memory, for example; the job goes on
             return self._quarantine(task, as_sample_error(error, task.key), task.picture.data)
-        return self._write(task, png, seconds + perf_counter() - start)
+        return self._write(task, result, encoded, seconds + perf_counter() - start)
 
     def _with_prompt(self, task: Task) -> Task:
         """Return the task with the picture's own prompt, from the job or from the captioner, if there is one."""
@@ -229,18 +230,30 @@ class RestoreWorker:
             self.restorer.of_model(self.settings.identity_of(task).digest) if self.settings.siblings else self.restorer
         )
 
-    def _read(self, path: Where) -> bytes:
-        """Read a file's bytes; a file above the limit is refused before it is read."""
-        return read_picture(path, "", self.settings.limits)
+    def read(self, path: Source) -> bytes:
+        """Read a picture's bytes; one above the limit is refused before it is read."""
+        return read_source(path, "", self.settings.limits)
 
-    def _read_reference(self, path: Where) -> bytes:
+    def read_reference(self, path: Where) -> bytes:
+        """Read a second picture's bytes; the error names it."""
         try:
-            return self._read(path)
+            return self.read(path)
         except SampleError as error:
             raise SampleError(error.code, f"of the reference {printable(path.name)}: {error.detail}") from error
 
     def _up_to_date(self, task: Task) -> bool:
-        """Whether the record has this model, these options and these bytes, and its result is still there."""
+        """Whether the record matches, and its result is still there."""
+        try:
+            record = task.record
+            return (
+                self.matches(task)
+                and _sha256((self.settings.out / record["output"]).read_bytes()) == (record["output_sha256"])
+            )
+        except OSError:
+            return False
+
+    def matches(self, task: Task) -> bool:
+        """Whether the record has this model, these options and these bytes."""
         record, picture, settings = task.record, task.picture, self.settings
         prompt = picture.prompt
         if not prompt and settings.captioner is not None:  # the captioner would write the record's caption again
@@ -257,12 +270,9 @@ class RestoreWorker:
         }
         if any(record.get(name) != value for name, value in expected.items()):
             return False
-        if (record.get("build") or {}) != settings.build:
-            return False
-        try:
-            return _sha256((settings.out / record["output"]).read_bytes()) == record["output_sha256"]
-        except OSError:
-            return False
+        return (record.get("build") or {}) == settings.build and (
+            (record.get("file") or {}) == settings.ask.file.document()
+        )
 
     def _load(self, with_captioner: bool) -> bool:
         """Load the model, and the captioner if a picture needs it; after a failure `broken` holds the reason."""
@@ -289,14 +299,15 @@ class RestoreWorker:
             self.broken = f"{what} cannot be loaded: {type(error).__name__}: {error}"
         return None
 
-    def _write(self, task: Task, png: bytes, seconds: float) -> Answer:
+    def _write(self, task: Task, result: Result, encoded: Encoded, seconds: float) -> Answer:
         picture, settings = task.picture, self.settings
-        output, ask = f"{picture.key}.png", settings.ask.with_prompt(picture.prompt)
+        output, ask = f"{picture.key}{encoded.suffix}", settings.ask.with_prompt(picture.prompt)
         try:
             if settings.fence is not None:
                 settings.fence.check()
             (settings.out / output).parent.mkdir(parents=True, exist_ok=True)
-            put(settings.out / output, png)
+            put(settings.out / output, encoded.data)
+            self._remove_earlier(task, output)
         except OSError as error:
             return _fatal(task, f"cannot write {settings.out / output}: {write_error_reason(error)}")
         row = {
@@ -304,9 +315,9 @@ class RestoreWorker:
             "source": printable(str(task.source)),
             "source_sha256": _sha256(picture.data),
             "output": output,
-            "output_sha256": _sha256(png),
-            "width": int.from_bytes(png[16:20], "big"),  # IHDR
-            "height": int.from_bytes(png[20:24], "big"),
+            "output_sha256": _sha256(encoded.data),
+            "width": result.image.shape[1],
+            "height": result.image.shape[0],
             "seconds": round(seconds, 3),
             "seed": picture.seed,
             "model_digest": settings.identity_of(task).digest,
@@ -315,17 +326,25 @@ class RestoreWorker:
             **({"prompt": ask.prompt} if ask.prompt else {}),
             **({"captioner": dict(task.captioner)} if task.captioner else {}),
             **({"build": dict(settings.build)} if settings.build else {}),
+            **({"file": ask.file.document()} if ask.file.document() else {}),
+            **({"notes": [*result.source.notes, *encoded.notes]} if result.source.notes or encoded.notes else {}),
         }
         if picture.reference:
             row["reference_sha256"] = _sha256(picture.reference)
         return Answer(status="restored", row=row)
+
+    def _remove_earlier(self, task: Task, output: str) -> None:
+        """Remove an earlier result of the picture that has another name than the new one."""
+        earlier = str(task.record.get("output", output))
+        if earlier != output and earlier in {f"{task.key}{suffix}" for suffix in SUFFIXES.values()}:
+            remove(self.settings.out / earlier)
 
     def _quarantine(self, task: Task, error: SampleError, data: bytes) -> Answer:
         """Return the quarantine row; remove an earlier result if the source changed and is no longer readable."""
         sha256 = _sha256(data) if data or error.code == "empty" else ""
         earlier_sha256 = task.record.get("source_sha256", sha256)
         if sha256 and sha256 != earlier_sha256 and error.code not in RESTORER_CODES:
-            remove(self.settings.out / f"{task.key}.png")
+            self._remove_earlier(task, "")
         row = {
             "key": task.key,
             "source": printable(str(task.source)),

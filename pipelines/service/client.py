@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pillow
 
-from components.images import PNG_LEVEL, encode_png, read_png_text
+from components.images import PNG_LEVEL, encode_png
+from components.picture_files import read_result_text
+from components.pngs import PNG_SIGNATURE
 from pipelines.core.errors import Failure
 
 POLL_S = 0.2
@@ -74,9 +76,10 @@ def check_service(
         Failure: the service did not answer, answered with an error, or answered with other bytes.
     """
     expected = expected_png if isinstance(expected_png, bytes) else expected_png.read_bytes()
-    text = read_png_text(expected)
+    text = read_result_text(expected)
     query = {"key": text["key"], "seed": text["seed"], **json.loads(text["options"])}
-    level = _png_level(expected, text)
+    query |= json.loads(text.get("file", "{}"))
+    level = _png_level(expected, text) if expected.startswith(PNG_SIGNATURE) and "bits" not in query else PNG_LEVEL
     query |= {"png_level": level} if level != PNG_LEVEL else {}
     start_s = time.perf_counter()
     data, content_type = picture_path.read_bytes(), "application/octet-stream"
@@ -97,7 +100,9 @@ def _png_level(png: bytes, text: Mapping[str, str]) -> int:
     """The level that gives a restored picture's bytes again, which do not hold it; PNG_LEVEL if none does."""
     with Pillow.open(io.BytesIO(png)) as picture:
         image = np.asarray(picture)
-    return next((level for level in (PNG_LEVEL, *range(10)) if encode_png(image, text, level) == png), PNG_LEVEL)
+    pixels = png[png.index(b"IDAT") :]  # chunks of metadata stand before them
+    levels = (PNG_LEVEL, *range(10))
+    return next((each for each in levels if encode_png(image, text, each).endswith(pixels)), PNG_LEVEL)
 
 
 def post(

@@ -1,4 +1,4 @@
-"""The HTTP side of `restoray serve`: reads requests, refuses bad ones early, and answers with a PNG or with JSON.
+"""The HTTP side of `restoray serve`: reads requests, refuses bad ones early, and answers with a picture or with JSON.
 
 This module does not use Ray: `build_app` takes a backend with `health` and `restore`. HTTP statuses of errors:
 
@@ -32,10 +32,11 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from components.images import Limits, limits_for_any_shape, probe
+from components.images import Limits, limits_for_any_shape
 from components.naming import did_you_mean, is_text, printable
 from components.options import TEXTS, OptionCheck, UnknownOption
 from components.overrides import read_word
+from components.picture_files import MEDIA_TYPES, probe_file
 from components.restoring import (
     CHOICES,
     KEEP,
@@ -55,6 +56,7 @@ FORM_OVERHEAD = 64 << 10  # our choice; room for boundaries, part headers and a 
 MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARS  # UTF-8
 MAX_FIELDS = 64  # our choice; no system has so many options
 FILE_FIELDS = ("image", "reference")
+MAX_ACCEPTED = 32  # ours: media types of a header that are read
 
 PARAMETERS: Mapping[str, type] = {
     "key": str,  # the picture's name; default: the form's file name without suffix, or "picture"
@@ -65,6 +67,11 @@ PARAMETERS: Mapping[str, type] = {
     "scale": float,
     **dict.fromkeys(CHOICES, str),
     "png_level": int,
+    "format": str,  # of the answer; default: the first one of the header Accept that is written, else PNG
+    "quality": int,
+    "bits": int,
+    "metadata": str,
+    "icc": str,
 }
 """Types of the parameters that every system takes. All other parameters are options of one system, which checks them
 as in a batch job."""
@@ -113,10 +120,13 @@ class ServeLimits:
 
 
 class Answer(Protocol):
-    """A PNG, or a reason code with a sentence; `code` is "" for a PNG."""
+    """A picture and its format, or a reason code with a sentence; `code` is "" for a picture."""
 
     @property
-    def png(self) -> bytes: ...
+    def picture(self) -> bytes: ...
+
+    @property
+    def format(self) -> str: ...
 
     @property
     def code(self) -> str: ...
@@ -200,6 +210,8 @@ def build_app(
         except ClientDisconnect:
             return Response(status_code=499)  # the client has left, so only the access log shows this status
         chosen = read_model(parameters, models)
+        if "format" not in parameters and (format := accepted_format(request.headers.get("accept", ""))):  # noqa: A001
+            parameters["format"] = format
         key, seed, ask = read_parameters(parameters, limits, chosen.check, chosen.identity.own_scale)
         check_picture(data, ask, limits)
         if reference:
@@ -226,7 +238,7 @@ def build_app(
             "X-Content-Type-Options": "nosniff",
             "Cache-Control": "no-store",
         }
-        return Response(answer.png, media_type="image/png", headers=headers)
+        return Response(answer.picture, media_type=MEDIA_TYPES[answer.format], headers=headers)
 
     return app
 
@@ -337,6 +349,21 @@ def _too_large(max_bytes: int) -> Refusal:
     return Refusal(413, "too_large", f"the body exceeds max_bytes, which is {max_bytes} (--max-megabytes)")
 
 
+def accepted_format(header: str) -> str:
+    """The format that a header Accept prefers among those that are written; "" for PNG and without a preference."""
+    wishes = []
+    for number, part in enumerate(header.split(",")[:MAX_ACCEPTED]):
+        kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weight = next((each[2:] for each in parameters if each.startswith("q=")), "1")
+        try:
+            wishes.append((-float(weight), number, kind))
+        except ValueError:
+            continue
+    names = {kind: name for name, kind in MEDIA_TYPES.items()} | dict.fromkeys(("image/*", "*/*"), "png")
+    name = next((names[kind] for weight, _, kind in sorted(wishes) if kind in names and weight < 0), "png")
+    return "" if name == "png" else name
+
+
 def read_model(parameters: Mapping[str, str], choices: Sequence[Choice]) -> Choice:
     """The model that a request names. Raises Refusal: 422; the sentence suggests the nearest name."""
     try:
@@ -390,7 +417,7 @@ def check_picture(data: bytes, ask: Ask | None, limits: ServeLimits) -> None:
         Refusal: 415, not a picture of a supported format; 422, broken or above a pixel limit, which the sentence names.
     """
     try:
-        info = probe(data, limits.of_picture())
+        info = probe_file(data, limits.of_picture())
     except SampleError as error:
         detail = error.detail
         if error.code == "too_large" and "pixels" in detail:

@@ -1,7 +1,7 @@
 """`restoray serve`: one model behind Ray Serve, or several that share their prior.
 
     POST /v1/restore    takes a picture as the body (image/*) or as the file field "image" of a form; the form may hold
-                        a second picture "reference" for options that need one; answers image/png
+                        a second picture "reference" for options that need one; answers with a picture
     GET  /v1/model      name, system, digest, licence, permitted use of the first model, limits
     GET  /v1/models     the same of all models, and the names by which the parameter `model` picks one
     GET  /health        {"state": "STARTING" | "READY" | "SETUP_FAILED", "detail"}; the status is 200 only when READY
@@ -62,12 +62,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The restorer's answer: a PNG, or a reason code and a sentence (exceptions do not cross processes well).
+    """The restorer's answer: a picture, or a reason code and a sentence (exceptions do not cross processes well).
 
     `broken` is true if the replica cannot restore any picture, and ends.
     """
 
-    png: bytes = b""
+    picture: bytes = b""
+    format: str = "png"
     code: str = ""
     detail: str = ""
     broken: bool = False
@@ -130,7 +131,7 @@ class RestorerReplica:
         if self.restorer is None:
             return Outcome(code="setup_failed", detail=self.failure)
         outcome = await self._restore(Picture(key=key, data=data, seed=seed, reference=reference), ask, model)
-        if outcome.png:
+        if outcome.picture:
             self.errors = max(0, self.errors - 1)
         elif _is_own_fault(outcome):
             self.errors += 1
@@ -157,7 +158,8 @@ class RestorerReplica:
             (result,) = await asyncio.wrap_future(future)
             if isinstance(result, SampleError):
                 raise result
-            return Outcome(png=await loop.run_in_executor(self.encoder, result.png))
+            encoded = await loop.run_in_executor(self.encoder, result.encode)
+            return Outcome(picture=encoded.data, format=encoded.format)
         except Cancellation:
             return Outcome(code="cancelled", detail="the request was cancelled")
         except asyncio.CancelledError:
@@ -251,7 +253,7 @@ class FrontDoor:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        if outcome.png:
+        if outcome.picture:
             self.replacements = 0
         elif outcome.broken and self.state == "READY":
             self.replacements += 1

@@ -200,6 +200,7 @@ def test_every_option_reaches_the_result() -> None:
         {"noise_scale": 1.2},
         {"rss_threshold": 0.0},
         {"rss_threshold": 0.0, "rss_weight": 0.5},
+        {"color": "none"},
         {"color": "adain"},
         {"min_side_px": 32},
     )
@@ -267,7 +268,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], word: str) -> None:
 def test_the_defaults_are_the_papers() -> None:
     own = Options()
     assert (own.steps, own.cfg_scale, own.rss_weight, own.rss_threshold) == (100, 7.5, 0.05, 0.8)  # section 4.1
-    assert own.rss_mode == "latent" and own.color == "none" and own.guided
+    assert own.rss_mode == "latent" and own.color == "wavelet" and own.guided
     assert replace(own, rss_scaled=True, steps=20).pull_weight == pytest.approx(0.25)
     assert replace(own, rss_scaled=True, steps=2).pull_weight == 1.0
     assert check_options({"steps": 20.0}, {"rss_weight": 0.1}) == {"steps": 20}

@@ -36,7 +36,7 @@ class Options:
         churn: edm: noise added before each step (s_churn), shared by all steps; ours, the paper has no number.
         noise_scale: edm: factor of added noise (s_noise); 1.003 in the sampler's paper (Karras et al. 2022, Table 5).
         negative_words: the negative prompt of a request without its own, see texts.NEGATIVE.
-        color: colour transfer from LQ, see components.color; the paper has none.
+        color: colour transfer from LQ, see components.color; ours, the paper has none.
         min_side_px: a shorter short side is enlarged to this for the networks; 0 for no limit.
         tile_px: pictures with a longer side are restored in tiles of this side; 0 takes 128 latents (1024 px at SDXL's
             factor of 8). Tiles are ours.
@@ -58,7 +58,7 @@ class Options:
     churn: float = 5.0
     noise_scale: float = 1.003
     negative_words: Literal["descriptors", "none"] = "descriptors"
-    color: Literal["none", "adain", "wavelet"] = "none"
+    color: Literal["none", "adain", "wavelet"] = "wavelet"
     min_side_px: int = 0
     tile_px: int = 0
     tile_overlap: float = 0.5

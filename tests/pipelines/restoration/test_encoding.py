@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helper_modules import load_helper_for_workers
 
-from components import restoring as restoring_module
+from components import picture_files
 from components.images import ANY_SHAPE, encode_png
 from components.restoring import Picture
 from components.synthetic import dead_leaves
@@ -73,7 +73,7 @@ def test_a_picture_is_encoded_while_the_next_one_is_restored(
         threads.add(threading.current_thread().name)
         return encode_png(*arguments)
 
-    monkeypatch.setattr(restoring_module, "encode_png", encode_late)
+    monkeypatch.setattr(picture_files, "encode_png", encode_late)
     (tmp_path / "out" / "marks").mkdir(parents=True)
     opened = open_model(model)
     settings = WorkerSettings(

@@ -30,16 +30,20 @@ class Recorder:
     async def restore(self, data: bytes, key: str, seed: int, ask: Ask, reference: bytes, model: str) -> Any:
         self.model = model
         self.key, self.prompt = key, ask.prompt
-        return SimpleNamespace(png=PNG, code="", detail="")
+        return SimpleNamespace(picture=PNG, format=ask.file.format, code="", detail="")
 
 
-def post(query: str = "", body: bytes = PNG, kind: str = "image/png") -> tuple[httpx.Response, Recorder]:
+def post(
+    query: str = "", body: bytes = PNG, kind: str = "image/png", accept: str = "*/*"
+) -> tuple[httpx.Response, Recorder]:
     backend = Recorder()
     app = build_app(backend, Identity(name="a", system="a", recipe="a", digest="0" * 64), ServeLimits(), dict)
 
     async def exchange() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front") as client:
-            return await client.post(f"/v1/restore{query}", content=body, headers={"Content-Type": kind})
+            return await client.post(
+                f"/v1/restore{query}", content=body, headers={"Content-Type": kind, "Accept": accept}
+            )
 
     return asyncio.run(exchange()), backend
 
@@ -85,3 +89,15 @@ def test_a_query_that_is_not_utf8_is_refused_by_name(query: str) -> None:
 def test_a_forms_line_breaks_are_those_of_the_command_line() -> None:
     answer, backend = post(body=form(b'filename="a.png"', (b"prompt", b"a cat\r\non a mat #1: [x]")), kind=FORM)
     assert (answer.status_code, backend.prompt) == (200, "a cat\non a mat #1: [x]")
+
+
+def test_the_format_comes_from_the_parameter_or_else_from_the_header() -> None:
+    for query, accept, expected in (
+        ("", "*/*", "image/png"),
+        ("", "image/webp", "image/webp"),
+        ("?format=avif", "image/webp", "image/avif"),
+        ("?format=tiff&bits=16&metadata=none&icc=keep", "*/*", "image/tiff"),
+    ):
+        assert post(query, accept=accept)[0].headers["content-type"] == expected
+    answer, _ = post("?format=jpeg&bits=16")
+    assert answer.status_code == 422 and "bits=16 needs format=png or format=tiff" in answer.json()["detail"]

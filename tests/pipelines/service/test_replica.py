@@ -100,7 +100,7 @@ def test_an_encoder_without_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch)
     def fail(self: Result) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(Result, "png", fail)
+    monkeypatch.setattr(Result, "encode", fail)
     outcome = asyncio.run(replica_of(tiny.TinyRestorer(strength=20.0)).restore(PICTURE, "a", 1, Ask()))
     assert outcome.code == "out_of_memory"
 
@@ -131,7 +131,7 @@ def test_the_service_is_asked_for_the_batch_jobs_compression(
     replica = replica_of(tiny.TinyRestorer(strength=20.0))
 
     def restored(options: dict[str, Any]) -> bytes:
-        return asyncio.run(replica.restore(PICTURE, "a", 1, parse_ask(options))).png
+        return asyncio.run(replica.restore(PICTURE, "a", 1, parse_ask(options))).picture
 
     def post(url: str, *_: Any) -> tuple[int, dict[str, str], bytes]:
         asked = int(url.partition("png_level=")[2] or 1)

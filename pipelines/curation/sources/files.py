@@ -23,6 +23,7 @@ from pipelines.core.pictures import SIDECARS, is_output, is_own_sheet, is_system
 from pipelines.core.places.place import Where
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
+from pipelines.curation.sources.objects import in_any_order
 from pipelines.curation.sources.stored import StoredFolder, suffix_of
 from pipelines.curation.sources.tables import FolderTables, Note
 from pipelines.curation.sources.tars import printable_name
@@ -190,13 +191,27 @@ def check_sources(spec: CorpusSpec, out: Path | None = None) -> None:
         if stores.is_address(source.path) and source.kind != "negatives":
             stores.check_store(source.path, source.storage)
         if source.kind in KINDS:
-            has_candidates = next(iter_entries(source, out, SkippedFiles()), None) is not None or has_candidates
+            has_candidates = _has_entry(source, out) or has_candidates
         elif not source.path:
             raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
         else:
-            has_candidates = next(stores.list_files(source.path, source.storage), None) is not None or has_candidates
+            has_candidates = _has_file(source) or has_candidates
     if not has_candidates:
         raise nothing_to_curate(spec)
+
+
+def _has_entry(source: SourceSpec, out: Path | None) -> bool:
+    def first(is_sorted: bool) -> Entry | None:
+        return next(iter_entries(source, out, SkippedFiles(), is_sorted), None)
+
+    return in_any_order(first) is not None
+
+
+def _has_file(source: SourceSpec) -> bool:
+    return (
+        in_any_order(lambda is_sorted: next(stores.list_files(source.path, source.storage, is_sorted), None))
+        is not None
+    )
 
 
 def held_out_is_missing(spec: CorpusSpec, name: str, keys: Collection[str]) -> UsageError:
@@ -294,7 +309,7 @@ def _with_caption(entry: Entry, text_file: Path) -> Entry:
 def _stored(source: SourceSpec, skipped: SkippedFiles, is_sorted: bool) -> Iterator[Entry]:
     """Candidates below an address of a store, or those that match a pattern, with captions and tables beside them."""
     folder = StoredFolder(source, is_sorted)
-    for name, stat, note, caption in folder.pictures():
+    for name, stored, note, caption in folder.pictures():
         suffix = suffix_of(name)
         refused = note.problem
         if suffix and not _is_picture(suffix[1:]):
@@ -302,9 +317,9 @@ def _stored(source: SourceSpec, skipped: SkippedFiles, is_sorted: bool) -> Itera
         yield Entry(
             key=shards.safe_key(name[: len(name) - len(suffix)] if _is_picture(suffix[1:]) else name),
             source=f"{source.kind}:{name}",
-            path=stores.address_in(folder.root, stat.path),
-            size=stat.size,
-            version=stat.version,
+            path=stores.address_in(folder.root, stored.path),
+            size=stored.size,
+            version=stored.version,
             licence=note.licence,
             credit=note.credit,
             caption=note.caption,

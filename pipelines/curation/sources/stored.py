@@ -68,7 +68,7 @@ class StoredFolder:
         only = ""
         listing = Listing(folder, prefix, self.is_sorted)
         if chosen is None and listing.is_empty() and "/" in folder.path:  # an object, and no folder
-            only, prefix = folder.path, folder.name
+            only, prefix = folder.path, folder.name.removesuffix(folder.suffix) + "." * bool(folder.suffix)
             if folder.path == self.root.path:
                 self.root = folder.parent
             listing = Listing(folder.parent, prefix, self.is_sorted)
@@ -76,7 +76,7 @@ class StoredFolder:
         is_empty = True
         for stat in listing:
             if (only and stat.path != only) or (chosen is not None and not chosen.match(stat.path)):
-                walk.pass_by(stat)
+                walk.sidecar(stat, False)
                 continue
             is_empty = False
             name = stat.path[len(self.root.path) + 1 :]
@@ -121,19 +121,13 @@ class _Walk:
         return self.tables.note_of(self._place(stat.path)), caption
 
     def sidecar(self, stat: Stat, is_system: bool) -> None:
-        """Note a file that is no picture."""
+        """Note a file that is no candidate; it may be a caption."""
         self._enter(stat)
         if stat.path in self.used:
             self.used.discard(stat.path)
-        elif not is_system:
-            self.pass_by(stat)
-
-    def pass_by(self, stat: Stat) -> None:
-        """Keep an object if it may be the caption of a picture that comes later."""
-        self._forget(stat.path)
-        if stat.path.rpartition(".")[2] in SPELLINGS:
+        elif not is_system and stat.path.rpartition(".")[2] in SPELLINGS:  # of a picture that may come later
             self.earlier[stat.path] = stat
-        else:
+        elif not is_system:
             self.tables.leave(self._place(stat.path))
 
     def close(self) -> list[str]:

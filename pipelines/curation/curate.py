@@ -38,6 +38,7 @@ from pipelines.core.rows import end_torn_line, iter_lines
 from pipelines.corpus import shards
 from pipelines.corpus.catalogue import load_spec
 from pipelines.curation import measure, score, select, write
+from pipelines.curation.counting import Count
 from pipelines.curation.extras import add_columns
 from pipelines.curation.negatives import make_negatives
 from pipelines.curation.placing import check_tasks, task_resources
@@ -64,11 +65,6 @@ SPARE_BYTES = 16 << 20  # room for manifest, index and logs
 TASKS = 4096  # largest number of tasks of a phase: Ray keeps a few kilobytes of each on the driver
 RETRIED = frozenset({"unreadable", "crashed", "timeout", "out_of_memory"})
 """Codes that another try may change, besides those of downloads."""
-
-NOT_BROKEN = frozenset({"too_small", "too_large", "small_file", "aspect", "animated", "robots"})
-"""Codes of intact pictures that the spec excludes; they do not count for max_bad_fraction."""
-
-JUDGED_FROM = 64  # candidates before max_bad_fraction may end a run early; at the end it counts for any number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +344,7 @@ def _measure(
     """Facts of all parts by name; measures those that need it, in rounds of what has been listed meanwhile."""
     rules = measure.rules_of(spec.filters)
     measured: dict[str, _Measured] = {}
-    count = _Count(spec)
+    count = Count(spec)
     arguments = {"spec": spec, "out": out, "retry": sorted(retry), "look_at": look_at, "run": str(time.time_ns())}
     cursors = out / "work" / "cursors"
 
@@ -385,46 +381,6 @@ def _measure(
                 count.check(early=True)
     count.check(early=False)
     return measured
-
-
-class _Count:
-    """Counts of the measured parts: a line of progress, and the check of max_bad_fraction.
-
-    Attributes:
-        parts, has_all: number of parts that are listed, and whether these are all.
-    """
-
-    def __init__(self, spec: CorpusSpec) -> None:
-        self.spec, self.rows, self.codes, self.measured = spec, 0, Counter[str](), 0
-        self.parts, self.has_all = 0, False
-
-    def add(self, summary: Mapping[str, Any]) -> None:
-        """Add a part."""
-        self.measured += 1
-        self.rows += summary["rows"]
-        self.codes.update(summary["codes"])
-
-    def note(self) -> str:
-        """The counts in one line."""
-        reasons = ", ".join(f"{count} {code}" for code, count in self.codes.most_common(4))
-        return f"{self.rows} pictures" + (f"; refused: {reasons}" if reasons else "")
-
-    def check(self, early: bool) -> None:
-        """Raise a Failure with a table of reasons if too many pictures are broken."""
-        if early and not self.has_all:
-            return
-        broken = sum(count for code, count in self.codes.items() if code not in NOT_BROKEN)
-        if broken == self.rows and not early:
-            return  # the error "none is usable" is clearer
-        # Early only if intact pictures in all other parts would not help: the end must not depend on the parts' order.
-        expected = self.rows * self.parts / max(1, self.measured) if early else self.rows
-        if (early and self.rows < JUDGED_FROM) or broken <= self.spec.max_bad_fraction * expected:
-            return
-        table = "\n".join(f"  {count:>8}  {code}" for code, count in self.codes.most_common())
-        raise Failure(
-            f"{broken} of the first {self.rows} pictures of {self.spec.name} are broken, over max_bad_fraction "
-            f"{self.spec.max_bad_fraction:g}:\n{table}"
-        )
 
 
 def _score(

@@ -14,13 +14,16 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
-
-if TYPE_CHECKING:
-    from pipelines.curation.sources.candidates import Candidate
+from typing import Any, BinaryIO, Protocol
 
 FREE_SHARE = 4
 """The spool takes at most one part in so many of the disk's free bytes, with what it holds; ours."""
+
+
+class HasPlace(Protocol):
+    """What has a place of bytes, as a Candidate has."""
+
+    at: str
 
 
 class Spool:
@@ -35,7 +38,7 @@ class Spool:
         self.target: BinaryIO | None = None
         self.room = -1
 
-    def keeper(self, candidate: Candidate) -> Callable[[bytes], None]:
+    def keeper(self, candidate: HasPlace) -> Callable[[bytes], None]:
         """Returns `keep` of a candidate: it writes the bytes if there is room, and adds their place to `at`."""
 
         def keep(data: bytes) -> None:

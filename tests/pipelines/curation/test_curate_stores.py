@@ -61,7 +61,7 @@ def test_a_corpus_in_a_bucket_has_the_bytes_of_one_on_a_disk(
     assert not (tmp_path / "local" / "work" / ".spool").exists()
     curate(replace(spec, sources=[SourceSpec(kind="folder", path=str(photos))]), tmp_path / "files")
     assert expected == corpus_bytes(tmp_path / "files")
-    assert b'"caption": "2.png.caption"' in expected["manifest.jsonl"]
+    assert b'"caption":"2.png.caption"' in expected["manifest.jsonl"]
 
     class Killed(Exception):
         pass

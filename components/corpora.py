@@ -346,6 +346,9 @@ class CorpusSpec:
         sample_timeout_s: longest time for one picture. Then its decoder is killed and the picture is quarantined.
         stall_timeout_s: the run ends with an error after this time without any progress.
         placement: needs of every task that reads, scores and writes: cpus, memory_gib, resources, labels.
+        requests: objects of a store that one task fetches at the same time.
+        spool_gib: disk below the output for pictures of stores between measuring and writing; those beyond it are
+            fetched twice. At most a quarter of the free disk is taken.
     """
 
     name: str = MISSING
@@ -368,8 +371,12 @@ class CorpusSpec:
     sample_timeout_s: float = 120.0
     stall_timeout_s: float = 900.0
     placement: dict[str, Any] = field(default_factory=dict)
+    requests: int = 16
+    spool_gib: float = 16.0
 
     def __post_init__(self) -> None:
+        if self.requests < 1 or not self.spool_gib >= 0:
+            raise ValueError(f"a spec needs requests >= 1 and spool_gib >= 0, got {self.requests} and {self.spool_gib}")
         if self.shard_mib <= 0:
             raise ValueError(f"shard_mib must be positive, got {self.shard_mib}")
         if not 0 <= self.max_bad_fraction <= 1:

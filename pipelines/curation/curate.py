@@ -17,7 +17,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,25 +32,28 @@ from pipelines.core.devices import check_gpus
 from pipelines.core.errors import Failure, RestorayError, UsageError, unknown
 from pipelines.core.folders import job_lock
 from pipelines.core.placement import needs_of
+from pipelines.core.places.patience import StoreUnavailable
 from pipelines.core.pool import last_line, ray_errors
 from pipelines.core.rows import end_torn_line, iter_lines
 from pipelines.corpus import shards
 from pipelines.corpus.catalogue import load_spec
 from pipelines.curation import measure, score, select, write
+from pipelines.curation.counting import Count
 from pipelines.curation.extras import add_columns
 from pipelines.curation.negatives import make_negatives
 from pipelines.curation.placing import check_tasks, task_resources
 from pipelines.curation.report import write_curate_report
 from pipelines.curation.sources import (
     Bytes,
-    Listing,
+    ComingParts,
+    ListedParts,
     Part,
     check_sources,
     for_folder,
     list_again,
-    list_parts,
     load_listing,
     negatives_folder,
+    remove_spool,
     save_listing,
     unfinished_error,
 )
@@ -62,11 +65,6 @@ SPARE_BYTES = 16 << 20  # room for manifest, index and logs
 TASKS = 4096  # largest number of tasks of a phase: Ray keeps a few kilobytes of each on the driver
 RETRIED = frozenset({"unreadable", "crashed", "timeout", "out_of_memory"})
 """Codes that another try may change, besides those of downloads."""
-
-NOT_BROKEN = frozenset({"too_small", "too_large", "small_file", "aspect", "animated", "robots"})
-"""Codes of intact pictures that the spec excludes; they do not count for max_bad_fraction."""
-
-JUDGED_FROM = 64  # candidates before max_bad_fraction may end a run early; at the end it counts for any number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +131,9 @@ def curate(
 
     check_tasks(spec)
 
-    def list_all(out: Path) -> Listing:
+    def list_all(out: Path) -> ComingParts:
         _make_negatives(spec, out, report_progress)
-        listing = list_parts(spec, out)
-        save_listing(listing, out, "curate")
-        return listing
+        return ComingParts(spec, out, lambda listing: save_listing(listing, out, "curate"))
 
     return _curate(spec, Path(out).absolute(), list_all, report_progress, frozenset(retry) | _transient(spec), look_at)
 
@@ -145,7 +141,7 @@ def curate(
 def _curate(
     spec: CorpusSpec,
     out: Path,
-    list_them: Callable[[Path], Listing],
+    list_them: Callable[[Path], ComingParts | ListedParts],
     progress: Progress,
     retry: frozenset[str],
     look_at: measure.Look,
@@ -159,9 +155,11 @@ def _curate(
             _check_same(spec, out)
             forget_candidates_in_work(out / "work" / "cursors")
             _save_spec(spec, out / "work" / "spec.yaml")
-            listing = list_them(out)
-            summaries = _measure(listing.parts, spec, out, retry, look_at, progress)
-            contents = [(part.name, summaries[part.name]["content"]) for part in listing.parts]
+            with closing(list_them(out)) as coming:
+                measured = _measure(coming, spec, out, retry, look_at, progress)
+            listing = coming.listing
+            assert listing is not None
+            contents = [(part.name, measured[part.name].content) for part in listing.parts]
             for model in spec.filters.models:
                 _score(model, contents, spec, out, progress)
             selection = _select(contents, spec, out, progress)
@@ -173,6 +171,7 @@ def _curate(
             _save_spec(spec, out / "spec.yaml")
             add_columns(spec, out, progress)
             report = _report(spec, bounds, [name for name, _ in contents], selection, out, digest, started)
+            remove_spool(out)
         except OSError as error:
             raise Failure(f"{error.filename or out} cannot be written: {error.strerror or error}.") from error
     return CurateResult(
@@ -181,7 +180,7 @@ def _curate(
         train=selection.accepted["train"],
         held_out=selection.accepted["held_out"],
         skipped=listing.skipped,
-        reused=sum(summary["rows"] - summary.get("fresh", 0) for summary in summaries.values()),
+        reused=sum(measured[part.name].rows - measured[part.name].fresh for part in listing.parts),
         reasons=selection.codes,
         index_path=out / "index.json",
         report=report,
@@ -220,7 +219,7 @@ def replay(
             raise unknown(f"code of pictures in {out} that can be tried again", code, reasons)
     retry = frozenset(codes or reasons) | _transient(spec)
 
-    def list_quarantined(out: Path) -> Listing:
+    def list_quarantined(out: Path) -> ListedParts:
         listing, by = load_listing(out)
         rules = measure.rules_of(spec.filters)
 
@@ -235,7 +234,7 @@ def replay(
 
         listing = list_again(listing, spec, out, sources_to_retry)
         save_listing(listing, out, "replay")
-        return listing
+        return ListedParts(listing)
 
     return _curate(spec, out, list_quarantined, progress or no_progress, retry, look_at)
 
@@ -317,78 +316,71 @@ def _run(
             _, is_metric, advice = last_line(error).partition(f"{MetricError.__name__}: ")
             if is_metric:
                 raise Failure(f"{what}: {advice}. Finished work is kept.") from error
+            _, is_away, sentence = last_line(error).partition(f"{StoreUnavailable.__name__}: ")
+            if is_away:
+                raise StoreUnavailable(sentence) from None
             if cause is None:
                 raise
             raise Failure(f"{what}: {getattr(cause, 'strerror', None) or cause}. Finished work is kept.") from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What the driver keeps of a measured part: its digest of content, its rows, and how many are new in this run."""
+
+    content: str
+    rows: int
+    fresh: int
+
+
 def _measure(
-    parts: Sequence[Part], spec: CorpusSpec, out: Path, retry: frozenset[str], look_at: measure.Look, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """Summaries of all parts by name; measures those that need it."""
+    coming: ComingParts | ListedParts,
+    spec: CorpusSpec,
+    out: Path,
+    retry: frozenset[str],
+    look_at: measure.Look,
+    progress: Progress,
+) -> dict[str, _Measured]:
+    """Facts of all parts by name; measures those that need it, in rounds of what has been listed meanwhile."""
     rules = measure.rules_of(spec.filters)
-    summaries: dict[str, dict[str, Any]] = {}
-    missing: list[Part] = []
-    count = _Count(spec, len(parts))
-    for part in parts:
-        summary = measure.read_summary(measure.measured_path(out, part))
-        if measure.is_complete(summary, part, rules, retry):
-            assert summary is not None
-            summaries[part.name] = summary
+    measured: dict[str, _Measured] = {}
+    count = Count(spec)
+    arguments = {"spec": spec, "out": out, "retry": sorted(retry), "look_at": look_at, "run": str(time.time_ns())}
+    cursors = out / "work" / "cursors"
+
+    def add(name: str, summary: Mapping[str, Any]) -> None:
+        if name not in measured:  # a listing that was begun again gives a part again
             count.add(summary)
-        else:
-            missing.append(part)
-    progress(len(summaries), len(parts), count.note())
-    if missing:
-        arguments = {"spec": spec, "out": out, "retry": sorted(retry), "look_at": look_at, "run": str(time.time_ns())}
-        cursors = out / "work" / "cursors"
-        answers: Iterator[measure.PartAnswer] = _run(
-            missing, measure.measure_batch, "measuring", spec, lambda: last_sign_of_life(cursors), fn_kwargs=arguments
-        )
-        for answer in answers:
-            summaries[answer.name] = answer.summary
-            count.add(answer.summary)
-            progress(len(summaries), len(parts), count.note())
-            count.check(early=True)
+        fresh = summary.get("fresh", 0) + (measured[name].fresh if name in measured else 0)
+        measured[name] = _Measured(summary["content"], summary["rows"], fresh)
+        progress(len(measured), max(count.parts, len(measured)), count.note())
+
+    while parts := coming.take():
+        missing: list[Part] = []
+        count.parts += len(parts)
+        count.has_all = coming.listing is not None
+        for part in parts:
+            summary = measure.read_summary(measure.measured_path(out, part))
+            if measure.is_complete(summary, part, rules, retry):
+                assert summary is not None
+                add(part.name, summary)
+            else:
+                missing.append(part)
+        progress(len(measured), max(count.parts, len(measured)), count.note())
+        if missing:
+            answers: Iterator[measure.PartAnswer] = _run(
+                missing,
+                measure.measure_batch,
+                "measuring",
+                spec,
+                lambda: last_sign_of_life(cursors),
+                fn_kwargs=arguments,
+            )
+            for answer in answers:
+                add(answer.name, answer.summary)
+                count.check(early=True)
     count.check(early=False)
-    return summaries
-
-
-class _Count:
-    """Counts of the measured parts: a line of progress, and the check of max_bad_fraction.
-
-    Args:
-        parts: number of all parts.
-    """
-
-    def __init__(self, spec: CorpusSpec, parts: int) -> None:
-        self.spec, self.rows, self.codes, self.parts, self.measured = spec, 0, Counter[str](), parts, 0
-
-    def add(self, summary: Mapping[str, Any]) -> None:
-        """Add a part."""
-        self.measured += 1
-        self.rows += summary["rows"]
-        self.codes.update(summary["codes"])
-
-    def note(self) -> str:
-        """The counts in one line."""
-        reasons = ", ".join(f"{count} {code}" for code, count in self.codes.most_common(4))
-        return f"{self.rows} pictures" + (f"; refused: {reasons}" if reasons else "")
-
-    def check(self, early: bool) -> None:
-        """Raise a Failure with a table of reasons if too many pictures are broken."""
-        broken = sum(count for code, count in self.codes.items() if code not in NOT_BROKEN)
-        if broken == self.rows and not early:
-            return  # the error "none is usable" is clearer
-        # Early only if intact pictures in all other parts would not help: the end must not depend on the parts' order.
-        expected = self.rows * self.parts / max(1, self.measured) if early else self.rows
-        if (early and self.rows < JUDGED_FROM) or broken <= self.spec.max_bad_fraction * expected:
-            return
-        table = "\n".join(f"  {count:>8}  {code}" for code, count in self.codes.most_common())
-        raise Failure(
-            f"{broken} of the first {self.rows} pictures of {self.spec.name} are broken, over max_bad_fraction "
-            f"{self.spec.max_bad_fraction:g}:\n{table}"
-        )
+    return measured
 
 
 def _score(

@@ -25,10 +25,12 @@ from components.images import decode, sniff
 from components.quality import SCORES, measure_scores
 from components.types import SampleError
 from components.writing import whole_file
+from pipelines.core.places.patience import StoreUnavailable
 from pipelines.core.pool import object_column
 from pipelines.corpus import shards
 from pipelines.curation import journal
 from pipelines.curation.sources import Candidate, Part, candidates, remove_bodies
+from pipelines.curation.sources.spool import without_spool
 from pipelines.curation.watch import Guard
 
 VERSION = 2
@@ -219,7 +221,7 @@ def _with_reading_errors(part: Part, items: Iterator[Candidate]) -> Iterator[Can
     """The candidates. If reading them raises an unexpected error, one more candidate has it as its problem."""
     try:
         yield from items
-    except OSError:
+    except (OSError, StoreUnavailable):
         raise  # a full disk or a lost store is not the fault of the part
     except Exception as error:  # noqa: BLE001 - the candidates before it stay, and other parts are not affected
         problem = SampleError("crashed", f"reading it failed: {type(error).__name__}: {error}"[:1000], part.name)
@@ -236,7 +238,8 @@ def _earlier_tables(path: Path, before: Mapping[str, Any] | None, rules: str, re
 def _with_new_listing(row: Mapping[str, Any], candidate: Candidate) -> dict[str, Any]:
     """An earlier row with the facts of the present listing."""
     facts = {name: getattr(candidate, name) for name in ("key", "source", "licence", "credit", "caption")}
-    return {**row, **facts, "at": candidate.at or row["at"]}
+    is_kept = '"spool"' in row["at"] and without_spool(row["at"]) == without_spool(candidate.at)
+    return {**row, **facts, "at": row["at"] if is_kept else candidate.at or row["at"]}
 
 
 def _measure(candidate: Candidate, filters: FilterSpec, look_at: Look) -> dict[str, Any]:
@@ -255,6 +258,8 @@ def _measure(candidate: Candidate, filters: FilterSpec, look_at: Look) -> dict[s
         row["at"] = candidate.at
     except SampleError as error:
         row.update(code=error.code, stage="measure", detail=error.detail)
+    except StoreUnavailable:
+        raise  # the job ends, and continues later
     except OSError as error:
         if error.errno in NO_ROOM:
             raise

@@ -138,6 +138,10 @@ def check_evaluate(
         check_metrics(settings.metrics)
 
 
+WITHOUT_EFFECT = ("stall_timeout_s", "placement", "requests", "spool_gib")
+"""Settings of a spec that do not decide its corpus."""
+
+
 def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) -> dict[str, Any]:
     """The resolved spec and a digest of all candidate pictures: other pictures make another stage."""
     spec = spec_of(settings)
@@ -152,7 +156,7 @@ def curate_identity(settings: CurateSettings, recipe: Any, images: Path | None) 
         source["storage"] = public(source["storage"])
         source["path"] = ""  # pictures are identified by name, size and time: a moved folder gives the same corpus
         (source["negatives"] or {}).pop("placement", None)
-    for key in ("description", "homepage", "papers", "role", "pairs", "metrics", "stall_timeout_s", "placement"):
+    for key in (*WITHOUT_EFFECT, "description", "homepage", "papers", "role", "pairs", "metrics"):
         document.pop(key)  # these are for people, for other verbs, or say where the work is done
     for part in (document["caption"], document["precompute"]):
         (part or {}).pop("placement", None)

@@ -68,8 +68,11 @@ class Store(Protocol):
     def stat(self, path: str) -> Stat:
         """Size and version; FileNotFoundError without such an object."""
 
-    def page(self, path: str, token: str) -> tuple[list[Stat], str]:
-        """Objects below "path/" from a token on, "" for the first page; and the next token, "" after the last page."""
+    def page(self, path: str, token: str, prefix: str = "") -> tuple[list[Stat], str]:
+        """Objects below "path/" from a token on, "" for the first page; and the next token, "" after the last page.
+
+        `prefix`: how their names below "path/" begin.
+        """
 
     def delete(self, path: str) -> None:
         """Delete an object; one that does not exist is no error."""
@@ -145,11 +148,11 @@ class S3Store:
         answer = self._call("head_object", path)
         return Stat(path, int(answer["ContentLength"]), str(answer.get("ETag", "")), _seconds(answer["LastModified"]))
 
-    def page(self, path: str, token: str) -> tuple[list[Stat], str]:
+    def page(self, path: str, token: str, prefix: str = "") -> tuple[list[Stat], str]:
         bucket, _, key = path.partition("/")
         more = {"ContinuationToken": token} if token else {}
-        prefix = f"{key}/" if key else ""
-        answer = self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=PAGE, **more)
+        start = f"{key}/{prefix}" if key else prefix
+        answer = self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=start, MaxKeys=PAGE, **more)
         stats = [
             Stat(f"{bucket}/{row['Key']}", int(row["Size"]), str(row.get("ETag", "")), _seconds(row["LastModified"]))
             for row in answer.get("Contents", ())
@@ -167,20 +170,24 @@ class AnyStore:
     def __init__(self, file_system: Any) -> None:
         self.fs = file_system
 
+    def _own(self, path: str) -> str:
+        """A path as this store spells it; some begin with "/"."""
+        return f"{self.fs.root_marker}{path}"
+
     def read(self, path: str, start: int = 0, size: int = -1) -> bytes:
-        return bytes(self.fs.cat_file(path, start=start or None, end=None if size < 0 else start + size))
+        return bytes(self.fs.cat_file(self._own(path), start=start or None, end=None if size < 0 else start + size))
 
     def write(self, path: str, data: bytes) -> None:
-        self.fs.pipe_file(path, data)
+        self.fs.pipe_file(self._own(path), data)
 
     def create(self, path: str, data: bytes) -> None:
-        self.fs.pipe_file(path, data, mode="create")
+        self.fs.pipe_file(self._own(path), data, mode="create")
 
     def upload(self, path: str, file: Path) -> None:
-        self.fs.put_file(str(file), path)
+        self.fs.put_file(str(file), self._own(path))
 
     def stat(self, path: str) -> Stat:
-        info = self.fs.info(path)
+        info = self.fs.info(self._own(path))
         if info["type"] != "file":
             raise FileNotFoundError(path)
         return self._stat(info)
@@ -191,17 +198,17 @@ class AnyStore:
         version = version or str(_seconds(modified) or "")
         return Stat(str(info["name"]).lstrip("/"), int(info.get("size") or 0), version, _seconds(modified))
 
-    def page(self, path: str, token: str) -> tuple[list[Stat], str]:
+    def page(self, path: str, token: str, prefix: str = "") -> tuple[list[Stat], str]:
         try:
-            infos = self.fs.find(path, detail=True)
+            infos = self.fs.find(self._own(path), detail=True)
         except FileNotFoundError:
             return [], ""
         stats = (self._stat(infos[name]) for name in sorted(infos))
-        return [stat for stat in stats if stat.path.startswith(f"{path}/")], ""
+        return [stat for stat in stats if stat.path.startswith(f"{path}/{prefix}")], ""
 
     def delete(self, path: str) -> None:
-        if self.fs.exists(path):
-            self.fs.rm_file(path)
+        if self.fs.exists(self._own(path)):
+            self.fs.rm_file(self._own(path))
 
 
 def download(store: Store, path: str, target: int, size: int) -> None:

@@ -117,17 +117,17 @@ class Place:
         """Whether there is such an object, or one below it."""
         return self.is_file() or self.is_dir()
 
-    def pages(self, patience_s: float | None = None) -> Iterator[list[Stat]]:
-        """Objects below this place, in pages, in the store's order."""
+    def pages(self, patience_s: float | None = None, prefix: str = "") -> Iterator[list[Stat]]:
+        """Objects below this place whose names begin with a prefix, in pages, in the store's order."""
         token = ""
         while True:
-            page, token = self._page(token, patience_s)
+            page, token = self._page(token, patience_s, prefix)
             yield page
             if not token:
                 return
 
-    def _page(self, token: str, patience_s: float | None) -> tuple[list[Stat], str]:
-        return self._patiently(lambda store: store.page(self.path, token), patience_s)
+    def _page(self, token: str, patience_s: float | None, prefix: str) -> tuple[list[Stat], str]:
+        return self._patiently(lambda store: store.page(self.path, token, prefix), patience_s)
 
     def files(self, patience_s: float | None = None) -> Iterator[tuple[str, Stat]]:
         """(name below this place, details) of all objects below it, in the store's order."""

@@ -5,6 +5,7 @@ the list of parts; candidates.py yields the candidates of a part inside the task
 """
 
 from pipelines.curation.sources.candidates import Bytes, Candidate, candidates, remove_bodies
+from pipelines.curation.sources.coming import ComingParts, ListedParts
 from pipelines.curation.sources.files import (
     DEFAULT_HELD_OUT_FRACTION,
     Entry,
@@ -17,12 +18,15 @@ from pipelines.curation.sources.files import (
 )
 from pipelines.curation.sources.listing import list_again, load_listing, save_listing, unfinished_error
 from pipelines.curation.sources.parts import Listing, Part, list_parts
+from pipelines.curation.sources.spool import remove_spool
 
 __all__ = [
     "DEFAULT_HELD_OUT_FRACTION",
     "Bytes",
     "Candidate",
+    "ComingParts",
     "Entry",
+    "ListedParts",
     "Listing",
     "Part",
     "candidates",
@@ -36,6 +40,7 @@ __all__ = [
     "load_listing",
     "negatives_folder",
     "remove_bodies",
+    "remove_spool",
     "save_listing",
     "unfinished_error",
 ]

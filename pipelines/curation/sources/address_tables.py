@@ -30,14 +30,14 @@ UNDECODED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as the error handler "surrogateescape" gives them."""
 
 
-def address_lines(source: SourceSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+def address_lines(source: SourceSpec, is_sorted: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """(address, line) of the rows of a source's tables; see `_address_line`.
 
     Raises:
         UsageError: there is no table, or one lacks a column or an address, or has columns that are no texts.
         Failure: a table cannot be read.
     """
-    for path, relative, _, _ in stores.list_files(source.path, source.storage):
+    for path, relative, _, _ in stores.list_files(source.path, source.storage, is_sorted):
         name = relative.rpartition("/")[2]
         if name in MARKERS or name.endswith("_stats.json") or any(map(is_system_name, relative.split("/"))):
             continue

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,15 @@ from components.synthetic import dead_leaves
 from components.text_files import decode_text
 from components.types import SampleError
 from pipelines.core.errors import RestorayError, first_line
+from pipelines.core.places.patience import StoreUnavailable
 from pipelines.core.rows import iter_lines
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores, tars
+from pipelines.curation.sources.ahead import map_ahead
 from pipelines.curation.sources.fetch import FetchedFile, Fetcher, fetch_many
 from pipelines.curation.sources.files import Entry
 from pipelines.curation.sources.parts import Part
+from pipelines.curation.sources.spool import Spool, spooled
 from pipelines.curation.sources.tars import printable_name
 from pipelines.curation.sources.texts import (
     CAPTION_FIELDS,
@@ -43,6 +47,7 @@ from pipelines.curation.sources.texts import (
     key_of,
     plain,
     read_caption_file,
+    read_stored_caption,
     tidy_caption,
     tidy_note,
 )
@@ -84,45 +89,95 @@ def candidates(part: Part, spec: CorpusSpec, out: Path, has_row: Callable[[str],
     """
     source = spec.sources[part.source]
     if source.kind == "tar":
-        yield from _of_tar(part, source, Bytes(spec, out))
+        yield from _kept(_of_tar(part, source, Bytes(spec, out)), part, spec, out)
     elif source.kind == "parquet":
-        yield from _of_row_group(part, source, spec)
+        yield from _kept(_of_row_group(part, source, spec), part, spec, out)
     elif source.kind == "urls":
         yield from _of_addresses(part, source, spec, out, has_row)
     else:
-        yield from _of_files(part, spec, out)
+        yield from _of_files(part, spec, out, has_row)
 
 
-def _of_files(part: Part, spec: CorpusSpec, out: Path) -> Iterator[Candidate]:
-    reader = Bytes(spec, out)
-    for line in iter_lines(out / "work" / "parts" / part.where["list"]):
-        entry = Entry.from_line(line)
-        place = json.dumps({"leaves": entry.leaves} if entry.leaves else {"source": part.source, "path": entry.path})
-        version = f"{entry.source}|{entry.size}|{entry.mtime_ns}|{entry.version}"
-        candidate = Candidate(
-            id=_short(version),
-            key=entry.key,
-            source=entry.source,
-            licence=entry.licence,
-            credit=entry.credit,
-            size=entry.size,
-            at=place,
-            problem=SampleError(*entry.refused, entry.key) if entry.refused else None,
-        )
-        candidate.caption = entry.caption
+def _kept(items: Iterator[Candidate], part: Part, spec: CorpusSpec, out: Path) -> Iterator[Candidate]:
+    """Candidates of an archive; those of one in a store are spooled."""
+    if not stores.is_address(part.where["path"]):
+        yield from items
+        return
+    spool = Spool(out, part.name, spec.spool_gib)
+    try:
+        for candidate in items:
+            candidate.keep = spool.keeper(candidate) if candidate.at else None
+            yield candidate
+    finally:
+        spool.close()
+
+
+def _of_files(part: Part, spec: CorpusSpec, out: Path, has_row: Callable[[str], bool]) -> Iterator[Candidate]:
+    reader, storage = Bytes(spec, out), spec.sources[part.source].storage
+    entries = map(Entry.from_line, iter_lines(out / "work" / "parts" / part.where["list"]))
+    if not stores.is_address(spec.sources[part.source].path):
+        yield from (_of_file(entry, part, spec, reader) for entry in entries)
+        return
+
+    def fetch(job: tuple[Candidate, Entry]) -> bytes | None:
+        """The caption, and the picture if it is needed."""
+        candidate, entry = job
         if entry.caption_path:
             try:
-                candidate.caption, stamp = read_caption_file(entry.caption_path)
+                candidate.caption = read_stored_caption(entry.caption_path, storage)
             except SampleError as error:
                 candidate.problem = candidate.problem or SampleError(error.code, error.detail, entry.key)
-                stamp = f"|{entry.caption_version}"
-            candidate.id = _short(version + stamp)
-        limit = spec.filters.limits().max_bytes
-        if not entry.refused and candidate.size > limit and not entry.leaves:
-            detail = f"{candidate.size} bytes exceed the limit of {limit} bytes ({FILE_SIZE_OPTION})"
-            candidate.problem = SampleError("too_large", detail, candidate.key)
-        candidate.load = _loader(reader, place, candidate.key)
-        yield candidate
+        return None if candidate.problem or has_row(candidate.id) else reader.read(candidate.at, candidate.key)
+
+    spool = Spool(out, part.name, spec.spool_gib)
+    jobs = ((_of_file(entry, part, spec, reader, is_stored=True), entry) for entry in entries)
+    try:
+        for (candidate, _), future in map_ahead(fetch, jobs, spec.requests, lambda job: job[0].size):
+            candidate.load = _result_of(future)
+            candidate.keep = spool.keeper(candidate)
+            yield candidate
+    finally:
+        spool.close()
+
+
+def _result_of(future: Future[bytes | None]) -> Callable[[], bytes]:
+    def load() -> bytes:
+        data = future.result()
+        assert data is not None, "the bytes of a row that exists are not loaded"
+        return data
+
+    return load
+
+
+def _of_file(entry: Entry, part: Part, spec: CorpusSpec, reader: Bytes, is_stored: bool = False) -> Candidate:
+    """The candidate of a file; the caption file of an object is left to the caller, and its version to the id."""
+    place = json.dumps({"leaves": entry.leaves} if entry.leaves else {"source": part.source, "path": entry.path})
+    version = f"{entry.source}|{entry.size}|{entry.mtime_ns}|{entry.version}"
+    candidate = Candidate(
+        id=_short(version),
+        key=entry.key,
+        source=entry.source,
+        licence=entry.licence,
+        credit=entry.credit,
+        size=entry.size,
+        at=place,
+        problem=SampleError(*entry.refused, entry.key) if entry.refused else None,
+    )
+    candidate.caption = entry.caption
+    if entry.caption_path:
+        stamp = f"|{entry.caption_version}"
+        try:
+            if not is_stored:
+                candidate.caption, stamp = read_caption_file(entry.caption_path)
+        except SampleError as error:
+            candidate.problem = candidate.problem or SampleError(error.code, error.detail, entry.key)
+        candidate.id = _short(version + stamp)
+    limit = spec.filters.limits().max_bytes
+    if not entry.refused and candidate.size > limit and not entry.leaves:
+        detail = f"{candidate.size} bytes exceed the limit of {limit} bytes ({FILE_SIZE_OPTION})"
+        candidate.problem = SampleError("too_large", detail, candidate.key)
+    candidate.load = _loader(reader, place, candidate.key)
+    return candidate
 
 
 def _loader(reader: Bytes, at: str, key: str) -> Callable[[], bytes]:
@@ -364,6 +419,8 @@ class Bytes:
         """
         place = json.loads(at)
         try:
+            if "spool" in place and (data := spooled(self.out, place["spool"])) is not None:
+                return data
             if "leaves" in place:
                 return encode_png(dead_leaves(*place["leaves"]))
             if "fetched" in place:
@@ -374,6 +431,8 @@ class Bytes:
             storage = self.spec.sources[place["source"]].storage
             size = place.get("size", -1 if stores.is_address(place["path"]) else self.limit + 1)
             return stores.read_range(place["path"], storage, place.get("offset", 0), size)
+        except StoreUnavailable:
+            raise  # it is no fault of the picture: the job ends, and continues later
         except (OSError, RestorayError) as error:
             raise SampleError("unreadable", f"cannot be read: {_sentence(error)}", key) from error
 

@@ -23,7 +23,9 @@ from pipelines.core.pictures import SIDECARS, is_output, is_own_sheet, is_system
 from pipelines.core.places.place import Where
 from pipelines.corpus import shards
 from pipelines.curation.sources import stores
-from pipelines.curation.sources.tables import FolderTables, Note, UnreadTexts
+from pipelines.curation.sources.objects import in_any_order
+from pipelines.curation.sources.stored import StoredFolder, suffix_of
+from pipelines.curation.sources.tables import FolderTables, Note
 from pipelines.curation.sources.tars import printable_name
 from pipelines.curation.sources.texts import CAPTION_SUFFIXES
 
@@ -82,13 +84,16 @@ class Entry:
 
     def to_line(self) -> dict[str, Any]:
         """A line of work/parts; it has no empty fields."""
-        return {name: value for name, value in asdict(self).items() if value not in ("", 0, None)}
+        return {name: value for name in ENTRY_FIELDS if (value := getattr(self, name)) not in ("", 0, None)}
 
     @staticmethod
     def from_line(line: Mapping[str, Any]) -> Entry:
         """The inverse of `to_line`."""
         pairs = {name: tuple(line[name]) for name in ("leaves", "refused") if line.get(name)}
         return Entry(**{**line, **pairs})
+
+
+ENTRY_FIELDS = tuple(Entry.__dataclass_fields__)
 
 
 @dataclass
@@ -99,11 +104,17 @@ class SkippedFiles:
     sentences: list[str] = field(default_factory=list)
 
 
-def iter_entries(source: SourceSpec, out: Path | None, skipped: SkippedFiles) -> Iterator[Entry]:
+def iter_entries(
+    source: SourceSpec, out: Path | None, skipped: SkippedFiles, is_sorted: bool = False
+) -> Iterator[Entry]:
     """Candidates of one source of files, ordered by name. Files below `out`, or below an output of a run, are not.
+
+    Args:
+        is_sorted: sort the listing of a store on disk, see objects.py.
 
     Raises:
         UsageError: the source is missing, is `out` itself, or names a picture that does not exist.
+        OutOfOrder: a store lists in another order, and `is_sorted` is not set.
     """
     if source.kind == "dead_leaves":
         yield from _leaves(source)
@@ -116,7 +127,7 @@ def iter_entries(source: SourceSpec, out: Path | None, skipped: SkippedFiles) ->
     elif not source.path:
         raise UsageError("a folder source needs its path: give --images DIR or sources.0.path=DIR.")
     elif stores.is_address(source.path):
-        yield from _stored(source, skipped)
+        yield from _stored(source, skipped, is_sorted)
     else:
         yield from _folder(Path(source.path).absolute(), source, out, skipped)
 
@@ -152,13 +163,14 @@ def identities(spec: CorpusSpec) -> Iterator[list[Any]]:
     check_sources(spec)
     for source in spec.sources:
         if source.kind in KINDS:
-            for entry in iter_entries(source, None, SkippedFiles()):
+            for entry in iter_entries(source, None, SkippedFiles(), is_sorted=True):
                 # shipped pictures have the modification time of their check-out
                 mtime_ns = entry.mtime_ns if source.kind == "folder" else 0
                 facts = [entry.key, entry.source, entry.size, mtime_ns, entry.version, entry.refused]
-                yield [*facts, entry.caption] if entry.caption else facts
+                texts = (entry.caption, entry.caption_version if entry.version else "")
+                yield [*facts, *filter(None, texts)]
         else:
-            files = stores.list_files(source.path, source.storage)
+            files = stores.list_files(source.path, source.storage, is_sorted=True)
             yield from ([name, size, version] for _, name, size, version in files)
 
 
@@ -176,14 +188,30 @@ def check_sources(spec: CorpusSpec, out: Path | None = None) -> None:
                 raise held_out_is_missing(spec, name, keys)
     has_candidates = False
     for number, source in enumerate(spec.sources):
+        if stores.is_address(source.path) and source.kind != "negatives":
+            stores.check_store(source.path, source.storage)
         if source.kind in KINDS:
-            has_candidates = next(iter_entries(source, out, SkippedFiles()), None) is not None or has_candidates
+            has_candidates = _has_entry(source, out) or has_candidates
         elif not source.path:
             raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
         else:
-            has_candidates = next(stores.list_files(source.path, source.storage), None) is not None or has_candidates
+            has_candidates = _has_file(source) or has_candidates
     if not has_candidates:
         raise nothing_to_curate(spec)
+
+
+def _has_entry(source: SourceSpec, out: Path | None) -> bool:
+    def first(is_sorted: bool) -> Entry | None:
+        return next(iter_entries(source, out, SkippedFiles(), is_sorted), None)
+
+    return in_any_order(first) is not None
+
+
+def _has_file(source: SourceSpec) -> bool:
+    return (
+        in_any_order(lambda is_sorted: next(stores.list_files(source.path, source.storage, is_sorted), None))
+        is not None
+    )
 
 
 def held_out_is_missing(spec: CorpusSpec, name: str, keys: Collection[str]) -> UsageError:
@@ -278,32 +306,29 @@ def _with_caption(entry: Entry, text_file: Path) -> Entry:
     return replace(entry, caption_path=str(text_file), caption_version=f"{status.st_size}|{status.st_mtime_ns}")
 
 
-def _stored(source: SourceSpec, skipped: SkippedFiles) -> Iterator[Entry]:
-    """Candidates below an address of a store, or those that match a pattern. Texts of a store are not read."""
-    unread = UnreadTexts()
-    for path, relative, size, version in stores.list_files(source.path, source.storage):
-        name = relative.rpartition("/")[2]
-        is_system = any(map(is_system_name, relative.split("/")))
-        suffix = "." + name.rpartition(".")[2].lower() if "." in name else ""
-        if is_system or suffix in SIDECARS:
-            skipped.count += 1
-            if not is_system:
-                unread.add(relative)
-            continue
-        entry = Entry(
-            key=shards.safe_key(relative[: len(relative) - len(suffix)] if _is_picture(suffix[1:]) else relative),
-            source=f"{source.kind}:{relative}",
-            path=path,
-            size=size,
-            version=version,
-            licence=source.licence,
-            credit=source.credit,
-        )
+def _stored(source: SourceSpec, skipped: SkippedFiles, is_sorted: bool) -> Iterator[Entry]:
+    """Candidates below an address of a store, or those that match a pattern, with captions and tables beside them."""
+    folder = StoredFolder(source, is_sorted)
+    for name, stored, note, caption in folder.pictures():
+        suffix = suffix_of(name)
+        refused = note.problem
         if suffix and not _is_picture(suffix[1:]):
             refused = ("not_image", f"the suffix {suffix} is not of a picture format that we read")
-            entry = replace(entry, refused=refused)
-        yield entry
-    skipped.sentences += unread.sentences()
+        yield Entry(
+            key=shards.safe_key(name[: len(name) - len(suffix)] if _is_picture(suffix[1:]) else name),
+            source=f"{source.kind}:{name}",
+            path=stores.address_in(folder.root, stored.path),
+            size=stored.size,
+            version=stored.version,
+            licence=note.licence,
+            credit=note.credit,
+            caption=note.caption,
+            caption_path=stores.address_in(folder.root, caption.path) if caption else "",
+            caption_version=f"{caption.size}|{caption.version}" if caption else "",
+            refused=refused,
+        )
+    skipped.count += folder.skipped
+    skipped.sentences += folder.sentences
 
 
 def _file_entry(path: Path, relative: str, source: SourceSpec, note: Note) -> Entry:

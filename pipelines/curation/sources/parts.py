@@ -33,6 +33,7 @@ from pipelines.curation.sources.files import (
     iter_entries,
     nothing_to_curate,
 )
+from pipelines.curation.sources.objects import in_any_order
 from pipelines.curation.sources.texts import check_text_columns
 
 SMALLEST, USUAL, LARGEST = 8, 64, 256
@@ -44,7 +45,7 @@ ADDRESSES = (32, 256, 1024)
 """The same numbers for addresses, many of which are fetched at the same time."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """One unit of work.
 
@@ -83,34 +84,69 @@ def list_parts(spec: CorpusSpec, out: Path) -> Listing:
         UsageError: a source is missing or empty, or no source has a held-out picture that the spec names.
         Failure: a store or a table cannot be read.
     """
-    folder = out / "work" / "parts"
+
+    def work(is_sorted: bool) -> Listing:
+        facts = SkippedFiles()
+        parts = list(iter_parts(spec, out, facts, is_sorted))
+        return Listing(parts=parts, skipped=facts.count, sentences=facts.sentences)
+
+    return in_any_order(work)
+
+
+def iter_parts(spec: CorpusSpec, out: Path, skipped: SkippedFiles, is_sorted: bool = False) -> Iterator[Part]:
+    """The parts of `list_parts`, one at a time while the sources are listed; errors come where they are seen.
+
+    Args:
+        skipped: gets the number of skipped files, and the sentences.
+        is_sorted: sort the listings of stores on disk, see objects.py.
+
+    Raises:
+        UsageError, Failure: as `list_parts`.
+        OutOfOrder: a store lists in another order, and `is_sorted` is not set.
+    """
     held_out = {shards.safe_key(name): name for name in spec.split.held_out}
-    parts: list[Part] = []
-    skipped = SkippedFiles()
     some: list[str] = []  # keys for suggestions; a spec that names pictures is small
+    names: set[bytes] = set()
     for number, source in enumerate(spec.sources):
-        if source.kind in KINDS:
-            lines = (_file_line(entry, held_out, some) for entry in iter_entries(source, out, skipped))
-            parts += _write_lists(number, lines, folder, (SMALLEST, USUAL, LARGEST), "")
-        elif not source.path:
-            raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
-        elif source.kind == "tar":
-            parts += (_tar(number, archive) for archive in _archives(source, out))
-        elif source.kind == "parquet":
-            parts += (part for archive in _archives(source, out) for part in _row_groups(number, source, archive))
-        else:
-            parts += _write_lists(number, address_lines(source), folder, ADDRESSES, about(source))
-    if not parts:
+        for part in _parts_of(number, source, spec, out, (held_out, some), skipped, is_sorted):
+            name = hashlib.sha256(part.name.encode()).digest()[:12]  # a third of the name's memory
+            if name in names:
+                raise UsageError(f"{spec.name}: two sources name the same files.")
+            names.add(name)
+            yield part
+    if not names:
         raise nothing_to_curate(spec)
-    names = {part.name for part in parts}
-    if len(names) != len(parts):
-        raise UsageError(f"{spec.name}: two sources name the same files.")
     if held_out and all(source.kind in KINDS for source in spec.sources):
         raise held_out_is_missing(spec, next(iter(held_out.values())), some)
+    folder = out / "work" / "parts"
     for stale in folder.glob("*.jsonl") if folder.is_dir() else ():
-        if stale.stem not in names:
+        if hashlib.sha256(stale.stem.encode()).digest()[:12] not in names:
             stale.unlink()
-    return Listing(parts=parts, skipped=skipped.count, sentences=skipped.sentences)
+
+
+def _parts_of(
+    number: int,
+    source: SourceSpec,
+    spec: CorpusSpec,
+    out: Path,
+    keys: tuple[dict[str, str], list[str]],
+    skipped: SkippedFiles,
+    is_sorted: bool,
+) -> Iterator[Part]:
+    """The parts of one source; `keys` are held out and seen so far, as of `_file_line`."""
+    folder = out / "work" / "parts"
+    if source.kind in KINDS:
+        lines = (_file_line(entry, *keys) for entry in iter_entries(source, out, skipped, is_sorted))
+        yield from _write_lists(number, lines, folder, (SMALLEST, USUAL, LARGEST), "")
+    elif not source.path:
+        raise UsageError(f"{spec.name}: source {number} ({source.kind}) needs a path: sources.{number}.path=...")
+    elif source.kind == "tar":
+        yield from (_tar(number, archive) for archive in _archives(source, out, is_sorted))
+    elif source.kind == "parquet":
+        for archive in _archives(source, out, is_sorted):
+            yield from _row_groups(number, source, archive)
+    else:
+        yield from _write_lists(number, address_lines(source, is_sorted), folder, ADDRESSES, about(source))
 
 
 def _file_line(entry: Entry, held_out: dict[str, str], some: list[str]) -> tuple[str, dict[str, Any]]:
@@ -183,10 +219,10 @@ class _Archive:
         return f"{number:02d}-{hashlib.sha256(self.label.encode()).hexdigest()[:20]}"
 
 
-def _archives(source: SourceSpec, out: Path) -> Iterator[_Archive]:
+def _archives(source: SourceSpec, out: Path, is_sorted: bool) -> Iterator[_Archive]:
     """Files of a source, without hidden ones, sidecars (img2dataset's 00000_stats.json) and our own output."""
     own = f"{out.resolve()}{os.sep}"
-    for path, relative, size, version in stores.list_files(source.path, source.storage):
+    for path, relative, size, version in stores.list_files(source.path, source.storage, is_sorted):
         suffix = "." + relative.rpartition(".")[2].lower()
         is_sidecar = suffix in (*SIDECARS, *INDICES) and suffix != f".{source.kind}"
         is_sidecar = is_sidecar or relative.rpartition("/")[2] in MARKERS

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from components.corpora import SourceSpec
 from components.types import SampleError
 from pipelines.core.errors import UsageError, first_line, near_miss
+from pipelines.core.places.place import Place, Where
 from pipelines.core.tables import json_lines, read_table, read_text
 from pipelines.curation.sources.tars import printable_name
 from pipelines.curation.sources.texts import (
@@ -58,7 +59,7 @@ class Note:
 class _Table:
     """A table: the folder that its names are relative to, its notes by name, and the names that a picture has used."""
 
-    folder: Path
+    folder: Where
     label: str
     notes: Mapping[str, Note]
     used: set[str] = field(default_factory=set)
@@ -89,11 +90,11 @@ class FolderTables:
     """The tables of a directory tree, opened while it is walked from the top.
 
     Args:
-        root: folder of the source.
+        root: folder of the source, here or in a store; other paths are of the same kind.
         source: its caption_column names the column of captions; "" for the usual names.
     """
 
-    def __init__(self, root: Path, source: SourceSpec) -> None:
+    def __init__(self, root: Where, source: SourceSpec) -> None:
         self.root, self.source = root, source
         self.metadata: list[_Table] = []  # of the present folder and those above it
         self.sentences: list[str] = []
@@ -101,40 +102,40 @@ class FolderTables:
         self.credits: _Table | None = None
         self.unread = UnreadTexts()
 
-    def leave(self, path: Path) -> None:
+    def leave(self, path: Where) -> None:
         """Note a file that is neither a picture nor the caption of one."""
         if path.name.lower() not in TABLES:  # of these, another sentence says whether they were read
-            self.unread.add(path.relative_to(self.root).as_posix())
+            self.unread.add(relative_name(path, self.root))
 
-    def enter(self, folder: Path, files: list[str]) -> None:
+    def enter(self, folder: Where, files: list[str]) -> None:
         """Open the metadata of a folder and forget that of folders that the walk has left.
 
         Raises:
             UsageError: the table cannot be read.
         """
-        while self.metadata and not folder.is_relative_to(self.metadata[-1].folder):
+        while self.metadata and not _is_below(folder, self.metadata[-1].folder):
             self._close(self.metadata.pop())
         name = _named(CREDITS, files)
         if name and folder == self.root:
             self.credits = _Table(folder, name, read_credits(folder / name))
         elif name:
-            label = printable_name((folder / name).relative_to(self.root).as_posix())
+            label = printable_name(relative_name(folder / name, self.root))
             self.sentences.append(f"{label} was not read: it belongs into the folder of the source.")
         names = list(filter(None, (_named(name, files) for name in METADATA)))
         if not names:
             return
         name = names[0]
         if names[1:]:
-            label = printable_name((folder / names[1]).relative_to(self.root).as_posix())
+            label = printable_name(relative_name(folder / names[1], self.root))
             self.sentences.append(f"{label} was not read: {name} goes before it.")
         notes = read_metadata(folder / name, self.source)
-        label = printable_name((folder / name).relative_to(self.root).as_posix())
+        label = printable_name(relative_name(folder / name, self.root))
         if notes is None:
             self.sentences.append(f'{label} has no column "{FILE_NAME}", so it was not read.')
         else:
             self.metadata.append(_Table(folder, label, notes))
 
-    def note_of(self, path: Path) -> Note:
+    def note_of(self, path: Where) -> Note:
         """What the tables say of a picture."""
         licence = credit = caption = ""
         problem = None
@@ -146,7 +147,7 @@ class FolderTables:
         if self.credits is not None:
             note = _look_up(self.credits, path)
             if note is None:
-                self.without_credit.append(path.relative_to(self.root).as_posix())
+                self.without_credit.append(relative_name(path, self.root))
             else:
                 licence, credit = note.licence, note.credit
         return Note(
@@ -172,13 +173,27 @@ class FolderTables:
             self.sentences.append(f"{table.label} names pictures that are not there: {_some(unused)}.")
 
 
+def relative_name(path: Where, root: Where) -> str:
+    """The name of a file below a folder; both are of this machine, or both of a store."""
+    if isinstance(path, Place):
+        return path.path.removeprefix(f"{root.path}/") if isinstance(root, Place) else path.path
+    assert isinstance(root, Path)
+    return path.relative_to(root).as_posix()
+
+
+def _is_below(folder: Where, other: Where) -> bool:
+    if isinstance(folder, Place):
+        return isinstance(other, Place) and f"{folder.path}/".startswith(f"{other.path}/")
+    return isinstance(other, Path) and folder.is_relative_to(other)
+
+
 def _named(name: str, files: Collection[str]) -> str:
     """The file of a name, in any case if there is none as written; "" for none."""
     return name if name in files else min((file for file in files if file.lower() == name.lower()), default="")
 
 
-def _look_up(table: _Table, path: Path) -> Note | None:
-    name = _normal(path.relative_to(table.folder).as_posix())
+def _look_up(table: _Table, path: Where) -> Note | None:
+    name = _normal(relative_name(path, table.folder))
     note = table.notes.get(name)
     if note is not None:
         table.used.add(name)
@@ -197,7 +212,7 @@ def _some(names: list[str], count: int = 0) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def read_credits(path: Path) -> dict[str, Note]:
+def read_credits(path: Where) -> dict[str, Note]:
     """Notes by file name from a CREDITS.csv.
 
     Raises:
@@ -213,7 +228,7 @@ def read_credits(path: Path) -> dict[str, Note]:
     return notes
 
 
-def read_metadata(path: Path, source: SourceSpec) -> dict[str, Note] | None:
+def read_metadata(path: Where, source: SourceSpec) -> dict[str, Note] | None:
     """Notes by file name, relative to its folder, from a metadata table; None if it names no files.
 
     Raises:
@@ -274,24 +289,24 @@ def _add(notes: dict[str, Note], file: str, note: Note, where: str) -> None:
     notes[name] = note
 
 
-def _bytes_of(path: Path) -> bytes:
+def _bytes_of(path: Where) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _json_rows(path: Path, source: SourceSpec) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _json_rows(path: Where, source: SourceSpec) -> Iterator[tuple[int, Mapping[str, Any]]]:
     return json_lines(read_text(_bytes_of(path), str(path)).split("\n"), str(path))
 
 
-def _csv_rows(path: Path, source: SourceSpec) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _csv_rows(path: Where, source: SourceSpec) -> Iterator[tuple[int, Mapping[str, Any]]]:
     yield from read_table(_bytes_of(path), str(path), {})
 
 
-def _parquet_rows(path: Path, source: SourceSpec) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _parquet_rows(path: Where, source: SourceSpec) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
-        table = pq.ParquetFile(path)
+        table = pq.ParquetFile(path if isinstance(path, Path) else pa.BufferReader(path.read_bytes()))
         if source.caption_column in table.schema_arrow.names:
             check_text_columns(path.name, table.schema_arrow, source.caption_column)
         fields = (source.caption_column, *CAPTION_FIELDS, *LICENCE_FIELDS, "credit")

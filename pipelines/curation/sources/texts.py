@@ -22,6 +22,7 @@ from components.captions.text import join_texts, split_texts, tidy
 from components.text_files import decode_text
 from components.types import SampleError
 from pipelines.core.errors import UsageError
+from pipelines.curation.sources.stores import read_range
 from pipelines.curation.sources.tars import printable_name
 
 MAX_CAPTION_CHARS = 10_000  # ours: longer texts are cut; text encoders read less than a hundredth of it
@@ -81,6 +82,21 @@ def read_caption_file(path: str) -> tuple[str, str]:
     text = decode_text(data[:MAX_CAPTION_BYTES], is_whole=len(data) <= MAX_CAPTION_BYTES)
     text = text.replace("\r\n", "\n").replace("\r", "\n")[: 4 * MAX_CAPTION_CHARS]
     return caption, f"|{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def read_stored_caption(address: str, storage: Mapping[str, Any]) -> str:
+    """The caption in a text of a store.
+
+    Raises:
+        SampleError: not_text: it cannot be decoded; unreadable: it cannot be read.
+        StoreUnavailable: the store does not answer.
+    """
+    name = printable_name(address.rpartition("/")[2])
+    try:
+        data = read_range(address, storage, 0, MAX_CAPTION_BYTES + 1)
+    except OSError as error:
+        raise SampleError("unreadable", f"its caption {name} cannot be read: {error.strerror}") from error
+    return caption_of_bytes(data, address.rpartition("/")[2])
 
 
 def caption_of(value: Any, where: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,24 @@ def test_a_corpus_in_a_bucket_has_the_bytes_of_one_on_a_disk(
     storage = store_servers.storage(server)
     place = place_of(f"s3://{store_servers.BUCKET}/corpus")
     assert isinstance(place, Place)
+    photos = tmp_path / "photos"
+    photos.mkdir()
     for index in range(5):
         pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        (place.parent / f"photos/{index}.png").write_bytes(encode_png(pixels)[: 300 if index == 3 else None])
+        data = encode_png(pixels)[: 300 if index == 3 else None]
+        (place.parent / f"photos/{index}.png").write_bytes(data)
+        (photos / f"{index}.png").write_bytes(data)
+    for name in ("1.txt", "2.png.caption"):
+        (place.parent / "photos" / name).write_bytes(name.encode())
+        (photos / name).write_bytes(name.encode())
     source = SourceSpec(kind="folder", path=str(place.parent / "photos"), storage=storage)
     spec = CorpusSpec(name="s3", sources=[source], filters=FilterSpec(min_side_px=16), max_bad_fraction=1.0)
     curate(spec, tmp_path / "local")
     expected = corpus_bytes(tmp_path / "local")
+    assert not (tmp_path / "local" / "work" / ".spool").exists()
+    curate(replace(spec, sources=[SourceSpec(kind="folder", path=str(photos))]), tmp_path / "files")
+    assert expected == corpus_bytes(tmp_path / "files")
+    assert b'"caption":"2.png.caption"' in expected["manifest.jsonl"]
 
     class Killed(Exception):
         pass

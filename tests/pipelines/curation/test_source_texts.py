@@ -400,7 +400,7 @@ def test_texts_that_belong_to_no_picture_are_named(tmp_path: Path, path: str) ->
         assert sentence == "Texts that were not read: a.tsv, b.json, captions.csv, meta.jsonl, z.txt and 1 more."
     else:  # captions of a store are not read
         assert (
-            sentence == "Texts that were not read: a.tsv, b.json, captions.csv, captions/a.txt, meta.jsonl and 3 more."
+            sentence == "Texts that were not read: a.tsv, b.json, captions.csv, captions/a.txt, meta.jsonl and 1 more."
         )
 
 

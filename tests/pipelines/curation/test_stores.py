@@ -87,11 +87,29 @@ def test_the_files_of_a_bucket_are_listed_and_read_again(server: str, tmp_path: 
     assert [(c.key, c.problem.code) for c in items if c.problem] == [("g", "truncated")]
 
 
-def test_a_missing_bucket_is_one_sentence(server: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("s3://photographs/none/*.tar", "holds no file"),
+        ("s3://photographs/none.tar", "holds no file"),
+        ("s3://nobucket/x.tar", "^s3://nobucket/x.tar: the bucket does not exist.$"),
+        (
+            "s3://photographs/tars/{0..3}.tar",
+            r"\{0..3\}.tar names a file that does not exist: .*/2.tar holds no",
+        ),
+        ("s3://photographs/tars/{0..1.tar", "is not closed"),
+    ],
+)
+def test_a_missing_bucket_or_file_is_one_sentence(server: str, tmp_path: Path, path: str, sentence: str) -> None:
     storage = {"endpoint_url": server, **CREDENTIALS}
-    for path in ("s3://photographs/none/*.tar", "s3://nobucket/x.tar"):
-        with pytest.raises(UsageError, match="holds no file"):
-            check_sources(CorpusSpec(name="s3", sources=[SourceSpec(kind="tar", path=path, storage=storage)]), tmp_path)
+    spec = CorpusSpec(name="s3", sources=[SourceSpec(kind="tar", path=path, storage=storage)])
+
+    def act() -> None:
+        check_sources(spec, tmp_path)
+        list_parts(spec, tmp_path)
+
+    with pytest.raises(UsageError, match=sentence):
+        act()
 
 
 @pytest.mark.slow

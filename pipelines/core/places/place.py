@@ -148,12 +148,17 @@ class Place:
         size = self.stat().size
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as draft:
-            handle = os.open(draft.temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            try:
-                if size:
-                    self._patiently(lambda store: download(store, self.path, handle, size))
-            finally:
-                os.close(handle)
+            self.fill(draft.temporary, size)
+
+    def fill(self, file: Path, size: int) -> None:
+        """Fetch the first `size` bytes of the object into a local file, which is made or overwritten."""
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.ftruncate(handle, size)
+            if size:
+                self._patiently(lambda store: download(store, self.path, handle, size))
+        finally:
+            os.close(handle)
 
     # -- writing --
 

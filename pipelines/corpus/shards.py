@@ -163,7 +163,7 @@ class Split:
 
     name: str
     folder: Path
-    shards: Sequence[Mapping[str, Any]]
+    shards: ShardList
     starts: Sequence[int] = field(repr=False, default=())
     table: Path = Path()
 

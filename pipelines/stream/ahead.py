@@ -23,6 +23,7 @@ import numpy as np
 
 from components.recipes import SHARD_READS
 from pipelines.core.errors import RestorayError, UsageError, unknown
+from pipelines.core.places.place import Place
 from pipelines.corpus.stored import address_of, node_cache, set_cap, shard_object
 from pipelines.stream.config import DEAD_LEAVES, StreamConfig
 from pipelines.stream.opened import Reads, corpus_of, localized, order_of, unpaired_order
@@ -66,7 +67,7 @@ def choose_reads(
     cap, whole = node_cache().cap(), set()
     for folder, _ in stores:
         split = corpus_of(folder).split(config.split)
-        size, samples = float(np.sum(split.shards.sizes)), len(split)
+        size, samples = float(split.shards.sizes.sum()), len(split)
         if shard_reads == "whole" or (
             shard_reads == "auto"
             and is_whole_better(
@@ -214,10 +215,10 @@ class FetchAhead:
                 self.moved.wait()
         return False
 
-    def _fetch(self, split: Any, number: int, stored: Any) -> None:
+    def _fetch(self, split: Any, number: int, stored: tuple[Place, str, int]) -> None:
         try:
             split.fetch_rows([number])
-            if node_cache().fetch_ahead(*stored, self.reads.fetches, self.stopped) is not None:
+            if node_cache().fetch_ahead(*stored, slots=self.reads.fetches, stopped=self.stopped) is not None:
                 self.count += 1
         except (OSError, RestorayError):
             self.stopped.wait(RETRY_S)

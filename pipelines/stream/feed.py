@@ -144,7 +144,7 @@ def fetching_ahead(
     import ray
 
     options = {"num_cpus": 0, "scheduling_strategy": near_this_node()}
-    actor = ray.remote(FetchAhead).options(**options).remote(config, reads, rows, place)
+    actor: Any = ray.remote(FetchAhead).options(**options).remote(config, reads, rows, place)
     actor.start.remote()
     last = time.monotonic()
 

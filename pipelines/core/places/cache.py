@@ -87,8 +87,17 @@ class NodeCache:
                 lock = self._try_lock(f"slot-{number}.lock")
                 if lock is not None:
                     with lock:
-                        return None if stopped.is_set() else self.path_of(place, sha256, size)
+                        if stopped.is_set():
+                            return None
+                        fetching = self._try_lock(f"{sha256}.lock")
+                        if fetching is not None:
+                            with fetching:
+                                return self.get(sha256) or self._fetch(place, sha256, size)
+                    break  # a rival fetches it: no need of a slot
             stopped.wait(POLL_S)
+            path = self.get(sha256)
+            if path is not None:
+                return path
         return None
 
     def cap(self) -> int:

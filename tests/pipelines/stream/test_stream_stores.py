@@ -1,4 +1,4 @@
-"""The stream of a corpus in a store: the bytes and the order of a disk, by whole shards and by ranges; fetches ahead."""
+"""The stream of a corpus in a store: the bytes and the order of a disk, whole shards and ranges, fetches ahead."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import faulty_proxy
 import numpy as np
 import pytest
+import store_servers
 
 from components.images import encode_png
 from components.synthetic import dead_leaves
+from pipelines.core.cluster import local_ray
 from pipelines.core.errors import Failure, UsageError
 from pipelines.core.places.place import Place, place_of
 from pipelines.corpus import partial_tables
@@ -46,9 +49,11 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
         rows.append((self.name, start, size))
         return read(self, start, size)
 
-    monkeypatch.setattr(
-        Place, "fill", lambda self, file, size: (rows.append((self.name, 0, -1)), fill(self, file, size))[1]
-    )
+    def fills(self: Place, file: Path, size: int) -> None:
+        rows.append((self.name, 0, -1))
+        fill(self, file, size)
+
+    monkeypatch.setattr(Place, "fill", fills)
     monkeypatch.setattr(Place, "read_bytes", reads)
     return rows
 
@@ -89,12 +94,12 @@ def test_a_store_gives_the_bytes_and_the_order_of_a_disk(
     on_disk, in_store = config_of(corpus.folder), config_of(stored)
     reads = choose_reads(in_store, 2 * COUNT, 1.0, way, 2, 1 << 20)
     assert bool(reads.whole) == (way == "whole")
-    blocks = 0
-    for block, expected in zip(stream_of(in_store, reads), stream_of(on_disk, Reads()), strict=True):
+    expected_blocks = list(stream_of(on_disk, Reads()))
+    blocks = list(stream_of(in_store, reads))
+    for block, expected in zip(blocks, expected_blocks, strict=True):
         assert block.keys() == expected.keys()
         assert all(np.array_equal(block[name], expected[name]) for name in block)
-        blocks += 1
-    assert blocks == 2 * COUNT // BATCH
+    assert len(blocks) == 2 * COUNT // BATCH
     fetches = Counter(shards_read(requests))
     if way == "whole":
         assert sorted(fetches) == sorted((shard["name"], 0, -1) for shard in corpus.split("train").shards)
@@ -114,7 +119,7 @@ def test_a_row_outside_of_a_block_and_a_damaged_picture(
     assert np.array_equal(row["hq"], expected["hq"]) and len(shards_read(requests)) == 1
     read = Place.read_bytes
     monkeypatch.setattr(Place, "read_bytes", lambda self, start=0, size=-1: bytes(len(read(self, start, size))))
-    with pytest.raises(Failure, match="does not hold the picture k.. that its table names"):
+    with pytest.raises(Failure, match=r"does not hold the picture k\d+ that its table names"):
         load_row(config_of(stored), 4)
 
 
@@ -130,9 +135,7 @@ def test_the_table_of_a_large_corpus_comes_in_parts(
     tables = [row for row in requests if row[0] == "train.arrow"]
     assert len(tables) == 4 and tables[-1][2] < size / 5
     split.fetch_rows([1, 2, 3, 8])
-    assert [row[2] for row in requests if row[0] == "train.arrow"][4:] and open_corpus(stored).split("train").batch(
-        8
-    ).equals(whole.batch(8))
+    assert len([row for row in requests if row[0] == "train.arrow"]) in (5, 6)  # neighbours 1 and 2 are one; 3 is here
     before = len(requests)
     for number in (1, 2, 3, 8):
         assert split.batch(number).equals(whole.batch(number))
@@ -166,7 +169,7 @@ def test_the_rule_of_auto(size: int, samples: int, rows: int, share: float, cap:
 
 
 def test_wrong_settings_are_refused(stored: str) -> None:
-    with pytest.raises(UsageError, match='placement.shard_reads.*"whole"'):
+    with pytest.raises(UsageError, match=r'placement\.shard_reads.*"whole"'):
         choose_reads(config_of(stored), 1, 1.0, "hole", 1, 0)
     with pytest.raises(UsageError, match="shard_fetches >= 1"):
         choose_reads(config_of(stored), 1, 1.0, "whole", 0, 0)
@@ -220,7 +223,7 @@ def test_fetches_ahead_keep_the_order_the_limit_and_the_room(
     order = [split.shards[use.number]["name"] for use in planned(config, frozenset([stored]), 0, COUNT, place)]
     first = [name for name, _, _ in shards_read(requests)]
     assert 6 <= len(first) <= 7 and set(first) == set(order[: len(first)])  # the room of seven, each once
-    assert set(first[:2]) == set(order[:2])
+    assert all(order.index(name) <= place + 4 for place, name in enumerate(first))  # two fetches of two ranks in work
     for fetcher in both:
         fetcher.advance(COUNT)  # the first epoch's shards are no longer needed
     while len(set(shards_read(requests))) < 10 and time.monotonic() < deadline:
@@ -246,3 +249,31 @@ def test_a_shard_that_left_the_cache_is_closed(stored: str) -> None:
     opened.use(reads)
     assert len(opened._files) < held
     load_columns(config_of(stored), np.arange(BATCH))
+
+
+@pytest.mark.slow
+def test_tasks_and_the_actor_fetch_each_shard_once_near_the_trainer(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream under Ray, of a bucket: the rows of a disk, one GET a shard in two epochs; and by ranges."""
+    with store_servers.moto_server() as server, faulty_proxy.faulty_proxy(server, every=0) as proxy:
+        for name, value in store_servers.environment(proxy.endpoint).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "home"))
+        place = place_of(f"s3://{store_servers.BUCKET}/corpus")
+        assert isinstance(place, Place)
+        for path in corpus.folder.rglob("*"):
+            if path.is_file():
+                (place / path.relative_to(corpus.folder).as_posix()).write_bytes(path.read_bytes())
+        config = config_of(corpus_folder(place))
+        with local_ray(num_cpus=2, object_store_mib=100):
+            for way in ("ranged", "whole"):
+                proxy.lines.clear()
+                reads = choose_reads(config, 2 * COUNT, 1.0, way, 2, 1 << 20)
+                batches = feed.rank_batches(config, 0, 2 * COUNT, BATCH, own_process=False, reads=reads)
+                for number, columns in enumerate(batches):
+                    expected = load_columns(config_of(corpus.folder), np.arange(BATCH * number, BATCH * (number + 1)))
+                    assert columns["key"].tolist() == expected["key"].tolist()
+                    assert np.array_equal(columns["hq"], expected["hq"])
+                shards = Counter(line for line in proxy.lines if line.endswith(".tar"))
+                assert len(shards) == 10 and (set(shards.values()) == {1}) == (way == "whole")

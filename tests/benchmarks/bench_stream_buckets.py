@@ -7,8 +7,8 @@ PYTHON is the interpreter of an environment of its own with mosaicml-streaming, 
 without it webdataset runs in ours and mosaicml-streaming is left out.
 
 `loaders`: JPEGs of 512 px in 8 shards on an S3 server on loopback, behind a proxy that adds 20 ms to each request.
-Every arm decodes with libjpeg-turbo, crops and packs batches of 32, with 2 workers, from an empty disk. Printed for each
-arm: seconds to the first batch; wall and CPU milliseconds a sample from there to the end of each epoch (of all its
+Every arm decodes with libjpeg-turbo, crops and packs batches of 32, with 2 workers, from an empty disk. Printed for
+each arm: seconds to the first batch; wall and CPU milliseconds a sample from there to the end of each epoch (of all its
 processes, Ray's daemons too, not of server and proxy); bytes that went through the proxy for shards over the shards'
 bytes, so 1 means that each byte was fetched once. Arms take turns; medians over rounds; void if an arm's CPU times
 spread over 25 %.

@@ -69,7 +69,7 @@ def mosaicml(folder: str, crop: int, scratch: str) -> Iterator[Any]:
 
 
 def webdataset(_: str, crop: int, __: str) -> Iterator[Any]:
-    """webdataset: shards through curl in their order, two workers, batched in them; their signed addresses are in BENCH_SHARDS."""
+    """webdataset: shards through curl, two workers, batched in them; the signed addresses are in BENCH_SHARDS."""
     import torch
     import webdataset as wds
 

@@ -17,7 +17,7 @@ from components.secrets import holds_secret, without_secrets
 from components.writing import whole_file
 from pipelines.core.errors import UsageError, near_miss
 from pipelines.core.places.addresses import address_of, is_address
-from pipelines.core.places.backends import CHUNK_BYTES, Stat, Store, download, open_store
+from pipelines.core.places.backends import CHUNK_BYTES, Stat, Store, download, shared_store
 from pipelines.core.places.patience import patiently
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Place:
         return PurePosixPath(self.path).relative_to(other.path)
 
     def _patiently(self, action: Callable[[Store], T], patience_s: float | None = None) -> T:
-        store = open_store(str(self), self.storage)
+        store = shared_store(str(self), self.storage)
         return patiently(lambda: action(store), str(self), self.storage, patience_s)
 
     # -- reading; FileNotFoundError, PermissionError, Refusal and StoreUnavailable as in patience.py --

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -164,11 +164,11 @@ def input_folders(inputs: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def stored_inputs(inputs: Sequence[str]) -> list[Where]:
-    """The folders in stores among NAME=FOLDER pairs."""
+def stored_inputs(inputs: Sequence[str], without: Collection[str] = ()) -> list[Where]:
+    """The folders in stores among NAME=FOLDER pairs, without some names: each node reads a corpus by itself."""
     from pipelines.core.places.place import place_of
 
-    folders = (pair.partition("=")[2] for pair in inputs)
+    folders = (folder for name, _, folder in (pair.partition("=") for pair in inputs) if name not in without)
     return [place_of(folder) for folder in folders if is_address(folder)]
 
 

@@ -56,7 +56,7 @@ def train(
             running_ray(store_mib(resolved)),
             console.bar(resolved.name) as progress,
         ):
-            check_one_machine(place, *stored_inputs(inputs or []))
+            check_one_machine(place, *stored_inputs(inputs or [], set(folders.corpora)))
             result = train_one(resolved, folders, folder, progress)
         lines = [f"model: {place / 'model'}"]
         if resolved.teacher:  # the student has passed its gate, otherwise train_one would have raised

@@ -101,6 +101,7 @@ def train(
                 "run": Run(
                     recipe=recipe,
                     inputs=inputs,
+                    addresses=inputs.addresses(),
                     out=out,
                     cwd=cwd,
                     captioning=captioning,

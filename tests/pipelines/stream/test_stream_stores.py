@@ -29,6 +29,7 @@ from pipelines.stream.ahead import FetchAhead, choose_reads, is_whole_better, pl
 from pipelines.stream.config import DEAD_LEAVES, StreamConfig
 from pipelines.stream.opened import Reads
 from pipelines.stream.rows import load_columns, load_row
+from pipelines.training.inputs import TrainInputs
 
 COUNT, PER_SHARD, BATCH = 40, 4, 8
 
@@ -249,6 +250,27 @@ def test_a_shard_that_left_the_cache_is_closed(stored: str) -> None:
     opened.use(reads)
     assert len(opened._files) < held
     load_columns(config_of(stored), np.arange(BATCH))
+
+
+def test_another_node_opens_the_corpus_in_its_own_home(
+    corpus: Corpus, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = TrainInputs(corpora={"a": Path(stored), "b": corpus.folder})
+    addresses = inputs.addresses()
+    assert list(addresses) == ["a"] and addresses["a"].startswith("memory://")
+    reads = choose_reads(config_of(stored), 2 * COUNT, 1.0, "whole", 2, 1 << 20)
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "other"))
+    own = opened.localized(config_of(stored), reads)
+    (folder, _), *_ = own.sources
+    assert folder.startswith(str(tmp_path / "other")) and Path(folder).name == Path(stored).name
+    assert inputs.on_this_node(addresses).corpora == {"a": Path(folder), "b": corpus.folder}
+    assert np.array_equal(load_row(own, 3)["hq"], load_row(config_of(corpus.folder), 3)["hq"])
+    place = place_of(addresses["a"])
+    assert isinstance(place, Place)
+    (place / "index.json").write_bytes((place / "index.json").read_bytes() + b" ")
+    monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "late"))
+    with pytest.raises(Failure, match="was curated again since the stream began"):
+        opened.localized(config_of(stored), reads)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ of 32 rows, private bytes of a process above those after its imports, and shards
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -83,7 +84,7 @@ def run_arm(
     """Times and bytes of an arm; the arm's process ends when its input does."""
     proxy.lines.clear()
     proxy.sent.clear()
-    begin, marks = time.perf_counter(), []
+    begin, marks, children = time.perf_counter(), [], []
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, **pipes) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -94,7 +95,12 @@ def run_arm(
                     marks.append((time.perf_counter(), meter.cpu_seconds(), sent))
                 if len(marks) == epochs + 1:
                     break
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(process.pid).children(recursive=True)
         process.stdin.close()
+    for child in children:  # a loader's workers outlive it for a while, and would be counted in the next arm
+        with contextlib.suppress(psutil.Error):
+            child.kill()
     if len(marks) != epochs + 1:
         raise SystemExit(f"{' '.join(command[:4])} ended with {process.returncode}")
     steps = [[after - before for after, before in zip(b, a, strict=True)] for a, b in itertools.pairwise(marks)]
@@ -171,12 +177,13 @@ def loaders(
         tars = sum((corpus / "train" / name).stat().st_size for name in names)
     row: dict[str, Any] = {"samples": samples, "shards": len(names), "rounds": rounds, "delay_ms": 1e3 * DELAY_S}
     for arm, rows in results.items():
-        cpu, spread = median_and_spread([result["cpu_s"][0] for result in rows])
+        cpu = [float(result["cpu_s"][0]) for result in rows]
+        spread = median_and_spread(cpu)[1] if min(cpu) > 0 else 0.0  # at nano size a clock tick may be longer
         row[arm] = {
             "first_s": round(statistics.median(result["first_s"] for result in rows), 2),
             "wall_ms": [round(1e3 * value / samples, 3) for value in _medians(rows, "wall_s")],
             "cpu_ms": [round(1e3 * value / samples, 3) for value in _medians(rows, "cpu_s")],
-            "spread": round(spread, 3) if cpu else 0.0,
+            "spread": round(spread, 3),
             "bytes_over_shards": [round(value / sizes.get(arm, tars), 3) for value in _medians(rows, "sent")],
             "requests": statistics.median(result["requests"] for result in rows),
         }

@@ -8,8 +8,8 @@ import pytest
 
 @pytest.mark.slow
 def test_an_index_in_a_bucket_is_mapped() -> None:
-    """2,000 shards: the processes share the index, and fetch the rows of a few shards of the table."""
-    report = buckets.index(samples=256_000, rows=256)
+    """4,000 shards: the processes share the index, and fetch the rows of a few shards of the table."""
+    report = buckets.index(samples=512_000, rows=256)
     assert report["index.json"] > 250_000 and report["train.arrow"] > 20e6
     for worker in report["workers"]:
         assert worker["first_s"] > 0 and worker["opens_a_row"] <= 1.0

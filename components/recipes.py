@@ -89,6 +89,10 @@ class MissingCaptions:
             raise RecipeError("missing_captions needs batch_size >= 1 and max_tokens >= 0")
 
 
+SHARD_READS = ("auto", "whole", "ranged")
+"""How a training reads the shards of corpora in stores."""
+
+
 @dataclass(kw_only=True)
 class Placement:
     """Resources of a stage. They are not part of its identity: the same recipe gives the same data anywhere."""
@@ -105,6 +109,10 @@ class Placement:
     captioners: int = 1  # actors that write missing captions, anywhere in the cluster; unused without a captioner
     cpus_per_captioner: float = 1.0
     gpus_per_captioner: float = 0.0
+    data_tasks: int = 2  # data tasks of a worker at a time, on its node while it has free CPUs
+    shard_reads: str = "auto"  # shards in stores: "whole", "ranged", or "auto" (pipelines/stream/ahead.py has the rule)
+    shard_fetches: int = 4  # whole shards that a node fetches at a time, ahead of their use
+    cache_gib: float = 0.0  # cap of a node's cache of shards; 0: half of the disk's free bytes
     caption_cache: str = ""  # folder that all nodes share; "": RESTORAY_HOME/cache/captions
 
     def __post_init__(self) -> None:
@@ -113,15 +121,24 @@ class Placement:
             self.gpus_per_worker,
             self.memory_gib_per_worker,
             self.wait_minutes,
+            self.cache_gib,
             self.cpus_per_captioner,
             self.gpus_per_captioner,
             *self.resources_per_worker.values(),
         )
-        counts = (self.workers - 1, self.captioners - 1, self.threads, self.max_failures)
+        counts = (
+            *(self.workers - 1, self.captioners - 1, self.data_tasks - 1, self.shard_fetches - 1),
+            *(self.threads, self.max_failures),
+        )
         if min(counts) < 0 or not all(0 <= share < math.inf for share in shares):
             raise RecipeError(
-                "placement needs workers and captioners >= 1, threads and max_failures >= 0, and shares of CPUs, GPUs, "
-                "memory and resources that are numbers of at least 0"
+                "placement needs workers, captioners, data_tasks and shard_fetches >= 1, threads and max_failures "
+                ">= 0, and shares of CPUs, GPUs, memory, cache and resources that are numbers of at least 0"
+            )
+        if self.shard_reads not in SHARD_READS:
+            raise RecipeError(
+                f"placement.shard_reads must be one of {', '.join(SHARD_READS)}, got {self.shard_reads!r}. "
+                f"{did_you_mean(self.shard_reads, SHARD_READS)}"
             )
 
 

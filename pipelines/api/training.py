@@ -78,7 +78,8 @@ def train_recipe(
     folders = train_inputs({name: input_folder(name, folder) for name, folder in inputs.items()})
     check_inputs(recipe, folders)
     check_gpus(recipe)
-    stored = [place_of(folder) for folder in inputs.values() if is_address(folder)]
+    # each node opens a corpus in a store by itself
+    stored = [place_of(folder) for name, folder in inputs.items() if is_address(folder) and name not in folders.corpora]
     with working_copy(out) as folder:
         with (
             train_folder(recipe, folders, folder),

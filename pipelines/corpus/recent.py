@@ -60,5 +60,11 @@ class Recent(Generic[K, V]):
                 self._values.popitem(last=False)
         return value
 
+    def drop(self, is_stale: Callable[[V], bool]) -> None:
+        """Drop the values for which `is_stale` is true."""
+        with self._lock:
+            for key in [key for key, value in self._values.items() if is_stale(value)]:
+                del self._values[key]
+
     def __len__(self) -> int:
         return len(self._values)

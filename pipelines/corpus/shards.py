@@ -25,9 +25,8 @@ from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
 from components.images import Limits
@@ -36,7 +35,9 @@ from components.types import SampleError
 from components.writing import replace_file, whole_file
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.core.rows import iter_lines
-from pipelines.corpus.stored import stored_shard
+from pipelines.corpus.lists import ShardList, open_mapped, read_lists
+from pipelines.corpus.partial_tables import PartialTable
+from pipelines.corpus.stored import stored_manifest, stored_shard, stored_table
 
 FORMAT = 2
 BLOCK = 512  # POSIX.1-1988 ustar: headers and data are padded to this
@@ -148,38 +149,6 @@ def write_shard(
 # --- a curated corpus -------------------------------------------------------------------------------------------------
 
 
-class ShardList(Sequence[Mapping[str, Any]]):
-    """The shards of a split as rows {"name", "bytes", "sha256", "samples"}, held as arrays.
-
-    A list of dictionaries takes about 700 bytes a shard in every process of a job, the arrays about 80.
-    """
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.names = np.array([str(row["name"]).encode() for row in rows])
-        self.digests = np.array([bytes.fromhex(row["sha256"]) for row in rows], dtype="V32")
-        self.sizes = np.array([row["bytes"] for row in rows], dtype=np.int64)
-        self.samples = np.array([row["samples"] for row in rows], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    @overload
-    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Mapping[str, Any]]: ...
-
-    def __getitem__(self, place: int | slice) -> Mapping[str, Any] | Sequence[Mapping[str, Any]]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        return {
-            "name": self.names[place].decode(),
-            "bytes": int(self.sizes[place]),
-            "sha256": self.digests[place].tobytes().hex(),
-            "samples": int(self.samples[place]),
-        }
-
-
 @dataclass(frozen=True)
 class Split:
     """One split of a corpus: sample numbers 0 .. len-1, in manifest order.
@@ -194,7 +163,7 @@ class Split:
 
     name: str
     folder: Path
-    shards: Sequence[Mapping[str, Any]]
+    shards: ShardList
     starts: Sequence[int] = field(repr=False, default=())
     table: Path = Path()
 
@@ -221,8 +190,24 @@ class Split:
         if shard not in batches:
             if len(batches) >= CACHED_BATCHES:
                 batches.pop(next(iter(batches)))
-            batches[shard] = self._reader.get_batch(shard)
+            batches[shard] = self._read(shard)
         return batches[shard]
+
+    def _read(self, shard: int) -> pa.RecordBatch:
+        reader = self._reader
+        if self._parts is None:
+            return reader.get_batch(shard)
+        self._parts.fetch([shard])
+        batch = reader.get_batch(shard)
+        if batch.num_rows != self.starts[shard + 1] - self.starts[shard]:
+            raise Failure(f"{self.table} does not belong to the index next to it.")
+        return batch
+
+    def fetch_rows(self, shards: Iterable[int]) -> None:
+        """Fetch the rows of shards whose table is in a store and comes in parts; nothing for other tables."""
+        _ = self._reader
+        if self._parts is not None:
+            self._parts.fetch(shards)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}  # no open files
@@ -232,7 +217,13 @@ class Split:
         return {}
 
     @cached_property
+    def _parts(self) -> PartialTable | None:
+        """The parts of a table in a store; None for a whole table."""
+        return stored_table(self.table, self.name)
+
+    @cached_property
     def _reader(self) -> Any:
+        _ = self._parts  # fetches a table in a store
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(self.table)))
         except (OSError, pa.ArrowInvalid) as error:
@@ -258,7 +249,7 @@ class Corpus:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Rows of the manifest, one at a time: train, then held_out, each in the order of the sample numbers."""
-        return iter_lines(self.folder / "manifest.jsonl")
+        return iter_lines(stored_manifest(self.folder))
 
 
 def open_corpus(folder: str | Path) -> Corpus:
@@ -270,16 +261,16 @@ def open_corpus(folder: str | Path) -> Corpus:
     folder = Path(folder)
     path = folder / "index.json"
     try:
-        index = json.loads(path.read_bytes())
+        index = open_mapped(folder) or read_lists(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"{folder} is not a curated corpus: it holds no index.json.") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    if index.get("format") != FORMAT:
         raise UsageError(f"{path} is not an index of format {FORMAT}: curate again.")
     splits = {}
     for name, entry in index["splits"].items():
-        shards = ShardList(entry["shards"])
+        shards = entry["shards"] if isinstance(entry["shards"], ShardList) else ShardList(entry["shards"])
         starts = array("q", itertools.accumulate(shards.samples.tolist(), initial=0))
         splits[name] = Split(name, folder / name, shards, starts, folder / entry["table"]["name"])
     return Corpus(folder, index["digest"], splits)
@@ -322,6 +313,10 @@ class ShardFile:
         if len(data) != size:
             raise SampleError("truncated", f"{self.path} ends before the sample does", key)
         return data
+
+    def is_gone(self) -> bool:
+        """Whether the open file has no name any more: it has left a cache, and its bytes go when it is closed."""
+        return self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0
 
     def _open(self) -> FileIO:
         try:
@@ -380,7 +375,7 @@ def verify(corpus: Corpus) -> list[str]:
     """One sentence for everything in a corpus that differs from its index; empty for an intact corpus."""
     problems = []
     index = json.loads((corpus.folder / "index.json").read_bytes())
-    files = {corpus.folder / "manifest.jsonl": corpus.digest}
+    files = {stored_manifest(corpus.folder): corpus.digest}
     files |= {corpus.folder / part["table"]["name"]: part["table"]["sha256"] for part in index["splits"].values()}
     for path, sha256 in files.items():
         try:

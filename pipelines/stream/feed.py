@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
@@ -20,9 +21,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import cv2
 import numpy as np
 
+from pipelines.stream.ahead import FetchAhead, choose_reads
 from pipelines.stream.config import DEAD_LEAVES, StreamConfig
+from pipelines.stream.opened import FETCHES, Reads, localized, prepare, use
 from pipelines.stream.ordering import rank_count, rank_position
-from pipelines.stream.rows import check_stream, load_columns, precomputed_columns
+from pipelines.stream.rows import check_stream, load_columns, precomputed_columns, samples_of
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -40,6 +43,8 @@ LEAST_STORE_BYTES = 64 << 20
 
 STRETCH_TASKS = 1024  # tasks per dataset: Ray Data plans all tasks of a dataset before it starts the first
 LEAD_BATCHES = 64  # the next stretch starts so many batches before the end of one
+
+ADVANCE_S = 1.0  # pause between two messages to the actor that fetches ahead
 
 Columns = Mapping[str, np.ndarray]
 T = TypeVar("T")
@@ -79,6 +84,7 @@ def rank_batches(
     tasks: int = 2,
     task_cpus: float = 1.0,
     own_process: bool = True,
+    reads: Reads | None = None,
 ) -> Iterator[Columns]:
     """Yield one rank's batches in order. Ray Data tasks make them during the iteration.
 
@@ -90,12 +96,17 @@ def rank_batches(
         micro: rows of a micro-batch, a part of the rank's share of the global batch; 0: the whole share.
         own_process: run Ray Data's scheduler in its own process. As a thread of the trainer it held the interpreter's
             lock so often that nano steps took four times as long.
+        reads: how corpora in stores are read, see ahead.choose_reads, which makes the default with its "auto". Shards
+            that come whole are fetched ahead of the tasks by an actor on this node, which ends with the iteration.
 
     Yields:
         Columns of `micro` rows; the pixels are read-only views of the object store.
     """
-    rank_count(start, stop, batch_size, rank, world)
+    count = rank_count(start, stop, batch_size, rank, world)
     micro = micro or batch_size // world
+    config = absolute(config)
+    if reads is None:
+        reads = choose_reads(config, stop - start, 1.0 / world, "auto", FETCHES, 0)
     stride = (
         max(1, STRETCH_TASKS * block_rows(config, micro, batch_size // world)[1] * world // batch_size) * batch_size
     )
@@ -103,14 +114,68 @@ def rank_batches(
     def begin(first: int) -> Iterator[Columns]:
         last = min(first + stride, stop)
         rows: Any = rank_dataset(
-            config, first, last, batch_size, rank, world, micro=micro, tasks=tasks, task_cpus=task_cpus
+            config, first, last, batch_size, rank, world, micro=micro, tasks=tasks, task_cpus=task_cpus, reads=reads
         )
         if own_process:
             (rows,) = rows.streaming_split(1)
         batches = iter(rows.iter_batches(batch_size=micro, prefetch_batches=2, batch_format="numpy"))
         return chain([next(batches)], batches)
 
-    yield from in_turn([partial(begin, first) for first in range(start, stop, stride)], stride // world // micro)
+    place = {"start": start, "batch_size": batch_size, "rank": rank, "world": world}
+    with fetching_ahead(config, reads, count, place) as advance:
+        parts = [partial(begin, first) for first in range(start, stop, stride)]
+        for number, columns in enumerate(in_turn(parts, stride // world // micro)):
+            advance(start + number * micro * world // batch_size * batch_size)
+            yield columns
+
+
+@contextmanager
+def fetching_ahead(
+    config: StreamConfig, reads: Reads, rows: int, place: dict[str, int]
+) -> Iterator[Callable[[int], None]]:
+    """Run an actor on this node that fetches shards ahead, see ahead.FetchAhead; yields its `advance`.
+
+    The actor is a process of its own, so that its work does not hold the interpreter's lock of a trainer. It is killed
+    at the end, with the fetches in work: a killed fetch leaves no wrong file and no lock.
+    """
+    if not reads.whole:
+        yield lambda position: None
+        return
+    import ray
+
+    options = {"num_cpus": 0, "scheduling_strategy": near_this_node()}
+    actor: Any = ray.remote(FetchAhead).options(**options).remote(config, reads, rows, place)
+    actor.start.remote()
+    last = time.monotonic()
+
+    def advance(position: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > ADVANCE_S:
+            last = time.monotonic()
+            actor.advance.remote(position)
+
+    try:
+        yield advance
+    finally:
+        with suppress(Exception):  # Ray may have ended before the stream
+            ray.kill(actor)
+
+
+def near_this_node() -> Any:
+    """A scheduling strategy of Ray: this node if it has free resources, else any other."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # without the last argument, Ray waits for a busy node; a node may have no CPU besides those of its trainers
+    return NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True, _spill_on_unavailable=True
+    )
+
+
+def absolute(config: StreamConfig) -> StreamConfig:
+    """The configuration with absolute paths of its corpora: a worker may have another current folder."""
+    sources = tuple((s if s == DEAD_LEAVES else str(Path(s).absolute()), weight) for s, weight in config.sources)
+    return replace(config, sources=sources, unpaired=config.unpaired and str(Path(config.unpaired).absolute()))
 
 
 def in_turn(parts: Sequence[Callable[[], Iterator[T]]], length: int, lead: int = LEAD_BATCHES) -> Iterator[T]:
@@ -157,6 +222,7 @@ def rank_dataset(
     micro: int = 0,
     tasks: int = 2,
     task_cpus: float = 1.0,
+    reads: Reads = Reads(),
 ) -> Dataset:
     """Return one rank's rows in order as a lazy dataset. Each Ray Data task reads, decodes and degrades its blocks.
 
@@ -165,7 +231,9 @@ def rank_dataset(
         start, stop, batch_size, rank, world: see `ordering.rank_positions`.
         micro: rows per batch of the consumer, see `block_rows`.
         tasks: tasks that run at a time; with the blocks that wait for their turn, this limits the memory.
-        task_cpus: logical CPUs of each task; the trainers must leave them free.
+        task_cpus: logical CPUs of each task; the trainers must leave them free. Tasks run on this process' node while
+            it has them, and elsewhere otherwise.
+        reads: how corpora in stores are read.
 
     Raises:
         UsageError, Failure: see check_stream.
@@ -176,9 +244,7 @@ def rank_dataset(
     from ray.data.datasource import Datasource, ReadTask
 
     count = rank_count(start, stop, batch_size, rank, world)
-    absolute = tuple((s if s == DEAD_LEAVES else str(Path(s).absolute()), weight) for s, weight in config.sources)
-    unpaired = config.unpaired and str(Path(config.unpaired).absolute())
-    config = replace(config, sources=absolute, unpaired=unpaired)  # a worker may have another current folder
+    config = absolute(config)
     check_stream(config)
     per_block, per_task = block_rows(config, micro or batch_size // world, batch_size // world)
     place = {"start": start, "batch_size": batch_size, "rank": rank, "world": world}
@@ -193,14 +259,20 @@ def rank_dataset(
             edges = pairwise([*range(0, count, per_task), count])
             return [
                 ReadTask(
-                    partial(_read, config, first, last, per_block, place),
+                    partial(_read, config, first, last, per_block, place, reads),
                     BlockMetadata(num_rows=last - first, size_bytes=None, input_files=None, exec_stats=None),
                 )
                 for first, last in edges
             ]
 
     n = -(-count // per_task)
-    dataset = ray.data.read_datasource(Stretch(), override_num_blocks=n, concurrency=min(tasks, n), num_cpus=task_cpus)
+    dataset = ray.data.read_datasource(
+        Stretch(),
+        override_num_blocks=n,
+        concurrency=min(tasks, n),
+        num_cpus=task_cpus,
+        ray_remote_args={"scheduling_strategy": near_this_node()},
+    )
     context, pause = dataset.context, cast(Any, Pause)
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # the thread that polls a task's memory took 5 % of the task's time
@@ -247,11 +319,31 @@ def row_bytes(config: StreamConfig) -> int:
     return 3 * area * (2 if config.degrades else 1) + precomputed_columns(config).row_bytes
 
 
-def _read(config: StreamConfig, first: int, last: int, per_block: int, place: Mapping[str, int]) -> Iterator[Any]:
+def _read(
+    config: StreamConfig, first: int, last: int, per_block: int, place: Mapping[str, int], reads: Reads
+) -> Iterator[Any]:
     """Yield the blocks of one task: a rank's local rows first..last-1."""
     from ray.data.block import BlockAccessor
 
     cv2.setNumThreads(1)  # a task has one core; OpenCV would use all cores
-    for begin in range(first, last, per_block):
-        local = np.arange(begin, min(begin + per_block, last))
-        yield BlockAccessor.batch_to_block(load_columns(config, rank_position(local, **place)))
+    use(reads)
+    config = localized(config, reads)
+    locals_of = [np.arange(begin, min(begin + per_block, last)) for begin in range(first, last, per_block)]
+    for positions in with_samples(config, reads, [rank_position(local, **place) for local in locals_of]):
+        yield BlockAccessor.batch_to_block(load_columns(config, positions))
+
+
+def with_samples(config: StreamConfig, reads: Reads, blocks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the positions of each block when its samples are there: those of the next block are fetched meanwhile."""
+    if not reads.stores:
+        yield from blocks
+        return
+    with ThreadPoolExecutor(1, "next-block") as pool:
+        parts = [partial(prepare, config.split, samples_of(config, positions)) for positions in blocks]
+        following = pool.submit(parts[0])
+        for number, positions in enumerate(blocks):
+            prepared = following.result()
+            if number + 1 < len(blocks):
+                following = pool.submit(parts[number + 1])
+            yield positions
+            prepared.release()

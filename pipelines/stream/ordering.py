@@ -159,6 +159,13 @@ class Order:
                 samples[rows] = self.starts[shards] + inside - (window.ends[nth] - self._sizes[shards])
         return samples
 
+    def window_end(self, position: int) -> int:
+        """Return the position after the last one of a position's window: there its shards are no longer needed."""
+        epoch, place = divmod(position, len(self))
+        places = self._epoch(epoch).window_places
+        number = int(np.searchsorted(places, place, side="right"))
+        return epoch * len(self) + (int(places[number]) if number < len(places) else len(self))
+
     def _make_epoch(self, epoch: int) -> _Epoch:
         shards = permutation(len(self._sizes), self.seed, "shards", epoch)
         ends = np.cumsum(self._sizes[shards])
@@ -200,6 +207,10 @@ class Mixture:
         sources, ranks = self._block(block)
         source = int(sources[place])
         return source, block * self.counts[source] + int(ranks[place])
+
+    def stream_position(self, source: int, own: int) -> int:
+        """Return a position of the stream that a source's own position does not come after: its block's end."""
+        return own if len(self.counts) == 1 else (own // self.counts[source] + 1) * BLOCK
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the source of each place in a block, and the number of earlier places with the same source."""

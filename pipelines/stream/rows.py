@@ -20,9 +20,7 @@ order (RESERVE), and the row records the error. So a run uses a replacement once
 from __future__ import annotations
 
 import json
-import os
 import weakref
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -42,12 +40,11 @@ from components.randomness import generator
 from components.synthetic import dead_leaves
 from components.types import Degradation, Image, Plan, SampleError
 from pipelines.core.errors import Failure, UsageError
-from pipelines.corpus.columns.reading import open_column
-from pipelines.corpus.recent import MOST_OPEN, Recent
-from pipelines.corpus.shards import STORED_LIMITS, Corpus, ShardFile, Split, open_corpus
+from pipelines.corpus.shards import STORED_LIMITS
 from pipelines.stream.columns import Precomputed, check_columns
 from pipelines.stream.config import DEAD_LEAVES, StreamConfig, captioner_of
-from pipelines.stream.ordering import Mixture, Order
+from pipelines.stream.opened import Shard, column_of, corpus_of, order_of, shard_of, unpaired_order
+from pipelines.stream.ordering import Mixture
 from pipelines.stream.texts import COLUMN, NEGATIVE, caption_missing, draw_text
 
 RESERVE = 1 << 40
@@ -88,8 +85,13 @@ def source_of(config: StreamConfig, position: int) -> tuple[str, int]:
 
     A source is a corpus folder or "dead_leaves".
     """
-    index, position_in_source = _mixture(tuple(weight for _, weight in config.sources), config.seed).at(position)
+    index, position_in_source = mixture_of(config).at(position)
     return config.sources[index][0], position_in_source
+
+
+def mixture_of(config: StreamConfig) -> Mixture:
+    """Return the mixture of a stream's sources."""
+    return _mixture(tuple(weight for _, weight in config.sources), config.seed)
 
 
 def load_row(config: StreamConfig, position: int) -> Row:
@@ -98,7 +100,7 @@ def load_row(config: StreamConfig, position: int) -> Row:
     Raises:
         Failure: all ATTEMPTS samples tried for the position were unusable.
     """
-    (place,) = _places(config, [position])
+    (place,) = places_of(config, [position])
     row = _load(config, position, place)
     _caption_rows(config, [row], [place])
     row["prompt"] = fill_frame(config.prompt, row["prompt"])
@@ -121,7 +123,7 @@ def load_columns(config: StreamConfig, positions: Sequence[int] | np.ndarray) ->
     texts = {name: np.empty(len(positions), object) for name in ("key", "prompt", "plan", "replaced", "uncaptioned")}
     extra = precomputed_columns(config).empty(len(positions))
     sizes = np.empty((len(positions), 6), np.int64)
-    places = _places(config, positions)
+    places = places_of(config, positions)
     for n in sorted(range(len(places)), key=lambda n: places[n][::2]):  # by (source, sample number)
         row = _load(config, int(positions[n]), places[n])
         for columns in (pixels, texts, extra):
@@ -145,7 +147,7 @@ def heldout_rows(config: StreamConfig, count: int) -> list[Row]:
     """
     for source, _ in config.sources:
         captioner = captioner_of(config, source)
-        splits = _corpus(source).splits if source != DEAD_LEAVES and captioner != NEGATIVE else {}
+        splits = corpus_of(source).splits if source != DEAD_LEAVES and captioner != NEGATIVE else {}
         n = len(splits["held_out"]) if "held_out" in splits else 0
         if n:
             only_source = {"sources": ((source, 1.0),), "captioner": captioner, "captioners": ()}
@@ -184,18 +186,18 @@ def check_stream(config: StreamConfig, model_digest: str = "") -> None:
     for source, _ in config.sources:
         if source == DEAD_LEAVES:
             continue
-        if not len(_corpus(source).split(config.split)):
+        if not len(corpus_of(source).split(config.split)):
             raise Failure(f"split {config.split} of {source} is empty.")
         captioner = captioner_of(config, source)
-        if captioner.startswith(COLUMN) and _column(source, captioner.removeprefix(COLUMN)).kind != "text":
+        if captioner.startswith(COLUMN) and column_of(source, captioner.removeprefix(COLUMN)).kind != "text":
             raise UsageError(f"captioner {captioner}: that column of {source} holds no text.")
-        if config.pairs and _column(source, config.pairs).kind != "picture":
+        if config.pairs and column_of(source, config.pairs).kind != "picture":
             raise UsageError(f"pairs={config.pairs}: that column of {source} holds no pictures.")
-    if config.unpaired and not len(_corpus(config.unpaired).split(config.split)):
+    if config.unpaired and not len(corpus_of(config.unpaired).split(config.split)):
         raise Failure(f"split {config.split} of {config.unpaired} is empty.")
     captioners = {source: captioner_of(config, source) for source, _ in config.sources}
     settings = {item.name: getattr(config, item.name) for item in fields(config)}
-    check_columns(precomputed_columns(config), settings, captioners, _column, model_digest)
+    check_columns(precomputed_columns(config), settings, captioners, column_of, model_digest)
 
 
 def precomputed_columns(config: StreamConfig) -> Precomputed:
@@ -204,8 +206,8 @@ def precomputed_columns(config: StreamConfig) -> Precomputed:
         return NOTHING_PRECOMPUTED
     corpora = [source for source, _ in config.sources if source != DEAD_LEAVES]
     return Precomputed(
-        latents={source: _column(source, config.latents) for source in corpora if config.latents},
-        embeddings={source: _column(source, config.embeddings) for source in corpora if config.embeddings},
+        latents={source: column_of(source, config.latents) for source in corpora if config.latents},
+        embeddings={source: column_of(source, config.embeddings) for source in corpora if config.embeddings},
     )
 
 
@@ -236,13 +238,21 @@ class _RowInput(NamedTuple):
     replaced: str = ""
 
 
-def _places(config: StreamConfig, positions: Sequence[int] | np.ndarray) -> list[Place]:
+def samples_of(config: StreamConfig, positions: Sequence[int] | np.ndarray) -> list[tuple[str, int]]:
+    """Return (corpus folder, sample number) of the pictures that rows read, if all are usable."""
+    samples = [(source, sample) for source, _, sample in places_of(config, positions) if sample >= 0]
+    if config.unpaired and config.split != "held_out":
+        samples += [(config.unpaired, sample) for sample in unpaired_order(config).samples(positions).tolist()]
+    return samples
+
+
+def places_of(config: StreamConfig, positions: Sequence[int] | np.ndarray) -> list[Place]:
     """Return the place of each position, with the sample that is tried first."""
     sources = [source_of(config, int(position)) for position in positions]
     samples = np.full(len(sources), -1)
     for source in {source for source, _ in sources} - {DEAD_LEAVES}:
         rows = [n for n, (name, _) in enumerate(sources) if name == source]
-        samples[rows] = _order(source, config).samples([sources[n][1] for n in rows])
+        samples[rows] = order_of(source, config).samples([sources[n][1] for n in rows])
     return [(source, own, sample) for (source, own), sample in zip(sources, samples.tolist(), strict=True)]
 
 
@@ -265,7 +275,7 @@ def _load(config: StreamConfig, position: int, place: Place) -> Row:
         )
         return _row(config, position, row_input) | precomputed_columns(config).values(source, config.split, -1)
     replacements = (
-        int(_order(source, config).samples([position_in_source + RESERVE * k])[0]) for k in range(1, ATTEMPTS)
+        int(order_of(source, config).samples([position_in_source + RESERVE * k])[0]) for k in range(1, ATTEMPTS)
     )
     return _first_usable(config, position, source, chain([sample], replacements))
 
@@ -275,7 +285,7 @@ def _first_usable(config: StreamConfig, position: int, source: str, candidates: 
     failures: list[str] = []
     captioner = captioner_of(config, source)
     for sample in candidates:
-        shard = _shard_of(source, config.split, sample)
+        shard = shard_of(source, config.split, sample)
         index = sample - shard.start
         key = shard.keys[index].as_py()
         caption = str(shard.captions[index].as_py() or "") if captioner in ("manifest", NEGATIVE) else ""
@@ -289,7 +299,7 @@ def _first_usable(config: StreamConfig, position: int, source: str, candidates: 
             failures.append(f"[{error.code}] {key}: {error.detail}")
             continue
         if captioner.startswith(COLUMN):
-            caption = str(_column(source, captioner.removeprefix(COLUMN)).value(config.split, sample) or "")
+            caption = str(column_of(source, captioner.removeprefix(COLUMN)).value(config.split, sample) or "")
         if config.unpaired:
             lq = _unpaired_input(config, position)
         row_input = _RowInput(
@@ -339,7 +349,7 @@ def _row(config: StreamConfig, position: int, row_input: _RowInput) -> Row:
 # --- pictures of a row ------------------------------------------------------------------------------------------------
 
 
-def _picture(config: StreamConfig, position: int, shard: _Shard, index: int, key: str) -> tuple[Image, tuple[int, int]]:
+def _picture(config: StreamConfig, position: int, shard: Shard, index: int, key: str) -> tuple[Image, tuple[int, int]]:
     """Return a sample's picture, resized for its row, and its original (height, width).
 
     The resized picture is uint8 and may be read-only. Pictures of a small split are cached: decoding and resizing a
@@ -368,7 +378,7 @@ def _picture(config: StreamConfig, position: int, shard: _Shard, index: int, key
     return resized, original
 
 
-def _decoded(shard: _Shard, index: int, key: str, is_cached_resized: bool) -> Image:
+def _decoded(shard: Shard, index: int, key: str, is_cached_resized: bool) -> Image:
     """Return a sample's whole picture, which may be read-only; cached in a small split if its resized form is not."""
     if is_cached_resized or shard.split_samples > DECODED_SAMPLES:
         return decode(shard.read(index, key), STORED_LIMITS, key)
@@ -444,7 +454,7 @@ def _paired_input(config: StreamConfig, position: int, source: str, sample: int,
     Raises:
         SampleError: no_pair: the column has no input for the sample; or the input cannot be decoded.
     """
-    data = _column(source, config.pairs).value(config.split, sample)
+    data = column_of(source, config.pairs).value(config.split, sample)
     if data is None:
         raise SampleError("no_pair", f"column {config.pairs} has no input for this sample", key)
     picture = decode(data, STORED_LIMITS, key)
@@ -462,12 +472,11 @@ def _unpaired_input(config: StreamConfig, position: int) -> Image:
         Failure: all ATTEMPTS samples tried for the position were unusable.
     """
     folder, error = config.unpaired, None
-    # The order has another seed: otherwise, with corpora of one layout, sample n always meets sample n of the other.
-    order = _order(folder, replace(config, seed=config.seed + 1)) if config.split != "held_out" else None
-    count = len(_corpus(folder).split(config.split))
+    order = unpaired_order(config) if config.split != "held_out" else None
+    count = len(corpus_of(folder).split(config.split))
     for attempt in range(ATTEMPTS):
         sample = int(order.samples([position + attempt * RESERVE])[0]) if order else (position + attempt) % count
-        shard = _shard_of(folder, config.split, sample)
+        shard = shard_of(folder, config.split, sample)
         index = sample - shard.start
         try:
             picture = _picture(config, position, shard, index, shard.keys[index].as_py())[0]
@@ -520,70 +529,6 @@ def _free(memory: mmap) -> None:
 
 
 # --- caches that all positions share ----------------------------------------------------------------------------------
-
-
-class _Shard:
-    """An open shard of a corpus. A read costs a fifth of shards.read_sample, which opens the shard each time."""
-
-    def __init__(self, split: Split, number: int) -> None:
-        batch = split.batch(number)
-        self.path, self.start = split.folder / split.shards[number]["name"], split.starts[number]
-        self.split_samples = len(split)
-        self.keys, self.captions = batch.column("key"), batch.column("caption")
-        self.offsets, self.sizes = batch.column("offset").to_numpy(), batch.column("size").to_numpy()
-
-    def read(self, index: int, key: str) -> bytes:
-        """Return the picture's bytes of the sample at an index; errors as in ShardFile.read."""
-        file = _files.get(self.path, lambda: ShardFile(self.path))
-        return file.read(int(self.offsets[index]), int(self.sizes[index]), key)
-
-
-_shards: Recent[tuple[str, int, str, int], _Shard] = Recent(lambda: MOST_OPEN)
-_files: Recent[object, ShardFile] = Recent()
-
-
-def _shard_of(folder: str, split: str, sample: int) -> _Shard:
-    """Return the shard that holds a sample number."""
-    mtime_ns = _mtime_ns(folder)
-    number = bisect_right(_corpus_at(folder, mtime_ns).split(split).starts, sample) - 1
-    place = folder, mtime_ns, split, number
-    return _shards.get(place, lambda: _Shard(_corpus_at(folder, mtime_ns).split(split), number))
-
-
-def _corpus(folder: str) -> Corpus:
-    """Open a corpus; cached as long as the modification time of its index file stays the same."""
-    return _corpus_at(folder, _mtime_ns(folder))
-
-
-@lru_cache(maxsize=16)
-def _corpus_at(folder: str, mtime_ns: int) -> Corpus:
-    return open_corpus(folder)
-
-
-def _mtime_ns(folder: str) -> int:
-    try:
-        return os.stat(f"{folder}/index.json").st_mtime_ns
-    except OSError:
-        return 0
-
-
-def _column(folder: str, name: str) -> Any:
-    """Open a column of a corpus; cached like the corpus."""
-    return _column_at(folder, _mtime_ns(folder), name)
-
-
-@lru_cache(maxsize=16)
-def _column_at(folder: str, mtime_ns: int, name: str) -> Any:
-    return open_column(_corpus_at(folder, mtime_ns), name)
-
-
-def _order(folder: str, config: StreamConfig) -> Order:
-    return _order_at(folder, _mtime_ns(folder), config.split, config.seed, config.window_samples)
-
-
-@lru_cache(maxsize=16)
-def _order_at(folder: str, mtime_ns: int, split: str, seed: int, window: int) -> Order:
-    return Order(_corpus_at(folder, mtime_ns).split(split).starts, seed, window)
 
 
 @lru_cache(maxsize=16)

@@ -15,6 +15,7 @@ from pipelines.core.errors import UsageError
 from pipelines.core.home import shipped_files, weights_folder
 from pipelines.corpus.catalogue import entry_of, load_spec
 from pipelines.corpus.shards import SPLIT, open_corpus
+from pipelines.corpus.stored import address_of, on_this_node
 from pipelines.stream.config import DEAD_LEAVES, StreamConfig, captioner_of
 from pipelines.stream.texts import NEGATIVE, Captioning
 
@@ -32,6 +33,19 @@ class TrainInputs:
     corpora: Mapping[str, Path] = field(default_factory=dict)
     parents: Mapping[str, Path] = field(default_factory=dict)
     data_digests: Mapping[str, str] = field(default_factory=dict)
+
+    def addresses(self) -> dict[str, str]:
+        """Addresses of the corpora in stores by their names; each node opens them in a folder of its own."""
+        return {name: address for name, folder in self.corpora.items() if (address := address_of(folder))}
+
+    def on_this_node(self, addresses: Mapping[str, str]) -> TrainInputs:
+        """These inputs of another node with this node's folders of the corpora in stores.
+
+        Raises:
+            Failure: a corpus has changed since the other node opened it.
+        """
+        own = {name: Path(on_this_node(str(self.corpora[name]), address)) for name, address in addresses.items()}
+        return replace(self, corpora={**self.corpora, **own})
 
     def absolute(self) -> TrainInputs:
         """These inputs with absolute paths."""

@@ -23,6 +23,7 @@ from pipelines.core.errors import Failure, UsageError
 from pipelines.core.metrics import read_metrics
 from pipelines.core.rows import json_text, read_lines
 from pipelines.corpus.shards import STORED_LIMITS, open_corpus, read_sample
+from pipelines.corpus.stored import stored_manifest
 from pipelines.training.recipes import recipe_documents, recipe_version
 from pipelines.training.stage_files import METRICS
 
@@ -123,7 +124,7 @@ def picture_list(corpus: Path, credits_by_file: Mapping[str, tuple[str, str]] = 
         credits_by_file: (licence, credit) by file name, for pictures whose source has none.
     """
     opened, lines = open_corpus(corpus), []
-    manifest = {row["key"]: row for row in read_lines(corpus / "manifest.jsonl")}
+    manifest = {row["key"]: row for row in read_lines(stored_manifest(corpus))}
     for split in opened.splits:
         for number in range(len(opened.split(split))):
             key = opened.split(split).locate(number)[1]["key"]

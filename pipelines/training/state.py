@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +37,8 @@ class Run:
     """Settings of a run, which the driver sends to every rank.
 
     Attributes:
-        recipe, inputs: of the stage.
+        recipe, inputs: of the stage, with the driver's folders.
+        addresses: of the corpora in stores by name.
         out: the stage's folder.
         cwd: the driver's current folder; relative model paths in a recipe start there.
         captioning: captioner actors for missing captions; None: missing captions stay empty.
@@ -50,6 +51,7 @@ class Run:
     inputs: TrainInputs
     out: Path
     cwd: Path
+    addresses: Mapping[str, str] = field(default_factory=dict)
     captioning: Captioning | None = None
     cpus_per_task: float = 1.0
     until: float = 0.0
@@ -105,7 +107,7 @@ def build_state(run: Run) -> State:
         os.chdir(run.cwd)
     recipe, device = run.recipe, str(get_device())
     torch.set_num_threads(_threads(recipe, world))
-    stream = stream_config(recipe, run.inputs, run.captioning)
+    stream = stream_config(recipe, run.inputs.on_this_node(run.addresses), run.captioning)
     target = target_plan(stream)
     rows = heldout_rows(stream, recipe.heldout_triples)
     size = recipe.batch_size // (recipe.accumulation * world)  # a micro-batch fits into memory

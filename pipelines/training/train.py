@@ -101,6 +101,7 @@ def train(
                 "run": Run(
                     recipe=recipe,
                     inputs=inputs,
+                    addresses=inputs.addresses(),
                     out=out,
                     cwd=cwd,
                     captioning=captioning,
@@ -181,7 +182,7 @@ def store_mib(recipe: Recipe) -> float:
     config = replace(plain, latents="", embeddings="")
     share = recipe.batch_size // recipe.placement.workers
     micro = max(1, share // recipe.accumulation)
-    return recipe.placement.workers * store_bytes(config, micro, share) / 2**20
+    return recipe.placement.workers * store_bytes(config, micro, share, recipe.placement.data_tasks) / 2**20
 
 
 def _trainer() -> type[TorchTrainer]:

@@ -32,6 +32,7 @@ from components.training import (
 from components.types import Batch, SampleError
 from components.writing import replace_file
 from pipelines.core.metrics import CPU_SECONDS, PEAK_MEMORY, TRAINED_PARAMETERS, heldout_losses
+from pipelines.stream.ahead import choose_reads
 from pipelines.stream.feed import rank_batches
 from pipelines.training.stage_files import METRICS, MODEL, SAMPLES, Sample, is_whole, log_order
 from pipelines.training.state import Run, State, build_state, resume
@@ -95,6 +96,7 @@ def micro_batches_of(state: State) -> Iterator[MicroBatches]:
         return
     first, last = state.step * recipe.batch_size, recipe.steps * recipe.batch_size
     micro = recipe.batch_size // (recipe.accumulation * state.world)
+    placement, ranks_here = recipe.placement, ray_train.get_context().get_local_world_size()
     blocks = rank_batches(
         state.stream,
         first,
@@ -103,7 +105,16 @@ def micro_batches_of(state: State) -> Iterator[MicroBatches]:
         state.rank,
         state.world,
         micro=micro,
+        tasks=placement.data_tasks,
         task_cpus=state.run.cpus_per_task,
+        reads=choose_reads(
+            state.stream,
+            last - first,
+            ranks_here / state.world,
+            placement.shard_reads,
+            placement.shard_fetches,
+            int(placement.cache_gib * 2**30),
+        ),
     )
     for _ in range(steps):
         data = MicroBatches(start=time.time())

@@ -7,6 +7,8 @@ import re
 import socket
 import socketserver
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,13 +25,17 @@ class FaultyProxy:
         every: one request in so many is spoilt; 0 spoils none, 1 spoils all.
         faults: kinds of faults, in turn.
         requests, spoilt: counts so far; lines: method and path of each request.
+        sent: bytes of the answers by method and path.
+        delay_s: added to each request.
     """
 
-    def __init__(self, upstream: str, every: int, faults: tuple[str, ...] = FAULTS) -> None:
+    def __init__(self, upstream: str, every: int, faults: tuple[str, ...] = FAULTS, delay_s: float = 0.0) -> None:
         host, _, port = upstream.removeprefix("http://").partition(":")
         self.upstream, self.every, self.faults = (host, int(port)), every, faults
         self.lock, self.requests, self.spoilt = threading.Lock(), 0, 0
         self.lines: list[str] = []
+        self.sent: Counter[str] = Counter()
+        self.delay_s = delay_s
         self.turns = itertools.cycle(faults)
         self.endpoint = ""
 
@@ -62,7 +68,9 @@ class FaultyProxy:
             if not piece:
                 return
             body += piece
-        fault = self.fault(head.partition(b" HTTP/")[0].decode())
+        line = head.partition(b" HTTP/")[0].decode()
+        fault = self.fault(line)
+        time.sleep(self.delay_s)
         if fault == "busy":
             client.sendall(
                 b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
@@ -74,6 +82,8 @@ class FaultyProxy:
         answer = self._forward(head + (body[: len(body) // 2] if fault == "torn" else body))
         if fault == "cut":
             answer = answer[: max(1, len(answer) // 2)]
+        with self.lock:
+            self.sent[line] += len(answer)
         if fault not in ("lost", "torn"):
             client.sendall(answer)
 
@@ -88,9 +98,11 @@ class FaultyProxy:
 
 
 @contextmanager
-def faulty_proxy(upstream: str, every: int = 10, faults: tuple[str, ...] = FAULTS) -> Iterator[FaultyProxy]:
+def faulty_proxy(
+    upstream: str, every: int = 10, faults: tuple[str, ...] = FAULTS, delay_s: float = 0.0
+) -> Iterator[FaultyProxy]:
     """Run a proxy before a server; its `endpoint` is the address for clients."""
-    proxy = FaultyProxy(upstream, every, faults)
+    proxy = FaultyProxy(upstream, every, faults, delay_s)
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:

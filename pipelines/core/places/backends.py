@@ -7,6 +7,7 @@ writes with a condition. fsspec's cache of listings is off: another machine may 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -101,6 +102,26 @@ def open_store(address: str, storage: Mapping[str, Any]) -> Store:
         return AnyStore(file_system)
     file_system.retries = 1  # s3fs would repeat five times by itself
     return S3Store(file_system)
+
+
+_stores: dict[tuple[Any, ...], Store] = {}
+_opening = threading.Lock()
+
+
+def shared_store(address: str, storage: Mapping[str, Any]) -> Store:
+    """The store of an address, one for all threads of this process.
+
+    fsspec has one instance a thread, and each loads a client's tables anew: 25 MB for the 16 threads of ranged reads.
+    """
+    scheme, _, path = address.partition("://")
+    variables = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    key = (os.getpid(), scheme, path.partition("/")[0], repr(sorted(storage.items())), variables)
+    store = _stores.get(key)
+    if store is None:
+        with _opening:
+            store = _stores.get(key) or open_store(address, storage)
+            _stores[key] = store
+    return store
 
 
 class S3Store:

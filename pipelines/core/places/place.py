@@ -17,7 +17,7 @@ from components.secrets import holds_secret, without_secrets
 from components.writing import whole_file
 from pipelines.core.errors import UsageError, near_miss
 from pipelines.core.places.addresses import address_of, is_address
-from pipelines.core.places.backends import CHUNK_BYTES, Stat, Store, download, open_store
+from pipelines.core.places.backends import CHUNK_BYTES, Stat, Store, download, shared_store
 from pipelines.core.places.patience import patiently
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Place:
         return PurePosixPath(self.path).relative_to(other.path)
 
     def _patiently(self, action: Callable[[Store], T], patience_s: float | None = None) -> T:
-        store = open_store(str(self), self.storage)
+        store = shared_store(str(self), self.storage)
         return patiently(lambda: action(store), str(self), self.storage, patience_s)
 
     # -- reading; FileNotFoundError, PermissionError, Refusal and StoreUnavailable as in patience.py --
@@ -148,12 +148,17 @@ class Place:
         size = self.stat().size
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as draft:
-            handle = os.open(draft.temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            try:
-                if size:
-                    self._patiently(lambda store: download(store, self.path, handle, size))
-            finally:
-                os.close(handle)
+            self.fill(draft.temporary, size)
+
+    def fill(self, file: Path, size: int) -> None:
+        """Fetch the first `size` bytes of the object into a local file, which is made or overwritten."""
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.ftruncate(handle, size)
+            if size:
+                self._patiently(lambda store: download(store, self.path, handle, size))
+        finally:
+            os.close(handle)
 
     # -- writing --
 

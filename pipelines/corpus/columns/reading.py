@@ -28,8 +28,10 @@ import pyarrow as pa
 
 from pipelines.core.errors import Failure, UsageError, unknown
 from pipelines.corpus.columns.spec import FOLDER, FORMAT, Value
+from pipelines.corpus.lists import ShardList, open_mapped, read_lists
 from pipelines.corpus.recent import Recent
 from pipelines.corpus.shards import Corpus
+from pipelines.corpus.stored import stored_column, stored_column_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +100,18 @@ class Column:
             raise IndexError(f"there is no sample {sample}: split {split} has {starts[-1]} samples")
         shard = bisect.bisect_right(starts, sample) - 1
         path = self.folder / self.files[split][shard].decode()
-        return _maps.get((path, self.stamp), lambda: _map_file(path)), sample - starts[shard]
+        return _maps.get((path, self.stamp), lambda: _map_file(path, split, shard)), sample - starts[shard]
 
 
 _maps: Recent[tuple[Path, str], pa.RecordBatch] = Recent()
 """Mapped files by path and stamp of the column, so that a column computed again is mapped again."""
 
 
-def _map_file(path: Path) -> pa.RecordBatch:
-    """Memory-map a file."""
+def _map_file(path: Path, split: str, number: int) -> pa.RecordBatch:
+    """Memory-map the file of a shard's values; one in a store is fetched into the node's cache."""
     try:
+        if not path.exists():
+            path = stored_column_file(path, split, number) or path
         return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except (OSError, pa.ArrowInvalid) as error:
         raise Failure(f"{path} cannot be read: {error}.") from error
@@ -126,7 +130,15 @@ def open_column(corpus: Corpus, name: str) -> Column:
             computed for another state of the corpus.
     """
     folder = corpus.folder / FOLDER / name
-    document = read_json(folder / "column.json")
+    stored_column(corpus.folder, name)
+    try:
+        data = (folder / "column.json").read_bytes()
+        mapped = open_mapped(folder)
+        document = mapped or read_lists(data)
+    except FileNotFoundError:
+        document = {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / 'column.json'} cannot be read: {error}.") from error
     if not document:
         if (folder / "shards.jsonl").exists():
             raise UsageError(f"column {name} of {corpus.folder} is not finished: run the command that makes it again.")
@@ -138,7 +150,10 @@ def open_column(corpus: Corpus, name: str) -> Column:
             f"column {name} was computed for another state of {corpus.folder}: run the command that made it again "
             "(shards that did not change are kept)."
         )
-    splits = document["splits"]
+    splits = {
+        split: entries if isinstance(entries, ShardList) else ShardList(entries)
+        for split, entries in document["splits"].items()
+    }
     return Column(
         name=name,
         kind=document["kind"],
@@ -146,12 +161,12 @@ def open_column(corpus: Corpus, name: str) -> Column:
         folder=folder,
         shape=tuple(document["shape"]),
         dtype=document["dtype"],
-        files={split: np.array([entry["name"].encode() for entry in entries]) for split, entries in splits.items()},
+        files={split: rows.names if mapped else rows.names.copy() for split, rows in splits.items()},
         starts={
-            split: array("q", itertools.accumulate((entry["samples"] for entry in entries), initial=0))
+            split: array("q", itertools.accumulate(entries.samples.tolist(), initial=0))
             for split, entries in splits.items()
         },
-        stamp=hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest(),
+        stamp=hashlib.sha256(data).hexdigest(),
     )
 
 

@@ -26,6 +26,7 @@ from pipelines.corpus.columns.spec import ColumnJob, ColumnSpec, ShardTask
 from pipelines.corpus.columns.workers import OpenShard, open_shard
 from pipelines.corpus.recent import LEAST_OPEN, MOST_OPEN, Recent, open_limit
 from pipelines.corpus.shards import Corpus, ShardFile, ShardList, write_corpus
+from pipelines.stream import opened as opened_module
 from pipelines.stream import rows
 from pipelines.stream.config import StreamConfig
 
@@ -110,7 +111,7 @@ def test_a_window_of_shards_stays_open(tmp_path: Path, monkeypatch: pytest.Monke
         opened.append(path)
         return ShardFile(path)
 
-    monkeypatch.setattr(rows, "ShardFile", opens)
+    monkeypatch.setattr(opened_module, "ShardFile", opens)
     config = StreamConfig(sources=((str(corpus.folder), 1.0),), seed=0, resolution=16, short_side=16, batch_size=4)
     for position in (*range(40), *range(40)):
         rows.load_row(config, position)

@@ -13,7 +13,6 @@ import pytest
 from components.images import encode_png
 from components.synthetic import dead_leaves
 from pipelines.core.errors import Failure, UsageError
-from pipelines.core.places import cache as module
 from pipelines.core.places.cache import NodeCache
 from pipelines.core.places.place import Place, place_of
 from pipelines.corpus.shards import Corpus, open_corpus, read_sample, verify, write_corpus
@@ -36,8 +35,8 @@ def put_object(place: Place, number: int, size: int = 100) -> tuple[Place, str, 
 
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
-    download = Place.download
-    monkeypatch.setattr(Place, "download", lambda self, target: (names.append(self.name), download(self, target))[1])
+    fill = Place.fill
+    monkeypatch.setattr(Place, "fill", lambda self, file, size: (names.append(self.name), fill(self, file, size))[1])
     return names
 
 
@@ -81,10 +80,10 @@ def test_wrong_bytes_and_killed_fetches_leave_no_file(
         cache.path_of(where, "0" * 64, size)
     draft = tmp_path / "cache" / f".{'1' * 64}.tmp-99"
     draft.write_bytes(b"half")
-    monkeypatch.setattr(module, "DRAFT_S", -1.0)
-    path = cache.path_of(*put_object(place, 2))
+    cache.path_of(*put_object(place, 3))
+    path = cache.path_of(*put_object(place, 2, 1000))  # needs all of the room
     assert not draft.exists()
-    assert {p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")} == {path.name}
+    assert {p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")} == {path.name, "room"}
 
 
 # --- a corpus ---------------------------------------------------------------------------------------------------------

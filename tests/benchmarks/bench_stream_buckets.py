@@ -82,6 +82,7 @@ def run_arm(
     command: list[str], environment: Mapping[str, str], epochs: int, proxy: Any, is_shard: Callable[[str], bool]
 ) -> dict[str, Any]:
     """Times and bytes of an arm; the arm's process ends when its input does."""
+    proxy.wait_until_idle()  # the last arm's killed processes may have requests in work
     proxy.lines.clear()
     proxy.sent.clear()
     begin, marks, children = time.perf_counter(), [], []

@@ -27,6 +27,7 @@ class FaultyProxy:
         requests, spoilt: counts so far; lines: method and path of each request.
         sent: bytes of the answers by method and path.
         delay_s: added to each request.
+        open: requests in work.
     """
 
     def __init__(self, upstream: str, every: int, faults: tuple[str, ...] = FAULTS, delay_s: float = 0.0) -> None:
@@ -35,7 +36,7 @@ class FaultyProxy:
         self.lock, self.requests, self.spoilt = threading.Lock(), 0, 0
         self.lines: list[str] = []
         self.sent: Counter[str] = Counter()
-        self.delay_s = delay_s
+        self.delay_s, self.open = delay_s, 0
         self.turns = itertools.cycle(faults)
         self.endpoint = ""
 
@@ -49,8 +50,25 @@ class FaultyProxy:
             self.spoilt += 1
             return next(self.turns)
 
+    def wait_until_idle(self, seconds: float = 30.0) -> None:
+        """Wait until no request is in work, of a client that was killed for example; raises TimeoutError."""
+        end = time.monotonic() + seconds
+        while self.open:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.open} requests are still in work")
+            time.sleep(0.02)
+
     def handle(self, client: socket.socket) -> None:
         """Answer one request of a connection and close it."""
+        with self.lock:
+            self.open += 1
+        try:
+            self._handle(client)
+        finally:
+            with self.lock:
+                self.open -= 1
+
+    def _handle(self, client: socket.socket) -> None:
         client.settimeout(30)
         data = b""
         while b"\r\n\r\n" not in data:

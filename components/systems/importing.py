@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ def finish_import(
     origin: str = "",
     missing: Sequence[str] = (),
     notes: Sequence[str] = (),
+    defaults_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] = restore_defaults,
 ) -> ImportReport:
     """The report of a checked import. Its model folder is written unless the job only checks.
 
@@ -44,6 +45,7 @@ def finish_import(
         restore_options: defaults of the restorer; None if the release has none.
         missing: parts that restoring needs and that no file holds.
         notes: for people.
+        defaults_of: the restorer's options that a recipe sets; a system with names of its own gives its own function.
     """
     defaults = {} if restore_options is None else {"restore_options": dict(restore_options)}
     card = ModelCard(
@@ -69,7 +71,7 @@ def finish_import(
         permitted_use=card.permitted_use,
         missing=tuple(missing),
         origin=card.origin,
-        defaults=restore_defaults(card.recipe),
+        defaults=defaults_of(card.recipe),
         notes=tuple(notes),
     )
     if job.out is not None and job.proceed(result):

@@ -73,7 +73,7 @@ def test_two_guided_steps_by_hand(mode: str) -> None:
     """Encode, noise, churn, guidance of the noise, the pull of Eqs. 1-2, decode; with the robust encoder."""
     network, image = make_network(robust=True), picture(16, 32)
     restorer, prior, table = DraRestorer(network), network.prior, level_table(network.prior.schedule)
-    options = {"steps": 3, "cfg_scale": 2.5, "churn": 0.9, "noise_scale": 1.1}
+    options = {"steps": 3, "cfg_scale": 2.5, "churn": 0.9, "noise_scale": 1.1, "color": "none"}
     options |= {"rss_mode": mode, "rss_weight": 0.6, "rss_threshold": 0.25}
     sigmas = edm_sigmas(table, 3)
 
@@ -118,7 +118,13 @@ def test_one_ddim_step_without_guidance_by_hand() -> None:
     conditions = SizedConditions(text=text, pooled=pooled, time_ids=torch.tensor([[16.0, 16, 0, 0, 16, 16]]))
     eps = network.predict_eps(x, t, network.adapters.features(lq), conditions)
     clean = prior.schedule.x0_from_eps(x, eps, t)
-    options = {"steps": 1, "cfg_scale": 1.0, "rss_threshold": 0.0, "rss_weight": 1.0}  # no step is left: no pull
+    options = {
+        "steps": 1,
+        "cfg_scale": 1.0,
+        "rss_threshold": 0.0,
+        "rss_weight": 1.0,
+        "color": "none",
+    }  # no pull: no step is left
     for sampler in ("ddim", "ddpm"):
         answer = run(DraRestorer(network), image, "red", sampler=sampler, **options)
         assert np.abs(levels(prior.decode(clean)) - answer).max() <= 1

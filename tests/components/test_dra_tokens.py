@@ -281,6 +281,7 @@ def test_three_guided_steps_by_hand(mode: str) -> None:
             z = z + strengths[step] * ((1 - after) * lq + after * start - z)
     assert len(features) == 2
     options = {"steps": 3, "cfg_scale": 2.5, "rss_mode": mode, "rss_weight": 0.6, "rss_threshold": 0.25}
+    options["color"] = "none"
     answer = run(DraRestorer(network), image, "red", "dark", **options)
     assert np.abs(levels(prior.decode(z)) - answer).max() <= 1
     without = run(DraRestorer(network), image, "red", "dark", **{**options, "rss_weight": 0.0})

@@ -28,6 +28,7 @@ from components.priors.robust_encoder import RobustEncoder
 from components.priors.step_memory import meta_autoencoder
 from components.systems.dra.bundle import ADAPTERS, ENCODER, FAMILY, LORA
 from components.systems.dra.config import adapter_config, lora_config, shape_of, stored_adapter_config
+from components.systems.dra.options import restore_defaults
 from components.systems.dra.released import (
     ADAPTER_FILE,
     DIFFUSERS_LORA,
@@ -149,6 +150,7 @@ def import_weights(job: ImportJob) -> ImportReport:
         licence="unstated",
         permitted_use=permitted_use_of(shape.id),
         notes=(*notes, *more),
+        defaults_of=restore_defaults,
     )
 
 

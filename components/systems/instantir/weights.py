@@ -27,6 +27,7 @@ from components.systems.importing import finish_import
 from components.systems.instantir.layout import Shape, layout, parameter_count
 from components.systems.instantir.lora_files import alpha_layer, declared_alpha, join_alphas, layer_names, remedies
 from components.systems.instantir.network import PARTS
+from components.systems.instantir.options import restore_defaults
 from components.systems.instantir.perceptor import ResamplerConfig
 from components.systems.instantir.previewer import LoraSettings, adapter_names, released_names, split_key
 from components.systems.instantir.released import LICENCE, RELEASE_DEFAULTS, RELEASED, SIDECAR, SPELLINGS, check_sizes
@@ -124,6 +125,7 @@ def import_weights(job: ImportJob) -> ImportReport:
         permitted_use=_permitted_use(expected.shape),
         missing=[f"{part} ({RELEASED[part]})" for part in PARTS if part not in present],
         notes=notes,
+        defaults_of=restore_defaults,
     )
 
 

@@ -30,6 +30,7 @@ from components.state_dicts import without_prefix
 from components.systems.importing import finish_import
 from components.systems.swinir.config import SwinIRConfig
 from components.systems.swinir.network import SwinIR
+from components.systems.swinir.options import restore_defaults
 from components.systems.swinir.released import FILE_NAMES, LICENCE, PART, RELEASED, SIDECAR, check_sizes
 from components.systems.weights_io import ExportReport, ImportJob, ImportReport, WeightsSource, valid_entries
 from components.tensor_files import WeightsFileError, all_finite, read_weights
@@ -142,6 +143,7 @@ def import_weights(job: ImportJob) -> ImportReport:
         licence=LICENCE if published else "unstated",
         permitted_use="as the licence allows" if published else "unstated",
         notes=notes,
+        defaults_of=restore_defaults,
     )
 
 

@@ -174,7 +174,8 @@ def test_command_exits_1_exactly_when_something_fails(repository: Path, tmp_path
 
 
 def test_a_missing_shipped_model_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [(one.check, one.status) for one in machine.check_weights()] == [("nano prior", "ok"), ("nano model", "ok")]
+    names = ("nano prior", "nano-sd3 prior", "nano model")
+    assert [(one.check, one.status) for one in machine.check_weights()] == [(name, "ok") for name in names]
     for kind in ("PRIORS", "MODELS"):
         monkeypatch.setattr(machine, f"SHIPPED_{kind}", tmp_path)
         monkeypatch.setattr(machine, f"shipped_{kind.lower()}", list)

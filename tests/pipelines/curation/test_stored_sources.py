@@ -37,7 +37,7 @@ def png(seed: int) -> bytes:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, store: object) -> None:
-    monkeypatch.setattr(places, "open_store", store)
+    monkeypatch.setattr(places, "shared_store", store)
 
 
 def many(count: int) -> dict[str, bytes]:

@@ -44,7 +44,7 @@ def write_index(folder: Path, **counts: int) -> Path:
         split: {
             "samples": n,
             "table": {"name": f"{split}.arrow"},
-            "shards": [{"name": f"{split}-0.tar", "bytes": 0, "sha256": "", "samples": n}],
+            "shards": [{"name": f"{split}-0.tar", "bytes": 0, "sha256": "0" * 64, "samples": n}],
         }
         for split, n in counts.items()
     }

@@ -91,6 +91,8 @@ def open_store(address: str, storage: Mapping[str, Any]) -> Store:
         # our own waiting replaces the long ones of botocore
         config = {"retries": {"max_attempts": 0}, "connect_timeout": 10, "read_timeout": 60}
         options["config_kwargs"] = {**config, **options.get("config_kwargs", {})}
+        # fsspec's own cache does not see that the environment names another server or other keys
+        options["skip_instance_cache"] = True
     try:
         file_system, _ = fsspec.core.url_to_fs(address, use_listings_cache=False, **options)
     except ValueError as error:

@@ -157,3 +157,17 @@ def test_an_unknown_option_is_one_sentence() -> None:
     with pytest.raises(RestorayError, match="no_such_option") as caught:
         read(place)
     assert "\n" not in str(caught.value)
+
+
+def test_another_server_in_the_environment_is_another_store(
+    moto_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook may change its variables: neither our client nor fsspec's may be that of a server that is gone."""
+    place = place_of("s3://pictures/environment/a.txt")
+    assert isinstance(place, Place)
+    with store_servers.moto_server() as other:
+        for name, value in store_servers.environment(other).items():
+            monkeypatch.setenv(name, value)
+        place.write_bytes(b"1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_endpoint)
+    assert place.read_bytes() == b"1"  # the servers of one process share their buckets

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -273,29 +276,41 @@ def test_another_node_opens_the_corpus_in_its_own_home(
         opened.localized(config_of(stored), reads)
 
 
+def stream_under_ray(address: str, folder: str, way: str) -> None:
+    """Compare two epochs of a stream from a bucket with the rows of a disk. It runs in a process of its own."""
+    config = config_of(corpus_folder(place_of(address)))
+    with local_ray(num_cpus=2, object_store_mib=100):
+        reads = choose_reads(config, 2 * COUNT, 1.0, way, 2, 1 << 20)
+        batches = feed.rank_batches(config, 0, 2 * COUNT, BATCH, own_process=False, reads=reads)
+        for number, columns in enumerate(batches):
+            expected = load_columns(config_of(Path(folder)), np.arange(BATCH * number, BATCH * (number + 1)))
+            assert columns["key"].tolist() == expected["key"].tolist()
+            assert np.array_equal(columns["hq"], expected["hq"])
+
+
 @pytest.mark.slow
-def test_tasks_and_the_actor_fetch_each_shard_once_near_the_trainer(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The stream under Ray, of a bucket: the rows of a disk, one GET a shard in two epochs; and by ranges."""
+@pytest.mark.parametrize("way", ["ranged", "whole"])
+def test_tasks_and_the_actor_fetch_each_shard_once_near_the_trainer(corpus: Corpus, tmp_path: Path, way: str) -> None:
+    """The stream under Ray, of a bucket: the rows of a disk, one GET a shard in two epochs; and by ranges.
+
+    Tasks read their own process' variables, so this Ray must not be that of other tests.
+    """
     with store_servers.moto_server() as server, faulty_proxy.faulty_proxy(server, every=0) as proxy:
-        for name, value in store_servers.environment(proxy.endpoint).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("RESTORAY_HOME", str(tmp_path / "home"))
-        place = place_of(f"s3://{store_servers.BUCKET}/corpus")
-        assert isinstance(place, Place)
+        storage = store_servers.storage(proxy.endpoint)
+        address = f"s3://{store_servers.BUCKET}/ray-{way}"
         for path in corpus.folder.rglob("*"):
             if path.is_file():
-                (place / path.relative_to(corpus.folder).as_posix()).write_bytes(path.read_bytes())
-        config = config_of(corpus_folder(place))
-        with local_ray(num_cpus=2, object_store_mib=100):
-            for way in ("ranged", "whole"):
-                proxy.lines.clear()
-                reads = choose_reads(config, 2 * COUNT, 1.0, way, 2, 1 << 20)
-                batches = feed.rank_batches(config, 0, 2 * COUNT, BATCH, own_process=False, reads=reads)
-                for number, columns in enumerate(batches):
-                    expected = load_columns(config_of(corpus.folder), np.arange(BATCH * number, BATCH * (number + 1)))
-                    assert columns["key"].tolist() == expected["key"].tolist()
-                    assert np.array_equal(columns["hq"], expected["hq"])
-                shards = Counter(line for line in proxy.lines if line.endswith(".tar"))
-                assert len(shards) == 10 and (set(shards.values()) == {1}) == (way == "whole")
+                target = place_of(f"{address}/{path.relative_to(corpus.folder).as_posix()}", storage)
+                assert isinstance(target, Place)
+                target.write_bytes(path.read_bytes())
+        proxy.lines.clear()
+        variables = {**store_servers.environment(proxy.endpoint), "RESTORAY_HOME": str(tmp_path / "home")}
+        code = f"import test_stream_stores as t; t.stream_under_ray({address!r}, {str(corpus.folder)!r}, {way!r})"
+        paths = os.pathsep.join([str(Path(__file__).parent), *(place for place in sys.path if place)])
+        environment = {**os.environ, **variables, "PYTHONPATH": paths}
+        process = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert process.returncode == 0, process.stderr[-3000:]
+        shards = Counter(line for line in proxy.lines if line.endswith(".tar"))
+    assert len(shards) == 10 and (set(shards.values()) == {1}) == (way == "whole")

@@ -7,7 +7,6 @@ fetched body, or the three numbers of a synthetic picture. It holds paths of the
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,7 +34,7 @@ from pipelines.curation.sources.ahead import map_ahead
 from pipelines.curation.sources.fetch import FetchedFile, Fetcher, fetch_many
 from pipelines.curation.sources.files import Entry
 from pipelines.curation.sources.parts import Part
-from pipelines.curation.sources.spool import Spool, spooled
+from pipelines.curation.sources.spool import Spool, new_file, spooled
 from pipelines.curation.sources.tars import printable_name
 from pipelines.curation.sources.texts import (
     CAPTION_FIELDS,
@@ -370,20 +369,13 @@ class _Spool:
         """Returns `keep` of a candidate: it writes the body and sets the candidate's `at`."""
 
         def keep(data: bytes) -> None:
-            target = self.target = self.target or self._open()
+            target = self.target = self.target or new_file(self.folder, self.name)
             at = {"fetched": Path(target.name).name, "offset": target.tell(), "size": len(data)}
             target.write(data)
             target.flush()  # bodies of written rows are complete even after a kill
             candidate.at = json.dumps(at)
 
         return keep
-
-    def _open(self) -> BinaryIO:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count():
-            with suppress(FileExistsError):  # file of an earlier run, or of an attempt that died
-                return open(self.folder / f"{self.name}-{number}.bin", "xb")
-        raise AssertionError
 
     def close(self) -> None:
         """Flush the file to disk and close it."""

@@ -47,7 +47,7 @@ class Spool:
             if len(data) > self.room:
                 return
             try:
-                target = self.target = self.target or self._open()
+                target = self.target = self.target or new_file(self.folder, self.name)
                 offset = target.tell()
                 target.write(data)
                 target.flush()
@@ -68,17 +68,19 @@ class Spool:
         limit = min(int(self.limit_gib * 2**30), (shutil.disk_usage(out).free + held) // FREE_SHARE)
         return max(0, limit - held)
 
-    def _open(self) -> BinaryIO:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count():
-            with suppress(FileExistsError):  # file of an earlier run, or of an attempt that died
-                return open(self.folder / f"{self.name}-{number}.bin", "xb")
-        raise AssertionError
-
     def close(self) -> None:
         """Close the file."""
         if self.target is not None:
             self.target.close()
+
+
+def new_file(folder: Path, name: str) -> BinaryIO:
+    """Open a file that no other task has, for writing: "<name>-<number>.bin"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        with suppress(FileExistsError):  # file of an earlier run, or of an attempt that died
+            return open(folder / f"{name}-{number}.bin", "xb")
+    raise AssertionError
 
 
 def spooled(out: Path, place: Sequence[Any]) -> bytes | None:
